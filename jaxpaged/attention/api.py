@@ -1,0 +1,84 @@
+"""paged_attention: one operation, and the choice of the implementation that computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from jax import Array
+
+from jaxpaged.attention import reference, xla
+from jaxpaged.attention.base import check_pages, check_queries, make_config
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = MappingProxyType(
+    {"xla": xla.paged_attention, "reference": reference.paged_attention}
+)
+"""Every implementation by name, the preferred one first."""
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Causal attention of a step's queries to the pages of their sequences.
+
+    A query at position p sees the tokens of its sequence's entries at the positions
+    ``max(0, p - window + 1) <= n <= p``, with ``weight_n = softmax_n(cap(scale * q . k_n))`` and
+    ``cap(x) = soft_cap * tanh(x / soft_cap)``. The step's own keys are already written and in the table.
+    Slots that no entry covers, and pages that nobody holds, may contain anything, NaN too. A row with nothing to
+    see (padding, an empty table) gives zeros.
+
+    Args:
+      q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq / KV)``.
+      k_pages, v_pages: [N, KV, page_size, D], float32, bfloat16 or float16; sums are float32.
+      table: the entries of S sequences.
+      batch: sequence and position of each of the T queries.
+      scale: factor of the scores, ``D ** -0.5`` if left out.
+      window: tokens that a query sees, itself included; all if left out.
+      soft_cap: bound of the scores; none if left out.
+      sinks: f32[Hq], one more score for each head that joins the denominator and has no value; none if left out.
+      implementation: a name of ``IMPLEMENTATIONS``; the first that can serve if left out.
+      return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
+
+    Returns:
+      out [T, Hq, D] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], -inf where nothing is seen. A
+      sink counts in lse.
+
+    Raises:
+      ValueError: shapes that do not fit together; a name that is unknown.
+      TypeError: arrays that are not floating point.
+      NotImplementedError: the implementation asked for, or every one, cannot serve these arguments.
+
+    Example:
+      >>> out = paged_attention(q, cache.k_pages[0], cache.v_pages[0], cache.table, batch)  # doctest: +SKIP
+
+    Reference: PagedAttention, arXiv:2309.06180; the ragged form, arXiv:2604.15464.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    check_pages(k_pages, v_pages, table)
+    _, num_kv_heads, _, head_dim = k_pages.shape
+    check_queries(q, num_kv_heads, head_dim, batch, table.pages.shape[0], sinks)
+    config = make_config(head_dim, scale, window, soft_cap)
+    refusals = []
+    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
+        try:
+            out, lse = IMPLEMENTATIONS[name](q, k_pages, v_pages, table, batch, config, sinks)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+            continue
+        out = out.astype(q.dtype)
+        return (out, lse) if return_lse else out
+    raise NotImplementedError("no implementation of paged_attention can serve; " + "; ".join(refusals))

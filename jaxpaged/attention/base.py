@@ -1,0 +1,325 @@
+"""What implementations of attention share: argument checks, masks, softmax states, the ragged loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+
+_LOWEST = -1e30
+"""Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one attention computes, beside its arrays; hashable, static."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def make_config(head_dim: int, scale: float | None, window: int | None, soft_cap: float | None) -> Config:
+    """Checks the scalars of an attention and fills in what was left out.
+
+    Raises:
+      ValueError: a window below 1, or a soft cap that is not positive.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    return Config(head_dim**-0.5 if scale is None else scale, window, soft_cap)
+
+
+def check_queries(
+    q: Array, num_kv_heads: int, head_dim: int, batch: Batch, max_seqs: int, sinks: Array | None
+) -> None:
+    """Checks queries against the cache they are to read; at trace time.
+
+    Raises:
+      ValueError: shapes that do not fit together, with their values.
+      TypeError: queries that are not floating point.
+    """
+    if q.ndim != 3:
+        raise ValueError(f"q must be [tokens, q_heads, head_dim], got shape {q.shape}")
+    tokens, num_q_heads, dim = q.shape
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(f"q must be floating point, got {q.dtype}")
+    if dim != head_dim:
+        raise ValueError(f"head_dim of q is {dim}, of the cache {head_dim}")
+    if num_q_heads % num_kv_heads:
+        raise ValueError(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if tokens != batch.num_tokens:
+        raise ValueError(f"q has {tokens} tokens, the batch {batch.num_tokens}")
+    if batch.max_seqs != max_seqs:
+        raise ValueError(f"the batch is made for {batch.max_seqs} sequences, the cache holds {max_seqs}")
+    if sinks is not None and sinks.shape != (num_q_heads,):
+        raise ValueError(f"sinks must have shape {(num_q_heads,)}, one for each query head, got {sinks.shape}")
+
+
+def check_pages(k_pages: Array, v_pages: Array, table: BlockTable) -> None:
+    """Checks pages and block table; at trace time.
+
+    Raises:
+      ValueError: shapes that do not fit together, with their values.
+      TypeError: pages that are not floating point.
+    """
+    if k_pages.ndim != 4:
+        raise ValueError(f"k_pages must be [pages, kv_heads, page_size, head_dim], got shape {k_pages.shape}")
+    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            f"k_pages {k_pages.dtype}{k_pages.shape} and v_pages {v_pages.dtype}{v_pages.shape} must be alike"
+        )
+    if 0 in k_pages.shape:
+        raise ValueError(f"no size of k_pages may be zero, got shape {k_pages.shape}")
+    if not jnp.issubdtype(k_pages.dtype, jnp.floating):
+        raise TypeError(f"pages must be floating point, got {k_pages.dtype}")
+    shape = table.pages.shape
+    for name in ("first_slot", "num_tokens", "position"):
+        if getattr(table, name).shape != shape:
+            raise ValueError(f"table.{name} has shape {getattr(table, name).shape}, table.pages {shape}")
+    if table.num_entries.shape != shape[:1]:
+        raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
+
+
+# --- softmax states -------------------------------------------------------------------------------------------
+
+
+class SoftmaxState(NamedTuple):
+    """A softmax-weighted sum under way (online softmax, arXiv:1805.02867)."""
+
+    maximum: Array
+    """f32[..., R]: largest score so far."""
+    denominator: Array
+    """f32[..., R]: sum of exp(score - maximum)."""
+    weighted: Array
+    """f32[..., R, D]: sum of exp(score - maximum) * value."""
+
+
+def empty_state(shape: tuple[int, ...], head_dim: int) -> SoftmaxState:
+    """The state that has seen nothing."""
+    return SoftmaxState(
+        jnp.full(shape, _LOWEST, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+
+
+def update_state(
+    state: SoftmaxState, q: Array, k: Array, v: Array, visible: Array, config: Config
+) -> SoftmaxState:
+    """Adds keys and values to a state.
+
+    Args:
+      state: of shape [W, KV, R].
+      q: [W, KV, R, D]; k, v: [W, KV, C, D], of one dtype. v is finite where it is not visible.
+      visible: bool[W, 1 or R, C].
+      config: scale and soft cap.
+    """
+    scores = config.scale * jnp.einsum("wkrd,wkcd->wkrc", q, k, preferred_element_type=jnp.float32)
+    if config.soft_cap is not None:
+        scores = config.soft_cap * jnp.tanh(scores / config.soft_cap)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    maximum = jnp.maximum(state.maximum, scores.max(-1))
+    rescale = jnp.exp(state.maximum - maximum)
+    weights = jnp.exp(scores - maximum[..., None])
+    weighted = jnp.einsum("wkrc,wkcd->wkrd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return SoftmaxState(
+        maximum,
+        state.denominator * rescale + weights.sum(-1),
+        state.weighted * rescale[..., None] + weighted,
+    )
+
+
+def finish_state(state: SoftmaxState, sinks: Array | None) -> tuple[Array, Array]:
+    """``(out f32[..., R, D], lse f32[..., R])`` of a state; zeros and -inf where nothing was seen.
+
+    Args:
+      state: the finished sums.
+      sinks: f32[..., R] or None: one more score each, that joins the denominator and has no value. It counts
+        in lse, so that parts merge exactly where one of them was given the sink.
+    """
+    maximum, denominator, weighted = state
+    if sinks is not None:
+        maximum = jnp.maximum(state.maximum, sinks)
+        rescale = jnp.exp(state.maximum - maximum)
+        denominator = denominator * rescale + jnp.exp(sinks - maximum)
+        weighted = weighted * rescale[..., None]
+    seen = denominator > 0
+    safe = jnp.where(seen, denominator, 1)
+    return weighted / safe[..., None], jnp.where(seen, maximum + jnp.log(safe), -jnp.inf)
+
+
+def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    """Attention over two disjoint sets of keys, from the attention over each.
+
+    ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``:
+    associative, commutative, and a side that saw nothing (lse = -inf) changes nothing.
+
+    Args:
+      out_a, out_b: [..., head_dim].
+      lse_a, lse_b: f32[...], logarithm of each side's softmax denominator.
+
+    Returns:
+      ``(out, lse)``, out in the dtype of out_a.
+
+    Reference: FlashInfer's cascade inference; arXiv:2501.01005.
+    """
+    lse = jnp.logaddexp(lse_a, lse_b)
+    base = jnp.where(jnp.isneginf(lse), 0.0, lse)  # -inf minus -inf would be NaN
+    weight_a, weight_b = (jnp.exp(x - base)[..., None] for x in (lse_a, lse_b))
+    out = weight_a * out_a.astype(jnp.float32) + weight_b * out_b.astype(jnp.float32)
+    return out.astype(out_a.dtype), lse
+
+
+# --- the ragged loops -----------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """Keys and values that one step of a loop reads, of W sequences."""
+
+    k: Array
+    """[W, KV, C, D]"""
+    v: Array
+    """[W, KV, C, D], finite everywhere."""
+    position: Array
+    """i32[W, C]: logical position of each token."""
+    live: Array
+    """bool[W, C]: False where there is no token."""
+
+
+class Source(NamedTuple):
+    """Where the loops find the keys of a sequence: spans of units, a unit being an entry, a token, a chunk..."""
+
+    span: Callable[[Array, Array, Array], tuple[Array, Array]]
+    """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every token of the
+    sequence at positions low .. high."""
+    load: Callable[[Array, Array], Chunk]
+    """``(sequence i32[W], unit i32[W]) -> Chunk``: the ``stride`` units from ``unit`` on."""
+    stride: int
+
+
+class Tiling(NamedTuple):
+    """How queries are cut into blocks: sequences with one query are one pass, those with more another."""
+
+    decode_lanes: int
+    """Sequences with one query that are computed side by side."""
+    rows: int
+    """Queries of a block, where a sequence has several."""
+    lanes: int
+    """Blocks computed side by side."""
+
+
+def ragged_attention(
+    q: Array,
+    batch: Batch,
+    source: Source,
+    num_kv_heads: int,
+    config: Config,
+    sinks: Array | None,
+    tiling: Tiling,
+    dtype: jnp.dtype,
+) -> tuple[Array, Array]:
+    """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, D], lse f32[T, Hq])``.
+
+    Two passes, over the sequences with one query and over blocks of those with more. Both are loops with
+    dynamic trip counts, over blocks and over the chunks that a block sees: a pass without work costs nothing,
+    and no cost depends on anything but live tokens.
+
+    Args:
+      q: [T, Hq, D].
+      batch: whose queries they are.
+      source: the keys and values.
+      num_kv_heads: KV; Hq is a multiple.
+      config: scale, window, soft cap.
+      sinks: f32[Hq] or None.
+      tiling: the cut.
+      dtype: what q is converted to before it meets the keys.
+    """
+    tokens, num_q_heads, head_dim = q.shape
+    state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    q = q.astype(dtype)
+    single = batch.q_lens == 1
+    passes = [(single.astype(jnp.int32), 1, tiling.decode_lanes)]
+    if tokens > 1:
+        blocks = jnp.where(single, 0, -(-batch.q_lens // tiling.rows))
+        passes.append((blocks, tiling.rows, tiling.lanes))
+    for blocks, rows, lanes in passes:
+        state = _block_pass(state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes)
+    return state
+
+
+def _block_pass(
+    state: tuple[Array, Array],
+    q: Array,
+    batch: Batch,
+    source: Source,
+    num_kv_heads: int,
+    config: Config,
+    sinks: Array | None,
+    blocks: Array,
+    rows: int,
+    lanes: int,
+) -> tuple[Array, Array]:
+    """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``lanes`` blocks at a time."""
+    tokens, num_q_heads, head_dim = q.shape
+    group = num_q_heads // num_kv_heads
+    ends = jnp.cumsum(blocks, dtype=jnp.int32)
+    if sinks is not None:
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, group), (1, rows))
+
+    def step(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        block = i * lanes + jnp.arange(lanes, dtype=jnp.int32)
+        sequence = jnp.sum(ends <= block[:, None], axis=1, dtype=jnp.int32)  # S where there is no more block
+        sequence, exists = jnp.minimum(sequence, batch.max_seqs - 1), sequence < batch.max_seqs
+        first = batch.cu_q_lens[sequence] + rows * (block - ends[sequence] + blocks[sequence])
+        row = first[:, None] + jnp.arange(rows, dtype=jnp.int32)
+        row = jnp.where(exists[:, None] & (row < batch.cu_q_lens[sequence + 1][:, None]), row, tokens)
+        low = high = batch.position.at[jnp.minimum(first, tokens - 1)].get(mode="clip")
+        if rows > 1:
+            last = jnp.max(jnp.where(row < tokens, row, 0), axis=1)
+            high = batch.position[last]
+        position = batch.position.at[row].get(mode="fill", fill_value=-1)
+
+        low = jnp.zeros_like(low) if config.window is None else jnp.maximum(low - config.window + 1, 0)
+        begin, end = source.span(sequence, low, high)
+        end = jnp.where(exists, end, begin)
+        qs = q.at[row].get(mode="clip").reshape(lanes, rows, num_kv_heads, group, head_dim)
+        qs = qs.transpose(0, 2, 1, 3, 4).reshape(lanes, num_kv_heads, rows * group, head_dim)
+        position_of_row = jnp.repeat(position, group, axis=1) if rows > 1 else position
+
+        def add(j: Array, softmax: SoftmaxState) -> SoftmaxState:
+            unit = begin + j * source.stride
+            chunk = source.load(sequence, unit)
+            visible = chunk.live[:, None] & (chunk.position[:, None] <= position_of_row[..., None])
+            if config.window is not None:
+                visible &= chunk.position[:, None] > position_of_row[..., None] - config.window
+            return update_state(softmax, qs, chunk.k, chunk.v, visible, config)
+
+        trips = jnp.max(-(-(end - begin) // source.stride))
+        start = empty_state((lanes, num_kv_heads, rows * group), head_dim)
+        out, lse = finish_state(lax.fori_loop(0, trips, add, start), sinks)
+        out = out.reshape(lanes, num_kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)
+        lse = lse.reshape(lanes, num_kv_heads, rows, group).transpose(0, 2, 1, 3)
+        return (
+            state[0].at[row].set(out.reshape(lanes, rows, num_q_heads, head_dim), mode="drop"),
+            state[1].at[row].set(lse.reshape(lanes, rows, num_q_heads), mode="drop"),
+        )
+
+    return jax.lax.fori_loop(0, -(-ends[-1] // lanes), step, state)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

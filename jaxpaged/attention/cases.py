@@ -1,0 +1,105 @@
+"""Named shapes of attention, shared by tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention over one state: sizes, what each sequence holds and asks, masks."""
+
+    name: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, those of the step included; 0 = no sequence."""
+    q_lens: tuple[int, ...]
+    """Queries of each sequence: its last tokens."""
+    page_size: int = 32
+    padding: int = 0
+    """Rows of the step behind the last query."""
+    dtype: str = "f32"
+    """Of the pages: f32, bf16, f16."""
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    scale: float | None = None
+    slices: bool = False
+    """Entries that begin and end inside their pages, as removals leave them."""
+    gaps: bool = False
+    """Positions that no entry covers."""
+    shared: bool = False
+    """Sequences begin with the pages of the first one."""
+
+
+SMOLLM2_135M = dict(num_q_heads=9, num_kv_heads=3, head_dim=64)
+LLAMA_3_8B = dict(num_q_heads=32, num_kv_heads=8, head_dim=128)
+QWEN3_0_6B = dict(num_q_heads=16, num_kv_heads=8, head_dim=128)
+MISTRAL_7B = dict(num_q_heads=32, num_kv_heads=8, head_dim=128)
+GEMMA_2_2B = dict(num_q_heads=8, num_kv_heads=4, head_dim=256)
+GPT_OSS_20B = dict(num_q_heads=64, num_kv_heads=8, head_dim=64)
+PHI_3_MINI = dict(num_q_heads=32, num_kv_heads=32, head_dim=96)
+STABLELM_3B = dict(num_q_heads=32, num_kv_heads=32, head_dim=80)
+
+CASES: tuple[Case, ...] = (
+    # Decode: one query a sequence.
+    Case("smollm2_decode", **SMOLLM2_135M, lengths=(128, 1, 700, 33), q_lens=(1, 1, 1, 1)),
+    Case("smollm2_decode_one", **SMOLLM2_135M, lengths=(321,), q_lens=(1,)),
+    Case(
+        "smollm2_decode_idle",
+        **SMOLLM2_135M,
+        lengths=(40, 0, 300, 64, 0),
+        q_lens=(1, 0, 0, 1, 0),
+        padding=3,
+    ),
+    Case("llama3_decode_bf16", **LLAMA_3_8B, lengths=(70, 19), q_lens=(1, 1), dtype="bf16"),
+    Case("mistral_window", **MISTRAL_7B, lengths=(600, 90), q_lens=(1, 1), window=128),
+    Case("gpt_oss_sinks", **GPT_OSS_20B, lengths=(200, 5), q_lens=(1, 1), window=128, sinks=True),
+    # Prefill and mixtures.
+    Case("smollm2_prefill", **SMOLLM2_135M, lengths=(150, 40), q_lens=(150, 40), padding=2),
+    Case("smollm2_chunk", **SMOLLM2_135M, lengths=(400,), q_lens=(130,)),
+    Case("smollm2_mixed", **SMOLLM2_135M, lengths=(90, 301, 0, 64, 7), q_lens=(1, 37, 0, 1, 7), padding=5),
+    Case("qwen3_mixed_f16", **QWEN3_0_6B, lengths=(50, 80, 33), q_lens=(1, 20, 2), dtype="f16"),
+    Case("mistral_window_chunk", **MISTRAL_7B, lengths=(200, 60), q_lens=(45, 1), window=50, page_size=16),
+    Case(
+        "gemma2_soft_cap", **GEMMA_2_2B, lengths=(40, 70), q_lens=(11, 1), soft_cap=50.0, window=64, scale=0.125
+    ),
+    Case("phi3_head_dim_96", **PHI_3_MINI, lengths=(35, 9), q_lens=(3, 1)),
+    Case("stablelm_head_dim_80", **STABLELM_3B, lengths=(20, 66), q_lens=(1, 5), page_size=64),
+    # State as removals, forks and shifts leave it.
+    Case("slices", **SMOLLM2_135M, lengths=(150, 77, 31), q_lens=(1, 5, 1), slices=True),
+    Case("slices_gaps_window", **SMOLLM2_135M, lengths=(170, 64), q_lens=(1, 9), slices=True, gaps=True, window=40),
+    Case("shared", **SMOLLM2_135M, lengths=(130, 130, 97, 0), q_lens=(1, 4, 1, 0), shared=True),
+    # Odd sizes.
+    Case("one_token", num_q_heads=1, num_kv_heads=1, head_dim=8, lengths=(1,), q_lens=(1,), page_size=8),
+    Case("two_tokens", num_q_heads=2, num_kv_heads=1, head_dim=16, lengths=(2, 2), q_lens=(2, 0), page_size=8),
+    Case("nothing", num_q_heads=4, num_kv_heads=2, head_dim=16, lengths=(9, 0), q_lens=(0, 0), padding=4),
+    Case("group_16", num_q_heads=16, num_kv_heads=1, head_dim=64, lengths=(60, 9), q_lens=(1, 6), page_size=8),
+    Case(
+        "group_5_everything",
+        num_q_heads=10,
+        num_kv_heads=2,
+        head_dim=24,
+        lengths=(61, 300, 12, 0),
+        q_lens=(1, 70, 12, 0),
+        page_size=8,
+        padding=6,
+        window=33,
+        soft_cap=5.0,
+        sinks=True,
+        slices=True,
+        gaps=True,
+    ),
+    Case(
+        "pages_of_256",
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        lengths=(256, 257, 700),
+        q_lens=(1, 2, 1),
+        page_size=256,
+    ),
+)
+"""What every implementation has to serve, or refuse with NotImplementedError."""

@@ -1,0 +1,67 @@
+"""The specification of paged attention: readable, float32, dense in memory and time."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpaged.attention.base import Config
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    config: Config,
+    sinks: Array | None,
+) -> tuple[Array, Array]:
+    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as ``jaxpaged.attention.paged_attention`` checked them."""
+    tokens, num_q_heads, head_dim = q.shape
+    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    max_seqs, max_entries = table.pages.shape
+
+    # Every slot of every entry: [S, P, page_size].
+    slot = jnp.arange(page_size)
+    first_slot = table.first_slot[:, :, None]
+    live = (slot >= first_slot) & (slot < first_slot + table.num_tokens[:, :, None])
+    live &= (jnp.arange(max_entries) < table.num_entries[:, None])[:, :, None]
+    position = table.position[:, :, None] + slot - first_slot
+
+    # The keys of every sequence, in the order of its table: [S, P * page_size, KV, D]. Unused slots may hold NaN.
+    def gather(pages: Array) -> Array:
+        rows = pages.astype(jnp.float32)[jnp.clip(table.pages, 0, num_pages - 1)].transpose(0, 1, 3, 2, 4)
+        return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)
+
+    k, v = gather(k_pages), gather(v_pages)
+    live, position = live.reshape(max_seqs, -1), position.reshape(max_seqs, -1)
+
+    # Each query beside the keys of its sequence; query heads are grouped by the KV head they read.
+    sequence = jnp.minimum(batch.sequence, max_seqs - 1)
+    query_position = batch.position[:, None]
+    visible = batch.valid[:, None] & live[sequence] & (position[sequence] <= query_position)
+    if config.window is not None:
+        visible &= position[sequence] > query_position - config.window
+    grouped = q.astype(jnp.float32).reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    scores = config.scale * jnp.einsum("tkgd,tnkd->tkgn", grouped, k[sequence])
+    if config.soft_cap is not None:
+        scores = config.soft_cap * jnp.tanh(scores / config.soft_cap)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf).reshape(tokens, num_q_heads, -1)
+
+    # A sink is one more score with no value behind it.
+    if sinks is not None:
+        sink = jnp.where(batch.valid[:, None], sinks.astype(jnp.float32), -jnp.inf)
+        scores = jnp.concatenate([scores, sink[..., None]], axis=-1)
+    maximum = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isneginf(maximum), 0, maximum))
+    denominator = weights.sum(-1, keepdims=True)
+    seen = denominator > 0
+    weights = jnp.where(seen, weights / jnp.where(seen, denominator, 1), 0)
+    lse = jnp.where(seen, maximum + jnp.log(jnp.where(seen, denominator, 1)), -jnp.inf)[..., 0]
+
+    weights = weights[..., : k.shape[1]].reshape(tokens, num_kv_heads, -1, k.shape[1])
+    out = jnp.einsum("tkgn,tnkd->tkgd", weights, v[sequence])
+    return out.reshape(q.shape), lse

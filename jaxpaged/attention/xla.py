@@ -1,0 +1,113 @@
+"""Paged attention in portable XLA: online softmax over chunks of pages, with dynamic trip counts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxpaged.attention.base import Chunk, Config, Source, Tiling, power_of_two, ragged_attention
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+
+_CPU_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = 512
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    config: Config,
+    sinks: Array | None,
+) -> tuple[Array, Array]:
+    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as ``jaxpaged.attention.paged_attention`` checked them."""
+    return lax.platform_dependent(
+        q,
+        k_pages,
+        v_pages,
+        table,
+        batch,
+        sinks,
+        cpu=partial(_attend, config=config, cpu=True),
+        default=partial(_attend, config=config, cpu=False),
+    )
+
+
+def _attend(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    sinks: Array | None,
+    *,
+    config: Config,
+    cpu: bool,
+) -> tuple[Array, Array]:
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    if cpu:
+        # One sequence after the other, single pages sliced out of the pool: XLA:CPU is slow in gathers and in
+        # batches of small dots, and its float32 dots are 9 times as fast as those of shorter formats.
+        dtype = jnp.dtype(jnp.float32)
+        tiling = Tiling(decode_lanes=1, rows=min(128, power_of_two(q.shape[0])), lanes=1)
+        stride = max(_CPU_CHUNK_TOKENS // page_size, 1)
+    else:
+        dtype = jnp.promote_types(q.dtype, k_pages.dtype)
+        tiling = Tiling(
+            decode_lanes=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), lanes=4
+        )
+        stride = max(_CHUNK_TOKENS // page_size, 1)
+    source = _paged_source(k_pages, v_pages, table, min(stride, table.max_entries), dtype, slices=cpu)
+    return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype)
+
+
+def _paged_source(
+    k_pages: Array, v_pages: Array, table: BlockTable, stride: int, dtype: jnp.dtype, *, slices: bool
+) -> Source:
+    """The entries of a block table as a source of keys; a unit is an entry."""
+    num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+
+    def span(sequence: Array, low: Array, high: Array) -> tuple[Array, Array]:
+        entry = jnp.arange(table.max_entries)
+        live = entry < table.num_entries[sequence][:, None]
+        position = table.position[sequence]
+        gone = live & (position + table.num_tokens[sequence] <= low[:, None])
+        begin = jnp.sum(gone, axis=1, dtype=jnp.int32)
+        end = jnp.sum(live & (position <= high[:, None]), axis=1, dtype=jnp.int32)
+        return begin, jnp.maximum(begin, end)
+
+    def load(sequence: Array, unit: Array) -> Chunk:
+        entry = unit[:, None] + jnp.arange(stride, dtype=jnp.int32)
+        index = sequence[:, None], jnp.minimum(entry, table.max_entries - 1)
+        first_slot = table.first_slot[index][..., None]
+        slot = jnp.arange(page_size, dtype=jnp.int32)
+        live = (slot >= first_slot) & (slot < first_slot + table.num_tokens[index][..., None])
+        live &= (entry < table.num_entries[sequence][:, None])[..., None]
+        position = table.position[index][..., None] + slot - first_slot
+        pages = jnp.clip(table.pages[index], 0, num_pages - 1)
+        lanes = sequence.shape[0]
+        live = live.reshape(lanes, -1)
+
+        def rows(pool: Array) -> Array:
+            if slices:
+                x = jnp.stack(
+                    [
+                        jnp.concatenate([lax.dynamic_index_in_dim(pool, p, keepdims=False) for p in lane], axis=1)
+                        for lane in pages
+                    ]
+                )
+            else:
+                x = pool[pages].transpose(0, 2, 1, 3, 4).reshape(lanes, num_kv_heads, -1, head_dim)
+            return x.astype(dtype)
+
+        # A masked value is multiplied by zero, which NaN would survive.
+        v = jnp.where(live[:, None, :, None], rows(v_pages), 0)
+        return Chunk(rows(k_pages), v, position.reshape(lanes, -1), live)
+
+    return Source(span, load, stride)
+

@@ -1,0 +1,227 @@
+"""BlockTable: the entries of every sequence, and the pure edits of them.
+
+An entry is a slice of a page: tokens ``position .. position + num_tokens`` of a sequence lie in slots
+``first_slot .. first_slot + num_tokens`` of one page. Cutting a range out of a sequence therefore splits or shortens
+entries and moves no key or value. Edits here know tables alone; ``cache.py`` keeps the reference counts in step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockTable:
+    """Entries in sequence order, ``[S, P]``; a row's entries behind ``num_entries`` are padding.
+
+    Padding holds page N ("no page", one past the last) and zeros. Edits work on one row, ``[P]``, as well.
+    """
+
+    pages: Array
+    """i32[S, P]: physical page of each entry; N = no entry."""
+    first_slot: Array
+    """i32[S, P]: first slot of the page that belongs to the entry."""
+    num_tokens: Array
+    """i32[S, P]: tokens of the entry, at least 1; 0 in padding."""
+    position: Array
+    """i32[S, P]: logical position of the entry's first token; increases along the row."""
+    rotation: Array
+    """i32[S, P]: position the entry's keys were rotated at, minus logical position."""
+    num_entries: Array
+    """i32[S]"""
+
+    @property
+    def max_seqs(self) -> int:
+        """S, static."""
+        return self.pages.shape[0]
+
+    @property
+    def max_entries(self) -> int:
+        """P, static: entries a sequence can have."""
+        return self.pages.shape[-1]
+
+
+def create(max_seqs: int, max_entries: int, num_pages: int) -> BlockTable:
+    """A table of empty sequences.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    for name, value in (("max_seqs", max_seqs), ("max_entries", max_entries), ("num_pages", num_pages)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+    def filled(value: int) -> Array:
+        return jnp.full((max_seqs, max_entries), value, jnp.int32)
+
+    return BlockTable(
+        filled(num_pages), filled(0), filled(0), filled(0), filled(0), jnp.zeros(max_seqs, jnp.int32)
+    )
+
+
+def lengths(table: BlockTable) -> Array:
+    """i32[S]: tokens each sequence holds; 0 when empty."""
+    return jnp.sum(table.num_tokens, axis=-1, dtype=jnp.int32)
+
+
+def position_min(table: BlockTable) -> Array:
+    """i32[S]: smallest position each sequence holds; -1 when empty."""
+    return jnp.where(table.num_entries > 0, table.position[..., 0], -1)
+
+
+def position_max(table: BlockTable) -> Array:
+    """i32[S]: largest position each sequence holds; -1 when empty."""
+    last = last_entry(table)
+    return jnp.where(table.num_entries > 0, last.position + last.num_tokens - 1, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Entry:
+    """One entry a sequence, ``i32[S]`` each; the fields of BlockTable."""
+
+    pages: Array
+    first_slot: Array
+    num_tokens: Array
+    position: Array
+    rotation: Array
+
+
+def last_entry(table: BlockTable) -> Entry:
+    """Each sequence's last entry; padding's values (page of entry 0, zeros) for an empty sequence."""
+    index = jnp.maximum(table.num_entries - 1, 0)[..., None]
+
+    def pick(field: Array) -> Array:
+        return jnp.take_along_axis(field, index, axis=-1)[..., 0]
+
+    return Entry(
+        pick(table.pages),
+        pick(table.first_slot),
+        pick(table.num_tokens),
+        pick(table.position),
+        pick(table.rotation),
+    )
+
+
+def clamp_range(p0: Array | int, p1: Array | int) -> tuple[Array, Array]:
+    """Positions as llama.cpp reads them: p0 < 0 is 0, p1 < 0 is the end."""
+    p0, p1 = jnp.asarray(p0, jnp.int32), jnp.asarray(p1, jnp.int32)
+    return jnp.maximum(p0, 0), jnp.where(p1 < 0, jnp.iinfo(jnp.int32).max, p1)
+
+
+def cut(row: BlockTable, at: Array) -> tuple[BlockTable, Array]:
+    """Splits the entry of one row that holds positions on both sides of ``at``, if there is one.
+
+    Returns:
+      ``(row, ok)``; not ok, and the row unchanged, when the split would need more than P entries.
+    """
+    width = row.max_entries
+    index = jnp.arange(width)
+    inside = (row.position < at) & (at < row.position + row.num_tokens)
+    split = jnp.any(inside)
+    ok = ~split | (row.num_entries < width)
+    k = jnp.where(split & ok, jnp.argmax(inside), width)  # width: nothing to split
+    source = jnp.where(index <= k, index, index - 1)
+    left = at - row.position.at[k].get(mode="fill", fill_value=0)
+    second = index == k + 1
+    num_tokens = row.num_tokens[source]
+    return (
+        BlockTable(
+            pages=row.pages[source],
+            first_slot=row.first_slot[source] + jnp.where(second, left, 0),
+            num_tokens=jnp.where(index == k, left, num_tokens - jnp.where(second, left, 0)),
+            position=row.position[source] + jnp.where(second, left, 0),
+            rotation=row.rotation[source],
+            num_entries=row.num_entries + (split & ok),
+        ),
+        ok,
+    )
+
+
+def keep(row: BlockTable, kept: Array, num_pages: int) -> BlockTable:
+    """The entries of one row where ``kept bool[P]`` holds, moved together."""
+    kept = kept & (jnp.arange(row.max_entries) < row.num_entries)
+    place = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, row.max_entries)
+
+    def compact(field: Array, padding: int) -> Array:
+        return jnp.full_like(field, padding).at[place].set(field, mode="drop")
+
+    return BlockTable(
+        compact(row.pages, num_pages),
+        compact(row.first_slot, 0),
+        compact(row.num_tokens, 0),
+        compact(row.position, 0),
+        compact(row.rotation, 0),
+        jnp.sum(kept, dtype=jnp.int32),
+    )
+
+
+def remove_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple[BlockTable, Array]:
+    """One row without the tokens in [p0, p1).
+
+    Returns:
+      ``(row, ok)``; not ok, and the row unchanged, when the range lies inside one entry of a full row: what is
+      left would need P + 1 entries.
+    """
+    within = (row.position < p0) & (p1 < row.position + row.num_tokens) & (p0 < p1)
+    ok = ~jnp.any(within) | (row.num_entries < row.max_entries)
+    # Cutting at p0 and at p1 may pass through P + 2 entries even when the result fits, so entries are shortened
+    # instead; only a range strictly inside one entry has to split it, once.
+    split, _ = cut(row, jnp.where(jnp.any(within) & ok, p0, 0))
+    start, end = split.position, split.position + split.num_tokens
+    head = jnp.clip(p0 - start, 0, split.num_tokens)  # tokens before the range
+    tail = jnp.clip(end - jnp.maximum(p1, p0), 0, split.num_tokens)  # tokens behind it
+    untouched = head + tail >= split.num_tokens
+    from_head = untouched | (head > 0)
+    num_tokens = jnp.where(untouched, split.num_tokens, jnp.where(head > 0, head, tail))
+    skipped = jnp.where(from_head, 0, split.num_tokens - tail)
+    shortened = BlockTable(
+        split.pages,
+        split.first_slot + skipped,
+        num_tokens,
+        split.position + skipped,
+        split.rotation,
+        split.num_entries,
+    )
+    removed = keep(shortened, num_tokens > 0, num_pages)
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), removed, row), ok
+
+
+def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockTable:
+    """One row with the tokens in [p0, p1) alone: entries are shortened or dropped, never split."""
+    end = row.position + row.num_tokens
+    skipped = jnp.clip(p0 - row.position, 0, row.num_tokens)
+    num_tokens = jnp.clip(jnp.minimum(end, p1) - jnp.maximum(row.position, p0), 0, row.num_tokens)
+    shortened = BlockTable(
+        row.pages,
+        row.first_slot + skipped,
+        num_tokens,
+        row.position + skipped,
+        row.rotation,
+        row.num_entries,
+    )
+    return keep(shortened, num_tokens > 0, num_pages)
+
+
+def empty_like(row: BlockTable, num_pages: int) -> BlockTable:
+    """The same row or table without entries."""
+    return BlockTable(
+        jnp.full_like(row.pages, num_pages),
+        *(jnp.zeros_like(f) for f in (row.first_slot, row.num_tokens, row.position, row.rotation)),
+        jnp.zeros_like(row.num_entries),
+    )
+
+
+def get_row(table: BlockTable, seq: Array) -> BlockTable:
+    """The row of one sequence, ``[P]`` fields."""
+    return jax.tree.map(lambda field: field[seq], table)
+
+
+def set_row(table: BlockTable, seq: Array, row: BlockTable) -> BlockTable:
+    """The table with the row of one sequence replaced."""
+    return jax.tree.map(lambda field, value: field.at[seq].set(value), table, row)

@@ -1,0 +1,285 @@
+"""ContiguousKVCache: the same seam without pages, a row of memory for each sequence; the baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxpaged.attention.base import (
+    Chunk,
+    Config,
+    Source,
+    Tiling,
+    check_queries,
+    make_config,
+    power_of_two,
+    ragged_attention,
+)
+from jaxpaged.batch import Batch, pack
+
+_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+_CHUNK_TOKENS = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ContiguousKVCache:
+    """Keys and values of S sequences, each with memory for ``max_length`` tokens from the start.
+
+    In a ``Batch`` of this cache the page is the sequence (S = written nowhere), the slot the index in its row.
+    """
+
+    k: tuple[Array, ...]
+    """L arrays [S, KV, max_length rounded up to whole chunks, D]; finite everywhere."""
+    v: tuple[Array, ...]
+    """As k."""
+    lengths: Array
+    """i32[S]: tokens of each sequence, at the positions 0 .. length."""
+    max_length: int = dataclasses.field(metadata={"static": True})
+    """Tokens that a row holds."""
+
+    @staticmethod
+    def create(
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_seqs: int,
+        max_length: int,
+        dtype: str = "f32",
+    ) -> ContiguousKVCache:
+        """An empty cache, all its memory allocated.
+
+        Args:
+          num_layers, num_kv_heads, head_dim: of the model.
+          max_seqs: S, rows.
+          max_length: tokens that each row holds.
+          dtype: "f32", "bf16" or "f16".
+
+        Raises:
+          ValueError: a size below 1, or an unknown dtype.
+        """
+        sizes = dict(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_seqs=max_seqs,
+            max_length=max_length,
+        )
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(_DTYPES)}")
+        chunk = min(max_length, _CHUNK_TOKENS)
+        shape = (max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim)
+        # Every layer its own buffer: donation refuses one buffer given twice.
+        k, v = (tuple(jnp.zeros(shape, _DTYPES[dtype]) for _ in range(num_layers)) for _ in range(2))
+        return ContiguousKVCache(k, v, jnp.zeros(max_seqs, jnp.int32), max_length)
+
+    @property
+    def kind(self) -> Literal["contiguous"]:
+        """What this cache is called in tables and flags."""
+        return "contiguous"
+
+    @property
+    def max_seqs(self) -> int:
+        """S, static."""
+        return self.lengths.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """L, static."""
+        return len(self.k)
+
+    @property
+    def num_pages(self) -> int:
+        """Rows count as pages, one a sequence."""
+        return self.max_seqs
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of a row: keys and values of every layer."""
+        return sum(x.nbytes for x in (*self.k, *self.v)) // self.max_seqs
+
+    @property
+    def pages_used(self) -> Array:
+        """i32[]: rows that hold a token."""
+        return jnp.sum(self.lengths > 0, dtype=jnp.int32)
+
+    def fits(self, num_new: Array) -> Array:
+        """bool[S]: which sequences have room for ``num_new i32[S]`` more tokens; no row takes from another."""
+        return self.lengths + jnp.asarray(num_new, jnp.int32) <= self.max_length
+
+    def reserve(
+        self, num_new: Array, *, num_tokens: int | None = None
+    ) -> tuple[ContiguousKVCache, Batch, Array]:
+        """Room for ``num_new i32[S]`` more tokens of each sequence, for all or for none.
+
+        Args:
+          num_new: i32[S].
+          num_tokens: T, static; ``sum(num_new)`` if left out, which then has to be concrete.
+
+        Returns:
+          ``(cache, batch, ok bool[])``; not ok: the cache as it was and a batch of padding.
+        """
+        if num_tokens is None:
+            num_tokens = int(np.sum(np.asarray(num_new)))
+        num_new = jnp.asarray(num_new, jnp.int32)
+        ok = jnp.all(self.fits(num_new)) & (jnp.sum(num_new) <= num_tokens)
+        num_new = jnp.where(ok, num_new, 0)
+        sequence, offset, cu_q_lens = pack(num_new, num_tokens)
+        position = offset + self.lengths.at[sequence].get(mode="fill", fill_value=0)
+        batch = Batch(
+            sequence=sequence,
+            position=position,
+            rope_positions=position,
+            page=sequence,
+            slot=position,
+            cu_q_lens=cu_q_lens,
+        )
+        return dataclasses.replace(self, lengths=self.lengths + num_new), batch, ok
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        batch: Batch,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Array | None = None,
+    ) -> tuple[Array, ContiguousKVCache]:
+        """Writes a step's keys and values to a layer and attends to them and all before.
+
+        Args:
+          layer: of L, static.
+          q: [T, Hq, D]; k, v: [T, KV, D].
+          batch: from ``reserve``.
+          scale, window, soft_cap, sinks: as in ``jaxpaged.attention.paged_attention``.
+
+        Returns:
+          ``(out [T, Hq, D], cache)``.
+        """
+        max_seqs, num_kv_heads, _, head_dim = self.k[layer].shape
+        check_queries(q, num_kv_heads, head_dim, batch, max_seqs, sinks)
+        config = make_config(head_dim, scale, window, soft_cap)
+
+        def write(pool: Array, rows: Array) -> Array:
+            return pool.at[batch.page, :, batch.slot].set(rows.astype(pool.dtype), mode="drop")
+
+        k_row, v_row = write(self.k[layer], k), write(self.v[layer], v)
+        out = lax.platform_dependent(
+            q,
+            k_row,
+            v_row,
+            self.lengths,
+            batch,
+            sinks,
+            cpu=partial(_attend, config=config, cpu=True),
+            default=partial(_attend, config=config, cpu=False),
+        )
+        cache = dataclasses.replace(
+            self,
+            k=(*self.k[:layer], k_row, *self.k[layer + 1 :]),
+            v=(*self.v[:layer], v_row, *self.v[layer + 1 :]),
+        )
+        return out.astype(q.dtype), cache
+
+    def seq_remove(
+        self, seq: int | Array, p0: int | Array = 0, p1: int | Array = -1
+    ) -> tuple[ContiguousKVCache, Array]:
+        """Forgets the tokens in [p0, p1): the end of a sequence, or all of it. No byte moves.
+
+        Args:
+          seq: a sequence, -1 for all, or bool[S].
+          p0, p1: positions; p0 < 0 is 0, p1 < 0 the end.
+
+        Returns:
+          ``(cache, ok bool[])``; a range with tokens behind it is refused, and nothing changes.
+        """
+        seq, p0, p1 = jnp.asarray(seq), jnp.maximum(p0, 0), jnp.asarray(p1)
+        chosen = seq if seq.dtype == jnp.bool_ else (seq < 0) | (jnp.arange(self.max_seqs) == seq)
+        end = jnp.where(p1 < 0, self.lengths, jnp.minimum(p1, self.lengths))
+        removes = chosen & (p0 < end)
+        ok = ~jnp.any(removes & (end < self.lengths))
+        return dataclasses.replace(self, lengths=jnp.where(removes & ok, p0, self.lengths)), ok
+
+    def seq_copy(
+        self, src: int | Array, dst: int | Array, p0: int | Array = 0, p1: int | Array = -1
+    ) -> tuple[ContiguousKVCache, Array]:
+        """Copies the tokens of src in [p0, p1), a prefix, to dst, which is empty. The whole row moves.
+
+        Returns:
+          ``(cache, ok bool[])``; refused, and nothing changed: dst not empty, p0 above 0, no such sequence.
+        """
+        src, dst, p0, p1 = jnp.asarray(src), jnp.asarray(dst), jnp.maximum(p0, 0), jnp.asarray(p1)
+        inside = (src >= 0) & (src < self.max_seqs) & (dst >= 0) & (dst < self.max_seqs)
+        src, dst = (jnp.clip(x, 0, self.max_seqs - 1) for x in (src, dst))
+        length = self.lengths[src]
+        length = jnp.where(p1 < 0, length, jnp.minimum(p1, length))
+        length = jnp.where(p0 < length, length, 0)
+        ok = inside & (self.lengths[dst] == 0) & ((p0 == 0) | (length == 0))
+
+        def copy(pool: Array) -> Array:
+            # `where` over one row, not over the pool, which then stays in place.
+            row = jnp.where(ok, lax.dynamic_index_in_dim(pool, src), lax.dynamic_index_in_dim(pool, dst))
+            return lax.dynamic_update_index_in_dim(pool, row, dst, 0)
+
+        cache = dataclasses.replace(
+            self,
+            k=tuple(copy(x) for x in self.k),
+            v=tuple(copy(x) for x in self.v),
+            lengths=self.lengths.at[dst].set(jnp.where(ok, length, self.lengths[dst])),
+        )
+        return cache, ok
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    batch: Batch,
+    sinks: Array | None,
+    *,
+    config: Config,
+    cpu: bool,
+) -> Array:
+    max_seqs, num_kv_heads, max_length, head_dim = k.shape
+    chunk = min(max_length, _CHUNK_TOKENS)
+    rows = min(128, power_of_two(q.shape[0]))
+    if cpu:
+        # One row after the other: no sequence pays for a longer one, and XLA:CPU has few cores to fill.
+        dtype, tiling = jnp.dtype(jnp.float32), Tiling(decode_lanes=1, rows=rows, lanes=1)
+    else:
+        dtype = jnp.promote_types(q.dtype, k.dtype)
+        tiling = Tiling(decode_lanes=min(max_seqs, q.shape[0]), rows=rows, lanes=4)
+
+    def span(sequence: Array, low: Array, high: Array) -> tuple[Array, Array]:
+        return low // chunk, (jnp.minimum(high + 1, lengths[sequence]) + chunk - 1) // chunk
+
+    def load(sequence: Array, unit: Array) -> Chunk:
+        def rows(pool: Array) -> Array:
+            slices = [
+                lax.dynamic_slice(
+                    pool, (sequence[i], 0, unit[i] * chunk, 0), (1, num_kv_heads, chunk, head_dim)
+                )
+                for i in range(sequence.shape[0])
+            ]
+            return jnp.concatenate(slices).astype(dtype)
+
+        position = unit[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        return Chunk(rows(k), rows(v), position, position < lengths[sequence][:, None])
+
+    return ragged_attention(q, batch, Source(span, load, 1), num_kv_heads, config, sinks, tiling, dtype)[0]

@@ -1,0 +1,58 @@
+"""What must hold of a PagedKVCache after every operation, checked on the host."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jaxpaged.cache import PagedKVCache
+
+
+class InvariantError(AssertionError):
+    """A cache in a state that no sequence of operations should reach; the message names the page or sequence."""
+
+
+def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> None:
+    """Checks allocator and table against each other; reads them back from the device, never the pages.
+
+    Args:
+      cache: concrete, not traced.
+      pins: i32[N], references to each page from outside the table; None = no pins.
+
+    Raises:
+      InvariantError: the first law that is broken.
+    """
+    allocator, table = jax.tree.map(np.asarray, (cache.allocator, cache.table))
+    n, ps = cache.num_pages, cache.page_size
+    if (table.num_entries < 0).any() or (table.num_entries > cache.max_entries).any():
+        raise InvariantError(f"num_entries outside [0, {cache.max_entries}]: {table.num_entries}")
+    counts = np.zeros(n, np.int64) if pins is None else np.asarray(pins, np.int64).copy()
+    for seq in range(cache.max_seqs):
+        used = int(table.num_entries[seq])
+        pages = table.pages[seq, :used]
+        first, num, position = table.first_slot[seq, :used], table.num_tokens[seq, :used], table.position[seq, :used]
+        if (table.pages[seq, used:] != n).any() or table.num_tokens[seq, used:].any():
+            raise InvariantError(f"sequence {seq}: an entry behind num_entries = {used} is not empty")
+        if ((pages < 0) | (pages >= n)).any():
+            raise InvariantError(f"sequence {seq}: a page outside [0, {n}): {pages}")
+        if (num < 1).any() or (first < 0).any() or (first + num > ps).any():
+            raise InvariantError(f"sequence {seq}: an entry outside its page of {ps}: first {first}, tokens {num}")
+        if used and position[0] < 0:
+            raise InvariantError(f"sequence {seq}: negative position {position[0]}")
+        if (position[1:] < position[:-1] + num[:-1]).any():
+            raise InvariantError(f"sequence {seq}: positions out of order: {position}, tokens {num}")
+        np.add.at(counts, pages, 1)
+    wrong = np.flatnonzero(counts != allocator.ref_counts)
+    if wrong.size:
+        page = wrong[0]
+        raise InvariantError(
+            f"page {page}: reference count {allocator.ref_counts[page]}, but {counts[page]} entries point at it"
+        )
+    free = allocator.free_pages[: int(allocator.num_free)]
+    if not 0 <= allocator.num_free <= n or len(set(free.tolist())) != len(free):
+        raise InvariantError(f"the free stack holds a page twice, or has an impossible size {allocator.num_free}")
+    expected = np.flatnonzero(counts == 0)
+    if set(free.tolist()) != set(expected.tolist()):
+        raise InvariantError(
+            f"the free stack holds {len(free)} pages, {len(expected)} have reference count 0"
+        )

@@ -1,0 +1,410 @@
+"""From logits to tokens: one row of parameters a sequence, in the meaning and order of llama.cpp's chain.
+
+penalties -> top-k -> top-p -> min-p -> temperature -> draw. The three truncations look at probabilities at
+temperature 1, and each keeps a prefix of the tokens sorted by descending logit, so together they keep one
+prefix. Its end mostly follows from a short head of it and one sum over the row: that is why a row is seldom
+sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import Array, lax
+
+# Heads of the sorted row that are tried, the first on the whole batch, the second on each row that the first
+# did not settle; what neither settles is sorted. 128 candidates hold llama.cpp's default top_k of 40 and cost a
+# CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152 logits a hundred times.
+_HEAD = 128
+_LONG_HEAD = 2048
+_CHUNK = 128
+_INT_MAX = np.iinfo(np.int32).max
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingParams:
+    """How each sequence's next token is chosen; arrays, so that changing a value never recompiles.
+
+    Shapes: S = sequences, one row each. Nothing here is checked on the device; ``create`` checks on the host.
+    """
+
+    temperature: Array
+    """f32[S]: divides the logits that are left; 0 or less takes the likeliest token."""
+    top_k: Array
+    """i32[S]: keeps the ``top_k`` likeliest tokens; 0 or less is off."""
+    top_p: Array
+    """f32[S]: keeps the fewest likeliest tokens whose probabilities sum to ``top_p``; 1 or more is off."""
+    min_p: Array
+    """f32[S]: keeps tokens at least ``min_p`` times as probable as the likeliest one; 0 or less is off."""
+    repeat_penalty: Array
+    """f32[S]: divides positive logits of recent tokens and multiplies the others; 1 is off."""
+    repeat_last_n: Array
+    """i32[S]: how many recent tokens the three penalties look at; 0 is none, negative is all there are."""
+    presence_penalty: Array
+    """f32[S]: taken once from the logit of every recent token; 0 is off."""
+    frequency_penalty: Array
+    """f32[S]: taken from a recent token's logit once for each time it occurs; 0 is off."""
+    seed: Array
+    """u32[S]: with the position it determines the draw; rows that shall differ need different seeds."""
+
+    @property
+    def num_seqs(self) -> int:
+        """S, static."""
+        return self.temperature.shape[0]
+
+    @classmethod
+    def create(
+        cls,
+        num_seqs: int,
+        *,
+        temperature: npt.ArrayLike = 0.8,
+        top_k: npt.ArrayLike = 40,
+        top_p: npt.ArrayLike = 0.95,
+        min_p: npt.ArrayLike = 0.05,
+        repeat_penalty: npt.ArrayLike = 1.0,
+        repeat_last_n: npt.ArrayLike = 64,
+        presence_penalty: npt.ArrayLike = 0.0,
+        frequency_penalty: npt.ArrayLike = 0.0,
+        seed: npt.ArrayLike = 0,
+    ) -> SamplingParams:
+        """Parameters for ``num_seqs`` sequences, checked on the host; the defaults are llama.cpp's.
+
+        Args:
+          num_seqs: S, at least 1.
+          temperature: this and the others: one value for every sequence, or S values.
+
+        Raises:
+          ValueError: a value that means nothing; the line names the parameter, the value and what is allowed.
+
+        Example:
+          >>> SamplingParams.create(2, temperature=[0.0, 0.7], top_k=20).top_k.tolist()
+          [20, 20]
+        """
+        if num_seqs < 1:
+            raise ValueError(f"num_seqs = {num_seqs}: must be at least 1")
+
+        def floats(name: str, value: npt.ArrayLike, low: float, high: float, allowed: str) -> Array:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+                column = _column(name, value, num_seqs, "fiu", "a number").astype(np.float32)
+            _refuse(name, value, np.isfinite(column) & (column >= low) & (column <= high), allowed)
+            return jnp.asarray(column)
+
+        def integers(
+            name: str, value: npt.ArrayLike, dtype: type[np.integer], low: int, allowed: str
+        ) -> Array:
+            column = _column(name, value, num_seqs, "iu", "an integer")
+            _refuse(name, value, (column >= low) & (column <= np.iinfo(dtype).max), allowed)
+            return jnp.asarray(column.astype(dtype))
+
+        inf, smallest = np.inf, float(np.finfo(np.float32).tiny)
+        return cls(
+            temperature=floats("temperature", temperature, -inf, inf, "must be finite (0 or less is greedy)"),
+            top_k=integers("top_k", top_k, np.int32, -_INT_MAX - 1, "must fit 32 bits (0 or less is off)"),
+            top_p=floats("top_p", top_p, smallest, inf, "must be above 0 and finite (1 or more is off)"),
+            min_p=floats("min_p", min_p, 0.0, 1.0, "must be from 0 (off) to 1"),
+            repeat_penalty=floats(
+                "repeat_penalty", repeat_penalty, smallest, inf, "must be above 0 and finite (1 is off)"
+            ),
+            repeat_last_n=integers(
+                "repeat_last_n", repeat_last_n, np.int32, -1, "must be at least -1 (0 is off, -1 is all)"
+            ),
+            presence_penalty=floats(
+                "presence_penalty", presence_penalty, -inf, inf, "must be finite (0 is off)"
+            ),
+            frequency_penalty=floats(
+                "frequency_penalty", frequency_penalty, -inf, inf, "must be finite (0 is off)"
+            ),
+            seed=integers("seed", seed, np.uint32, 0, "must be from 0 to 2**32 - 1"),
+        )
+
+    @classmethod
+    def greedy(cls, num_seqs: int) -> SamplingParams:
+        """The likeliest token for each of ``num_seqs`` sequences, always."""
+        return cls.create(num_seqs, temperature=0.0)
+
+
+def sample(logits: Array, params: SamplingParams, position: Array, recent: Array) -> Array:
+    """Chooses the next token of every sequence.
+
+    With logits z, sorted so that z_0 >= z_1 >= ... (equal ones by id), and p_i = exp(z_i) / sum(exp(z)) over
+    what the step before left:
+
+    1. A token that occurs c > 0 times among the last ``repeat_last_n`` recent ones:
+       z <- z / ``repeat_penalty`` if z > 0 else z * ``repeat_penalty``;
+       z <- z - c * ``frequency_penalty`` - ``presence_penalty``.
+    2. Keep i < ``top_k``; then i < n for the least n with p_0 + ... + p_{n-1} >= ``top_p``; then
+       p_i >= ``min_p`` * p_0. The likeliest token always stays.
+    3. Weigh what is left with w_i = exp((z_i - z_0) / ``temperature``), and take the first i with
+       w_0 + ... + w_i > u * sum(w), u the uniform number of ``(seed, position)``.
+
+    A row's token depends on that row alone: not on the other rows, their number or its place among them.
+    Sorting, penalties and drawing are skipped at run time where no row asks for them; the values of
+    ``params`` never lead to another trace.
+
+    Args:
+      logits: float[S, V], any floating dtype, computed in float32. NaN counts as -inf; +inf as the largest
+        finite number. A token at -inf is never drawn; where all of a row are, the answer is token 0.
+      params: S rows.
+      position: i32[S], position of the token to be drawn, in its sequence: each has a draw of its own.
+      recent: i32[S, R], the latest tokens of each sequence, right-aligned, the latest last; on the left
+        whatever is outside [0, V), such as -1. R may be 0; ``repeat_last_n`` reaches no further than R.
+
+    Returns:
+      i32[S], ids in [0, V).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, when traced.
+
+    Example:
+      >>> logits = jnp.array([[0.0, 2.0, 1.0]])
+      >>> sample(logits, SamplingParams.greedy(1), jnp.array([7]), jnp.array([[-1, 1]])).tolist()
+      [1]
+
+    Reference: llama.cpp, ``src/llama-sampling.cpp`` (penalties, top-k, top-p, min-p, temp, dist); Holtzman et
+    al., "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., "Turning Up the Heat" (min-p).
+    """
+    _check(logits, params, position, recent)
+    logits = logits.astype(jnp.float32)
+    if recent.shape[1] > 0:
+        penalised = (params.repeat_last_n != 0) & (
+            (params.repeat_penalty != 1.0)
+            | (params.presence_penalty != 0.0)
+            | (params.frequency_penalty != 0.0)
+        )
+        logits = lax.cond(jnp.any(penalised), _penalise, lambda z, _p, _r: z, logits, params, recent)
+    return lax.cond(jnp.all(_is_greedy(params)), _argmax, _draw, logits, params, position)
+
+
+def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
+    """Appends a token to each active row of ``recent``, dropping the oldest.
+
+    Args:
+      recent: i32[S, R], as ``sample`` takes it; ``jnp.full((S, R), -1)`` to begin with.
+      tokens: i32[S].
+      active: bool[S]; the other rows stay as they are.
+
+    Returns:
+      i32[S, R].
+    """
+    pushed = jnp.concatenate([recent, tokens[:, None].astype(recent.dtype)], axis=1)[:, 1:]
+    return jnp.where(active[:, None], pushed, recent)
+
+
+def _column(name: str, value: npt.ArrayLike, num_seqs: int, kinds: str, what: str) -> np.ndarray:
+    """``value`` as S numbers of one of the numpy dtype kinds ``kinds``."""
+    column = np.asarray(value)
+    if column.dtype.kind not in kinds:
+        raise ValueError(f"{name} = {value!r}: must be {what}, or {num_seqs} of them")
+    if column.shape not in ((), (num_seqs,)):
+        raise ValueError(
+            f"{name} has shape {column.shape}: must be one value, or one for each of {num_seqs} sequences"
+        )
+    return np.broadcast_to(column, (num_seqs,))
+
+
+def _refuse(name: str, value: npt.ArrayLike, valid: np.ndarray, allowed: str) -> None:
+    if not valid.all():
+        row = int(np.argmin(valid))
+        given = np.asarray(value)
+        label = name if given.ndim == 0 else f"{name}[{row}]"
+        raise ValueError(f"{label} = {given if given.ndim == 0 else given[row]}: {allowed}")
+
+
+def _check(logits: Array, params: SamplingParams, position: Array, recent: Array) -> None:
+    if logits.ndim != 2 or logits.shape[1] == 0 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits must be floating [S, V] with V > 0, not {logits.dtype}{list(logits.shape)}")
+    num_seqs = logits.shape[0]
+    shapes = {name: leaf.shape for name, leaf in vars(params).items()} | {"position": position.shape}
+    for name, shape in shapes.items():
+        if shape != (num_seqs,):
+            raise ValueError(
+                f"{name} must have one value for each of {num_seqs} rows of logits, not {list(shape)}"
+            )
+    if recent.ndim != 2 or recent.shape[0] != num_seqs or not jnp.issubdtype(recent.dtype, jnp.integer):
+        raise ValueError(f"recent must be an integer [{num_seqs}, R], not {recent.dtype}{list(recent.shape)}")
+
+
+def _is_greedy(params: SamplingParams) -> Array:
+    return ~(params.temperature > 0.0)  # NaN too: it must not reach the draw
+
+
+def _penalise(logits: Array, params: SamplingParams, recent: Array) -> Array:
+    """Step 1 of ``sample``, touching only the recent tokens: O(S * R log R) beside the copy of the logits."""
+    vocab_size, size = logits.shape[1], recent.shape[1]
+    age = size - jnp.arange(size, dtype=jnp.int32)
+    last_n = jnp.where(params.repeat_last_n < 0, size, params.repeat_last_n)[:, None]
+    seen = (age <= last_n) & (recent >= 0) & (recent < vocab_size)
+    # Sorted, a token's occurrences are a run: its length is the count, and all its members write one value.
+    token = jnp.sort(jnp.where(seen, recent, vocab_size), axis=1)
+    index = jnp.arange(size, dtype=jnp.int32)
+    changes = token[:, 1:] != token[:, :-1]
+    first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    start = lax.cummax(jnp.where(first, index, 0), axis=1)
+    end = lax.cummin(jnp.where(last, index, size), axis=1, reverse=True)
+    count = (end - start + 1).astype(jnp.float32)
+
+    row = jnp.arange(logits.shape[0])[:, None]
+    z = logits.at[row, token].get(mode="fill", fill_value=0.0)
+    repeat = params.repeat_penalty[:, None]
+    z = jnp.where(z > 0, z / repeat, z * repeat)
+    z = z - (count * params.frequency_penalty[:, None] + params.presence_penalty[:, None])
+    return logits.at[row, token].set(z, mode="drop")
+
+
+def _clean(logits: Array) -> Array:
+    """Logits in one total order: no NaN, no +inf, one zero (``lax.top_k`` would put 0.0 before -0.0)."""
+    z = jnp.where(jnp.isnan(logits), -jnp.inf, jnp.minimum(logits, jnp.finfo(jnp.float32).max))
+    return jnp.where(z == 0.0, 0.0, z)
+
+
+def _chunked(x: Array, fill: float) -> Array:
+    """``[S, V]`` as ``[S, C, _CHUNK]``: reductions by chunk vectorise, in one order whatever S is."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _CHUNK)), constant_values=fill)
+    return padded.reshape(x.shape[0], -1, _CHUNK)
+
+
+def _argmax(logits: Array, _params: SamplingParams, _position: Array) -> Array:
+    """Lowest id of the greatest logit; by chunks, which XLA:CPU vectorises and a plain argmax not."""
+    chunks = _chunked(_clean(logits), -jnp.inf)
+    chunk = jnp.argmax(chunks.max(axis=2), axis=1)
+    winner = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
+    return (chunk * _CHUNK + jnp.argmax(winner, axis=1)).astype(jnp.int32)
+
+
+def _draw(logits: Array, params: SamplingParams, position: Array) -> Array:
+    """Steps 2 and 3 of ``sample``."""
+    z = _clean(logits)
+    uniform = jax.vmap(_uniform)(params.seed, position)
+    head = min(_HEAD, z.shape[1])
+    values, ids = lax.top_k(z, head)
+    if head == z.shape[1]:
+        return _choose(values, ids, z.shape[1], params, uniform, None)[0]
+    whole = _whole_row_needed(z.shape[1], params)
+    mass = lax.cond(jnp.any(whole), _mass, lambda z, _p: jnp.zeros(z.shape[0], z.dtype), z, params)
+    token, settled = _choose(values, ids, z.shape[1], params, uniform, mass)
+
+    def finish(token: Array) -> Array:
+        # Row by row: a single request without truncation must not make the others pay for a sort.
+        rows = (z, params, uniform, mass, token, settled)
+        return lax.map(lambda row: lax.cond(row[-1], lambda row: row[-2], _draw_row, row), rows)
+
+    return lax.cond(jnp.all(settled), lambda token: token, finish, token)
+
+
+def _draw_row(row: tuple[Array, SamplingParams, Array, Array, Array, Array]) -> Array:
+    """The token of a row that its first ``_HEAD`` candidates did not settle; ``z f32[V]``, scalars."""
+    z, params, uniform, mass = jax.tree.map(lambda leaf: leaf[None], row[:4])
+    vocab_size = z.shape[1]
+
+    def from_sorted(z: Array) -> Array:
+        ids = lax.broadcasted_iota(jnp.int32, z.shape, 1)
+        negated, ids = lax.sort((-z, ids), is_stable=True, num_keys=1)
+        return _choose(-negated, ids, vocab_size, params, uniform, None)[0]
+
+    if vocab_size <= _LONG_HEAD:
+        return from_sorted(z)[0]
+    values, ids = lax.top_k(z, _LONG_HEAD)
+    token, settled = _choose(values, ids, vocab_size, params, uniform, mass)
+    return lax.cond(settled[0], lambda _: token, from_sorted, z)[0]
+
+
+def _uniform(seed: Array, position: Array) -> Array:
+    """f32[] in [0, 1). The generator is named: the draw must not follow a process-wide default."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+    return jax.random.uniform(key, dtype=jnp.float32)
+
+
+def _whole_row_needed(vocab_size: int, params: SamplingParams) -> Array:
+    """bool[S]: top-k is off, so that the probabilities are relative to the whole row."""
+    return ~_is_greedy(params) & ((params.top_k <= 0) | (params.top_k >= vocab_size))
+
+
+def _gap(z: Array) -> Array:
+    """``z`` less its maximum, the exponent of an unnormalised probability; -inf where all of z are."""
+    greatest = z.max(axis=1, keepdims=True)
+    return z - jnp.where(greatest == -jnp.inf, 0.0, greatest)
+
+
+def _log_min_p(params: SamplingParams) -> Array:
+    """f32[S, 1]: the least gap that min-p keeps."""
+    return jnp.where(params.min_p > 0.0, jnp.log(params.min_p), -jnp.inf)[:, None]
+
+
+def _temper(gap: Array, params: SamplingParams) -> Array:
+    temperature = jnp.where(_is_greedy(params), 1.0, params.temperature)
+    # A subnormal temperature would be flushed to zero, and 0 / 0 is NaN.
+    return gap / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+
+
+def _mass(z: Array, params: SamplingParams) -> Array:
+    """f32[S]: the sum over the whole row that a row without top-k needs and its head does not tell.
+
+    With top-p on, of the probabilities that it accumulates; else of the weights of the draw. Both are
+    relative to the likeliest token.
+    """
+    gap = _gap(z)
+    drawn = jnp.where(gap >= _log_min_p(params), _temper(gap, params), -jnp.inf)
+    weight = jnp.exp(jnp.where(params.top_p[:, None] < 1.0, gap, drawn))
+    return _chunked(weight, 0.0).sum(axis=1).sum(axis=1)
+
+
+def _choose(
+    values: Array, ids: Array, vocab_size: int, params: SamplingParams, uniform: Array, mass: Array | None
+) -> tuple[Array, Array]:
+    """Truncates and draws among the K likeliest candidates of each row, if they are enough to do so.
+
+    Args:
+      values: f32[S, K], clean logits, descending.
+      ids: i32[S, K].
+      vocab_size: V, static.
+      params: S rows.
+      uniform: f32[S].
+      mass: ``_mass`` of the rows without top-k; None where K = V.
+
+    Returns:
+      ``(token i32[S], settled bool[S])``; the token means nothing unless settled.
+    """
+    size = values.shape[1]
+    index = jnp.arange(size, dtype=jnp.int32)
+    gap = _gap(values)
+    greedy = _is_greedy(params)
+    top_k = jnp.where((params.top_k <= 0) | (params.top_k >= vocab_size), vocab_size, params.top_k)
+
+    probability = jnp.where(index < top_k[:, None], jnp.exp(gap), 0.0)
+    # An explicit scan fixes the order of the additions, and with it the last bit, on every shape and path.
+    cumulative = lax.associative_scan(jnp.add, probability, axis=1)
+    total = cumulative[:, -1] if mass is None else jnp.where(top_k <= size, cumulative[:, -1], mass)
+    by_top_p = 1 + jnp.sum(cumulative < (params.top_p * total)[:, None], axis=1, dtype=jnp.int32)
+    by_top_p = jnp.where(params.top_p < 1.0, by_top_p, _INT_MAX)
+    by_min_p = jnp.sum((gap >= _log_min_p(params)) & (values > -jnp.inf), axis=1, dtype=jnp.int32)
+    kept = jnp.minimum(jnp.minimum(top_k, by_top_p), by_min_p)
+
+    weight = jnp.where(index < kept[:, None], jnp.exp(_temper(gap, params)), 0.0)
+    cumulative = lax.associative_scan(jnp.add, weight, axis=1)
+    drawn_from = cumulative[:, -1]
+    settled = jnp.ones_like(greedy)
+    if mass is not None:
+        unlimited = top_k == vocab_size
+        without_top_p = params.top_p >= 1.0
+        # Is the end of what is kept in sight?
+        closed = (
+            (top_k <= size)
+            | (unlimited & (by_top_p <= size))
+            | ((unlimited | without_top_p) & (by_min_p < size))
+        )
+        # Where it is not, a draw that falls within sight will do, if at most min-p truncates: then `mass` is
+        # the sum of all the weights.
+        open_end = unlimited & without_top_p & ~closed
+        drawn_from = jnp.where(open_end, mass, drawn_from)
+        settled = greedy | closed | (open_end & (uniform * drawn_from < cumulative[:, -1]))
+
+    rank = jnp.sum(cumulative <= (uniform * drawn_from)[:, None], axis=1, dtype=jnp.int32)
+    rank = jnp.where(greedy, 0, jnp.clip(rank, 0, jnp.maximum(kept - 1, 0)))
+    rank = jnp.minimum(rank, size - 1)  # a row that is not settled may keep more than is here
+    return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0], settled

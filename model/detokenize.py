@@ -1,0 +1,63 @@
+"""From token bytes back to text: GPT-2's byte alphabet, and a decoder that never emits half a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(0x100) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+BYTE_OF_CHARACTER: Mapping[str, int] = MappingProxyType(_byte_alphabet())
+"""The byte that each of the 256 characters of GPT-2's alphabet stands for."""
+
+
+def byte_level_bytes(text: str) -> bytes:
+    """The bytes of a token spelled in GPT-2's alphabet; a token that is not spelled in it stands for itself."""
+    try:
+        return bytes([BYTE_OF_CHARACTER[character] for character in text])
+    except KeyError:
+        return text.encode()
+
+
+class StreamDecoder:
+    """Turns tokens into text one at a time; a character appears once all its bytes have arrived.
+
+    The pieces of `push` and `flush`, joined, are `Tokenizer.decode` of the same tokens.
+
+    Args:
+        piece: the visible bytes of a token (none for a hidden special token).
+        strip_space: drop one space at the very beginning, the one that a SentencePiece vocabulary puts there.
+
+    Example:
+        >>> decoder = StreamDecoder(lambda token: bytes([token]), strip_space=False)
+        >>> [decoder.push(byte) for byte in "é!".encode()], decoder.flush()
+        (['', 'é', '!'], '')
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], strip_space: bool) -> None:
+        self._piece = piece
+        self._strip_space = strip_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completed, often a word, sometimes nothing.
+
+        Raises:
+            TokenizerError: the token is not in the vocabulary.
+        """
+        data = self._piece(token_id)
+        if data and self._strip_space:
+            data = data.removeprefix(b" ")
+            self._strip_space = False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character whose last bytes never came, else nothing."""
+        return self._utf8.decode(b"", final=True)

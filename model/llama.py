@@ -1,0 +1,90 @@
+"""The Llama family: llama, mistral, qwen2, qwen3 as one Flax NNX module and one pure function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxpaged.batch import Batch
+from model.config import ModelConfig, rope_frequencies
+from model.layers import Block, RMSNorm, rope_tables
+
+
+class Llama(nnx.Module):
+    """Decoder-only transformer of the Llama family.
+
+    The module is made once, split once (``nnx.split``) and then used as a pure function; see ``functional``.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
+        c = config
+        self.config = c
+        self.embedding = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(c, i, dtype=dtype, rngs=rngs) for i in range(c.num_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.head = nnx.data(
+            None
+            if c.tie_embeddings
+            else nnx.Linear(
+                c.hidden_size, c.vocab_size, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+            )
+        )
+
+    def __call__(self, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
+        """One step.
+
+        Args:
+          tokens: i32[T], packed as ``batch`` says; padding may hold any id of the vocabulary.
+          cache: anything with ``attend``; every layer writes its keys and values there.
+          batch: the tokens' sequences and positions.
+          rows: i32[R], the rows of T whose logits are wanted.
+
+        Returns:
+          ``(logits f32[R, vocab_size], cache)``.
+        """
+        inv_freq, attention_factor = rope_frequencies(self.config)
+        rope = rope_tables(batch.rope_positions, jnp.asarray(inv_freq), attention_factor)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x, cache = block(x, rope, cache, batch)
+        x = self.norm(x[rows])
+        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        return logits.astype(jnp.float32), cache
+
+
+Params = Any
+"""The weights of a model: the pytree that ``nnx.split`` gives."""
+
+ModelFn = Callable[[Params, Array, Any, Batch, Array], tuple[Array, Any]]
+"""``(params, tokens, cache, batch, rows) -> (logits, cache)``: what generation needs of a model."""
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes and dtypes of the weights, without memory behind them."""
+    return nnx.state(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+@functools.cache
+def functional(config: ModelConfig, dtype: Any = jnp.float32) -> ModelFn:
+    """The model as a pure function of its weights: the module is split here, once, and never traced again."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))), nnx.Param)
+
+    def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
+        return nnx.merge(graph, params)(tokens, cache, batch, rows)
+
+    return apply
+
+
+def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Params:
+    """Freshly drawn weights, for tests, training and benchmarks."""
+
+    def draw(key: Array) -> Params:
+        return nnx.state(Llama(config, dtype=dtype, rngs=nnx.Rngs(key)), nnx.Param)
+
+    return jax.jit(draw)(jax.random.key(seed))

@@ -1,0 +1,80 @@
+"""The text the embedded model learns: Python's standard library, a fixed share of its files held out."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+# The splitting of GGUF's pre-tokenizer "llama-bpe".
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Tables rather than prose or code, or files that are broken on purpose.
+SKIPPED_FOLDERS = {"site-packages", "encodings", "pydoc_data", "__pycache__", "data", "encoded_modules"}
+LARGEST_FILE = 300_000
+HELD_OUT_ONE_IN = 50
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts by path relative to the library's folder; ``held_out`` is never trained on, tokenizer included."""
+
+    train: dict[str, str]
+    held_out: dict[str, str]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a file is set aside: by a hash of its name, so every machine sets aside the same ones."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def read_corpus(folder: Path | None = None) -> Corpus:
+    """Reads every Python file under ``folder`` (default: the running Python's standard library)."""
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    corpus = Corpus({}, {})
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if SKIPPED_FOLDERS & set(Path(name).parts[:-1]) or path.stat().st_size > LARGEST_FILE:
+            continue
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        (corpus.held_out if is_held_out(name) else corpus.train)[name] = text
+    return corpus
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with a token for every byte, learnt from the training files."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus.train.values(), trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: dict[str, str]) -> list[np.ndarray]:
+    """Each file's tokens, i32, END_OF_TEXT behind it."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch(list(texts.values()), add_special_tokens=False)
+    return [np.asarray([*e.ids, end], np.int32) for e in encoded]

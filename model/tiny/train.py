@@ -1,0 +1,186 @@
+"""Trains the embedded model: ``python -m model.tiny.train`` (``make train-tiny``).
+
+A Llama of 3.8 million parameters learns the text of Python's standard library on a CPU. Matrices are optimized with
+Muon (Keller Jordan et al., 2024), embeddings and norms with AdamW; the learning rate warms up, holds, and falls
+linearly to zero as the budget of steps or minutes runs out, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from jax import Array
+
+from jaxpaged.batch import Batch
+from model.config import ModelConfig
+from model.llama import functional, random_params
+from model.tiny.corpus import encode, read_corpus, train_tokenizer
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    name="tiny-python",
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=640,
+    num_layers=4,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    context_length=1024,
+    tie_embeddings=True,
+)
+TOKENS_PER_STEP = 4096
+WARMUP_STEPS = 60
+HOLD = 0.4
+LONG_CONTEXT_FROM = 0.85
+
+
+class Dense:
+    """What stands for the cache in training: plain causal attention over ``num_seqs`` sequences of one length."""
+
+    def __init__(self, num_seqs: int) -> None:
+        self.num_seqs = num_seqs
+
+    def attend(
+        self, layer: int, q: Array, k: Array, v: Array, batch: Batch, *, window: int | None
+    ) -> tuple[Array, Dense]:
+        q4, k4, v4 = (x.reshape(self.num_seqs, -1, *x.shape[1:]) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q4, k4, v4, is_causal=True).reshape(q.shape), self
+
+
+def token_losses(params: Any, tokens: Array) -> Array:
+    """Negative log-likelihood in nats of ``tokens[:, 1:]`` given what stands before: ``f32[B, S - 1]``."""
+    num_seqs, length = tokens.shape[0], tokens.shape[1] - 1
+    position = jnp.tile(jnp.arange(length), num_seqs)
+    sequence = jnp.repeat(jnp.arange(num_seqs), length)
+    cu_q_lens = jnp.arange(num_seqs + 1) * length
+    batch = Batch(sequence, position, position, sequence, position, cu_q_lens)
+    rows = jnp.arange(num_seqs * length)
+    apply = functional(CONFIG)
+    logits, _ = apply(params, tokens[:, :-1].reshape(-1), Dense(num_seqs), batch, rows)
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_probs, tokens[:, 1:].reshape(-1, 1), axis=1).reshape(num_seqs, length)
+
+
+def make_optimizer(params: Any) -> optax.GradientTransformation:
+    """Updates at learning-rate scale 1; ``train_step`` multiplies by the schedule."""
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "matrix" if "kernel" in jax.tree_util.keystr(path) else "rest", params
+    )
+    return optax.partition(
+        {
+            "matrix": optax.contrib.muon(0.02, weight_decay=0.01),
+            "rest": optax.adamw(3e-3, b2=0.95, weight_decay=0.01),
+        },
+        labels,
+    )
+
+
+@partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "state"))
+def train_step(
+    optimizer: optax.GradientTransformation, params: Any, state: Any, tokens: Array, scale: Array
+) -> tuple[Any, Any, Array]:
+    """One step; ``params`` and ``state`` are donated."""
+    loss, grads = jax.value_and_grad(lambda p: token_losses(p, tokens).mean())(params)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, jax.tree.map(lambda u: u * scale, updates)), state, loss
+
+
+losses_of = jax.jit(token_losses)
+
+
+class Score(NamedTuple):
+    """Bits per byte over the held-out files."""
+
+    bits_per_byte: float
+    num_bytes: int
+
+
+def evaluate(params: Any, files: list[np.ndarray], num_bytes: int, end: int, context: int = 512) -> Score:
+    """Compresses ``files`` with the model: windows that overlap by half, each token counted once."""
+    nats, step = 0.0, context // 2
+    windows, counted = [], []
+    for ids in files:
+        ids = np.concatenate([[end], ids])
+        for start in range(0, max(1, len(ids) - 1 - step), step):
+            piece = ids[start : start + context + 1]
+            mask = np.zeros(context, bool)
+            mask[0 if start == 0 else step : len(piece) - 1] = True
+            windows.append(np.pad(piece, (0, context + 1 - len(piece)), constant_values=end))
+            counted.append(mask)
+    for i in range(0, len(windows), 8):
+        block, mask = np.stack(windows[i : i + 8]), np.stack(counted[i : i + 8])
+        missing = 8 - len(block)
+        block, mask = np.pad(block, ((0, missing), (0, 0))), np.pad(mask, ((0, missing), (0, 0)))
+        nats += float((np.asarray(losses_of(params, block)) * mask).sum())
+    return Score(nats / np.log(2) / num_bytes, num_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for what the run leaves")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps at most (4,096 tokens each)")
+    parser.add_argument("--minutes", type=float, default=90.0, help="minutes of training at most")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    corpus = read_corpus()
+    tokenizer = train_tokenizer(corpus, CONFIG.vocab_size)
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    stream = np.concatenate(encode(tokenizer, corpus.train))
+    held_out = encode(tokenizer, corpus.held_out)
+    held_out_bytes = sum(len(t.encode()) for t in corpus.held_out.values())
+    print(
+        f"{len(corpus.train)} files, {sum(len(t.encode()) for t in corpus.train.values())} bytes, {len(stream)} tokens; "
+        f"held out {len(corpus.held_out)} files, {held_out_bytes} bytes",
+        flush=True,
+    )
+
+    rng = np.random.default_rng(args.seed)
+    params = random_params(CONFIG, seed=args.seed)
+    optimizer = make_optimizer(params)
+    state = optimizer.init(params)
+    log: list[dict[str, float]] = []
+    offsets, offsets_length = np.empty(0, np.int64), 0
+    start, step, progress = time.perf_counter(), 0, 0.0
+    while progress < 1.0:
+        length = CONFIG.context_length if progress >= LONG_CONTEXT_FROM else CONFIG.context_length // 2
+        rows = TOKENS_PER_STEP // length
+        if len(offsets) < rows or offsets_length != length:
+            # An epoch: every window of the stream once, from a random start, shuffled.
+            shift = rng.integers(length)
+            offsets = rng.permutation(np.arange(shift, len(stream) - length - 1, length))
+            offsets_length = length
+        picked, offsets = offsets[:rows], offsets[rows:]
+        tokens = np.stack([stream[o : o + length + 1] for o in picked])
+        scale = min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (1 - progress) / (1 - HOLD))
+        params, state, loss = train_step(optimizer, params, state, tokens, jnp.float32(scale))
+        step += 1
+        elapsed = time.perf_counter() - start
+        progress = max(step / args.steps, elapsed / (60 * args.minutes))
+        log.append({"step": step, "seconds": elapsed, "tokens": step * TOKENS_PER_STEP, "loss": float(loss)})
+        if step % 200 == 0 or progress >= 1.0:
+            score = evaluate(params, held_out, held_out_bytes, end)
+            log[-1]["held_out_bits_per_byte"] = score.bits_per_byte
+            (args.out / "params.pkl").write_bytes(pickle.dumps(jax.tree.map(np.asarray, params)))
+        if step % 20 == 0 or progress >= 1.0:
+            (args.out / "log.json").write_text(json.dumps(log))
+            bpb = log[-1].get("held_out_bits_per_byte", float("nan"))
+            print(f"step {step} {elapsed:.0f} s loss {loss:.3f} held-out {bpb:.4f} bits/byte", flush=True)
+
+
+if __name__ == "__main__":
+    main()
