@@ -7,7 +7,7 @@ entries and moves no key or value. Edits here know tables alone; ``cache.py`` ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -210,11 +210,8 @@ def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockT
 
 def empty_like(row: BlockTable, num_pages: int) -> BlockTable:
     """The same row or table without entries."""
-    return BlockTable(
-        jnp.full_like(row.pages, num_pages),
-        *(jnp.zeros_like(f) for f in (row.first_slot, row.num_tokens, row.position, row.rotation)),
-        jnp.zeros_like(row.num_entries),
-    )
+    zeros = jax.tree.map(jnp.zeros_like, row)
+    return replace(zeros, pages=jnp.full_like(row.pages, num_pages))
 
 
 def get_row(table: BlockTable, seq: Array) -> BlockTable:

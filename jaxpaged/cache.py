@@ -176,9 +176,7 @@ class PagedKVCache:
             v_pages=_replaced(self.v_pages, swap, v_pages),
         )
 
-    def reserve(
-        self, num_new: Array, *, num_tokens: int | None = None
-    ) -> tuple[PagedKVCache, Batch, Array]:
+    def reserve(self, num_new: Array, *, num_tokens: int | None = None) -> tuple[PagedKVCache, Batch, Array]:
         """See ``reserve``."""
         return reserve(self, num_new, num_tokens=num_tokens)
 
@@ -312,9 +310,7 @@ def reserve(
     # Copies come first among the pages taken, then the fresh pages, sequence by sequence.
     copy_rank = jnp.cumsum(copied, dtype=jnp.int32) - 1
     last_page = jnp.where(copied, taken.at[copy_rank].get(mode="clip"), plan.last.pages)
-    sources = (
-        jnp.full(max_copied, n).at[jnp.where(copied, copy_rank, s)].set(plan.last.pages, mode="drop")
-    )
+    sources = jnp.full(max_copied, n).at[jnp.where(copied, copy_rank, s)].set(plan.last.pages, mode="drop")
     allocator = replace(allocator, ref_counts=allocator.ref_counts.at[sources].add(-1, mode="drop"))
     k_pages, v_pages = _copy_pages(cache, sources, taken, num_copied)
 
@@ -343,9 +339,7 @@ def reserve(
     valid, row = sequence < s, jnp.minimum(sequence, s - 1)
     beyond = offset - into_last[row]
     fresh_index = fresh_before[row] + jnp.maximum(beyond, 0) // ps
-    page = jnp.where(
-        beyond < 0, last_page[row], taken_fresh.at[fresh_index].get(mode="fill", fill_value=n)
-    )
+    page = jnp.where(beyond < 0, last_page[row], taken_fresh.at[fresh_index].get(mode="fill", fill_value=n))
     slot = jnp.where(beyond < 0, (plan.last.first_slot + plan.last.num_tokens)[row] + offset, beyond % ps)
     position = jnp.where(valid, start[row] + offset, 0)
     batch = Batch(
@@ -429,9 +423,7 @@ def seq_remove(
     if seq.dtype == bool:
         allocator, table, ok = remove_marked(seq)
     else:
-        allocator, table, ok = jax.lax.cond(
-            seq < 0, lambda: remove_marked(jnp.ones(s, bool)), remove_one
-        )
+        allocator, table, ok = jax.lax.cond(seq < 0, lambda: remove_marked(jnp.ones(s, bool)), remove_one)
     return replace(cache, allocator=allocator, table=table), ok
 
 
@@ -496,7 +488,9 @@ def seq_position_max(cache: PagedKVCache) -> Array:
 
 
 _reserve_donating = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")
-_plan_needs = jax.jit(lambda cache, num_new: (_plan(cache, num_new).needed, _plan(cache, num_new).representable))
+_plan_needs = jax.jit(
+    lambda cache, num_new: (_plan(cache, num_new).needed, _plan(cache, num_new).representable)
+)
 
 
 def reserve_or_raise(

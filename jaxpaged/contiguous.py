@@ -23,8 +23,8 @@ from jaxpaged.attention.base import (
     ragged_attention,
 )
 from jaxpaged.batch import Batch, pack
+from jaxpaged.page_format import page_format
 
-_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 _CHUNK_TOKENS = 256
 
 
@@ -33,7 +33,7 @@ _CHUNK_TOKENS = 256
 class ContiguousKVCache:
     """Keys and values of S sequences, each with memory for ``max_length`` tokens from the start.
 
-    In a ``Batch`` of this cache the page is the sequence (S = written nowhere), the slot the index in its row.
+    In a ``Batch`` of this cache the page is the sequence (S = written nowhere), the slot the index in it.
     """
 
     k: tuple[Array, ...]
@@ -66,22 +66,21 @@ class ContiguousKVCache:
         Raises:
           ValueError: a size below 1, or an unknown dtype.
         """
-        sizes = dict(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_seqs=max_seqs,
-            max_length=max_length,
-        )
+        sizes = {
+            "num_layers": num_layers,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "max_seqs": max_seqs,
+            "max_length": max_length,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(_DTYPES)}")
+        storage = page_format(dtype).dtype
         chunk = min(max_length, _CHUNK_TOKENS)
         shape = (max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim)
         # Every layer its own buffer: donation refuses one buffer given twice.
-        k, v = (tuple(jnp.zeros(shape, _DTYPES[dtype]) for _ in range(num_layers)) for _ in range(2))
+        k, v = (tuple(jnp.zeros(shape, storage) for _ in range(num_layers)) for _ in range(2))
         return ContiguousKVCache(k, v, jnp.zeros(max_seqs, jnp.int32), max_length)
 
     @property
@@ -115,7 +114,7 @@ class ContiguousKVCache:
         return jnp.sum(self.lengths > 0, dtype=jnp.int32)
 
     def fits(self, num_new: Array) -> Array:
-        """bool[S]: which sequences have room for ``num_new i32[S]`` more tokens; no row takes from another."""
+        """bool[S]: which sequences have room for ``num_new i32[S]`` more tokens; rows are independent."""
         return self.lengths + jnp.asarray(num_new, jnp.int32) <= self.max_length
 
     def reserve(

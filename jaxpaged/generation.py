@@ -48,7 +48,9 @@ class KVCache(Protocol):
     ) -> tuple[Array, Self]: ...
     def reserve(self, num_new: Array, *, num_tokens: int | None = None) -> tuple[Self, Batch, Array]: ...
     def fits(self, num_new: Array) -> Array: ...
-    def seq_remove(self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1) -> tuple[Self, Array]: ...
+    def seq_remove(
+        self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
+    ) -> tuple[Self, Array]: ...
 
 
 Cache = TypeVar("Cache", bound=KVCache)
@@ -215,18 +217,14 @@ def _end(cache: Cache, state: _State, ended: Array, reason: int, release: bool) 
     )
 
 
-def _reserve(
-    cache: Cache, state: _State, num_new: Array, num_tokens: int
-) -> tuple[Cache, _State, Batch]:
+def _reserve(cache: Cache, state: _State, num_new: Array, num_tokens: int) -> tuple[Cache, _State, Batch]:
     """Room for ``num_new`` tokens; sequences that find none end here, and their pages serve the others."""
     cache, state = _end(cache, state, state.active & ~cache.fits(num_new), FINISH_OUT_OF_PAGES, release=True)
     cache, batch, _ = cache.reserve(jnp.where(state.active, num_new, 0), num_tokens=num_tokens)
     return cache, replace(state, pages_peak=jnp.maximum(state.pages_peak, cache.pages_used)), batch
 
 
-def _accept(
-    cache: Cache, state: _State, request: _Request, token: Array, keep: bool
-) -> tuple[Cache, _State]:
+def _accept(cache: Cache, state: _State, request: _Request, token: Array, keep: bool) -> tuple[Cache, _State]:
     """Appends the token sampled for each active sequence, and ends those that are done."""
     rows = jnp.arange(token.shape[0])
     stopped = state.active & jnp.any(token[:, None] == request.stop_ids, axis=1)
@@ -276,9 +274,7 @@ def _prefill_chunk(
     return cache, state, jnp.where(complete[:, None], new, logits)
 
 
-def _start(
-    model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request
-) -> tuple[Cache, _State]:
+def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
     """Prefills every prompt in chunks, and samples each sequence's first token."""
     s = cache.max_seqs
     base = cache.lengths

@@ -30,13 +30,19 @@ def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> Non
     for seq in range(cache.max_seqs):
         used = int(table.num_entries[seq])
         pages = table.pages[seq, :used]
-        first, num, position = table.first_slot[seq, :used], table.num_tokens[seq, :used], table.position[seq, :used]
+        first, num, position = (
+            table.first_slot[seq, :used],
+            table.num_tokens[seq, :used],
+            table.position[seq, :used],
+        )
         if (table.pages[seq, used:] != n).any() or table.num_tokens[seq, used:].any():
             raise InvariantError(f"sequence {seq}: an entry behind num_entries = {used} is not empty")
         if ((pages < 0) | (pages >= n)).any():
             raise InvariantError(f"sequence {seq}: a page outside [0, {n}): {pages}")
         if (num < 1).any() or (first < 0).any() or (first + num > ps).any():
-            raise InvariantError(f"sequence {seq}: an entry outside its page of {ps}: first {first}, tokens {num}")
+            raise InvariantError(
+                f"sequence {seq}: an entry outside its page of {ps}: first {first}, tokens {num}"
+            )
         if used and position[0] < 0:
             raise InvariantError(f"sequence {seq}: negative position {position[0]}")
         if (position[1:] < position[:-1] + num[:-1]).any():
@@ -50,7 +56,9 @@ def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> Non
         )
     free = allocator.free_pages[: int(allocator.num_free)]
     if not 0 <= allocator.num_free <= n or len(set(free.tolist())) != len(free):
-        raise InvariantError(f"the free stack holds a page twice, or has an impossible size {allocator.num_free}")
+        raise InvariantError(
+            f"the free stack holds a page twice, or has an impossible size {allocator.num_free}"
+        )
     expected = np.flatnonzero(counts == 0)
     if set(free.tolist()) != set(expected.tolist()):
         raise InvariantError(

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from jax import Array, lax
 
 # Heads of the sorted row that are tried, the first on the whole batch, the second on each row that the first
-# did not settle; what neither settles is sorted. 128 candidates hold llama.cpp's default top_k of 40 and cost a
-# CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152 logits a hundred times.
+# did not settle; what neither settles is sorted. 128 candidates hold llama.cpp's default top_k of 40 and cost
+# a CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152 logits a hundred times.
 _HEAD = 128
 _LONG_HEAD = 2048
 _CHUNK = 128
@@ -34,7 +34,7 @@ class SamplingParams:
     """
 
     temperature: Array
-    """f32[S]: divides the logits that are left; 0 or less takes the likeliest token."""
+    """f32[S]: divides the logits that are left; 0 or less (or subnormal) takes the likeliest."""
     top_k: Array
     """i32[S]: keeps the ``top_k`` likeliest tokens; 0 or less is off."""
     top_p: Array
@@ -230,7 +230,8 @@ def _check(logits: Array, params: SamplingParams, position: Array, recent: Array
 
 
 def _is_greedy(params: SamplingParams) -> Array:
-    return ~(params.temperature > 0.0)  # NaN too: it must not reach the draw
+    # NaN too, and subnormal numbers, which some devices flush to zero: neither may divide.
+    return ~(params.temperature >= jnp.finfo(jnp.float32).tiny)
 
 
 def _penalise(logits: Array, params: SamplingParams, recent: Array) -> Array:
@@ -337,9 +338,7 @@ def _log_min_p(params: SamplingParams) -> Array:
 
 
 def _temper(gap: Array, params: SamplingParams) -> Array:
-    temperature = jnp.where(_is_greedy(params), 1.0, params.temperature)
-    # A subnormal temperature would be flushed to zero, and 0 / 0 is NaN.
-    return gap / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    return gap / jnp.where(_is_greedy(params), 1.0, params.temperature)[:, None]
 
 
 def _mass(z: Array, params: SamplingParams) -> Array:
@@ -377,8 +376,7 @@ def _choose(
     top_k = jnp.where((params.top_k <= 0) | (params.top_k >= vocab_size), vocab_size, params.top_k)
 
     probability = jnp.where(index < top_k[:, None], jnp.exp(gap), 0.0)
-    # An explicit scan fixes the order of the additions, and with it the last bit, on every shape and path.
-    cumulative = lax.associative_scan(jnp.add, probability, axis=1)
+    cumulative = lax.cumsum(probability, axis=1)
     total = cumulative[:, -1] if mass is None else jnp.where(top_k <= size, cumulative[:, -1], mass)
     by_top_p = 1 + jnp.sum(cumulative < (params.top_p * total)[:, None], axis=1, dtype=jnp.int32)
     by_top_p = jnp.where(params.top_p < 1.0, by_top_p, _INT_MAX)
@@ -386,7 +384,7 @@ def _choose(
     kept = jnp.minimum(jnp.minimum(top_k, by_top_p), by_min_p)
 
     weight = jnp.where(index < kept[:, None], jnp.exp(_temper(gap, params)), 0.0)
-    cumulative = lax.associative_scan(jnp.add, weight, axis=1)
+    cumulative = lax.cumsum(weight, axis=1)
     drawn_from = cumulative[:, -1]
     settled = jnp.ones_like(greedy)
     if mass is not None:

@@ -21,8 +21,7 @@ from jax import Array
 from jaxpaged.attention.cases import Case
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-
-_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+from jaxpaged.page_format import page_format
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Built:
     def options(self) -> dict[str, Any]:
         """Keyword arguments for ``paged_attention``."""
         case = self.case
-        return dict(scale=case.scale, window=case.window, soft_cap=case.soft_cap, sinks=self.sinks)
+        return {"scale": case.scale, "window": case.window, "soft_cap": case.soft_cap, "sinks": self.sinks}
 
 
 def build_case(case: Case, *, seed: int = 0) -> Built:
@@ -80,7 +79,7 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     free = list(rng.permutation(num_pages))
     pages = rng.integers(0, num_pages + 1, (max_seqs, max_entries))
     first_slot, num_tokens, position_of = (rng.integers(0, size, pages.shape) for _ in range(3))
-    dtype = _DTYPES[case.dtype]
+    dtype = page_format(case.dtype).dtype
     shape = num_pages, case.num_kv_heads, size, case.head_dim
     k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
     is_shared = iter(shared)
@@ -92,17 +91,19 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
                 continue
             pages[s, e] = page = free.pop()
             for pool in (k_pages, v_pages):
-                pool[page, :, first : first + count] = rng.standard_normal((case.num_kv_heads, count, case.head_dim))
+                pool[page, :, first : first + count] = rng.standard_normal(
+                    (case.num_kv_heads, count, case.head_dim)
+                )
     sinks = rng.standard_normal(case.num_q_heads).astype(np.float32) * 2 if case.sinks else None
 
     q_lens = np.asarray(case.q_lens)
     rows = int(q_lens.sum())
     tokens = max(rows + case.padding, 1)
-    sequence, position = np.full(tokens, max_seqs), np.zeros(tokens, int)
+    sequence, asked = np.full(tokens, max_seqs), np.zeros(tokens, int)
     sequence[:rows] = np.repeat(np.arange(max_seqs), q_lens)
     for s, row in enumerate(entries):
         held = np.concatenate([np.arange(p, p + n) for p, _, n in row]) if row else np.zeros(0, int)
-        position[:rows][sequence[:rows] == s] = held[len(held) - q_lens[s] :]
+        asked[:rows][sequence[:rows] == s] = held[len(held) - q_lens[s] :]
     q = rng.standard_normal((tokens, case.num_q_heads, case.head_dim)).astype(np.float32) * 2
 
     def integers(x: Any) -> Array:
@@ -118,8 +119,8 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     )
     batch = Batch(
         sequence=integers(sequence),
-        position=integers(position),
-        rope_positions=integers(position),
+        position=integers(asked),
+        rope_positions=integers(asked),
         page=jnp.full(tokens, num_pages, jnp.int32),
         slot=jnp.zeros(tokens, jnp.int32),
         cu_q_lens=integers(np.concatenate([[0], np.cumsum(q_lens)])),
@@ -127,9 +128,19 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     k, v = jnp.asarray(k_pages, dtype), jnp.asarray(v_pages, dtype)
     # The oracle reads what the pages hold after rounding.
     out, lse = _oracle(
-        case, q, np.asarray(k, np.float64), np.asarray(v, np.float64), pages, entries, sequence, position, sinks
+        case,
+        q,
+        np.asarray(k, np.float64),
+        np.asarray(v, np.float64),
+        pages,
+        entries,
+        sequence,
+        asked,
+        sinks,
     )
-    return Built(case, jnp.asarray(q), k, v, table, batch, None if sinks is None else jnp.asarray(sinks), out, lse)
+    return Built(
+        case, jnp.asarray(q), k, v, table, batch, None if sinks is None else jnp.asarray(sinks), out, lse
+    )
 
 
 def _oracle(
@@ -189,8 +200,8 @@ def check_conformance(
     """Compares an attention with the oracle.
 
     Args:
-      attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=, soft_cap=, sinks=)``,
-        and with ``return_lse=True`` if ``lse``; see ``jaxpaged.attention.paged_attention``.
+      attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=, soft_cap=,
+        sinks=)``, and with ``return_lse=True`` if ``lse``; see ``jaxpaged.attention.paged_attention``.
       case: a case, or what ``build_case`` made of it.
       rtol, atol: tolerances of the output; pages of any dtype, sums in float32.
       lse: whether it returns the logarithm of its denominators too.
@@ -199,7 +210,7 @@ def check_conformance(
       AssertionError: another shape, dtype or value; the message names the case.
     """
     built = case if isinstance(case, Built) else build_case(case)
-    options = built.options | (dict(return_lse=True) if lse else {})
+    options = built.options | ({"return_lse": True} if lse else {})
     result = attention(built.q, built.k_pages, built.v_pages, built.table, built.batch, **options)
     name = built.case.name
     out = result[0] if lse else result
@@ -207,4 +218,6 @@ def check_conformance(
     assert out.dtype == built.q.dtype, f"{name}: out has dtype {out.dtype}, q {built.q.dtype}"
     np.testing.assert_allclose(np.asarray(out, np.float64), built.out, rtol, atol, err_msg=f"{name}: out")
     if lse:
-        np.testing.assert_allclose(np.asarray(result[1], np.float64), built.lse, rtol, atol, err_msg=f"{name}: lse")
+        np.testing.assert_allclose(
+            np.asarray(result[1], np.float64), built.lse, rtol, atol, err_msg=f"{name}: lse"
+        )

@@ -87,9 +87,13 @@ class ModelConfig:
                 f"num_q_heads must be a multiple of num_kv_heads, got {self.num_q_heads} and {self.num_kv_heads}"
             )
         if self.windows and len(self.windows) != self.num_layers:
-            raise ModelError(f"windows must name every layer: {len(self.windows)} given for {self.num_layers}")
+            raise ModelError(
+                f"windows must name every layer: {len(self.windows)} given for {self.num_layers}"
+            )
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ModelError(f"rope_dim must be even and at most head_dim {self.head_dim}, got {self.rope_dim}")
+            raise ModelError(
+                f"rope_dim must be even and at most head_dim {self.head_dim}, got {self.rope_dim}"
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -133,7 +137,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         inv_freq = inv_freq / scaling.factor
     elif scaling.kind == "factors":
         if len(scaling.factors) != dim // 2:
-            raise ModelError(f"rope factors: {len(scaling.factors)} given, {dim // 2} needed for rotary_dim {dim}")
+            raise ModelError(
+                f"rope factors: {len(scaling.factors)} given, {dim // 2} needed for rotary_dim {dim}"
+            )
         inv_freq = inv_freq / np.asarray(scaling.factors, np.float64)
     elif scaling.kind == "llama3":
         inv_freq = _llama3(inv_freq, scaling)

@@ -19,7 +19,7 @@ BYTE_OF_CHARACTER: Mapping[str, int] = MappingProxyType(_byte_alphabet())
 
 
 def byte_level_bytes(text: str) -> bytes:
-    """The bytes of a token spelled in GPT-2's alphabet; a token that is not spelled in it stands for itself."""
+    """The bytes of a token spelled in GPT-2's alphabet; one that is not spelled in it stands for itself."""
     try:
         return bytes([BYTE_OF_CHARACTER[character] for character in text])
     except KeyError:

@@ -1,7 +1,7 @@
 """SentencePiece BPE: merge neighbours, best score first; what is no token is spelled in bytes.
 
-The rule is SentencePiece's (`bpe_model.cc`), which llama.cpp follows: of all neighbouring pieces whose joined text is
-a token, the pair with the highest score merges first, the leftmost of equals, until none is left.
+The rule is SentencePiece's (`bpe_model.cc`), which llama.cpp follows: of all neighbouring pieces whose joined
+text is a token, the pair with the highest score merges first, the leftmost of equals, until none is left.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ class ScoreMerger:
         self._scores = scores
         self._byte_ids = byte_ids
         self._unknown_id = unknown_id
-        # A space that starts a word can only merge to its left after a character that precedes a space inside some
-        # token. Everywhere else text is cut, and a word met before is not merged again: the result is the same.
+        # A space merges to its left only after a character that precedes a space inside some token. Text is
+        # cut everywhere else, so that a word met before is not merged again; the result is the same.
         self._joins_space = frozenset(
-            text[i - 1] for text in ids if SPACE_MARK in text for i in range(1, len(text)) if text[i] == SPACE_MARK
+            text[i - 1]
+            for text in ids
+            if SPACE_MARK in text
+            for i in range(1, len(text))
+            if text[i] == SPACE_MARK
         )
         self._encode_word = lru_cache(maxsize=1 << 14)(self._merge)
 

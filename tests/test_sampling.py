@@ -1,4 +1,4 @@
-"""Laws of sampling: equal to a plain numpy sampler, a row never depends on its batch, one trace for all values."""
+"""Laws of sampling: equal to a plain numpy sampler, no row depends on its batch, one trace for all values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ jitted = jax.jit(sample)
 # Values on both sides of every limit: off, extreme, around the heads of 128 and 2,048 candidates, and V.
 # The floats that enter arithmetic before the sort are dyadic, so that numpy and XLA agree on the last bit.
 CHOICES: Mapping[str, list[Any]] = {
-    "temperature": [-1.0, 0.0, 1e-42, 0.1, 0.8, 1.0, 1.5, 100.0],
+    "temperature": [-1.0, 0.0, 1e-42, 1e-37, 0.1, 0.8, 1.0, 1.5, 100.0],
     "top_k": [-3, 0, 1, 2, 7, 40, 127, 128, 129, 150, 300, 2047, 2048, 2500, 2**31 - 1],
     "top_p": [1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0, 2.0],
     "min_p": [0.0, 0.0, 0.001, 0.05, 0.3, 1.0],
@@ -44,7 +44,7 @@ def numpy_sample(
         z[token] = z[token] * repeat if z[token] <= 0 else z[token] / repeat
         z[token] -= window.count(token) * row["frequency_penalty"] + row["presence_penalty"]
     z[np.isnan(z)] = -np.inf
-    if row["temperature"] <= 0 or np.all(z == -np.inf):
+    if row["temperature"] < np.finfo(np.float32).tiny or np.all(z == -np.inf):
         return int(np.argmax(z)), False
 
     order = np.argsort(-z, kind="stable")
@@ -61,15 +61,16 @@ def numpy_sample(
         close |= bool(np.any((np.abs(distance) < 1e-5) & (distance != 0)))
         gap = gap[distance >= 0]
     gap = gap[gap > -np.inf]
-    weight = np.exp(gap / max(float(np.float32(row["temperature"])), 1e-37))
+    weight = np.exp(gap / float(np.float32(row["temperature"])))
     cumulative = np.cumsum(weight) / weight.sum()
     close |= bool(np.min(np.abs(cumulative - uniform)) < 3e-6)
     return int(order[min(int(np.argmax(cumulative > uniform)), len(gap) - 1)]), close
 
 
-def documented_uniform(seed: int, position: int) -> float:
-    key = jax.random.key(np.uint32(seed), impl="threefry2x32")
-    return float(jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32))
+@jax.jit
+def documented_uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
 
 
 def random_rows(rng: np.random.Generator, num_seqs: int) -> dict[str, list[Any]]:
@@ -88,41 +89,38 @@ def random_logits(rng: np.random.Generator, num_seqs: int, vocab_size: int) -> n
     return z.astype(np.float32)
 
 
-def random_case(
-    seed: int, num_seqs: int, vocab_size: int
-) -> tuple[jax.Array, dict[str, list[Any]], Any, Any]:
+def random_case(seed: int, num_seqs: int, vocab_size: int) -> tuple[Any, dict[str, list[Any]], Any, Any]:
     rng = np.random.default_rng(seed)
     recent = rng.integers(-1, vocab_size + 2, size=(num_seqs, 9))
     recent[:, :3] = np.where(rng.random((num_seqs, 3)) < 0.5, recent[:, 6:], -1)
     position = rng.integers(0, 100_000, size=num_seqs)
     return (
-        jnp.asarray(random_logits(rng, num_seqs, vocab_size)),
+        random_logits(rng, num_seqs, vocab_size),
         random_rows(rng, num_seqs),
-        jnp.asarray(position, jnp.int32),
-        jnp.asarray(recent, jnp.int32),
+        position.astype(np.int32),
+        recent.astype(np.int32),
     )
 
 
-@pytest.mark.parametrize("vocab_size", [1, 6, 128, 200, 2048, 3001])
+@pytest.mark.parametrize("vocab_size", [1, 6, 200, 3001])
 def test_equals_llama_cpps_chain_in_numpy(vocab_size: int) -> None:
     num_seqs, compared = 48, 0
-    for seed in range(4):
+    for seed in range(5):
         logits, rows, position, recent = random_case(seed, num_seqs, vocab_size)
         tokens = np.asarray(jitted(logits, SamplingParams.create(num_seqs, **rows), position, recent))
         for s in range(num_seqs):
             row = {name: values[s] for name, values in rows.items()}
-            uniform = documented_uniform(row["seed"], int(position[s]))
-            expected, close = numpy_sample(np.asarray(logits[s]), row, uniform, np.asarray(recent[s]))
+            uniform = float(documented_uniform(np.uint32(row["seed"]), position[s]))
+            expected, close = numpy_sample(logits[s], row, uniform, recent[s])
             if not close:
                 assert tokens[s] == expected, (seed, s, row)
                 compared += 1
-    assert compared > 0.75 * 4 * num_seqs
+    assert compared > 0.75 * 5 * num_seqs
 
 
-@pytest.mark.parametrize("vocab_size", [300, 3001])
-def test_the_short_ways_equal_a_full_sort(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = []
-    for seed in range(10, 16):
+def test_the_short_ways_equal_a_full_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab_size, cases = 3001, []
+    for seed in range(10, 14):
         logits, rows, position, recent = random_case(seed, 48, vocab_size)
         cases.append((logits, SamplingParams.create(48, **rows), position, recent))
     short = [np.asarray(jitted(*case)) for case in cases]
@@ -133,19 +131,18 @@ def test_the_short_ways_equal_a_full_sort(vocab_size: int, monkeypatch: pytest.M
 
 
 def test_a_row_gives_the_same_token_alone_and_in_any_batch() -> None:
-    num_seqs, vocab_size = 24, 3001
+    num_seqs, vocab_size = 48, 3001
     logits, rows, position, recent = random_case(3, num_seqs, vocab_size)
     # Whatever else a batch holds, some row of it needs a sort here, and some row alone needs nothing.
-    params = SamplingParams.create(num_seqs, **rows)
+    params = jax.tree.map(np.asarray, SamplingParams.create(num_seqs, **rows))
     tokens = np.asarray(jitted(logits, params, position, recent))
-    for rows_taken in ([s] for s in range(num_seqs)):
-        take = np.asarray(rows_taken)
+    for take in np.arange(num_seqs)[:, None]:
         alone = jitted(
             logits[take], jax.tree.map(lambda x, t=take: x[t], params), position[take], recent[take]
         )
         np.testing.assert_array_equal(alone, tokens[take])
     for seed in range(3):
-        take = np.random.default_rng(seed).integers(num_seqs, size=2 * num_seqs)
+        take = np.random.default_rng(seed).integers(num_seqs, size=num_seqs)
         mixed = jitted(
             logits[take], jax.tree.map(lambda x, t=take: x[t], params), position[take], recent[take]
         )
@@ -161,10 +158,11 @@ def test_jit_changes_nothing_and_new_values_do_not_retrace() -> None:
         return sample(*args)
 
     for seed in range(5):
-        logits, rows, position, recent = random_case(seed, 8, 200)
+        logits, rows, position, recent = random_case(seed, 8, 6)
+        logits, position, recent = map(jnp.asarray, (logits, position, recent))
         params = SamplingParams.greedy(8) if seed == 0 else SamplingParams.create(8, **rows)
         tokens = counted(logits, params, position, recent)
-        if seed < 2:
+        if seed < 2:  # all greedy, and not
             np.testing.assert_array_equal(tokens, sample(logits, params, position, recent))
     assert len(traces) == 1
 
@@ -235,11 +233,10 @@ def test_greedy_takes_the_lowest_id_of_the_greatest_logit() -> None:
     assert jitted(jnp.asarray(logits), one_candidate, position, recent).tolist() == expected
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_logits_are_computed_in_float32(dtype: Any) -> None:
-    logits, rows, position, recent = random_case(5, 48, 300)
+def test_half_precision_logits_are_computed_in_float32() -> None:
+    logits, rows, position, recent = random_case(5, 48, 6)
     params = SamplingParams.create(48, **rows)
-    half = logits.astype(dtype)
+    half = jnp.asarray(logits, jnp.bfloat16)
     np.testing.assert_array_equal(
         jitted(half, params, position, recent), jitted(half.astype(jnp.float32), params, position, recent)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Literal, overload
 
 from jax import Array
 
@@ -16,6 +17,40 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = MappingProxy
     {"xla": xla.paged_attention, "reference": reference.paged_attention}
 )
 """Every implementation by name, the preferred one first."""
+
+
+@overload
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    implementation: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    implementation: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def paged_attention(
@@ -37,8 +72,8 @@ def paged_attention(
     A query at position p sees the tokens of its sequence's entries at the positions
     ``max(0, p - window + 1) <= n <= p``, with ``weight_n = softmax_n(cap(scale * q . k_n))`` and
     ``cap(x) = soft_cap * tanh(x / soft_cap)``. The step's own keys are already written and in the table.
-    Slots that no entry covers, and pages that nobody holds, may contain anything, NaN too. A row with nothing to
-    see (padding, an empty table) gives zeros.
+    Slots that no entry covers, and pages that nobody holds, may contain anything, NaN too. A row with nothing
+    to see (padding, an empty table) gives zeros.
 
     Args:
       q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq / KV)``.
@@ -48,7 +83,8 @@ def paged_attention(
       scale: factor of the scores, ``D ** -0.5`` if left out.
       window: tokens that a query sees, itself included; all if left out.
       soft_cap: bound of the scores; none if left out.
-      sinks: f32[Hq], one more score for each head that joins the denominator and has no value; none if left out.
+      sinks: f32[Hq], one more score for each head, that joins the denominator and has no value; none if left
+        out.
       implementation: a name of ``IMPLEMENTATIONS``; the first that can serve if left out.
       return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
 

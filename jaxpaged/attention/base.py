@@ -26,7 +26,7 @@ class Config:
     soft_cap: float | None = None
 
 
-# --- checks ---------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 def make_config(head_dim: int, scale: float | None, window: int | None, soft_cap: float | None) -> Config:
@@ -65,7 +65,9 @@ def check_queries(
     if batch.max_seqs != max_seqs:
         raise ValueError(f"the batch is made for {batch.max_seqs} sequences, the cache holds {max_seqs}")
     if sinks is not None and sinks.shape != (num_q_heads,):
-        raise ValueError(f"sinks must have shape {(num_q_heads,)}, one for each query head, got {sinks.shape}")
+        raise ValueError(
+            f"sinks must have shape {(num_q_heads,)}, one for each query head, got {sinks.shape}"
+        )
 
 
 def check_pages(k_pages: Array, v_pages: Array, table: BlockTable) -> None:
@@ -93,7 +95,7 @@ def check_pages(k_pages: Array, v_pages: Array, table: BlockTable) -> None:
         raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
 
 
-# --- softmax states -------------------------------------------------------------------------------------------
+# --- softmax states -----------------------------------------------------------------------------------------
 
 
 class SoftmaxState(NamedTuple):
@@ -183,7 +185,7 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
     return out.astype(out_a.dtype), lse
 
 
-# --- the ragged loops -----------------------------------------------------------------------------------------
+# --- the ragged loops ---------------------------------------------------------------------------------------
 
 
 class Chunk(NamedTuple):
@@ -200,11 +202,11 @@ class Chunk(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the loops find the keys of a sequence: spans of units, a unit being an entry, a token, a chunk..."""
+    """Where the loops find the keys of a sequence: spans of units, a unit being an entry or a chunk."""
 
     span: Callable[[Array, Array, Array], tuple[Array, Array]]
-    """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every token of the
-    sequence at positions low .. high."""
+    """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every
+    token of the sequence at positions low .. high."""
     load: Callable[[Array, Array], Chunk]
     """``(sequence i32[W], unit i32[W]) -> Chunk``: the ``stride`` units from ``unit`` on."""
     stride: int
@@ -247,7 +249,7 @@ def ragged_attention(
       tiling: the cut.
       dtype: what q is converted to before it meets the keys.
     """
-    tokens, num_q_heads, head_dim = q.shape
+    tokens = q.shape[0]
     state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     q = q.astype(dtype)
     single = batch.q_lens == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,18 @@ class Case:
     """Sequences begin with the pages of the first one."""
 
 
-SMOLLM2_135M = dict(num_q_heads=9, num_kv_heads=3, head_dim=64)
-LLAMA_3_8B = dict(num_q_heads=32, num_kv_heads=8, head_dim=128)
-QWEN3_0_6B = dict(num_q_heads=16, num_kv_heads=8, head_dim=128)
-MISTRAL_7B = dict(num_q_heads=32, num_kv_heads=8, head_dim=128)
-GEMMA_2_2B = dict(num_q_heads=8, num_kv_heads=4, head_dim=256)
-GPT_OSS_20B = dict(num_q_heads=64, num_kv_heads=8, head_dim=64)
-PHI_3_MINI = dict(num_q_heads=32, num_kv_heads=32, head_dim=96)
-STABLELM_3B = dict(num_q_heads=32, num_kv_heads=32, head_dim=80)
+SMOLLM2_135M: dict[str, Any] = {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+LLAMA_3_8B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+QWEN3_0_6B: dict[str, Any] = {"num_q_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+MISTRAL_7B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+GEMMA_2_2B: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 4, "head_dim": 256}
+GPT_OSS_20B: dict[str, Any] = {"num_q_heads": 64, "num_kv_heads": 8, "head_dim": 64}
+PHI_3_MINI: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 32, "head_dim": 96}
+STABLELM_3B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 32, "head_dim": 80}
 
 CASES: tuple[Case, ...] = (
     # Decode: one query a sequence.
     Case("smollm2_decode", **SMOLLM2_135M, lengths=(128, 1, 700, 33), q_lens=(1, 1, 1, 1)),
-    Case("smollm2_decode_one", **SMOLLM2_135M, lengths=(321,), q_lens=(1,)),
     Case(
         "smollm2_decode_idle",
         **SMOLLM2_135M,
@@ -64,19 +64,37 @@ CASES: tuple[Case, ...] = (
     Case("qwen3_mixed_f16", **QWEN3_0_6B, lengths=(50, 80, 33), q_lens=(1, 20, 2), dtype="f16"),
     Case("mistral_window_chunk", **MISTRAL_7B, lengths=(200, 60), q_lens=(45, 1), window=50, page_size=16),
     Case(
-        "gemma2_soft_cap", **GEMMA_2_2B, lengths=(40, 70), q_lens=(11, 1), soft_cap=50.0, window=64, scale=0.125
+        "gemma2_soft_cap",
+        **GEMMA_2_2B,
+        lengths=(40, 70),
+        q_lens=(11, 1),
+        soft_cap=50.0,
+        window=64,
+        scale=0.125,
     ),
     Case("phi3_head_dim_96", **PHI_3_MINI, lengths=(35, 9), q_lens=(3, 1)),
     Case("stablelm_head_dim_80", **STABLELM_3B, lengths=(20, 66), q_lens=(1, 5), page_size=64),
     # State as removals, forks and shifts leave it.
     Case("slices", **SMOLLM2_135M, lengths=(150, 77, 31), q_lens=(1, 5, 1), slices=True),
-    Case("slices_gaps_window", **SMOLLM2_135M, lengths=(170, 64), q_lens=(1, 9), slices=True, gaps=True, window=40),
+    Case(
+        "slices_gaps_window",
+        **SMOLLM2_135M,
+        lengths=(170, 64),
+        q_lens=(1, 9),
+        slices=True,
+        gaps=True,
+        window=40,
+    ),
     Case("shared", **SMOLLM2_135M, lengths=(130, 130, 97, 0), q_lens=(1, 4, 1, 0), shared=True),
     # Odd sizes.
     Case("one_token", num_q_heads=1, num_kv_heads=1, head_dim=8, lengths=(1,), q_lens=(1,), page_size=8),
-    Case("two_tokens", num_q_heads=2, num_kv_heads=1, head_dim=16, lengths=(2, 2), q_lens=(2, 0), page_size=8),
+    Case(
+        "two_tokens", num_q_heads=2, num_kv_heads=1, head_dim=16, lengths=(2, 2), q_lens=(2, 0), page_size=8
+    ),
     Case("nothing", num_q_heads=4, num_kv_heads=2, head_dim=16, lengths=(9, 0), q_lens=(0, 0), padding=4),
-    Case("group_16", num_q_heads=16, num_kv_heads=1, head_dim=64, lengths=(60, 9), q_lens=(1, 6), page_size=8),
+    Case(
+        "group_16", num_q_heads=16, num_kv_heads=1, head_dim=64, lengths=(60, 9), q_lens=(1, 6), page_size=8
+    ),
     Case(
         "group_5_everything",
         num_q_heads=10,

@@ -19,7 +19,7 @@ def paged_attention(
     config: Config,
     sinks: Array | None,
 ) -> tuple[Array, Array]:
-    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as ``jaxpaged.attention.paged_attention`` checked them."""
+    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     max_seqs, max_entries = table.pages.shape
@@ -31,7 +31,7 @@ def paged_attention(
     live &= (jnp.arange(max_entries) < table.num_entries[:, None])[:, :, None]
     position = table.position[:, :, None] + slot - first_slot
 
-    # The keys of every sequence, in the order of its table: [S, P * page_size, KV, D]. Unused slots may hold NaN.
+    # The keys of every sequence, in its table's order: [S, P * page_size, KV, D]; unused slots may be NaN.
     def gather(pages: Array) -> Array:
         rows = pages.astype(jnp.float32)[jnp.clip(table.pages, 0, num_pages - 1)].transpose(0, 1, 3, 2, 4)
         return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,35 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: dict[str, str]) -> list[np.ndarray]:
     """Each file's tokens, i32, END_OF_TEXT behind it."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = token_id(tokenizer, END_OF_TEXT)
     encoded = tokenizer.encode_batch(list(texts.values()), add_special_tokens=False)
     return [np.asarray([*e.ids, end], np.int32) for e in encoded]
+
+
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a token that must exist.
+
+    Raises:
+      KeyError: it does not.
+    """
+    number = tokenizer.token_to_id(text)
+    if number is None:
+        raise KeyError(f"the vocabulary has no token {text!r}")
+    return int(number)
+
+
+def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, object]:
+    """The tokenizer as GGUF metadata, in the words llama.cpp uses."""
+    description = json.loads(tokenizer.to_str())["model"]
+    texts = [text for text, _ in sorted(description["vocab"].items(), key=lambda item: item[1])]
+    end = token_id(tokenizer, END_OF_TEXT)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": [3 if text == END_OF_TEXT else 1 for text in texts],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in description["merges"]],
+        "tokenizer.ggml.bos_token_id": end,
+        "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.add_bos_token": False,
+    }

@@ -25,7 +25,7 @@ from jax import Array
 from jaxpaged.batch import Batch
 from model.config import ModelConfig
 from model.llama import functional, random_params
-from model.tiny.corpus import encode, read_corpus, train_tokenizer
+from model.tiny.corpus import END_OF_TEXT, encode, read_corpus, token_id, train_tokenizer
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -128,7 +128,9 @@ def evaluate(params: Any, files: list[np.ndarray], num_bytes: int, end: int, con
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for what the run leaves")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps at most (4,096 tokens each)")
     parser.add_argument("--minutes", type=float, default=90.0, help="minutes of training at most")
@@ -139,7 +141,7 @@ def main() -> None:
     corpus = read_corpus()
     tokenizer = train_tokenizer(corpus, CONFIG.vocab_size)
     tokenizer.save(str(args.out / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = token_id(tokenizer, END_OF_TEXT)
     stream = np.concatenate(encode(tokenizer, corpus.train))
     held_out = encode(tokenizer, corpus.held_out)
     held_out_bytes = sum(len(t.encode()) for t in corpus.held_out.values())

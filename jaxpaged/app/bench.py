@@ -1,0 +1,304 @@
+"""``jaxpaged bench``: llama-bench's measurements, for each kind of cache."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.kv_report import CachePlan, mebibytes
+from jaxpaged.app.loading import ReadyModel, open_model
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure."""
+
+    model: Path | None
+    hf: str | None
+    offline: bool
+    dtype: str
+    n_prompt: tuple[int, ...]
+    n_gen: tuple[int, ...]
+    batch: tuple[int, ...]
+    depth: tuple[int, ...]
+    kinds: tuple[str, ...]
+    repetitions: int
+    ubatch_size: int
+    page_size: int
+    cache_type: str | None
+    output: str
+
+
+@dataclass
+class Measurement:
+    """One row of the table: a test, on one kind of cache."""
+
+    test: str
+    """"pp512", "tg128 @ d2048"."""
+    kind: str
+    batch: int
+    num_tokens: int
+    """Tokens that one repetition computes, all sequences together."""
+    compile_seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    kv_bytes: int = 0
+    """KV memory in use at the end: pages, or the whole of a contiguous cache."""
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second, each repetition."""
+        return [self.num_tokens / s for s in self.seconds]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Of the sample; 0 for a single repetition."""
+        return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
+
+
+class _Bench:
+    """One test on one kind of cache: its compiled programs, and the cache they start from."""
+
+    def __init__(
+        self,
+        ready: ReadyModel,
+        options: BenchOptions,
+        kind: str,
+        batch: int,
+        depth: int,
+        n_prompt: int,
+        n_gen: int,
+    ) -> None:
+        name = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
+        self.measurement = Measurement(
+            test=f"{name} @ d{depth}" if depth else name,
+            kind=kind,
+            batch=batch,
+            num_tokens=batch * (n_prompt + n_gen),
+        )
+        self._params = ready.loaded.params
+        self._vocab_size = ready.loaded.config.vocab_size
+        tokens = depth + n_prompt + n_gen
+        plan = CachePlan.make(
+            ready.loaded.config,
+            paged=kind == "paged",
+            dtype=options.cache_type or ready.dtype,
+            num_seqs=batch,
+            context=tokens,
+            tokens=tokens,
+            page_size=options.page_size,
+        )
+        self._batch, self._depth, self._n_prompt, self._n_gen = batch, depth, n_prompt, n_gen
+        self._step = options.ubatch_size
+        self._call = ready.call
+        self._plan = plan
+        start = time.perf_counter()
+        empty = jax.eval_shape(plan.create)
+        self._prefills = {
+            n: self._compile_prefill(empty, n) for n in {*self._steps(depth), *self._steps(n_prompt)}
+        }
+        self._decode = self._compile_decode(empty) if n_gen else None
+        self.measurement.compile_seconds = time.perf_counter() - start
+        # Filled once by really reading that many tokens; each repetition starts from a copy.
+        self._filled = self._read(plan.create(), depth)
+        jax.block_until_ready(self._filled)
+
+    def _steps(self, num_tokens: int) -> list[int]:
+        """The sizes of the steps that read ``num_tokens`` tokens of every sequence."""
+        total = self._batch * num_tokens
+        return [self._step] * (total // self._step) + ([total % self._step] if total % self._step else [])
+
+    def _compile_prefill(self, cache: Any, size: int) -> Any:
+        def prefill(params: Any, cache: Any, tokens: jax.Array, num_new: jax.Array) -> Any:
+            cache, batch, _ = cache.reserve(num_new, num_tokens=size)
+            logits, cache = self._call(params, tokens, cache, batch, batch.last_rows)
+            return cache, logits
+
+        shapes = (jax.ShapeDtypeStruct((size,), jnp.int32), jax.ShapeDtypeStruct((self._batch,), jnp.int32))
+        return jax.jit(prefill, donate_argnums=1).lower(self._params, cache, *shapes).compile()
+
+    def _compile_decode(self, cache: Any) -> Any:
+        """``n_gen`` steps of one token a sequence, each the likeliest after the one before, in one program."""
+
+        def decode(params: Any, cache: Any, tokens: jax.Array) -> Any:
+            def step(_: Any, carry: Any) -> Any:
+                cache, tokens = carry
+                ones = jnp.ones(self._batch, jnp.int32)
+                cache, batch, _ = cache.reserve(ones, num_tokens=self._batch)
+                logits, cache = self._call(params, tokens, cache, batch, batch.last_rows)
+                return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+            return jax.lax.fori_loop(0, self._n_gen, step, (cache, tokens))
+
+        shape = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
+        return jax.jit(decode, donate_argnums=1).lower(self._params, cache, shape).compile()
+
+    def _tokens(self, count: int) -> jax.Array:
+        rng = np.random.default_rng(_SEED)
+        return jnp.asarray(rng.integers(0, self._vocab_size, count, dtype=np.int32))
+
+    def _read(self, cache: Any, num_tokens: int) -> Any:
+        """The cache after ``num_tokens`` more tokens of every sequence, sequence after sequence."""
+        left = [num_tokens] * self._batch
+        logits = None
+        for size in self._steps(num_tokens):
+            take = [0] * self._batch
+            room = size
+            for row in range(self._batch):
+                take[row] = min(room, left[row])
+                room -= take[row]
+                left[row] -= take[row]
+            arguments = (self._tokens(size), jnp.asarray(take, jnp.int32))
+            cache, logits = self._prefills[size](self._params, cache, *arguments)
+        jax.block_until_ready(logits)
+        return cache
+
+    def repeat(self, record: bool) -> None:
+        """Runs the test once; ``record`` False warms up."""
+        cache = jax.tree.map(jnp.copy, self._filled)
+        tokens = self._tokens(self._batch)
+        jax.block_until_ready((cache, tokens))
+        start = time.perf_counter()
+        if self._n_prompt:
+            cache = self._read(cache, self._n_prompt)
+        if self._decode is not None:
+            cache, tokens = self._decode(self._params, cache, tokens)
+            tokens.block_until_ready()
+        seconds = time.perf_counter() - start
+        if not record:
+            return
+        self.measurement.seconds.append(seconds)
+        plan = self._plan
+        if plan.kind == "paged":
+            self.measurement.kv_bytes = int(cache.pages_used) * plan.page_size * plan.bytes_per_token
+        else:
+            self.measurement.kv_bytes = plan.bytes_contiguous
+
+
+def run(options: BenchOptions) -> None:
+    """Measures and prints; a finished test of an interrupted run is printed too."""
+    tests = [(n, 0) for n in options.n_prompt if n] + [(0, n) for n in options.n_gen if n]
+    if not tests:
+        raise InputError("nothing to measure: -p and -n are both 0")
+    ready = open_model(options.model, options.hf, dtype=options.dtype, offline=options.offline)
+    longest = max(map(sum, tests)) + max(options.depth)
+    trained = ready.loaded.config.context_length
+    if longest > trained:
+        raise InputError(
+            f"-p, -n and -d ask for {longest} tokens in a sequence; the model's context has {trained}"
+        )
+    done: list[Measurement] = []
+    try:
+        for batch, depth, (n_prompt, n_gen) in itertools.product(options.batch, options.depth, tests):
+            done += measure(ready, options, batch, depth, n_prompt, n_gen)
+    finally:
+        if done:
+            click.echo(_FORMATS[options.output](ready, done))
+
+
+def measure(
+    ready: ReadyModel, options: BenchOptions, batch: int, depth: int, n_prompt: int, n_gen: int
+) -> list[Measurement]:
+    """One test on every kind of cache, in turns."""
+    benches = []
+    for kind in options.kinds:
+        _progress(f"pp{n_prompt}" if n_prompt else f"tg{n_gen}", batch, depth, f"compiling for {kind}")
+        benches.append(_Bench(ready, options, kind, batch, depth, n_prompt, n_gen))
+    for repetition in range(options.repetitions + 1):
+        for bench in benches:
+            if repetition:
+                _progress(bench.measurement.test, batch, depth, f"{bench.measurement.kind}, {repetition}")
+            bench.repeat(record=repetition > 0)
+    _progress("", 0, 0, "")
+    return [bench.measurement for bench in benches]
+
+
+def _progress(test: str, batch: int, depth: int, what: str) -> None:
+    """One line that is overwritten, on a terminal."""
+    if sys.stderr.isatty():
+        click.echo(
+            f"\r\033[K{test} batch {batch} depth {depth}: {what}" if test else "\r\033[K", nl=False, err=True
+        )
+
+
+def _rows(ready: ReadyModel, done: Sequence[Measurement]) -> list[dict[str, Any]]:
+    loaded = ready.loaded
+    return [
+        {
+            "model": loaded.description,
+            "size_bytes": loaded.size_bytes,
+            "params": loaded.config.num_parameters(),
+            "backend": jax.default_backend(),
+            "dtype": ready.dtype,
+            "kv": m.kind,
+            "batch": m.batch,
+            "test": m.test,
+            "tokens_per_second": m.mean,
+            "stddev": m.deviation,
+            "samples": m.rates,
+            "kv_bytes": m.kv_bytes,
+            "compile_seconds": m.compile_seconds,
+        }
+        for m in done
+    ]
+
+
+def _markdown(ready: ReadyModel, done: Sequence[Measurement]) -> str:
+    head = ("model", "size", "params", "backend", "kv", "batch", "test", "t/s", "KV", "compile s")
+    right = {"size", "params", "batch", "test", "t/s", "KV", "compile s"}
+    table = [head]
+    for row, m in zip(_rows(ready, done), done, strict=True):
+        table.append((
+            row["model"], mebibytes(row["size_bytes"]), f"{row['params'] / 1e6:.2f} M", row["backend"], m.kind,
+            str(m.batch), m.test, f"{m.mean:.2f} ± {m.deviation:.2f}", mebibytes(m.kv_bytes),
+            f"{m.compile_seconds:.2f}",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines = [
+        "| "
+        + " | ".join(
+            c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(line, widths, head, strict=True)
+        )
+        + " |"
+        for line in table
+    ]
+    rule = "| " + " | ".join(
+        "-" * (w - 1) + (":" if h in right else "-") for w, h in zip(widths, head, strict=True)
+    )
+    return "\n".join([lines[0], f"{rule} |", *lines[1:]])
+
+
+def _json(ready: ReadyModel, done: Sequence[Measurement]) -> str:
+    return json.dumps(_rows(ready, done), indent=2)
+
+
+def _csv(ready: ReadyModel, done: Sequence[Measurement]) -> str:
+    rows = [{k: v for k, v in row.items() if k != "samples"} for row in _rows(ready, done)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+_FORMATS = {"md": _markdown, "json": _json, "csv": _csv}

@@ -1,0 +1,170 @@
+"""The chat of ``jaxpaged generate -cnv``: turns on one cache, each prefilling only what is new."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import jax
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.options import GenerateOptions
+from jaxpaged.app.output import print_json
+from jaxpaged.app.prompt import unescape
+from jaxpaged.app.session import Session
+from model.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
+
+
+def template_of(options: GenerateOptions, model_template: str | None) -> str | None:
+    """The chat template asked for, else the model's; None where there is none."""
+    if options.chat_template is not None and options.chat_template_file is not None:
+        raise InputError("--chat-template and --chat-template-file both give a template; give one of them")
+    if options.chat_template_file is not None:
+        return _read(options.chat_template_file)
+    name = options.chat_template
+    if name is None:
+        return model_template
+    if name in BUILTIN_TEMPLATES:
+        return BUILTIN_TEMPLATES[name]
+    if "{" in name:
+        return name
+    raise InputError(
+        f"--chat-template {name!r} is neither Jinja source nor one of {', '.join(BUILTIN_TEMPLATES)}"
+    )
+
+
+def run(session: Session, prompt: str | None, template: str) -> int:
+    """Talks until the input ends; the exit status.
+
+    Ctrl-C during an answer ends the answer, at the prompt the chat.
+    """
+    options = session.options
+    interactive = sys.stdin.isatty() and not options.as_json
+    once = options.single_turn or options.as_json
+    plan = session.plan(session.context, num_seqs=1)
+    cache = plan.create()
+    held: list[int] = []  # the tokens in the cache
+    messages: list[dict[str, str]] = []
+    if options.system is not None:
+        system = unescape(options.system) if options.escape else options.system
+        messages.append({"role": "system", "content": system})
+    last = None
+    status = 0
+    try:
+        for message in _messages(prompt, interactive):
+            messages.append({"role": "user", "content": message})
+            ids = _tokens(session, template, messages)
+            try:
+                session.check_prompt(ids)
+                shared = _shared(held, ids)
+                plan.check_prompt(len(ids))
+            except InputError as error:
+                if last is None:
+                    raise
+                # The answers so far are the result; llama.cpp's chat ends here too.
+                session.note(f"the chat ends: {error.message}")
+                break
+            if shared < len(held):
+                cache = _truncate(cache, shared)
+            decoder = session.ready.loaded.tokenizer.stream(at_start=False)
+            answer: list[str] = []
+
+            def show(tokens: list[list[int]], decoder=decoder, answer=answer) -> None:  # type: ignore[no-untyped-def]
+                text = "".join(map(decoder.push, tokens[0]))
+                answer.append(text)
+                if not options.as_json:
+                    click.echo(text, nl=False)
+
+            last = session.run(
+                cache,
+                [ids[shared:]],
+                max_new_tokens=session.new_tokens(len(ids)),
+                keep=True,
+                on_tokens=show,
+            )
+            answer.append(decoder.flush())
+            if options.as_json:
+                print_json(session, ids, last, plan)
+            else:
+                click.echo(answer[-1])
+            messages.append({"role": "assistant", "content": "".join(answer)})
+            known = ids + last.tokens[0]
+            if last.cache is None:
+                cache, held = plan.create(), []
+            else:
+                cache = last.cache
+                held = known[: int(cache.lengths[0])]
+                if int(cache.lengths[0]) > len(known):
+                    cache = _truncate(cache, len(known))
+            if interactive and options.perf:
+                numbers = last.timings.as_dict()
+                session.note(
+                    f"[ Prompt: {numbers['prompt_per_second']:.1f} t/s | "
+                    f"Generation: {numbers['predicted_per_second']:.1f} t/s ]"
+                )
+            if last.interrupted and (once or not interactive):
+                status = 130
+                break
+            if once:
+                break
+    except KeyboardInterrupt:
+        status = 130
+    if interactive:
+        click.echo(err=True)
+    session.print_report(plan, last)
+    return status
+
+
+def _messages(first: str | None, interactive: bool) -> Iterator[str]:
+    """What the user says: the prompt, then lines of stdin that are not blank."""
+    if first is not None:
+        yield first
+    while True:
+        if interactive:
+            try:
+                line = input("\n> ")
+            except EOFError:
+                return
+        else:
+            line = sys.stdin.readline()
+            if not line:
+                return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _tokens(session: Session, template: str, messages: list[dict[str, str]]) -> list[int]:
+    tokenizer = session.ready.loaded.tokenizer
+
+    def name(token: int | None) -> str:
+        return "" if token is None else tokenizer.token_bytes(token).decode(errors="replace")
+
+    bos = name(tokenizer.bos_id)
+    try:
+        text = render_chat(template, messages, bos_token=bos, eos_token=name(tokenizer.eos_id))
+    except ChatTemplateError as error:
+        raise InputError(str(error)) from error
+    return session.encode(text, add_special=not (bos and text.startswith(bos)))
+
+
+def _shared(held: list[int], ids: list[int]) -> int:
+    """How many of the tokens held serve again; at least one is left to compute."""
+    limit = min(len(held), len(ids) - 1)
+    return next((i for i in range(limit) if held[i] != ids[i]), limit)
+
+
+@jax.jit(donate_argnums=0)
+def _truncate(cache, length):  # type: ignore[no-untyped-def]
+    """Forgets all but the first ``length`` tokens; the cache is donated."""
+    return cache.seq_remove(0, length, -1)[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error

@@ -1,0 +1,169 @@
+"""``jaxpaged``: the commands. JAX is imported inside them, so that --help and --version answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
+from jaxpaged.app.options import (
+    GENERATE_OPTIONS,
+    MODEL_OPTIONS,
+    CountList,
+    GenerateOptions,
+    PageSize,
+    chain,
+    option,
+)
+from jaxpaged.version import __version__
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+class Application(click.Group):
+    """The group of commands: every bad input is one line and exit status 2, an interrupt is 130."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            self._end(_one_line(error), 2)
+        except (click.Abort, KeyboardInterrupt):
+            self._end(None, _INTERRUPTED)
+        except BrokenPipeError:
+            self._end(None, _BROKEN_PIPE)
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def _end(self, message: str | None, status: int) -> None:
+        try:
+            if message is not None:
+                click.echo(f"jaxpaged: error: {message}", err=True)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes stdout once more as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(status)
+
+
+def _one_line(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        message = f"{message.rstrip('.')}. See {error.ctx.command_path!r} --help.".replace(
+            "' --help", " --help'"
+        )
+    return message
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=Application, context_settings=_CONTEXT)
+@click.version_option(__version__, message="jaxpaged %(version)s")
+def main() -> None:
+    """Text generation on JAX with a paged KV cache.
+
+    \b
+    jaxpaged generate -p "def read_lines(path):" -n 64     the embedded model
+    jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
+    jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
+    """
+
+
+_GENERATE_EPILOG = f"""\b
+Examples:
+  jaxpaged generate -p "def read_lines(path):" -n 64 --seed 7
+  jaxpaged generate -m model.gguf -f prompt.txt -n 200 --temp 0
+  git diff | jaxpaged generate -m model.gguf -f - -np 4 --json
+  jaxpaged generate -hf user/repo:Q8_0 -cnv -sys "You are brief."
+
+Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted. Compiled programs are
+kept in the user's cache folder (JAXPAGED_CACHE names another).
+
+Flags of llama.cpp that are accepted and have no effect: {", ".join(ignored_flags())}.
+"""
+
+
+@main.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_GENERATE_EPILOG)
+@GENERATE_OPTIONS
+def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -> None:
+    """Continue a prompt, or chat. The flags are llama.cpp's.
+
+    \b
+    -c is the context of each sequence: it is not divided by -np.
+    A pool of pages is as large as what this run can fill, not as the context.
+    """
+    cache_dtypes = {cache_type_k, cache_type_v} - {None}
+    if len(cache_dtypes) > 1:
+        raise InputError(
+            f"-ctk {cache_type_k} and -ctv {cache_type_v} differ: keys and values share one type"
+        )
+    options = GenerateOptions(**flags, cache_dtype=next(iter(cache_dtypes), None))
+    _prepare(options.threads)
+    from jaxpaged.app.generate import run
+
+    click.get_current_context().exit(run(options))
+
+
+@main.command(cls=LlamaCommand, context_settings=_CONTEXT)
+@chain(
+    *MODEL_OPTIONS,
+    option("Tests", "-p", "--n-prompt", "n_prompt", type=CountList(0), default="512", show_default=True,
+           help="Prompt tokens to read; 0 = no such test."),
+    option("Tests", "-n", "--n-gen", "n_gen", type=CountList(0), default="128", show_default=True,
+           help="Tokens to generate; 0 = no such test."),
+    option("Tests", "-b", "--batch", "batch", type=CountList(1), default="1,8", show_default=True,
+           help="Sequences at once."),
+    option("Tests", "-d", "--n-depth", "depth", type=CountList(0), default="0", show_default=True,
+           help="Tokens already in each sequence's context."),
+    option("Tests", "--kv", default="paged,contiguous", show_default=True, help="Kinds of cache to compare."),
+    option("Tests", "-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="N"),
+    option("Tests", "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
+           help="Prompt tokens of one step."),
+    option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
+           help="Tokens of a page, a power of two from 8 to 256."),
+    option("KV cache", "--cache-type", type=click.Choice(["f32", "bf16", "f16"]),
+           help="Numbers that keys and values are kept in.  [default: as --dtype]"),
+    option("Output", "-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True),
+)  # fmt: skip
+def bench(
+    model: Path | None, hf: str | None, offline: bool, threads: int | None, kv: str, **flags: Any
+) -> None:
+    """Measure tokens a second, as llama-bench does: pp<N> reads a prompt, tg<N> generates, @ d<D> at a depth.
+
+    \b
+    The kinds of cache take turns, so that a noisy machine is noisy for all. Compiling is counted apart.
+      jaxpaged bench -m model.gguf -p 512 -n 128 -b 1,8 -d 0,2048 --kv paged,contiguous -r 5 -o json
+    """
+    kinds = tuple(dict.fromkeys(kv.split(",")))
+    if unknown := [kind for kind in kinds if kind not in ("paged", "contiguous")]:
+        raise InputError(f"--kv {kv}: {unknown[0]!r} is no kind of cache; there are paged and contiguous")
+    _prepare(threads)
+    from jaxpaged.app.bench import BenchOptions, run
+
+    run(BenchOptions(model=model, hf=hf, offline=offline, kinds=kinds, **flags))
+
+
+@main.command(cls=LlamaCommand, context_settings=_CONTEXT)
+def devices() -> None:
+    """List what JAX would compute on."""
+    _prepare(None)
+    from jaxpaged.app.devices import describe
+
+    for line in describe():
+        click.echo(line)
+
+
+def _prepare(threads: int | None) -> None:
+    from jaxpaged.app.environment import prepare
+
+    prepare(threads)
+
+
+if __name__ == "__main__":
+    main()

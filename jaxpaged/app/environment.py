@@ -1,0 +1,51 @@
+"""What must be set before JAX starts: threads, log noise, the compilation cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jaxpaged.app.errors import say
+
+
+def prepare(threads: int | None = None) -> None:
+    """Sets up the process; call it before anything imports jax.
+
+    Args:
+      threads: CPU threads that XLA may use, None for all.
+    """
+    # XLA tells of every program it takes from its cache that the machine that compiled it preferred other vector
+    # instructions, at the level of an error. What does fail reaches Python as an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if threads is not None:
+        os.environ["PJRT_NPROC"] = str(threads)
+    _use_compilation_cache()
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and downloads are kept: JAXPAGED_CACHE, or the user's cache folder."""
+    if chosen := os.environ.get("JAXPAGED_CACHE"):
+        return Path(chosen)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jaxpaged", appauthor=False))
+
+
+def _use_compilation_cache() -> None:
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = cache_folder() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        say(f"warning: no compilation cache, every start compiles: {folder}: {reason}")
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small models are made of many small programs; JAX's own thresholds would keep none of them.
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,0 +1,91 @@
+"""``jaxpaged generate``: continue a prompt once or several times, or hand over to the chat."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import jax
+
+from jaxpaged.app import chat
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.options import GenerateOptions
+from jaxpaged.app.output import print_json, text_of
+from jaxpaged.app.prompt import read_prompt
+from jaxpaged.app.session import Session
+
+_NO_PROMPT = "no prompt: give -p TEXT, -f FILE (-f - for stdin), or -cnv to chat"
+
+
+def run(options: GenerateOptions) -> int:
+    """Runs the command; the exit status.
+
+    Raises:
+      InputError: anything about the flags, the prompt or the model that cannot be used.
+    """
+    prompt = read_prompt(options)
+    wants_chat = options.conversation
+    if wants_chat is None and (options.system is not None or options.single_turn):
+        wants_chat = True
+    if prompt is None and (
+        wants_chat is False or options.as_json or (not wants_chat and not sys.stdin.isatty())
+    ):
+        raise InputError(_NO_PROMPT)
+    if wants_chat and options.parallel > 1:
+        raise InputError(f"-np {options.parallel}: a chat has one sequence")
+    try:
+        session = Session.open(options)
+        template = chat.template_of(options, session.ready.loaded.tokenizer.chat_template)
+        if wants_chat and template is None:
+            raise InputError("this model has no chat template; name one with --chat-template, such as chatml")
+        if template is not None and (wants_chat or prompt is None):
+            return chat.run(session, prompt, template)
+        if prompt is None:
+            raise InputError(f"{_NO_PROMPT} (with --chat-template: this model has no chat template)")
+        return complete(session, prompt)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = str(error).splitlines()[0] if str(error) else "allocation failed"
+            raise InputError(
+                f"out of memory: {reason}; a smaller -c, -np or --kv-pages needs less"
+            ) from error
+        raise
+
+
+def complete(session: Session, prompt: str) -> int:
+    """Continues the prompt in ``-np`` sequences."""
+    options = session.options
+    if options.system is not None:
+        session.note("-sys has no effect outside a chat (-no-cnv)")
+    ids = session.encode(prompt)
+    session.check_prompt(ids)
+    new = session.new_tokens(len(ids))
+    plan = session.plan(len(ids) + new, options.parallel)
+    plan.check_prompt(len(ids))
+    cache = plan.create()
+    echo = prompt if options.display_prompt else ""
+
+    def header(row: int) -> None:
+        if options.parallel > 1:
+            click.echo(f"=== {row + 1} of {options.parallel}, seed {session.seed_of(row)} ===")
+        click.echo(echo, nl=False)
+
+    decoder = session.ready.loaded.tokenizer.stream(at_start=False)
+
+    def show(tokens: list[list[int]]) -> None:
+        """The first sequence as it comes; the others wait for their turn."""
+        if not options.as_json:
+            click.echo("".join(map(decoder.push, tokens[0])), nl=False)
+
+    if not options.as_json:
+        header(0)
+    result = session.run(cache, [ids] * options.parallel, max_new_tokens=new, on_tokens=show)
+    if options.as_json:
+        print_json(session, ids, result, plan)
+    else:
+        click.echo(decoder.flush())
+        for row in range(1, options.parallel):
+            header(row)
+            click.echo(text_of(session, result.tokens[row]))
+    session.print_report(plan, result)
+    return 130 if result.interrupted else 0

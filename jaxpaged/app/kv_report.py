@@ -1,0 +1,156 @@
+"""KV memory: how large a cache a run needs, and what it used of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.contiguous import ContiguousKVCache
+from model.config import ModelConfig
+
+CACHE_DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The cache of one run; nothing is allocated before ``create``."""
+
+    config: ModelConfig
+    kind: str
+    """"paged" or "contiguous"."""
+    dtype: str
+    num_seqs: int
+    context: int
+    """Tokens that a sequence may hold."""
+    page_size: int
+    pages_per_seq: int
+    num_pages: int
+
+    @classmethod
+    def make(
+        cls,
+        config: ModelConfig,
+        *,
+        paged: bool,
+        dtype: str,
+        num_seqs: int,
+        context: int,
+        tokens: int,
+        page_size: int,
+        kv_pages: int | None = None,
+    ) -> CachePlan:
+        """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
+
+        A paged pool has the pages that these tokens fill, or ``kv_pages`` where that is fewer; a contiguous cache
+        has ``context`` tokens a sequence, whatever the run needs.
+        """
+        pages = -(-tokens // page_size)
+        wanted = num_seqs * pages
+        num_pages = wanted if kv_pages is None else min(kv_pages, wanted)
+        kind = "paged" if paged else "contiguous"
+        return cls(config, kind, dtype, num_seqs, context, page_size, min(pages, num_pages), num_pages)
+
+    def check_prompt(self, num_tokens: int) -> None:
+        """Refuses prompts that the pool cannot hold."""
+        if self.kind != "paged":
+            return
+        each = -(-num_tokens // self.page_size)
+        if self.num_seqs * each > self.num_pages:
+            raise InputError(
+                f"pool too small: {self.num_seqs} x {num_tokens} prompt tokens need {self.num_seqs * each} pages of "
+                f"{self.page_size} tokens, --kv-pages allows {self.num_pages}"
+            )
+
+    def create(self) -> PagedKVCache | ContiguousKVCache:
+        """The empty cache."""
+        c = self.config
+        if self.kind == "contiguous":
+            return ContiguousKVCache.create(
+                num_layers=c.num_layers,
+                num_kv_heads=c.num_kv_heads,
+                head_dim=c.head_dim,
+                max_seqs=self.num_seqs,
+                max_length=self.context,
+                dtype=self.dtype,
+            )
+        return PagedKVCache.create(
+            num_layers=c.num_layers,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            num_pages=self.num_pages,
+            max_seqs=self.num_seqs,
+            page_size=self.page_size,
+            max_entries=self.pages_per_seq + 1,
+            dtype=self.dtype,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token, all layers."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * CACHE_DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes_contiguous(self) -> int:
+        """What a contiguous cache of the whole context takes."""
+        return self.num_seqs * self.context * self.bytes_per_token
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """KV memory of a run. In a contiguous cache each sequence's row counts as one page."""
+
+    kind: str
+    page_size: int
+    pages_total: int
+    pages_peak: int
+    bytes_peak: int
+    bytes_contiguous: int
+    num_seqs: int
+    context: int
+
+    @classmethod
+    def of(cls, plan: CachePlan, pages_peak: int) -> KVReport:
+        """The report of a run whose most pages in use were ``pages_peak``."""
+        paged = plan.kind == "paged"
+        return cls(
+            kind=plan.kind,
+            page_size=plan.page_size if paged else plan.context,
+            pages_total=plan.num_pages if paged else plan.num_seqs,
+            pages_peak=pages_peak,
+            # A contiguous cache holds all of its memory from the start.
+            bytes_peak=pages_peak * plan.page_size * plan.bytes_per_token if paged else plan.bytes_contiguous,
+            bytes_contiguous=plan.bytes_contiguous,
+            num_seqs=plan.num_seqs,
+            context=plan.context,
+        )
+
+    def as_dict(self) -> dict[str, str | int]:
+        """The ``kv`` object of ``--json``."""
+        return {
+            "kind": self.kind,
+            "page_size": self.page_size,
+            "pages_total": self.pages_total,
+            "pages_peak": self.pages_peak,
+            "bytes_peak": self.bytes_peak,
+            "bytes_contiguous": self.bytes_contiguous,
+        }
+
+    def line(self) -> str:
+        """One line for people."""
+        tokens = (
+            f"{self.context} tokens" if self.num_seqs == 1 else f"{self.num_seqs} x {self.context} tokens"
+        )
+        if self.kind == "contiguous":
+            return f"{'KV cache':>16} = contiguous, {mebibytes(self.bytes_peak)} for {tokens}"
+        return (
+            f"{'KV cache':>16} = paged, {self.pages_peak} of {self.pages_total} pages of {self.page_size} tokens at "
+            f"the peak, {mebibytes(self.bytes_peak)} (contiguous would take {mebibytes(self.bytes_contiguous)} "
+            f"for {tokens})"
+        )
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes as llama.cpp prints it."""
+    return f"{count / 2**20:.2f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"

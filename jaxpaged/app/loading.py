@@ -1,0 +1,86 @@
+"""From the flags that name a model to a model in memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.app.environment import cache_folder
+from jaxpaged.app.errors import InputError
+from model.llama import ModelFn, functional
+from model.loading import LoadedModel, load_model
+
+_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """A model in memory, and how to call it."""
+
+    loaded: LoadedModel
+    call: ModelFn
+    dtype: str
+    load_ms: float
+
+
+def open_model(
+    path: Path | None, hf: str | None, *, dtype: str, offline: bool, show_progress: bool = True
+) -> ReadyModel:
+    """Loads the model that ``-m`` or ``-hf`` names, else the embedded one.
+
+    Raises:
+      InputError: no such file, not a model, a model that cannot be used, or a download that fails.
+    """
+    if path is not None and hf is not None:
+        raise InputError("-m and -hf both name a model; give one of them")
+    if dtype == "auto":
+        dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
+    start = time.perf_counter()
+    try:
+        file = _resolve(path, hf, offline)
+        with _progress(show_progress, file.name) as report:
+            loaded = load_model(file, dtype=_DTYPES[dtype], progress=report)
+    except OSError as error:
+        raise InputError(f"{error.filename or path or hf}: {error.strerror or error}") from error
+    except ValueError as error:  # ModelError and the tokenizer's errors: one line that names the file
+        raise InputError(str(error)) from error
+    jax.block_until_ready(loaded.params)
+    load_ms = 1e3 * (time.perf_counter() - start)
+    return ReadyModel(loaded, functional(loaded.config, _DTYPES[dtype]), dtype, load_ms)
+
+
+def _resolve(path: Path | None, hf: str | None, offline: bool) -> Path:
+    if hf is not None:
+        from model import hub
+
+        return hub.resolve(hf, cache_dir=cache_folder() / "models", offline=offline)
+    if path is None:
+        from model import tiny
+
+        path = tiny.PATH
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; -m takes a GGUF file or a Hugging Face folder")
+    return path
+
+
+@contextmanager
+def _progress(show: bool, name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr, where that is a terminal."""
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns: tuple[Any, ...] = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,35 @@
+"""What a run prints on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from jaxpaged.app.kv_report import CachePlan
+from jaxpaged.app.run import Run
+from jaxpaged.app.session import Session
+
+
+def text_of(session: Session, tokens: list[int]) -> str:
+    """The text of generated tokens."""
+    decoder = session.ready.loaded.tokenizer.stream(at_start=False)
+    return "".join(map(decoder.push, tokens)) + decoder.flush()
+
+
+def print_json(session: Session, prompt: list[int], run: Run, plan: CachePlan) -> None:
+    """One object; several samples stand in ``choices`` beside the fields of the first."""
+    choices = [
+        {"tokens": tokens, "text": text_of(session, tokens), "finish_reason": run.reason(row)}
+        for row, tokens in enumerate(run.tokens)
+    ]
+    result: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        **choices[0],
+        "timings": session.timings.as_dict(),
+        "kv": session.report(plan).as_dict(),
+    }
+    if len(choices) > 1:
+        result["choices"] = [{"index": i, "seed": session.seed_of(i), **c} for i, c in enumerate(choices)]
+    click.echo(json.dumps(result))

@@ -1,0 +1,109 @@
+"""One generation from start to end: compiled first, timed, its text handed on as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxpaged.app.timings import Timings
+from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP, generate_stream
+from jaxpaged.sampling import SamplingParams
+
+_CHUNK_SECONDS = 0.1
+_MOST_STEPS = 64
+
+
+@dataclass
+class Run:
+    """What one generation made; a row a prompt."""
+
+    tokens: list[list[int]]
+    finish_reason: list[int]
+    timings: Timings = field(default_factory=Timings)
+    pages_peak: int = 0
+    interrupted: bool = False
+    """Ctrl-C came; the rest is what was there by then."""
+    cache: Any = None
+    """The cache afterwards; None when an interrupt took it."""
+
+    def reason(self, row: int) -> str:
+        """ "stop" or "length"."""
+        return "stop" if self.finish_reason[row] == FINISH_STOP else "length"
+
+    @property
+    def out_of_pages(self) -> list[int]:
+        """The prompts whose sequences found no free page."""
+        return [row for row, reason in enumerate(self.finish_reason) if reason == FINISH_OUT_OF_PAGES]
+
+
+def generate(
+    model: Any,
+    params: Any,
+    cache: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    stop_ids: Sequence[int],
+    batch_size: int,
+    keep: bool = False,
+    warmup: bool = True,
+    on_tokens: Callable[[list[list[int]]], None],
+) -> Run:
+    """Runs ``generate_stream`` to its end, or to Ctrl-C.
+
+    Args:
+      warmup: compile before the clock of the prompt starts.
+      on_tokens: is given each prompt's new tokens, in order.
+    """
+    run = Run([[] for _ in prompts], [0] * len(prompts))
+    run.timings.prompt_n = sum(map(len, prompts))
+    stream = generate_stream(
+        model,
+        params,
+        cache,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
+        keep=keep,
+        every=1,
+    )
+    start = time.perf_counter()
+    if warmup:
+        stream.compile()
+        run.timings.compile_ms = 1e3 * (time.perf_counter() - start)
+        start = time.perf_counter()
+    first = last = None
+    try:
+        for chunk in stream:
+            now = time.perf_counter()
+            for row, tokens in enumerate(chunk.tokens):
+                run.tokens[row] += tokens
+            run.finish_reason = chunk.finish_reason
+            if stream.result is not None:
+                run.pages_peak = int(stream.result.pages_peak)
+            if first is None:
+                first = now
+            elif last is not None:
+                # Long enough that coming back costs nothing, short enough to read along and to stop.
+                steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
+                stream.every = min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS)
+            on_tokens(chunk.tokens)
+            last = time.perf_counter()
+            run.timings.predicted_ms = 1e3 * (now - first)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    run.timings.prompt_ms = 1e3 * ((time.perf_counter() if first is None else first) - start)
+    run.timings.predicted_n = sum(map(len, run.tokens))
+    run.cache = None if any(x.is_deleted() for x in _arrays(stream.cache)) else stream.cache
+    return run
+
+
+def _arrays(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)

@@ -1,0 +1,172 @@
+"""A loaded model with the settings of a run: what one prompt and a chat have in common."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from jaxpaged.app.errors import InputError, say
+from jaxpaged.app.kv_report import CachePlan, KVReport
+from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.options import GenerateOptions
+from jaxpaged.app.run import Run, generate
+from jaxpaged.app.timings import Timings
+from jaxpaged.sampling import SamplingParams
+
+_SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
+
+
+@dataclass
+class Session:
+    """One process's model, context and seed, and the sums of what its runs took."""
+
+    options: GenerateOptions
+    ready: ReadyModel
+    context: int
+    """Tokens that a sequence may hold."""
+    seed: int
+    """Of the first sequence."""
+    timings: Timings = field(default_factory=Timings)
+    pages_peak: int = 0
+
+    @classmethod
+    def open(cls, options: GenerateOptions) -> Session:
+        """Loads the model and tells of it on stderr."""
+        if options.kv_pages is not None and not options.paged:
+            raise InputError("--kv-pages bounds a pool of pages, and --no-kv-cache-paged asks for none")
+        ready = open_model(
+            options.model,
+            options.hf,
+            dtype=options.dtype,
+            offline=options.offline,
+            show_progress=options.log,
+        )
+        trained = ready.loaded.config.context_length
+        session = cls(
+            options,
+            ready,
+            context=options.ctx_size or trained,
+            seed=secrets.randbits(32) if options.seed < 0 else options.seed,
+            timings=Timings(load_ms=ready.load_ms),
+        )
+        loaded = ready.loaded
+        session.note(f"model = {loaded.path}, {loaded.description}, computing in {ready.dtype}")
+        if session.context > trained:
+            session.note(
+                f"warning: -c {session.context} is more than the {trained} tokens the model was trained for"
+            )
+        if options.seed < 0 and options.temp > 0:
+            session.note(f"seed = {session.seed}")
+        return session
+
+    def note(self, line: str) -> None:
+        """A line on stderr, unless --log-disable."""
+        if self.options.log:
+            say(line)
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of a prompt; control tokens written out in it are read as tokens."""
+        tokenizer = self.ready.loaded.tokenizer
+        ids = tokenizer.encode(text, add_special=add_special, parse_special=True)
+        # The end of the text is the model's to say.
+        return ids[:-1] if add_special and tokenizer.add_eos else ids
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Refuses a prompt that is empty or leaves no room in the context."""
+        if not ids:
+            raise InputError("the prompt is empty, and this model has no token that begins a text")
+        room = self.context - (self.options.predict != 0)
+        if len(ids) > room:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; the context of {self.context} (-c) has room for {room}"
+                f"{' and one to generate' if self.options.predict else ''}"
+            )
+        if self.options.verbose_prompt:
+            decode = self.ready.loaded.tokenizer.decode
+            for token in ids:
+                say(f"{token:8d} -> {decode([token], skip_special=False)!r}")
+
+    def new_tokens(self, prompt_length: int) -> int:
+        """How many tokens may follow a prompt."""
+        room = self.context - prompt_length
+        return room if self.options.predict < 0 else min(self.options.predict, room)
+
+    def plan(self, tokens: int, num_seqs: int) -> CachePlan:
+        """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens."""
+        return CachePlan.make(
+            self.ready.loaded.config,
+            paged=self.options.paged,
+            dtype=self.options.cache_dtype or self.ready.dtype,
+            num_seqs=num_seqs,
+            context=self.context,
+            tokens=max(1, tokens),
+            page_size=self.options.page_size,
+            kv_pages=self.options.kv_pages,
+        )
+
+    def run(
+        self,
+        cache: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        keep: bool = False,
+        on_tokens: Callable[[list[list[int]]], None],
+    ) -> Run:
+        """Generates, and adds to the sums."""
+        o = self.options
+        loaded = self.ready.loaded
+        sampling = SamplingParams.create(
+            len(prompts),
+            temperature=o.temp,
+            top_k=o.top_k,
+            top_p=max(o.top_p, _SMALLEST_TOP_P),
+            min_p=o.min_p,
+            repeat_penalty=o.repeat_penalty,
+            repeat_last_n=o.repeat_last_n,
+            presence_penalty=o.presence_penalty,
+            frequency_penalty=o.frequency_penalty,
+            seed=[self.seed_of(row) for row in range(len(prompts))],
+        )
+        run = generate(
+            self.ready.call,
+            loaded.params,
+            cache,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=() if o.ignore_eos else sorted(loaded.tokenizer.stop_ids),
+            batch_size=o.prefill_step,
+            keep=keep,
+            warmup=o.warmup,
+            on_tokens=on_tokens,
+        )
+        self.timings.add(run.timings)
+        self.pages_peak = max(self.pages_peak, run.pages_peak)
+        return run
+
+    def seed_of(self, row: int) -> int:
+        """The seed of a sequence."""
+        return (self.seed + row) % 2**32
+
+    def report(self, plan: CachePlan) -> KVReport:
+        """KV memory up to now."""
+        return KVReport.of(plan, self.pages_peak)
+
+    def print_report(self, plan: CachePlan, run: Run | None) -> None:
+        """The timing lines and the KV line, on stderr."""
+        if run is not None and run.out_of_pages:
+            rows = ", ".join(str(row + 1) for row in run.out_of_pages)
+            which = f" of sequence {rows}" if len(run.tokens) > 1 else ""
+            counts = ", ".join(str(len(run.tokens[row])) for row in run.out_of_pages)
+            self.note(
+                f"out of pages: the text{which} ends after {counts} tokens, all {plan.num_pages} pages of "
+                f"{plan.page_size} tokens are in use (--kv-pages)"
+            )
+        if self.options.perf and self.options.log:
+            for line in [*self.timings.lines(), self.report(plan).line()]:
+                click.echo(line, err=True)

@@ -1,0 +1,69 @@
+"""How long the parts of a run took, in llama.cpp's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Timings:
+    """Milliseconds and tokens of one run; of several turns, their sums."""
+
+    load_ms: float = 0.0
+    compile_ms: float = 0.0
+    """Compiling ahead of the run; 0 where it was part of it."""
+    prompt_n: int = 0
+    prompt_ms: float = 0.0
+    """From the start of prefill to the first token."""
+    predicted_n: int = 0
+    predicted_ms: float = 0.0
+    """From the first token to the last."""
+
+    def add(self, other: Timings) -> None:
+        """Adds another run's numbers."""
+        self.load_ms += other.load_ms
+        self.compile_ms += other.compile_ms
+        self.prompt_n += other.prompt_n
+        self.prompt_ms += other.prompt_ms
+        self.predicted_n += other.predicted_n
+        self.predicted_ms += other.predicted_ms
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields of llama.cpp's ``timings``."""
+        return {
+            "prompt_n": self.prompt_n,
+            "prompt_ms": round(self.prompt_ms, 3),
+            "prompt_per_second": round(_per_second(self.prompt_n, self.prompt_ms), 3),
+            "predicted_n": self.predicted_n,
+            "predicted_ms": round(self.predicted_ms, 3),
+            "predicted_per_second": round(_per_second(self.predicted_n, self.predicted_ms), 3),
+        }
+
+    def lines(self) -> list[str]:
+        """The lines that llama.cpp ends a run with."""
+        total = self.prompt_ms + self.predicted_ms
+        lines = [_time("load time", self.load_ms)]
+        if self.compile_ms:
+            lines.append(_time("compile time", self.compile_ms))
+        return [
+            *lines,
+            _rate("prompt eval time", self.prompt_ms, self.prompt_n),
+            _rate("eval time", self.predicted_ms, self.predicted_n),
+            f"{_time('total time', total)} / {self.prompt_n + self.predicted_n:5d} tokens",
+        ]
+
+
+def _per_second(count: int, milliseconds: float) -> float:
+    return 1e3 * count / milliseconds if milliseconds > 0 else 0.0
+
+
+def _time(name: str, milliseconds: float) -> str:
+    return f"{name:>16} = {milliseconds:10.2f} ms"
+
+
+def _rate(name: str, milliseconds: float, count: int) -> str:
+    each = milliseconds / count if count else 0.0
+    return (
+        f"{_time(name, milliseconds)} / {count:5d} tokens "
+        f"({each:8.2f} ms per token, {_per_second(count, milliseconds):8.2f} tokens per second)"
+    )

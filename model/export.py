@@ -1,0 +1,137 @@
+"""``write_gguf``: a model as a GGUF file that llama.cpp and ``load_model`` read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+from flax import nnx
+from gguf import GGMLQuantizationType as GGMLType
+
+from model.config import ModelConfig, RopeScaling, rope_frequencies
+from model.llama import Params
+from model.weights import placements, to_file
+
+Quantization = Literal["F32", "F16", "Q8_0"]
+
+_FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def write_gguf(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    quantization: Quantization = "F32",
+    tokenizer_metadata: Mapping[str, Any],
+) -> None:
+    """Writes a model as one GGUF file.
+
+    Norms and biases stay F32; with ``"Q8_0"``, matrices whose rows are no multiple of 32 long are written as
+    F16, as llama.cpp does. A mistral becomes the architecture "llama", the name that llama.cpp knows it by.
+
+    Args:
+      path: the file, overwritten.
+      config: the model.
+      params: its weights, any floating dtype.
+      quantization: type of the matrices.
+      tokenizer_metadata: keys ``tokenizer.*`` with plain values: texts, booleans, numbers (whole ones are
+        written as uint32), lists of one of these (whole numbers as int32).
+    """
+    architecture = "llama" if config.architecture == "mistral" else config.architecture
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        _add_config(writer, architecture, config)
+        writer.add_file_type(_FILE_TYPES[quantization])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in tokenizer_metadata.items():
+            _add(writer, key, value)
+        weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
+        for name, placement in placements(config, "gguf").items():
+            value = to_file(np.asarray(weights[placement.path][...], np.float32), placement)
+            kind = _type_of(value, quantization)
+            writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)
+        if (factors := _rope_factors(config)) is not None:
+            writer.add_tensor("rope_freqs.weight", factors)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _type_of(value: np.ndarray, quantization: Quantization) -> GGMLType:
+    if value.ndim == 1 or quantization == "F32":
+        return GGMLType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[GGMLType[quantization]]
+    return GGMLType[quantization] if value.shape[-1] % block == 0 else GGMLType.F16
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _add_config(writer: gguf.GGUFWriter, architecture: str, c: ModelConfig) -> None:
+    if c.name:
+        writer.add_name(c.name)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(c.context_length)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_q_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_rope_dimension_count(c.rotary_dim)
+    if any(c.windows):
+        writer.add_sliding_window(next(window for window in c.windows if window))
+        if not all(c.windows):
+            writer.add_sliding_window_pattern([window is not None for window in c.windows])
+    if c.rope_scaling is not None:
+        _add_rope_scaling(writer, architecture, c.rope_scaling)
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, architecture: str, scaling: RopeScaling) -> None:
+    if scaling.kind not in ("linear", "yarn"):
+        return  # written as the tensor rope_freqs.weight
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "linear":
+        return
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_context_length)
+    prefix = f"{architecture}.rope.scaling."
+    writer.add_float32(prefix + "yarn_beta_fast", scaling.beta_fast)
+    writer.add_float32(prefix + "yarn_beta_slow", scaling.beta_slow)
+    if scaling.attention_factor is not None:
+        # What a file says is multiplied by YaRN's own factor when it is read.
+        own = 0.1 * np.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / float(own))
+
+
+def _rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """What each frequency is divided by, for the kinds of scaling that GGUF keeps as a tensor."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("llama3", "factors"):
+        return None
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
+    scaled, _ = rope_frequencies(config)
+    return (config.rope_theta**-exponents / scaled).astype(np.float32)

@@ -1,0 +1,138 @@
+"""``load_model``: a GGUF file or a Hugging Face folder, as configuration, params and tokenizer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax.numpy as jnp
+
+from model.config import ModelConfig, ModelError
+from model.gguf_file import GGUFFile
+from model.llama import Params
+from model.read_config import config_from_gguf, config_from_huggingface
+from model.safetensors_folder import SafetensorsFolder
+from model.tokenizer import Tokenizer, TokenizerError
+from model.weights import Progress, TensorSource, load_params
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Attributes:
+      config: its sizes and switches; ``model.llama.functional(config, dtype)`` is its function.
+      params: its weights.
+      tokenizer: its tokenizer.
+      path: the file or folder it came from.
+      size_bytes: bytes of the weight files.
+      description: such as ``"llama 135M Q8_0"``.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    path: Path
+    size_bytes: int
+    description: str
+
+
+def load_model(
+    path: str | Path, *, dtype: Any = jnp.float32, progress: Progress | None = None
+) -> LoadedModel:
+    """Loads a model of the Llama family.
+
+    Args:
+      path: a GGUF file (the first of its parts, when split), or a folder with ``config.json``, safetensors
+        and a tokenizer.
+      dtype: of the params; quantized weights are dequantized to it.
+      progress: called with (bytes done, bytes in all) after each tensor.
+
+    Raises:
+      ModelError: the file is missing or damaged, or its model is not supported; one line that says which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path, dtype, progress)
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder")
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        raise ModelError(
+            f"{path}: name a GGUF file, or the folder that holds config.json and the safetensors files"
+        )
+    return _load_gguf(path, dtype, progress)
+
+
+def read_gguf_config(file: GGUFFile) -> ModelConfig:
+    """The configuration of an open GGUF file."""
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    factors = file.tensors.get("rope_freqs.weight")
+    rope_factors = None if factors is None else file.read("rope_freqs.weight").astype("float32")
+    return _naming_the_file(file.path, lambda: config_from_gguf(file.metadata, shapes, rope_factors))
+
+
+def _load_gguf(path: Path, dtype: Any, progress: Progress | None) -> LoadedModel:
+    file = GGUFFile(path)
+    config = read_gguf_config(file)
+    tokenizer = _naming_the_file(path, lambda: Tokenizer.from_gguf(file.metadata))
+    params = load_params(config, file, "gguf", dtype=dtype, progress=progress)
+    kind = _file_type(file)
+    return LoadedModel(config, params, tokenizer, path, file.size_bytes, _describe(config, kind))
+
+
+def _load_folder(path: Path, dtype: Any, progress: Progress | None) -> LoadedModel:
+    if not (path / "config.json").is_file():
+        files = sorted(p.name for p in path.glob("*.gguf"))
+        hint = (
+            f"; name the GGUF file: {path / files[0]}"
+            if files
+            else "; a model folder or a GGUF file is needed"
+        )
+        raise ModelError(f"{path}: has no config.json{hint}")
+    folder = SafetensorsFolder(path)
+    config = _naming_the_file(path / "config.json", lambda: config_from_huggingface(folder.config))
+    tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
+    params = load_params(config, folder, "huggingface", dtype=dtype, progress=progress)
+    return LoadedModel(
+        config, params, tokenizer, path, folder.size_bytes, _describe(config, _commonest(folder))
+    )
+
+
+def _naming_the_file(path: Path, read: Any) -> Any:
+    try:
+        return read()
+    except (ModelError, TokenizerError) as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _file_type(file: GGUFFile) -> str:
+    """``general.file_type`` in the words people use ("Q4_K_M"), else the type of most bytes."""
+    number = file.metadata.get("general.file_type")
+    if isinstance(number, int) and number in set(gguf.LlamaFileType):
+        name = gguf.LlamaFileType(number).name
+        if name != "GUESSED":
+            return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return _commonest(file)
+
+
+def _commonest(source: TensorSource) -> str:
+    types: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        types[tensor.dtype] += tensor.num_bytes
+    return types.most_common(1)[0][0]
+
+
+def _describe(config: ModelConfig, kind: str) -> str:
+    return f"{config.architecture} {_count(config.num_parameters())} {kind}"
+
+
+def _count(number: int) -> str:
+    """135M, 1.1B: as model names have it."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            short = number / size
+            return f"{short:.1f}{letter}" if short < 10 else f"{short:.0f}{letter}"
+    return str(number)

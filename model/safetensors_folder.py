@@ -1,0 +1,121 @@
+"""A Hugging Face model folder: ``config.json`` and safetensors files, one tensor at a time, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from model.config import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class SafetensorsTensor:
+    """Where one tensor lies: ``dtype`` as safetensors names it (``"BF16"``), ``file`` inside the folder."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    file: str
+
+
+class SafetensorsFolder:
+    """The weights of a model folder.
+
+    Attributes:
+      path: the folder.
+      config: ``config.json`` as it stands.
+      tensors: what the files hold, file after file.
+      size_bytes: bytes of all weight files.
+
+    Raises:
+      ModelError: a file is missing, damaged or cut off, or of a kind that is not supported.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        names = self._files()
+        self._open = {name: self._open_file(name) for name in names}
+        self.tensors: dict[str, SafetensorsTensor] = {}
+        for file, reader in self._open.items():
+            for name in reader.offset_keys():
+                part = reader.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                if dtype not in ITEM_BYTES:
+                    raise ModelError(
+                        f"{self.path / file}: type {dtype} of tensor {name!r} is not supported; "
+                        f"supported are {', '.join(ITEM_BYTES)}"
+                    )
+                self.tensors[name] = SafetensorsTensor(
+                    name, shape, dtype, math.prod(shape) * ITEM_BYTES[dtype], file
+                )
+        self.size_bytes = sum((self.path / name).stat().st_size for name in names)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor's values in the type in which they are stored."""
+        return self._open[self.tensors[name].file].get_tensor(name)
+
+    def _files(self) -> list[str]:
+        index = self.path / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelError(f"{index}: has no weight_map")
+            names = sorted({str(name) for name in weight_map.values()})
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ModelError(f"{index}: names a file outside the folder: {outside[0]}")
+            if missing := [name for name in names if not (self.path / name).is_file()]:
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                raise ModelError(
+                    f"{self.path}: {INDEX} names files that are missing: {', '.join(missing[:3])}{more}"
+                )
+            return names
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        others = sorted(p.name for p in self.path.glob("*.bin")) + sorted(
+            p.name for p in self.path.glob("*.pth")
+        )
+        if others:
+            raise ModelError(
+                f"{self.path}: holds {others[0]} only; weights are needed as safetensors ({SINGLE})"
+            )
+        raise ModelError(f"{self.path}: no weights: neither {SINGLE} nor {INDEX}")
+
+    def _open_file(self, name: str) -> Any:
+        path = self.path / name
+        try:
+            return safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path}: cut off or no safetensors file ({path.stat().st_size} bytes): {error}"
+            ) from None
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      ModelError: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value

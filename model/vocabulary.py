@@ -1,0 +1,102 @@
+"""What a tokenizer is made of, whichever file it came from, and what its readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+class TokenizerError(ValueError):
+    """A vocabulary that cannot be used, or a token that is not in it, in one line."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens and the rules of one tokenizer.
+
+    pieces: the bytes of each token, by id.
+    hidden_ids: special tokens, which a reader of the text does not see.
+    encode_text: (text, parse_special) -> ids, without prefix and suffix.
+    strip_space: a text starts with a space that is not the user's.
+    prefix, suffix: the ids that stand around a whole text.
+    bos_id, eos_id: begin and end of a text, None where there is none.
+    stop_ids: every token that ends generation.
+    chat_template: Jinja source, None where there is none.
+    """
+
+    pieces: Sequence[bytes]
+    hidden_ids: frozenset[int]
+    encode_text: Callable[[str, bool], list[int]]
+    strip_space: bool
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    bos_id: int | None
+    eos_id: int | None
+    stop_ids: frozenset[int]
+    chat_template: str | None
+
+
+STOP_TEXTS = frozenset(
+    (
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|tool_response>",
+        "<turn|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "[e~[",
+        "</s>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        # Padding, repository and file separators of fill-in-the-middle models: another document follows.
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<PAD>",
+        "[PAD]",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+        "<|file_sep|>",
+    )
+)
+"""Tokens that end generation in any vocabulary, as in llama.cpp: files often name only one of them."""
+
+
+def stop_ids(ids: Mapping[str, int], named: Iterable[int | None]) -> frozenset[int]:
+    """The named tokens, and those known by their text."""
+    stops = {text for text in STOP_TEXTS if text in ids}
+    calls = {"<|call|>", "<|calls|>"} & stops
+    not_stops = set()
+    if calls and stops & {"<|return|>", "<|flush|>"}:
+        not_stops.add("<|end|>")  # In gpt-oss and Solar this closes a part of an answer, not the answer.
+    if "<|tool_response>" in stops:
+        not_stops.add("</s>")  # In Gemma 4 an HTML tag like any other.
+    named_ids = {token for token in named if token is not None}
+    return frozenset(
+        (named_ids | {ids[text] for text in stops}) - {ids[text] for text in not_stops if text in ids}
+    )
+
+
+def byte_of(text: str) -> int | None:
+    """The byte of a token written `<0xXX>`."""
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        try:
+            return int(text[3:5], 16)
+        except ValueError:
+            return None
+    return None

@@ -1,0 +1,121 @@
+"""A model small enough to compile in seconds, and two ways to call the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+CONTEXT = 128
+_HIDDEN, _HEADS, _KV_HEADS, _FFN = 32, 4, 2, 64
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant\n"
+)
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in kept else chr(next(others)) for b in range(256)]
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of random weights, a vocabulary of bytes, a chat template."""
+    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    rng = np.random.default_rng(0)
+    tokens = [*_byte_characters(), "<|endoftext|>", "<|im_start|>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(_HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(_FFN)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(_HIDDEN // _HEADS)
+    writer.add_vocab_size(len(tokens))
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3, 3])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(256)
+    writer.add_chat_template(_CHATML)
+    kv = _HIDDEN // _HEADS * _KV_HEADS
+    shapes = {
+        "token_embd": (len(tokens), _HIDDEN),
+        "blk.0.attn_q": (_HIDDEN, _HIDDEN),
+        "blk.0.attn_k": (kv, _HIDDEN),
+        "blk.0.attn_v": (kv, _HIDDEN),
+        "blk.0.attn_output": (_HIDDEN, _HIDDEN),
+        "blk.0.ffn_gate": (_FFN, _HIDDEN),
+        "blk.0.ffn_up": (_FFN, _HIDDEN),
+        "blk.0.ffn_down": (_HIDDEN, _FFN),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(
+            f"{name}.weight", (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        )
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(_HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One cache folder for all, so that only the first run of a shape compiles."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAXPAGED_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+
+
+@pytest.fixture(scope="session")
+def jaxpaged(environment: dict[str, str]) -> Command:
+    """Runs ``jaxpaged`` as its own process."""
+
+    def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "jaxpaged.app.cli", *map(str, arguments)]
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env=environment, timeout=120
+        )
+
+    return run
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs ``jaxpaged`` in this process with flags it must refuse; gives the line it says."""
+    from jaxpaged.app import environment as app_environment
+    from jaxpaged.app.cli import main
+
+    monkeypatch.setattr(app_environment, "prepare", lambda _threads: None)
+
+    def run(*arguments: str | Path) -> str:
+        result: Result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == 2, result.output
+        assert result.stdout == ""
+        lines = [line for line in result.stderr.splitlines() if line.startswith("jaxpaged: error: ")]
+        assert len(lines) == 1 and result.stderr.splitlines()[-1] == lines[0], result.stderr
+        assert "Traceback" not in result.stderr
+        return lines[0]
+
+    return run

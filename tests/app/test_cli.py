@@ -1,0 +1,220 @@
+"""The laws of the command line: what is printed where, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxpaged.app.prompt import unescape
+from jaxpaged.version import __version__
+
+CONTEXT = 128  # of the model in conftest.py
+GREEDY = ("--temp", "0", "--ignore-eos")
+SMALL_PAGES = ("--page-size", "8")
+
+
+@pytest.fixture(scope="module")
+def paged(jaxpaged: Callable, model_path: Path) -> dict:
+    done = jaxpaged(
+        "generate", "-m", model_path, "-p", "def f(x):", "-n", "40", *GREEDY, "--json", "--page-size", "8"
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["generate", "--help"], ["bench", "-h"]])
+def test_help_and_version_do_not_import_jax(arguments):
+    code = (
+        "import sys\nfrom jaxpaged.app.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version(jaxpaged):
+    assert jaxpaged("--version").stdout == f"jaxpaged {__version__}\n"
+
+
+def test_devices(jaxpaged):
+    assert "cpu:0" in jaxpaged("devices").stdout
+
+
+def test_json_is_one_object_with_all_fields(paged):
+    assert set(paged) == {"prompt_tokens", "tokens", "text", "finish_reason", "timings", "kv"}
+    assert paged["prompt_tokens"] == list(b"def f(x):")
+    assert len(paged["tokens"]) == 40 and paged["finish_reason"] == "length"
+    timings = paged["timings"]
+    assert (timings["prompt_n"], timings["predicted_n"]) == (9, 40)
+    for name in ("prompt", "predicted"):
+        assert timings[f"{name}_ms"] > 0
+        rate = 1e3 * timings[f"{name}_n"] / timings[f"{name}_ms"]
+        assert timings[f"{name}_per_second"] == pytest.approx(rate, rel=1e-2)
+
+
+def test_pool_is_what_the_run_can_fill(paged):
+    token = 2 * 2 * 8 * 4  # K and V, KV heads, head_dim, bytes
+    assert paged["kv"] == {
+        "kind": "paged",
+        "page_size": 8,
+        "pages_total": 7,  # 9 + 40 tokens
+        "pages_peak": 6,  # the newest token is never fed back
+        "bytes_peak": 6 * 8 * token,
+        "bytes_contiguous": CONTEXT * token,
+    }
+
+
+def test_contiguous_cache_gives_the_same_tokens(jaxpaged, model_path, paged):
+    done = jaxpaged(
+        "generate", "-m", model_path, "-p", "def f(x):", "-n", "40", *GREEDY, "--json", "--no-kv-cache-paged"
+    )
+    contiguous = json.loads(done.stdout)
+    assert contiguous["tokens"] == paged["tokens"]
+    assert contiguous["kv"]["kind"] == "contiguous"
+    assert (
+        contiguous["kv"]["bytes_peak"]
+        == contiguous["kv"]["bytes_contiguous"]
+        == paged["kv"]["bytes_contiguous"]
+    )
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged):
+    flags = ("-n", "40", *GREEDY, "--page_size", "8", "-ngl", "99", "-fa", "on", "-kvu", "--no-mmap")
+    done = jaxpaged("generate", "-m", model_path, "-f", "-", *flags, stdin="def f(x):\n")
+    assert done.returncode == 0
+    assert done.stdout == f"def f(x):{paged['text']}\n"
+    for line in (
+        "prompt eval time =",
+        "  eval time =",
+        "total time =",
+        "KV cache = paged, 6 of 7 pages of 8 tokens",
+    ):
+        assert line in done.stderr
+    assert f"for {CONTEXT} tokens)" in done.stderr
+    for flag in ("-ngl", "-fa", "-kvu", "--no-mmap"):
+        assert f"jaxpaged: {flag} is accepted and has no effect" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_parallel_samples_are_those_of_their_seeds(jaxpaged, model_path):
+    flags = ("generate", "-m", model_path, "-p", "abc", "-n", "6", "--json", "--ignore-eos", "--temp", "2")
+    both = json.loads(jaxpaged(*flags, "-np", "2", "-s", "5").stdout)
+    second = json.loads(jaxpaged(*flags, "-s", "6").stdout)
+    assert [choice["seed"] for choice in both["choices"]] == [5, 6]
+    assert both["tokens"] == both["choices"][0]["tokens"] != second["tokens"]
+    assert both["choices"][1]["tokens"] == second["tokens"]
+
+
+def test_running_out_of_pages_ends_the_text(jaxpaged, model_path):
+    done = jaxpaged(
+        "generate", "-m", model_path, "-p", "def f(x):", "-n", "40", *GREEDY, "--json", "--page-size", "8",
+        "--kv-pages", "3",
+    )  # fmt: skip
+    result = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert result["finish_reason"] == "length" and len(result["tokens"]) == 3 * 8 - 9 + 1
+    assert "out of pages: " in done.stderr
+
+
+def test_chat_on_a_pipe(jaxpaged, model_path):
+    done = jaxpaged("generate", "-m", model_path, "-cnv", "-n", "4", *GREEDY, stdin="a\nb\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert "predicted" not in done.stderr and "KV cache = paged" in done.stderr
+    assert "/     8 tokens" in done.stderr  # two answers of four
+    # The second turn computes what is new: less than the whole conversation again.
+    prompt_eval = next(line for line in done.stderr.splitlines() if line.startswith("prompt eval time"))
+    first, both = 11 + 3 + 12 - 12, int(prompt_eval.split("/")[1].split()[0])
+    assert both < 3 * first + 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_interrupt_prints_what_there_is(model_path, environment):
+    command = [sys.executable, "-m", "jaxpaged.app.cli", "generate", "-m", str(model_path), "-p", "def f(x):"]
+    command += [
+        "-n",
+        "-1",
+        "-c",
+        "2000000",
+        "--kv-pages",
+        "4000",
+        "--temp",
+        "0",
+        "--ignore-eos",
+        "--page-size",
+        "256",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    # The echoed prompt may come before the program is compiled, so wait for more than it.
+    assert len(process.stdout.read(len("def f(x):") + 3)) == 12
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"eval time =" in stderr and b"KV cache =" in stderr and b"Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--page-size", "33"], "33 is not a power of two from 8 to 256"),
+        (["--page-size", "512"], "512 is not a power of two from 8 to 256"),
+        (["-n", "-2"], "-2"),
+        (["-np", "0"], "0"),
+        (["-c", "-1"], "-1"),
+        (["--temp", "nan"], "nan is not a finite number"),
+        (["--top-p", "inf"], "inf is not a finite number"),
+        (["--top-p", "1.5"], "1.5 is above 1"),
+        (["--repeat-penalty", "0"], "0 is not above 0"),
+        (["--seed", "4294967296"], "4294967296"),
+        (["-ctk", "q8_0"], "'f32', 'bf16', 'f16'"),
+        (["-ctk", "f16", "-ctv", "f32"], "-ctk f16 and -ctv f32 differ"),
+        (["-npp", "2"], "Did you mean"),
+        (["--tmep", "1"], "--temp"),
+        (["-n64"], "-n64"),
+        (["-ngl"], "requires an argument"),
+        (["-f", "x"], "-p and -f both give a prompt"),
+        (["-m", "nowhere.gguf"], "nowhere.gguf: no such file"),
+        (["-m", "x", "-hf", "y"], "-m and -hf both name a model"),
+        (["--kv-pages", "2", "--no-kv-cache-paged"], "--kv-pages"),
+    ],
+)
+def test_bad_flags_are_one_line(refused: Callable[..., str], flags, said):
+    assert said in refused("generate", "-p", "x", *flags)
+
+
+def test_bad_prompts_and_pools_are_one_line(refused, model_path, tmp_path):
+    base = ("generate", "-m", model_path, "-s", "1")
+    assert "no prompt: give -p TEXT" in refused(*base)
+    assert "the prompt has 128 tokens" in refused(*base, "-p", "x" * CONTEXT)
+    assert "the prompt has 20 tokens; the context of 16" in refused(*base, "-p", "x" * 20, "-c", "16")
+    assert "need 3 pages of 8 tokens, --kv-pages allows 2" in refused(
+        *base, "-p", "x" * 17, "--page-size", "8", "--kv-pages", "2"
+    )
+    assert "missing.txt: No such file" in refused(*base, "-f", tmp_path / "missing.txt")
+    (tmp_path / "binary").write_bytes(b"ab\xff")
+    assert "not UTF-8 text, byte 2 is 0xff" in refused(*base, "-f", tmp_path / "binary")
+    assert "'nonsense' is neither Jinja source nor one of" in refused(
+        *base, "-p", "x", "-cnv", "--chat-template", "nonsense"
+    )
+    assert "the prompt is empty" in refused(*base, "-p", "")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all\n" * 100])
+def test_foreign_files_are_one_line(refused, tmp_path, content):
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(content)
+    assert "foreign.gguf" in refused("generate", "-m", path, "-p", "x")
+
+
+def test_escapes():
+    assert unescape(r"a\nb\t\\n\x41\'\"\q\x4") == "a\nb\t\\nA'\"" + r"\q\x4"

@@ -1,0 +1,167 @@
+"""Tokens a second, paged against contiguous, over batch sizes and live contexts: python tpu_scripts/bench_paged_vs_contiguous.py
+
+Both caches run the same model in one process, in turns, so that a machine's changing speed hits both alike. The context
+is filled by reserving slots over random keys and values, which costs no forward pass and changes no time. Compile time
+is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged import ContiguousKVCache, PagedKVCache, generate_stream
+from model.config import ModelConfig
+from model.llama import functional, random_params
+from model.loading import load_model
+
+SMOLLM2_135M = ModelConfig(
+    architecture="llama",
+    name="SmolLM2-135M shape, random weights",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_q_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    context_length=8192,
+    rope_theta=100000.0,
+    tie_embeddings=True,
+)
+
+
+def noise(pool: jax.Array) -> jax.Array:
+    """Normal numbers in the shape of ``pool``: a block of them, repeated."""
+    block = jax.random.normal(jax.random.key(0), (min(pool.shape[0], 4), *pool.shape[1:]), jnp.float32)
+    return jnp.resize(block, pool.shape).astype(pool.dtype)
+
+
+def filled(cache: Any, depth: int) -> Any:
+    """``cache`` with ``depth`` tokens in every sequence, whose keys and values are noise."""
+    pools = ("k_pages", "v_pages") if cache.kind == "paged" else ("k", "v")
+    cache = dataclasses.replace(cache, **{p: tuple(noise(x) for x in getattr(cache, p)) for p in pools})
+    if not depth:
+        return cache
+    cache, _, ok = cache.reserve(np.full(cache.max_seqs, depth, np.int32), num_tokens=depth * cache.max_seqs)
+    if not ok:
+        raise SystemExit(f"a {cache.kind} cache has no room for {depth} tokens of {cache.max_seqs} sequences")
+    return cache
+
+
+def make_cache(kind: str, config: ModelConfig, batch: int, context: int, live: int, page_size: int) -> Any:
+    shape: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_seqs": batch,
+    }
+    if kind == "contiguous":
+        return ContiguousKVCache.create(**shape, max_length=context)
+    return PagedKVCache.create(
+        **shape,
+        page_size=page_size,
+        num_pages=batch * -(-live // page_size),
+        max_entries=context // page_size,
+    )
+
+
+def generation_rate(model: Any, params: Any, cache: Any, steps: int) -> float:
+    """Tokens a second of ``steps`` decode steps, all sequences together."""
+    stream = generate_stream(
+        model,
+        params,
+        cache,
+        [[1]] * cache.max_seqs,
+        max_new_tokens=steps + 1,
+        every=steps,
+        batch_size=cache.max_seqs,
+    )
+    chunks = iter(stream)
+    next(chunks)
+    start = time.perf_counter()
+    next(chunks)
+    return cache.max_seqs * steps / (time.perf_counter() - start)
+
+
+def prompt_rate(model: Any, params: Any, cache: Any, length: int) -> float:
+    """Tokens a second of prefilling ``length`` tokens in each sequence."""
+    prompt = (np.arange(length) % 250).tolist()
+    stream = generate_stream(model, params, cache, [prompt] * cache.max_seqs, max_new_tokens=1)
+    stream.compile()
+    start = time.perf_counter()
+    next(iter(stream))
+    return cache.max_seqs * length / (time.perf_counter() - start)
+
+
+def numbers(text: str) -> list[int]:
+    """The positive numbers of a list like "1,4,8"."""
+    return [int(x) for x in text.split(",") if int(x) > 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-m", "--model", type=Path, help="a GGUF file or Hugging Face folder (default: random weights)"
+    )
+    parser.add_argument("-b", "--batch", default="1,4,8")
+    parser.add_argument("--live", default="128,700,4000", help="live tokens of each sequence")
+    parser.add_argument("-p", "--prompt", default="128,712", help="prompt lengths to prefill; 0 = none")
+    parser.add_argument("-c", "--context", type=int, default=4096)
+    parser.add_argument("-n", "--steps", type=int, default=24, help="decode steps of one measurement")
+    parser.add_argument("-r", "--repeat", type=int, default=5)
+    parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+
+    if args.model is None:
+        config, params = SMOLLM2_135M, random_params(SMOLLM2_135M)
+    else:
+        loaded = load_model(args.model)
+        config, params = loaded.config, loaded.params
+    model = functional(config)
+    kinds = ("paged", "contiguous")
+    tests = [("generation", b, n) for b in numbers(args.batch) for n in numbers(args.live)]
+    tests += [("prompt", 1, n) for n in numbers(args.prompt)]
+    rows = []
+    print(
+        f"{config.name}; {jax.devices()[0].device_kind}, jax {jax.__version__}; context {args.context}, pages of "
+        f"{args.page_size}; median of {args.repeat} runs in turns\n"
+    )
+    print("| test | batch | tokens | paged t/s | contiguous t/s | paged / contiguous |")
+    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    for test, batch, tokens in tests:
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(args.repeat):
+            for kind in kinds:
+                live = tokens + args.steps + 2 if test == "generation" else tokens + 2
+                cache = make_cache(kind, config, batch, args.context, live, args.page_size)
+                if test == "generation":
+                    rate = generation_rate(model, params, filled(cache, tokens), args.steps)
+                else:
+                    rate = prompt_rate(model, params, cache, tokens)
+                rates[kind].append(rate)
+        ratio = statistics.median(p / c for p, c in zip(rates["paged"], rates["contiguous"], strict=True))
+        medians = {kind: statistics.median(rates[kind]) for kind in kinds}
+        rows.append({"test": test, "batch": batch, "tokens": tokens, "ratio": ratio, "rates": rates})
+        print(
+            f"| {test} | {batch} | {tokens} | {medians['paged']:.1f} | {medians['contiguous']:.1f} | {ratio:.2f} |",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
