@@ -186,7 +186,9 @@ class PagedKVCache:
         One that does not is expected to be removed, not skipped: its shared page may then need no copy.
         """
         plan = _plan(self, num_new)
-        enough = jnp.cumsum(plan.needed) <= self.allocator.num_free
+        # One whose row is full gets no pages, and must not take them from those behind it.
+        taken = jnp.cumsum(jnp.where(plan.representable, plan.needed, 0))
+        enough = taken <= self.allocator.num_free
         return plan.representable & (enough | (plan.needed == 0))
 
     def seq_remove(
@@ -280,6 +282,7 @@ def reserve(
     Raises:
       ValueError: ``num_new`` is not ``[S]``, or traced without ``num_tokens``.
     """
+    t = _num_rows(num_new, cache.max_seqs, num_tokens)
     num_new = jnp.asarray(num_new, jnp.int32)
     s, n, ps, allocator, table = (
         cache.max_seqs,
@@ -288,7 +291,6 @@ def reserve(
         cache.allocator,
         cache.table,
     )
-    t = _num_rows(num_new, s, num_tokens)
     plan = _plan(cache, num_new)
     # Each fresh page holds at least one token, and each sequence leaves at most one page partly filled.
     max_fresh = min(t, t // ps + min(s, t))
@@ -353,9 +355,9 @@ def reserve(
     return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages), batch, ok
 
 
-def _num_rows(num_new: Array, max_seqs: int, num_tokens: int | None) -> int:
-    if num_new.shape != (max_seqs,):
-        raise ValueError(f"num_new must have one count a sequence, [{max_seqs}], got shape {num_new.shape}")
+def _num_rows(num_new: Array | np.ndarray, max_seqs: int, num_tokens: int | None) -> int:
+    if np.shape(num_new) != (max_seqs,):
+        raise ValueError(f"num_new must have one count a sequence, [{max_seqs}], got shape {np.shape(num_new)}")
     if num_tokens is not None:
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be positive, got {num_tokens}")
@@ -398,8 +400,11 @@ def seq_remove(
       Removing whole sequences never fails.
     """
     n, s = cache.num_pages, cache.max_seqs
-    p0, p1 = tables.clamp_range(p0, p1)
     seq = jnp.asarray(seq)
+    if isinstance(p0, int) and isinstance(p1, int) and p0 <= 0 and p1 < 0:
+        marked = seq if seq.dtype == bool else (seq < 0) | (jnp.arange(s) == seq)
+        return _remove_whole(cache, marked), jnp.bool_(True) if seq.dtype == bool else seq < s
+    p0, p1 = tables.clamp_range(p0, p1)
 
     def remove_marked(marked: Array) -> tuple[PageAllocator, BlockTable, Array]:
         removed, fitted = jax.vmap(lambda row: tables.remove_range(row, p0, p1, n))(cache.table)
@@ -425,6 +430,22 @@ def seq_remove(
     else:
         allocator, table, ok = jax.lax.cond(seq < 0, lambda: remove_marked(jnp.ones(s, bool)), remove_one)
     return replace(cache, allocator=allocator, table=table), ok
+
+
+def _remove_whole(cache: PagedKVCache, marked: Array) -> PagedKVCache:
+    """``seq_remove`` of everything in the sequences marked: nothing to cut, so a fraction of the work."""
+    table = cache.table
+    empty = tables.empty_like(table, cache.num_pages)
+
+    def chosen(new: Array, old: Array) -> Array:
+        return jnp.where(marked.reshape(-1, *([1] * (new.ndim - 1))), new, old)
+
+    released = jnp.where(marked[:, None], table.pages, cache.num_pages)
+    return replace(
+        cache,
+        allocator=pages_of.release(cache.allocator, released.reshape(-1)),
+        table=jax.tree.map(chosen, empty, table),
+    )
 
 
 def seq_copy(
@@ -505,17 +526,17 @@ def reserve_or_raise(
       ValueError: a negative count, a sequence longer than the table's row, or more tokens than ``num_tokens``.
     """
     counts = np.asarray(num_new)
-    rows = _num_rows(jnp.asarray(num_new, jnp.int32), cache.max_seqs, num_tokens)
+    rows = _num_rows(counts, cache.max_seqs, num_tokens)
     if (counts < 0).any():
         raise ValueError(f"num_new must not be negative, got {counts.min()}")
     if counts.sum() > rows:
         raise ValueError(f"num_new asks for {counts.sum()} tokens, the step has {rows} rows")
-    needed, representable = (np.asarray(x) for x in _plan_needs(cache, num_new))
+    needed, representable = (np.asarray(x) for x in _plan_needs(cache, counts))
     if not representable.all():
         seq = int(np.argmin(representable))
         raise ValueError(f"sequence {seq} would need more than max_entries = {cache.max_entries} entries")
     free = int(cache.allocator.num_free)
     if needed.sum() > free:
         raise OutOfPages(int(needed.sum()), free)
-    cache, batch, _ = _reserve_donating(cache, num_new, num_tokens=rows)
+    cache, batch, _ = _reserve_donating(cache, counts, num_tokens=rows)
     return cache, batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -254,12 +255,12 @@ def _prefill_chunk(
     request: _Request,
     base: Array,
     num_tokens: int,
-    logits: Array,
+    first: Array,
 ) -> tuple[Cache, _State, Array]:
     """Computes the next ``num_tokens`` prompt tokens, sequence after sequence.
 
-    ``base i32[S]`` is the length of each sequence before its prompt; ``logits f32[S, V]`` collects, for each sequence
-    whose prompt ends in this chunk, what follows it.
+    ``base i32[S]`` is the length of each sequence before its prompt; ``first i32[S]`` collects the first token sampled
+    for each sequence, in the chunk where its prompt ends.
     """
     remaining = jnp.where(state.active, request.prompt_lens - (cache.lengths - base), 0)
     before = jnp.cumsum(remaining) - remaining
@@ -269,9 +270,10 @@ def _prefill_chunk(
     in_chunk = jnp.arange(num_tokens, dtype=jnp.int32) - batch.cu_q_lens[row]
     column = (request.prompt_lens - remaining)[row] + in_chunk
     tokens = request.prompts[row, jnp.clip(column, 0, request.prompts.shape[1] - 1)]
-    new, cache = model(params, tokens, cache, batch, batch.last_rows)
-    complete = (take > 0) & (take == remaining)
-    return cache, state, jnp.where(complete[:, None], new, logits)
+    logits, cache = model(params, tokens, cache, batch, batch.last_rows)
+    position = batch.position[batch.last_rows] + 1
+    token = sample(logits, request.sampling, position, state.recent)
+    return cache, state, jnp.where((take > 0) & (take == remaining), token, first)
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
@@ -288,11 +290,7 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
         pages_peak=cache.pages_used,
     )
     step = functools.partial(_prefill_chunk, model, params)
-    rows = jnp.zeros(s, jnp.int32)
-    vocab_size = jax.eval_shape(
-        lambda: model(params, rows, *cache.reserve(jnp.zeros(s, jnp.int32), num_tokens=s)[:2], rows)[0]
-    ).shape[1]
-    carry = (cache, state, jnp.zeros((s, vocab_size), jnp.float32))
+    carry = (cache, state, jnp.zeros(s, jnp.int32))
     if shape.chunk:
         chunks = jnp.sum(request.prompt_lens) // shape.chunk
         carry = jax.lax.fori_loop(
@@ -300,8 +298,7 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
         )
     if shape.tail:
         carry = step(carry[0], carry[1], request, base, shape.tail, carry[2])
-    cache, state, logits = carry
-    token = sample(logits, request.sampling, base + request.prompt_lens, state.recent)
+    cache, state, token = carry
     return _accept(cache, state, request, token, shape.keep)
 
 
@@ -418,12 +415,14 @@ class GenerateStream:
         """Compiles both programs, without running them."""
         if self._start is not None:
             return
-        arguments = (self.params, self.cache, self.request)
-        self._start = _start_donating.lower(self.model, self.shape, *arguments).compile()
-        cache, state = jax.eval_shape(functools.partial(_start, self.model, self.shape), *arguments)
-        self._advance = _advance_donating.lower(
+        lowered = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
+        cache, state = lowered.out_info
+        advance = _advance_donating.lower(
             self.model, self.shape, self.params, cache, state, self.request, jnp.int32(0)
-        ).compile()
+        )
+        # Side by side: XLA compiles much of a program on one thread.
+        with ThreadPoolExecutor(2) as pool:
+            self._start, self._advance = pool.map(lambda program: program.compile(), (lowered, advance))
 
     def __iter__(self) -> Iterator[StreamChunk]:
         self.compile()

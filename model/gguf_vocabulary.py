@@ -254,15 +254,17 @@ def _spm_encoder(
 def _bpe_encoder(
     metadata: Mapping[str, Any], table: _TokenTable, pre_tokenizer: PreTokenizer
 ) -> Callable[[str], list[int]]:
-    merges = _merges(_required(metadata, "tokenizer.ggml.merges"))
+    listed = _merges(_required(metadata, "tokenizer.ggml.merges"))
+    ids = table.ids
+    merges = [(a, b) for a, b in listed if a in ids and b in ids and a + b in ids]
+    if len(merges) < len(listed):
+        missing = len(listed) - len(merges)
+        warnings.warn(f"{missing} merges lead to no token of the vocabulary: left out", stacklevel=4)
     spelled = {text for left, right in merges for text in (left, right, left + right)}
-    missing = next((text for text in spelled if text not in table.ids), None)
-    if missing is not None:
-        raise TokenizerError(f"'tokenizer.ggml.merges' uses {missing!r}, which is not a token")
     # Control tokens are left out, so that no text can spell one, but for those that merges pass through.
     controls = {table.texts[token] for token in table.having(TokenKind.CONTROL, TokenKind.UNKNOWN)}
     bpe = tokenizers.models.BPE(
-        vocab={text: token for text, token in table.ids.items() if text in spelled or text not in controls},
+        vocab={text: token for text, token in ids.items() if text in spelled or text not in controls},
         merges=merges,
         ignore_merges=pre_tokenizer.ignore_merges,
         byte_fallback=not pre_tokenizer.byte_level,

@@ -64,8 +64,8 @@ def resolve(
 ) -> Path:
     """Downloads a model, or finds it in the cache, and returns the path for ``load_model``.
 
-    From a repository with GGUF files one of them is taken (with all its parts, if it is split): the one that
-    names the quant. From another, the configuration, tokenizer and safetensors are taken, as a folder. When the
+    From a repository with GGUF files one of them is taken, with all its parts if it is split: the one that
+    names the quant. From another, configuration, tokenizer and safetensors are taken, as a folder. When the
     hub cannot be reached, what the cache holds is used.
 
     Args:

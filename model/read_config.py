@@ -193,8 +193,8 @@ def _gguf_rope(
             raise ModelError(f"rope scaling {kind!r} together with rope_freqs.weight is not supported")
         if factors.size != rope_dim // 2 or not (np.isfinite(factors).all() and (factors > 0).all()):
             raise ModelError(
-                f"rope_freqs.weight must hold {rope_dim // 2} positive numbers (half of rope.dimension_count), "
-                f"got {factors.size} from {factors.min()} to {factors.max()}"
+                f"rope_freqs.weight must hold {rope_dim // 2} positive numbers, half of "
+                f"rope.dimension_count, got {factors.size} from {factors.min()} to {factors.max()}"
             )
         return RopeScaling("factors", factors=tuple(float(x) for x in factors.reshape(-1)))
     if kind == "none" or factor == 1.0:

@@ -109,7 +109,7 @@ _REDUNDANT = (
 )
 
 
-def interleaves(config: ModelConfig, naming: Naming) -> bool:
+def _interleaves(config: ModelConfig, naming: Naming) -> bool:
     """Whether the rows of Q and K lie interleaved in such a file."""
     return naming == "gguf" and config.architecture in ("llama", "mistral")
 
@@ -118,7 +118,7 @@ def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
     """Every tensor a file of this model must hold: ``{name in the file: Placement}``."""
     c, names = config, _NAMES[naming]
     q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    rope = (c.head_dim, c.rotary_dim) if interleaves(c, naming) else ()
+    rope = (c.head_dim, c.rotary_dim) if _interleaves(c, naming) else ()
     result = {f"{names['embedding']}.weight": Placement("embedding.embedding", (c.vocab_size, c.hidden_size))}
 
     def linear(prefix: str, name: str, path: str, dims: tuple[int, int], bias: bool, *rope: int) -> None:
@@ -179,7 +179,8 @@ def check_tensors(config: ModelConfig, source: TensorSource, plan: Mapping[str, 
 
 
 def _listed(names: list[str], noun: str, most: int = 4) -> str:
-    listed = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = [name if name.isprintable() else repr(name) for name in names[:most]]
+    listed = ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
     return f"{noun}s {listed} are" if len(names) > 1 else f"{noun} {listed} is"
 
 

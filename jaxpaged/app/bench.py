@@ -138,7 +138,7 @@ class _Bench:
         return jax.jit(prefill, donate_argnums=1).lower(self._params, cache, *shapes).compile()
 
     def _compile_decode(self, cache: Any) -> Any:
-        """``n_gen`` steps of one token a sequence, each the likeliest after the one before, in one program."""
+        """``n_gen`` steps of one token a sequence, each the likeliest after the one before; one program."""
 
         def decode(params: Any, cache: Any, tokens: jax.Array) -> Any:
             def step(_: Any, carry: Any) -> Any:
@@ -269,8 +269,8 @@ def _markdown(ready: ReadyModel, done: Sequence[Measurement]) -> str:
     table = [head]
     for row, m in zip(_rows(ready, done), done, strict=True):
         table.append((
-            row["model"], mebibytes(row["size_bytes"]), f"{row['params'] / 1e6:.2f} M", row["backend"], m.kind,
-            str(m.batch), m.test, f"{m.mean:.2f} ± {m.deviation:.2f}", mebibytes(m.kv_bytes),
+            row["model"], mebibytes(row["size_bytes"]), f"{row['params'] / 1e6:.2f} M", row["backend"],
+            m.kind, str(m.batch), m.test, f"{m.mean:.2f} ± {m.deviation:.2f}", mebibytes(m.kv_bytes),
             f"{m.compile_seconds:.2f}",
         ))  # fmt: skip
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -24,6 +23,7 @@ from jaxpaged.version import __version__
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
+_AT_LEAST_1 = click.IntRange(min=1)
 
 
 class Application(click.Group):
@@ -36,27 +36,20 @@ class Application(click.Group):
             self._end(_one_line(error), 2)
         except (click.Abort, KeyboardInterrupt):
             self._end(None, _INTERRUPTED)
-        except BrokenPipeError:
+        except SystemExit:  # click's answer to a closed pipe
             self._end(None, _BROKEN_PIPE)
         sys.exit(status if isinstance(status, int) else 0)
 
-    def _end(self, message: str | None, status: int) -> None:
-        try:
-            if message is not None:
-                click.echo(f"jaxpaged: error: {message}", err=True)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Python flushes stdout once more as it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def _end(self, message: str | None, status: int) -> NoReturn:
+        if message is not None:
+            click.echo(f"jaxpaged: error: {message}", err=True)
         sys.exit(status)
 
 
 def _one_line(error: click.ClickException) -> str:
     message = " ".join(error.format_message().split())
     if isinstance(error, click.UsageError) and error.ctx is not None:
-        message = f"{message.rstrip('.')}. See {error.ctx.command_path!r} --help.".replace(
-            "' --help", " --help'"
-        )
+        message = f"{message.rstrip('.')}. See '{error.ctx.command_path} --help'."
     return message
 
 
@@ -82,8 +75,8 @@ Examples:
   git diff | jaxpaged generate -m model.gguf -f - -np 4 --json
   jaxpaged generate -hf user/repo:Q8_0 -cnv -sys "You are brief."
 
-Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted. Compiled programs are
-kept in the user's cache folder (JAXPAGED_CACHE names another).
+Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted.
+Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names another).
 
 Flags of llama.cpp that are accepted and have no effect: {", ".join(ignored_flags())}.
 """
@@ -122,14 +115,15 @@ def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -
     option("Tests", "-d", "--n-depth", "depth", type=CountList(0), default="0", show_default=True,
            help="Tokens already in each sequence's context."),
     option("Tests", "--kv", default="paged,contiguous", show_default=True, help="Kinds of cache to compare."),
-    option("Tests", "-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="N"),
-    option("Tests", "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
+    option("Tests", "-r", "--repetitions", type=_AT_LEAST_1, default=5, show_default=True, metavar="N"),
+    option("Tests", "-ub", "--ubatch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
            help="Prompt tokens of one step."),
     option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
            help="Tokens of a page, a power of two from 8 to 256."),
     option("KV cache", "--cache-type", type=click.Choice(["f32", "bf16", "f16"]),
            help="Numbers that keys and values are kept in.  [default: as --dtype]"),
-    option("Output", "-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True),
+    option("Output", "-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md",
+           show_default=True, help="Markdown, JSON or CSV."),
 )  # fmt: skip
 def bench(
     model: Path | None, hf: str | None, offline: bool, threads: int | None, kv: str, **flags: Any

@@ -14,8 +14,8 @@ def prepare(threads: int | None = None) -> None:
     Args:
       threads: CPU threads that XLA may use, None for all.
     """
-    # XLA tells of every program it takes from its cache that the machine that compiled it preferred other vector
-    # instructions, at the level of an error. What does fail reaches Python as an exception.
+    # Of every program it takes from its cache, XLA may say, at the level of an error, that other instructions
+    # were preferred when it was compiled. What does fail reaches Python as an exception.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if threads is not None:
         os.environ["PJRT_NPROC"] = str(threads)
@@ -23,7 +23,7 @@ def prepare(threads: int | None = None) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs and downloads are kept: JAXPAGED_CACHE, or the user's cache folder."""
+    """Where compiled programs are kept: JAXPAGED_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("JAXPAGED_CACHE"):
         return Path(chosen)
     import platformdirs

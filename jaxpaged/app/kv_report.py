@@ -42,8 +42,8 @@ class CachePlan:
     ) -> CachePlan:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
 
-        A paged pool has the pages that these tokens fill, or ``kv_pages`` where that is fewer; a contiguous cache
-        has ``context`` tokens a sequence, whatever the run needs.
+        A paged pool has the pages that these tokens fill, or ``kv_pages`` where that is fewer; a contiguous
+        cache has ``context`` tokens a sequence, whatever the run needs.
         """
         pages = -(-tokens // page_size)
         wanted = num_seqs * pages
@@ -58,8 +58,8 @@ class CachePlan:
         each = -(-num_tokens // self.page_size)
         if self.num_seqs * each > self.num_pages:
             raise InputError(
-                f"pool too small: {self.num_seqs} x {num_tokens} prompt tokens need {self.num_seqs * each} pages of "
-                f"{self.page_size} tokens, --kv-pages allows {self.num_pages}"
+                f"pool too small: {self.num_seqs} x {num_tokens} prompt tokens need "
+                f"{self.num_seqs * each} pages of {self.page_size} tokens, --kv-pages allows {self.num_pages}"
             )
 
     def create(self) -> PagedKVCache | ContiguousKVCache:
@@ -144,10 +144,10 @@ class KVReport:
         )
         if self.kind == "contiguous":
             return f"{'KV cache':>16} = contiguous, {mebibytes(self.bytes_peak)} for {tokens}"
+        pages = f"{self.pages_peak} of {self.pages_total} pages of {self.page_size} tokens"
         return (
-            f"{'KV cache':>16} = paged, {self.pages_peak} of {self.pages_total} pages of {self.page_size} tokens at "
-            f"the peak, {mebibytes(self.bytes_peak)} (contiguous would take {mebibytes(self.bytes_contiguous)} "
-            f"for {tokens})"
+            f"{'KV cache':>16} = paged, {pages} at the peak, {mebibytes(self.bytes_peak)} "
+            f"(contiguous would take {mebibytes(self.bytes_contiguous)} for {tokens})"
         )
 
 

@@ -66,7 +66,8 @@ def ignored_flags() -> list[str]:
 class LlamaCommand(click.Command):
     """A command whose flags are written as llama.cpp's: ``-np 4``, ``--n_predict 4`` for ``--n-predict 4``.
 
-    A word with one dash is one flag, never several letters or a letter with its value (``-foo`` is not ``-f oo``).
+    A word with one dash is one flag, never several letters or a letter with its value: ``-foo`` is not
+    ``-f oo``.
     A flag of llama.cpp's that means nothing here is dropped with a line that says why.
     """
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.app.environment import cache_folder
 from jaxpaged.app.errors import InputError
 from model.llama import ModelFn, functional
 from model.loading import LoadedModel, load_model
@@ -61,7 +60,7 @@ def _resolve(path: Path | None, hf: str | None, offline: bool) -> Path:
     if hf is not None:
         from model import hub
 
-        return hub.resolve(hf, cache_dir=cache_folder() / "models", offline=offline)
+        return hub.resolve(hf, offline=offline)
     if path is None:
         from model import tiny
 

@@ -142,6 +142,7 @@ def chain(*decorators: Decorator) -> Decorator:
 
 
 _AT_LEAST_1 = click.IntRange(min=1)
+_LONGEST_CONTEXT = 2**24
 
 MODEL_OPTIONS = (
     option("Model", "-m", "--model", type=click.Path(path_type=Path), metavar="FILE",
@@ -178,8 +179,9 @@ GENERATE_OPTIONS = chain(
            help="A file with Jinja source."),
     option("Generation", "-n", "--predict", "--n-predict", "predict", type=click.IntRange(min=-1), default=-1,
            show_default=True, metavar="N",
-           help="Tokens to generate at most; -1 = until the text or the context ends, 0 = read the prompt only."),
-    option("Generation", "-c", "--ctx-size", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, metavar="N",
+           help="Tokens to generate; -1 = until the text or the context ends, 0 = read the prompt only."),
+    option("Generation", "-c", "--ctx-size", type=click.IntRange(0, _LONGEST_CONTEXT), default=0,
+           show_default=True, metavar="N",
            help="Tokens that each sequence may hold; 0 = what the model was trained for."),
     option("Generation", "-np", "--parallel", type=_AT_LEAST_1, default=1, show_default=True, metavar="N",
            help="Samples of the same prompt, decoded together, with the seeds S, S+1, ..."),
@@ -200,7 +202,8 @@ GENERATE_OPTIONS = chain(
            help="Keep tokens at least this probable, against the likeliest; 0 = off."),
     option("Sampling", "--repeat-penalty", type=FiniteFloat(0, above=True), default=1.0, show_default=True,
            help="Divides the logits of recent tokens; 1 = off."),
-    option("Sampling", "--repeat-last-n", type=click.IntRange(min=-1), default=64, show_default=True, metavar="N",
+    option("Sampling", "--repeat-last-n", type=click.IntRange(min=-1), default=64,
+           show_default=True, metavar="N",
            help="Recent tokens that penalties look at; -1 = all, 0 = none."),
     option("Sampling", "--presence-penalty", type=FiniteFloat(), default=0.0, show_default=True,
            help="Taken from the logit of every recent token."),

@@ -14,7 +14,7 @@ _NAMED = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
 
 
 def unescape(text: str) -> str:
-    r"""The text with ``\n \t \r \' \" \\ \xHH`` read as llama.cpp reads them; anything else stays as it is."""
+    r"""The text with ``\n \t \r \' \" \\ \xHH`` read as llama.cpp does; all else stays as it is."""
     return _ESCAPE.sub(lambda m: _NAMED.get(m[1]) or chr(int(m[1][1:], 16)), text)
 
 

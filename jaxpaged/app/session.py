@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +133,8 @@ class Session:
             frequency_penalty=o.frequency_penalty,
             seed=[self.seed_of(row) for row in range(len(prompts))],
         )
+        if o.log and o.warmup and sys.stderr.isatty():
+            click.echo("compiling ...\r", nl=False, err=True)
         run = generate(
             self.ready.call,
             loaded.params,

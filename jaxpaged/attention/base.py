@@ -98,6 +98,10 @@ def check_pages(k_pages: Array, v_pages: Array, table: BlockTable) -> None:
 # --- softmax states -----------------------------------------------------------------------------------------
 
 
+_SHORT_STEP = 32
+"""Tokens of a step up to which a block of queries costs little more than a single one."""
+
+
 class SoftmaxState(NamedTuple):
     """A softmax-weighted sum under way (online softmax, arXiv:1805.02867)."""
 
@@ -253,7 +257,12 @@ def ragged_attention(
     state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     q = q.astype(dtype)
     single = batch.q_lens == 1
-    passes = [(single.astype(jnp.int32), 1, tiling.decode_lanes)]
+    if batch.max_seqs < tokens <= _SHORT_STEP:
+        # More tokens than a decode step has, and few: one pass for all sequences compiles in half the time.
+        single = jnp.zeros_like(single)
+        passes = []
+    else:
+        passes = [(single.astype(jnp.int32), 1, tiling.decode_lanes)]
     if tokens > 1:
         blocks = jnp.where(single, 0, -(-batch.q_lens // tiling.rows))
         passes.append((blocks, tiling.rows, tiling.lanes))

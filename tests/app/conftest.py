@@ -31,10 +31,10 @@ def _byte_characters() -> list[str]:
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of random weights, a vocabulary of bytes, a chat template."""
+    """One layer of random weights, a vocabulary of bytes (and ``qz``), a chat template."""
     path = tmp_path_factory.mktemp("model") / "random.gguf"
     rng = np.random.default_rng(0)
-    tokens = [*_byte_characters(), "<|endoftext|>", "<|im_start|>"]
+    tokens = [*_byte_characters(), "<|endoftext|>", "<|im_start|>", "qz"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(_HIDDEN)
@@ -50,8 +50,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 3])
-    writer.add_token_merges([])
+    writer.add_token_types([1] * 256 + [3, 3, 1])
+    writer.add_token_merges(["q z"])
     writer.add_eos_token_id(256)
     writer.add_chat_template(_CHATML)
     kv = _HIDDEN // _HEADS * _KV_HEADS
@@ -83,6 +83,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """One cache folder for all, so that only the first run of a shape compiles."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
         "JAX_COMPILATION_CACHE_DIR": "",
         "JAXPAGED_CACHE": str(tmp_path_factory.mktemp("cache")),
     }

@@ -31,10 +31,15 @@ def paged(jaxpaged: Callable, model_path: Path) -> dict:
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["generate", "--help"], ["bench", "-h"]])
 def test_help_and_version_do_not_import_jax(arguments):
+    # The package itself is left out: what `import jaxpaged` imports is not the command line's to say.
     code = (
-        "import sys\nfrom jaxpaged.app.cli import main\n"
+        "import importlib.util, sys, types\n"
+        "package = types.ModuleType('jaxpaged')\n"
+        "package.__path__ = importlib.util.find_spec('jaxpaged').submodule_search_locations\n"
+        "sys.modules['jaxpaged'] = package\n"
+        "from jaxpaged.app.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "assert 'jax' not in sys.modules\n"
+        "assert not {'jax', 'numpy', 'flax', 'model'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -106,9 +111,21 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged)
 
 
 def test_parallel_samples_are_those_of_their_seeds(jaxpaged, model_path):
-    flags = ("generate", "-m", model_path, "-p", "abc", "-n", "6", "--json", "--ignore-eos", "--temp", "2")
-    both = json.loads(jaxpaged(*flags, "-np", "2", "-s", "5").stdout)
-    second = json.loads(jaxpaged(*flags, "-s", "6").stdout)
+    # One by one they run the program of `paged`, which is compiled already.
+    flags = (
+        "generate",
+        "-m",
+        model_path,
+        "-p",
+        "def f(x):",
+        "-n",
+        "40",
+        "--json",
+        "--ignore-eos",
+        *SMALL_PAGES,
+    )
+    both = json.loads(jaxpaged(*flags, "--temp", "2", "-np", "2", "-s", "5").stdout)
+    second = json.loads(jaxpaged(*flags, "--temp", "2", "-s", "6").stdout)
     assert [choice["seed"] for choice in both["choices"]] == [5, 6]
     assert both["tokens"] == both["choices"][0]["tokens"] != second["tokens"]
     assert both["choices"][1]["tokens"] == second["tokens"]
@@ -129,30 +146,18 @@ def test_chat_on_a_pipe(jaxpaged, model_path):
     done = jaxpaged("generate", "-m", model_path, "-cnv", "-n", "4", *GREEDY, stdin="a\nb\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
-    assert "predicted" not in done.stderr and "KV cache = paged" in done.stderr
+    assert "KV cache = paged" in done.stderr
     assert "/     8 tokens" in done.stderr  # two answers of four
-    # The second turn computes what is new: less than the whole conversation again.
+    turn = len("Suser\na\nSassistant\n")  # S is one token
     prompt_eval = next(line for line in done.stderr.splitlines() if line.startswith("prompt eval time"))
-    first, both = 11 + 3 + 12 - 12, int(prompt_eval.split("/")[1].split()[0])
-    assert both < 3 * first + 20
+    # The second turn computes itself, and what the answer's text did not give back token by token.
+    assert 2 * turn < int(prompt_eval.split("/")[1].split()[0]) < 3 * turn
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_interrupt_prints_what_there_is(model_path, environment):
     command = [sys.executable, "-m", "jaxpaged.app.cli", "generate", "-m", str(model_path), "-p", "def f(x):"]
-    command += [
-        "-n",
-        "-1",
-        "-c",
-        "2000000",
-        "--kv-pages",
-        "4000",
-        "--temp",
-        "0",
-        "--ignore-eos",
-        "--page-size",
-        "256",
-    ]
+    command += ["-n", "-1", "-c", "100000", "--no-kv-cache-paged", *GREEDY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     # The echoed prompt may come before the program is compiled, so wait for more than it.
@@ -163,6 +168,17 @@ def test_interrupt_prints_what_there_is(model_path, environment):
     assert b"eval time =" in stderr and b"KV cache =" in stderr and b"Traceback" not in stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX pipes")
+def test_a_closed_pipe_is_no_error(environment):
+    command = [sys.executable, "-m", "jaxpaged.app.cli", "generate", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -171,6 +187,7 @@ def test_interrupt_prints_what_there_is(model_path, environment):
         (["-n", "-2"], "-2"),
         (["-np", "0"], "0"),
         (["-c", "-1"], "-1"),
+        (["-c", "2000000000"], "2000000000"),
         (["--temp", "nan"], "nan is not a finite number"),
         (["--top-p", "inf"], "inf is not a finite number"),
         (["--top-p", "1.5"], "1.5 is above 1"),

@@ -1,4 +1,4 @@
-"""Small models for the tests of this folder: weights under Hugging Face names, as folders and as GGUF files."""
+"""Small models for the tests of this folder: weights by Hugging Face names, as folders and GGUF files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxpaged.batch import Batch
 from model.config import ModelConfig
-from model.llama import functional
+from model.llama import abstract_params, functional
 
 HIDDEN, INTERMEDIATE, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 
@@ -222,3 +222,15 @@ def logits(config: ModelConfig, params: Any, length: int = 24) -> np.ndarray:
     tokens = (position * 37 + 11) % config.vocab_size
     out, _ = functional(config)(params, tokens, Dense(), batch, position)
     return np.asarray(out)
+
+
+def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Any:
+    """Weights without a compilation: norms near 1, the rest near 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> Any:
+        scale = "scale" in jax.tree_util.keystr(path)
+        values = rng.standard_normal(leaf.shape) * (0.2 if scale else leaf.shape[0] ** -0.5) + scale
+        return jnp.asarray(values.astype(np.float32), dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))

@@ -153,18 +153,19 @@ def test_a_file_cut_anywhere_is_refused(model_file: Path, tmp_path: Path) -> Non
     }
     for place in sorted(places):
         path.write_bytes(whole[:place])
-        with pytest.raises(ModelError, match="cut off|empty|not a GGUF") as error:
+        with pytest.raises(ModelError, match=r"cut off|empty|not a GGUF") as error:
             GGUFFile(path)
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the tokenizer says what it mended
 def test_flipped_bytes_load_or_are_refused(model_file: Path, tmp_path: Path) -> None:
     """The header ends before byte 12,000: that is where damage could mislead the reader."""
     whole = bytearray(model_file.read_bytes())
     path = tmp_path / "flipped.gguf"
     rng = np.random.default_rng(2)
     start = time.perf_counter()
-    refused = 0
+    refused: list[str] = []
     for _ in range(200):
         damaged = bytearray(whole)
         for place in rng.integers(0, 12000, rng.integers(1, 4)):
@@ -173,9 +174,8 @@ def test_flipped_bytes_load_or_are_refused(model_file: Path, tmp_path: Path) -> 
         try:
             load_model(path)
         except ModelError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 20
+            refused.append(str(error))
+    assert len(refused) > 20 and not any("\n" in message for message in refused)
     assert time.perf_counter() - start < 60
 
 
@@ -213,7 +213,7 @@ def test_a_split_model_loads_as_one(model_file: Path, tmp_path: Path) -> None:
     ):
         load_model(parts[1])
     parts[0].rename(tmp_path / "renamed.gguf")
-    with pytest.raises(ModelError, match="must be named NAME-00001-of-00003.gguf"):
+    with pytest.raises(ModelError, match=r"must be named NAME-00001-of-00003\.gguf"):
         load_model(tmp_path / "renamed.gguf")
     (tmp_path / "renamed.gguf").rename(parts[0])
     parts[2].unlink()

@@ -326,7 +326,6 @@ class TestRefusals:
             ({"tokens": None}, "no 'tokenizer.ggml.tokens'"),
             ({"merges": None}, "no 'tokenizer.ggml.merges'"),
             ({"merges": ["ab"]}, "merge 0"),
-            ({"merges": ["q 中"]}, "which is not a token"),
             ({"tokens": ["a", "b", "a"]}, "tokens 0 and 2 are both 'a'"),
             ({"token_type": [1]}, "'tokenizer.ggml.token_type' has 1 entries"),
             ({"add_bos_token": True, "bos_token_id": None}, "'tokenizer.ggml.bos_token_id'"),
@@ -341,6 +340,12 @@ class TestRefusals:
         with pytest.warns(UserWarning, match="'default'"):
             tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre=None))
         assert tokenizer.encode("a+b") == _byte_level("default").encode("a+b")
+
+    def test_a_merge_that_leads_to_no_token_is_left_out_with_a_warning(self) -> None:
+        changes = {"tokens": ["a", "b", "c", "ab"], "merges": ["b c", "a b"], "token_type": None}
+        with pytest.warns(UserWarning, match="1 merges"):
+            tokenizer = Tokenizer.from_gguf(byte_level_metadata(bos_token_id=0, eos_token_id=0, **changes))
+        assert token_texts(tokenizer, "abc") == [b"ab", b"c"]
 
     def test_a_special_id_that_is_no_token_is_ignored_with_a_warning(self) -> None:
         with pytest.warns(UserWarning, match="'tokenizer.ggml.eos_token_id'"):

@@ -1,0 +1,269 @@
+"""A paged cache in plain Python, one token and one sequence at a time, to hold the arrays against.
+
+``Oracle`` knows what every sequence contains, and which slice of which page each entry is; pages are numbered
+by its own counter, so a comparison with a cache goes through one renumbering. The ``jit_*`` operations are
+compiled once for all tests of one shape, and count their traces.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged import cache as ops
+from jaxpaged.batch import Batch
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.invariants import check_invariants
+
+POISON = -77.0
+"""What padding rows are written with; no page may ever hold it."""
+
+traces: collections.Counter[str] = collections.Counter()
+
+
+def counted(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``jax.jit`` that counts under the function's name how often it is traced."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        traces[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    # Results are compared, not timed, and most of a small program's compilation is optimization.
+    return jax.jit(traced, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def encode(tokens: jax.Array | np.ndarray, layer: int, values: int, heads: int, dim: int) -> Any:
+    """Rows [T, KV, D] that name token, layer, head, dimension, and whether they are keys (0) or values."""
+    lib = jnp if isinstance(tokens, jax.Array) else np
+    code = (layer * 2 + values) * heads * dim + lib.arange(heads * dim).reshape(heads, dim)
+    rows = lib.asarray(tokens, lib.float32)[:, None, None] * 64 + code
+    return lib.where(lib.asarray(tokens)[:, None, None] < 0, POISON, rows)
+
+
+def write(cache: PagedKVCache, batch: Batch, tokens: jax.Array) -> PagedKVCache:
+    """Writes the tokens of a step to all layers, as ``attend`` does; padding too, to the sentinel page."""
+    heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
+    k, v = (
+        tuple(
+            cache.format.write(pages, batch.page, batch.slot, encode(tokens, layer, which, heads, dim))
+            for layer, pages in enumerate(layers)
+        )
+        for which, layers in enumerate((cache.k_pages, cache.v_pages))
+    )
+    return replace(cache, k_pages=k, v_pages=v)
+
+
+def step(
+    cache: PagedKVCache, num_new: jax.Array, first_token: jax.Array, num_tokens: int
+) -> tuple[PagedKVCache, Batch, jax.Array]:
+    """Reserves, and writes tokens ``first_token, first_token + 1, ...`` in the order of the batch's rows."""
+    cache, batch, ok = ops.reserve(cache, num_new, num_tokens=num_tokens)
+    tokens = jnp.where(batch.valid, first_token + jnp.arange(num_tokens), -1)
+    return write(cache, batch, tokens), batch, ok
+
+
+def ask(cache: PagedKVCache, num_new: jax.Array) -> tuple[jax.Array, ...]:
+    """All that a cache answers without changing."""
+    return (
+        ops.pages_needed(cache, num_new),
+        ops.can_reserve(cache, num_new),
+        cache.fits(num_new),
+        cache.lengths,
+        ops.seq_position_min(cache),
+        ops.seq_position_max(cache),
+        cache.pages_used,
+    )
+
+
+jit_step = counted(step, static_argnames="num_tokens", donate_argnames="cache")
+jit_reserve = counted(ops.reserve, static_argnames="num_tokens")
+jit_ask = counted(ask)
+jit_remove = counted(ops.seq_remove, donate_argnames="cache")
+jit_copy = counted(ops.seq_copy, donate_argnames="cache")
+jit_keep = counted(ops.seq_keep, donate_argnames="cache")
+jit_clear = counted(ops.clear, donate_argnames="cache", static_argnames="scrub")
+
+
+SMALL = {"num_pages": 5}
+"""Sizes for ``make_cache``: a pool that is soon empty."""
+NARROW = {"num_pages": 20, "max_entries": 4}
+"""Few entries a sequence: splits and fresh pages overflow the table's rows."""
+
+
+def make_cache(**sizes: Any) -> PagedKVCache:
+    """A small cache whose pages hold NaN, so that a slot read before it is written shows."""
+    model = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2}
+    pool = {"num_pages": 14, "max_seqs": 4, "page_size": 8, "max_entries": 10}
+    cache = PagedKVCache.create(**(model | pool | sizes))
+    return jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, cache
+    )
+
+
+def snapshot(cache: PagedKVCache) -> list[np.ndarray]:
+    """Copies of all arrays, to show that nothing changed."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(cache)]
+
+
+def assert_same(cache: PagedKVCache, before: list[np.ndarray]) -> None:
+    for leaf, old in zip(jax.tree.leaves(cache), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), old)
+
+
+def read_back(cache: PagedKVCache, seq: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Positions of a sequence's tokens, and keys and values [tokens, L, KV, D], found through the table."""
+    table = jax.tree.map(lambda x: np.asarray(x)[seq], cache.table)
+    page, slot, position = [], [], []
+    for e in range(int(table.num_entries)):
+        for i in range(int(table.num_tokens[e])):
+            page.append(int(table.pages[e]))
+            slot.append(int(table.first_slot[e]) + i)
+            position.append(int(table.position[e]) + i)
+    index = (np.asarray(page, np.int64), slice(None), np.asarray(slot, np.int64))
+    k, v = (
+        np.stack([np.asarray(pages)[index] for pages in layers], axis=1)
+        for layers in (cache.k_pages, cache.v_pages)
+    )
+    return position, k, v
+
+
+@dataclass(frozen=True)
+class Slice:
+    """An entry, and the tokens in it."""
+
+    page: int
+    first: int
+    position: int
+    tokens: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.tokens)
+
+    def part(self, p0: int, p1: int) -> Slice:
+        """Its tokens at positions [p0, p1)."""
+        start, stop = max(p0 - self.position, 0), max(min(p1, self.end) - self.position, 0)
+        return Slice(self.page, self.first + start, self.position + start, self.tokens[start:stop])
+
+
+class Oracle:
+    """What a ``PagedKVCache`` of these sizes must hold."""
+
+    def __init__(self, num_pages: int, max_seqs: int, max_entries: int, page_size: int) -> None:
+        self.num_pages, self.max_seqs, self.max_entries, self.page_size = (
+            num_pages,
+            max_seqs,
+            max_entries,
+            page_size,
+        )
+        self.sequences: list[list[Slice]] = [[] for _ in range(max_seqs)]
+        self.next_page = 0
+
+    @classmethod
+    def of(cls, cache: PagedKVCache) -> Oracle:
+        """For an empty cache."""
+        return cls(cache.num_pages, cache.max_seqs, cache.max_entries, cache.page_size)
+
+    def references(self) -> collections.Counter[int]:
+        return collections.Counter(e.page for entries in self.sequences for e in entries)
+
+    @property
+    def pages_used(self) -> int:
+        return len(self.references())
+
+    def length(self, seq: int) -> int:
+        return sum(len(e.tokens) for e in self.sequences[seq])
+
+    def contents(self, seq: int) -> list[tuple[int, int]]:
+        """(position, token) of each token."""
+        return [(e.position + i, token) for e in self.sequences[seq] for i, token in enumerate(e.tokens)]
+
+    def fresh_page(self) -> int:
+        self.next_page += 1
+        return self.next_page
+
+    def reserve(self, num_new: Sequence[int], first_token: int, num_tokens: int) -> tuple[bool, list[int]]:
+        """One sequence after the other, one token after the other; all of it or nothing.
+
+        Returns whether it fits, and the pages taken for each sequence (also when they are too many).
+        """
+        before, used = [list(entries) for entries in self.sequences], self.pages_used
+        ok, token, taken = sum(num_new) <= num_tokens and min(num_new) >= 0, first_token, []
+        for entries, count in zip(self.sequences, num_new, strict=True):
+            pages = 0
+            for _ in range(count):
+                last = entries[-1] if entries else Slice(-1, self.page_size, 0, ())
+                if last.first + len(last.tokens) == self.page_size:
+                    entries.append(Slice(self.fresh_page(), 0, last.end, (token,)))
+                    pages += 1
+                else:
+                    page = last.page
+                    if self.references()[page] > 1:
+                        page = self.fresh_page()
+                        pages += 1
+                    entries[-1] = replace(last, page=page, tokens=(*last.tokens, token))
+                token += 1
+            taken.append(pages)
+            ok = ok and len(entries) <= self.max_entries
+        ok = ok and used + sum(taken) <= self.num_pages
+        if not ok:
+            self.sequences = before
+        return ok, taken
+
+    def remove(self, marked: Iterable[int], p0: int, p1: int) -> bool:
+        p0, p1 = max(p0, 0), 2**31 - 1 if p1 < 0 else p1
+        removed = [list(entries) for entries in self.sequences]
+        for seq in marked:
+            if p0 < p1:
+                parts = [part for e in self.sequences[seq] for part in (e.part(0, p0), e.part(p1, 2**31))]
+                removed[seq] = [part for part in parts if part.tokens]
+            if len(removed[seq]) > self.max_entries:
+                return False
+        self.sequences = removed
+        return True
+
+    def copy(self, src: int, dst: int, p0: int, p1: int) -> bool:
+        known = 0 <= src < self.max_seqs and 0 <= dst < self.max_seqs
+        if not known or self.sequences[dst]:
+            return False
+        parts = [e.part(max(p0, 0), 2**31 if p1 < 0 else p1) for e in self.sequences[src]]
+        self.sequences[dst] = [part for part in parts if part.tokens]
+        return True
+
+    def check(self, cache: PagedKVCache) -> None:
+        """Invariants hold, the table is this one up to page numbers, and so is all that it leads to."""
+        check_invariants(cache)
+        table = jax.tree.map(np.asarray, cache.table)
+        entries, expected = [], []
+        for seq in range(self.max_seqs):
+            for e in range(int(table.num_entries[seq])):
+                entries.append(
+                    (seq, *(int(f[seq, e]) for f in (table.first_slot, table.num_tokens, table.position)))
+                )
+            expected += [(seq, e.first, len(e.tokens), e.position) for e in self.sequences[seq]]
+        assert entries == expected
+        pages = [int(p) for seq in range(self.max_seqs) for p in table.pages[seq, : table.num_entries[seq]]]
+        ours = [e.page for row in self.sequences for e in row]
+        pairs = set(zip(pages, ours, strict=True))
+        assert len(pairs) == len(set(pages)) == len(set(ours)), "pages are shared where they should not be"
+        assert self.num_pages - int(cache.allocator.num_free) == self.pages_used
+        assert not table.rotation.any()
+        heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
+        for seq in range(self.max_seqs):
+            contents = self.contents(seq)
+            position, k, v = read_back(cache, seq)
+            assert position == [p for p, _ in contents]
+            tokens = np.asarray([token for _, token in contents], np.int64)
+            for layer in range(cache.num_layers):
+                np.testing.assert_array_equal(k[:, layer], encode(tokens, layer, 0, heads, dim))
+                np.testing.assert_array_equal(v[:, layer], encode(tokens, layer, 1, heads, dim))
+        for layer_pages in cache.k_pages + cache.v_pages:
+            assert not (np.asarray(layer_pages) == POISON).any(), "padding was written"

@@ -1,0 +1,10 @@
+"""Settings of all tests; needs hypothesis alone."""
+
+import os
+
+from hypothesis import settings
+
+# A machine that other work keeps busy makes any deadline a coin toss; CI draws the same examples every time.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")

@@ -1,0 +1,291 @@
+"""ModelConfig from GGUF keys and from config.json: every feature found, what is not supported named."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import config_json
+
+from model.config import ModelConfig, ModelError, RopeScaling, rope_frequencies
+from model.read_config import config_from_gguf, config_from_huggingface
+
+SHAPES = {
+    "token_embd.weight": (1000, 64),
+    "output.weight": (1000, 64),
+    **{f"blk.{i}.attn_q.weight": (64, 64) for i in range(4)},
+}
+
+
+def metadata(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
+    """Keys of a GGUF file; in ``changes`` a double underscore is a point and None takes a key away."""
+    keys = {
+        "context_length": 2048,
+        "embedding_length": 64,
+        "block_count": 4,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    return {"general.architecture": architecture} | {
+        f"{architecture}.{key}": value for key, value in keys.items() if value is not None
+    }
+
+
+def test_gguf_defaults() -> None:
+    assert config_from_gguf(metadata(), SHAPES) == ModelConfig(
+        architecture="llama",
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=4,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        context_length=2048,
+    )
+    assert config_from_gguf(metadata(attention__head_count_kv=None), SHAPES).num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"attention__key_length": 32, "attention__value_length": 32}, "head_dim", 32),
+        ({"rope__freq_base": 5e5}, "rope_theta", 5e5),
+        ({"rope__dimension_count": 8}, "rope_dim", 8),
+        ({"rope__dimension_count": 16}, "rope_dim", 0),
+        ({"attention__sliding_window": 256}, "windows", (256,) * 4),
+        ({"attention__sliding_window": 0}, "windows", ()),
+        (
+            {
+                "attention__sliding_window": 256,
+                "attention__sliding_window_pattern": [True, False, True, False],
+            },
+            "windows",
+            (256, None, 256, None),
+        ),
+        ({"attention__head_count_kv": [2, 2, 2, 2]}, "num_kv_heads", 2),
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, "rope_scaling", None),
+        (
+            {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+            "rope_scaling",
+            RopeScaling("linear", 4.0),
+        ),
+        ({"rope__scale_linear": 2.0}, "rope_scaling", RopeScaling("linear", 2.0)),
+        ({"rope__scaling__factor": 2.0}, "rope_scaling", RopeScaling("linear", 2.0)),
+        ({"expert_count": 0}, "num_layers", 4),
+    ],
+)
+def test_gguf_features(changes: dict[str, Any], field: str, value: Any) -> None:
+    assert getattr(config_from_gguf(metadata(**changes), SHAPES), field) == value
+
+
+def test_gguf_yarn_follows_llama_cpp() -> None:
+    yarn = {
+        "rope__scaling__type": "yarn",
+        "rope__scaling__factor": 4.0,
+        "rope__scaling__original_context_length": 512,
+    }
+    own = 0.1 * math.log(4) + 1
+    for changes, attention in (
+        ({}, own),
+        ({"rope__scaling__attn_factor": 1.5}, 1.5 * own),
+        ({"rope__scaling__yarn_log_multiplier": 1.0}, 1.0),
+    ):
+        scaling = config_from_gguf(metadata(**yarn, **changes), SHAPES).rope_scaling
+        assert scaling is not None and scaling.original_context_length == 512
+        assert (scaling.beta_fast, scaling.beta_slow) == (32.0, 1.0)
+        assert scaling.attention_factor == pytest.approx(attention)
+    betas = {"rope__scaling__yarn_beta_fast": 16.0, "rope__scaling__yarn_beta_slow": 2.0}
+    scaling = config_from_gguf(metadata(**yarn, **betas), SHAPES).rope_scaling
+    assert scaling is not None and (scaling.beta_fast, scaling.beta_slow) == (16.0, 2.0)
+
+
+def test_gguf_tensors_tell_of_biases_and_tying() -> None:
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "output.weight"}
+    assert config_from_gguf(metadata(), shapes).tie_embeddings
+    for name, field in (
+        ("attn_q.bias", "qkv_bias"),
+        ("attn_output.bias", "attention_out_bias"),
+        ("ffn_down.bias", "mlp_bias"),
+        ("attn_q_norm.weight", "qk_norm"),
+    ):
+        assert not getattr(config_from_gguf(metadata("qwen3"), SHAPES), field)
+        assert getattr(config_from_gguf(metadata("qwen3"), SHAPES | {f"blk.0.{name}": (64,)}), field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_count": None}, "llama.block_count is missing"),
+        ({"block_count": "four"}, "llama.block_count must be a whole number, got 'four'"),
+        ({"block_count": True}, "llama.block_count must be a whole number"),
+        ({"block_count": 2**31 - 1}, "block_count is 2147483647, but there are only 6 tensors"),
+        ({"embedding_length": 2**40}, "must be from 1 to 2147483647"),
+        ({"attention__head_count": 0}, "llama.attention.head_count must be from 1"),
+        ({"attention__head_count_kv": 3}, "num_q_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"attention__head_count_kv": [2, 4, 2, 2]}, "head_count_kv differs between layers"),
+        ({"attention__value_length": 8}, "value_length must equal key_length 16, got 8"),
+        ({"attention__layer_norm_rms_epsilon": float("nan")}, "rms_epsilon must be positive, got nan"),
+        (
+            {"attention__sliding_window": 8, "attention__sliding_window_pattern": [True]},
+            "for each of 4 layers",
+        ),
+        ({"expert_count": 8}, r"mixture of experts \(llama.expert_count = 8\) is not supported"),
+        (
+            {"rope__scaling__type": "longrope"},
+            "'longrope' is not supported; supported are none, linear, yarn",
+        ),
+        ({"rope__scaling__type": "dynamic"}, "'dynamic' is not supported; supported are none, linear, yarn"),
+        ({"rope__dimension_count": 17}, "rope_dim must be even and at most head_dim 16, got 17"),
+        ({"rope__freq_base": 1.0}, "must be above 1"),
+    ],
+)
+def test_gguf_refusals(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_from_gguf(metadata(**changes), SHAPES)
+
+
+def test_architectures_are_refused_by_name() -> None:
+    supported = "supported are llama, mistral, qwen2, qwen3"
+    with pytest.raises(ModelError, match=f"architecture 'gemma3' is not supported; {supported}"):
+        config_from_gguf(metadata("gemma3"), SHAPES)
+    with pytest.raises(ModelError, match=f"architecture 'qwen2_moe' is not supported; {supported}"):
+        config_from_huggingface(config_json("qwen2_moe"))
+    with pytest.raises(ModelError, match=r"general\.architecture is missing"):
+        config_from_gguf({}, SHAPES)
+    with pytest.raises(ModelError, match="model_type is missing"):
+        config_from_huggingface({})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "field", "value"),
+    [
+        ("llama", {"head_dim": None}, "head_dim", 16),
+        ("qwen3", {"head_dim": None}, "head_dim", 128),
+        ("llama", {"head_dim": 32}, "head_dim", 32),
+        ("llama", {"num_key_value_heads": None}, "num_kv_heads", 4),
+        ("llama", {"attention_bias": True}, "attention_out_bias", True),
+        ("qwen2", {}, "qkv_bias", True),
+        ("qwen2", {}, "attention_out_bias", False),
+        ("qwen3", {}, "qk_norm", True),
+        ("mistral", {"sliding_window": 64}, "windows", (64, 64)),
+        ("mistral", {"sliding_window": None}, "windows", ()),
+        ("mistral", {}, "windows", (4096, 4096)),
+        ("llama", {"sliding_window": 64}, "windows", ()),
+        ("qwen2", {"sliding_window": 64}, "windows", ()),
+        (
+            "qwen2",
+            {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+            "windows",
+            (None, 64),
+        ),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, "windows", ()),
+        (
+            "qwen3",
+            {
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "windows",
+            (64, None),
+        ),
+        (
+            "llama",
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}},
+            "rope_theta",
+            7e4,
+        ),
+        ("llama", {"rope_scaling": None}, "rope_scaling", None),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_scaling",
+            RopeScaling("linear", 2.0),
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_scaling",
+            RopeScaling("linear", 2.0),
+        ),
+        (
+            "qwen3",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+            "rope_scaling",
+            RopeScaling("yarn", 4.0, 32),
+        ),
+        (
+            "qwen3",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25, "beta_fast": 16}},
+            "rope_scaling",
+            RopeScaling("yarn", 4.0, 128, beta_fast=16.0, attention_factor=1.25),
+        ),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "rope_scaling",
+            RopeScaling("llama3", 8.0, 64),
+        ),
+    ],
+)
+def test_huggingface_features(kind: str, changes: dict[str, Any], field: str, value: Any) -> None:
+    assert getattr(config_from_huggingface(config_json(kind, **changes)), field) == value
+
+
+def test_yarn_mscale() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0, "mscale_all_dim": 1.0}
+    config = config_from_huggingface(config_json("llama", rope_scaling=scaling))
+    expected = (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
+    assert rope_frequencies(config)[1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 64.5}, "hidden_size must be a whole number"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic' is not supported; supported are default, linear",
+        ),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": [2.0]}, "rope_scaling must be a JSON object"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq' are not supported"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_huggingface_refusals(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_from_huggingface(config_json("llama", **changes))
+
+
+def test_llama3_factors_and_numbers_agree() -> None:
+    """GGUF keeps Llama 3's scaling as one number a frequency; both give the same frequencies."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    by_rule = config_from_huggingface(config_json("llama", rope_scaling=scaling))
+    plain, _ = rope_frequencies(config_from_huggingface(config_json("llama")))
+    scaled, _ = rope_frequencies(by_rule)
+    by_number = config_from_gguf(metadata(), SHAPES, np.asarray(plain / scaled))
+    np.testing.assert_allclose(rope_frequencies(by_number)[0], scaled, rtol=1e-6)

@@ -1,0 +1,116 @@
+"""write_gguf: what is written loads as the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import (
+    VOCAB,
+    config_json,
+    logits,
+    random_params,
+    random_weights,
+    tokenizer_metadata,
+    write_converted_gguf,
+)
+
+from model.config import ModelConfig, RopeScaling, rope_frequencies
+from model.export import write_gguf
+from model.gguf_file import GGUFFile
+from model.loading import load_model
+
+
+def small(architecture: str, **changes: object) -> ModelConfig:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 2,
+        "num_q_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "context_length": 128,
+    }
+    return ModelConfig(architecture=architecture, **(sizes | changes))  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "llama tied": small("llama", tie_embeddings=True, name="small"),
+    "llama biases": small("llama", qkv_bias=True, attention_out_bias=True, mlp_bias=True),
+    "llama part of a head": small("llama", rope_dim=8, head_dim=32),
+    "llama 3": small("llama", rope_scaling=RopeScaling("llama3", 8.0, 32)),
+    "mistral": small("mistral", windows=(5, 5)),
+    "qwen2": small("qwen2", qkv_bias=True, windows=(None, 5)),
+    "qwen2 yarn": small("qwen2", qkv_bias=True, rope_scaling=RopeScaling("yarn", 4.0, 32)),
+    "qwen3": small("qwen3", qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 32, attention_factor=1.25)),
+    "linear": small("qwen3", qk_norm=True, rope_scaling=RopeScaling("linear", 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    params = random_params(config, seed=3)
+    write_gguf(tmp_path / "m.gguf", config, params, tokenizer_metadata=tokenizer_metadata())
+    model = load_model(tmp_path / "m.gguf")
+    assert model.config.windows == config.windows and model.config.name == config.name
+    np.testing.assert_allclose(rope_frequencies(model.config)[0], rope_frequencies(config)[0], rtol=1e-6)
+    assert rope_frequencies(model.config)[1] == pytest.approx(rope_frequencies(config)[1])
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.params, params))
+    np.testing.assert_allclose(logits(model.config, model.params), logits(config, params), rtol=0, atol=1e-4)
+    assert model.tokenizer.decode(model.tokenizer.encode("x = 1")) == "x = 1"
+
+
+def test_quantizations_lose_what_they_must(tmp_path: Path) -> None:
+    config = CONFIGS["llama tied"]
+    params = random_params(config, seed=3)
+    exact = logits(config, params)
+    sizes, errors = [], []
+    for quantization in ("F32", "F16", "Q8_0"):
+        path = tmp_path / f"{quantization}.gguf"
+        write_gguf(path, config, params, quantization=quantization, tokenizer_metadata=tokenizer_metadata())
+        model = load_model(path)
+        assert model.description == f"llama 78K {quantization}"
+        sizes.append(model.size_bytes)
+        errors.append(np.abs(logits(model.config, model.params) - exact).max())
+    assert sizes == sorted(sizes, reverse=True)
+    assert errors[0] == 0 < errors[1] < errors[2] < 0.1 * np.abs(exact).max()
+
+
+def test_quantized_weights_survive_another_round(tmp_path: Path) -> None:
+    config = CONFIGS["qwen3"]
+    for name in ("a.gguf", "b.gguf"):
+        params = random_params(config, seed=3) if name == "a.gguf" else load_model(tmp_path / "a.gguf").params
+        write_gguf(
+            tmp_path / name, config, params, quantization="Q8_0", tokenizer_metadata=tokenizer_metadata()
+        )
+    first, second = GGUFFile(tmp_path / "a.gguf"), GGUFFile(tmp_path / "b.gguf")
+    for tensor in first.tensors:
+        np.testing.assert_allclose(first.read(tensor), second.read(tensor), rtol=2e-3, atol=1e-6)
+
+
+def test_rows_that_hold_no_whole_blocks_are_f16(tmp_path: Path) -> None:
+    config = small("llama", intermediate_size=100)
+    params = random_params(config, dtype=jnp.bfloat16)
+    write_gguf(
+        tmp_path / "m.gguf", config, params, quantization="Q8_0", tokenizer_metadata=tokenizer_metadata()
+    )
+    types = {name: tensor.dtype for name, tensor in GGUFFile(tmp_path / "m.gguf").tensors.items()}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0" and types["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_the_same_bytes_of_tensors_as_llama_cpps_converter(tmp_path: Path) -> None:
+    weights = random_weights(config_json("llama"))
+    theirs = GGUFFile(write_converted_gguf(tmp_path / "a.gguf", config_json("llama"), weights))
+    model = load_model(tmp_path / "a.gguf")
+    write_gguf(tmp_path / "b.gguf", model.config, model.params, tokenizer_metadata=tokenizer_metadata())
+    ours = GGUFFile(tmp_path / "b.gguf")
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all((ours.read(name) == theirs.read(name)).all() for name in theirs.tensors)
+    assert gguf.GGUFReader(tmp_path / "b.gguf").fields["general.architecture"].contents() == "llama"

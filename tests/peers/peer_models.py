@@ -1,0 +1,359 @@
+"""Small random models as transformers builds them, the same as GGUF files, and our logits for both."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.generation import generate
+from model.config import ModelConfig
+from model.llama import functional
+from model.loading import LoadedModel
+
+VOCAB_SIZE = 300
+# One prompt is longer than a prefill step, one than every sliding window, one is a single token.
+PROMPT_LENS = (21, 1, 34)
+PREFILL_CHUNK = 16
+DECODE_STEPS = 8
+GREEDY_STEPS = 64
+MAX_LENGTH = 104
+"""Room for a prompt and ``GREEDY_STEPS`` tokens."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model: its architecture and what differs from the small default."""
+
+    architecture: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def rope(kind: str, **values: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+# Original contexts are chosen so that every rule has frequencies on both sides of its ramp, and on it.
+LINEAR = rope("linear", factor=3.0)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=1024)
+LLAMA3 = rope(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
+)
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+
+VARIANTS = {
+    "llama": Variant("llama"),
+    "llama-tied": Variant("llama", {"tie_word_embeddings": True}),
+    "llama-linear": Variant("llama", LINEAR),
+    "llama-yarn": Variant("llama", {"head_dim": 32, **YARN}),
+    "llama-llama3": Variant("llama", {"head_dim": 32, **LLAMA3}),
+    "llama-biases": Variant("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "llama-head-dim": Variant("llama", {"head_dim": 24, "num_key_value_heads": 1}),
+    "mistral": Variant("mistral", {"sliding_window": None}),
+    "mistral-window": Variant("mistral", {"sliding_window": 9, "head_dim": 32}),
+    "qwen2": Variant("qwen2"),
+    "qwen2-window": Variant("qwen2", {"num_hidden_layers": 3, **WINDOW}),
+    "qwen2-yarn": Variant("qwen2", {"hidden_size": 128, "tie_word_embeddings": True, **YARN}),
+    "qwen3": Variant("qwen3", {"head_dim": 32}),
+    "qwen3-window": Variant("qwen3", {"head_dim": 16, "attention_bias": True, **WINDOW}),
+}
+
+
+@functools.cache
+def hf_model(name: str) -> transformers.PreTrainedModel:
+    """The variant with weights drawn so that every part of it shows in the logits, biases and norms included."""
+    variant = VARIANTS[name]
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "attn_implementation": "eager",
+    }
+    config = transformers.AutoConfig.for_model(variant.architecture, **{**settings, **variant.changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith("norm.weight"):
+                weight.copy_(1 + 0.2 * torch.randn_like(weight))
+            elif weight.ndim == 1:
+                weight.copy_(0.3 * torch.randn_like(weight))
+            elif "embed" in key or "lm_head" in key:
+                weight.copy_(torch.randn_like(weight) * (2 / math.sqrt(weight.shape[1])))
+            else:
+                weight.copy_(torch.randn_like(weight) * (1.5 / math.sqrt(weight.shape[1])))
+    return model
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, VOCAB_SIZE, n).tolist() for n in PROMPT_LENS]
+
+
+def texts_to_score() -> list[list[int]]:
+    """The prompts and, behind each, the tokens that decode steps are made to take."""
+    rng = np.random.default_rng(2)
+    return [[*p, *rng.integers(0, VOCAB_SIZE, DECODE_STEPS).tolist()] for p in prompts()]
+
+
+def hf_logits(model: transformers.PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """f32[length, vocab] of each text, all of its tokens at once."""
+    with torch.no_grad():
+        return [model(torch.tensor([list(text)])).logits[0].numpy() for text in texts]
+
+
+def hf_greedy(model: transformers.PreTrainedModel, prompt: Sequence[int]) -> list[int]:
+    """What transformers' own ``generate`` continues with, through its own cache."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=GREEDY_STEPS
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+# --- Ours --------------------------------------------------------------------------------------------------
+
+
+def empty_cache(config: ModelConfig, kind: str, max_seqs: int) -> PagedKVCache | ContiguousKVCache:
+    sizes = {
+        "num_layers": config.num_layers,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_seqs": max_seqs,
+    }
+    if kind == "contiguous":
+        return ContiguousKVCache.create(**sizes, max_length=MAX_LENGTH)
+    pages = -(-MAX_LENGTH // 8)
+    return PagedKVCache.create(**sizes, num_pages=max_seqs * pages, max_entries=pages, page_size=8)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def _step(model: Any, params: Any, cache: Any, tokens: jax.Array, num_new: jax.Array) -> tuple[Any, Any, Any]:
+    cache, batch, ok = cache.reserve(num_new, num_tokens=tokens.shape[0])
+    logits, cache = model(params, tokens, cache, batch, jnp.arange(tokens.shape[0]))
+    return logits, cache, ok
+
+
+def our_logits(
+    loaded: LoadedModel, kind: str, texts: Sequence[Sequence[int]], decode: int = DECODE_STEPS
+) -> list[np.ndarray]:
+    """f32[length, vocab] of each text: ragged prefill in steps, then the last ``decode`` tokens one by one."""
+    model, count = functional(loaded.config), len(texts)
+    cache = empty_cache(loaded.config, kind, count)
+    done = [0] * count
+    rows: list[list[np.ndarray]] = [[] for _ in texts]
+
+    def step(num_new: list[int], num_tokens: int) -> None:
+        nonlocal cache
+        tokens = [t for i, text in enumerate(texts) for t in text[done[i] : done[i] + num_new[i]]]
+        padded = jnp.asarray(tokens + [0] * (num_tokens - len(tokens)), jnp.int32)
+        logits, cache, ok = _step(model, loaded.params, cache, padded, jnp.asarray(num_new, jnp.int32))
+        assert ok
+        end = 0
+        for i, new in enumerate(num_new):
+            rows[i].append(np.asarray(logits[end : end + new]))
+            end, done[i] = end + new, done[i] + new
+
+    while any(left := [len(text) - decode - n for text, n in zip(texts, done, strict=True)]):
+        # Shared out evenly, so that steps hold pieces of several prompts and cut them anywhere.
+        num_new, room = [0] * count, PREFILL_CHUNK
+        for i in range(count):
+            num_new[i] = min(left[i], room, PREFILL_CHUNK // 2 + 1)
+            room -= num_new[i]
+        step(num_new, PREFILL_CHUNK)
+    for _ in range(decode):
+        step([1] * count, count)
+    return [np.concatenate(parts) for parts in rows]
+
+
+def our_greedy(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """``GREEDY_STEPS`` tokens behind each prompt."""
+    result, _ = generate(
+        functional(loaded.config),
+        loaded.params,
+        empty_cache(loaded.config, kind, len(starts)),
+        starts,
+        max_new_tokens=GREEDY_STEPS,
+        batch_size=PREFILL_CHUNK,
+    )
+    return np.asarray(result.tokens)[:, :GREEDY_STEPS].tolist()
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 characters that byte-level BPE writes bytes as, in the order of the bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """(300 tokens, merges): bytes, 43 pairs, and an end of text."""
+    pairs = [(a, b) for a in "\u0120theando" for b in "theandisr"][:43]
+    tokens = [*byte_alphabet(), *dict.fromkeys(a + b for a, b in pairs)]
+    tokens += [f"<|unused{i}|>" for i in range(VOCAB_SIZE - 1 - len(tokens))]
+    return [*tokens, "<|endoftext|>"], [f"{a} {b}" for a, b in pairs]
+
+
+def save_folder(model: transformers.PreTrainedModel, folder: Path) -> Path:
+    """A Hugging Face folder: ``save_pretrained`` and a tokenizer."""
+    model.save_pretrained(folder)
+    tokens, merges = vocabulary()
+    bpe = tokenizers.models.BPE(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges]
+    )
+    library = tokenizers.Tokenizer(bpe)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return folder
+
+
+_TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        layer, stem = stem.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{_TENSORS[stem]}.{kind}"
+    return f"{_TENSORS[stem]}.{kind}"
+
+
+def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama's GGUF files have them: the two halves of a head, alternating."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: str = "F32") -> dict[str, Any]:
+    """Writes the model as llama.cpp's convert_hf_to_gguf.py does, with the ``gguf`` package alone.
+
+    Returns:
+      The weights as they stand in the file, dequantized, under transformers' names.
+    """
+    c = model.config
+    architecture = "llama" if c.model_type == "mistral" else c.model_type
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    if getattr(c, "sliding_window", None) and "sliding_attention" in getattr(c, "layer_types", ["sliding_attention"]):
+        writer.add_sliding_window(c.sliding_window)
+        if (types := getattr(c, "layer_types", None)) is not None:
+            writer.add_sliding_window_pattern([t == "sliding_attention" for t in types])
+    _write_rope(writer, c.rope_parameters, head_dim)
+    tokens, merges = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    types = [gguf.TokenType.CONTROL if t.startswith("<|") else gguf.TokenType.NORMAL for t in tokens]
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_bos_token_id(len(tokens) - 1)
+    kind = gguf.GGMLQuantizationType[quantization]
+    in_file = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        weight = tensor.numpy()
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2], 0)
+        interleaves = architecture == "llama" and heads
+        stored = _interleaved(weight, heads) if interleaves else weight
+        type_ = gguf.GGMLQuantizationType.F32 if weight.ndim == 1 else kind
+        data = gguf.quantize(stored, type_)
+        writer.add_tensor(_gguf_name(name), data, raw_dtype=type_)
+        # Blocks lie along rows, and interleaving moves whole rows: the order does not matter to them.
+        in_file[name] = torch.tensor(gguf.dequantize(gguf.quantize(weight, type_), type_))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return in_file
+
+
+def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kind = rope["rope_type"]
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    elif kind == "llama3":
+        # Llama 3.1's rule becomes a tensor: what each frequency is divided by.
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        context, factors = rope["original_max_position_embeddings"], []
+        for i in range(0, head_dim, 2):
+            wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
+            if wavelength < context / high:
+                factors.append(1.0)
+            elif wavelength > context / low:
+                factors.append(rope["factor"])
+            else:
+                smooth = (context / wavelength - low) / (high - low)
+                factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+
+
+def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Any]) -> transformers.PreTrainedModel:
+    """A copy of the model with other weights."""
+    other = transformers.AutoModelForCausalLM.from_config(
+        model.config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    other.tie_weights()
+    return other

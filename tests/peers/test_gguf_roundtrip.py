@@ -1,0 +1,37 @@
+"""A model of transformers, written as GGUF with the ``gguf`` package alone, loads to the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import peer_models as peer
+
+from model.loading import load_model
+
+TOLERANCE = 1e-4
+QUANTIZATIONS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+CASES = [
+    *((name, "F32") for name in peer.VARIANTS),
+    *((name, "Q8_0") for name in ("llama", "qwen2", "qwen3")),
+    *(("mistral-window", quantization) for quantization in QUANTIZATIONS),
+]
+
+
+@pytest.mark.parametrize(("name", "quantization"), CASES)
+def test_a_gguf_file_gives_the_logits_of_the_weights_in_it(name: str, quantization: str, tmp_path: Path) -> None:
+    """Quantized ones too: the file's weights, dequantized, go back into transformers' model."""
+    original = peer.hf_model(name)
+    path = tmp_path / "model.gguf"
+    in_file = peer.write_gguf(original, path, quantization)
+    model = peer.with_weights(original, in_file)
+    # Prefill only: what comes after it is no matter of files.
+    texts = peer.prompts()
+    for ours, theirs in zip(
+        peer.our_logits(load_model(path), "paged", texts, decode=0), peer.hf_logits(model, texts), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)

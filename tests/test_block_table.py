@@ -1,0 +1,133 @@
+"""Laws of the table's edits: a row is a list of (position, page, slot), and an edit edits that list."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpaged import block_table as tables
+from jaxpaged.block_table import BlockTable
+
+N, P, PAGE_SIZE = 20, 6, 8
+END = 2**31 - 1
+cut = jax.jit(tables.cut)
+remove_range = jax.jit(lambda row, p0, p1: tables.remove_range(row, p0, p1, N))
+slice_range = jax.jit(lambda row, p0, p1: tables.slice_range(row, p0, p1, N))
+
+Token = tuple[int, int, int, int]
+
+
+def make_row(entries: list[tuple[int, int, int, int, int]]) -> BlockTable:
+    """One row of entries ``(page, first_slot, num_tokens, position, rotation)``."""
+    padded = np.asarray([*entries, *[(N, 0, 0, 0, 0)] * (P - len(entries))], np.int32).reshape(P, 5)
+    return BlockTable(*(jnp.asarray(padded[:, i]) for i in range(5)), jnp.int32(len(entries)))
+
+
+def tokens(row: BlockTable) -> list[Token]:
+    """(position, page, slot, rotation) of each token; padding has to be padding."""
+    row = jax.tree.map(np.asarray, row)
+    used = int(row.num_entries)
+    assert (row.pages[used:] == N).all() and not row.num_tokens[used:].any()
+    assert (row.num_tokens[:used] > 0).all()
+    return [
+        (int(row.position[e]) + i, int(row.pages[e]), int(row.first_slot[e]) + i, int(row.rotation[e]))
+        for e in range(used)
+        for i in range(int(row.num_tokens[e]))
+    ]
+
+
+def assert_equal(a: BlockTable, b: BlockTable) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> BlockTable:
+    entries, position = [], 0
+    for _ in range(draw(st.integers(0, P))):
+        first = draw(st.integers(0, PAGE_SIZE - 1))
+        num = draw(st.integers(1, PAGE_SIZE - first))
+        position += draw(st.sampled_from([0, 0, 0, 1, 5]))
+        entries.append((draw(st.integers(0, N - 1)), first, num, position, draw(st.integers(-3, 3))))
+        position += num
+    return make_row(entries)
+
+
+bounds = st.integers(0, 60) | st.just(END)
+
+
+@settings(max_examples=60)
+@given(rows(), bounds, bounds)
+def test_removal_forgets_the_range_and_nothing_else(row: BlockTable, p0: int, p1: int) -> None:
+    removed, ok = remove_range(row, p0, p1)
+    if ok:
+        assert tokens(removed) == [t for t in tokens(row) if not p0 <= t[0] < p1]
+    else:
+        assert_equal(removed, row)
+        start = np.asarray(row.position)
+        assert int(row.num_entries) == P
+        assert ((start < p0) & (p0 < p1) & (p1 < start + np.asarray(row.num_tokens))).any()
+
+
+@settings(max_examples=60)
+@given(rows(), bounds, bounds)
+def test_a_slice_keeps_the_range_and_nothing_else(row: BlockTable, p0: int, p1: int) -> None:
+    assert tokens(slice_range(row, p0, p1)) == [t for t in tokens(row) if p0 <= t[0] < p1]
+
+
+@settings(max_examples=60)
+@given(rows(), bounds)
+def test_a_cut_changes_no_token_and_parts_the_entries(row: BlockTable, at: int) -> None:
+    split, ok = cut(row, at)
+    assert tokens(split) == tokens(row)
+    across = (np.asarray(split.position) < at) & (
+        at < np.asarray(split.position) + np.asarray(split.num_tokens)
+    )
+    assert bool(ok) == (not across.any())
+    if not ok:
+        assert_equal(split, row)
+
+
+def test_removal_at_both_edges_of_a_full_row_needs_no_entry() -> None:
+    row = make_row([(e, 0, PAGE_SIZE, e * PAGE_SIZE, 0) for e in range(P)])
+    removed, ok = remove_range(row, 3, 21)
+    assert ok and int(removed.num_entries) == P - 1
+    assert tokens(removed) == [t for t in tokens(row) if not 3 <= t[0] < 21]
+
+
+@settings(max_examples=20)
+@given(st.lists(rows(), min_size=1, max_size=4))
+def test_lengths_and_positions(listed: list[BlockTable]) -> None:
+    table = jax.tree.map(lambda *fields: jnp.stack(fields), *listed)
+    expected = [[t[0] for t in tokens(row)] for row in listed]
+    assert tables.lengths(table).tolist() == [len(p) for p in expected]
+    assert tables.position_min(table).tolist() == [min(p, default=-1) for p in expected]
+    assert tables.position_max(table).tolist() == [max(p, default=-1) for p in expected]
+
+
+def test_an_empty_table_has_no_positions() -> None:
+    table = tables.create(3, P, N)
+    assert (table.max_seqs, table.max_entries) == (3, P)
+    assert tables.lengths(table).tolist() == [0] * 3
+    assert tables.position_min(table).tolist() == tables.position_max(table).tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize(
+    ("given_range", "read"),
+    [((-5, -1), (0, END)), ((3, -7), (3, END)), ((3, 9), (3, 9)), ((-1, 0), (0, 0))],
+)
+def test_ranges_are_read_as_llama_cpp_reads_them(given_range: tuple[int, int], read: tuple[int, int]) -> None:
+    p0, p1 = tables.clamp_range(*given_range)
+    assert (int(p0), int(p1)) == read
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"), [((0, 1, 1), "max_seqs"), ((1, 0, 1), "max_entries"), ((1, 1, -4), "num_pages")]
+)
+def test_sizes_are_positive(sizes: tuple[int, int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be positive, got {min(sizes)}"):
+        tables.create(*sizes)

@@ -1,0 +1,165 @@
+"""Random operations on a donated cache, each compared with plain Python: ok, entries, counts, contents."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from cache_oracle import (
+    NARROW,
+    Oracle,
+    assert_same,
+    jit_ask,
+    jit_clear,
+    jit_copy,
+    jit_keep,
+    jit_remove,
+    jit_step,
+    make_cache,
+    snapshot,
+)
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from jaxpaged.cache import ALL
+
+MAX_SEQS, NUM_TOKENS = 4, 40
+ids = st.integers(0, MAX_SEQS - 1)
+# Positions beyond what is there, negative ones, and both sides of every page's edge.
+positions = st.integers(-2, 50) | st.sampled_from([7, 8, 9, 15, 16, 17, 24, 32])
+few = st.sampled_from([0, 1, 1, 1, 2, 9])
+counts = st.sampled_from([0, 0, 1, 1, 1, 2, 3, 7, 8, 9, 17])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Many pages a sequence: the pool runs out before the table's rows do."""
+
+    sizes: ClassVar[dict[str, int]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = make_cache(max_seqs=MAX_SEQS, **self.sizes)
+        self.oracle = Oracle.of(self.cache)
+        self.token = 0
+
+    def finish(self, ok: bool, expected: bool, before: list[np.ndarray]) -> None:
+        assert bool(ok) == expected
+        self.oracle.check(self.cache)
+        if not expected:
+            assert_same(self.cache, before)
+        needed, can, fits, length, low, high, used = map(
+            np.asarray, jit_ask(self.cache, jnp.zeros(MAX_SEQS, jnp.int32))
+        )
+        assert not needed.any() and can and fits.all() and used == self.oracle.pages_used
+        for seq in range(MAX_SEQS):
+            contents = self.oracle.contents(seq)
+            assert length[seq] == len(contents)
+            assert (low[seq], high[seq]) == ((contents[0][0], contents[-1][0]) if contents else (-1, -1))
+
+    @property
+    def crowded(self) -> bool:
+        """Random operations that empty sequences wait until there is something to lose."""
+        return self.oracle.pages_used > self.oracle.num_pages // 3
+
+    def add(self, num_new: list[int]) -> None:
+        before = snapshot(self.cache)
+        counts = jnp.asarray(num_new, jnp.int32)
+        needed, can, fits, *_ = map(np.asarray, jit_ask(self.cache, counts))
+        expected, taken = self.oracle.reserve(num_new, self.token, NUM_TOKENS)
+        self.cache, batch, ok = jit_step(self.cache, counts, self.token, num_tokens=NUM_TOKENS)
+        if min(num_new) >= 0:
+            assert needed.tolist() == taken
+            assert bool(can) == bool(fits.all())
+            if sum(num_new) <= NUM_TOKENS:
+                assert bool(can) == expected
+        assert np.asarray(batch.q_lens).tolist() == (num_new if expected else [0] * MAX_SEQS)
+        self.token += sum(num_new) if expected else 0
+        self.finish(ok, expected, before)
+
+    @initialize(count=counts)
+    def start(self, count: int) -> None:
+        self.add([count, 0, 0, 0])
+
+    @rule(num_new=st.lists(counts, min_size=MAX_SEQS, max_size=MAX_SEQS))
+    def reserve(self, num_new: list[int]) -> None:
+        self.add(num_new)
+
+    @rule()
+    def decode(self) -> None:
+        self.add([int(self.oracle.length(seq) > 0) for seq in range(MAX_SEQS)])
+
+    @precondition(lambda self: self.crowded)
+    @rule(seq=ids | st.just(ALL), p0=positions, p1=positions)
+    def remove(self, seq: int, p0: int, p1: int) -> None:
+        before = snapshot(self.cache)
+        expected = self.oracle.remove(range(MAX_SEQS) if seq == ALL else [seq], p0, p1)
+        self.cache, ok = jit_remove(self.cache, seq, p0, p1)
+        self.finish(ok, expected, before)
+
+    @rule(seq=ids | st.just(ALL), at=st.integers(0, 99), count=st.sampled_from([1, 2, 3, 8, 11]))
+    def punch(self, seq: int, at: int, count: int) -> None:
+        """Inside what is there."""
+        p0 = at % max(1, max(len(self.oracle.contents(i)) for i in range(MAX_SEQS)))
+        self.remove(seq, p0, p0 + count)
+
+    @precondition(lambda self: self.crowded)
+    @rule(seq=ids | st.just(ALL))
+    def forget(self, seq: int) -> None:
+        self.remove(seq, 0, -1)
+
+    @precondition(lambda self: self.crowded)
+    @rule(marked=st.sets(ids), p0=positions, p1=positions)
+    def remove_marked(self, marked: set[int], p0: int, p1: int) -> None:
+        before = snapshot(self.cache)
+        expected = self.oracle.remove(marked, p0, p1)
+        mask = jnp.asarray([seq in marked for seq in range(MAX_SEQS)])
+        self.cache, ok = jit_remove(self.cache, mask, p0, p1)
+        self.finish(ok, expected, before)
+
+    @rule(src=ids, dst=ids, p0=positions, p1=positions)
+    def copy(self, src: int, dst: int, p0: int, p1: int) -> None:
+        before = snapshot(self.cache)
+        expected = self.oracle.copy(src, dst, p0, p1)
+        self.cache, ok = jit_copy(self.cache, src, dst, p0, p1)
+        self.finish(ok, expected, before)
+
+    @rule(
+        src=ids, others=st.sets(ids, min_size=1), num_new=st.lists(few, min_size=MAX_SEQS, max_size=MAX_SEQS)
+    )
+    def fork(self, src: int, others: set[int], num_new: list[int]) -> None:
+        """Several sharers of a last page write to it in one step."""
+        self.remove_marked(others - {src}, 0, -1)
+        for dst in sorted(others - {src}):
+            self.copy(src, dst, 0, -1)
+        self.add(num_new)
+
+    @precondition(lambda self: self.crowded)
+    @rule(seq=st.integers(-1, MAX_SEQS))
+    def keep(self, seq: int) -> None:
+        before = snapshot(self.cache)
+        expected = 0 <= seq < MAX_SEQS
+        if expected:
+            self.oracle.remove([i for i in range(MAX_SEQS) if i != seq], 0, -1)
+        self.cache, ok = jit_keep(self.cache, seq)
+        self.finish(ok, expected, before)
+
+    @precondition(lambda self: self.crowded)
+    @rule()
+    def clear(self) -> None:
+        self.cache = jit_clear(self.cache)
+        self.oracle.sequences = [[] for _ in range(MAX_SEQS)]
+        self.finish(True, True, [])
+
+
+class NarrowMachine(CacheMachine):
+    """Few entries a sequence: splits and fresh pages overflow the table's rows."""
+
+    sizes = NARROW
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=20, stateful_step_count=50)
+TestNarrow = NarrowMachine.TestCase
+TestNarrow.settings = TestCache.settings
