@@ -2,7 +2,8 @@
 
 Every operation is pure, ``op(cache, ...) -> cache``, and un-jitted; nothing here depends on the values of ids, lengths
 or ranges at trace time. An operation that can fail returns ``ok`` and, when it is false, the cache unchanged.
-Ranges are ``[p0, p1)`` in positions; ``p0 < 0`` is 0 and ``p1 < 0`` is the end, as in llama.cpp's ``llama_memory_seq_*``.
+Ranges are ``[p0, p1)`` in positions; ``p0 < 0`` is 0 and ``p1 < 0`` is the end, as in llama.cpp's
+``llama_memory_seq_*``.
 """
 
 from __future__ import annotations
@@ -357,7 +358,9 @@ def reserve(
 
 def _num_rows(num_new: Array | np.ndarray, max_seqs: int, num_tokens: int | None) -> int:
     if np.shape(num_new) != (max_seqs,):
-        raise ValueError(f"num_new must have one count a sequence, [{max_seqs}], got shape {np.shape(num_new)}")
+        raise ValueError(
+            f"num_new must have one count a sequence, [{max_seqs}], got shape {np.shape(num_new)}"
+        )
     if num_tokens is not None:
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be positive, got {num_tokens}")
@@ -459,7 +462,7 @@ def seq_copy(
     s = cache.max_seqs
     src, dst = jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32)
     p0, p1 = tables.clamp_range(p0, p1)
-    known = (0 <= src) & (src < s) & (0 <= dst) & (dst < s)
+    known = (src >= 0) & (src < s) & (dst >= 0) & (dst < s)
     ok = known & (cache.table.num_entries[jnp.clip(dst, 0, s - 1)] == 0)
     shared = tables.slice_range(tables.get_row(cache.table, src), p0, p1, cache.num_pages)
     shared = jax.tree.map(
@@ -477,7 +480,7 @@ def seq_keep(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array
       ``(cache, ok bool[])``. Not ok: the id is outside [0, S).
     """
     seq = jnp.asarray(seq)
-    ok = (0 <= seq) & (seq < cache.max_seqs)
+    ok = (seq >= 0) & (seq < cache.max_seqs)
     kept, _ = seq_remove(cache, (jnp.arange(cache.max_seqs) != seq) & ok)
     return kept, ok
 

@@ -1,4 +1,6 @@
-"""Tokens a second, paged against contiguous, over batch sizes and live contexts: python tpu_scripts/bench_paged_vs_contiguous.py
+"""Tokens a second, paged against contiguous, over batch sizes and live contexts.
+
+    python tpu_scripts/bench_paged_vs_contiguous.py
 
 Both caches run the same model in one process, in turns, so that a machine's changing speed hits both alike. The context
 is filled by reserving slots over random keys and values, which costs no forward pass and changes no time. Compile time

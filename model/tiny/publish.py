@@ -45,12 +45,18 @@ def plot(log: list[dict[str, float]], xz: float, path: Path) -> None:
     width = max(1, len(loss) // 60)
     smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
     loss_axis.plot(tokens, loss, color="0.85", linewidth=0.8)
-    loss_axis.plot(tokens[width - 1 :], smooth, color="tab:blue", label=f"training loss, mean of {width} steps")
+    loss_axis.plot(
+        tokens[width - 1 :], smooth, color="tab:blue", label=f"training loss, mean of {width} steps"
+    )
     loss_axis.set_xlabel("million tokens seen")
     loss_axis.set_ylabel("nats per token")
     bits_axis = loss_axis.twinx()
-    held_out = [(row["tokens"] / 1e6, row["held_out_bits_per_byte"]) for row in log if "held_out_bits_per_byte" in row]
-    bits_axis.plot(*zip(*held_out, strict=True), "o-", color="tab:red", label="held-out bits per byte (right)")
+    held_out = [
+        (row["tokens"] / 1e6, row["held_out_bits_per_byte"]) for row in log if "held_out_bits_per_byte" in row
+    ]
+    bits_axis.plot(
+        *zip(*held_out, strict=True), "o-", color="tab:red", label="held-out bits per byte (right)"
+    )
     bits_axis.axhline(xz, color="tab:red", linestyle=":", label="xz -9 on the held-out files, one stream")
     bits_axis.set_ylabel("bits per byte")
     bits_axis.set_ylim(0, None)
@@ -61,7 +67,9 @@ def plot(log: list[dict[str, float]], xz: float, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, default=Path("build/tiny"), help="the folder training wrote")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.run / "tokenizer.json"))

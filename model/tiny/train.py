@@ -146,7 +146,7 @@ def main() -> None:
     held_out = encode(tokenizer, corpus.held_out)
     held_out_bytes = sum(len(t.encode()) for t in corpus.held_out.values())
     print(
-        f"{len(corpus.train)} files, {sum(len(t.encode()) for t in corpus.train.values())} bytes, {len(stream)} tokens; "
+        f"{len(corpus.train)} files, {len(stream)} tokens; "
         f"held out {len(corpus.held_out)} files, {held_out_bytes} bytes",
         flush=True,
     )

@@ -27,7 +27,9 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
     python = os.environ.get("JAXPAGED_LLAMA_PYTHON")
     if python is None:
         if importlib.util.find_spec("llama_cpp") is None:
-            pytest.skip("llama-cpp-python is not installed, and JAXPAGED_LLAMA_PYTHON names no Python that has it")
+            pytest.skip(
+                "llama-cpp-python is not installed, and JAXPAGED_LLAMA_PYTHON names no Python that has it"
+            )
         python = sys.executable
     folder = tmp_path_factory.mktemp("llama_cpp")
 

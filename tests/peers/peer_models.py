@@ -57,13 +57,12 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 
 
 VARIANTS = {
     "llama": Variant("llama"),
-    "llama-tied": Variant("llama", {"tie_word_embeddings": True}),
-    "llama-linear": Variant("llama", LINEAR),
+    "llama-linear": Variant("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, **LINEAR}),
     "llama-yarn": Variant("llama", {"head_dim": 32, **YARN}),
     "llama-llama3": Variant("llama", {"head_dim": 32, **LLAMA3}),
-    "llama-biases": Variant("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-    "llama-head-dim": Variant("llama", {"head_dim": 24, "num_key_value_heads": 1}),
-    "mistral": Variant("mistral", {"sliding_window": None}),
+    "llama-biases": Variant(
+        "llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "num_key_value_heads": 1}
+    ),
     "mistral-window": Variant("mistral", {"sliding_window": 9, "head_dim": 32}),
     "qwen2": Variant("qwen2"),
     "qwen2-window": Variant("qwen2", {"num_hidden_layers": 3, **WINDOW}),
@@ -71,6 +70,8 @@ VARIANTS = {
     "qwen3": Variant("qwen3", {"head_dim": 32}),
     "qwen3-window": Variant("qwen3", {"head_dim": 16, "attention_bias": True, **WINDOW}),
 }
+ONE_OF_EACH = ("llama", "mistral-window", "qwen2-window", "qwen3-window")
+"""A variant of each architecture, with a window where it can have one; a program takes seconds to compile."""
 
 
 @functools.cache
@@ -133,6 +134,15 @@ def hf_greedy(model: transformers.PreTrainedModel, prompt: Sequence[int]) -> lis
     return out[0, len(prompt) :].tolist()
 
 
+def hf_next(model: transformers.PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """The likeliest token behind the prompt and behind every token but the last.
+
+    By induction it equals ``tokens`` exactly when these are the greedy ones: one pass instead of one a token.
+    """
+    (logits,) = hf_logits(model, [[*prompt, *tokens]])
+    return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
 # --- Ours --------------------------------------------------------------------------------------------------
 
 
@@ -156,40 +166,71 @@ def _step(model: Any, params: Any, cache: Any, tokens: jax.Array, num_new: jax.A
     return logits, cache, ok
 
 
+class Run:
+    """Sequences side by side: ragged prefill in steps, then a token each at a time."""
+
+    def __init__(self, loaded: LoadedModel, kind: str, count: int) -> None:
+        self.model, self.params = functional(loaded.config), loaded.params
+        self.cache = empty_cache(loaded.config, kind, count)
+        self.rows: list[list[np.ndarray]] = [[] for _ in range(count)]
+
+    def step(self, new: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Computes these tokens of each sequence, in a step of ``num_tokens`` rows, and keeps their logits."""
+        tokens = [token for part in new for token in part]
+        padded = jnp.asarray(tokens + [0] * (num_tokens - len(tokens)), jnp.int32)
+        num_new = jnp.asarray([len(part) for part in new], jnp.int32)
+        logits, self.cache, ok = _step(self.model, self.params, self.cache, padded, num_new)
+        assert ok
+        end = 0
+        for rows, part in zip(self.rows, new, strict=True):
+            rows.append(np.asarray(logits[end : end + len(part)]))
+            end += len(part)
+
+    def prefill(self, texts: Sequence[Sequence[int]]) -> None:
+        """Shares every step out, so that it holds pieces of several prompts and cuts them anywhere."""
+        left = [list(text) for text in texts]
+        while any(left):
+            new, room = [], PREFILL_CHUNK
+            for text in left:
+                count = min(len(text), room, PREFILL_CHUNK // 2 + 1)
+                new.append(text[:count])
+                del text[:count]
+                room -= count
+            self.step(new, PREFILL_CHUNK)
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        self.step([[token] for token in tokens], len(tokens))
+
+    def logits(self) -> list[np.ndarray]:
+        """f32[length, vocab] of each sequence."""
+        return [np.concatenate(rows) for rows in self.rows]
+
+
 def our_logits(
     loaded: LoadedModel, kind: str, texts: Sequence[Sequence[int]], decode: int = DECODE_STEPS
 ) -> list[np.ndarray]:
-    """f32[length, vocab] of each text: ragged prefill in steps, then the last ``decode`` tokens one by one."""
-    model, count = functional(loaded.config), len(texts)
-    cache = empty_cache(loaded.config, kind, count)
-    done = [0] * count
-    rows: list[list[np.ndarray]] = [[] for _ in texts]
+    """f32[length, vocab] of each text, its last ``decode`` tokens one by one."""
+    run = Run(loaded, kind, len(texts))
+    run.prefill([text[: len(text) - decode] for text in texts])
+    for i in range(-decode, 0):
+        run.decode([text[i] for text in texts])
+    return run.logits()
 
-    def step(num_new: list[int], num_tokens: int) -> None:
-        nonlocal cache
-        tokens = [t for i, text in enumerate(texts) for t in text[done[i] : done[i] + num_new[i]]]
-        padded = jnp.asarray(tokens + [0] * (num_tokens - len(tokens)), jnp.int32)
-        logits, cache, ok = _step(model, loaded.params, cache, padded, jnp.asarray(num_new, jnp.int32))
-        assert ok
-        end = 0
-        for i, new in enumerate(num_new):
-            rows[i].append(np.asarray(logits[end : end + new]))
-            end, done[i] = end + new, done[i] + new
 
-    while any(left := [len(text) - decode - n for text, n in zip(texts, done, strict=True)]):
-        # Shared out evenly, so that steps hold pieces of several prompts and cut them anywhere.
-        num_new, room = [0] * count, PREFILL_CHUNK
-        for i in range(count):
-            num_new[i] = min(left[i], room, PREFILL_CHUNK // 2 + 1)
-            room -= num_new[i]
-        step(num_new, PREFILL_CHUNK)
-    for _ in range(decode):
-        step([1] * count, count)
-    return [np.concatenate(parts) for parts in rows]
+def greedy_by_steps(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """``GREEDY_STEPS`` tokens behind each prompt, chosen here; needs no program of its own."""
+    run = Run(loaded, kind, len(starts))
+    run.prefill(starts)
+    tokens: list[list[int]] = [[] for _ in starts]
+    while len(tokens[0]) < GREEDY_STEPS:
+        for mine, rows in zip(tokens, run.rows, strict=True):
+            mine.append(int([row for part in rows for row in part][-1].argmax()))
+        run.decode([mine[-1] for mine in tokens])
+    return tokens
 
 
 def our_greedy(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """``GREEDY_STEPS`` tokens behind each prompt."""
+    """``GREEDY_STEPS`` tokens behind each prompt, by ``jaxpaged.generate``."""
     result, _ = generate(
         functional(loaded.config),
         loaded.params,
@@ -287,7 +328,9 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_vocab_size(c.vocab_size)
-    if getattr(c, "sliding_window", None) and "sliding_attention" in getattr(c, "layer_types", ["sliding_attention"]):
+    if getattr(c, "sliding_window", None) and "sliding_attention" in getattr(
+        c, "layer_types", ["sliding_attention"]
+    ):
         writer.add_sliding_window(c.sliding_window)
         if (types := getattr(c, "layer_types", None)) is not None:
             writer.add_sliding_window_pattern([t == "sliding_attention" for t in types])
@@ -348,7 +391,9 @@ def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) ->
         writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
 
 
-def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Any]) -> transformers.PreTrainedModel:
+def with_weights(
+    model: transformers.PreTrainedModel, weights: dict[str, Any]
+) -> transformers.PreTrainedModel:
     """A copy of the model with other weights."""
     other = transformers.AutoModelForCausalLM.from_config(
         model.config, dtype=torch.float32, attn_implementation="eager"
@@ -357,3 +402,24 @@ def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Any]) -
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     other.tie_weights()
     return other
+
+
+def rounding_activations(
+    model: transformers.PreTrainedModel, quantization: str
+) -> transformers.PreTrainedModel:
+    """The model with what enters each linear layer rounded, as llama.cpp's CPU kernels for such weights round it.
+
+    They multiply whole numbers: a row of activations is quantized to Q8_0 (blocks of 32) before a product with
+    Q8_0 or Q4_0 weights.
+    """
+    kind = gguf.GGMLQuantizationType[quantization]
+
+    def rounded(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = arguments[0].numpy()
+        flat = x.reshape(-1, x.shape[-1])
+        return (torch.tensor(gguf.dequantize(gguf.quantize(flat, kind), kind).reshape(x.shape)),)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    return model

@@ -23,7 +23,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "quantization"), CASES)
-def test_a_gguf_file_gives_the_logits_of_the_weights_in_it(name: str, quantization: str, tmp_path: Path) -> None:
+def test_a_gguf_file_gives_the_logits_of_the_weights_in_it(
+    name: str, quantization: str, tmp_path: Path
+) -> None:
     """Quantized ones too: the file's weights, dequantized, go back into transformers' model."""
     original = peer.hf_model(name)
     path = tmp_path / "model.gguf"

@@ -15,27 +15,38 @@ from model.loading import LoadedModel, load_model
 
 TOLERANCE = 1e-4
 
+paged_everywhere = pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "paged") for name in peer.VARIANTS), *((name, "contiguous") for name in peer.ONE_OF_EACH)],
+)
 
-@pytest.fixture(scope="module", params=list(peer.VARIANTS))
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, LoadedModel]:
+
+@pytest.fixture
+def loaded(name: str, tmp_path: Path) -> LoadedModel:
     """A variant, saved by transformers and loaded by us."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    return request.param, load_model(peer.save_folder(peer.hf_model(request.param), folder))
+    return load_model(peer.save_folder(peer.hf_model(name), tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["paged", "contiguous"])
-def test_logits_equal_those_of_transformers(loaded: tuple[str, LoadedModel], kind: str) -> None:
-    name, model = loaded
+@paged_everywhere
+def test_logits_equal_those_of_transformers(name: str, kind: str, loaded: LoadedModel) -> None:
     texts = peer.texts_to_score()
-    for ours, theirs in zip(
-        peer.our_logits(model, kind, texts), peer.hf_logits(peer.hf_model(name), texts), strict=True
-    ):
+    all_theirs = peer.hf_logits(peer.hf_model(name), texts)
+    for ours, theirs in zip(peer.our_logits(loaded, kind, texts), all_theirs, strict=True):
         assert theirs.std() > 0.5  # Logits that say something.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["paged", "contiguous"])
-def test_greedy_tokens_are_those_of_transformers(loaded: tuple[str, LoadedModel], kind: str) -> None:
-    name, model = loaded
+@paged_everywhere
+def test_64_greedy_tokens_are_those_of_transformers(name: str, kind: str, loaded: LoadedModel) -> None:
     starts = peer.prompts()
-    assert peer.our_greedy(model, kind, starts) == [peer.hf_greedy(peer.hf_model(name), p) for p in starts]
+    for prompt, tokens in zip(starts, peer.greedy_by_steps(loaded, kind, starts), strict=True):
+        assert tokens == peer.hf_next(peer.hf_model(name), prompt, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "paged") for name in peer.ONE_OF_EACH), ("llama", "contiguous")]
+)
+def test_generate_gives_what_transformers_generate_gives(name: str, kind: str, loaded: LoadedModel) -> None:
+    starts = peer.prompts()
+    theirs = [peer.hf_greedy(peer.hf_model(name), prompt) for prompt in starts]
+    assert peer.our_greedy(loaded, kind, starts) == theirs
