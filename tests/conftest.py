@@ -8,3 +8,6 @@ from hypothesis import settings
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# The tests compile far more than they compute. Set before jax is imported; XLA_FLAGS= runs them as users compile.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -15,6 +15,27 @@ import numpy as np
 import pytest
 
 LlamaCpp = Callable[..., dict[str, np.ndarray]]
+Measured = Callable[..., None]
+
+_NUMBERS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Measured:
+    """Notes numbers for the end of the report: ``measured(difference=1e-6)``; ``docs/peers.md`` quotes them."""
+
+    def note(**numbers: float) -> None:
+        values = ", ".join(f"{name} {value:.1e}" for name, value in numbers.items())
+        request.config.stash.setdefault(_NUMBERS, []).append(f"{request.node.name}: {values}")
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if numbers := config.stash.get(_NUMBERS, None):
+        terminalreporter.section("measured")
+        for line in numbers:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

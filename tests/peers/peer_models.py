@@ -86,6 +86,8 @@ def hf_model(name: str) -> transformers.PreTrainedModel:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
+        "rms_norm_eps": 2.0
+        ** -20,  # Exact in float32, which GGUF keeps it in: both files give one configuration.
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -125,6 +127,12 @@ def hf_logits(model: transformers.PreTrainedModel, texts: Sequence[Sequence[int]
         return [model(torch.tensor([list(text)])).logits[0].numpy() for text in texts]
 
 
+def margin(logits: Sequence[np.ndarray]) -> float:
+    """The smallest lead of a likeliest token over the next: what an error must stay below for greedy tokens."""
+    best = [np.partition(rows, -2, axis=-1)[:, -2:] for rows in logits]
+    return min(float((pair[:, 1] - pair[:, 0]).min()) for pair in best)
+
+
 def hf_greedy(model: transformers.PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     """What transformers' own ``generate`` continues with, through its own cache."""
     ids = torch.tensor([list(prompt)])
@@ -134,13 +142,15 @@ def hf_greedy(model: transformers.PreTrainedModel, prompt: Sequence[int]) -> lis
     return out[0, len(prompt) :].tolist()
 
 
-def hf_next(model: transformers.PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """The likeliest token behind the prompt and behind every token but the last.
+def hf_logits_behind(
+    model: transformers.PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]
+) -> np.ndarray:
+    """f32[tokens, vocab]: what transformers chooses each of the tokens from.
 
-    By induction it equals ``tokens`` exactly when these are the greedy ones: one pass instead of one a token.
+    By induction these are the greedy ones exactly when each is the likeliest: one pass instead of one a token.
     """
     (logits,) = hf_logits(model, [[*prompt, *tokens]])
-    return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return logits[len(prompt) - 1 : -1]
 
 
 # --- Ours --------------------------------------------------------------------------------------------------

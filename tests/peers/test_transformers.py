@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import peer_models as peer
+from conftest import Measured
 
 from model.loading import LoadedModel, load_model
 
@@ -28,19 +29,27 @@ def loaded(name: str, tmp_path: Path) -> LoadedModel:
 
 
 @paged_everywhere
-def test_logits_equal_those_of_transformers(name: str, kind: str, loaded: LoadedModel) -> None:
+def test_logits_equal_those_of_transformers(
+    name: str, kind: str, loaded: LoadedModel, measured: Measured
+) -> None:
     texts = peer.texts_to_score()
-    all_theirs = peer.hf_logits(peer.hf_model(name), texts)
-    for ours, theirs in zip(peer.our_logits(loaded, kind, texts), all_theirs, strict=True):
-        assert theirs.std() > 0.5  # Logits that say something.
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    ours = np.concatenate(peer.our_logits(loaded, kind, texts))
+    theirs = np.concatenate(peer.hf_logits(peer.hf_model(name), texts))
+    assert theirs.std() > 0.5  # Logits that say something.
+    measured(difference=np.abs(ours - theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 @paged_everywhere
-def test_64_greedy_tokens_are_those_of_transformers(name: str, kind: str, loaded: LoadedModel) -> None:
+def test_64_greedy_tokens_are_those_of_transformers(
+    name: str, kind: str, loaded: LoadedModel, measured: Measured
+) -> None:
     starts = peer.prompts()
-    for prompt, tokens in zip(starts, peer.greedy_by_steps(loaded, kind, starts), strict=True):
-        assert tokens == peer.hf_next(peer.hf_model(name), prompt, tokens)
+    ours = peer.greedy_by_steps(loaded, kind, starts)
+    model = peer.hf_model(name)
+    theirs = [peer.hf_logits_behind(model, prompt, mine) for prompt, mine in zip(starts, ours, strict=True)]
+    measured(margin=peer.margin(theirs))
+    assert ours == [logits.argmax(-1).tolist() for logits in theirs]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,217 @@
+"""Laws of generation, on a toy transformer of pure jax.numpy: nothing here needs flax or a file."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpaged import (
+    FINISH_LENGTH,
+    FINISH_OUT_OF_PAGES,
+    FINISH_STOP,
+    ContiguousKVCache,
+    PagedKVCache,
+    SamplingParams,
+    check_invariants,
+    generate,
+    generate_stream,
+)
+from jaxpaged import generation as rooms
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 97, 32, 4, 2, 8, 2
+traces = itertools.count()
+
+
+def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array) -> tuple[jax.Array, Any]:
+    next(traces)
+    x = params["embedding"][tokens] + jnp.sin(batch.rope_positions[:, None] * params["frequency"])
+    for layer in range(LAYERS):
+        q, k, v = (
+            jnp.reshape(x @ params[name][layer], (x.shape[0], -1, HEAD_DIM)) for name in ("q", "k", "v")
+        )
+        out, cache = cache.attend(layer, q, k, v, batch)
+        x = x + out.reshape(x.shape[0], -1) @ params["out"][layer]
+    return x[rows] @ params["embedding"].T, cache
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) * 0.4, jnp.float32)
+
+    return {
+        "embedding": normal(VOCAB, HIDDEN),
+        "frequency": jnp.asarray(rng.uniform(0.05, 1, HIDDEN), jnp.float32),
+        "q": normal(LAYERS, HIDDEN, HEADS * HEAD_DIM),
+        "k": normal(LAYERS, HIDDEN, KV_HEADS * HEAD_DIM),
+        "v": normal(LAYERS, HIDDEN, KV_HEADS * HEAD_DIM),
+        "out": normal(LAYERS, HEADS * HEAD_DIM, HIDDEN),
+    }
+
+
+def paged(max_seqs: int = 3, num_pages: int = 40, page_size: int = 8) -> PagedKVCache:
+    return PagedKVCache.create(
+        num_layers=LAYERS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_pages=num_pages,
+        max_seqs=max_seqs,
+        page_size=page_size,
+    )
+
+
+def contiguous(max_seqs: int = 3) -> ContiguousKVCache:
+    return ContiguousKVCache.create(
+        num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_seqs=max_seqs, max_length=128
+    )
+
+
+PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 33))]
+SAMPLING = SamplingParams.create(3, temperature=0.9, seed=[1, 2, 3], repeat_penalty=1.2)
+
+
+def rows_of(result: Any) -> list[list[int]]:
+    return [
+        row[:n].tolist() for row, n in zip(np.array(result.tokens), np.array(result.num_tokens), strict=True)
+    ]
+
+
+def test_paged_contiguous_and_the_whole_prompt_computed_anew_give_the_same_greedy_tokens(params: Any) -> None:
+    result, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=12, batch_size=16)
+    other, _ = generate(toy, params, contiguous(), PROMPTS, max_new_tokens=12)
+    assert rows_of(result) == rows_of(other)
+    # No cache reused: every token from a prefill of all that stands before it.
+    history = list(PROMPTS[1])
+    for expected in rows_of(result)[1][:5]:
+        once, _ = generate(toy, params, paged(1), [history], max_new_tokens=1, batch_size=64)
+        assert rows_of(once)[0] == [expected]
+        history.append(expected)
+
+
+def test_a_sequence_gives_the_same_text_alone_in_any_batch_and_for_any_prefill_chunk(params: Any) -> None:
+    together, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING, batch_size=16)
+    own = SamplingParams.create(1, temperature=0.9, seed=2, repeat_penalty=1.2)
+    alone, _ = generate(toy, params, paged(1), PROMPTS[1:2], max_new_tokens=20, sampling=own)
+    assert rows_of(alone)[0] == rows_of(together)[1]
+    turned = SamplingParams.create(3, temperature=0.9, seed=[3, 1, 2], repeat_penalty=1.2)
+    order = [PROMPTS[2], PROMPTS[0], PROMPTS[1]]
+    shuffled, _ = generate(toy, params, paged(), order, max_new_tokens=20, sampling=turned)
+    assert rows_of(shuffled) == [rows_of(together)[i] for i in (2, 0, 1)]
+
+
+def test_a_stream_hands_out_the_tokens_of_generate(params: Any) -> None:
+    whole, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    stream = generate_stream(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING, every=3)
+    chunks = list(stream)
+    joined = [[token for c in chunks for token in c.tokens[i]] for i in range(3)]
+    assert joined == rows_of(whole)
+    assert [len(t) for t in chunks[0].tokens] == [1, 1, 1]
+    assert all(len(t) <= 3 for c in chunks for t in c.tokens)
+    assert chunks[-1].finish_reason == [FINISH_LENGTH] * 3
+    check_invariants(stream.cache)
+    assert int(stream.cache.pages_used) == 0
+
+
+def test_a_stop_token_ends_a_sequence_and_is_not_part_of_it(params: Any) -> None:
+    free, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    stop = rows_of(free)[1][7]
+    cut, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING, stop_ids=[stop])
+    for whole, short, reason in zip(rows_of(free), rows_of(cut), np.array(cut.finish_reason), strict=True):
+        expected = whole[: whole.index(stop)] if stop in whole else whole
+        assert short == expected
+        assert reason == (FINISH_STOP if stop in whole else FINISH_LENGTH)
+
+
+def test_limits_are_per_sequence_and_may_be_zero(params: Any) -> None:
+    result, cache = generate(toy, params, paged(), PROMPTS, max_new_tokens=[0, 3, 9])
+    assert np.array(result.num_tokens).tolist() == [0, 3, 9]
+    assert np.array(result.finish_reason).tolist() == [FINISH_LENGTH] * 3
+    assert int(cache.pages_used) == 0
+
+
+def test_pages_are_given_back_and_the_peak_is_what_live_tokens_need(params: Any) -> None:
+    result, cache = generate(toy, params, paged(), PROMPTS, max_new_tokens=8)
+    check_invariants(cache)
+    assert int(cache.pages_used) == 0
+    # The last token of each is never fed back.
+    assert int(result.pages_peak) == sum(-(-(len(p) + 8 - 1) // 8) for p in PROMPTS)
+
+
+def test_out_of_pages_ends_one_sequence_with_what_it_has_and_serves_the_others(params: Any) -> None:
+    roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    tight, cache = generate(toy, params, paged(num_pages=10), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    check_invariants(cache)
+    reasons = np.array(tight.finish_reason).tolist()
+    assert sorted(reasons) == [FINISH_LENGTH, FINISH_LENGTH, FINISH_OUT_OF_PAGES]
+    for whole, got, reason in zip(rows_of(roomy), rows_of(tight), reasons, strict=True):
+        assert got == whole[: len(got)]
+        assert (len(got) < 20) == (reason == FINISH_OUT_OF_PAGES)
+    assert int(cache.pages_used) == 0
+
+
+def test_a_prompt_that_never_fits_ends_without_tokens(params: Any) -> None:
+    result, cache = generate(toy, params, paged(num_pages=3), PROMPTS, max_new_tokens=2, batch_size=64)
+    assert np.array(result.finish_reason).tolist()[2] == FINISH_OUT_OF_PAGES
+    assert int(result.num_tokens[2]) == 0
+    assert int(cache.pages_used) == 0
+
+
+@pytest.mark.parametrize("make", [paged, contiguous])
+def test_kept_sequences_continue_where_they_stopped(params: Any, make: Any) -> None:
+    whole, _ = generate(toy, params, make(), PROMPTS, max_new_tokens=16)
+    first, cache = generate(toy, params, make(), PROMPTS, max_new_tokens=6, keep=True)
+    newest = [[tokens[-1]] for tokens in rows_of(first)]
+    rest, cache = generate(toy, params, cache, newest, max_new_tokens=10, keep=True)
+    assert [a + b for a, b in zip(rows_of(first), rows_of(rest), strict=True)] == rows_of(whole)
+    assert np.array(cache.lengths).tolist() == [len(p) + 15 for p in PROMPTS]
+
+
+def test_other_prompts_lengths_and_parameters_do_not_retrace(params: Any) -> None:
+    generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    before = next(traces)
+    shorter = [p[: n + 1] for n, p in enumerate(reversed(PROMPTS))]
+    shorter[0] = PROMPTS[2] + [1]
+    shorter[1] = PROMPTS[1] + [2, 3]
+    other = SamplingParams.create(3, temperature=[0.0, 1.0, 0.5], seed=[9, 8, 7], repeat_penalty=1.1, top_k=5)
+    generate(toy, params, paged(), shorter, max_new_tokens=[17, 18, 24], sampling=other, stop_ids=[3, 4])
+    assert next(traces) == before + 1
+
+
+def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
+    """The compiled loop aliases every page array to its input, and needs no memory of the pool's size beside it."""
+    cache = paged(num_pages=4096)
+    request, shape = rooms._request(cache, PROMPTS, 8, None, (), 64, False)
+    _, state = jax.eval_shape(lambda *a: rooms._start(toy, shape, *a), params, cache, request)
+    memory = (
+        rooms._advance_donating.lower(toy, shape, params, cache, state, request, jnp.int32(4))
+        .compile()
+        .memory_analysis()
+    )
+    pool = sum(x.nbytes for x in cache.k_pages + cache.v_pages)
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < pool // 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompts": []}, "prompts must be 1 to 3"),
+        ({"prompts": [[1]] * 4}, "prompts must be 1 to 3"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[-2]]}, "negative token id"),
+        ({"max_new_tokens": -1}, "max_new_tokens must not be negative"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"sampling": SamplingParams.greedy(2)}, "sampling must have one row"),
+    ],
+)
+def test_bad_arguments_are_named(params: Any, changed: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"prompts": PROMPTS, "max_new_tokens": 4, **changed}
+    with pytest.raises(ValueError, match=message):
+        generate(toy, params, paged(), arguments.pop("prompts"), **arguments)
