@@ -14,6 +14,8 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import ContiguousKVCache, PagedKVCache, generate_stream
+from jaxpaged import ContiguousKVCache, GenerateStream, PagedKVCache, generate_stream
 from model.config import ModelConfig
 from model.llama import functional, random_params
 from model.loading import load_model
@@ -48,19 +50,21 @@ def noise(pool: jax.Array) -> jax.Array:
     return jnp.resize(block, pool.shape).astype(pool.dtype)
 
 
-def filled(cache: Any, depth: int) -> Any:
-    """``cache`` with ``depth`` tokens in every sequence, whose keys and values are noise."""
+def with_noise(cache: Any) -> Any:
+    """``cache`` with random keys and values everywhere."""
     pools = ("k_pages", "v_pages") if cache.kind == "paged" else ("k", "v")
-    cache = dataclasses.replace(cache, **{p: tuple(noise(x) for x in getattr(cache, p)) for p in pools})
-    if not depth:
-        return cache
-    cache, _, ok = cache.reserve(np.full(cache.max_seqs, depth, np.int32), num_tokens=depth * cache.max_seqs)
-    if not ok:
-        raise SystemExit(f"a {cache.kind} cache has no room for {depth} tokens of {cache.max_seqs} sequences")
-    return cache
+    return dataclasses.replace(cache, **{p: tuple(noise(x) for x in getattr(cache, p)) for p in pools})
 
 
-def make_cache(kind: str, config: ModelConfig, batch: int, context: int, live: int, page_size: int) -> Any:
+@partial(jax.jit, static_argnames="num_tokens", donate_argnames="cache")
+def fill(cache: Any, depth: jax.Array, num_tokens: int) -> tuple[Any, jax.Array]:
+    """``depth i32[S]`` tokens in every sequence of an empty cache, over whatever lies there; ``cache`` is donated."""
+    cache, _, ok = cache.reserve(depth, num_tokens=num_tokens)
+    return cache, ok
+
+
+def make_cache(kind: str, config: ModelConfig, batch: int, context: int, page_size: int) -> Any:
+    """Both kinds have room for ``batch`` sequences of ``context`` tokens."""
     shape: dict[str, Any] = {
         "num_layers": config.num_layers,
         "num_kv_heads": config.num_kv_heads,
@@ -69,30 +73,25 @@ def make_cache(kind: str, config: ModelConfig, batch: int, context: int, live: i
     }
     if kind == "contiguous":
         return ContiguousKVCache.create(**shape, max_length=context)
-    return PagedKVCache.create(
-        **shape,
-        page_size=page_size,
-        num_pages=batch * -(-live // page_size),
-        max_entries=context // page_size,
-    )
+    pages = context // page_size
+    return PagedKVCache.create(**shape, page_size=page_size, num_pages=batch * pages, max_entries=pages)
 
 
-def generation_rate(model: Any, params: Any, cache: Any, steps: int) -> float:
-    """Tokens a second of ``steps`` decode steps, all sequences together."""
-    stream = generate_stream(
-        model,
-        params,
-        cache,
-        [[1]] * cache.max_seqs,
-        max_new_tokens=steps + 1,
-        every=steps,
-        batch_size=cache.max_seqs,
-    )
+def generation_rate(stream: GenerateStream, depth: int) -> float:
+    """Tokens a second of the decode steps of one chunk, all sequences together, behind ``depth`` tokens each.
+
+    The stream's cache must be empty, and is again when this returns.
+    """
+    batch = stream.num_prompts
+    stream.cache, ok = fill(stream.cache, np.full(batch, depth, np.int32), batch * depth)
+    if not ok:
+        raise SystemExit(f"a {stream.cache.kind} cache has no room for {depth} tokens of {batch} sequences")
     chunks = iter(stream)
     next(chunks)
     start = time.perf_counter()
-    next(chunks)
-    return cache.max_seqs * steps / (time.perf_counter() - start)
+    chunk = next(chunks)
+    seconds = time.perf_counter() - start
+    return sum(len(t) for t in chunk.tokens) / seconds
 
 
 def prompt_rate(model: Any, params: Any, cache: Any, length: int) -> float:
@@ -133,9 +132,15 @@ def main() -> None:
         loaded = load_model(args.model)
         config, params = loaded.config, loaded.params
     model = functional(config)
+
+    def rate_of(streams: dict[str, GenerateStream], live: int, kind: str) -> float:
+        return generation_rate(streams[kind], live)
+
+    def prompt_rate_of(length: int, kind: str) -> float:
+        cache = make_cache(kind, config, 1, args.context, args.page_size)
+        return prompt_rate(model, params, cache, length)
+
     kinds = ("paged", "contiguous")
-    tests = [("generation", b, n) for b in numbers(args.batch) for n in numbers(args.live)]
-    tests += [("prompt", 1, n) for n in numbers(args.prompt)]
     rows = []
     print(
         f"{config.name}; {jax.devices()[0].device_kind}, jax {jax.__version__}; context {args.context}, pages of "
@@ -143,24 +148,35 @@ def main() -> None:
     )
     print("| test | batch | tokens | paged t/s | contiguous t/s | paged / contiguous |")
     print("|---|---:|---:|---:|---:|---:|", flush=True)
-    for test, batch, tokens in tests:
+
+    def report(test: str, batch: int, tokens: int, measure: Callable[[str], float]) -> None:
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(args.repeat):
             for kind in kinds:
-                live = tokens + args.steps + 2 if test == "generation" else tokens + 2
-                cache = make_cache(kind, config, batch, args.context, live, args.page_size)
-                if test == "generation":
-                    rate = generation_rate(model, params, filled(cache, tokens), args.steps)
-                else:
-                    rate = prompt_rate(model, params, cache, tokens)
-                rates[kind].append(rate)
+                rates[kind].append(measure(kind))
         ratio = statistics.median(p / c for p, c in zip(rates["paged"], rates["contiguous"], strict=True))
-        medians = {kind: statistics.median(rates[kind]) for kind in kinds}
+        paged, contiguous = (statistics.median(rates[kind]) for kind in kinds)
         rows.append({"test": test, "batch": batch, "tokens": tokens, "ratio": ratio, "rates": rates})
-        print(
-            f"| {test} | {batch} | {tokens} | {medians['paged']:.1f} | {medians['contiguous']:.1f} | {ratio:.2f} |",
-            flush=True,
-        )
+        print(f"| {test} | {batch} | {tokens} | {paged:.1f} | {contiguous:.1f} | {ratio:.2f} |", flush=True)
+
+    for batch in numbers(args.batch):
+        streams = {}
+        for kind in kinds:
+            cache = with_noise(make_cache(kind, config, batch, args.context, args.page_size))
+            streams[kind] = generate_stream(
+                model,
+                params,
+                cache,
+                [[1]] * batch,
+                max_new_tokens=args.steps + 1,
+                every=args.steps,
+                batch_size=batch,
+            )
+            streams[kind].compile()
+        for live in numbers(args.live):
+            report("generation", batch, live, partial(rate_of, streams, live))
+    for length in numbers(args.prompt):
+        report("prompt", 1, length, partial(prompt_rate_of, length))
     if args.json:
         args.json.write_text(json.dumps(rows))
 

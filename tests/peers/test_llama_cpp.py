@@ -92,7 +92,7 @@ def test_float32_logits_and_greedy_tokens_are_llama_cpps(
 
 
 def test_a_cache_in_float16_explains_what_llama_cpps_default_differs_by(
-    llama_cpp: LlamaCpp, tmp_path: Path
+    llama_cpp: LlamaCpp, tmp_path: Path, measured: Measured
 ) -> None:
     ours, theirs, _ = both(llama_cpp, "llama", "F32", tmp_path, kv="f16")
     measured(relative=relative(ours, theirs["logits"]), kl=divergence(ours, theirs["logits"]))
