@@ -19,7 +19,7 @@ from model.gguf_file import GGUFFile
 from model.loading import load_model
 from model.tokenizer import Tokenizer
 
-# llama.cpp gives none of these architectures a sliding window.
+# llama.cpp ignores the sliding window in files of these architectures.
 WITHOUT_WINDOW = [name for name in peer.VARIANTS if not name.endswith("-window")]
 
 # Real vocabularies stand beside the project, where they stand at all.
@@ -111,8 +111,8 @@ def test_quantized_weights_differ_by_llama_cpps_rounding_of_activations(
     # Measured: 0.023 to 0.030, and 0.0009 to 0.0018 nats.
     assert relative(ours, theirs["logits"]) < 0.06
     assert kl < 5e-3
-    # The same weights with activations rounded to Q8_0, as llama.cpp's kernels do: 1.6e-7, or up to 0.004 where one
-    # activation lies so near the middle between two whole numbers that the last bit of float32 decides.
+    # The same weights with activations rounded to Q8_0, as llama.cpp's kernels do: 1.6e-7, or up to 0.004 where, from
+    # one position on, an activation seems to have been rounded the other way.
     in_file = peer.write_gguf(peer.hf_model(name), path, quantization)
     rounded = peer.rounding_activations(peer.with_weights(peer.hf_model(name), in_file), "Q8_0")
     explained = np.concatenate(peer.hf_logits(rounded, peer.texts_to_score()))
