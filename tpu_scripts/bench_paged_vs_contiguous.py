@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -94,14 +95,11 @@ def generation_rate(stream: GenerateStream, depth: int) -> float:
     return sum(len(t) for t in chunk.tokens) / seconds
 
 
-def prompt_rate(model: Any, params: Any, cache: Any, length: int) -> float:
-    """Tokens a second of prefilling ``length`` tokens in each sequence."""
-    prompt = (np.arange(length) % 250).tolist()
-    stream = generate_stream(model, params, cache, [prompt] * cache.max_seqs, max_new_tokens=1)
-    stream.compile()
+def prompt_rate(stream: GenerateStream, length: int) -> float:
+    """Tokens a second of prefilling ``length`` tokens in each sequence; the cache is empty before and after."""
     start = time.perf_counter()
     next(iter(stream))
-    return cache.max_seqs * length / (time.perf_counter() - start)
+    return stream.num_prompts * length / (time.perf_counter() - start)
 
 
 def numbers(text: str) -> list[int]:
@@ -117,8 +115,8 @@ def main() -> None:
         "-m", "--model", type=Path, help="a GGUF file or Hugging Face folder (default: random weights)"
     )
     parser.add_argument("-b", "--batch", default="1,4,8")
-    parser.add_argument("--live", default="128,700,4000", help="live tokens of each sequence")
-    parser.add_argument("-p", "--prompt", default="128,712", help="prompt lengths to prefill; 0 = none")
+    parser.add_argument("--live", default="128,700,4000", help="live tokens of each sequence; 0 = none")
+    parser.add_argument("-p", "--prompt", default="128,700,4000", help="prompt lengths to prefill; 0 = none")
     parser.add_argument("-c", "--context", type=int, default=4096)
     parser.add_argument("-n", "--steps", type=int, default=24, help="decode steps of one measurement")
     parser.add_argument("-r", "--repeat", type=int, default=5)
@@ -133,12 +131,13 @@ def main() -> None:
         config, params = loaded.config, loaded.params
     model = functional(config)
 
-    def rate_of(streams: dict[str, GenerateStream], live: int, kind: str) -> float:
-        return generation_rate(streams[kind], live)
-
-    def prompt_rate_of(length: int, kind: str) -> float:
-        cache = make_cache(kind, config, 1, args.context, args.page_size)
-        return prompt_rate(model, params, cache, length)
+    def rate_of(
+        measure: Callable[[GenerateStream, int], float],
+        streams: dict[str, GenerateStream],
+        tokens: int,
+        kind: str,
+    ) -> float:
+        return measure(streams[kind], tokens)
 
     kinds = ("paged", "contiguous")
     rows = []
@@ -174,9 +173,15 @@ def main() -> None:
             )
             streams[kind].compile()
         for live in numbers(args.live):
-            report("generation", batch, live, partial(rate_of, streams, live))
-    for length in numbers(args.prompt):
-        report("prompt", 1, length, partial(prompt_rate_of, length))
+            report("generation", batch, live, partial(rate_of, generation_rate, streams, live))
+    for batch, length in itertools.product(numbers(args.batch), numbers(args.prompt)):
+        prompts = [(np.arange(length) % 250).tolist()] * batch
+        streams = {}
+        for kind in kinds:
+            cache = make_cache(kind, config, batch, args.context, args.page_size)
+            streams[kind] = generate_stream(model, params, cache, prompts, max_new_tokens=1)
+            streams[kind].compile()
+        report("prompt", batch, length, partial(rate_of, prompt_rate, streams, length))
     if args.json:
         args.json.write_text(json.dumps(rows))
 
