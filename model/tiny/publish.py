@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import pickle
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +19,7 @@ from model.export import write_gguf
 from model.loading import load_model
 from model.tiny import PATH
 from model.tiny.corpus import END_OF_TEXT, Corpus, encode, read_corpus, token_id, tokenizer_metadata
-from model.tiny.train import CONFIG, evaluate
+from model.tiny.train import CONFIG, evaluate, read_params
 
 PICTURE = PATH.with_name("loss.png")
 
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/tiny"), help="the folder training wrote")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.run / "tokenizer.json"))
-    params = pickle.loads((args.run / "params.pkl").read_bytes())
+    params = read_params(args.run / "params.safetensors")
     log = json.loads((args.run / "log.json").read_text())
 
     write_gguf(PATH, CONFIG, params, quantization="Q8_0", tokenizer_metadata=tokenizer_metadata(tokenizer))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import time
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,13 @@ import numpy as np
 import optax
 import optax.contrib
 from jax import Array
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from jaxpaged.batch import Batch
 from model.config import ModelConfig
-from model.llama import functional, random_params
+from model.llama import abstract_params, functional, random_params
+from model.loading import load_model
 from model.tiny.corpus import END_OF_TEXT, encode, read_corpus, token_id, train_tokenizer
 
 CONFIG = ModelConfig(
@@ -100,6 +102,37 @@ def train_step(
 losses_of = jax.jit(token_losses)
 
 
+def save_params(path: Path, params: Any) -> None:
+    """Writes weights to a safetensors file, each under its path in the pytree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    save_file({jax.tree_util.keystr(where): np.asarray(leaf) for where, leaf in leaves}, path)
+
+
+def read_params(path: Path) -> Any:
+    """The weights that ``save_params`` wrote."""
+    tensors = load_file(path)
+    return jax.tree_util.tree_map_with_path(
+        lambda where, leaf: jnp.asarray(tensors[jax.tree_util.keystr(where)], leaf.dtype),
+        abstract_params(CONFIG),
+    )
+
+
+def starting_params(init: Path | None, tokenizer: Tokenizer, seed: int) -> Any:
+    """Fresh weights, or those of a GGUF file to go on from.
+
+    Raises:
+      SystemExit: the file's sizes or vocabulary are not this run's.
+    """
+    if init is None:
+        return random_params(CONFIG, seed=seed)
+    loaded = load_model(init)
+    same_sizes = (loaded.config.num_layers, loaded.config.hidden_size) == (CONFIG.num_layers, CONFIG.hidden_size)
+    text = "def main():\n    return {'a': 1}\n"
+    if not same_sizes or loaded.tokenizer.encode(text) != tokenizer.encode(text, add_special_tokens=False).ids:
+        raise SystemExit(f"{init}: not a model of this shape and vocabulary; train without --init")
+    return loaded.params
+
+
 class Score(NamedTuple):
     """Bits per byte over the held-out files."""
 
@@ -134,7 +167,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for what the run leaves")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps at most (4,096 tokens each)")
     parser.add_argument("--minutes", type=float, default=90.0, help="minutes of training at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the text")
+    parser.add_argument("--init", type=Path, help="go on from the weights of this GGUF file")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -152,7 +186,7 @@ def main() -> None:
     )
 
     rng = np.random.default_rng(args.seed)
-    params = random_params(CONFIG, seed=args.seed)
+    params = starting_params(args.init, tokenizer, args.seed)
     optimizer = make_optimizer(params)
     state = optimizer.init(params)
     log: list[dict[str, float]] = []
@@ -177,7 +211,7 @@ def main() -> None:
         if step % 200 == 0 or progress >= 1.0:
             score = evaluate(params, held_out, held_out_bytes, end)
             log[-1]["held_out_bits_per_byte"] = score.bits_per_byte
-            (args.out / "params.pkl").write_bytes(pickle.dumps(jax.tree.map(np.asarray, params)))
+            save_params(args.out / "params.safetensors", params)
         if step % 20 == 0 or progress >= 1.0:
             (args.out / "log.json").write_text(json.dumps(log))
             bpb = log[-1].get("held_out_bits_per_byte", float("nan"))
