@@ -126,9 +126,15 @@ def starting_params(init: Path | None, tokenizer: Tokenizer, seed: int) -> Any:
     if init is None:
         return random_params(CONFIG, seed=seed)
     loaded = load_model(init)
-    same_sizes = (loaded.config.num_layers, loaded.config.hidden_size) == (CONFIG.num_layers, CONFIG.hidden_size)
+    same_sizes = (loaded.config.num_layers, loaded.config.hidden_size) == (
+        CONFIG.num_layers,
+        CONFIG.hidden_size,
+    )
     text = "def main():\n    return {'a': 1}\n"
-    if not same_sizes or loaded.tokenizer.encode(text) != tokenizer.encode(text, add_special_tokens=False).ids:
+    if (
+        not same_sizes
+        or loaded.tokenizer.encode(text) != tokenizer.encode(text, add_special_tokens=False).ids
+    ):
         raise SystemExit(f"{init}: not a model of this shape and vocabulary; train without --init")
     return loaded.params
 
