@@ -1,41 +1,49 @@
-"""jaxpaged: a paged KV cache and PagedAttention for JAX."""
+"""jaxpaged: a paged KV cache and PagedAttention for JAX.
 
-from jaxpaged.allocator import PageAllocator
-from jaxpaged.attention import merge_states, paged_attention
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import (
-    ALL,
-    OutOfPages,
-    PagedKVCache,
-    can_reserve,
-    clear,
-    pages_needed,
-    reserve,
-    reserve_or_raise,
-    seq_copy,
-    seq_keep,
-    seq_length,
-    seq_position_max,
-    seq_position_min,
-    seq_remove,
-)
-from jaxpaged.contiguous import ContiguousKVCache
-from jaxpaged.generation import (
-    FINISH_LENGTH,
-    FINISH_OUT_OF_PAGES,
-    FINISH_STOP,
-    GenerateResult,
-    GenerateStream,
-    KVCache,
-    StreamChunk,
-    generate,
-    generate_stream,
-)
-from jaxpaged.invariants import InvariantError, check_invariants
-from jaxpaged.page_format import PAGE_FORMATS, PageFormat
-from jaxpaged.sampling import SamplingParams, sample
+A name is imported from its room when it is first asked for, so that ``import jaxpaged`` does not import JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from jaxpaged.version import __version__
+
+if TYPE_CHECKING:
+    from jaxpaged.allocator import PageAllocator
+    from jaxpaged.attention import merge_states, paged_attention
+    from jaxpaged.batch import Batch
+    from jaxpaged.block_table import BlockTable
+    from jaxpaged.cache import (
+        ALL,
+        OutOfPages,
+        PagedKVCache,
+        can_reserve,
+        clear,
+        pages_needed,
+        reserve,
+        reserve_or_raise,
+        seq_copy,
+        seq_keep,
+        seq_length,
+        seq_position_max,
+        seq_position_min,
+        seq_remove,
+    )
+    from jaxpaged.contiguous import ContiguousKVCache
+    from jaxpaged.generation import (
+        FINISH_LENGTH,
+        FINISH_OUT_OF_PAGES,
+        FINISH_STOP,
+        GenerateResult,
+        GenerateStream,
+        KVCache,
+        StreamChunk,
+        generate,
+        generate_stream,
+    )
+    from jaxpaged.invariants import InvariantError, check_invariants
+    from jaxpaged.page_format import PAGE_FORMATS, PageFormat
+    from jaxpaged.sampling import SamplingParams, sample
 
 __all__ = [
     "ALL",
@@ -75,3 +83,38 @@ __all__ = [
     "seq_position_min",
     "seq_remove",
 ]
+
+_ROOMS = {
+    "allocator": ("PageAllocator",),
+    "attention": ("merge_states", "paged_attention"),
+    "batch": ("Batch",),
+    "block_table": ("BlockTable",),
+    "cache": (
+        "ALL", "OutOfPages", "PagedKVCache", "can_reserve", "clear", "pages_needed", "reserve", "reserve_or_raise",
+        "seq_copy", "seq_keep", "seq_length", "seq_position_max", "seq_position_min", "seq_remove",
+    ),
+    "contiguous": ("ContiguousKVCache",),
+    "generation": (
+        "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "GenerateStream", "KVCache",
+        "StreamChunk", "generate", "generate_stream",
+    ),
+    "invariants": ("InvariantError", "check_invariants"),
+    "page_format": ("PAGE_FORMATS", "PageFormat"),
+    "sampling": ("SamplingParams", "sample"),
+}  # fmt: skip
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker would take this for a module that has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        if name not in _ROOM_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})
