@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class Batch:
     """i32[T]: slot within that page."""
     cu_q_lens: Array
     """i32[S + 1]: cumulative number of tokens by sequence, from 0."""
+    max_q_len: int | None = field(default=None, metadata={"static": True})
+    """Static bound on the tokens of one sequence; None = T. A step of single tokens (1) compiles to less."""
 
     @property
     def num_tokens(self) -> int:

@@ -170,27 +170,38 @@ class PagedKVCache:
         out = paged_attention(
             q, k_pages, v_pages, self.table, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
         )
-        swap = slice(layer, layer + 1)
         return out, replace(
             self,
-            k_pages=_replaced(self.k_pages, swap, k_pages),
-            v_pages=_replaced(self.v_pages, swap, v_pages),
+            k_pages=_replaced(self.k_pages, layer, k_pages),
+            v_pages=_replaced(self.v_pages, layer, v_pages),
         )
 
-    def reserve(self, num_new: Array, *, num_tokens: int | None = None) -> tuple[PagedKVCache, Batch, Array]:
+    def reserve(
+        self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
+    ) -> tuple[PagedKVCache, Batch, Array]:
         """See ``reserve``."""
-        return reserve(self, num_new, num_tokens=num_tokens)
+        return reserve(self, num_new, num_tokens=num_tokens, max_new=max_new)
 
     def fits(self, num_new: Array) -> Array:
-        """bool[S]: which sequences get their pages when served in order of their ids.
+        """bool[S]: which sequences get their pages when served in order of their ids, those without room passed over.
 
-        One that does not is expected to be removed, not skipped: its shared page may then need no copy.
+        One that does not fit is expected to be removed: its shared page may then need no copy, and its own pages
+        serve the others in the step after.
         """
         plan = _plan(self, num_new)
-        # One whose row is full gets no pages, and must not take them from those behind it.
-        taken = jnp.cumsum(jnp.where(plan.representable, plan.needed, 0))
-        enough = taken <= self.allocator.num_free
-        return plan.representable & (enough | (plan.needed == 0))
+        free = self.allocator.num_free
+
+        def serve(left: Array, ask: tuple[Array, Array]) -> tuple[Array, Array]:
+            representable, needed = ask
+            served = representable & (needed <= left)
+            return left - jnp.where(served, needed, 0), served
+
+        wanted = jnp.where(plan.representable, plan.needed, 0)
+        return jax.lax.cond(
+            jnp.sum(wanted) <= free,
+            lambda: plan.representable,
+            lambda: jax.lax.scan(serve, free, (plan.representable, wanted))[1],
+        )
 
     def seq_remove(
         self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
@@ -205,8 +216,8 @@ class PagedKVCache:
         return seq_copy(self, src, dst, p0, p1)
 
 
-def _replaced(layers: tuple[Array, ...], swap: slice, value: Array) -> tuple[Array, ...]:
-    return (*layers[: swap.start], value, *layers[swap.stop :])
+def _replaced(layers: tuple[Array, ...], layer: int, value: Array) -> tuple[Array, ...]:
+    return (*layers[:layer], value, *layers[layer + 1 :])
 
 
 @dataclass(frozen=True)
@@ -261,7 +272,7 @@ def can_reserve(cache: PagedKVCache, num_new: Array) -> Array:
 
 
 def reserve(
-    cache: PagedKVCache, num_new: Array, *, num_tokens: int | None = None
+    cache: PagedKVCache, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
 ) -> tuple[PagedKVCache, Batch, Array]:
     """Makes room for ``num_new`` more tokens of each sequence, for all of them or for none.
 
@@ -274,11 +285,13 @@ def reserve(
       num_new: i32[S], tokens to add to each sequence; 0 leaves it alone.
       num_tokens: T, the static number of rows of the step, at least ``sum(num_new)``. Default: ``sum(num_new)``,
         which must then be known, that is, not traced.
+      max_new: static bound on the tokens of one sequence; 1 for a step of single tokens, which then compiles to
+        less. Default: T.
 
     Returns:
       ``(cache, batch, ok bool[])``. ``batch`` says which rows are which sequence's tokens, at which position, and
       where they will be written; all of it is padding when not ok. Not ok: too few free pages, a row of the table
-      too narrow, more tokens than rows, or a negative count.
+      too narrow, more tokens than rows or than ``max_new``, or a negative count.
 
     Raises:
       ValueError: ``num_new`` is not ``[S]``, or traced without ``num_tokens``.
@@ -299,6 +312,7 @@ def reserve(
     ok = (
         jnp.all(plan.representable)
         & (jnp.sum(jnp.maximum(num_new, 0)) <= t)
+        & jnp.all(num_new <= (t if max_new is None else max_new))
         & pages_of.can_allocate(allocator, total)
     )
     num_new = jnp.where(ok, num_new, 0)
@@ -352,6 +366,7 @@ def reserve(
         page=jnp.where(valid, page, n),
         slot=jnp.where(valid, slot, 0),
         cu_q_lens=cu_q_lens,
+        max_q_len=max_new,
     )
     return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages), batch, ok
 

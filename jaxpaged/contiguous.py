@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxpaged.attention.base import (
-    Chunk,
+    NOWHERE,
     Config,
     Source,
     Tiling,
@@ -118,13 +118,14 @@ class ContiguousKVCache:
         return self.lengths + jnp.asarray(num_new, jnp.int32) <= self.max_length
 
     def reserve(
-        self, num_new: Array, *, num_tokens: int | None = None
+        self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[ContiguousKVCache, Batch, Array]:
         """Room for ``num_new i32[S]`` more tokens of each sequence, for all or for none.
 
         Args:
           num_new: i32[S].
           num_tokens: T, static; ``sum(num_new)`` if left out, which then has to be concrete.
+          max_new: static bound on the tokens of one sequence; T if left out.
 
         Returns:
           ``(cache, batch, ok bool[])``; not ok: the cache as it was and a batch of padding.
@@ -133,6 +134,7 @@ class ContiguousKVCache:
             num_tokens = int(np.sum(np.asarray(num_new)))
         num_new = jnp.asarray(num_new, jnp.int32)
         ok = jnp.all(self.fits(num_new)) & (jnp.sum(num_new) <= num_tokens)
+        ok &= jnp.all(num_new <= (num_tokens if max_new is None else max_new))
         num_new = jnp.where(ok, num_new, 0)
         sequence, offset, cu_q_lens = pack(num_new, num_tokens)
         position = offset + self.lengths.at[sequence].get(mode="fill", fill_value=0)
@@ -143,6 +145,7 @@ class ContiguousKVCache:
             page=sequence,
             slot=position,
             cu_q_lens=cu_q_lens,
+            max_q_len=max_new,
         )
         return dataclasses.replace(self, lengths=self.lengths + num_new), batch, ok
 
@@ -268,7 +271,11 @@ def _attend(
     def span(sequence: Array, low: Array, high: Array) -> tuple[Array, Array]:
         return low // chunk, (jnp.minimum(high + 1, lengths[sequence]) + chunk - 1) // chunk
 
-    def load(sequence: Array, unit: Array) -> Chunk:
+    def positions(sequence: Array, unit: Array) -> Array:
+        position = unit[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        return jnp.where(position < lengths[sequence][:, None], position, NOWHERE)
+
+    def load(sequence: Array, unit: Array, _: Array) -> tuple[Array, Array]:
         def rows(pool: Array) -> Array:
             slices = [
                 lax.dynamic_slice(
@@ -278,7 +285,7 @@ def _attend(
             ]
             return jnp.concatenate(slices).astype(dtype)
 
-        position = unit[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        return Chunk(rows(k), rows(v), position, position < lengths[sequence][:, None])
+        return rows(k), rows(v)
 
-    return ragged_attention(q, batch, Source(span, load, 1), num_kv_heads, config, sinks, tiling, dtype)[0]
+    source = Source(span, positions, load, 1)
+    return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype)[0]

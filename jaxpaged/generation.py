@@ -47,7 +47,9 @@ class KVCache(Protocol):
         soft_cap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, Self]: ...
-    def reserve(self, num_new: Array, *, num_tokens: int | None = None) -> tuple[Self, Batch, Array]: ...
+    def reserve(
+        self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
+    ) -> tuple[Self, Batch, Array]: ...
     def fits(self, num_new: Array) -> Array: ...
     def seq_remove(
         self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
@@ -218,10 +220,13 @@ def _end(cache: Cache, state: _State, ended: Array, reason: int, release: bool) 
     )
 
 
-def _reserve(cache: Cache, state: _State, num_new: Array, num_tokens: int) -> tuple[Cache, _State, Batch]:
+def _reserve(
+    cache: Cache, state: _State, num_new: Array, num_tokens: int, max_new: int
+) -> tuple[Cache, _State, Batch]:
     """Room for ``num_new`` tokens; sequences that find none end here, and their pages serve the others."""
     cache, state = _end(cache, state, state.active & ~cache.fits(num_new), FINISH_OUT_OF_PAGES, release=True)
-    cache, batch, _ = cache.reserve(jnp.where(state.active, num_new, 0), num_tokens=num_tokens)
+    num_new = jnp.where(state.active, num_new, 0)
+    cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=max_new)
     return cache, replace(state, pages_peak=jnp.maximum(state.pages_peak, cache.pages_used)), batch
 
 
@@ -265,7 +270,7 @@ def _prefill_chunk(
     remaining = jnp.where(state.active, request.prompt_lens - (cache.lengths - base), 0)
     before = jnp.cumsum(remaining) - remaining
     take = jnp.clip(num_tokens - before, 0, remaining)
-    cache, state, batch = _reserve(cache, state, take, num_tokens)
+    cache, state, batch = _reserve(cache, state, take, num_tokens, num_tokens)
     row = jnp.minimum(batch.sequence, take.shape[0] - 1)
     in_chunk = jnp.arange(num_tokens, dtype=jnp.int32) - batch.cu_q_lens[row]
     column = (request.prompt_lens - remaining)[row] + in_chunk
@@ -307,7 +312,7 @@ def _decode_step(
 ) -> tuple[Cache, _State]:
     """One more token for every active sequence."""
     s = cache.max_seqs
-    cache, state, batch = _reserve(cache, state, state.active.astype(jnp.int32), s)
+    cache, state, batch = _reserve(cache, state, state.active.astype(jnp.int32), s, 1)
     tokens = state.newest[jnp.minimum(batch.sequence, s - 1)]
     logits, cache = model(params, tokens, cache, batch, batch.last_rows)
     position = batch.position[batch.last_rows] + 1

@@ -190,6 +190,12 @@ class Oracle:
         self.next_page += 1
         return self.next_page
 
+    def entries_after(self, seq: int, count: int) -> int:
+        """Entries of a sequence with ``count`` more tokens."""
+        entries = self.sequences[seq]
+        room = self.page_size - entries[-1].first - len(entries[-1].tokens) if entries else 0
+        return len(entries) - (-max(count - room, 0) // self.page_size)
+
     def reserve(self, num_new: Sequence[int], first_token: int, num_tokens: int) -> tuple[bool, list[int]]:
         """One sequence after the other, one token after the other; all of it or nothing.
 

@@ -295,6 +295,19 @@ def test_sequences_that_fit_find_room_once_the_others_are_gone(
     check_invariants(cache)
 
 
+def test_a_sequence_without_room_does_not_stand_in_the_way_of_those_behind_it() -> None:
+    cache = make_cache(**SMALL)
+    assert jit_ask(cache, arr(16, 32, 24, 8))[2].tolist() == [True, False, True, False]
+
+
+def test_a_step_of_single_tokens_refuses_two() -> None:
+    cache = make_cache()
+    before = snapshot(cache)
+    same, batch, ok = reserve(cache, arr(1, 2, 0, 0), num_tokens=4, max_new=1)
+    assert not ok and batch.max_q_len == 1
+    assert_same(same, before)
+
+
 def test_a_sequence_with_a_full_row_takes_no_room_from_the_others() -> None:
     cache = make_cache(**NARROW)
     assert jit_ask(cache, arr(80, 8, 8, 0))[2].tolist() == [False, True, True, True]

@@ -67,11 +67,16 @@ class CacheMachine(RuleBasedStateMachine):
         before = snapshot(self.cache)
         counts = jnp.asarray(num_new, jnp.int32)
         needed, can, fits, *_ = map(np.asarray, jit_ask(self.cache, counts))
+        wide = [self.oracle.entries_after(seq, n) <= self.cache.max_entries for seq, n in enumerate(num_new)]
+        free = self.oracle.num_pages - self.oracle.pages_used
         expected, taken = self.oracle.reserve(num_new, self.token, NUM_TOKENS)
         self.cache, batch, ok = jit_step(self.cache, counts, self.token, num_tokens=NUM_TOKENS)
         if min(num_new) >= 0:
             assert needed.tolist() == taken
             assert bool(can) == bool(fits.all())
+            for seq, pages in enumerate(taken):  # in order of ids, those without room passed over
+                assert fits[seq] == (wide[seq] and pages <= free)
+                free -= pages if fits[seq] else 0
             if sum(num_new) <= NUM_TOKENS:
                 assert bool(can) == expected
         assert np.asarray(batch.q_lens).tolist() == (num_new if expected else [0] * MAX_SEQS)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxpaged.batch import Batch
@@ -192,17 +193,8 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
 # --- the ragged loops ---------------------------------------------------------------------------------------
 
 
-class Chunk(NamedTuple):
-    """Keys and values that one step of a loop reads, of W sequences."""
-
-    k: Array
-    """[W, KV, C, D]"""
-    v: Array
-    """[W, KV, C, D], finite everywhere."""
-    position: Array
-    """i32[W, C]: logical position of each token."""
-    live: Array
-    """bool[W, C]: False where there is no token."""
+NOWHERE = np.iinfo(np.int32).max
+"""The position of a slot without a token: behind every query."""
 
 
 class Source(NamedTuple):
@@ -211,8 +203,12 @@ class Source(NamedTuple):
     span: Callable[[Array, Array, Array], tuple[Array, Array]]
     """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every
     token of the sequence at positions low .. high."""
-    load: Callable[[Array, Array], Chunk]
-    """``(sequence i32[W], unit i32[W]) -> Chunk``: the ``stride`` units from ``unit`` on."""
+    positions: Callable[[Array, Array], Array]
+    """``(sequence i32[W], unit i32[W]) -> i32[W, C]``: logical positions of the tokens in the ``stride`` units from
+    ``unit`` on; NOWHERE where there is none."""
+    load: Callable[[Array, Array, Array], tuple[Array, Array]]
+    """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each: the keys and values
+    of those units; v is finite everywhere."""
     stride: int
 
 
@@ -257,15 +253,17 @@ def ragged_attention(
     state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     q = q.astype(dtype)
     single = batch.q_lens == 1
-    if batch.max_seqs < tokens <= _SHORT_STEP:
-        # More tokens than a decode step has, and few: one pass for all sequences compiles in half the time.
-        single = jnp.zeros_like(single)
-        passes = []
-    else:
+    if tokens == 1 or batch.max_q_len == 1:
         passes = [(single.astype(jnp.int32), 1, tiling.decode_lanes)]
-    if tokens > 1:
+    elif batch.max_seqs == 1 or batch.max_seqs < tokens <= _SHORT_STEP:
+        # Few single queries, if any: as blocks they cost little more, and one pass compiles in half the time.
+        passes = [(-(-batch.q_lens // tiling.rows), tiling.rows, tiling.lanes)]
+    else:
         blocks = jnp.where(single, 0, -(-batch.q_lens // tiling.rows))
-        passes.append((blocks, tiling.rows, tiling.lanes))
+        passes = [
+            (single.astype(jnp.int32), 1, tiling.decode_lanes),
+            (blocks, tiling.rows, tiling.lanes),
+        ]
     for blocks, rows, lanes in passes:
         state = _block_pass(state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes)
     return state
@@ -310,17 +308,23 @@ def _block_pass(
         qs = qs.transpose(0, 2, 1, 3, 4).reshape(lanes, num_kv_heads, rows * group, head_dim)
         position_of_row = jnp.repeat(position, group, axis=1) if rows > 1 else position
 
-        def add(j: Array, softmax: SoftmaxState) -> SoftmaxState:
+        def add(j: Array, carry: tuple[SoftmaxState, Array]) -> tuple[SoftmaxState, Array]:
+            softmax, key_position = carry
             unit = begin + j * source.stride
-            chunk = source.load(sequence, unit)
-            visible = chunk.live[:, None] & (chunk.position[:, None] <= position_of_row[..., None])
+            k, v = source.load(sequence, unit, key_position)
+            visible = key_position[:, None] <= position_of_row[..., None]
             if config.window is not None:
-                visible &= chunk.position[:, None] > position_of_row[..., None] - config.window
-            return update_state(softmax, qs, chunk.k, chunk.v, visible, config)
+                visible &= key_position[:, None] > position_of_row[..., None] - config.window
+            # Positions travel a step ahead in the carry, because XLA:CPU would compute what is made in the step anew
+            # for every score, table lookups and all: measured, a quarter of the time of a prompt's attention.
+            return (
+                update_state(softmax, qs, k, v, visible, config),
+                source.positions(sequence, unit + source.stride),
+            )
 
         trips = jnp.max(-(-(end - begin) // source.stride))
-        start = empty_state((lanes, num_kv_heads, rows * group), head_dim)
-        out, lse = finish_state(lax.fori_loop(0, trips, add, start), sinks)
+        start = empty_state((lanes, num_kv_heads, rows * group), head_dim), source.positions(sequence, begin)
+        out, lse = finish_state(lax.fori_loop(0, trips, add, start)[0], sinks)
         out = out.reshape(lanes, num_kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)
         lse = lse.reshape(lanes, num_kv_heads, rows, group).transpose(0, 2, 1, 3)
         return (

@@ -7,7 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpaged.attention.base import Chunk, Config, Source, Tiling, power_of_two, ragged_attention
+from jaxpaged.attention.base import NOWHERE, Config, Source, Tiling, power_of_two, ragged_attention
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 
@@ -82,17 +82,21 @@ def _paged_source(
         end = jnp.sum(live & (position <= high[:, None]), axis=1, dtype=jnp.int32)
         return begin, jnp.maximum(begin, end)
 
-    def load(sequence: Array, unit: Array) -> Chunk:
+    def entries(sequence: Array, unit: Array) -> tuple[Array, tuple[Array, Array]]:
         entry = unit[:, None] + jnp.arange(stride, dtype=jnp.int32)
-        index = sequence[:, None], jnp.minimum(entry, table.max_entries - 1)
+        return entry, (sequence[:, None], jnp.minimum(entry, table.max_entries - 1))
+
+    def positions(sequence: Array, unit: Array) -> Array:
+        entry, index = entries(sequence, unit)
         first_slot = table.first_slot[index][..., None]
         slot = jnp.arange(page_size, dtype=jnp.int32)
         live = (slot >= first_slot) & (slot < first_slot + table.num_tokens[index][..., None])
         live &= (entry < table.num_entries[sequence][:, None])[..., None]
-        position = table.position[index][..., None] + slot - first_slot
-        pages = jnp.clip(table.pages[index], 0, num_pages - 1)
-        lanes = sequence.shape[0]
-        live = live.reshape(lanes, -1)
+        position = jnp.where(live, table.position[index][..., None] + slot - first_slot, NOWHERE)
+        return position.reshape(sequence.shape[0], -1)
+
+    def load(sequence: Array, unit: Array, position: Array) -> tuple[Array, Array]:
+        pages = jnp.clip(table.pages[entries(sequence, unit)[1]], 0, num_pages - 1)
 
         def rows(pool: Array) -> Array:
             if slices:
@@ -105,11 +109,10 @@ def _paged_source(
                     ]
                 )
             else:
-                x = pool[pages].transpose(0, 2, 1, 3, 4).reshape(lanes, num_kv_heads, -1, head_dim)
+                x = pool[pages].transpose(0, 2, 1, 3, 4).reshape(len(pages), num_kv_heads, -1, head_dim)
             return x.astype(dtype)
 
         # A masked value is multiplied by zero, which NaN would survive.
-        v = jnp.where(live[:, None, :, None], rows(v_pages), 0)
-        return Chunk(rows(k_pages), v, position.reshape(lanes, -1), live)
+        return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
 
-    return Source(span, load, stride)
+    return Source(span, positions, load, stride)
