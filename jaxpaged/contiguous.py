@@ -268,8 +268,13 @@ def _attend(
         dtype = jnp.promote_types(q.dtype, k.dtype)
         tiling = Tiling(decode_lanes=min(max_seqs, q.shape[0]), rows=rows, lanes=4)
 
-    def span(sequence: Array, low: Array, high: Array) -> tuple[Array, Array]:
-        return low // chunk, (jnp.minimum(high + 1, lengths[sequence]) + chunk - 1) // chunk
+    def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
+        begin, end = jnp.zeros_like(sequence), lengths[sequence]
+        if low is not None:
+            begin = low // chunk
+        if high is not None:
+            end = jnp.minimum(high + 1, end)
+        return begin, (end + chunk - 1) // chunk
 
     def positions(sequence: Array, unit: Array) -> Array:
         position = unit[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)

@@ -200,9 +200,9 @@ NOWHERE = np.iinfo(np.int32).max
 class Source(NamedTuple):
     """Where the loops find the keys of a sequence: spans of units, a unit being an entry or a chunk."""
 
-    span: Callable[[Array, Array, Array], tuple[Array, Array]]
+    span: Callable[[Array, Array | None, Array | None], tuple[Array, Array]]
     """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every
-    token of the sequence at positions low .. high."""
+    token of the sequence at positions low .. high; None = from its first token, to its last."""
     positions: Callable[[Array, Array], Array]
     """``(sequence i32[W], unit i32[W]) -> i32[W, C]``: logical positions of the tokens in the ``stride`` units from
     ``unit`` on; NOWHERE where there is none."""
@@ -295,13 +295,14 @@ def _block_pass(
         first = batch.cu_q_lens[sequence] + rows * (block - ends[sequence] + blocks[sequence])
         row = first[:, None] + jnp.arange(rows, dtype=jnp.int32)
         row = jnp.where(exists[:, None] & (row < batch.cu_q_lens[sequence + 1][:, None]), row, tokens)
-        low = high = batch.position.at[jnp.minimum(first, tokens - 1)].get(mode="clip")
-        if rows > 1:
-            last = jnp.max(jnp.where(row < tokens, row, 0), axis=1)
-            high = batch.position[last]
+        low = high = None
+        if config.window is not None:
+            low = batch.position.at[jnp.minimum(first, tokens - 1)].get(mode="clip")
+            low = jnp.maximum(low - config.window + 1, 0)
+        if rows > 1:  # a single query is its sequence's last token, and sees to the end
+            high = batch.position[jnp.max(jnp.where(row < tokens, row, 0), axis=1)]
         position = batch.position.at[row].get(mode="fill", fill_value=-1)
 
-        low = jnp.zeros_like(low) if config.window is None else jnp.maximum(low - config.window + 1, 0)
         begin, end = source.span(sequence, low, high)
         end = jnp.where(exists, end, begin)
         qs = q.at[row].get(mode="clip").reshape(lanes, rows, num_kv_heads, group, head_dim)

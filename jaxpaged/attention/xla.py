@@ -73,30 +73,38 @@ def _paged_source(
     """The entries of a block table as a source of keys; a unit is an entry."""
     num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
 
-    def span(sequence: Array, low: Array, high: Array) -> tuple[Array, Array]:
-        entry = jnp.arange(table.max_entries)
-        live = entry < table.num_entries[sequence][:, None]
+    def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
+        begin, end = jnp.zeros_like(sequence), table.num_entries[sequence]
+        live = jnp.arange(table.max_entries) < end[:, None]
         position = table.position[sequence]
-        gone = live & (position + table.num_tokens[sequence] <= low[:, None])
-        begin = jnp.sum(gone, axis=1, dtype=jnp.int32)
-        end = jnp.sum(live & (position <= high[:, None]), axis=1, dtype=jnp.int32)
+        if low is not None:
+            gone = live & (position + table.num_tokens[sequence] <= low[:, None])
+            begin = jnp.sum(gone, axis=1, dtype=jnp.int32)
+        if high is not None:
+            end = jnp.sum(live & (position <= high[:, None]), axis=1, dtype=jnp.int32)
         return begin, jnp.maximum(begin, end)
 
-    def entries(sequence: Array, unit: Array) -> tuple[Array, tuple[Array, Array]]:
-        entry = unit[:, None] + jnp.arange(stride, dtype=jnp.int32)
-        return entry, (sequence[:, None], jnp.minimum(entry, table.max_entries - 1))
+    def window(field: Array, sequence: Array, unit: Array) -> Array:
+        """``stride`` entries of a field, i32[W, stride]: slices, as XLA makes a kernel of each gather."""
+        first = jnp.minimum(unit, table.max_entries - stride)
+        return jnp.concatenate(
+            [lax.dynamic_slice(field, (sequence[w], first[w]), (1, stride)) for w in range(len(unit))]
+        )
 
     def positions(sequence: Array, unit: Array) -> Array:
-        entry, index = entries(sequence, unit)
-        first_slot = table.first_slot[index][..., None]
+        first_slot, num_tokens, position = (
+            window(field, sequence, unit)[..., None]
+            for field in (table.first_slot, table.num_tokens, table.position)
+        )
+        entry = jnp.minimum(unit, table.max_entries - stride)[:, None] + jnp.arange(stride, dtype=jnp.int32)
         slot = jnp.arange(page_size, dtype=jnp.int32)
-        live = (slot >= first_slot) & (slot < first_slot + table.num_tokens[index][..., None])
-        live &= (entry < table.num_entries[sequence][:, None])[..., None]
-        position = jnp.where(live, table.position[index][..., None] + slot - first_slot, NOWHERE)
-        return position.reshape(sequence.shape[0], -1)
+        live = (slot >= first_slot) & (slot < first_slot + num_tokens)
+        # A window that would leave the row begins earlier, with entries that were read before.
+        live &= ((entry >= unit[:, None]) & (entry < table.num_entries[sequence][:, None]))[..., None]
+        return jnp.where(live, position + slot - first_slot, NOWHERE).reshape(len(unit), -1)
 
     def load(sequence: Array, unit: Array, position: Array) -> tuple[Array, Array]:
-        pages = jnp.clip(table.pages[entries(sequence, unit)[1]], 0, num_pages - 1)
+        pages = jnp.clip(window(table.pages, sequence, unit), 0, num_pages - 1)
 
         def rows(pool: Array) -> Array:
             if slices:
