@@ -5,6 +5,7 @@ A request comes as JSON on stdin, the result goes to the npz file named by the f
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from typing import Any
@@ -56,6 +57,19 @@ def tokenize(request: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def quantize(request: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Writes a model with weights of another type, quantized ones dequantized first; the answer is the file."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = 1
+    params.ftype = request["file_type"]
+    params.allow_requantize = True
+    source, out = request["path"].encode(), request["out"].encode()
+    if llama_cpp.llama_model_quantize(source, out, ctypes.byref(params)) != 0:
+        sys.exit(f"llama.cpp did not write {request['out']}")
+    return {}
+
+
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    np.savez(sys.argv[1], **{"evaluate": evaluate, "tokenize": tokenize}[request["do"]](request))
+    do = {"evaluate": evaluate, "tokenize": tokenize, "quantize": quantize}[request["do"]]
+    np.savez(sys.argv[1], **do(request))

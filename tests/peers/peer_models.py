@@ -72,12 +72,15 @@ VARIANTS = {
 }
 ONE_OF_EACH = ("llama", "mistral-window", "qwen2-window", "qwen3-window")
 """A variant of each architecture, with a window where it can have one; a program takes seconds to compile."""
+WIDE = "llama-wide"
+"""A llama whose rows are whole blocks of 256, as K-quants need; no variant, because wider shows nothing else."""
+_MODELS = VARIANTS | {WIDE: Variant("llama", {"hidden_size": 256, "intermediate_size": 512})}
 
 
 @functools.cache
 def hf_model(name: str) -> transformers.PreTrainedModel:
     """The variant with weights drawn so that every part of it shows in the logits, biases and norms included."""
-    variant = VARIANTS[name]
+    variant = _MODELS[name]
     settings = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -303,7 +306,8 @@ _TENSORS = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """What a GGUF file calls the weight that transformers calls ``name``."""
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         layer, stem = stem.removeprefix("model.layers.").split(".", 1)
@@ -315,6 +319,14 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows as llama's GGUF files have them: the two halves of a head, alternating."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _heads(model: transformers.PreTrainedModel, name: str) -> int:
+    """How many heads lie interleaved in the file's rows of this weight; 0 where the rows lie in order."""
+    if model.config.model_type not in ("llama", "mistral"):
+        return 0
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    return heads.get(name.split(".")[-2], 0)
 
 
 def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: str = "F32") -> dict[str, Any]:
@@ -360,12 +372,11 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
         weight = tensor.numpy()
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2], 0)
-        interleaves = architecture == "llama" and heads
-        stored = _interleaved(weight, heads) if interleaves else weight
+        heads = _heads(model, name)
+        stored = _interleaved(weight, heads) if heads else weight
         type_ = gguf.GGMLQuantizationType.F32 if weight.ndim == 1 else kind
         data = gguf.quantize(stored, type_)
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=type_)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=type_)
         # Blocks lie along rows, and interleaving moves whole rows: the order does not matter to them.
         in_file[name] = torch.tensor(gguf.dequantize(gguf.quantize(weight, type_), type_))
     writer.write_header_to_file()
@@ -373,6 +384,19 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
     writer.write_tensors_to_file()
     writer.close()
     return in_file
+
+
+def read_gguf(model: transformers.PreTrainedModel, path: Path) -> dict[str, Any]:
+    """The weights of a file with float32 weights as ``write_gguf`` returns them, read by the ``gguf`` package."""
+    in_file = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    weights = {}
+    for name in model.state_dict():
+        weight = in_file[gguf_name(name)]
+        if heads := _heads(model, name):
+            pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+            weight = pairs.swapaxes(1, 2).reshape(weight.shape)
+        weights[name] = torch.tensor(weight)
+    return weights
 
 
 def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
@@ -414,22 +438,34 @@ def with_weights(
     return other
 
 
+def _rounded(x: np.ndarray, weight_type: str) -> np.ndarray:
+    """Activations as llama.cpp's kernels round them before a product with such weights."""
+    if not (weight_type.endswith("_K") or weight_type == "IQ4_XS"):
+        q8_0 = gguf.GGMLQuantizationType.Q8_0
+        return gguf.dequantize(gguf.quantize(x.reshape(-1, x.shape[-1]), q8_0), q8_0).reshape(x.shape)
+    # Q8_K: bytes with a scale in float32. The gguf package does not write it.
+    blocks = x.reshape(-1, 256)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    inverse = np.float32(-127) / largest
+    return (np.minimum(np.rint(inverse * blocks), 127) * (1 / inverse)).reshape(x.shape)
+
+
 def rounding_activations(
-    model: transformers.PreTrainedModel, quantization: str
+    model: transformers.PreTrainedModel, types: dict[str, str]
 ) -> transformers.PreTrainedModel:
-    """The model with what enters each linear layer rounded, as llama.cpp's CPU kernels for such weights round it.
+    """The model with what enters each linear layer rounded, as llama.cpp's CPU kernels round it.
 
-    They multiply whole numbers: a row of activations is quantized to Q8_0 (blocks of 32) before a product with
-    Q8_0 or Q4_0 weights.
+    They multiply whole numbers: a row of activations is quantized before a product with quantized weights, to Q8_K
+    (blocks of 256) for K-quants and IQ4_XS, to Q8_0 (blocks of 32) for the others. Beside Q4_1 and Q5_1 they keep
+    sums in float16 too, which is not imitated here.
+
+    Args:
+      types: of each weight in the file, by transformers' names.
     """
-    kind = gguf.GGMLQuantizationType[quantization]
-
-    def rounded(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = arguments[0].numpy()
-        flat = x.reshape(-1, x.shape[-1])
-        return (torch.tensor(gguf.dequantize(gguf.quantize(flat, kind), kind).reshape(x.shape)),)
-
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(rounded)
+            kind = types[f"{name}.weight"]
+            module.register_forward_pre_hook(
+                lambda _, arguments, kind=kind: (torch.tensor(_rounded(arguments[0].numpy(), kind)),)
+            )
     return model
