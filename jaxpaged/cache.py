@@ -22,6 +22,7 @@ from jaxpaged.attention import paged_attention
 from jaxpaged.batch import Batch, pack
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import PageFormat, check_page_size, page_format
+from jaxpaged.rope import Rope
 
 ALL = -1
 """In place of a sequence's id: every sequence."""
@@ -151,6 +152,7 @@ class PagedKVCache:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
     ) -> tuple[Array, PagedKVCache]:
         """Writes one layer's keys and values of a step to their pages, and attends.
 
@@ -160,7 +162,8 @@ class PagedKVCache:
           k: ``[T, num_kv_heads, head_dim]``, rotated likewise.
           v: ``[T, num_kv_heads, head_dim]``.
           batch: what ``reserve`` gave for this step.
-          scale, window, soft_cap, sinks: as ``paged_attention`` has them.
+          scale, window, soft_cap, sinks, rope: as ``paged_attention`` has them; ``rope`` is what q and k were rotated
+            with, without which a ``seq_shift`` would not be seen.
 
         Returns:
           ``(out [T, num_q_heads, head_dim], cache)``.
@@ -168,7 +171,16 @@ class PagedKVCache:
         k_pages = self.format.write(self.k_pages[layer], batch.page, batch.slot, k)
         v_pages = self.format.write(self.v_pages[layer], batch.page, batch.slot, v)
         out = paged_attention(
-            q, k_pages, v_pages, self.table, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+            q,
+            k_pages,
+            v_pages,
+            self.table,
+            batch,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            rope=rope,
         )
         return out, replace(
             self,

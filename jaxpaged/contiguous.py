@@ -24,6 +24,7 @@ from jaxpaged.attention.base import (
 )
 from jaxpaged.batch import Batch, pack
 from jaxpaged.page_format import page_format
+from jaxpaged.rope import Rope
 
 _CHUNK_TOKENS = 256
 
@@ -161,6 +162,7 @@ class ContiguousKVCache:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
     ) -> tuple[Array, ContiguousKVCache]:
         """Writes a step's keys and values to a layer and attends to them and all before.
 
@@ -169,6 +171,7 @@ class ContiguousKVCache:
           q: [T, Hq, D]; k, v: [T, KV, D].
           batch: from ``reserve``.
           scale, window, soft_cap, sinks: as in ``jaxpaged.attention.paged_attention``.
+          rope: not needed, as positions never change here.
 
         Returns:
           ``(out [T, Hq, D], cache)``.
@@ -276,7 +279,7 @@ def _attend(
             end = jnp.minimum(high + 1, end)
         return begin, (end + chunk - 1) // chunk
 
-    def positions(sequence: Array, unit: Array) -> Array:
+    def positions(sequence: Array, unit: Array, _: Array) -> Array:
         position = unit[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
         return jnp.where(position < lengths[sequence][:, None], position, NOWHERE)
 

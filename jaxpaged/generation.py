@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.batch import Batch
+from jaxpaged.rope import Rope
 from jaxpaged.sampling import SamplingParams, push_recent, sample
 
 RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES = 0, 1, 2, 3
@@ -46,6 +47,7 @@ class KVCache(Protocol):
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
     ) -> tuple[Array, Self]: ...
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None

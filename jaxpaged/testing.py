@@ -22,6 +22,7 @@ from jaxpaged.attention.cases import Case
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import page_format
+from jaxpaged.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Built:
     table: BlockTable
     batch: Batch
     sinks: Array | None
+    rope: Rope | None
     out: np.ndarray
     """f64[T, Hq, D], by the oracle."""
     lse: np.ndarray
@@ -46,7 +48,8 @@ class Built:
     def options(self) -> dict[str, Any]:
         """Keyword arguments for ``paged_attention``."""
         case = self.case
-        return {"scale": case.scale, "window": case.window, "soft_cap": case.soft_cap, "sinks": self.sinks}
+        options = {"scale": case.scale, "window": case.window, "soft_cap": case.soft_cap, "sinks": self.sinks}
+        return options if self.rope is None else options | {"rope": self.rope}
 
 
 def build_case(case: Case, *, seed: int = 0) -> Built:
@@ -82,18 +85,25 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     dtype = page_format(case.dtype).dtype
     shape = num_pages, case.num_kv_heads, size, case.head_dim
     k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    # Keys lie rotated at their position plus their entry's rotation; the oracle has them rotated at their position.
+    rotation = rng.integers(-300, 300, pages.shape) if case.rotary_dim else np.zeros(pages.shape, int)
+    rotation[:, 1::3] = rotation[:, 0:-1:3][:, : rotation[:, 1::3].shape[1]]  # neighbours shifted together
+    oracle_k = np.full(shape, np.nan)
     is_shared = iter(shared)
     for s, row in enumerate(entries):
         for e, (position, first, count) in enumerate(row):
             first_slot[s, e], num_tokens[s, e], position_of[s, e] = first, count, position
             if next(is_shared):
-                pages[s, e] = pages[0, e]
+                pages[s, e], rotation[s, e] = pages[0, e], rotation[0, e]
                 continue
             pages[s, e] = page = free.pop()
-            for pool in (k_pages, v_pages):
-                pool[page, :, first : first + count] = rng.standard_normal(
-                    (case.num_kv_heads, count, case.head_dim)
-                )
+            where, at = (
+                (page, slice(None), slice(first, first + count)),
+                np.arange(position, position + count),
+            )
+            key, value = rng.standard_normal((2, case.num_kv_heads, count, case.head_dim))
+            k_pages[where], v_pages[where] = _rotated(case, key, at + rotation[s, e]), value
+            oracle_k[where] = _rotated(case, key, at)
     sinks = rng.standard_normal(case.num_q_heads).astype(np.float32) * 2 if case.sinks else None
 
     q_lens = np.asarray(case.q_lens)
@@ -104,7 +114,12 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     for s, row in enumerate(entries):
         held = np.concatenate([np.arange(p, p + n) for p, _, n in row]) if row else np.zeros(0, int)
         asked[:rows][sequence[:rows] == s] = held[len(held) - q_lens[s] :]
-    q = rng.standard_normal((tokens, case.num_q_heads, case.head_dim)).astype(np.float32) * 2
+    raw_q = rng.standard_normal((case.num_q_heads, tokens, case.head_dim)) * 2
+    own = np.array([rotation[s, len(row) - 1] if row else 0 for s, row in enumerate(entries)] + [0])
+    rope_positions = asked + own[sequence]
+    q, oracle_q = (
+        _rotated(case, raw_q, at).transpose(1, 0, 2).astype(np.float32) for at in (rope_positions, asked)
+    )
 
     def integers(x: Any) -> Array:
         return jnp.asarray(x, jnp.int32)
@@ -114,13 +129,13 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         first_slot=integers(first_slot),
         num_tokens=integers(num_tokens),
         position=integers(position_of),
-        rotation=jnp.zeros(pages.shape, jnp.int32),
+        rotation=integers(rotation),
         num_entries=integers([len(row) for row in entries]),
     )
     batch = Batch(
         sequence=integers(sequence),
         position=integers(asked),
-        rope_positions=integers(asked),
+        rope_positions=integers(rope_positions),
         page=jnp.full(tokens, num_pages, jnp.int32),
         slot=jnp.zeros(tokens, jnp.int32),
         cu_q_lens=integers(np.concatenate([[0], np.cumsum(q_lens)])),
@@ -129,8 +144,8 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     # The oracle reads what the pages hold after rounding.
     out, lse = _oracle(
         case,
-        q,
-        np.asarray(k, np.float64),
+        oracle_q,
+        oracle_k if case.rotary_dim else np.asarray(k, np.float64),
         np.asarray(v, np.float64),
         pages,
         entries,
@@ -138,9 +153,32 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         asked,
         sinks,
     )
-    return Built(
-        case, jnp.asarray(q), k, v, table, batch, None if sinks is None else jnp.asarray(sinks), out, lse
+    rope = Rope.create(_frequencies(case), interleaved=case.interleaved) if case.rotary_dim else None
+    sinks_or_none = None if sinks is None else jnp.asarray(sinks)
+    return Built(case, jnp.asarray(q), k, v, table, batch, sinks_or_none, rope, out, lse)
+
+
+def _frequencies(case: Case) -> np.ndarray:
+    return 10_000.0 ** (-np.arange(0, case.rotary_dim, 2) / case.rotary_dim)
+
+
+def _rotated(case: Case, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """``x [heads, tokens, D]`` with each pair of its first dimensions, as a complex number, turned."""
+    if not case.rotary_dim:
+        return x
+    half = case.rotary_dim // 2
+    real, imaginary = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        if case.interleaved
+        else (
+            slice(0, half),
+            slice(half, 2 * half),
+        )
     )
+    pairs = (x[..., real] + 1j * x[..., imaginary]) * np.exp(1j * positions[:, None] * _frequencies(case))
+    x = x.copy()
+    x[..., real], x[..., imaginary] = pairs.real, pairs.imag
+    return x
 
 
 def _oracle(
@@ -200,8 +238,9 @@ def check_conformance(
     """Compares an attention with the oracle.
 
     Args:
-      attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=, soft_cap=,
-        sinks=)``, and with ``return_lse=True`` if ``lse``; see ``jaxpaged.attention.paged_attention``.
+      attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=, soft_cap=, sinks=)``, with
+        ``rope=`` where the case has one, and with ``return_lse=True`` if ``lse``; see
+        ``jaxpaged.attention.paged_attention``.
       case: a case, or what ``build_case`` made of it.
       rtol, atol: tolerances of the output; pages of any dtype, sums in float32.
       lse: whether it returns the logarithm of its denominators too.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged.batch import Batch
+from jaxpaged.rope import Rope
 from model.config import ModelConfig
 
 
@@ -26,21 +27,24 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...]
 
 
-def rope_tables(positions: Array, inv_freq: Array, attention_factor: float) -> tuple[Array, Array]:
-    """cos and sin of each token's rotation, ``f32[T, 1, rotary_dim / 2]``; made once a step for all layers."""
-    angles = positions.astype(jnp.float32)[:, None, None] * inv_freq
-    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+class Rotation(NamedTuple):
+    """How a step's tokens are rotated; made once for all layers."""
 
+    rope: Rope
+    cos: Array
+    """f32[T, 1, rotary_dim / 2], times the model's attention factor."""
+    sin: Array
+    """As ``cos``."""
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns ``x [T, heads, head_dim]``: dimension i pairs with i + rotary_dim / 2 (the "NeoX" order).
+    @classmethod
+    def create(cls, rope: Rope, positions: Array, attention_factor: float) -> Rotation:
+        """For tokens at ``positions i32[T]``."""
+        cos, sin = rope.cos_sin(positions)
+        return cls(rope, cos[:, None] * attention_factor, sin[:, None] * attention_factor)
 
-    What lies beyond ``rotary_dim = 2 * cos.shape[-1]`` passes unchanged. Source: arXiv:2104.09864.
-    """
-    half = cos.shape[-1]
-    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    def __call__(self, x: Array) -> Array:
+        """``x [T, heads, head_dim]``, rotated."""
+        return self.rope.turn(x, self.cos, self.sin)
 
 
 class Attention(nnx.Module):
@@ -61,15 +65,15 @@ class Attention(nnx.Module):
         self.q_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None)
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], cache: Any, batch: Batch) -> tuple[Array, Any]:
+    def __call__(self, x: Array, rotation: Rotation, cache: Any, batch: Batch) -> tuple[Array, Any]:
         tokens = x.shape[0]
         q = self.q(x).reshape(tokens, self.num_q_heads, self.head_dim)
         k = self.k(x).reshape(tokens, self.num_kv_heads, self.head_dim)
         v = self.v(x).reshape(tokens, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window)
+        q, k = rotation(q), rotation(k)
+        out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window, rope=rotation.rope)
         return self.out(out.reshape(tokens, -1)), cache
 
 
@@ -99,7 +103,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], cache: Any, batch: Batch) -> tuple[Array, Any]:
-        attended, cache = self.attention(self.attention_norm(x), rope, cache, batch)
+    def __call__(self, x: Array, rotation: Rotation, cache: Any, batch: Batch) -> tuple[Array, Any]:
+        attended, cache = self.attention(self.attention_norm(x), rotation, cache, batch)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache

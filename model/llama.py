@@ -12,8 +12,9 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged.batch import Batch
+from jaxpaged.rope import Rope
 from model.config import ModelConfig, rope_frequencies
-from model.layers import Block, RMSNorm, rope_tables
+from model.layers import Block, RMSNorm, Rotation
 
 
 class Llama(nnx.Module):
@@ -49,10 +50,10 @@ class Llama(nnx.Module):
           ``(logits f32[R, vocab_size], cache)``.
         """
         inv_freq, attention_factor = rope_frequencies(self.config)
-        rope = rope_tables(batch.rope_positions, jnp.asarray(inv_freq), attention_factor)
+        rotation = Rotation.create(Rope.create(inv_freq), batch.rope_positions, attention_factor)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x, cache = block(x, rope, cache, batch)
+            x, cache = block(x, rotation, cache, batch)
         x = self.norm(x[rows])
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
         return logits.astype(jnp.float32), cache

@@ -9,9 +9,10 @@ from typing import Literal, overload
 from jax import Array
 
 from jaxpaged.attention import reference, xla
-from jaxpaged.attention.base import check_pages, check_queries, make_config
+from jaxpaged.attention.base import check_pages, check_queries, check_rope, make_config
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.rope import Rope
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = MappingProxyType(
     {"xla": xla.paged_attention, "reference": reference.paged_attention}
@@ -31,6 +32,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Array | None = None,
+    rope: Rope | None = None,
     implementation: str | None = None,
     return_lse: Literal[False] = False,
 ) -> Array: ...
@@ -48,6 +50,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Array | None = None,
+    rope: Rope | None = None,
     implementation: str | None = None,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -64,6 +67,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Array | None = None,
+    rope: Rope | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -85,6 +89,9 @@ def paged_attention(
       soft_cap: bound of the scores; none if left out.
       sinks: f32[Hq], one more score for each head, that joins the denominator and has no value; none if left
         out.
+      rope: what queries and keys were rotated with. Keys of an entry were rotated at their position plus the entry's
+        rotation, queries at ``batch.rope_positions``; with it the score is that of keys and queries rotated at their
+        positions, however often they were shifted. If left out, entries' rotations are ignored.
       implementation: a name of ``IMPLEMENTATIONS``; the first that can serve if left out.
       return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
 
@@ -107,11 +114,12 @@ def paged_attention(
     check_pages(k_pages, v_pages, table)
     _, num_kv_heads, _, head_dim = k_pages.shape
     check_queries(q, num_kv_heads, head_dim, batch, table.pages.shape[0], sinks)
+    check_rope(rope, head_dim)
     config = make_config(head_dim, scale, window, soft_cap)
     refusals = []
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         try:
-            out, lse = IMPLEMENTATIONS[name](q, k_pages, v_pages, table, batch, config, sinks)
+            out, lse = IMPLEMENTATIONS[name](q, k_pages, v_pages, table, batch, config, sinks, rope)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.rope import Rope
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
@@ -89,11 +90,21 @@ def check_pages(k_pages: Array, v_pages: Array, table: BlockTable) -> None:
     if not jnp.issubdtype(k_pages.dtype, jnp.floating):
         raise TypeError(f"pages must be floating point, got {k_pages.dtype}")
     shape = table.pages.shape
-    for name in ("first_slot", "num_tokens", "position"):
+    for name in ("first_slot", "num_tokens", "position", "rotation"):
         if getattr(table, name).shape != shape:
             raise ValueError(f"table.{name} has shape {getattr(table, name).shape}, table.pages {shape}")
     if table.num_entries.shape != shape[:1]:
         raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
+
+
+def check_rope(rope: Rope | None, head_dim: int) -> None:
+    """Checks the frequencies against the heads they turn; at trace time.
+
+    Raises:
+      ValueError: they turn more dimensions than a head has.
+    """
+    if rope is not None and rope.rotary_dim > head_dim:
+        raise ValueError(f"rope turns {rope.rotary_dim} dimensions, a head has {head_dim}")
 
 
 # --- softmax states -----------------------------------------------------------------------------------------
@@ -203,13 +214,16 @@ class Source(NamedTuple):
     span: Callable[[Array, Array | None, Array | None], tuple[Array, Array]]
     """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every
     token of the sequence at positions low .. high; None = from its first token, to its last."""
-    positions: Callable[[Array, Array], Array]
-    """``(sequence i32[W], unit i32[W]) -> i32[W, C]``: logical positions of the tokens in the ``stride`` units from
-    ``unit`` on; NOWHERE where there is none."""
+    positions: Callable[[Array, Array, Array], Array]
+    """``(sequence i32[W], unit i32[W], end i32[W]) -> i32[W, C]``: logical positions of the tokens in the ``stride``
+    units from ``unit`` on; NOWHERE where there is none, and from unit ``end`` on."""
     load: Callable[[Array, Array, Array], tuple[Array, Array]]
     """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each: the keys and values
     of those units; v is finite everywhere."""
     stride: int
+    frame: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
+    """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: the rotation of the keys of
+    ``unit``, and the first unit behind it, or ``end``, whose keys have another. None = no key is ever shifted."""
 
 
 class Tiling(NamedTuple):
@@ -232,6 +246,7 @@ def ragged_attention(
     sinks: Array | None,
     tiling: Tiling,
     dtype: jnp.dtype,
+    rope: Rope | None = None,
 ) -> tuple[Array, Array]:
     """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, D], lse f32[T, Hq])``.
 
@@ -248,6 +263,7 @@ def ragged_attention(
       sinks: f32[Hq] or None.
       tiling: the cut.
       dtype: what q is converted to before it meets the keys.
+      rope: what turns queries to keys of another frame; None = keys carry no rotation, or have one frame.
     """
     tokens = q.shape[0]
     state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
@@ -265,7 +281,7 @@ def ragged_attention(
             (blocks, tiling.rows, tiling.lanes),
         ]
     for blocks, rows, lanes in passes:
-        state = _block_pass(state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes)
+        state = _block_pass(state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes, rope)
     return state
 
 
@@ -280,6 +296,7 @@ def _block_pass(
     blocks: Array,
     rows: int,
     lanes: int,
+    rope: Rope | None,
 ) -> tuple[Array, Array]:
     """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``lanes`` blocks at a time."""
     tokens, num_q_heads, head_dim = q.shape
@@ -309,23 +326,45 @@ def _block_pass(
         qs = qs.transpose(0, 2, 1, 3, 4).reshape(lanes, num_kv_heads, rows * group, head_dim)
         position_of_row = jnp.repeat(position, group, axis=1) if rows > 1 else position
 
-        def add(j: Array, carry: tuple[SoftmaxState, Array]) -> tuple[SoftmaxState, Array]:
-            softmax, key_position = carry
-            unit = begin + j * source.stride
-            k, v = source.load(sequence, unit, key_position)
-            visible = key_position[:, None] <= position_of_row[..., None]
-            if config.window is not None:
-                visible &= key_position[:, None] > position_of_row[..., None] - config.window
-            # Positions travel a step ahead in the carry, because XLA:CPU would compute what is made in the step anew
-            # for every score, table lookups and all: measured, a quarter of the time of a prompt's attention.
-            return (
-                update_state(softmax, qs, k, v, visible, config),
-                source.positions(sequence, unit + source.stride),
-            )
+        def attend_run(softmax: SoftmaxState, qs: Array, unit: Array, stop: Array) -> SoftmaxState:
+            """Adds the keys of the units ``unit .. stop``, which are all of one frame."""
 
-        trips = jnp.max(-(-(end - begin) // source.stride))
-        start = empty_state((lanes, num_kv_heads, rows * group), head_dim), source.positions(sequence, begin)
-        out, lse = finish_state(lax.fori_loop(0, trips, add, start)[0], sinks)
+            def add(j: Array, carry: tuple[SoftmaxState, Array]) -> tuple[SoftmaxState, Array]:
+                softmax, key_position = carry
+                here = unit + j * source.stride
+                k, v = source.load(sequence, here, key_position)
+                visible = key_position[:, None] <= position_of_row[..., None]
+                if config.window is not None:
+                    visible &= key_position[:, None] > position_of_row[..., None] - config.window
+                # Positions travel a step ahead in the carry, because XLA:CPU would compute what is made in the step
+                # anew for every score, table lookups and all: measured, a fifth of the time of a prompt's attention.
+                return (
+                    update_state(softmax, qs, k, v, visible, config),
+                    source.positions(sequence, here + source.stride, stop),
+                )
+
+            trips = jnp.max(-(-(stop - unit) // source.stride))
+            return lax.fori_loop(0, trips, add, (softmax, source.positions(sequence, unit, stop)))[0]
+
+        softmax = empty_state((lanes, num_kv_heads, rows * group), head_dim)
+        frame = source.frame
+        if rope is None or frame is None:
+            softmax = attend_run(softmax, qs, begin, end)
+        else:
+            # A query is rotated for the frame of its own key; to keys of another frame it is turned by the
+            # difference, which leaves the difference of logical positions as the angle between them.
+            own = batch.rope_positions.at[row].get(mode="clip") - batch.position.at[row].get(mode="clip")
+            own = jnp.repeat(own, group, axis=1)
+
+            def attend_frame(carry: tuple[Array, SoftmaxState]) -> tuple[Array, SoftmaxState]:
+                unit, softmax = carry
+                rotation, stop = frame(sequence, unit, end)
+                cos, sin = rope.cos_sin(rotation[:, None] - own)
+                turned = rope.turn(qs, cos[:, None], sin[:, None])
+                return stop, attend_run(softmax, turned, unit, stop)
+
+            _, softmax = lax.while_loop(lambda carry: jnp.any(carry[0] < end), attend_frame, (begin, softmax))
+        out, lse = finish_state(softmax, sinks)
         out = out.reshape(lanes, num_kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)
         lse = lse.reshape(lanes, num_kv_heads, rows, group).transpose(0, 2, 1, 3)
         return (

@@ -33,6 +33,10 @@ class Case:
     """Positions that no entry covers."""
     shared: bool = False
     """Sequences begin with the pages of the first one."""
+    rotary_dim: int = 0
+    """Dimensions that a RoPE turns; entries were then shifted, each by its own number of positions. 0 = no RoPE."""
+    interleaved: bool = False
+    """How that RoPE pairs dimensions."""
 
 
 SMOLLM2_135M: dict[str, Any] = {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64}
@@ -86,6 +90,35 @@ CASES: tuple[Case, ...] = (
         window=40,
     ),
     Case("shared", **SMOLLM2_135M, lengths=(130, 130, 97, 0), q_lens=(1, 4, 1, 0), shared=True),
+    Case(
+        "shifted",
+        **SMOLLM2_135M,
+        lengths=(150, 700, 0, 40),
+        q_lens=(1, 37, 0, 1),
+        slices=True,
+        gaps=True,
+        rotary_dim=64,
+    ),
+    Case("shifted_decode", **SMOLLM2_135M, lengths=(300, 33), q_lens=(1, 1), rotary_dim=64),
+    Case(
+        "shifted_window",
+        **MISTRAL_7B,
+        lengths=(200, 60),
+        q_lens=(9, 1),
+        window=50,
+        page_size=16,
+        slices=True,
+        rotary_dim=128,
+    ),
+    Case(
+        "shifted_part_of_a_head",
+        **STABLELM_3B,
+        lengths=(66, 90),
+        q_lens=(5, 1),
+        rotary_dim=20,
+        interleaved=True,
+        shared=True,
+    ),
     # Odd sizes.
     Case("one_token", num_q_heads=1, num_kv_heads=1, head_dim=8, lengths=(1,), q_lens=(1,), page_size=8),
     Case(

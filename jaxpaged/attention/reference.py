@@ -8,6 +8,7 @@ from jax import Array
 from jaxpaged.attention.base import Config
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.rope import Rope
 
 
 def paged_attention(
@@ -18,6 +19,7 @@ def paged_attention(
     batch: Batch,
     config: Config,
     sinks: Array | None,
+    rope: Rope | None,
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     tokens, num_q_heads, head_dim = q.shape
@@ -39,13 +41,20 @@ def paged_attention(
     k, v = gather(k_pages), gather(v_pages)
     live, position = live.reshape(max_seqs, -1), position.reshape(max_seqs, -1)
 
+    # Keys and queries as if they had been rotated at their logical positions.
+    q = q.astype(jnp.float32)
+    if rope is not None:
+        rotation = jnp.repeat(table.rotation, page_size, axis=1)
+        k = rope.rotate(k.reshape(-1, num_kv_heads, head_dim), -rotation.reshape(-1)).reshape(k.shape)
+        q = rope.rotate(q, batch.position - batch.rope_positions)
+
     # Each query beside the keys of its sequence; query heads are grouped by the KV head they read.
     sequence = jnp.minimum(batch.sequence, max_seqs - 1)
     query_position = batch.position[:, None]
     visible = batch.valid[:, None] & live[sequence] & (position[sequence] <= query_position)
     if config.window is not None:
         visible &= position[sequence] > query_position - config.window
-    grouped = q.astype(jnp.float32).reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    grouped = q.reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     scores = config.scale * jnp.einsum("tkgd,tnkd->tkgn", grouped, k[sequence])
     if config.soft_cap is not None:
         scores = config.soft_cap * jnp.tanh(scores / config.soft_cap)

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jaxpaged.attention.base import NOWHERE, Config, Source, Tiling, power_of_two, ragged_attention
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.rope import Rope
 
 _CHUNK_TOKENS = 512
 _CPU_CHUNK_TOKENS = 256
@@ -25,6 +26,7 @@ def paged_attention(
     batch: Batch,
     config: Config,
     sinks: Array | None,
+    rope: Rope | None,
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     return lax.platform_dependent(
@@ -34,6 +36,7 @@ def paged_attention(
         table,
         batch,
         sinks,
+        rope,
         cpu=partial(_attend, config=config, cpu=True),
         default=partial(_attend, config=config, cpu=False),
     )
@@ -46,6 +49,7 @@ def _attend(
     table: BlockTable,
     batch: Batch,
     sinks: Array | None,
+    rope: Rope | None,
     *,
     config: Config,
     cpu: bool,
@@ -64,7 +68,7 @@ def _attend(
         )
         stride = max(_CHUNK_TOKENS // page_size, 1)
     source = _paged_source(k_pages, v_pages, table, min(stride, table.max_entries), dtype, slices=cpu)
-    return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype)
+    return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype, rope)
 
 
 def _paged_source(
@@ -91,7 +95,14 @@ def _paged_source(
             [lax.dynamic_slice(field, (sequence[w], first[w]), (1, stride)) for w in range(len(unit))]
         )
 
-    def positions(sequence: Array, unit: Array) -> Array:
+    def frame(sequence: Array, unit: Array, end: Array) -> tuple[Array, Array]:
+        rotation = table.rotation[sequence]
+        entry = jnp.arange(table.max_entries)
+        ours = jnp.take_along_axis(rotation, jnp.minimum(unit, table.max_entries - 1)[:, None], axis=1)
+        others = (rotation != ours) & (entry > unit[:, None]) & (entry < end[:, None])
+        return ours[:, 0], jnp.min(jnp.where(others, entry, end[:, None]), axis=1)
+
+    def positions(sequence: Array, unit: Array, end: Array) -> Array:
         first_slot, num_tokens, position = (
             window(field, sequence, unit)[..., None]
             for field in (table.first_slot, table.num_tokens, table.position)
@@ -100,7 +111,7 @@ def _paged_source(
         slot = jnp.arange(page_size, dtype=jnp.int32)
         live = (slot >= first_slot) & (slot < first_slot + num_tokens)
         # A window that would leave the row begins earlier, with entries that were read before.
-        live &= ((entry >= unit[:, None]) & (entry < table.num_entries[sequence][:, None]))[..., None]
+        live &= ((entry >= unit[:, None]) & (entry < end[:, None]))[..., None]
         return jnp.where(live, position + slot - first_slot, NOWHERE).reshape(len(unit), -1)
 
     def load(sequence: Array, unit: Array, position: Array) -> tuple[Array, Array]:
@@ -123,4 +134,4 @@ def _paged_source(
         # A masked value is multiplied by zero, which NaN would survive.
         return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
 
-    return Source(span, positions, load, stride)
+    return Source(span, positions, load, stride, frame)

@@ -54,9 +54,7 @@ class Dense:
     def __init__(self, num_seqs: int) -> None:
         self.num_seqs = num_seqs
 
-    def attend(
-        self, layer: int, q: Array, k: Array, v: Array, batch: Batch, *, window: int | None
-    ) -> tuple[Array, Dense]:
+    def attend(self, layer: int, q: Array, k: Array, v: Array, batch: Batch, **_: Any) -> tuple[Array, Dense]:
         q4, k4, v4 = (x.reshape(self.num_seqs, -1, *x.shape[1:]) for x in (q, k, v))
         return jax.nn.dot_product_attention(q4, k4, v4, is_causal=True).reshape(q.shape), self
 
