@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         seq_position_max,
         seq_position_min,
         seq_remove,
+        seq_reorder,
+        seq_shift,
     )
     from jaxpaged.contiguous import ContiguousKVCache
     from jaxpaged.generation import (
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     )
     from jaxpaged.invariants import InvariantError, check_invariants
     from jaxpaged.page_format import PAGE_FORMATS, PageFormat
+    from jaxpaged.rope import Rope
     from jaxpaged.sampling import SamplingParams, sample
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "PageAllocator",
     "PageFormat",
     "PagedKVCache",
+    "Rope",
     "SamplingParams",
     "StreamChunk",
     "__version__",
@@ -82,6 +86,8 @@ __all__ = [
     "seq_position_max",
     "seq_position_min",
     "seq_remove",
+    "seq_reorder",
+    "seq_shift",
 ]
 
 _ROOMS = {
@@ -92,6 +98,7 @@ _ROOMS = {
     "cache": (
         "ALL", "OutOfPages", "PagedKVCache", "can_reserve", "clear", "pages_needed", "reserve", "reserve_or_raise",
         "seq_copy", "seq_keep", "seq_length", "seq_position_max", "seq_position_min", "seq_remove",
+        "seq_reorder", "seq_shift",
     ),
     "contiguous": ("ContiguousKVCache",),
     "generation": (
@@ -100,6 +107,7 @@ _ROOMS = {
     ),
     "invariants": ("InvariantError", "check_invariants"),
     "page_format": ("PAGE_FORMATS", "PageFormat"),
+    "rope": ("Rope",),
     "sampling": ("SamplingParams", "sample"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -192,6 +192,55 @@ def remove_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple
     return jax.tree.map(lambda new, old: jnp.where(ok, new, old), removed, row), ok
 
 
+def shift_range(
+    row: BlockTable, p0: Array, p1: Array, delta: Array, num_pages: int
+) -> tuple[BlockTable, Array]:
+    """One row with ``delta`` added to the positions in [p0, p1); keys keep the frame they were rotated in.
+
+    Tokens whose position becomes negative are dropped.
+
+    Returns:
+      ``(row, ok)``; not ok, and the row unchanged, when positions would collide, change places or leave int32, or when
+      the result needs more than P entries.
+    """
+    p1 = jnp.where(delta == 0, p0, p1)  # nothing moves, so nothing is split
+    # Two cuts may pass through P + 2 entries even when the result fits.
+    wide = _widened(row, 2, num_pages)
+    wide, _ = cut(wide, jnp.where(p0 < p1, p0, 0))
+    wide, _ = cut(wide, jnp.where(p0 < p1, p1, 0))
+    used = jnp.arange(wide.max_entries) < wide.num_entries
+    moved = used & (wide.position >= p0) & (wide.position < p1)
+    beyond = jnp.iinfo(jnp.int32).max - jnp.maximum(delta, 0)
+    representable = jnp.all(~moved | (wide.position <= beyond - wide.num_tokens))
+    shifted = replace(
+        wide,
+        position=wide.position + jnp.where(moved, delta, 0),
+        rotation=wide.rotation - jnp.where(moved, delta, 0),
+    )
+    shifted = slice_range(shifted, *clamp_range(0, -1), num_pages)
+    behind = jnp.arange(1, wide.max_entries) < shifted.num_entries
+    ordered = jnp.all(~behind | (shifted.position[1:] >= (shifted.position + shifted.num_tokens)[:-1]))
+    ok = representable & ordered & (shifted.num_entries <= row.max_entries)
+    narrow = jax.tree.map(lambda field: field[: row.max_entries] if field.ndim else field, shifted)
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), narrow, row), ok
+
+
+def _widened(row: BlockTable, by: int, num_pages: int) -> BlockTable:
+    """One row with room for ``by`` more entries."""
+
+    def pad(field: Array, padding: int) -> Array:
+        return jnp.pad(field, (0, by), constant_values=padding)
+
+    return BlockTable(
+        pad(row.pages, num_pages),
+        pad(row.first_slot, 0),
+        pad(row.num_tokens, 0),
+        pad(row.position, 0),
+        pad(row.rotation, 0),
+        row.num_entries,
+    )
+
+
 def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockTable:
     """One row with the tokens in [p0, p1) alone: entries are shortened or dropped, never split."""
     end = row.position + row.num_tokens

@@ -8,6 +8,7 @@ Ranges are ``[p0, p1)`` in positions; ``p0 < 0`` is 0 and ``p1 < 0`` is the end,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -227,6 +228,16 @@ class PagedKVCache:
         """See ``seq_copy``."""
         return seq_copy(self, src, dst, p0, p1)
 
+    def seq_shift(
+        self, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
+    ) -> tuple[PagedKVCache, Array]:
+        """See ``seq_shift``."""
+        return seq_shift(self, seq, p0, p1, delta)
+
+    def seq_reorder(self, source: Array) -> PagedKVCache:
+        """See ``seq_reorder``."""
+        return seq_reorder(self, source)
+
 
 def _replaced(layers: tuple[Array, ...], layer: int, value: Array) -> tuple[Array, ...]:
     return (*layers[:layer], value, *layers[layer + 1 :])
@@ -415,6 +426,49 @@ def _swap_entries(allocator: PageAllocator, old: BlockTable, new: BlockTable) ->
     return pages_of.release(held, old.pages.reshape(-1))
 
 
+def _edit(
+    cache: PagedKVCache, seq: Array | int, edit: Callable[..., tuple[BlockTable, Array]], *arguments: Array
+) -> tuple[PagedKVCache, Array]:
+    """Edits the rows of the sequences named, all of them or none, and brings reference counts in step.
+
+    Args:
+      cache: the state.
+      seq: an id, a negative one for every sequence, or ``bool[S]``.
+      edit: ``(row, *arguments, num_pages) -> (row, ok)``, as the edits of ``block_table``.
+      arguments: i32[], or i32[S] for one a sequence.
+    """
+    n, s = cache.num_pages, cache.max_seqs
+    seq = jnp.asarray(seq)
+    if seq.dtype == bool and seq.shape != (s,):
+        raise ValueError(f"a mask of sequences must have shape ({s},), got {seq.shape}")
+    each = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (s,)) for a in arguments]
+
+    def edit_marked(marked: Array) -> tuple[PageAllocator, BlockTable, Array]:
+        edited, fitted = jax.vmap(lambda row, *a: edit(row, *a, n))(cache.table, *each)
+        ok = jnp.all(fitted | ~marked)
+
+        def chosen(new: Array, old: Array) -> Array:
+            mask = (marked & ok).reshape(-1, *([1] * (new.ndim - 1)))
+            return jnp.where(mask, new, old)
+
+        table = jax.tree.map(chosen, edited, cache.table)
+        return _swap_entries(cache.allocator, cache.table, table), table, ok
+
+    def edit_one() -> tuple[PageAllocator, BlockTable, Array]:
+        row = tables.get_row(cache.table, seq)
+        edited, fitted = edit(row, *(a.at[seq].get(mode="clip") for a in each), n)
+        ok = fitted & (seq < s)
+        edited = jax.tree.map(lambda new, old: jnp.where(ok, new, old), edited, row)
+        table = tables.set_row(cache.table, seq, edited)
+        return _swap_entries(cache.allocator, row, edited), table, ok
+
+    if seq.dtype == bool:
+        allocator, table, ok = edit_marked(seq)
+    else:
+        allocator, table, ok = jax.lax.cond(seq < 0, lambda: edit_marked(jnp.ones(s, bool)), edit_one)
+    return replace(cache, allocator=allocator, table=table), ok
+
+
 def seq_remove(
     cache: PagedKVCache, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
 ) -> tuple[PagedKVCache, Array]:
@@ -423,43 +477,60 @@ def seq_remove(
     Args:
       cache: the state.
       seq: an id, ``ALL`` (or any negative id) for every sequence, or ``bool[S]`` for the sequences marked.
-      p0, p1: any range, aligned to pages or not.
+      p0, p1: any range, aligned to pages or not; i32[S] for a range of its own for each sequence.
 
     Returns:
       ``(cache, ok bool[])``. Not ok: the id is too large, or an entry has to be split and the table's row is full.
       Removing whole sequences never fails.
     """
-    n, s = cache.num_pages, cache.max_seqs
-    seq = jnp.asarray(seq)
     if isinstance(p0, int) and isinstance(p1, int) and p0 <= 0 and p1 < 0:
+        s, seq = cache.max_seqs, jnp.asarray(seq)
         marked = seq if seq.dtype == bool else (seq < 0) | (jnp.arange(s) == seq)
         return _remove_whole(cache, marked), jnp.bool_(True) if seq.dtype == bool else seq < s
-    p0, p1 = tables.clamp_range(p0, p1)
+    return _edit(cache, seq, tables.remove_range, *tables.clamp_range(p0, p1))
 
-    def remove_marked(marked: Array) -> tuple[PageAllocator, BlockTable, Array]:
-        removed, fitted = jax.vmap(lambda row: tables.remove_range(row, p0, p1, n))(cache.table)
-        ok = jnp.all(fitted | ~marked)
 
-        def chosen(new: Array, old: Array) -> Array:
-            mask = (marked & ok).reshape(-1, *([1] * (new.ndim - 1)))
-            return jnp.where(mask, new, old)
+def seq_shift(
+    cache: PagedKVCache, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
+) -> tuple[PagedKVCache, Array]:
+    """Adds ``delta`` to the positions of ``seq`` in [p0, p1). No key moves, on shared pages neither.
 
-        table = jax.tree.map(chosen, removed, cache.table)
-        return _swap_entries(cache.allocator, cache.table, table), table, ok
+    Keys stay rotated where they were written; the entry remembers by how much (``BlockTable.rotation``), and attention
+    turns the query instead. Tokens whose position becomes negative are removed.
 
-    def remove_one() -> tuple[PageAllocator, BlockTable, Array]:
-        row = tables.get_row(cache.table, seq)
-        removed, fitted = tables.remove_range(row, p0, p1, n)
-        ok = fitted & (seq < s)
-        removed = jax.tree.map(lambda new, old: jnp.where(ok, new, old), removed, row)
-        table = tables.set_row(cache.table, seq, removed)
-        return _swap_entries(cache.allocator, row, removed), table, ok
+    Args:
+      cache: the state.
+      seq: an id, ``ALL`` (or any negative id) for every sequence, or ``bool[S]`` for the sequences marked.
+      p0, p1, delta: any range, aligned to pages or not; i32[S] for one of its own for each sequence.
 
-    if seq.dtype == bool:
-        allocator, table, ok = remove_marked(seq)
-    else:
-        allocator, table, ok = jax.lax.cond(seq < 0, lambda: remove_marked(jnp.ones(s, bool)), remove_one)
-    return replace(cache, allocator=allocator, table=table), ok
+    Returns:
+      ``(cache, ok bool[])``. Not ok: the id is too large; positions would collide, change places or leave int32; an
+      entry has to be split and the table's row is full.
+    """
+    return _edit(cache, seq, tables.shift_range, *tables.clamp_range(p0, p1), jnp.asarray(delta))
+
+
+def seq_reorder(cache: PagedKVCache, source: Array) -> PagedKVCache:
+    """Lets each sequence become what another was: sequence i shares what ``source[i]`` held. No key or value moves.
+
+    What a beam search does after each step, and a fork of many at once.
+
+    Args:
+      cache: the state.
+      source: i32[S], in [0, S]; S = the sequence ends empty.
+    """
+    s = cache.max_seqs
+    source = jnp.asarray(source, jnp.int32)
+    empty = tables.empty_like(cache.table, cache.num_pages)
+    known = (source >= 0) & (source < s)
+
+    def chosen(field: Array, nothing: Array) -> Array:
+        return jnp.where(
+            known.reshape(-1, *([1] * (field.ndim - 1))), field.at[source].get(mode="clip"), nothing
+        )
+
+    table = jax.tree.map(chosen, cache.table, empty)
+    return replace(cache, allocator=_swap_entries(cache.allocator, cache.table, table), table=table)
 
 
 def _remove_whole(cache: PagedKVCache, marked: Array) -> PagedKVCache:

@@ -220,6 +220,13 @@ class ContiguousKVCache:
         ok = ~jnp.any(removes & (end < self.lengths))
         return dataclasses.replace(self, lengths=jnp.where(removes & ok, p0, self.lengths)), ok
 
+    def seq_reorder(self, source: Array) -> ContiguousKVCache:
+        """Lets each sequence become what ``source i32[S]`` of them was; S = empty. Every row moves."""
+        source = jnp.asarray(source, jnp.int32)
+        lengths = self.lengths.at[source].get(mode="fill", fill_value=0)
+        k, v = (tuple(pool.at[source].get(mode="clip") for pool in layers) for layers in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
     def seq_copy(
         self, src: int | Array, dst: int | Array, p0: int | Array = 0, p1: int | Array = -1
     ) -> tuple[ContiguousKVCache, Array]:

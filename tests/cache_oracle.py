@@ -88,6 +88,8 @@ jit_reserve = counted(ops.reserve, static_argnames="num_tokens")
 jit_ask = counted(ask)
 jit_remove = counted(ops.seq_remove, donate_argnames="cache")
 jit_copy = counted(ops.seq_copy, donate_argnames="cache")
+jit_shift = counted(ops.seq_shift, donate_argnames="cache")
+jit_reorder = counted(ops.seq_reorder, donate_argnames="cache")
 jit_keep = counted(ops.seq_keep, donate_argnames="cache")
 jit_clear = counted(ops.clear, donate_argnames="cache", static_argnames="scrub")
 
@@ -143,6 +145,7 @@ class Slice:
     first: int
     position: int
     tokens: tuple[int, ...]
+    rotation: int = 0
 
     @property
     def end(self) -> int:
@@ -151,7 +154,9 @@ class Slice:
     def part(self, p0: int, p1: int) -> Slice:
         """Its tokens at positions [p0, p1)."""
         start, stop = max(p0 - self.position, 0), max(min(p1, self.end) - self.position, 0)
-        return Slice(self.page, self.first + start, self.position + start, self.tokens[start:stop])
+        return Slice(
+            self.page, self.first + start, self.position + start, self.tokens[start:stop], self.rotation
+        )
 
 
 class Oracle:
@@ -208,7 +213,7 @@ class Oracle:
             for _ in range(count):
                 last = entries[-1] if entries else Slice(-1, self.page_size, 0, ())
                 if last.first + len(last.tokens) == self.page_size:
-                    entries.append(Slice(self.fresh_page(), 0, last.end, (token,)))
+                    entries.append(Slice(self.fresh_page(), 0, last.end, (token,), last.rotation))
                     pages += 1
                 else:
                     page = last.page
@@ -244,6 +249,27 @@ class Oracle:
         self.sequences[dst] = [part for part in parts if part.tokens]
         return True
 
+    def shift(self, marked: Iterable[int], p0: int, p1: int, delta: int) -> bool:
+        p0, p1 = max(p0, 0), 2**31 - 1 if p1 < 0 else p1
+        shifted = [list(entries) for entries in self.sequences]
+        for seq in marked:
+            if p0 >= p1 or delta == 0:
+                continue
+            parts = []
+            for e in self.sequences[seq]:
+                moved = e.part(p0, p1)
+                moved = replace(moved, position=moved.position + delta, rotation=e.rotation - delta)
+                parts += [e.part(0, p0), moved.part(0, 2**31), e.part(p1, 2**31)]
+            shifted[seq] = [part for part in parts if part.tokens]
+            positions = [e.position + i for e in shifted[seq] for i in range(len(e.tokens))]
+            if positions != sorted(set(positions)) or len(shifted[seq]) > self.max_entries:
+                return False
+        self.sequences = shifted
+        return True
+
+    def reorder(self, source: Sequence[int]) -> None:
+        self.sequences = [list(self.sequences[i]) if i < self.max_seqs else [] for i in source]
+
     def check(self, cache: PagedKVCache) -> None:
         """Invariants hold, the table is this one up to page numbers, and so is all that it leads to."""
         check_invariants(cache)
@@ -252,16 +278,21 @@ class Oracle:
         for seq in range(self.max_seqs):
             for e in range(int(table.num_entries[seq])):
                 entries.append(
-                    (seq, *(int(f[seq, e]) for f in (table.first_slot, table.num_tokens, table.position)))
+                    (
+                        seq,
+                        *(
+                            int(f[seq, e])
+                            for f in (table.first_slot, table.num_tokens, table.position, table.rotation)
+                        ),
+                    )
                 )
-            expected += [(seq, e.first, len(e.tokens), e.position) for e in self.sequences[seq]]
+            expected += [(seq, e.first, len(e.tokens), e.position, e.rotation) for e in self.sequences[seq]]
         assert entries == expected
         pages = [int(p) for seq in range(self.max_seqs) for p in table.pages[seq, : table.num_entries[seq]]]
         ours = [e.page for row in self.sequences for e in row]
         pairs = set(zip(pages, ours, strict=True))
         assert len(pairs) == len(set(pages)) == len(set(ours)), "pages are shared where they should not be"
         assert self.num_pages - int(cache.allocator.num_free) == self.pages_used
-        assert not table.rotation.any()
         heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
         for seq in range(self.max_seqs):
             contents = self.contents(seq)

@@ -15,6 +15,8 @@ from cache_oracle import (
     jit_copy,
     jit_keep,
     jit_remove,
+    jit_reorder,
+    jit_shift,
     jit_step,
     make_cache,
     snapshot,
@@ -122,6 +124,47 @@ class CacheMachine(RuleBasedStateMachine):
         mask = jnp.asarray([seq in marked for seq in range(MAX_SEQS)])
         self.cache, ok = jit_remove(self.cache, mask, p0, p1)
         self.finish(ok, expected, before)
+
+    @rule(seq=ids | st.just(ALL), p0=positions, p1=positions | st.just(-1), delta=st.integers(-20, 20))
+    def shift(self, seq: int, p0: int, p1: int, delta: int) -> None:
+        before = snapshot(self.cache)
+        expected = self.oracle.shift(range(MAX_SEQS) if seq == ALL else [seq], p0, p1, delta)
+        self.cache, ok = jit_shift(self.cache, seq, p0, p1, delta)
+        self.finish(ok, expected, before)
+
+    @rule(
+        marked=st.sets(ids),
+        ranges=st.lists(st.tuples(positions, positions), min_size=MAX_SEQS, max_size=MAX_SEQS),
+        remove=st.booleans(),
+    )
+    def context_shift(self, marked: set[int], ranges: list[tuple[int, int]], remove: bool) -> None:
+        """Every sequence its own range: cut out, and what is behind it moved up."""
+        mask = jnp.asarray([seq in marked for seq in range(MAX_SEQS)])
+        p0, p1 = (jnp.asarray([max(x, 0) for x in column]) for column in zip(*ranges, strict=True))
+        before = snapshot(self.cache)
+        old = self.oracle.sequences
+        expected = all([self.oracle.remove([seq], *map(int, (p0[seq], p1[seq]))) for seq in marked])
+        if not expected:
+            self.oracle.sequences = old
+        self.cache, ok = jit_remove(self.cache, mask, p0, p1)
+        self.finish(ok, expected, before)
+        if not expected or not remove:
+            return
+        before, delta = snapshot(self.cache), jnp.minimum(p0 - p1, 0)
+        old = self.oracle.sequences
+        expected = all([self.oracle.shift([seq], int(p1[seq]), -1, int(delta[seq])) for seq in marked])
+        if not expected:
+            self.oracle.sequences = old
+        self.cache, ok = jit_shift(self.cache, mask, p1, -1, delta)
+        self.finish(ok, expected, before)
+
+    @rule(source=st.lists(st.integers(0, MAX_SEQS), min_size=MAX_SEQS, max_size=MAX_SEQS))
+    def reorder(self, source: list[int]) -> None:
+        if not self.crowded:  # what is empty stays so, or there would never be anything to reorder
+            source = [i if i == MAX_SEQS or self.oracle.sequences[i] else own for own, i in enumerate(source)]
+        self.oracle.reorder(source)
+        self.cache = jit_reorder(self.cache, jnp.asarray(source))
+        self.finish(True, True, [])
 
     @rule(src=ids, dst=ids, p0=positions, p1=positions)
     def copy(self, src: int, dst: int, p0: int, p1: int) -> None:
