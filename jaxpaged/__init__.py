@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         seq_shift,
     )
     from jaxpaged.contiguous import ContiguousKVCache
+    from jaxpaged.defragment import seq_defragment
     from jaxpaged.generation import (
         FINISH_LENGTH,
         FINISH_OUT_OF_PAGES,
@@ -81,6 +82,7 @@ __all__ = [
     "reserve_or_raise",
     "sample",
     "seq_copy",
+    "seq_defragment",
     "seq_keep",
     "seq_length",
     "seq_position_max",
@@ -101,6 +103,7 @@ _ROOMS = {
         "seq_reorder", "seq_shift",
     ),
     "contiguous": ("ContiguousKVCache",),
+    "defragment": ("seq_defragment",),
     "generation": (
         "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "GenerateStream", "KVCache",
         "StreamChunk", "generate", "generate_stream",

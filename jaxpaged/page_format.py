@@ -35,9 +35,17 @@ class PageFormat:
         """Writes ``rows [T, num_kv_heads, head_dim]`` at ``(page i32[T], slot i32[T])``; page N is dropped."""
         return pages.at[page, :, slot].set(rows.astype(self.dtype), mode="drop")
 
+    def read(self, pages: Array, page: Array, slot: Array) -> Array:
+        """The rows at ``(page i32[T], slot i32[T])`` as they are stored; ``write`` puts them back bit by bit."""
+        return pages[page, :, slot]
+
     def copy(self, pages: Array, source: Array, target: Array) -> Array:
         """Copies page ``source i32[]`` over page ``target i32[]``."""
         return pages.at[target].set(pages[source])
+
+    def gather(self, pages: Array, page: Array, slot: Array, target: Array) -> Array:
+        """Fills page ``target i32[]`` with the rows at ``(page i32[page_size], slot i32[page_size])``, read before."""
+        return pages.at[target].set(pages[page, :, slot].swapaxes(0, 1))
 
 
 PAGE_FORMATS = {

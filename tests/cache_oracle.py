@@ -20,6 +20,7 @@ import numpy as np
 from jaxpaged import cache as ops
 from jaxpaged.batch import Batch
 from jaxpaged.cache import PagedKVCache
+from jaxpaged.defragment import seq_defragment
 from jaxpaged.invariants import check_invariants
 
 POISON = -77.0
@@ -89,6 +90,7 @@ jit_ask = counted(ask)
 jit_remove = counted(ops.seq_remove, donate_argnames="cache")
 jit_copy = counted(ops.seq_copy, donate_argnames="cache")
 jit_shift = counted(ops.seq_shift, donate_argnames="cache")
+jit_defragment = counted(seq_defragment, donate_argnames="cache")
 jit_reorder = counted(ops.seq_reorder, donate_argnames="cache")
 jit_keep = counted(ops.seq_keep, donate_argnames="cache")
 jit_clear = counted(ops.clear, donate_argnames="cache", static_argnames="scrub")
@@ -267,11 +269,41 @@ class Oracle:
         self.sequences = shifted
         return True
 
+    def defragment(self, marked: Iterable[int]) -> bool:
+        """Each sequence in turn: tokens behind the whole pages at its beginning move up."""
+        before = list(self.sequences)
+        for seq in marked:
+            entries = self.sequences[seq]
+            full = [e.first == 0 and len(e.tokens) == self.page_size for e in [*entries, Slice(-1, 1, 0, ())]]
+            head, tail = entries[: full.index(False)], entries[full.index(False) :]
+            tokens = [(e.position + i, token, e.rotation) for e in tail for i, token in enumerate(e.tokens)]
+            distinct = list(dict.fromkeys(e.page for e in tail))
+            needed = -(-len(tokens) // self.page_size)
+            if needed == len(distinct):
+                continue
+            own = collections.Counter(e.page for e in tail)
+            targets = [p if self.references()[p] == own[p] else self.fresh_page() for p in distinct[:needed]]
+            free = self.num_pages - self.pages_used
+            packed: list[Slice] = []
+            for i, (position, token, rotation) in enumerate(tokens):
+                page, slot = targets[i // self.page_size], i % self.page_size
+                last = packed[-1] if packed else Slice(-1, 0, 0, ())
+                if (last.page, last.end, last.rotation) == (page, position, rotation):
+                    packed[-1] = replace(last, tokens=(*last.tokens, token))
+                else:
+                    packed.append(Slice(page, slot, position, (token,), rotation))
+            if len(set(targets) - set(distinct)) > free or len(head) + len(packed) > self.max_entries:
+                self.sequences = before
+                return False
+            self.sequences = [*self.sequences]
+            self.sequences[seq] = head + packed
+        return True
+
     def reorder(self, source: Sequence[int]) -> None:
         self.sequences = [list(self.sequences[i]) if i < self.max_seqs else [] for i in source]
 
-    def check(self, cache: PagedKVCache) -> None:
-        """Invariants hold, the table is this one up to page numbers, and so is all that it leads to."""
+    def check(self, cache: PagedKVCache, *, contents: bool = True) -> None:
+        """Invariants hold, the table is this one up to page numbers, and so are the ``contents``."""
         check_invariants(cache)
         table = jax.tree.map(np.asarray, cache.table)
         entries, expected = [], []
@@ -293,12 +325,14 @@ class Oracle:
         pairs = set(zip(pages, ours, strict=True))
         assert len(pairs) == len(set(pages)) == len(set(ours)), "pages are shared where they should not be"
         assert self.num_pages - int(cache.allocator.num_free) == self.pages_used
+        if not contents:
+            return
         heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
         for seq in range(self.max_seqs):
-            contents = self.contents(seq)
+            held = self.contents(seq)
             position, k, v = read_back(cache, seq)
-            assert position == [p for p, _ in contents]
-            tokens = np.asarray([token for _, token in contents], np.int64)
+            assert position == [p for p, _ in held]
+            tokens = np.asarray([token for _, token in held], np.int64)
             for layer in range(cache.num_layers):
                 np.testing.assert_array_equal(k[:, layer], encode(tokens, layer, 0, heads, dim))
                 np.testing.assert_array_equal(v[:, layer], encode(tokens, layer, 1, heads, dim))

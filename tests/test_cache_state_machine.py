@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from cache_oracle import (
@@ -13,6 +14,7 @@ from cache_oracle import (
     jit_ask,
     jit_clear,
     jit_copy,
+    jit_defragment,
     jit_keep,
     jit_remove,
     jit_reorder,
@@ -25,6 +27,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from jaxpaged.batch import Batch
 from jaxpaged.cache import ALL
 
 MAX_SEQS, NUM_TOKENS = 4, 40
@@ -48,7 +51,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def finish(self, ok: bool, expected: bool, before: list[np.ndarray]) -> None:
         assert bool(ok) == expected
-        self.oracle.check(self.cache)
+        self.check()
         if not expected:
             assert_same(self.cache, before)
         needed, can, fits, length, low, high, used = map(
@@ -59,6 +62,14 @@ class CacheMachine(RuleBasedStateMachine):
             contents = self.oracle.contents(seq)
             assert length[seq] == len(contents)
             assert (low[seq], high[seq]) == ((contents[0][0], contents[-1][0]) if contents else (-1, -1))
+
+    def write(self, num_new: jax.Array) -> tuple[Batch, jax.Array]:
+        """Reserves, and writes the next tokens."""
+        self.cache, batch, ok = jit_step(self.cache, num_new, self.token, num_tokens=NUM_TOKENS)
+        return batch, ok
+
+    def check(self) -> None:
+        self.oracle.check(self.cache)
 
     @property
     def crowded(self) -> bool:
@@ -72,7 +83,7 @@ class CacheMachine(RuleBasedStateMachine):
         wide = [self.oracle.entries_after(seq, n) <= self.cache.max_entries for seq, n in enumerate(num_new)]
         free = self.oracle.num_pages - self.oracle.pages_used
         expected, taken = self.oracle.reserve(num_new, self.token, NUM_TOKENS)
-        self.cache, batch, ok = jit_step(self.cache, counts, self.token, num_tokens=NUM_TOKENS)
+        batch, ok = self.write(counts)
         if min(num_new) >= 0:
             assert needed.tolist() == taken
             assert bool(can) == bool(fits.all())
@@ -143,7 +154,7 @@ class CacheMachine(RuleBasedStateMachine):
         p0, p1 = (jnp.asarray([max(x, 0) for x in column]) for column in zip(*ranges, strict=True))
         before = snapshot(self.cache)
         old = self.oracle.sequences
-        expected = all([self.oracle.remove([seq], *map(int, (p0[seq], p1[seq]))) for seq in marked])
+        expected = all(self.oracle.remove([seq], *map(int, (p0[seq], p1[seq]))) for seq in marked)
         if not expected:
             self.oracle.sequences = old
         self.cache, ok = jit_remove(self.cache, mask, p0, p1)
@@ -152,10 +163,17 @@ class CacheMachine(RuleBasedStateMachine):
             return
         before, delta = snapshot(self.cache), jnp.minimum(p0 - p1, 0)
         old = self.oracle.sequences
-        expected = all([self.oracle.shift([seq], int(p1[seq]), -1, int(delta[seq])) for seq in marked])
+        expected = all(self.oracle.shift([seq], int(p1[seq]), -1, int(delta[seq])) for seq in marked)
         if not expected:
             self.oracle.sequences = old
         self.cache, ok = jit_shift(self.cache, mask, p1, -1, delta)
+        self.finish(ok, expected, before)
+
+    @rule(seq=ids | st.just(ALL))
+    def defragment(self, seq: int) -> None:
+        before = snapshot(self.cache)
+        expected = self.oracle.defragment(range(MAX_SEQS) if seq == ALL else [seq])
+        self.cache, ok = jit_defragment(self.cache, seq)
         self.finish(ok, expected, before)
 
     @rule(source=st.lists(st.integers(0, MAX_SEQS), min_size=MAX_SEQS, max_size=MAX_SEQS))

@@ -1,0 +1,162 @@
+"""seq_defragment: the one operation that moves keys and values, on request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpaged import allocator as pages_of
+from jaxpaged import block_table as tables
+from jaxpaged.allocator import PageAllocator
+from jaxpaged.block_table import BlockTable
+from jaxpaged.cache import PagedKVCache
+
+
+def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array]:
+    """Moves the tokens of ``seq`` to the fewest pages; positions, and what attention sees, stay the same.
+
+    Pages at its beginning that are full, such as a shared prefix, are left alone. Behind them tokens move up into the
+    sequence's own pages; one that others point at too is replaced by a free page. A sequence that has no page too many
+    is not touched.
+
+    Args:
+      cache: the state.
+      seq: an id, or ``ALL`` (or any negative id) for one sequence after the other.
+
+    Returns:
+      ``(cache, ok bool[])``. Not ok, and nothing changed: the id is too large, there are too few free pages to take the
+      place of shared ones, or the table's row is too narrow for where pages now end.
+    """
+    s = cache.max_seqs
+    seq = jnp.asarray(seq, jnp.int32)
+    first, last = jnp.where(seq < 0, 0, seq), jnp.where(seq < 0, s, jnp.minimum(seq + 1, s))
+
+    # Tables alone first: whether all goes well is known before a page is written.
+    def try_one(
+        i: Array, carry: tuple[PageAllocator, BlockTable, Array]
+    ) -> tuple[PageAllocator, BlockTable, Array]:
+        allocator, table, ok = carry
+        allocator, row, _, _, fitted = _defragmented(allocator, tables.get_row(table, i), cache.page_size)
+        return allocator, tables.set_row(table, i, row), ok & fitted
+
+    *_, ok = jax.lax.fori_loop(first, last, try_one, (cache.allocator, cache.table, seq < s))
+
+    def move_one(i: Array, cache: PagedKVCache) -> PagedKVCache:
+        old = tables.get_row(cache.table, i)
+        allocator, row, targets, start, _ = _defragmented(cache.allocator, old, cache.page_size)
+        k_pages, v_pages = _move(cache, old, targets, start)
+        table = tables.set_row(cache.table, i, row)
+        return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages)
+
+    return jax.lax.fori_loop(first, jnp.where(ok, last, first), move_one, cache), ok
+
+
+def _defragmented(
+    allocator: PageAllocator, row: BlockTable, page_size: int
+) -> tuple[PageAllocator, BlockTable, Array, Array, Array]:
+    """What becomes of one row.
+
+    Returns:
+      ``(allocator, row, targets i32[P], start i32[], ok bool[])``: page j from ``start // page_size`` on, tokens
+      ``j * page_size ..``, is written to ``targets[j]``; N where nothing moves.
+    """
+    n, width = allocator.num_pages, row.max_entries
+    entry = jnp.arange(width)
+    used = entry < row.num_entries
+    before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
+    length = jnp.sum(row.num_tokens, dtype=jnp.int32)
+    full = used & (row.first_slot == 0) & (row.num_tokens == page_size)
+    num_full = jnp.sum(jnp.cumprod(full), dtype=jnp.int32)  # whole pages at the beginning stay
+    start = num_full * page_size
+    needed = -(-(length - start) // page_size)
+
+    # The pages behind them, each once, in the order of the tokens in them.
+    rest = used & (entry >= num_full)
+    pages = jnp.where(rest, row.pages, n)
+    first_seen = jnp.full(n, width).at[pages].min(entry, mode="drop")
+    distinct = rest & (first_seen.at[pages].get(mode="fill", fill_value=width) == entry)
+    rank = jnp.cumsum(distinct) - 1
+    entries_here = jnp.zeros(n, jnp.int32).at[pages].add(1, mode="drop")
+    shared = distinct & (
+        allocator.ref_counts.at[pages].get(mode="clip") > entries_here.at[pages].get(mode="clip")
+    )
+    replaced = shared & (rank < needed)
+    gains = needed < jnp.sum(distinct)
+    num_fresh = jnp.where(gains, jnp.sum(replaced, dtype=jnp.int32), 0)
+    grown, fresh, enough = pages_of.allocate(allocator, num_fresh, max_count=width)
+    target = jnp.where(replaced, fresh.at[jnp.cumsum(replaced) - 1].get(mode="clip"), pages)
+    place = jnp.where(distinct & (rank < needed) & gains, num_full + rank, width)
+    targets = jnp.full(width, n).at[place].set(target, mode="drop")
+
+    # Entries end where pages end, and where positions or frames are not those of the token before.
+    end_before = jnp.roll(row.position + row.num_tokens, 1)
+    breaks = used & (
+        (row.position != end_before) | (row.rotation != jnp.roll(row.rotation, 1)) | (entry == 0)
+    )
+    edges = entry * page_size
+    starts = jnp.concatenate(
+        [jnp.where(breaks, before, length), jnp.where(edges < length, edges, length)]
+    ).astype(jnp.int32)
+    starts = jnp.sort(starts)
+    once = (starts < length) & (starts != jnp.roll(starts, 1).at[0].set(-1))
+    num_entries = jnp.sum(once, dtype=jnp.int32)
+    starts = (
+        jnp.full(width + 1, length)
+        .at[jnp.where(once, jnp.cumsum(once) - 1, width + 1)]
+        .set(starts, mode="drop")
+    )
+    source = _entry_of(before, row.num_entries, starts[:-1])
+    filled = entry < num_entries
+    page_index = starts[:-1] // page_size
+    kept = jnp.where(
+        page_index < num_full, row.pages[jnp.minimum(page_index, width - 1)], targets[page_index]
+    )
+    packed = BlockTable(
+        pages=jnp.where(filled, kept, n),
+        first_slot=jnp.where(filled, starts[:-1] % page_size, 0),
+        num_tokens=jnp.where(filled, starts[1:] - starts[:-1], 0),
+        position=jnp.where(filled, row.position[source] + starts[:-1] - before[source], 0),
+        rotation=jnp.where(filled, row.rotation[source], 0),
+        num_entries=num_entries,
+    )
+    ok = ~gains | (enough & (num_entries <= width))
+    changes = gains & ok
+    packed = jax.tree.map(lambda new, old: jnp.where(changes, new, old), packed, row)
+    # The allocator counted each fresh page once, for the entry that will point at it: entries are counted anew.
+    held = pages_of.retain(grown, packed.pages)
+    held = pages_of.release(held, jnp.concatenate([row.pages, fresh]))
+    allocator = jax.tree.map(lambda new, old: jnp.where(changes, new, old), held, allocator)
+    return allocator, packed, jnp.where(changes, targets, n), start, ok
+
+
+def _entry_of(before: Array, num_entries: Array, token: Array) -> Array:
+    """i32: the entry of a row that holds its ``token``-th token; ``before[P]`` counts the tokens before each entry."""
+    known = jnp.where(jnp.arange(before.shape[0]) < num_entries, before, jnp.iinfo(jnp.int32).max)
+    return jnp.clip(jnp.searchsorted(known, token, side="right") - 1, 0, before.shape[0] - 1)
+
+
+def _move(
+    cache: PagedKVCache, row: BlockTable, targets: Array, start: Array
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Fills the ``targets`` with the tokens that belong there, page by page from the front.
+
+    Each page is read before it is overwritten: it holds no token of a later page than its own, because tokens only
+    move towards the beginning.
+    """
+    ps = cache.page_size
+    before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
+    count = jnp.sum(targets < cache.num_pages)
+
+    def fill(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
+        page = start // ps + i
+        token = page * ps + jnp.arange(ps)
+        entry = _entry_of(before, row.num_entries, token)
+        slot = jnp.minimum(row.first_slot[entry] + token - before[entry], ps - 1)
+        source = jnp.minimum(row.pages[entry], cache.num_pages - 1)
+        return tuple(cache.format.gather(pool, source, slot, targets[page]) for pool in pools)
+
+    pools = jax.lax.fori_loop(0, count, fill, cache.k_pages + cache.v_pages)
+    return pools[: cache.num_layers], pools[cache.num_layers :]
