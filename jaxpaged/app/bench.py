@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.kv_report import CachePlan, mebibytes
 from jaxpaged.app.loading import ReadyModel, open_model
@@ -208,12 +209,18 @@ def run(options: BenchOptions) -> None:
             f"-p, -n and -d ask for {longest} tokens in a sequence; the model's context has {trained}"
         )
     done: list[Measurement] = []
-    try:
-        for batch, depth, (n_prompt, n_gen) in itertools.product(options.batch, options.depth, tests):
-            done += measure(ready, options, batch, depth, n_prompt, n_gen)
-    finally:
+
+    def report() -> None:
+        _progress("", 0, 0, "")
         if done:
             click.echo(_FORMATS[options.output](ready, done))
+
+    try:
+        with interrupt.last_words(report):
+            for batch, depth, (n_prompt, n_gen) in itertools.product(options.batch, options.depth, tests):
+                done += measure(ready, options, batch, depth, n_prompt, n_gen)
+    finally:
+        report()
 
 
 def measure(
@@ -229,7 +236,6 @@ def measure(
             if repetition:
                 _progress(bench.measurement.test, batch, depth, f"{bench.measurement.kind}, {repetition}")
             bench.repeat(record=repetition > 0)
-    _progress("", 0, 0, "")
     return [bench.measurement for bench in benches]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import jax
 
+from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json
@@ -38,11 +40,13 @@ def template_of(options: GenerateOptions, model_template: str | None) -> str | N
 def run(session: Session, prompt: str | None, template: str) -> int:
     """Talks until the input ends; the exit status.
 
-    Ctrl-C during an answer ends the answer, at the prompt the chat.
+    Ctrl-C during an answer ends the answer; a second one, or one at the prompt, the chat.
     """
     options = session.options
     interactive = sys.stdin.isatty() and not options.as_json
     once = options.single_turn or options.as_json
+    if interactive:
+        interrupt.defer()
     plan = session.plan(session.context, num_seqs=1)
     cache = plan.create()
     held: list[int] = []  # the tokens in the cache
@@ -91,26 +95,21 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 click.echo(answer[-1])
             messages.append({"role": "assistant", "content": "".join(answer)})
             known = ids + last.tokens[0]
-            if last.cache is None:
-                cache, held = plan.create(), []
-            else:
-                cache = last.cache
-                held = known[: int(cache.lengths[0])]
-                if int(cache.lengths[0]) > len(known):
-                    cache = _truncate(cache, len(known))
-            if interactive and options.perf:
+            cache = last.cache
+            held = known[: int(cache.lengths[0])]
+            if interactive and options.perf and last.tokens[0]:
                 numbers = last.timings.as_dict()
                 session.note(
                     f"[ Prompt: {numbers['prompt_per_second']:.1f} t/s | "
                     f"Generation: {numbers['predicted_per_second']:.1f} t/s ]"
                 )
             if last.interrupted and (once or not interactive):
-                status = 130
+                status = interrupt.STATUS
                 break
             if once:
                 break
     except KeyboardInterrupt:
-        status = 130
+        status = interrupt.STATUS
     if interactive:
         click.echo(err=True)
     session.print_report(plan, last)
@@ -119,12 +118,16 @@ def run(session: Session, prompt: str | None, template: str) -> int:
 
 def _messages(first: str | None, interactive: bool) -> Iterator[str]:
     """What the user says: the prompt, then lines of stdin that are not blank."""
+    if interactive:
+        with suppress(ImportError):  # line editing and history for `input`; Windows' console has its own
+            import readline  # noqa: F401
     if first is not None:
         yield first
     while True:
         if interactive:
             try:
-                line = input("\n> ")
+                with interrupt.raising():
+                    line = _ask()
             except EOFError:
                 return
         else:
@@ -133,6 +136,15 @@ def _messages(first: str | None, interactive: bool) -> Iterator[str]:
                 return
         if line.strip():
             yield line.rstrip("\n")
+
+
+def _ask() -> str:
+    """A line of the terminal; the sign that asks for it is no part of what stdout may be redirected to."""
+    click.echo(err=True)
+    if sys.stdout.isatty():
+        return input("> ")
+    click.echo("> ", nl=False, err=True)
+    return input()
 
 
 def _tokens(session: Session, template: str, messages: list[dict[str, str]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""``jaxpaged``: the commands. JAX is imported inside them, so that --help and --version answer at once."""
+"""The commands of ``jaxpaged``. JAX is imported inside them, so that --help and --version answer at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import click
 
-from jaxpaged.app.errors import InputError
+from jaxpaged.app import interrupt
+from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
 from jaxpaged.app.options import (
     GENERATE_OPTIONS,
@@ -21,7 +22,6 @@ from jaxpaged.app.options import (
 )
 from jaxpaged.version import __version__
 
-_INTERRUPTED = 130
 _BROKEN_PIPE = 141
 _AT_LEAST_1 = click.IntRange(min=1)
 
@@ -29,21 +29,21 @@ _AT_LEAST_1 = click.IntRange(min=1)
 class Application(click.Group):
     """The group of commands: every bad input is one line and exit status 2, an interrupt is 130."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        sys.exit(self.status(*args, **kwargs))
+
+    def status(self, *args: Any, **kwargs: Any) -> int:
+        """Runs the command and returns its exit status; takes what ``main`` takes."""
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.ClickException as error:
-            self._end(_one_line(error), 2)
+            say(f"error: {_one_line(error)}")
+            return 2
         except (click.Abort, KeyboardInterrupt):
-            self._end(None, _INTERRUPTED)
+            return interrupt.STATUS
         except SystemExit:  # click's answer to a closed pipe
-            self._end(None, _BROKEN_PIPE)
-        sys.exit(status if isinstance(status, int) else 0)
-
-    def _end(self, message: str | None, status: int) -> NoReturn:
-        if message is not None:
-            click.echo(f"jaxpaged: error: {message}", err=True)
-        sys.exit(status)
+            return _BROKEN_PIPE
+        return status if isinstance(status, int) else 0
 
 
 def _one_line(error: click.ClickException) -> str:
@@ -56,9 +56,10 @@ def _one_line(error: click.ClickException) -> str:
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(cls=Application, context_settings=_CONTEXT)
+@click.group(cls=Application, context_settings=_CONTEXT, invoke_without_command=True)
 @click.version_option(__version__, message="jaxpaged %(version)s")
-def main() -> None:
+@click.pass_context
+def application(context: click.Context) -> None:
     """Text generation on JAX with a paged KV cache.
 
     \b
@@ -66,6 +67,8 @@ def main() -> None:
     jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
     jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 _GENERATE_EPILOG = f"""\b
@@ -82,7 +85,7 @@ Flags of llama.cpp that are accepted and have no effect: {", ".join(ignored_flag
 """
 
 
-@main.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_GENERATE_EPILOG)
+@application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_GENERATE_EPILOG)
 @GENERATE_OPTIONS
 def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -> None:
     """Continue a prompt, or chat. The flags are llama.cpp's.
@@ -103,7 +106,7 @@ def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -
     click.get_current_context().exit(run(options))
 
 
-@main.command(cls=LlamaCommand, context_settings=_CONTEXT)
+@application.command(cls=LlamaCommand, context_settings=_CONTEXT)
 @chain(
     *MODEL_OPTIONS,
     option("Tests", "-p", "--n-prompt", "n_prompt", type=CountList(0), default="512", show_default=True,
@@ -143,7 +146,7 @@ def bench(
     run(BenchOptions(model=model, hf=hf, offline=offline, kinds=kinds, **flags))
 
 
-@main.command(cls=LlamaCommand, context_settings=_CONTEXT)
+@application.command(cls=LlamaCommand, context_settings=_CONTEXT)
 def devices() -> None:
     """List what JAX would compute on."""
     _prepare(None)
@@ -157,7 +160,3 @@ def _prepare(threads: int | None) -> None:
     from jaxpaged.app.environment import prepare
 
     prepare(threads)
-
-
-if __name__ == "__main__":
-    main()

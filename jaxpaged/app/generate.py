@@ -7,7 +7,7 @@ import sys
 import click
 import jax
 
-from jaxpaged.app import chat
+from jaxpaged.app import chat, interrupt
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json, text_of
@@ -77,9 +77,11 @@ def complete(session: Session, prompt: str) -> int:
         if not options.as_json:
             click.echo("".join(map(decoder.push, tokens[0])), nl=False)
 
-    if not options.as_json:
-        header(0)
-    result = session.run(cache, [ids] * options.parallel, max_new_tokens=new, on_tokens=show)
+    def start() -> None:
+        if not options.as_json:
+            header(0)
+
+    result = session.run(cache, [ids] * options.parallel, max_new_tokens=new, on_start=start, on_tokens=show)
     if options.as_json:
         print_json(session, ids, result, plan)
     else:
@@ -88,4 +90,4 @@ def complete(session: Session, prompt: str) -> int:
             header(row)
             click.echo(text_of(session, result.tokens[row]))
     session.print_report(plan, result)
-    return 130 if result.interrupted else 0
+    return interrupt.STATUS if result.interrupted else 0

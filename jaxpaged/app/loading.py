@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
 from model.llama import ModelFn, functional
 from model.loading import LoadedModel, load_model
@@ -80,6 +81,7 @@ def _progress(show: bool, name: str) -> Iterator[Callable[[int, int], None] | No
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     columns: tuple[Any, ...] = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    with interrupt.last_words(progress.stop), progress as bar:  # the bar hides the cursor
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

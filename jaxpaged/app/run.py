@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxpaged.app import interrupt
 from jaxpaged.app.timings import Timings
-from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP, generate_stream
+from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP, GenerateStream, generate_stream
 from jaxpaged.sampling import SamplingParams
 
 _CHUNK_SECONDS = 0.1
 _MOST_STEPS = 64
+_POLL_SECONDS = 0.05
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Run:
     interrupted: bool = False
     """Ctrl-C came; the rest is what was there by then."""
     cache: Any = None
-    """The cache afterwards; None when an interrupt took it."""
+    """The cache afterwards."""
 
     def reason(self, row: int) -> str:
         """ "stop" or "length"."""
@@ -50,16 +53,17 @@ def generate(
     batch_size: int,
     keep: bool = False,
     warmup: bool = True,
+    on_start: Callable[[], None],
     on_tokens: Callable[[list[list[int]]], None],
 ) -> Run:
-    """Runs ``generate_stream`` to its end, or to Ctrl-C.
+    """Runs ``generate_stream`` to its end, or to Ctrl-C, which is deferred from the first token on.
 
     Args:
       warmup: compile before the clock of the prompt starts.
+      on_start: is called before the prompt is read; when there is a warmup, after that.
       on_tokens: is given each prompt's new tokens, in order.
     """
     run = Run([[] for _ in prompts], [0] * len(prompts))
-    run.timings.prompt_n = sum(map(len, prompts))
     stream = generate_stream(
         model,
         params,
@@ -74,36 +78,43 @@ def generate(
     )
     start = time.perf_counter()
     if warmup:
-        stream.compile()
+        _compile(stream)
         run.timings.compile_ms = 1e3 * (time.perf_counter() - start)
-        start = time.perf_counter()
     first = last = None
-    try:
-        for chunk in stream:
-            now = time.perf_counter()
-            for row, tokens in enumerate(chunk.tokens):
-                run.tokens[row] += tokens
-            run.finish_reason = chunk.finish_reason
-            if stream.result is not None:
-                run.pages_peak = int(stream.result.pages_peak)
-            if first is None:
-                first = now
-            elif last is not None:
-                # Long enough that coming back costs nothing, short enough to read along and to stop.
-                steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
-                stream.every = min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS)
-            on_tokens(chunk.tokens)
-            last = time.perf_counter()
-            run.timings.predicted_ms = 1e3 * (now - first)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    run.timings.prompt_ms = 1e3 * ((time.perf_counter() if first is None else first) - start)
+    on_start()
+    start = time.perf_counter()
+    for chunk in () if interrupt.asked() else stream:
+        now = time.perf_counter()
+        for row, tokens in enumerate(chunk.tokens):
+            run.tokens[row] += tokens
+        run.finish_reason = chunk.finish_reason
+        if stream.result is not None:
+            run.pages_peak = int(stream.result.pages_peak)
+        if first is None:
+            interrupt.defer()
+            first = now
+            run.timings.prompt_n = sum(map(len, prompts))
+            run.timings.prompt_ms = 1e3 * (first - start)
+        elif last is not None:
+            # Long enough that coming back costs nothing, short enough to read along and to stop.
+            steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
+            stream.every = min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS)
+        on_tokens(chunk.tokens)
+        last = time.perf_counter()
+        run.timings.predicted_ms = 1e3 * (now - first)
+        if interrupt.asked():
+            break
+    run.interrupted = interrupt.asked()
     run.timings.predicted_n = sum(map(len, run.tokens))
-    run.cache = None if any(x.is_deleted() for x in _arrays(stream.cache)) else stream.cache
+    run.cache = stream.cache
     return run
 
 
-def _arrays(tree: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(tree)
+def _compile(stream: GenerateStream) -> None:
+    """Compiles, or returns as soon as Ctrl-C asks for it: the rest goes on aside, into the compilation cache."""
+    pool = ThreadPoolExecutor(1)
+    compiled = pool.submit(stream.compile)
+    pool.shutdown(wait=False)
+    while not interrupt.asked():
+        if wait([compiled], timeout=_POLL_SECONDS).done:
+            return compiled.result()

@@ -116,9 +116,10 @@ class Session:
         *,
         max_new_tokens: int,
         keep: bool = False,
+        on_start: Callable[[], None] | None = None,
         on_tokens: Callable[[list[list[int]]], None],
     ) -> Run:
-        """Generates, and adds to the sums."""
+        """Generates, and adds to the sums; ``on_start`` may write, ``on_tokens`` gets each prompt's new tokens."""
         o = self.options
         loaded = self.ready.loaded
         sampling = SamplingParams.create(
@@ -133,8 +134,15 @@ class Session:
             frequency_penalty=o.frequency_penalty,
             seed=[self.seed_of(row) for row in range(len(prompts))],
         )
-        if o.log and o.warmup and sys.stderr.isatty():
-            click.echo("compiling ...\r", nl=False, err=True)
+        notice = "compiling ..." if o.log and o.warmup and sys.stderr.isatty() else ""
+        click.echo(notice, nl=False, err=True)
+
+        def start() -> None:
+            if notice:
+                click.echo("\r\033[K", nl=False, err=True)
+            if on_start is not None:
+                on_start()
+
         run = generate(
             self.ready.call,
             loaded.params,
@@ -146,6 +154,7 @@ class Session:
             batch_size=o.prefill_step,
             keep=keep,
             warmup=o.warmup,
+            on_start=start,
             on_tokens=on_tokens,
         )
         self.timings.add(run.timings)

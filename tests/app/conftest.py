@@ -106,12 +106,12 @@ def jaxpaged(environment: dict[str, str]) -> Command:
 def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs ``jaxpaged`` in this process with flags it must refuse; gives the line it says."""
     from jaxpaged.app import environment as app_environment
-    from jaxpaged.app.cli import main
+    from jaxpaged.app.commands import application
 
     monkeypatch.setattr(app_environment, "prepare", lambda _threads: None)
 
     def run(*arguments: str | Path) -> str:
-        result: Result = CliRunner().invoke(main, [str(a) for a in arguments])
+        result: Result = CliRunner().invoke(application, [str(a) for a in arguments])
         assert result.exit_code == 2, result.output
         assert result.stdout == ""
         lines = [line for line in result.stderr.splitlines() if line.startswith("jaxpaged: error: ")]

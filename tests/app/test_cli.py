@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,8 +34,8 @@ def paged(jaxpaged: Callable, model_path: Path) -> dict:
 def test_help_and_version_do_not_import_jax(arguments):
     code = (
         "import sys\n"
-        "from jaxpaged.app.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "from jaxpaged.app.commands import application\n"
+        "try:\n    application(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "assert not {'jax', 'numpy', 'flax', 'model'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -150,20 +149,6 @@ def test_chat_on_a_pipe(jaxpaged, model_path):
     prompt_eval = next(line for line in done.stderr.splitlines() if line.startswith("prompt eval time"))
     # The second turn computes itself, and what the answer's text did not give back token by token.
     assert 2 * turn < int(prompt_eval.split("/")[1].split()[0]) < 3 * turn
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-def test_interrupt_prints_what_there_is(model_path, environment):
-    command = [sys.executable, "-m", "jaxpaged.app.cli", "generate", "-m", str(model_path), "-p", "def f(x):"]
-    command += ["-n", "-1", "-c", "100000", "--no-kv-cache-paged", *GREEDY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    # The echoed prompt may come before the program is compiled, so wait for more than it.
-    assert len(process.stdout.read(len("def f(x):") + 3)) == 12
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"eval time =" in stderr and b"KV cache =" in stderr and b"Traceback" not in stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX pipes")
