@@ -43,6 +43,21 @@ def test_help_and_version_do_not_import_jax(arguments):
     assert done.stdout
 
 
+def test_the_environment_is_set_before_jax_starts(environment):
+    code = (
+        "import os\n"
+        "import jaxpaged.app.commands\n"
+        "from jaxpaged.app.environment import prepare\n"
+        "prepare(threads=1)\n"
+        "import jax\n"
+        "assert jax.config.jax_compilation_cache_dir.startswith(os.environ['JAXPAGED_CACHE'])\n"
+        "assert (os.environ['TF_CPP_MIN_LOG_LEVEL'], os.environ['PJRT_NPROC']) == ('3', '1')\n"  # JAX says 1
+    )
+    environment = {k: v for k, v in environment.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version(jaxpaged):
     assert jaxpaged("--version").stdout == f"jaxpaged {__version__}\n"
 
