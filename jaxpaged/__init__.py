@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         FINISH_LENGTH,
         FINISH_OUT_OF_PAGES,
         FINISH_STOP,
+        ContextShift,
         GenerateResult,
         GenerateStream,
         KVCache,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from jaxpaged.page_format import PAGE_FORMATS, PageFormat
     from jaxpaged.rope import Rope
     from jaxpaged.sampling import SamplingParams, sample
+    from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
+    from jaxpaged.snapshots import restore, snapshot
 
 __all__ = [
     "ALL",
@@ -57,6 +60,7 @@ __all__ = [
     "PAGE_FORMATS",
     "Batch",
     "BlockTable",
+    "ContextShift",
     "ContiguousKVCache",
     "GenerateResult",
     "GenerateStream",
@@ -68,6 +72,8 @@ __all__ = [
     "PagedKVCache",
     "Rope",
     "SamplingParams",
+    "Snapshot",
+    "SnapshotError",
     "StreamChunk",
     "__version__",
     "can_reserve",
@@ -78,8 +84,10 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "pages_needed",
+    "read_snapshot",
     "reserve",
     "reserve_or_raise",
+    "restore",
     "sample",
     "seq_copy",
     "seq_defragment",
@@ -90,6 +98,7 @@ __all__ = [
     "seq_remove",
     "seq_reorder",
     "seq_shift",
+    "snapshot",
 ]
 
 _ROOMS = {
@@ -105,13 +114,15 @@ _ROOMS = {
     "contiguous": ("ContiguousKVCache",),
     "defragment": ("seq_defragment",),
     "generation": (
-        "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "GenerateStream", "KVCache",
-        "StreamChunk", "generate", "generate_stream",
+        "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "ContextShift", "GenerateResult", "GenerateStream",
+        "KVCache", "StreamChunk", "generate", "generate_stream",
     ),
     "invariants": ("InvariantError", "check_invariants"),
     "page_format": ("PAGE_FORMATS", "PageFormat"),
     "rope": ("Rope",),
     "sampling": ("SamplingParams", "sample"),
+    "snapshot_file": ("Snapshot", "SnapshotError", "read_snapshot"),
+    "snapshots": ("restore", "snapshot"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
