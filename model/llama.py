@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,15 +67,36 @@ ModelFn = Callable[[Params, Array, Any, Batch, Array], tuple[Array, Any]]
 """``(params, tokens, cache, batch, rows) -> (logits, cache)``: what generation needs of a model."""
 
 
+class _Keys:
+    """The keys of ``nnx.Rngs``, counted in Python: in a trace, what nnx does to count grows with its square."""
+
+    def __init__(self, key: Array) -> None:
+        self._key, self._counter = key, itertools.count()
+
+    def params(self) -> Array:
+        return jax.random.fold_in(self._key, next(self._counter))
+
+
+def _draw(config: ModelConfig, dtype: Any, key: Array) -> Llama:
+    return Llama(config, dtype=dtype, rngs=cast(nnx.Rngs, _Keys(key)))
+
+
+@functools.cache
+def _skeleton(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef[Llama], Params]:
+    """The module without its weights, and their shapes and dtypes."""
+    module = nnx.eval_shape(lambda: _draw(config, dtype, jax.random.key(0)))
+    return nnx.split(module, nnx.Param)
+
+
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes and dtypes of the weights, without memory behind them."""
-    return nnx.state(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))), nnx.Param)
+    return jax.tree.map(lambda x: x, _skeleton(config, dtype)[1])  # copied: a Variable can be written to
 
 
 @functools.cache
 def functional(config: ModelConfig, dtype: Any = jnp.float32) -> ModelFn:
     """The model as a pure function of its weights: the module is split here, once, and never traced again."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))), nnx.Param)
+    graph, _ = _skeleton(config, dtype)
 
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
         return nnx.merge(graph, params)(tokens, cache, batch, rows)
@@ -84,8 +106,4 @@ def functional(config: ModelConfig, dtype: Any = jnp.float32) -> ModelFn:
 
 def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Params:
     """Freshly drawn weights, for tests, training and benchmarks."""
-
-    def draw(key: Array) -> Params:
-        return nnx.state(Llama(config, dtype=dtype, rngs=nnx.Rngs(key)), nnx.Param)
-
-    return jax.jit(draw)(jax.random.key(seed))
+    return jax.jit(lambda key: nnx.state(_draw(config, dtype, key), nnx.Param))(jax.random.key(seed))
