@@ -91,13 +91,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def jaxpaged(environment: dict[str, str]) -> Command:
-    """Runs ``jaxpaged`` as its own process."""
+    """Runs ``jaxpaged`` as its own process; keywords are variables of its environment."""
 
-    def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "jaxpaged.app.cli", *map(str, arguments)]
-        return subprocess.run(
-            command, input=stdin, capture_output=True, text=True, env=environment, timeout=120
-        )
+        env = environment | variables
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, timeout=120)
 
     return run
 
