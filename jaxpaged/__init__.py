@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     )
     from jaxpaged.invariants import InvariantError, check_invariants
     from jaxpaged.page_format import PAGE_FORMATS, PageFormat
+    from jaxpaged.page_map import PageMap, draw_page_map
+    from jaxpaged.page_map_frames import draw_page_map_frames
     from jaxpaged.rope import Rope
     from jaxpaged.sampling import SamplingParams, sample
     from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
@@ -69,6 +71,7 @@ __all__ = [
     "OutOfPages",
     "PageAllocator",
     "PageFormat",
+    "PageMap",
     "PagedKVCache",
     "Rope",
     "SamplingParams",
@@ -79,6 +82,8 @@ __all__ = [
     "can_reserve",
     "check_invariants",
     "clear",
+    "draw_page_map",
+    "draw_page_map_frames",
     "generate",
     "generate_stream",
     "merge_states",
@@ -119,6 +124,8 @@ _ROOMS = {
     ),
     "invariants": ("InvariantError", "check_invariants"),
     "page_format": ("PAGE_FORMATS", "PageFormat"),
+    "page_map": ("PageMap", "draw_page_map"),
+    "page_map_frames": ("draw_page_map_frames",),
     "rope": ("Rope",),
     "sampling": ("SamplingParams", "sample"),
     "snapshot_file": ("Snapshot", "SnapshotError", "read_snapshot"),

@@ -1,0 +1,247 @@
+"""A picture of the pool: a cell a page, filled as its slots are, in the colours of the sequences that hold them."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+import jax
+import numpy as np
+
+from jaxpaged.cache import PagedKVCache
+
+# Told apart by most colour-blind people (Okabe and Ito), and seen on white and on black.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#b8a800")
+MAX_COLUMNS = 6
+"""Owners that a cell shows side by side; what more there are share the last column."""
+
+STYLE = """
+.back{fill:#fff}.cell{fill:#e7ebf0}.words{fill:#1f2328;font:13px system-ui,sans-serif}
+.faint{fill:#636c76;font:11px system-ui,sans-serif}.edge{fill:none;stroke:#1f2328;stroke-width:2}.more{fill:#7d8590}
+.count{fill:#fff;stroke:#1f2328;stroke-width:3;paint-order:stroke;text-anchor:middle;font:600 13px system-ui,sans-serif}
+@media (prefers-color-scheme:dark){.back{fill:#15181d}.cell{fill:#2b3038}.words{fill:#e6edf3}
+.faint{fill:#9198a1}.edge{stroke:#e6edf3}}
+""".strip()
+
+_WIDTH, _MARGIN, _TOP, _LARGEST = 960, 44, 36, 64
+_LINE, _COLUMN = 20, 320
+_MOST_LISTED = 24
+
+
+class Use(NamedTuple):
+    """An entry of the table, seen from its page."""
+
+    sequence: int
+    first_slot: int
+    num_tokens: int
+    position: int
+
+
+@dataclass(frozen=True)
+class PageMap:
+    """Who holds which slots of which page, on the host: what is left of a cache when its arrays are donated."""
+
+    page_size: int
+    ref_counts: tuple[int, ...]
+    """One a page: entries that point at it, and pins."""
+    uses: dict[int, tuple[Use, ...]]
+    """The entries of each page that has any, by sequence."""
+
+    @classmethod
+    def of(cls, cache: PagedKVCache) -> PageMap:
+        """Reads the table and the reference counts back from the device, never the pages."""
+        table, counts = jax.tree.map(np.asarray, (cache.table, cache.allocator.ref_counts))
+        uses: dict[int, list[Use]] = {}
+        for seq, used in enumerate(table.num_entries.tolist()):
+            fields = (table.pages, table.first_slot, table.num_tokens, table.position)
+            for page, *rest in zip(*(field[seq, :used].tolist() for field in fields), strict=True):
+                uses.setdefault(page, []).append(Use(seq, *rest))
+        return cls(cache.page_size, tuple(counts.tolist()), {page: tuple(of) for page, of in uses.items()})
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return len(self.ref_counts)
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that are not free."""
+        return sum(count > 0 for count in self.ref_counts)
+
+    @property
+    def pages_shared(self) -> int:
+        """Pages that several sequences hold."""
+        return sum(len({use.sequence for use in of}) > 1 for of in self.uses.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences; one that several share counts for each."""
+        return sum(use.num_tokens for of in self.uses.values() for use in of)
+
+    @property
+    def slots_used(self) -> int:
+        """Slots that a token lives in."""
+        return sum(self.slots_of(page) for page in self.uses)
+
+    def slots_of(self, page: int) -> int:
+        """Slots of a page that a token lives in."""
+        uses = self.uses.get(page, ())
+        return len({use.first_slot + i for use in uses for i in range(use.num_tokens)})
+
+    def describe(self, page: int) -> str:
+        """What stands beside the pointer over a page: a line for the page, and one for each entry."""
+        count = self.ref_counts[page]
+        if not count:
+            return f"page {page}: free"
+        references = "1 reference" if count == 1 else f"{count} references"
+        lines = [f"page {page}: {references}, {self.slots_of(page)} of {self.page_size} slots used"]
+        for use in self.uses.get(page, ()):
+            slots = f"{use.first_slot}-{use.first_slot + use.num_tokens - 1}"
+            positions = f"{use.position}-{use.position + use.num_tokens - 1}"
+            lines.append(f"sequence {use.sequence}: slots {slots}, positions {positions}")
+        return "\n".join(lines)
+
+
+def colour(sequence: int) -> str:
+    """``#rrggbb`` of a sequence: seven that are easy to tell apart, then hues as far from each other as may be."""
+    if sequence < len(_COLOURS):
+        return _COLOURS[sequence]
+    rgb = colorsys.hls_to_rgb(sequence * 0.618034 % 1, 0.5, 0.5)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
+
+
+def colours(sequences: Iterable[int]) -> str:
+    """Style rules ``.s0``, ``.s1``, ... of these sequences."""
+    return "".join(f".s{seq}{{fill:{colour(seq)}}}" for seq in sequences)
+
+
+def columns(num_pages: int) -> int:
+    """Cells in a row: twice as wide as high, in eights."""
+    return 8 * math.ceil(math.sqrt(2 * num_pages) / 8)
+
+
+def draw_page_map(cache: PagedKVCache | PageMap) -> str:
+    """The pool as an SVG picture, for light and dark backgrounds.
+
+    A cell is a page; its height is the page's slots, from the bottom up, and slots that a token lives in have the
+    colour of its sequence. A page that several sequences share is split among them, and has an edge. Pointing at a cell
+    shows the reference count, and which slots are whose.
+
+    Args:
+      cache: concrete, not traced; or what ``PageMap.of`` kept of one.
+
+    Returns:
+      The text of a file; each page is a ``<g class="page">`` with ``free``, ``partial`` and ``shared`` where they hold.
+    """
+    drawn = cache if isinstance(cache, PageMap) else PageMap.of(cache)
+    across = columns(drawn.num_pages)
+    pitch = min(_LARGEST, _WIDTH / across)
+    parts = [_text(_MARGIN, 22, headline(drawn), "words")]
+    for page in range(drawn.num_pages):
+        row, column = divmod(page, across)
+        x, y = _MARGIN + column * pitch, _TOP + row * pitch
+        if not column and (pitch >= 12 or row % 2 == 0):
+            parts.append(_text(_MARGIN - 8, y + pitch / 2 + 2, str(page), "faint", ' text-anchor="end"'))
+        parts.append(_cell(drawn, page, x, y, pitch))
+    width = max(across * pitch, 2 * _COLUMN)
+    below = _TOP + math.ceil(drawn.num_pages / across) * pitch + 12
+    height, legend = _legend(drawn, below, int(width // _COLUMN))
+    width += _MARGIN + 12
+    sequences = sorted({use.sequence for of in drawn.uses.values() for use in of})
+    size = f'width="{_n(width)}" height="{_n(height)}"'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" {size}>',
+        f"<title>{escape(headline(drawn))}</title>",
+        f"<style>{STYLE}{colours(sequences)}</style>",
+        f'<rect class="back" {size} rx="6"/>',
+    )
+    return "\n".join([*head, *parts, *legend, "</svg>\n"])
+
+
+def headline(drawn: PageMap) -> str:
+    """The numbers of a pool in a line."""
+    shared = f", {drawn.pages_shared} of them shared" if drawn.pages_shared else ""
+    return (
+        f"{drawn.pages_used} of {drawn.num_pages} pages of {drawn.page_size} tokens in use{shared}; "
+        f"{drawn.num_tokens} tokens in {drawn.slots_used} slots"
+    )
+
+
+def _cell(drawn: PageMap, page: int, x: float, y: float, pitch: float) -> str:
+    uses, count = drawn.uses.get(page, ()), drawn.ref_counts[page]
+    owners = list(dict.fromkeys(use.sequence for use in uses))
+    kinds = ["page"]
+    if not count:
+        kinds.append("free")
+    if 0 < drawn.slots_of(page) < drawn.page_size:
+        kinds.append("partial")
+    if len(owners) > 1:
+        kinds.append("shared")
+    side = pitch - (1 if pitch < 14 else 4)
+    parts = [f"<title>{escape(drawn.describe(page))}</title>", _rect("cell", x, y, side, side)]
+    width = side / max(1, min(len(owners), MAX_COLUMNS))
+    for use in uses:
+        column = owners.index(use.sequence)
+        kind = f"s{use.sequence}" if len(owners) <= MAX_COLUMNS or column < MAX_COLUMNS - 1 else "more"
+        high, end = use.num_tokens / drawn.page_size, (use.first_slot + use.num_tokens) / drawn.page_size
+        left = x + min(column, MAX_COLUMNS - 1) * width
+        parts.append(_rect(kind, left, y + side * (1 - end), width, side * high))
+    if count and not uses:
+        parts.append(_rect("more", x, y, side, side))
+    if len(owners) > 1 and pitch >= 14:
+        parts.append(_rect("edge", x, y, side, side))
+    if count > 1 and pitch >= 28:
+        parts.append(_text(x + side / 2, y + side / 2 + 5, str(count), "count"))
+    return f'<g class="{" ".join(kinds)}">{"".join(parts)}</g>'
+
+
+def _legend(drawn: PageMap, top: float, across: int) -> tuple[float, list[str]]:
+    """A line a sequence, and the signs; how far down they reach, and what to draw."""
+    held: dict[int, list[tuple[int, bool]]] = {}
+    for uses in drawn.uses.values():
+        owners = {use.sequence for use in uses}
+        for seq in owners:
+            tokens = sum(use.num_tokens for use in uses if use.sequence == seq)
+            held.setdefault(seq, []).append((tokens, len(owners) > 1))
+    lines = []
+    for seq in sorted(held):
+        tokens, shared = (sum(column) for column in zip(*held[seq], strict=True))
+        also = f", {shared} shared" if shared else ""
+        lines.append((f"s{seq}", f"sequence {seq}: {tokens} tokens, {len(held[seq])} pages{also}"))
+    if len(lines) > _MOST_LISTED:
+        lines[_MOST_LISTED - 1 :] = [("more", f"and {len(lines) - _MOST_LISTED + 1} more sequences")]
+    parts = []
+    for i, (kind, words) in enumerate(lines):
+        x, y = float(_MARGIN + i % across * _COLUMN), top + i // across * _LINE
+        parts += [_rect(kind, x, y, 13, 13), _text(x + 20, y + 11, words, "words")]
+    y = top + math.ceil(len(lines) / across) * _LINE + 4
+    kinds = [kind for kind, _ in lines] + ["more", "more"]
+    cell, left = _rect("cell", 0, 0, 13, 13), _rect(kinds[0], 0, 0, 6.5, 13)
+    x = float(_MARGIN)
+    for sign, words in (
+        (cell, "free"),
+        (cell + _rect(kinds[0], 0, 7, 13, 6), "slots in use, from the bottom up"),
+        (
+            left + _rect(kinds[1], 6.5, 0, 6.5, 13) + _rect("edge", 0, 0, 13, 13),
+            "shared, with the reference count",
+        ),
+    ):
+        parts.append(f'<g transform="translate({_n(x)},{_n(y)})">{sign}{_text(20, 11, words, "faint")}</g>')
+        x += 50 + 5.6 * len(words)
+    return y + _LINE, parts
+
+
+def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
+    return f'<rect class="{kind}" x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"/>'
+
+
+def _text(x: float, y: float, words: str, kind: str, more: str = "") -> str:
+    return f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}"{more}>{escape(words)}</text>'
+
+
+def _n(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")

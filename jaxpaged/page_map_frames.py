@@ -1,0 +1,60 @@
+"""A run as a film of its pool: one HTML file that needs no network, stepped through by buttons and keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.page_map import MAX_COLUMNS, STYLE, PageMap, colours, columns
+
+_TEMPLATE = Path(__file__).with_name("page_map_frames.html")
+
+
+def draw_page_map_frames(frames: Sequence[tuple[str, PagedKVCache | PageMap]]) -> str:
+    """The states of one pool as an HTML page: a picture as ``draw_page_map`` makes it, and a way through the states.
+
+    Only what changes from one state to the next is in the page, so a thousand steps of decoding are some kilobytes a
+    sequence.
+
+    Args:
+      frames: a label and a state each, in order. A cache that is donated before the end is kept by ``PageMap.of``.
+
+    Returns:
+      The text of a file.
+
+    Raises:
+      ValueError: there is no frame, or they are of pools of different sizes.
+    """
+    states = [(label, one if isinstance(one, PageMap) else PageMap.of(one)) for label, one in frames]
+    if not states:
+        raise ValueError("frames must be at least 1, got 0")
+    sizes = {(state.num_pages, state.page_size) for _, state in states}
+    if len(sizes) > 1:
+        raise ValueError(f"frames must be of one pool, got pages and page sizes {sorted(sizes)}")
+    before: list[list[int]] = [[0]] * states[0][1].num_pages
+    changes = []
+    for label, state in states:
+        after = [_page(state, page) for page in range(state.num_pages)]
+        changed = {page: new for page, (old, new) in enumerate(zip(before, after, strict=True)) if old != new}
+        changes.append({"label": label, "pages": changed})
+        before = after
+    sequences = sorted({use.sequence for _, state in states for of in state.uses.values() for use in of})
+    data = {
+        "numPages": states[0][1].num_pages,
+        "pageSize": states[0][1].page_size,
+        "columns": columns(states[0][1].num_pages),
+        "maxOwners": MAX_COLUMNS,
+        "frames": changes,
+    }
+    # "</" would end the script that the data stands in.
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    return page.replace("/*STYLE*/", STYLE + colours(sequences)).replace("/*DATA*/", text)
+
+
+def _page(state: PageMap, page: int) -> list[int]:
+    """The reference count, and four numbers an entry: sequence, first slot, tokens, position."""
+    uses = state.uses.get(page, ())
+    return [state.ref_counts[page], *(number for use in uses for number in use)]
