@@ -119,6 +119,14 @@ class GGUFFile:
                 self._parts.append(part.data)
         self.size_bytes = sum(len(data) for data in self._parts)
 
+    def sample(self, name: str) -> bytes:
+        """The tensor's first, middle and last KiB as they stand in the file."""
+        tensor = self.tensors[name]
+        end = tensor.offset + tensor.num_bytes
+        starts = (tensor.offset, tensor.offset + tensor.num_bytes // 2, max(tensor.offset, end - 1024))
+        data = self._parts[tensor.part]
+        return b"".join(data[start : min(start + 1024, end)].tobytes() for start in starts)
+
     def read(self, name: str) -> np.ndarray:
         """One tensor's values in float32, or in float16 or bfloat16 where stored so; a copy of the file's."""
         tensor = self.tensors[name]

@@ -11,6 +11,7 @@ import gguf
 import jax.numpy as jnp
 
 from model.config import ModelConfig, ModelError
+from model.fingerprint import fingerprint
 from model.gguf_file import GGUFFile
 from model.llama import Params
 from model.read_config import config_from_gguf, config_from_huggingface
@@ -30,6 +31,7 @@ class LoadedModel:
       path: the file or folder it came from.
       size_bytes: bytes of the weight files.
       description: such as ``"llama 135M Q8_0"``.
+      fingerprint: 64 hexadecimal digits that no other model has; see ``model.fingerprint``.
     """
 
     config: ModelConfig
@@ -38,6 +40,7 @@ class LoadedModel:
     path: Path
     size_bytes: int
     description: str
+    fingerprint: str
 
 
 def load_model(
@@ -80,7 +83,9 @@ def _load_gguf(path: Path, dtype: Any, progress: Progress | None) -> LoadedModel
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_gguf(file.metadata))
     params = load_params(config, file, "gguf", dtype=dtype, progress=progress)
     kind = _file_type(file)
-    return LoadedModel(config, params, tokenizer, path, file.size_bytes, _describe(config, kind))
+    return LoadedModel(
+        config, params, tokenizer, path, file.size_bytes, _describe(config, kind), fingerprint(config, file)
+    )
 
 
 def _load_folder(path: Path, dtype: Any, progress: Progress | None) -> LoadedModel:
@@ -96,8 +101,9 @@ def _load_folder(path: Path, dtype: Any, progress: Progress | None) -> LoadedMod
     config = _naming_the_file(path / "config.json", lambda: config_from_huggingface(folder.config))
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
     params = load_params(config, folder, "huggingface", dtype=dtype, progress=progress)
+    description = _describe(config, _commonest(folder))
     return LoadedModel(
-        config, params, tokenizer, path, folder.size_bytes, _describe(config, _commonest(folder))
+        config, params, tokenizer, path, folder.size_bytes, description, fingerprint(config, folder)
     )
 
 
