@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -164,3 +166,9 @@ def test_frames_must_be_of_one_pool() -> None:
         draw_page_map_frames([])
     with pytest.raises(ValueError, match=r"frames must be of one pool, got .*\[\(1, 8\), \(2, 8\)\]"):
         draw_page_map_frames([("a", PageMap(8, (0,), {})), ("b", PageMap(8, (0, 0), {}))])
+
+
+def test_the_picture_in_the_docs_is_what_its_script_draws() -> None:
+    script = Path(__file__).parents[1] / "docs" / "pictures" / "page_map.py"
+    drawn = runpy.run_path(str(script))["picture"]()
+    assert drawn == script.with_suffix(".svg").read_text(encoding="utf-8")
