@@ -1,0 +1,509 @@
+"""Beam search inside one XLA program: beams are sequences that share pages, forked and freed at every step.
+
+The path of a step, top to bottom: ``_reserve`` makes room for one token a beam (a shared page is copied only where a
+beam writes to it), the model runs, ``_select`` picks the best continuations and what they continue, ``_update`` banks
+the finished ones, and ``seq_reorder`` lets each beam's sequence become the one it continues: integers move, no key or
+value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpaged.batch import Batch
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.generation import (
+    FINISH_LENGTH,
+    FINISH_OUT_OF_PAGES,
+    FINISH_STOP,
+    RUNNING,
+    KVCache,
+    Model,
+)
+from jaxpaged.prefill import (
+    PrefillShape,
+    Prompts,
+    bucket,
+    pack_limits,
+    pack_prompts,
+    pack_stop_ids,
+    prefill,
+)
+
+EarlyStopping = Literal[False, True, "never"]
+_EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
+
+
+class ForkableCache(KVCache, Protocol):
+    """What beam search needs of a cache; PagedKVCache and ContiguousKVCache have it."""
+
+    def seq_reorder(self, source: Array) -> Self: ...
+
+
+Cache = TypeVar("Cache", bound=ForkableCache)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BeamResult:
+    """What ``beam_search`` found; the best first.
+
+    Shapes: B = prompts that the cache has sequences for (max_seqs // num_beams), R = num_return_sequences.
+    """
+
+    tokens: Array
+    """i32[B, R, M]: the tokens generated, without the stop token; -1 behind them."""
+    num_tokens: Array
+    """i32[B, R]: how many they are."""
+    score: Array
+    """f32[B, R]: sum of log-probabilities, that of the stop token included, over length ** length_penalty; -inf where
+    there is no such sequence."""
+    finish_reason: Array
+    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING where there is no such sequence and pages
+    did not run out."""
+    complete: Array
+    """bool[B]: False where the pool ran out of pages before the search ended: the best of what was there by then."""
+    num_steps: Array
+    """i32[]: steps of the search, each a token for every beam."""
+    pages_peak: Array
+    """i32[]: most pages in use after any step."""
+    unshared_peak: Array
+    """i32[]: most pages that the same sequences would take if each had its own."""
+    pages_mean: Array
+    """f32[]: pages in use, on average over the steps of the search."""
+    unshared_mean: Array
+    """f32[]: the same if each sequence had its own."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Beams:
+    """The sequences that grow, best first; B prompts, W = num_beams."""
+
+    tokens: Array
+    """i32[B, W, M]"""
+    newest: Array
+    """i32[B, W]: the last token of each, not yet in the cache."""
+    score: Array
+    """f32[B, W]: sum of log-probabilities; -inf = no beam."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Finished:
+    """The best finished sequences of each prompt, best first."""
+
+    tokens: Array
+    """i32[B, W, M]"""
+    num_tokens: Array
+    """i32[B, W]"""
+    score: Array
+    """f32[B, W]: with the length penalty; -inf = none."""
+    reason: Array
+    """i32[B, W]"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Usage:
+    """Pages over the steps; see BeamResult."""
+
+    pages_peak: Array
+    unshared_peak: Array
+    pages_sum: Array
+    unshared_sum: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """What the loop carries, beside the cache."""
+
+    beams: _Beams
+    finished: _Finished
+    active: Array
+    """bool[B]"""
+    out_of_pages: Array
+    """bool[B]"""
+    num_steps: Array
+    """i32[]: also the number of tokens of each beam."""
+    usage: _Usage
+
+    def result(self, num_return: int) -> BeamResult:
+        best = jax.tree.map(lambda x: x[:, :num_return], self.finished)
+        missing = jnp.where(self.out_of_pages, FINISH_OUT_OF_PAGES, RUNNING)[:, None]
+        steps = jnp.maximum(self.num_steps, 1)
+        return BeamResult(
+            tokens=best.tokens,
+            num_tokens=best.num_tokens,
+            score=best.score,
+            finish_reason=jnp.where(best.score > -jnp.inf, best.reason, missing),
+            complete=~self.out_of_pages,
+            num_steps=self.num_steps,
+            pages_peak=self.usage.pages_peak,
+            unshared_peak=self.usage.unshared_peak,
+            pages_mean=self.usage.pages_sum / steps,
+            unshared_mean=self.usage.unshared_sum / steps,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for: arrays, so that other prompts and parameters never recompile."""
+
+    prompts: Prompts
+    max_new_tokens: Array
+    """i32[B]"""
+    stop_ids: Array
+    """i32[number of stop tokens]; -1 in padding."""
+    length_penalty: Array
+    """f32[]"""
+    early_stopping: Array
+    """i32[]: index in ``_EARLY_STOPPING``."""
+
+    def penalized(self, score: Array, length: Array) -> Array:
+        """The score of sequences of that length, at least 1, with the length penalty; -inf stays what it is."""
+        divided = score / length.astype(jnp.float32) ** self.length_penalty
+        return jnp.where(score > -jnp.inf, divided, -jnp.inf)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The static part of a request."""
+
+    num_beams: int
+    """W"""
+    num_return: int
+    """R"""
+    capacity: int
+    """M: columns of the tokens generated."""
+    prefill: PrefillShape
+
+
+def _request(
+    cache: ForkableCache,
+    prompts: Sequence[Sequence[int]],
+    num_beams: int,
+    max_new_tokens: int | Sequence[int],
+    length_penalty: float,
+    early_stopping: EarlyStopping,
+    num_return_sequences: int,
+    stop_ids: Sequence[int],
+    batch_size: int,
+) -> tuple[_Request, _Shape]:
+    if not 1 <= num_beams <= cache.max_seqs:
+        raise ValueError(f"num_beams must be 1 to {cache.max_seqs} (the cache's max_seqs), got {num_beams}")
+    if not 1 <= num_return_sequences <= num_beams:
+        raise ValueError(
+            f"num_return_sequences must be 1 to {num_beams} (num_beams), got {num_return_sequences}"
+        )
+    if not np.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+    if early_stopping not in _EARLY_STOPPING:
+        raise ValueError(f'early_stopping must be False, True or "never", got {early_stopping!r}')
+    packed, prefill_shape = pack_prompts(
+        prompts, max_seqs=cache.max_seqs, stride=num_beams, batch_size=batch_size
+    )
+    limits = pack_limits(max_new_tokens, len(prompts), cache.max_seqs // num_beams)
+    request = _Request(
+        prompts=packed,
+        max_new_tokens=jnp.asarray(limits),
+        stop_ids=pack_stop_ids(stop_ids),
+        length_penalty=jnp.float32(length_penalty),
+        early_stopping=jnp.int32(_EARLY_STOPPING.index(early_stopping)),
+    )
+    return request, _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), prefill_shape)
+
+
+def _by_sequence(values: Array, others: Array) -> Array:
+    """``[B, W]`` of beams as ``[S]`` of sequences; those that belong to no prompt get what ``others[S]`` says."""
+    return others.at[: values.size].set(values.reshape(-1))
+
+
+def _take(values: Array, index: Array) -> Array:
+    """``values[b, index[b, i]]`` for ``[B, n, ...]`` and ``[B, m]``."""
+    return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
+
+
+def _unshared(cache: Any) -> Array:
+    """i32[]: pages that the sequences would take if each had its own: one for each entry."""
+    return jnp.sum(cache.table.num_entries) if isinstance(cache, PagedKVCache) else cache.pages_used
+
+
+def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
+    """Reads the prompts; one beam each, whose newest token is the prompt's last."""
+    prompts, w, m = request.prompts, shape.num_beams, shape.capacity
+    b = cache.max_seqs // w
+    cache, served, pages_peak = prefill(model, shape.prefill, params, cache, prompts)
+    first = jnp.arange(b) * w
+    asked, served = prompts.lens[first] > 0, served[first]
+    alone = jnp.where(jnp.arange(w) == 0, 0.0, -jnp.inf)
+    state = _State(
+        beams=_Beams(
+            tokens=jnp.full((b, w, m), -1, jnp.int32),
+            newest=jnp.broadcast_to(prompts.last_tokens[first][:, None], (b, w)),
+            score=jnp.where(served[:, None], alone, -jnp.inf),
+        ),
+        finished=_Finished(
+            tokens=jnp.full((b, w, m), -1, jnp.int32),
+            num_tokens=jnp.zeros((b, w), jnp.int32),
+            score=jnp.full((b, w), -jnp.inf),
+            reason=jnp.full((b, w), RUNNING, jnp.int32),
+        ),
+        active=served,
+        out_of_pages=asked & ~served,
+        num_steps=jnp.int32(0),
+        usage=_Usage(pages_peak, _unshared(cache), jnp.float32(0), jnp.float32(0)),
+    )
+    return cache, state
+
+
+def _keep_best(finished: _Finished, more: _Finished) -> _Finished:
+    """The best W of both."""
+    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), finished, more)
+    _, best = jax.lax.top_k(both.score, finished.score.shape[1])
+    return jax.tree.map(lambda x: _take(x, best), both)
+
+
+def _end_early(cache: Cache, state: _State, request: _Request, ended: Array) -> tuple[Cache, _State]:
+    """Out of pages: the beams of the prompts marked count as they are, and give their pages back."""
+    beams, steps = state.beams, state.num_steps
+    grown = ended[:, None] & (steps > 0)
+    shape = beams.score.shape
+    unfinished = _Finished(
+        tokens=beams.tokens,
+        num_tokens=jnp.broadcast_to(steps, shape),
+        score=jnp.where(grown, request.penalized(beams.score, jnp.maximum(steps, 1)), -jnp.inf),
+        reason=jnp.full(shape, FINISH_OUT_OF_PAGES, jnp.int32),
+    )
+    marked = _by_sequence(jnp.broadcast_to(ended[:, None], shape), jnp.zeros(cache.max_seqs, bool))
+    return cache.seq_remove(marked)[0], replace(
+        state,
+        finished=_keep_best(state.finished, unfinished),
+        active=state.active & ~ended,
+        out_of_pages=state.out_of_pages | ended,
+    )
+
+
+def _reserve(cache: Cache, state: _State, request: _Request) -> tuple[Cache, _State, Batch]:
+    """Room for one token a beam. A prompt whose beams do not all find it ends here, and its pages serve the others."""
+    s, (b, w) = cache.max_seqs, state.beams.score.shape
+
+    def num_new(state: _State) -> Array:
+        grows = state.active[:, None] & (state.beams.score > -jnp.inf)
+        return _by_sequence(grows.astype(jnp.int32), jnp.zeros(s, jnp.int32))
+
+    def without_room(carry: tuple[Cache, _State]) -> Array:
+        cache, state = carry
+        return ~jnp.all(cache.fits(num_new(state))[: b * w].reshape(b, w), axis=1)
+
+    def end_first(carry: tuple[Cache, _State]) -> tuple[Cache, _State]:
+        return _end_early(*carry, request, jnp.arange(b) == jnp.argmax(without_room(carry)))
+
+    # One after the other: with the pages of the first given back, those behind it may find room.
+    cache, state = jax.lax.while_loop(lambda carry: jnp.any(without_room(carry)), end_first, (cache, state))
+    cache, batch, _ = cache.reserve(num_new(state), num_tokens=s, max_new=1)
+    pages, unshared, usage = cache.pages_used, _unshared(cache), state.usage
+    usage = _Usage(
+        jnp.maximum(usage.pages_peak, pages),
+        jnp.maximum(usage.unshared_peak, unshared),
+        usage.pages_sum + pages,
+        usage.unshared_sum + unshared,
+    )
+    return cache, replace(state, usage=usage), batch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Candidates:
+    """The best W ways to go on, best first, ``[B, W]`` each."""
+
+    parent: Array
+    """i32: the beam that it continues."""
+    token: Array
+    """i32"""
+    score: Array
+    """f32: sum of log-probabilities."""
+
+
+def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, _Candidates]:
+    """The best continuations by any token but a stop token, and the best by any token.
+
+    They need no sort of all W × V candidates: the first are among the best W of each beam, and the others among these
+    and the few that stop.
+
+    Args:
+      logits: float[B * W, V].
+      score: f32[B, W].
+      stop_ids: i32[n]; -1 in padding.
+    """
+    (b, w), vocab = score.shape, logits.shape[-1]
+    logits = logits.astype(jnp.float32)
+    stops = jnp.where(stop_ids < 0, vocab, stop_ids)  # a negative index would wrap
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    values, ids = jax.lax.top_k(logits.at[:, stops].set(-jnp.inf, mode="drop"), min(w, vocab))
+    stop_values = logits.at[:, stops].get(mode="fill", fill_value=-jnp.inf)
+
+    def candidates(values: Array, ids: Array) -> _Candidates:
+        count = values.shape[-1]
+        scores = score[..., None] + (values - total).reshape(b, w, count)
+        return _Candidates(
+            parent=jnp.broadcast_to(jnp.arange(w * count) // count, (b, w * count)),
+            token=ids.reshape(b, w * count),
+            # Also NaN, which rows without a beam may hold: their logits mean nothing.
+            score=jnp.where(scores > -jnp.inf, scores, -jnp.inf).reshape(b, w * count),
+        )
+
+    def best(all_: _Candidates) -> _Candidates:
+        _, chosen = jax.lax.top_k(all_.score, w)
+        return jax.tree.map(lambda x: _take(x, chosen), all_)
+
+    going = candidates(values, ids)
+    stopping = candidates(stop_values, jnp.broadcast_to(stop_ids, stop_values.shape))
+    either = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), going, stopping)
+    return best(going), best(either)
+
+
+def _update(state: _State, request: _Request, going: _Candidates, any_: _Candidates) -> tuple[_State, Array]:
+    """The state with one more token a beam, and whether each prompt's search goes on.
+
+    When a search ends is transformers' rule, not the textbook's: see ``beam_search``.
+    """
+    beams, finished, column = state.beams, state.finished, state.num_steps
+    length = column + 1
+    full = (length >= request.max_new_tokens)[:, None]
+    stops = jnp.any(any_.token[..., None] == request.stop_ids, axis=-1)
+    ends = state.active[:, None] & (stops | full)
+
+    def grown(c: _Candidates, appended: Array | bool) -> Array:
+        tokens = _take(beams.tokens, c.parent)
+        return tokens.at[:, :, column].set(jnp.where(appended, c.token, -1))
+
+    finished = _keep_best(
+        finished,
+        _Finished(
+            tokens=grown(any_, ~stops),
+            num_tokens=length - stops,
+            score=jnp.where(ends, request.penalized(any_.score, length), -jnp.inf),
+            reason=jnp.where(stops, FINISH_STOP, FINISH_LENGTH),
+        ),
+    )
+    running = _Beams(grown(going, True), going.token, going.score)
+    never, at_once = request.early_stopping == 2, request.early_stopping == 1
+    # With "never" and a penalty that favours length, a beam may yet grow to the limit.
+    reach = jnp.where(never & (request.length_penalty > 0), request.max_new_tokens, length)
+    hopeful = request.penalized(running.score[:, 0], reach) > finished.score[:, -1]
+    all_finished = finished.score[:, -1] > -jnp.inf
+    goes_on = state.active & ~full[:, 0] & hopeful & ~(at_once & all_finished)
+    return replace(state, beams=running, finished=finished, active=goes_on, num_steps=length), goes_on
+
+
+def _step(model: Model, params: Any, cache: Cache, state: _State, request: _Request) -> tuple[Cache, _State]:
+    """One more token for every beam, and the fork."""
+    s, (b, w) = cache.max_seqs, state.beams.score.shape
+    cache, state, batch = _reserve(cache, state, request)
+    newest = _by_sequence(state.beams.newest, jnp.zeros(s, jnp.int32))
+    tokens = newest[jnp.minimum(batch.sequence, s - 1)]
+    logits, cache = model(params, tokens, cache, batch, batch.last_rows[: b * w])
+    was_active = state.active
+    going, any_ = _select(logits, state.beams.score, request.stop_ids)
+    state, goes_on = _update(state, request, going, any_)
+    stays = goes_on[:, None] & (going.score > -jnp.inf)
+    source = jnp.where(stays, jnp.arange(b)[:, None] * w + going.parent, s)
+    # What belongs to no prompt stays as it is, as do prompts that ended before: they are empty.
+    ids = jnp.arange(s)
+    source = jnp.where(was_active[:, None], source, ids[: b * w].reshape(b, w))
+    return cache.seq_reorder(_by_sequence(source, ids)), state
+
+
+def _search(
+    model: Model, shape: _Shape, params: Any, cache: Cache, state: _State, request: _Request
+) -> tuple[BeamResult, Cache]:
+    cache, state = jax.lax.while_loop(
+        lambda carry: jnp.any(carry[1].active),
+        lambda carry: _step(model, params, carry[0], carry[1], request),
+        (cache, state),
+    )
+    return state.result(shape.num_return), cache
+
+
+def _beam_search(
+    model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request
+) -> tuple[BeamResult, Cache]:
+    cache, state = _start(model, shape, params, cache, request)
+    return _search(model, shape, params, cache, state, request)
+
+
+_beam_search_donating = jax.jit(_beam_search, static_argnums=(0, 1), donate_argnums=3)
+_start_donating = jax.jit(_start, static_argnums=(0, 1), donate_argnums=3)
+_search_donating = jax.jit(_search, static_argnums=(0, 1), donate_argnums=(3, 4))
+
+
+def beam_search(
+    model: Model,
+    params: Any,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_beams: int,
+    max_new_tokens: int | Sequence[int],
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
+    num_return_sequences: int = 1,
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 512,
+) -> tuple[BeamResult, Cache]:
+    """The likeliest continuations of each prompt, as far as a beam search finds them, in one XLA program.
+
+    Each step continues every beam by every token and keeps the ``num_beams`` likeliest continuations that go on; one
+    that ends with a stop token, or at the limit, and is among the ``num_beams`` likeliest, competes for a place among
+    the finished. The sequences, the scores and when to stop are those of Hugging Face transformers'
+    ``generate(num_beams=..., do_sample=False)``.
+
+    Args:
+      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
+      params: the model's weights, a pytree.
+      cache: paged or contiguous; **donated**. Prompt i uses the sequences ``i * num_beams .. (i + 1) * num_beams``: it
+        continues what the first of them holds, what the others hold is given up, and all are empty at the end.
+        Sequences behind the last prompt's stay as they are.
+      prompts: token ids, 1 to ``max_seqs // num_beams`` prompts of any lengths, none empty.
+      num_beams: W, the width of the search.
+      max_new_tokens: tokens to generate at most, for all or one number a prompt.
+      length_penalty: a finished sequence's score is its sum of log-probabilities over length ** length_penalty, the
+        stop token counted; above 0 favours longer ones.
+      early_stopping: when a prompt's search ends before the limit, once ``num_beams`` sequences are finished: True, at
+        once; False, when the best beam could not win at its present length; "never", when it could not at any length.
+      num_return_sequences: R, how many of the finished to return, at most ``num_beams``.
+      stop_ids: tokens that end a sequence; they are not part of the result.
+      batch_size: tokens of a prefill step; prompts are packed one behind the other into steps of that many.
+
+    Returns:
+      ``(result, cache)``. When the pool runs out, prompts are served in order; one whose beams do not all find room
+      ends with the best it has, finished or not, ``complete`` says so, and its pages go to the others.
+
+    Raises:
+      ValueError: no prompt or too many, an empty prompt, a negative id, a limit below 1, a number of beams or of
+        sequences to return that is impossible, an infinite penalty, an unknown ``early_stopping``.
+
+    Reference: PagedAttention (arXiv:2309.06180), section 4.4, for beams that share pages.
+    """
+    request, shape = _request(
+        cache,
+        prompts,
+        num_beams,
+        max_new_tokens,
+        length_penalty,
+        early_stopping,
+        num_return_sequences,
+        stop_ids,
+        batch_size,
+    )
+    return _beam_search_donating(model, shape, params, cache, request)

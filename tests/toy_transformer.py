@@ -1,0 +1,84 @@
+"""A transformer of one layer in pure jax.numpy, quick to compile, and the same in numpy without a cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged import ContiguousKVCache, PagedKVCache
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 8
+PAGE_SIZE = 8
+traces = itertools.count()
+"""Drawn from once a call of ``toy``, that is, once a trace."""
+
+
+def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array) -> tuple[jax.Array, Any]:
+    """A model as generation takes it."""
+    next(traces)
+    x = params["embedding"][tokens] + jnp.sin(batch.rope_positions[:, None] * params["frequency"])
+    q, k, v = (jnp.reshape(x @ params[name], (x.shape[0], -1, HEAD_DIM)) for name in ("q", "k", "v"))
+    out, cache = cache.attend(0, q, k, v, batch)
+    x = x + out.reshape(x.shape[0], -1) @ params["out"]
+    return x[rows] @ params["head"], cache
+
+
+def toy_params(seed: int = 0) -> Any:
+    """Weights, f32, whose logits are a few units apart and depend on what stands far back."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) * 0.4, jnp.float32)
+
+    return {
+        "embedding": normal(VOCAB, HIDDEN),
+        "frequency": jnp.asarray(rng.uniform(0.05, 1, HIDDEN), jnp.float32),
+        "q": normal(HIDDEN, HEADS * HEAD_DIM),
+        "k": normal(HIDDEN, KV_HEADS * HEAD_DIM),
+        "v": normal(HIDDEN, KV_HEADS * HEAD_DIM),
+        "out": normal(HEADS * HEAD_DIM, HIDDEN),
+        "head": normal(HIDDEN, VOCAB),
+    }
+
+
+def toy_log_probabilities(params: Any, tokens: Sequence[int]) -> np.ndarray:
+    """f64[VOCAB] behind the tokens."""
+    p = {name: np.asarray(weight, np.float64) for name, weight in params.items()}
+    length = len(tokens)
+    x = p["embedding"][list(tokens)] + np.sin(np.arange(length)[:, None] * p["frequency"])
+    q, k, v = ((x @ p[name]).reshape(length, -1, HEAD_DIM) for name in ("q", "k", "v"))
+    k, v = (np.repeat(heads, HEADS // KV_HEADS, axis=1) for heads in (k, v))
+    weights = np.exp(np.einsum("hd,khd->hk", q[-1], k) / np.sqrt(HEAD_DIM))
+    weights /= weights.sum(-1, keepdims=True)
+    x = x[-1] + np.einsum("hk,khd->hd", weights, v).reshape(-1) @ p["out"]
+    logits = x @ p["head"]
+    return logits - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max()
+
+
+def paged(max_seqs: int, num_pages: int, max_entries: int | None = None) -> PagedKVCache:
+    return PagedKVCache.create(
+        num_layers=1,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_pages=num_pages,
+        max_seqs=max_seqs,
+        page_size=PAGE_SIZE,
+        max_entries=max_entries,
+    )
+
+
+def contiguous(max_seqs: int, max_length: int) -> ContiguousKVCache:
+    return ContiguousKVCache.create(
+        num_layers=1, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_seqs=max_seqs, max_length=max_length
+    )
+
+
+def rows_of(result: Any) -> list[list[int]]:
+    """The tokens of each sequence of a result."""
+    counts = np.asarray(result.num_tokens)
+    return [row[:n].tolist() for row, n in zip(np.asarray(result.tokens), counts, strict=True)]
