@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,20 @@ def test_a_sequence_goes_to_another_id_in_the_fewest_pages_and_the_others_stay(
     others = set(table[[0, 2, 3, 4]].ravel()) - {cache.num_pages}
     assert len(set(table[1]) - {cache.num_pages}) == -(-length // page_size)
     assert int(cache.pages_used) == len(others) - (-length // page_size)
+
+
+def test_rows_stay_where_they_were_when_moving_them_together_takes_more_entries_than_there_are(
+    tmp_path: Path,
+) -> None:
+    source = step(make(), [32, 0, 0, 0, 0], 0)
+    for p0, p1 in ((24, 32), (16, 20), (4, 8)):
+        source, _ = jit_remove(source, 0, p0, p1)
+    saved = save(source, tmp_path / "holes", 0)
+    for max_entries, pages, entries in ((12, 2, 4), (3, 3, 3)):
+        cache = restore(make(max_entries=max_entries), saved)
+        check_invariants(cache)
+        assert contents(cache, 0) == contents(source, 0)
+        assert (int(cache.pages_used), int(cache.table.num_entries[0])) == (pages, entries)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
@@ -441,3 +456,15 @@ def test_without_safetensors_the_error_says_what_to_install(
         snapshot(make(), tmp_path / "file", token_ids=[[]] * 5, fingerprint=MODEL)
     with pytest.raises(ImportError, match="pip install safetensors"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
+
+
+def test_the_page_about_snapshots_says_what_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "snapshots.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert capsys.readouterr().out == f"{ {0: list(range(40))} } 3\n"
+    assert np.asarray(names["other"].lengths).tolist() == [0, 0, 0, 3]
