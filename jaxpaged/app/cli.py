@@ -11,6 +11,9 @@ from jaxpaged.app import interrupt
 
 def main() -> NoReturn:
     """Runs the command line and ends the process."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller; else the next file opened takes its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     interrupt.listen()  # before the first import that takes long
     from jaxpaged.app.commands import application
 
