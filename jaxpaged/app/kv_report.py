@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache import PagedKVCache
@@ -65,24 +66,17 @@ class CachePlan:
     def create(self) -> PagedKVCache | ContiguousKVCache:
         """The empty cache."""
         c = self.config
+        both: dict[str, Any] = {
+            "num_layers": c.num_layers,
+            "num_kv_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
+            "max_seqs": self.num_seqs,
+            "dtype": self.dtype,
+        }
         if self.kind == "contiguous":
-            return ContiguousKVCache.create(
-                num_layers=c.num_layers,
-                num_kv_heads=c.num_kv_heads,
-                head_dim=c.head_dim,
-                max_seqs=self.num_seqs,
-                max_length=self.context,
-                dtype=self.dtype,
-            )
+            return ContiguousKVCache.create(**both, max_length=self.context)
         return PagedKVCache.create(
-            num_layers=c.num_layers,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            num_pages=self.num_pages,
-            max_seqs=self.num_seqs,
-            page_size=self.page_size,
-            max_entries=self.pages_per_seq + 1,
-            dtype=self.dtype,
+            **both, num_pages=self.num_pages, page_size=self.page_size, max_entries=self.pages_per_seq + 1
         )
 
     @property
