@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.app import interrupt
-from jaxpaged.app.errors import InputError
+from jaxpaged.app.errors import InputError, out_of_memory_is_input
 from jaxpaged.app.kv_report import CachePlan, mebibytes
 from jaxpaged.app.loading import ReadyModel, open_model
 
@@ -216,7 +216,7 @@ def run(options: BenchOptions) -> None:
             click.echo(_FORMATS[options.output](ready, done))
 
     try:
-        with interrupt.last_words(report):
+        with interrupt.last_words(report), out_of_memory_is_input("a smaller -b, -p, -n or -d needs less"):
             for batch, depth, (n_prompt, n_gen) in itertools.product(options.batch, options.depth, tests):
                 done += measure(ready, options, batch, depth, n_prompt, n_gen)
     finally:

@@ -11,7 +11,7 @@ import click
 import jax
 
 from jaxpaged.app import interrupt
-from jaxpaged.app.errors import InputError
+from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json
 from jaxpaged.app.prompt import unescape
@@ -65,6 +65,10 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 shared = _shared(held, ids)
                 plan.check_prompt(len(ids))
             except InputError as error:
+                if interactive:
+                    say(f"error: {error.message}")
+                    messages.pop()
+                    continue
                 if last is None:
                     raise
                 # The answers so far are the result; llama.cpp's chat ends here too.
@@ -121,7 +125,7 @@ def _messages(first: str | None, interactive: bool) -> Iterator[str]:
     if interactive:
         with suppress(ImportError):  # line editing and history for `input`; Windows' console has its own
             import readline  # noqa: F401
-    if first is not None:
+    if first:
         yield first
     while True:
         if interactive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,14 +50,14 @@ class Application(click.Group):
 def _one_line(error: click.ClickException) -> str:
     message = " ".join(error.format_message().split())
     if isinstance(error, click.UsageError) and error.ctx is not None:
-        message = f"{message.rstrip('.')}. See '{error.ctx.command_path} --help'."
+        message += f"{'' if message.endswith(('.', '?')) else '.'} See '{error.ctx.command_path} --help'."
     return message
 
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(cls=Application, context_settings=_CONTEXT, invoke_without_command=True)
+@click.group("jaxpaged", cls=Application, context_settings=_CONTEXT, invoke_without_command=True)
 @click.version_option(__version__, message="jaxpaged %(version)s")
 @click.pass_context
 def application(context: click.Context) -> None:
@@ -71,6 +72,11 @@ def application(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+def _filled(text: str) -> str:
+    """Lines that break between flags, not inside them."""
+    return textwrap.fill(text, 76, break_on_hyphens=False)
+
+
 _GENERATE_EPILOG = f"""\b
 Examples:
   jaxpaged generate -p "def read_lines(path):" -n 64 --seed 7
@@ -81,7 +87,8 @@ Examples:
 Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted.
 Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names another).
 
-Flags of llama.cpp that are accepted and have no effect: {", ".join(ignored_flags())}.
+\b
+{_filled("Flags of llama.cpp that are accepted and have no effect: " + ", ".join(ignored_flags()))}
 """
 
 

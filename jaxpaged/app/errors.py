@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import click
 
 
@@ -14,3 +17,17 @@ class InputError(click.ClickException):
 def say(line: str) -> None:
     """One line to the user beside the output: on stderr, so that stdout stays the result."""
     click.echo(f"jaxpaged: {line}", err=True)
+
+
+@contextmanager
+def out_of_memory_is_input(advice: str) -> Iterator[None]:
+    """Raises InputError where memory does not suffice for what was asked for."""
+    import jax
+
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "allocation failed"
+        raise InputError(f"out of memory: {reason}; {advice}") from error

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 
 import click
-import jax
 
 from jaxpaged.app import chat, interrupt
-from jaxpaged.app.errors import InputError
+from jaxpaged.app.errors import InputError, out_of_memory_is_input
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json, text_of
 from jaxpaged.app.prompt import read_prompt
@@ -33,7 +32,7 @@ def run(options: GenerateOptions) -> int:
         raise InputError(_NO_PROMPT)
     if wants_chat and options.parallel > 1:
         raise InputError(f"-np {options.parallel}: a chat has one sequence")
-    try:
+    with out_of_memory_is_input("a smaller -c, -np or --kv-pages needs less"):
         session = Session.open(options)
         template = chat.template_of(options, session.ready.loaded.tokenizer.chat_template)
         if wants_chat and template is None:
@@ -43,13 +42,6 @@ def run(options: GenerateOptions) -> int:
         if prompt is None:
             raise InputError(f"{_NO_PROMPT} (with --chat-template: this model has no chat template)")
         return complete(session, prompt)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            reason = str(error).splitlines()[0] if str(error) else "allocation failed"
-            raise InputError(
-                f"out of memory: {reason}; a smaller -c, -np or --kv-pages needs less"
-            ) from error
-        raise
 
 
 def complete(session: Session, prompt: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import click
 
 from jaxpaged.app.errors import say
@@ -81,6 +83,7 @@ class LlamaCommand(click.Command):
                 flag = parameter.is_flag or parameter.count
                 takes_value |= dict.fromkeys((*parameter.opts, *parameter.secondary_opts), not flag)
         kept: list[str] = []
+        quiet = "--log-disable" in args
         while args:
             word = args.pop(0)
             if word == "--":
@@ -103,9 +106,12 @@ class LlamaCommand(click.Command):
                     count == 1 or (count == -1 and args and args[0].lower() in _SWITCH_VALUES)
                 ):
                     args.pop(0)
-                say(f"{name} is accepted and has no effect: {reason}")
+                if not quiet:
+                    say(f"{name} is accepted and has no effect: {reason}")
             else:
-                raise click.NoSuchOption(name, possibilities=[*takes_value, *_IGNORED], ctx=ctx)
+                # click's own idea of a close match is wide, and in its older versions every name is one.
+                near = get_close_matches(name, [*takes_value, *_IGNORED], cutoff=0.75)
+                raise click.NoSuchOption(name, possibilities=near, ctx=ctx)
         return kept
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,20 @@ def test_the_environment_is_set_before_jax_starts(environment):
 
 def test_version(jaxpaged):
     assert jaxpaged("--version").stdout == f"jaxpaged {__version__}\n"
+
+
+def test_no_command_shows_the_help(jaxpaged):
+    done = jaxpaged()
+    assert (done.returncode, done.stdout) == (0, jaxpaged("--help").stdout)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(environment, closed):
+    command = f"exec {shlex.quote(sys.executable)} -m jaxpaged.app.cli devices {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("cpu:0" in done.stdout) == (">&-" not in closed.split(" "))
 
 
 def test_devices(jaxpaged):
@@ -120,6 +135,8 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged)
     for flag in ("-ngl", "-fa", "-kvu", "--no-mmap"):
         assert f"jaxpaged: {flag} is accepted and has no effect" in done.stderr
     assert "Traceback" not in done.stderr
+    quiet = jaxpaged("generate", "-m", model_path, "-f", "-", *flags, "--log-disable", stdin="def f(x):\n")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, done.stdout, "")
 
 
 def test_parallel_samples_are_those_of_their_seeds(jaxpaged, model_path):
@@ -194,7 +211,8 @@ def test_a_closed_pipe_is_no_error(environment):
         (["-ctk", "q8_0"], "'f32', 'bf16', 'f16'"),
         (["-ctk", "f16", "-ctv", "f32"], "-ctk f16 and -ctv f32 differ"),
         (["-npp", "2"], "Did you mean"),
-        (["--tmep", "1"], "--temp"),
+        (["--tmep", "1"], "Did you mean '--temp'? See 'jaxpaged generate --help'."),
+        (["--grammar", "x"], "No such option '--grammar'. See"),
         (["-n64"], "-n64"),
         (["-ngl"], "requires an argument"),
         (["-f", "x"], "-p and -f both give a prompt"),

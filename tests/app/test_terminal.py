@@ -1,4 +1,4 @@
-"""Ctrl-C, at any moment: status 130, no traceback, and what there is by then."""
+"""A person at a terminal. Ctrl-C, at any moment: status 130, no traceback, and what there is by then."""
 
 from __future__ import annotations
 
@@ -76,26 +76,43 @@ class Terminal:
             time.sleep(0.02)
 
 
-def test_an_answer_ends_and_the_chat_goes_on(model_path, environment):
-    def asks(shown: str) -> bool:
-        return shown.endswith("\n> ")
-
+@contextmanager
+def chatting(model_path, environment, *flags: str) -> Iterator[Terminal]:
     master, slave = os.openpty()
-    arguments = [*JAXPAGED, "-m", model_path, "-cnv", *ENDLESS]
+    arguments = [*JAXPAGED, "-m", model_path, "-cnv", *flags]
     env = environment | {"TERM": "dumb"}
     with running(arguments, stdin=slave, stdout=slave, stderr=slave, env=env) as process:
         os.close(slave)
-        terminal = Terminal(master, process)
+        yield Terminal(master, process)
+    os.close(master)
+
+
+def asks(shown: str) -> bool:
+    return shown.endswith("\n> ")
+
+
+def test_an_answer_ends_and_the_chat_goes_on(model_path, environment):
+    with chatting(model_path, environment, *ENDLESS) as terminal:
         for message in ("one", "two"):
             terminal.wait(asks)
             before = len(terminal.shown)
             terminal.type(f"{message}\n")
             terminal.wait(lambda shown, before=before: len(shown) > before + 100)
-            process.send_signal(signal.SIGINT)
+            terminal.process.send_signal(signal.SIGINT)
         terminal.wait(asks)
-        while process.poll() is None:  # readline may miss a signal between its prompt and its waiting
-            process.send_signal(signal.SIGINT)
+        while (
+            terminal.process.poll() is None
+        ):  # readline may miss a signal between its prompt and its waiting
+            terminal.process.send_signal(signal.SIGINT)
             time.sleep(0.5)
-        assert process.returncode == 130
+        assert terminal.process.returncode == 130
         assert "KV cache = " in terminal.shown and "Traceback" not in terminal.shown
-    os.close(master)
+
+
+def test_a_message_too_long_is_refused_and_the_chat_goes_on(model_path, environment):
+    with chatting(model_path, environment, "-c", "32") as terminal:
+        terminal.wait(asks)
+        terminal.type("x" * 100 + "\n")
+        terminal.wait(lambda shown: "error: the prompt has " in shown and asks(shown))
+        terminal.type("\x04")
+        assert terminal.process.wait(SECONDS) == 0
