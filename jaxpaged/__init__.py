@@ -37,14 +37,11 @@ if TYPE_CHECKING:
         FINISH_LENGTH,
         FINISH_OUT_OF_PAGES,
         FINISH_STOP,
-        ContextShift,
         GenerateResult,
-        GenerateStream,
         KVCache,
-        StreamChunk,
         generate,
-        generate_stream,
     )
+    from jaxpaged.generation_request import ContextShift
     from jaxpaged.invariants import InvariantError, check_invariants
     from jaxpaged.page_format import PAGE_FORMATS, PageFormat
     from jaxpaged.page_map import PageMap, draw_page_map
@@ -53,6 +50,7 @@ if TYPE_CHECKING:
     from jaxpaged.sampling import SamplingParams, sample
     from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
     from jaxpaged.snapshots import restore, snapshot
+    from jaxpaged.streaming import GenerateStream, StreamChunk, generate_stream
 
 __all__ = [
     "ALL",
@@ -119,9 +117,9 @@ _ROOMS = {
     "contiguous": ("ContiguousKVCache",),
     "defragment": ("seq_defragment",),
     "generation": (
-        "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "ContextShift", "GenerateResult", "GenerateStream",
-        "KVCache", "StreamChunk", "generate", "generate_stream",
+        "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "KVCache", "generate",
     ),
+    "generation_request": ("ContextShift",),
     "invariants": ("InvariantError", "check_invariants"),
     "page_format": ("PAGE_FORMATS", "PageFormat"),
     "page_map": ("PageMap", "draw_page_map"),
@@ -130,6 +128,7 @@ _ROOMS = {
     "sampling": ("SamplingParams", "sample"),
     "snapshot_file": ("Snapshot", "SnapshotError", "read_snapshot"),
     "snapshots": ("restore", "snapshot"),
+    "streaming": ("GenerateStream", "StreamChunk", "generate_stream"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

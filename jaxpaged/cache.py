@@ -137,6 +137,11 @@ class PagedKVCache:
         return self.num_pages - self.allocator.num_free
 
     @property
+    def pages_free(self) -> Array:
+        """i32[]: pages that ``reserve`` can take."""
+        return self.allocator.num_free
+
+    @property
     def lengths(self) -> Array:
         """i32[S]: tokens each sequence holds."""
         return tables.lengths(self.table)
@@ -215,6 +220,30 @@ class PagedKVCache:
             lambda: plan.representable,
             lambda: jax.lax.scan(serve, free, (plan.representable, wanted))[1],
         )
+
+    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
+        """i32[S]: pages that ``num_new i32[S]`` more tokens take, copies of shared pages included.
+
+        With ``limit`` a sequence never holds more tokens than that, because it forgets some as it goes: whole pages of
+        them, and two that are partly used.
+        """
+        needed = _plan(self, num_new).needed
+        if limit is None:
+            return needed
+        most = -(-limit // self.page_size) + 2
+        return jnp.minimum(needed, jnp.maximum(most - self.table.num_entries, 0))
+
+    def whole_pages(self, num_tokens: Array) -> Array:
+        """How many pages ``num_tokens`` tokens fill to the last slot."""
+        return num_tokens // self.page_size
+
+    def seq_position_min(self) -> Array:
+        """See ``seq_position_min``."""
+        return seq_position_min(self)
+
+    def seq_drop_unseen(self, window: int) -> PagedKVCache:
+        """See ``seq_drop_unseen``."""
+        return seq_drop_unseen(self, window)
 
     def seq_remove(
         self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
@@ -569,6 +598,27 @@ def seq_copy(
     copied = tables.set_row(cache.table, dst, shared)
     table = jax.tree.map(lambda new, old: jnp.where(ok, new, old), copied, cache.table)
     return replace(cache, allocator=pages_of.retain(cache.allocator, shared.pages), table=table), ok
+
+
+def seq_drop_unseen(cache: PagedKVCache, window: int) -> PagedKVCache:
+    """Gives back the pages at the beginning of each sequence that none of its next tokens will see.
+
+    For a model whose every layer sees ``window`` tokens at most, the query's own included. Tokens leave in whole
+    entries, so that a step costs next to nothing while there is none to leave, and no entry is ever split.
+    """
+    table = cache.table
+    first_seen = tables.position_max(table)[:, None] + 2 - window
+    used = jnp.arange(cache.max_entries) < table.num_entries[:, None]
+    unseen = used & (table.position + table.num_tokens <= first_seen)
+
+    def drop() -> tuple[PageAllocator, BlockTable]:
+        kept = jax.vmap(lambda row, drops: tables.keep(row, ~drops, cache.num_pages))(table, unseen)
+        released = jnp.where(unseen, table.pages, cache.num_pages)
+        return pages_of.release(cache.allocator, released.reshape(-1)), kept
+
+    # Positions increase along a row, so the first entry is the first to leave.
+    allocator, table = jax.lax.cond(jnp.any(unseen[:, 0]), drop, lambda: (cache.allocator, table))
+    return replace(cache, allocator=allocator, table=table)
 
 
 def seq_keep(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array]:

@@ -114,6 +114,33 @@ class ContiguousKVCache:
         """i32[]: rows that hold a token."""
         return jnp.sum(self.lengths > 0, dtype=jnp.int32)
 
+    @property
+    def pages_free(self) -> Array:
+        """i32[]: rows that hold no token."""
+        return self.max_seqs - self.pages_used
+
+    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
+        """i32[S]: nothing: each sequence has its row from the start."""
+        return jnp.zeros(self.max_seqs, jnp.int32)
+
+    def whole_pages(self, num_tokens: Array) -> Array:
+        """Nothing: rows are not shared."""
+        return jnp.zeros_like(num_tokens)
+
+    def seq_position_min(self) -> Array:
+        """i32[S]: 0, or -1 where a sequence is empty."""
+        return jnp.where(self.lengths > 0, 0, -1)
+
+    def seq_drop_unseen(self, window: int) -> ContiguousKVCache:
+        """Nothing to give back: rows stay whole."""
+        return self
+
+    def seq_shift(
+        self, seq: int | Array, p0: int | Array, p1: int | Array, delta: int | Array
+    ) -> tuple[ContiguousKVCache, Array]:
+        """Refused, as positions are places in the row."""
+        return self, jnp.bool_(False)
+
     def fits(self, num_new: Array) -> Array:
         """bool[S]: which sequences have room for ``num_new i32[S]`` more tokens; rows are independent."""
         return self.lengths + jnp.asarray(num_new, jnp.int32) <= self.max_length

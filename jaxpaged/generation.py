@@ -1,16 +1,16 @@
-"""Whole generations inside one XLA program: prefill in chunks, then reserve, decode, sample, stop, give pages back.
+"""Whole generations inside one XLA program: admit prompts, prefill, decode, sample, stop, give pages back.
 
-The path of a token, top to bottom: ``_prefill_chunk`` puts a prompt's keys and values into the cache, ``_decode_step``
-reserves a slot for the newest token, runs the model and samples the next, ``_accept`` appends it or ends the sequence.
-``generate`` runs all of it without returning to Python; ``generate_stream`` comes back every few tokens.
+The path of a token, top to bottom: ``_admit`` gives a prompt of the queue a sequence of the cache, ``_step`` makes room
+for the next tokens of all sequences (a piece of a prompt, or the newest token), runs the model and samples, ``_accept``
+appends what was sampled or ends the sequence, whose pages and place then serve the next prompt. ``generate`` runs all
+of it without returning to Python; ``generate_stream`` comes back every few tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.batch import Batch
+from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
 from jaxpaged.rope import Rope
 from jaxpaged.sampling import SamplingParams, push_recent, sample
 
@@ -35,6 +36,8 @@ class KVCache(Protocol):
     def lengths(self) -> Array: ...
     @property
     def pages_used(self) -> Array: ...
+    @property
+    def pages_free(self) -> Array: ...
     def attend(
         self,
         layer: int,
@@ -53,9 +56,17 @@ class KVCache(Protocol):
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[Self, Batch, Array]: ...
     def fits(self, num_new: Array) -> Array: ...
+    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array: ...
+    def whole_pages(self, num_tokens: Array) -> Array: ...
+    def seq_position_min(self) -> Array: ...
+    def seq_drop_unseen(self, window: int) -> Self: ...
     def seq_remove(
         self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
     ) -> tuple[Self, Array]: ...
+    def seq_shift(
+        self, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
+    ) -> tuple[Self, Array]: ...
+    def seq_reorder(self, source: Array) -> Self: ...
 
 
 Cache = TypeVar("Cache", bound=KVCache)
@@ -66,289 +77,342 @@ Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GenerateResult:
-    """What ``generate`` made; a row a sequence, S = max_seqs of the cache."""
+    """What ``generate`` made. Sample j of prompt i is row ``i * n + j`` of R, which is at least their number."""
 
     tokens: Array
-    """i32[S, M]: the tokens generated, without the stop token; -1 behind them."""
+    """i32[R, M]: the tokens generated, without the stop token; -1 behind them."""
     num_tokens: Array
-    """i32[S]: how many they are."""
+    """i32[R]: how many they are."""
     finish_reason: Array
-    """i32[S]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING in rows without a prompt."""
+    """i32[R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING in rows without a prompt."""
     pages_peak: Array
     """i32[]: most pages in use after any step."""
+    num_steps: Array
+    """i32[]: how often the model ran."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _State:
-    """What the loop carries, beside the cache."""
+class State:
+    """What the loop carries, beside the cache: S sequences of the cache at work on R rows of the result."""
 
     tokens: Array
     num_tokens: Array
+    finish_reason: Array
+    """As in GenerateResult."""
+    next_prompt: Array
+    """i32[]: the first prompt that was not admitted yet."""
+    row: Array
+    """i32[S]: the row of the result that each sequence works on; R = the sequence is idle."""
+    progress: Array
+    """i32[S]: tokens of the prompt that are in the cache."""
+    leader: Array
+    """i32[S]: the sequence that reads the prompt; its other samples fork it when it is done."""
     newest: Array
     """i32[S]: the token sampled last, not yet in the cache."""
     recent: Array
-    """i32[S, R]: the tokens that penalties look at, newest last."""
-    active: Array
-    """bool[S]"""
-    finish_reason: Array
+    """i32[S, W]: the tokens that penalties look at, newest last."""
     pages_peak: Array
+    num_steps: Array
 
     def result(self) -> GenerateResult:
-        return GenerateResult(self.tokens, self.num_tokens, self.finish_reason, self.pages_peak)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Request:
-    """What is asked for: arrays, so that other prompts and parameters never recompile."""
-
-    prompts: Array
-    """i32[S, longest prompt, padded]"""
-    prompt_lens: Array
-    """i32[S]: 0 = no prompt."""
-    max_new_tokens: Array
-    """i32[S]"""
-    stop_ids: Array
-    """i32[number of stop tokens]; -1 in padding."""
-    sampling: SamplingParams
-    recent: Array
-    """i32[S, R]: the last tokens of each prompt."""
+        return GenerateResult(
+            self.tokens, self.num_tokens, self.finish_reason, self.pages_peak, self.num_steps
+        )
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """The static part of a request: all that a compiled program depends on."""
+class Slots:
+    """What each of the cache's S sequences is doing."""
 
-    chunk: int
-    """Tokens of one prefill step."""
-    tail: int
-    """Tokens of the last, shorter prefill step; 0 = there is none."""
-    capacity: int
-    """M: columns of the tokens generated."""
-    keep: bool
-    """Whether finished sequences stay in the cache."""
+    row: Array
+    """i32[S]: its row of the result; any row, where it is idle."""
+    prompt: Array
+    """i32[S]: its prompt."""
+    prompt_len: Array
+    busy: Array
+    """bool[S]"""
+    decoding: Array
+    """bool[S]: its prompt is read."""
+    reading: Array
+    """bool[S]: it reads its prompt."""
+    waiting: Array
+    """bool[S]: another sequence reads its prompt."""
 
+    @classmethod
+    def of(cls, state: State, request: Request, shape: Shape) -> Slots:
+        rows = state.num_tokens.shape[0]
+        busy, row = state.row < rows, jnp.minimum(state.row, rows - 1)
+        prompt = row // shape.num_samples
+        prompt_len = request.prompt_lens[prompt]
+        unread = busy & (state.progress < prompt_len)
+        leads = state.leader == jnp.arange(state.row.shape[0])
+        return cls(row, prompt, prompt_len, busy, busy & ~unread, unread & leads, unread & ~leads)
 
-def _bucket(count: int) -> int:
-    """The next power of two, or one and a half of one: few compiled shapes, a third of padding at most."""
-    size = 8
-    while size < count:
-        if size * 3 // 2 >= count:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
-def _request(
-    cache: KVCache,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int],
-    sampling: SamplingParams | None,
-    stop_ids: Sequence[int],
-    batch_size: int,
-    keep: bool,
-) -> tuple[_Request, _Shape]:
-    s = cache.max_seqs
-    if not 1 <= len(prompts) <= s:
-        raise ValueError(f"prompts must be 1 to {s} (the cache's max_seqs), got {len(prompts)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty: it needs at least one token")
-        if min(prompt) < 0:
-            raise ValueError(f"prompt {i} holds a negative token id, {min(prompt)}")
-    limits = np.zeros(s, np.int32)
-    limits[: len(prompts)] = max_new_tokens
-    if limits.min() < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {limits.min()}")
-    sampling = SamplingParams.greedy(s) if sampling is None else sampling
-    if sampling.num_seqs != s:
-        raise ValueError(f"sampling must have one row for each of {s} sequences, got {sampling.num_seqs}")
-    lens = np.zeros(s, np.int32)
-    lens[: len(prompts)] = [len(p) for p in prompts]
-    padded = np.zeros((s, _bucket(int(lens.max()))), np.int32)
-    for i, prompt in enumerate(prompts):
-        padded[i, : len(prompt)] = prompt
-    total = int(lens.sum())
-    rest = total % batch_size
-    window = _penalty_window(sampling, int((lens + limits).max()))
-    recent = np.full((s, window), -1, np.int32)
-    for i, prompt in enumerate(prompts):
-        last = list(prompt)[-window:] if window else []
-        recent[i, window - len(last) :] = last
-    # Padded, so that the number of stop tokens does not make a program of its own.
-    stops = np.full(max(8, len(stop_ids)), -1, np.int32)
-    stops[: len(stop_ids)] = list(stop_ids)
-    request = _Request(
-        prompts=jnp.asarray(padded),
-        prompt_lens=jnp.asarray(lens),
-        max_new_tokens=jnp.asarray(limits),
-        stop_ids=jnp.asarray(stops),
-        sampling=sampling,
-        recent=jnp.asarray(recent),
-    )
-    shape = _Shape(
-        chunk=batch_size if total >= batch_size else 0,
-        tail=min(_bucket(rest), batch_size) if rest else 0,
-        capacity=_bucket(max(1, int(limits.max()))),
-        keep=keep,
-    )
-    return request, shape
+    def tokens_to_come(self, state: State, request: Request) -> Array:
+        """i32[S]: tokens that each sequence will still write if nothing stops it; the last one never is written."""
+        sampled = jnp.maximum(state.num_tokens[self.row], 1)
+        left = self.prompt_len - state.progress + request.max_new_tokens[self.row] - sampled
+        return jnp.where(self.busy, jnp.maximum(left, 0), 0)
 
 
-def _penalty_window(sampling: SamplingParams, longest: int) -> int:
-    """R: how many tokens the penalties look at; 0 when no row has a penalty."""
-    on = (
-        (np.asarray(sampling.repeat_penalty) != 1.0)
-        | (np.asarray(sampling.presence_penalty) != 0.0)
-        | (np.asarray(sampling.frequency_penalty) != 0.0)
-    )
-    if not on.any():
-        return 0
-    last_n = np.asarray(sampling.repeat_last_n)[on]
-    return _bucket(longest if (last_n < 0).any() else int(last_n.max()))
-
-
-def _end(cache: Cache, state: _State, ended: Array, reason: int, release: bool) -> tuple[Cache, _State]:
-    """Ends the sequences marked; gives their pages back if asked to."""
+def _end(cache: Cache, state: State, ended: Array, reason: Array | int, release: bool) -> tuple[Cache, State]:
+    """Ends the sequences marked ``bool[S]``, which then are idle; gives their pages back if asked to."""
     if release:
         cache = jax.lax.cond(jnp.any(ended), lambda c: c.seq_remove(ended)[0], lambda c: c, cache)
+    idle = state.num_tokens.shape[0]
+    row = jnp.where(ended, state.row, idle)
     return cache, replace(
         state,
-        active=state.active & ~ended,
-        finish_reason=jnp.where(ended, reason, state.finish_reason),
+        row=jnp.where(ended, idle, state.row),
+        finish_reason=state.finish_reason.at[row].set(reason, mode="drop"),
     )
 
 
-def _reserve(
-    cache: Cache, state: _State, num_new: Array, num_tokens: int, max_new: int
-) -> tuple[Cache, _State, Batch]:
-    """Room for ``num_new`` tokens; sequences that find none end here, and their pages serve the others."""
-    cache, state = _end(cache, state, state.active & ~cache.fits(num_new), FINISH_OUT_OF_PAGES, release=True)
-    num_new = jnp.where(state.active, num_new, 0)
-    cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=max_new)
-    return cache, replace(state, pages_peak=jnp.maximum(state.pages_peak, cache.pages_used)), batch
+def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> State:
+    """Gives prompts of the queue idle sequences, in order, as long as there are such and pages for all that may come.
+
+    What is admitted never runs out of pages, unless it has the pool to itself. A prompt too long even then is passed
+    over, with FINISH_OUT_OF_PAGES.
+    """
+    n, s, rows = shape.num_samples, cache.max_seqs, state.num_tokens.shape[0]
+
+    def pending(carry: tuple[State, Array]) -> Array:
+        return carry[1]
+
+    def admit_next(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state = carry[0]
+        first = state.next_prompt * n
+        idle = state.row == rows
+        rank = jnp.cumsum(idle, dtype=jnp.int32) - 1 if shape.queue else jnp.arange(s) - first
+        member = idle & (rank >= 0) & (rank < n)
+        row = jnp.where(member, first + rank, rows)
+        leader = jnp.argmax(member & (rank == 0))
+        admitted = replace(
+            state,
+            row=jnp.where(member, row, state.row),
+            progress=jnp.where(member, 0, state.progress),
+            leader=jnp.where(member, leader, state.leader),
+            recent=jnp.where(member[:, None], request.recent[state.next_prompt], state.recent),
+        )
+        slots = Slots.of(admitted, request, shape)
+        needed = cache.pages_needed(slots.tokens_to_come(admitted, request), limit=shape.limit)
+        needed -= jnp.where(slots.waiting, cache.whole_pages(slots.prompt_len), 0)
+        alone = jnp.all(idle)
+        for_prompt = cache.pages_needed(
+            jnp.where(member & (rank == 0), slots.prompt_len, 0), limit=shape.limit
+        )
+        possible = jnp.sum(for_prompt) <= cache.pages_free
+        room = (jnp.sum(needed) <= cache.pages_free) | (alone & possible)
+        if shape.keep:  # pages never come back, so waiting for them would be in vain
+            room = possible = jnp.bool_(True)
+        enters = (jnp.sum(member) == n) & room
+        refused = alone & ~possible
+        refused_rows = jnp.where(refused, first, rows) + jnp.arange(n)
+        state = jax.tree.map(lambda new, old: jnp.where(enters, new, old), admitted, state)
+        moved_on = enters | refused
+        state = replace(
+            state,
+            next_prompt=state.next_prompt + moved_on,
+            finish_reason=state.finish_reason.at[refused_rows].set(FINISH_OUT_OF_PAGES, mode="drop"),
+        )
+        return state, moved_on & (state.next_prompt < request.num_prompts)
+
+    waiting = (state.next_prompt < request.num_prompts) & jnp.any(state.row == rows)
+    return jax.lax.while_loop(pending, admit_next, (state, waiting))[0]
 
 
-def _accept(cache: Cache, state: _State, request: _Request, token: Array, keep: bool) -> tuple[Cache, _State]:
-    """Appends the token sampled for each active sequence, and ends those that are done."""
-    rows = jnp.arange(token.shape[0])
-    stopped = state.active & jnp.any(token[:, None] == request.stop_ids, axis=1)
-    room = state.num_tokens < request.max_new_tokens
-    appended = state.active & ~stopped & room
-    column = jnp.where(appended, state.num_tokens, state.tokens.shape[1])
-    num_tokens = state.num_tokens + appended
+def _forget(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new: Array) -> Cache:
+    """Makes room in the contexts: what no layer will see again and what a context shift discards is removed."""
+    if shape.window is not None:
+        cache = cache.seq_drop_unseen(shape.window)
+    if not shape.shift:
+        return cache
+    length = cache.lengths
+    full = slots.busy & (num_new > 0) & (length + num_new > request.n_ctx)
+    keep = jnp.minimum(request.n_keep[slots.prompt], length)
+    usual = jnp.where(request.n_discard > 0, request.n_discard, (length - keep) // 2)
+    discard = jnp.clip(jnp.maximum(usual, length + num_new - request.n_ctx), 0, length - keep)
+
+    def shift(cache: Cache) -> Cache:
+        # Ranges are positions. Those of a sequence without gaps begin where its first token stands.
+        begin = cache.seq_position_min() + keep
+        cache, removed = cache.seq_remove(full, begin, begin + discard)
+        return cache.seq_shift(full & removed, begin + discard, -1, -discard)[0]
+
+    return jax.lax.cond(jnp.any(full), shift, lambda cache: cache, cache)
+
+
+def _step(
+    model: Model,
+    shape: Shape,
+    params: Any,
+    cache: Cache,
+    state: State,
+    request: Request,
+    *,
+    reads: bool,
+) -> tuple[Cache, State]:
+    """One run of the model: a token for every decoding sequence and, if it ``reads``, pieces of prompts."""
+    s = cache.max_seqs
+    num_tokens = shape.chunk if reads else s
+    slots = Slots.of(state, request, shape)
+    num_new = slots.decoding.astype(jnp.int32)
+    if reads:
+        left = jnp.where(slots.reading, slots.prompt_len - state.progress, 0)
+        num_new += jnp.clip(num_tokens - jnp.sum(num_new) - (jnp.cumsum(left) - left), 0, left)
+
+    cache = _forget(cache, slots, request, shape, num_new)
+    # Those that find no room end here, their other samples with them, and their pages serve the others.
+    fits = cache.fits(num_new)
+    ended = slots.busy & ~(fits & fits[state.leader])
+    cache, state = _end(cache, state, ended, FINISH_OUT_OF_PAGES, release=True)
+    num_new = jnp.where(ended, 0, num_new)
+    cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=num_tokens if reads else 1)
+
+    sequence = jnp.minimum(batch.sequence, s - 1)
+    tokens = state.newest[sequence]
+    if reads:
+        column = state.progress[sequence] + jnp.arange(num_tokens) - batch.cu_q_lens[sequence]
+        column = jnp.clip(column, 0, request.prompts.shape[1] - 1)
+        tokens = jnp.where(slots.reading[sequence], request.prompts[slots.prompt[sequence], column], tokens)
+    last = batch.last_rows[state.leader]
+    logits, cache = model(params, tokens, cache, batch, last)
+
+    progress = state.progress + jnp.where(slots.reading, num_new, 0)
+    sampled = (num_new > 0) & (progress == slots.prompt_len)
+    if reads and shape.num_samples > 1:
+        forked = slots.waiting & ~ended & sampled[state.leader]
+        source = jnp.where(forked, state.leader, jnp.arange(s))
+        cache = jax.lax.cond(jnp.any(forked), lambda c: c.seq_reorder(source), lambda c: c, cache)
+        progress = jnp.where(forked, slots.prompt_len, progress)
+        sampled |= forked
+        state = replace(state, leader=jnp.where(forked, jnp.arange(s), state.leader))
+    # Not the position in the context, which a shift turns back, but how far the sequence has come.
+    token = sample(
+        logits,
+        jax.tree.map(lambda field: field[slots.row], request.sampling),
+        batch.rope_positions[last] + 1,
+        state.recent,
+    )
     state = replace(
         state,
-        tokens=state.tokens.at[rows, column].set(token, mode="drop"),
+        progress=progress,
+        pages_peak=jnp.maximum(state.pages_peak, cache.pages_used),
+        num_steps=state.num_steps + 1,
+    )
+    return _accept(cache, state, request, slots, token, sampled, shape.keep)
+
+
+def _accept(
+    cache: Cache,
+    state: State,
+    request: Request,
+    slots: Slots,
+    token: Array,
+    sampled: Array,
+    keep: bool,
+) -> tuple[Cache, State]:
+    """Appends the token sampled for each sequence marked, and ends those that are done."""
+    stopped = sampled & jnp.any(token[:, None] == request.stop_ids, axis=1)
+    limit = request.max_new_tokens[slots.row]
+    room = state.num_tokens[slots.row] < limit
+    appended = sampled & ~stopped & room
+    row = jnp.where(appended, slots.row, state.num_tokens.shape[0])
+    num_tokens = state.num_tokens.at[row].add(1, mode="drop")
+    column = state.num_tokens[slots.row]
+    state = replace(
+        state,
+        tokens=state.tokens.at[row, column].set(token, mode="drop"),
         num_tokens=num_tokens,
         newest=jnp.where(appended, token, state.newest),
         recent=push_recent(state.recent, token, appended),
     )
-    full = state.active & (num_tokens >= request.max_new_tokens)
+    full = sampled & (num_tokens[slots.row] >= limit)
     reason = jnp.where(stopped & room, FINISH_STOP, FINISH_LENGTH)
-    ended = stopped | full
-    cache, finished = _end(cache, state, ended, FINISH_STOP, release=not keep)
-    return cache, replace(finished, finish_reason=jnp.where(ended, reason, finished.finish_reason))
+    return _end(cache, state, stopped | full, reason, release=not keep)
 
 
-def _prefill_chunk(
-    model: Model,
-    params: Any,
-    cache: Cache,
-    state: _State,
-    request: _Request,
-    base: Array,
-    num_tokens: int,
-    first: Array,
-) -> tuple[Cache, _State, Array]:
-    """Computes the next ``num_tokens`` prompt tokens, sequence after sequence.
-
-    ``base i32[S]`` is the length of each sequence before its prompt; ``first i32[S]`` collects the first token sampled
-    for each sequence, in the chunk where its prompt ends.
-    """
-    remaining = jnp.where(state.active, request.prompt_lens - (cache.lengths - base), 0)
-    before = jnp.cumsum(remaining) - remaining
-    take = jnp.clip(num_tokens - before, 0, remaining)
-    cache, state, batch = _reserve(cache, state, take, num_tokens, num_tokens)
-    row = jnp.minimum(batch.sequence, take.shape[0] - 1)
-    in_chunk = jnp.arange(num_tokens, dtype=jnp.int32) - batch.cu_q_lens[row]
-    column = (request.prompt_lens - remaining)[row] + in_chunk
-    tokens = request.prompts[row, jnp.clip(column, 0, request.prompts.shape[1] - 1)]
-    logits, cache = model(params, tokens, cache, batch, batch.last_rows)
-    position = batch.position[batch.last_rows] + 1
-    token = sample(logits, request.sampling, position, state.recent)
-    return cache, state, jnp.where((take > 0) & (take == remaining), token, first)
-
-
-def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
-    """Prefills every prompt in chunks, and samples each sequence's first token."""
-    s = cache.max_seqs
-    base = cache.lengths
-    state = _State(
-        tokens=jnp.full((s, shape.capacity), -1, jnp.int32),
-        num_tokens=jnp.zeros(s, jnp.int32),
-        newest=jnp.zeros(s, jnp.int32),
-        recent=request.recent,
-        active=request.prompt_lens > 0,
-        finish_reason=jnp.full(s, RUNNING, jnp.int32),
+def begin(cache: KVCache, request: Request, shape: Shape) -> State:
+    """Nothing admitted yet."""
+    s, rows = cache.max_seqs, request.max_new_tokens.shape[0]
+    none = jnp.zeros(s, jnp.int32)
+    return State(
+        tokens=jnp.full((rows, shape.capacity), -1, jnp.int32),
+        num_tokens=jnp.zeros(rows, jnp.int32),
+        finish_reason=jnp.full(rows, RUNNING, jnp.int32),
+        next_prompt=jnp.int32(0),
+        row=none + rows,
+        progress=none,
+        leader=jnp.arange(s, dtype=jnp.int32),
+        newest=none,
+        recent=jnp.full((s, request.recent.shape[1]), -1, jnp.int32),
         pages_peak=cache.pages_used,
+        num_steps=jnp.int32(0),
     )
-    step = functools.partial(_prefill_chunk, model, params)
-    carry = (cache, state, jnp.zeros(s, jnp.int32))
-    if shape.chunk:
-        chunks = jnp.sum(request.prompt_lens) // shape.chunk
-        carry = jax.lax.fori_loop(
-            0, chunks, lambda _, c: step(c[0], c[1], request, base, shape.chunk, c[2]), carry
-        )
-    if shape.tail:
-        carry = step(carry[0], carry[1], request, base, shape.tail, carry[2])
-    cache, state, token = carry
-    return _accept(cache, state, request, token, shape.keep)
-
-
-def _decode_step(
-    model: Model, shape: _Shape, params: Any, cache: Cache, state: _State, request: _Request
-) -> tuple[Cache, _State]:
-    """One more token for every active sequence."""
-    s = cache.max_seqs
-    cache, state, batch = _reserve(cache, state, state.active.astype(jnp.int32), s, 1)
-    tokens = state.newest[jnp.minimum(batch.sequence, s - 1)]
-    logits, cache = model(params, tokens, cache, batch, batch.last_rows)
-    position = batch.position[batch.last_rows] + 1
-    token = sample(logits, request.sampling, position, state.recent)
-    return _accept(cache, state, request, token, shape.keep)
 
 
 def _advance(
-    model: Model, shape: _Shape, params: Any, cache: Cache, state: _State, request: _Request, steps: Array
-) -> tuple[Cache, _State]:
-    """At most ``steps`` decode steps; fewer when every sequence has ended."""
+    model: Model,
+    shape: Shape,
+    params: Any,
+    cache: Cache,
+    state: State,
+    request: Request,
+    steps: Array,
+) -> tuple[Cache, State]:
+    """At most ``steps`` steps that decode, and as many as it takes to read the prompts admitted."""
+    rows = state.num_tokens.shape[0]
+    last = state.num_steps + steps
 
-    def unfinished(carry: tuple[Array, Cache, _State]) -> Array:
-        return (carry[0] < steps) & jnp.any(carry[2].active)
+    def reading(state: State) -> Array:
+        return jnp.any(Slots.of(state, request, shape).reading)
 
-    def step(carry: tuple[Array, Cache, _State]) -> tuple[Array, Cache, _State]:
-        i, cache, state = carry
-        return i + 1, *_decode_step(model, shape, params, cache, state, request)
+    def admissible(state: State) -> Array:
+        return (state.next_prompt < request.num_prompts) & jnp.any(state.row == rows)
 
-    _, cache, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), cache, state))
-    return cache, state
+    def unfinished(carry: tuple[Cache, State]) -> Array:
+        state = carry[1]
+        left = (state.next_prompt < request.num_prompts) | jnp.any(state.row < rows)
+        return left & ((state.num_steps < last) | reading(state))
+
+    # Two loops side by side, not a choice inside of one: a branch that writes the pool might copy it. Both come back as
+    # soon as a sequence is idle that a prompt waits for, but not before a step was made: it may have to wait for pages.
+    def turn(carry: tuple[Cache, State]) -> tuple[Cache, State]:
+        cache, state = carry
+
+        def step(carry: tuple[Array, Cache, State], *, reads: bool) -> tuple[Array, Cache, State]:
+            cache, state = _step(model, shape, params, carry[1], carry[2], request, reads=reads)
+            return ~admissible(state), cache, state
+
+        def reads(carry: tuple[Array, Cache, State]) -> Array:
+            return carry[0] & reading(carry[2])
+
+        def decodes(carry: tuple[Array, Cache, State]) -> Array:
+            go, _, state = carry
+            return go & jnp.any(state.row < rows) & (state.num_steps < last) & ~reading(state)
+
+        going = jnp.bool_(True), cache, _admit(cache, state, request, shape)
+        going = jax.lax.while_loop(reads, functools.partial(step, reads=True), going)
+        _, cache, state = jax.lax.while_loop(decodes, functools.partial(step, reads=False), going)
+        return cache, state
+
+    state = _admit(cache, state, request, shape)
+    return jax.lax.while_loop(unfinished, turn, (cache, state))
 
 
 def _generate(
-    model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request
+    model: Model, shape: Shape, params: Any, cache: Cache, request: Request
 ) -> tuple[GenerateResult, Cache]:
-    cache, state = _start(model, shape, params, cache, request)
-    cache, state = _advance(model, shape, params, cache, state, request, jnp.int32(shape.capacity))
+    state = begin(cache, request, shape)
+    most = jnp.int32(np.iinfo(np.int32).max)
+    cache, state = _advance(model, shape, params, cache, state, request, most)
     return state.result(), cache
 
 
 _generate_donating = jax.jit(_generate, static_argnums=(0, 1), donate_argnums=3)
-_start_donating = jax.jit(_start, static_argnums=(0, 1), donate_argnums=3)
-_advance_donating = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(3, 4))
+begin_jitted = jax.jit(begin, static_argnames="shape")
+advance_donating = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(3, 4))
 
 
 def generate(
@@ -358,119 +422,55 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int],
+    n: int = 1,
     sampling: SamplingParams | None = None,
     stop_ids: Sequence[int] = (),
     batch_size: int = 512,
     keep: bool = False,
+    context_shift: ContextShift | None = None,
+    window: int | None = None,
 ) -> tuple[GenerateResult, Cache]:
     """Generates after each prompt, in one XLA program that does not return to Python.
+
+    Prompts beyond the cache's sequences wait in a queue on the device: when a sequence ends, its pages go back, and the
+    next prompt is read, in chunks, beside the sequences that decode. A prompt is admitted when there are pages for all
+    that it and the others may yet write, so none runs out of pages on the way, unless it is alone.
 
     Args:
       model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. Prompt i continues what sequence i of the cache holds.
-      prompts: token ids, 1 to ``max_seqs`` prompts of any lengths, none empty.
+      cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues what sequence i of the
+        cache holds; with fewer, all of them should be empty.
+      prompts: token ids, any number of prompts of any lengths, none empty.
       max_new_tokens: tokens to generate at most, for all or one number a prompt.
-      sampling: one row a sequence of the cache; default greedy.
+      n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, and copy on write.
+      sampling: one row a sample, or one a sequence of the cache where these are more; default greedy.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: tokens of a prefill step; prompts are packed one behind the other into steps of that many.
+      batch_size: tokens of a step that reads prompts; they are packed one behind the other into steps of that many.
       keep: leave finished sequences in the cache (all but their newest token, which was never fed back); otherwise
-        their pages are given back the moment they end.
+        their pages are given back the moment they end. Not with a queue.
+      context_shift: go on beyond the context; it takes two pages and two table entries a sequence more than ``n_ctx``
+        tokens do. Needs a paged cache, and a model that hands its ``rope`` to ``attend``.
+      window: tokens that the widest layer sees, if no layer sees all: pages behind it are given back on the way.
 
     Returns:
       ``(result, cache)``. A sequence that finds no free page ends with FINISH_OUT_OF_PAGES and what it has, and its
       pages go to the others.
 
     Raises:
-      ValueError: no prompt or too many, an empty prompt, a negative id or count, sampling of another size.
+      ValueError: no prompt, an empty prompt, a negative id or count, sampling of another size, a prompt that fills the
+        shifted context, ``keep`` with more rows than sequences.
     """
-    request, shape = _request(cache, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep)
+    request, shape = make_request(
+        cache.max_seqs,
+        prompts,
+        max_new_tokens,
+        sampling,
+        stop_ids,
+        batch_size,
+        keep,
+        n,
+        context_shift,
+        window,
+    )
     return _generate_donating(model, shape, params, cache, request)
-
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """What came out since the chunk before."""
-
-    tokens: list[list[int]]
-    """New tokens of each prompt, in order."""
-    finish_reason: list[int]
-    """RUNNING, or why the sequence ended."""
-
-
-@dataclass
-class GenerateStream:
-    """An iterator of StreamChunks; see ``generate_stream``.
-
-    ``compile()`` may be called first, to keep compilation out of what is timed. ``cache`` is the cache after the last
-    chunk taken; the one passed in is donated by the first.
-    """
-
-    model: Model
-    params: Any
-    cache: Any
-    num_prompts: int
-    request: _Request
-    shape: _Shape
-    every: int
-    result: GenerateResult | None = None
-    """After each chunk, all that was generated so far."""
-    _start: Any = field(default=None, repr=False)
-    _advance: Any = field(default=None, repr=False)
-
-    def compile(self) -> None:
-        """Compiles both programs, without running them."""
-        if self._start is not None:
-            return
-        lowered = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
-        cache, state = lowered.out_info
-        advance = _advance_donating.lower(
-            self.model, self.shape, self.params, cache, state, self.request, jnp.int32(0)
-        )
-        # Side by side: XLA compiles much of a program on one thread.
-        with ThreadPoolExecutor(2) as pool:
-            self._start, self._advance = pool.map(lambda program: program.compile(), (lowered, advance))
-
-    def __iter__(self) -> Iterator[StreamChunk]:
-        self.compile()
-        self.cache, state = self._start(self.params, self.cache, self.request)
-        seen = [0] * self.num_prompts
-        while True:
-            # Copied: the arrays of `state` are donated to the next call.
-            self.result = jax.tree.map(np.array, state.result())
-            counts = self.result.num_tokens
-            new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_prompts)]
-            seen = [int(counts[i]) for i in range(self.num_prompts)]
-            running = bool(np.asarray(state.active).any())
-            yield StreamChunk(new, self.result.finish_reason[: self.num_prompts].tolist())
-            if not running:
-                return
-            self.cache, state = self._advance(
-                self.params, self.cache, state, self.request, jnp.int32(self.every)
-            )
-
-
-def generate_stream(
-    model: Model,
-    params: Any,
-    cache: Cache,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | Sequence[int],
-    sampling: SamplingParams | None = None,
-    stop_ids: Sequence[int] = (),
-    batch_size: int = 512,
-    keep: bool = False,
-    every: int = 8,
-) -> GenerateStream:
-    """``generate`` that hands out tokens while it runs: the first one after prefill, then up to ``every`` at a time.
-
-    Same arguments, same tokens; the steps of one chunk still run inside one XLA program.
-
-    Raises:
-      ValueError: as ``generate``, or ``every`` is not positive.
-    """
-    if every < 1:
-        raise ValueError(f"every must be positive, got {every}")
-    request, shape = _request(cache, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep)
-    return GenerateStream(model, params, cache, len(prompts), request, shape, every)

@@ -116,6 +116,6 @@ class NarrowAttendingMachine(AttendingMachine):
 
 
 TestAttending = AttendingMachine.TestCase
-TestAttending.settings = settings(max_examples=12, stateful_step_count=40)
+TestAttending.settings = settings(max_examples=20, stateful_step_count=40)
 TestNarrowAttending = NarrowAttendingMachine.TestCase
 TestNarrowAttending.settings = TestAttending.settings

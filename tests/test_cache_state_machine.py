@@ -144,30 +144,36 @@ class CacheMachine(RuleBasedStateMachine):
         self.finish(ok, expected, before)
 
     @rule(
-        marked=st.sets(ids),
-        ranges=st.lists(st.tuples(positions, positions), min_size=MAX_SEQS, max_size=MAX_SEQS),
-        remove=st.booleans(),
+        marked=st.sets(ids, min_size=1),
+        cuts=st.lists(
+            st.tuples(st.integers(0, 99), st.sampled_from([1, 2, 3, 8, 11])),
+            min_size=MAX_SEQS,
+            max_size=MAX_SEQS,
+        ),
+        defragments=st.booleans(),
     )
-    def context_shift(self, marked: set[int], ranges: list[tuple[int, int]], remove: bool) -> None:
-        """Every sequence its own range: cut out, and what is behind it moved up."""
+    def context_shift(self, marked: set[int], cuts: list[tuple[int, int]], defragments: bool) -> None:
+        """Every sequence its own range: cut out, what is behind it moved up, and both drawn together."""
         mask = jnp.asarray([seq in marked for seq in range(MAX_SEQS)])
-        p0, p1 = (jnp.asarray([max(x, 0) for x in column]) for column in zip(*ranges, strict=True))
-        before = snapshot(self.cache)
-        old = self.oracle.sequences
-        expected = all(self.oracle.remove([seq], *map(int, (p0[seq], p1[seq]))) for seq in marked)
+        held = [[position for position, _ in self.oracle.contents(seq)] or [0] for seq in range(MAX_SEQS)]
+        first = [positions[at % len(positions)] for positions, (at, _) in zip(held, cuts, strict=True)]
+        p0, p1 = jnp.asarray(first), jnp.asarray([p + n for p, (_, n) in zip(first, cuts, strict=True)])
+        before, old = snapshot(self.cache), self.oracle.sequences
+        expected = all(self.oracle.remove([seq], int(p0[seq]), int(p1[seq])) for seq in marked)
         if not expected:
             self.oracle.sequences = old
         self.cache, ok = jit_remove(self.cache, mask, p0, p1)
         self.finish(ok, expected, before)
-        if not expected or not remove:
+        if not expected:
             return
-        before, delta = snapshot(self.cache), jnp.minimum(p0 - p1, 0)
-        old = self.oracle.sequences
-        expected = all(self.oracle.shift([seq], int(p1[seq]), -1, int(delta[seq])) for seq in marked)
+        before, old = snapshot(self.cache), self.oracle.sequences
+        expected = all(self.oracle.shift([seq], int(p1[seq]), -1, int(p0[seq] - p1[seq])) for seq in marked)
         if not expected:
             self.oracle.sequences = old
-        self.cache, ok = jit_shift(self.cache, mask, p1, -1, delta)
+        self.cache, ok = jit_shift(self.cache, mask, p1, -1, p0 - p1)
         self.finish(ok, expected, before)
+        if defragments:
+            self.defragment(min(marked))
 
     @rule(seq=ids | st.just(ALL))
     def defragment(self, seq: int) -> None:

@@ -14,8 +14,10 @@ from jaxpaged import (
     FINISH_LENGTH,
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
+    ContextShift,
     ContiguousKVCache,
     PagedKVCache,
+    Rope,
     SamplingParams,
     check_invariants,
     generate,
@@ -24,17 +26,20 @@ from jaxpaged import (
 from jaxpaged import generation as rooms
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 97, 32, 4, 2, 8, 2
+FREQUENCIES = 100.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+ROPE = Rope.create(FREQUENCIES)
 traces = itertools.count()
 
 
 def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array) -> tuple[jax.Array, Any]:
     next(traces)
-    x = params["embedding"][tokens] + jnp.sin(batch.rope_positions[:, None] * params["frequency"])
+    x = params["embedding"][tokens]
     for layer in range(LAYERS):
         q, k, v = (
             jnp.reshape(x @ params[name][layer], (x.shape[0], -1, HEAD_DIM)) for name in ("q", "k", "v")
         )
-        out, cache = cache.attend(layer, q, k, v, batch)
+        q, k = ROPE.rotate(q, batch.rope_positions), ROPE.rotate(k, batch.rope_positions)
+        out, cache = cache.attend(layer, q, k, v, batch, rope=ROPE)
         x = x + out.reshape(x.shape[0], -1) @ params["out"][layer]
     return x[rows] @ params["embedding"].T, cache
 
@@ -48,7 +53,6 @@ def params() -> Any:
 
     return {
         "embedding": normal(VOCAB, HIDDEN),
-        "frequency": jnp.asarray(rng.uniform(0.05, 1, HIDDEN), jnp.float32),
         "q": normal(LAYERS, HIDDEN, HEADS * HEAD_DIM),
         "k": normal(LAYERS, HIDDEN, KV_HEADS * HEAD_DIM),
         "v": normal(LAYERS, HIDDEN, KV_HEADS * HEAD_DIM),
@@ -144,16 +148,175 @@ def test_pages_are_given_back_and_the_peak_is_what_live_tokens_need(params: Any)
     assert int(result.pages_peak) == sum(-(-(len(p) + 8 - 1) // 8) for p in PROMPTS)
 
 
-def test_out_of_pages_ends_one_sequence_with_what_it_has_and_serves_the_others(params: Any) -> None:
+def test_prompts_wait_for_pages_instead_of_failing(params: Any) -> None:
     roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
     tight, cache = generate(toy, params, paged(num_pages=10), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
     check_invariants(cache)
+    assert rows_of(tight) == rows_of(roomy)
+    assert np.array(tight.finish_reason).tolist() == [FINISH_LENGTH] * 3
+    assert int(tight.pages_peak) <= 10 and int(cache.pages_used) == 0
+
+
+def test_out_of_pages_ends_a_sequence_that_is_alone_with_what_it_has(params: Any) -> None:
+    roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    tight, cache = generate(toy, params, paged(num_pages=5), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    check_invariants(cache)
+    assert np.array(tight.finish_reason).tolist() == [FINISH_LENGTH, FINISH_LENGTH, FINISH_OUT_OF_PAGES]
+    # 40 slots hold 33 tokens of the prompt and 7 of those generated; one more was sampled.
+    whole, got = rows_of(roomy), rows_of(tight)
+    assert got == [*whole[:2], whole[2][:8]]
+    assert int(cache.pages_used) == 0
+
+
+def test_kept_sequences_run_out_of_pages_without_waiting(params: Any) -> None:
+    roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    tight, cache = generate(
+        toy, params, paged(num_pages=10), PROMPTS, max_new_tokens=20, sampling=SAMPLING, keep=True
+    )
+    check_invariants(cache)
     reasons = np.array(tight.finish_reason).tolist()
-    assert sorted(reasons) == [FINISH_LENGTH, FINISH_LENGTH, FINISH_OUT_OF_PAGES]
+    assert FINISH_OUT_OF_PAGES in reasons
     for whole, got, reason in zip(rows_of(roomy), rows_of(tight), reasons, strict=True):
         assert got == whole[: len(got)]
         assert (len(got) < 20) == (reason == FINISH_OUT_OF_PAGES)
+
+
+MANY = [
+    np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 33, 2, 27, 9, 1))
+]
+
+
+@pytest.mark.parametrize("make", [paged, contiguous])
+def test_more_prompts_than_sequences_give_what_each_gives_alone(params: Any, make: Any) -> None:
+    limits = [3, 20, 1, 14, 0, 9, 17]
+    sampling = SamplingParams.create(7, temperature=0.9, seed=list(range(7)), repeat_penalty=1.2)
+    result, cache = generate(
+        toy, params, make(), MANY, max_new_tokens=limits, sampling=sampling, batch_size=16
+    )
+    assert np.array(result.finish_reason)[:7].tolist() == [FINISH_LENGTH] * 7
+    for i, (prompt, limit) in enumerate(zip(MANY, limits, strict=True)):
+        own = SamplingParams.create(1, temperature=0.9, seed=i, repeat_penalty=1.2)
+        alone, _ = generate(toy, params, make(1), [prompt], max_new_tokens=20, sampling=own)
+        assert rows_of(result)[i] == rows_of(alone)[0][:limit]
     assert int(cache.pages_used) == 0
+
+
+def test_a_queue_passes_over_what_never_fits_and_waits_for_pages(params: Any) -> None:
+    roomy, _ = generate(toy, params, paged(), MANY, max_new_tokens=10, batch_size=16)
+    prompts = [*MANY[:3], list(range(60)), *MANY[3:]]
+    tight, cache = generate(toy, params, paged(num_pages=6), prompts, max_new_tokens=10, batch_size=16)
+    check_invariants(cache)
+    reasons = np.array(tight.finish_reason)[:8].tolist()
+    assert reasons == [FINISH_OUT_OF_PAGES if i == 3 else FINISH_LENGTH for i in range(8)]
+    got = rows_of(tight)[:8]
+    assert got.pop(3) == []
+    assert got == rows_of(roomy)[:7]
+    assert int(tight.pages_peak) <= 6 and int(cache.pages_used) == 0
+
+
+def test_a_stream_of_a_queue_hands_out_the_tokens_of_generate(params: Any) -> None:
+    whole, _ = generate(toy, params, paged(), MANY, max_new_tokens=10, batch_size=16)
+    stream = generate_stream(toy, params, paged(), MANY, max_new_tokens=10, batch_size=16, every=4)
+    chunks = list(stream)
+    assert [[t for c in chunks for t in c.tokens[i]] for i in range(7)] == rows_of(whole)[:7]
+
+
+@pytest.mark.parametrize("make", [paged, contiguous])
+def test_samples_of_a_prompt_are_what_their_seeds_give_alone(params: Any, make: Any) -> None:
+    prompts, seeds = [MANY[1], MANY[2], MANY[3]], list(range(6))
+    sampling = SamplingParams.create(6, temperature=0.9, seed=seeds)
+    result, cache = generate(
+        toy, params, make(4), prompts, n=2, max_new_tokens=12, sampling=sampling, batch_size=16
+    )
+    got = rows_of(result)
+    for row in seeds:
+        own = SamplingParams.create(1, temperature=0.9, seed=row)
+        alone, _ = generate(toy, params, make(1), [prompts[row // 2]], max_new_tokens=12, sampling=own)
+        assert got[row] == rows_of(alone)[0]
+    assert int(cache.pages_used) == 0
+
+
+def test_samples_share_the_whole_pages_of_their_prompt(params: Any) -> None:
+    result, cache = generate(
+        toy, params, paged(3), [PROMPTS[2]], n=3, max_new_tokens=8, sampling=SAMPLING, keep=True
+    )
+    check_invariants(cache)
+    # 33 tokens fill 4 pages, which are shared; the fifth is copied twice.
+    assert int(result.pages_peak) == 4 + 3
+    assert np.array(cache.lengths).tolist() == [40] * 3
+
+
+def slow_greedy(params: Any, prompt: list[int], count: int, n_ctx: int, keep: int) -> list[int]:
+    """The toy in float64, one token at a time; keys are kept as they were before rotation, and rotated each time."""
+    weights = {name: np.asarray(value, np.float64) for name, value in params.items()}
+
+    def rotated(x: np.ndarray, position: np.ndarray) -> np.ndarray:
+        angle = position[:, None, None] * FREQUENCIES
+        pairs = (x[..., : HEAD_DIM // 2] + 1j * x[..., HEAD_DIM // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    held: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    tokens = list(prompt)
+    for at in range(len(prompt) + count - 1):
+        if len(held) + 1 > n_ctx:
+            del held[keep : keep + (len(held) - keep) // 2]
+        x = weights["embedding"][tokens[at]]
+        held.append([])
+        for layer in range(LAYERS):
+            q, k, v = (np.reshape(x @ weights[name][layer], (-1, HEAD_DIM)) for name in "qkv")
+            held[-1].append((k, v))
+            keys = rotated(np.stack([token[layer][0] for token in held]), np.arange(len(held)))
+            values = np.stack([token[layer][1] for token in held])
+            q = rotated(q[None], np.array([len(held) - 1]))[0].reshape(KV_HEADS, -1, HEAD_DIM)
+            scores = np.einsum("kgd,nkd->kgn", q, keys) * HEAD_DIM**-0.5
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            out = np.einsum("kgn,nkd->kgd", scores / scores.sum(-1, keepdims=True), values)
+            x = x + out.reshape(-1) @ weights["out"][layer]
+        if at >= len(prompt) - 1:
+            tokens.append(int(np.argmax(x @ weights["embedding"].T)))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(("keep", "n_ctx"), [(0, 40), (5, 37), (-1, 48)])
+def test_generation_goes_on_beyond_the_context_and_the_pool_does_not_grow(
+    params: Any, keep: int, n_ctx: int
+) -> None:
+    shift = ContextShift(n_ctx, n_keep=keep)
+    result, cache = generate(
+        toy,
+        params,
+        paged(3, num_pages=3 * (-(-n_ctx // 8) + 2)),
+        PROMPTS,
+        max_new_tokens=150,
+        context_shift=shift,
+    )
+    check_invariants(cache)
+    assert np.array(result.finish_reason).tolist() == [FINISH_LENGTH] * 3
+    for prompt, got in zip(PROMPTS, rows_of(result), strict=True):
+        kept = len(prompt) if keep < 0 else keep
+        assert got == slow_greedy(params, prompt, 150, n_ctx, kept)
+
+
+def test_pages_behind_the_window_go_back_while_it_generates(params: Any) -> None:
+    def windowed(params: Any, tokens: Any, cache: Any, batch: Any, rows: Any) -> Any:
+        class Windowed:
+            def __init__(self, cache: Any) -> None:
+                self.cache = cache
+
+            def attend(self, *args: Any, **options: Any) -> Any:
+                out, cache = self.cache.attend(*args, window=12, **options)
+                return out, Windowed(cache)
+
+        logits, inner = toy(params, tokens, Windowed(cache), batch, rows)
+        return logits, inner.cache
+
+    arguments: dict[str, Any] = {"max_new_tokens": 100, "batch_size": 16}
+    everything, _ = generate(windowed, params, paged(num_pages=80), PROMPTS, **arguments)
+    result, cache = generate(windowed, params, paged(num_pages=14), PROMPTS, window=12, **arguments)
+    check_invariants(cache)
+    assert rows_of(result) == rows_of(everything)
+    # 12 tokens lie on 3 pages at most, and a page is given back one step after its last token was seen.
+    assert int(result.pages_peak) <= 14
 
 
 def test_a_prompt_that_never_fits_ends_without_tokens(params: Any) -> None:
@@ -187,10 +350,10 @@ def test_other_prompts_lengths_and_parameters_do_not_retrace(params: Any) -> Non
 def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
     """The compiled loop aliases every page array to its input, and needs no memory of the pool's size beside it."""
     cache = paged(num_pages=4096)
-    request, shape = rooms._request(cache, PROMPTS, 8, None, (), 64, False)
-    _, state = jax.eval_shape(lambda *a: rooms._start(toy, shape, *a), params, cache, request)
+    request, shape = rooms.make_request(3, PROMPTS, 8, None, (), 64, False, 1, None, None)
+    state = rooms.begin(cache, request, shape)
     memory = (
-        rooms._advance_donating.lower(toy, shape, params, cache, state, request, jnp.int32(4))
+        rooms.advance_donating.lower(toy, shape, params, cache, state, request, jnp.int32(4))
         .compile()
         .memory_analysis()
     )
@@ -202,8 +365,11 @@ def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prompts": []}, "prompts must be 1 to 3"),
-        ({"prompts": [[1]] * 4}, "prompts must be 1 to 3"),
+        ({"prompts": []}, "prompts must be at least 1"),
+        ({"prompts": [[1]] * 4, "keep": True}, "keep needs a sequence for each of 4"),
+        ({"n": 4}, "n must be 1 to 3"),
+        ({"n": 0}, "n must be 1 to 3"),
+        ({"window": 0}, "window must be at least 1"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[-2]]}, "negative token id"),
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative"),

@@ -83,7 +83,7 @@ def generation_rate(stream: GenerateStream, depth: int) -> float:
 
     The stream's cache must be empty, and is again when this returns.
     """
-    batch = stream.num_prompts
+    batch = stream.num_samples
     stream.cache, ok = fill(stream.cache, np.full(batch, depth, np.int32), batch * depth)
     if not ok:
         raise SystemExit(f"a {stream.cache.kind} cache has no room for {depth} tokens of {batch} sequences")
@@ -99,7 +99,7 @@ def prompt_rate(stream: GenerateStream, length: int) -> float:
     """Tokens a second of prefilling ``length`` tokens in each sequence; the cache is empty before and after."""
     start = time.perf_counter()
     next(iter(stream))
-    return stream.num_prompts * length / (time.perf_counter() - start)
+    return stream.num_samples * length / (time.perf_counter() - start)
 
 
 def numbers(text: str) -> list[int]:

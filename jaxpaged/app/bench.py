@@ -145,7 +145,7 @@ class _Bench:
             def step(_: Any, carry: Any) -> Any:
                 cache, tokens = carry
                 ones = jnp.ones(self._batch, jnp.int32)
-                cache, batch, _ = cache.reserve(ones, num_tokens=self._batch)
+                cache, batch, _ = cache.reserve(ones, num_tokens=self._batch, max_new=1)
                 logits, cache = self._call(params, tokens, cache, batch, batch.last_rows)
                 return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,7 +16,9 @@ from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json
 from jaxpaged.app.prompt import unescape
+from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
+from jaxpaged.generation import FINISH_STOP
 from model.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
 
 
@@ -49,7 +52,9 @@ def run(session: Session, prompt: str | None, template: str) -> int:
         interrupt.defer()
     plan = session.plan(session.context, num_seqs=1)
     cache = plan.create()
-    held: list[int] = []  # the tokens in the cache
+    kept = PromptCache.open(session)
+    held: list[int] = []  # the tokens in the cache, and those that context shifts discarded from it
+    shift = None
     messages: list[dict[str, str]] = []
     if options.system is not None:
         system = unescape(options.system) if options.escape else options.system
@@ -61,9 +66,14 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             messages.append({"role": "user", "content": message})
             ids = _tokens(session, template, messages)
             try:
-                session.check_prompt(ids)
                 shared = _shared(held, ids)
-                plan.check_prompt(len(ids))
+                if options.context_shift:  # what was discarded cannot serve another beginning
+                    shared = shared if shared == len(held) else 0
+                    shift = shift or session.context_shift(ids)
+                    session.check_prompt(ids[shared:])
+                else:
+                    session.check_prompt(ids)
+                    plan.check_prompt(len(ids))
             except InputError as error:
                 if interactive:
                     say(f"error: {error.message}")
@@ -76,6 +86,8 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 break
             if shared < len(held):
                 cache = _truncate(cache, shared)
+            if kept is not None and last is None:
+                cache, shared = kept.reuse(cache, ids)
             decoder = session.ready.loaded.tokenizer.stream(at_start=False)
             answer: list[str] = []
 
@@ -90,6 +102,8 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 [ids[shared:]],
                 max_new_tokens=session.new_tokens(len(ids)),
                 keep=True,
+                context_shift=shift,
+                on_prompt=partial(kept.save_prompt, ids=ids) if kept is not None and last is None else None,
                 on_tokens=show,
             )
             answer.append(decoder.flush())
@@ -100,7 +114,10 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             messages.append({"role": "assistant", "content": "".join(answer)})
             known = ids + last.tokens[0]
             cache = last.cache
-            held = known[: int(cache.lengths[0])]
+            if shift is None or int(cache.lengths[0]) == 0:
+                held = known[: int(cache.lengths[0])]
+            else:  # all but the newest token was read, unless that was the one that ends an answer
+                held = known if last.finish_reason[0] == FINISH_STOP else known[:-1]
             if interactive and options.perf and last.tokens[0]:
                 numbers = last.timings.as_dict()
                 session.note(
@@ -116,6 +133,9 @@ def run(session: Session, prompt: str | None, template: str) -> int:
         status = interrupt.STATUS
     if interactive:
         click.echo(err=True)
+    if kept is not None and last is not None:
+        kept.save_all(cache, held)
+    session.end_film()
     session.print_report(plan, last)
     return status
 

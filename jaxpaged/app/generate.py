@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import click
 
@@ -11,6 +12,7 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json, text_of
 from jaxpaged.app.prompt import read_prompt
+from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
 
 _NO_PROMPT = "no prompt: give -p TEXT, -f FILE (-f - for stdin), or -cnv to chat"
@@ -52,9 +54,12 @@ def complete(session: Session, prompt: str) -> int:
     ids = session.encode(prompt)
     session.check_prompt(ids)
     new = session.new_tokens(len(ids))
-    plan = session.plan(len(ids) + new, options.parallel)
+    plan = session.plan(len(ids) + new, options.parallel, shared=len(ids))
     plan.check_prompt(len(ids))
-    cache = plan.create()
+    kept = PromptCache.open(session)
+    cache, shared = plan.create(), 0
+    if kept is not None:
+        cache, shared = kept.reuse(cache, ids)
     echo = prompt if options.display_prompt else ""
 
     def header(row: int) -> None:
@@ -73,7 +78,20 @@ def complete(session: Session, prompt: str) -> int:
         if not options.as_json:
             header(0)
 
-    result = session.run(cache, [ids] * options.parallel, max_new_tokens=new, on_start=start, on_tokens=show)
+    result = session.run(
+        cache,
+        [ids[shared:]],
+        max_new_tokens=new,
+        samples=options.parallel,
+        keep=kept is not None,
+        context_shift=session.context_shift(ids),
+        on_start=start,
+        on_prompt=None if kept is None else partial(kept.save_prompt, ids=ids),
+        on_tokens=show,
+    )
+    if kept is not None:
+        kept.save_all(result.cache, ids + result.tokens[0])
+    session.end_film()
     if options.as_json:
         print_json(session, ids, result, plan)
     else:

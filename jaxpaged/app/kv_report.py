@@ -40,27 +40,33 @@ class CachePlan:
         tokens: int,
         page_size: int,
         kv_pages: int | None = None,
+        shared: int = 0,
+        spare: int = 0,
     ) -> CachePlan:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
 
         A paged pool has the pages that these tokens fill, or ``kv_pages`` where that is fewer; a contiguous
-        cache has ``context`` tokens a sequence, whatever the run needs.
+        cache has ``context`` tokens a sequence, whatever the run needs. The first ``shared`` tokens are the same in
+        all sequences; ``spare`` pages a sequence are for tokens that do not fill their pages, as shifts leave them.
         """
-        pages = -(-tokens // page_size)
-        wanted = num_seqs * pages
+        pages = -(-tokens // page_size) + spare
+        common = 0 if num_seqs == 1 else shared // page_size
+        wanted = common + num_seqs * (pages - common)
         num_pages = wanted if kv_pages is None else min(kv_pages, wanted)
         kind = "paged" if paged else "contiguous"
-        return cls(config, kind, dtype, num_seqs, context, page_size, min(pages, num_pages), num_pages)
+        return cls(config, kind, dtype, num_seqs, context, page_size, pages, num_pages)
 
     def check_prompt(self, num_tokens: int) -> None:
         """Refuses prompts that the pool cannot hold."""
         if self.kind != "paged":
             return
-        each = -(-num_tokens // self.page_size)
-        if self.num_seqs * each > self.num_pages:
+        common = 0 if self.num_seqs == 1 else num_tokens // self.page_size
+        each = min(-(-num_tokens // self.page_size), self.pages_per_seq) - common
+        if common + self.num_seqs * each > self.num_pages:
+            samples = "" if self.num_seqs == 1 else f" of {self.num_seqs} samples"
             raise InputError(
-                f"pool too small: {self.num_seqs} x {num_tokens} prompt tokens need "
-                f"{self.num_seqs * each} pages of {self.page_size} tokens, --kv-pages allows {self.num_pages}"
+                f"pool too small: {num_tokens} prompt tokens{samples} need "
+                f"{common + self.num_seqs * each} pages of {self.page_size} tokens, --kv-pages allows {self.num_pages}"
             )
 
     def create(self) -> PagedKVCache | ContiguousKVCache:

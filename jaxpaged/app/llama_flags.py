@@ -11,7 +11,6 @@ from jaxpaged.app.errors import say
 _PLACEMENT = "JAX places the whole model on its default device (JAX_PLATFORMS chooses another)"
 _LOADING = "weights are read once and handed to JAX"
 _ONE_POOL = "all sequences share one pool of pages anyway"
-_NO_SHIFT = "generation ends when the context is full"
 _THREADS = "XLA uses one pool of threads, see -t"
 _TERMINAL = "the output is plain text"
 
@@ -40,9 +39,6 @@ _IGNORED: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("-cb", "--cont-batching", "-nocb", "--no-cont-batching"), (0, "one run is one batch")),
     "--swa-full": (0, "every layer keeps all of its tokens"),
     **dict.fromkeys(("-dt", "--defrag-thold"), (1, "pages do not fragment")),
-    **dict.fromkeys(("--context-shift",), (0, f"context shift is not there yet: {_NO_SHIFT}")),
-    "--no-context-shift": (0, _NO_SHIFT),
-    "--keep": (1, f"nothing is dropped from the context: {_NO_SHIFT}"),
     **dict.fromkeys(("-tb", "--threads-batch"), (1, _THREADS)),
     **dict.fromkeys(("-C", "--cpu-mask", "-Cr", "--cpu-range", "-Cb", "--cpu-mask-batch"), (1, _THREADS)),
     **dict.fromkeys(("-Crb", "--cpu-range-batch", "--cpu-strict", "--cpu-strict-batch"), (1, _THREADS)),

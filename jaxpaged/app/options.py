@@ -41,6 +41,8 @@ class GenerateOptions:
     batch_size: int
     ubatch_size: int | None
     ignore_eos: bool
+    context_shift: bool
+    keep: int
     seed: int
     temp: float
     top_k: int
@@ -55,6 +57,10 @@ class GenerateOptions:
     kv_pages: int | None
     cache_dtype: str | None
     """None = as ``dtype``."""
+    prompt_cache: Path | None
+    prompt_cache_all: bool
+    prompt_cache_ro: bool
+    page_map: Path | None
     as_json: bool
     warmup: bool
     perf: bool
@@ -98,6 +104,18 @@ class PageSize(click.ParamType):
         if not 8 <= size <= 256 or size & (size - 1):
             self.fail(f"{size} is not a power of two from 8 to 256.", param, ctx)
         return size
+
+
+class PictureFile(click.ParamType):
+    """A file whose name says which picture it is to hold."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.suffix.lower() not in (".svg", ".html"):
+            self.fail(f"{value}: the name must end in .svg or .html.", param, ctx)
+        return path
 
 
 class CountList(click.ParamType):
@@ -190,6 +208,10 @@ GENERATE_OPTIONS = chain(
     option("Generation", "-ub", "--ubatch-size", type=_AT_LEAST_1, metavar="N",
            help="A lower limit for the same."),
     option("Generation", "--ignore-eos", is_flag=True, help="Go on after the end of the text."),
+    option("Generation", "--context-shift/--no-context-shift", default=False, show_default="off",
+           help="Go on when the context is full: half of what is not kept is forgotten, the rest moves up."),
+    option("Generation", "--keep", type=click.IntRange(min=-1), default=0, show_default=True, metavar="N",
+           help="Tokens of the prompt's beginning that a context shift keeps; -1 = all of it."),
     option("Sampling", "-s", "--seed", type=click.IntRange(-1, 2**32 - 1), default=-1, show_default=True,
            metavar="S", help="-1 = a random one, printed on stderr."),
     option("Sampling", "--temp", "--temperature", "temp", type=FiniteFloat(), default=0.8, show_default=True,
@@ -219,6 +241,13 @@ GENERATE_OPTIONS = chain(
            help="Numbers that keys are kept in.  [default: as --dtype]"),
     option("KV cache", "-ctv", "--cache-type-v", type=click.Choice(DTYPES),
            help="The same for values; both must agree."),
+    option("KV cache", "--prompt-cache", type=click.Path(path_type=Path), metavar="FILE",
+           help="Reuse what FILE has of the prompt's beginning, and keep the prompt in it."),
+    option("KV cache", "--prompt-cache-all", is_flag=True,
+           help="Keep what is generated, too: FILE is written at the end."),
+    option("KV cache", "--prompt-cache-ro", is_flag=True, help="Reuse FILE, and never write it."),
+    option("KV cache", "--page-map", type=PictureFile(), metavar="FILE",
+           help="Draw the pool: .svg when it is fullest, .html step by step."),
     option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
     option("Output", "--warmup/--no-warmup", default=True, show_default="on",
            help="Compile before the clock starts."),

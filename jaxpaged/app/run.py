@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.timings import Timings
-from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP, GenerateStream, generate_stream
+from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP
+from jaxpaged.generation_request import ContextShift
 from jaxpaged.sampling import SamplingParams
+from jaxpaged.streaming import GenerateStream, generate_stream
 
 _CHUNK_SECONDS = 0.1
 _MOST_STEPS = 64
@@ -20,7 +22,7 @@ _POLL_SECONDS = 0.05
 
 @dataclass
 class Run:
-    """What one generation made; a row a prompt."""
+    """What one generation made; a row a sample."""
 
     tokens: list[list[int]]
     finish_reason: list[int]
@@ -51,9 +53,14 @@ def generate(
     sampling: SamplingParams,
     stop_ids: Sequence[int],
     batch_size: int,
+    samples: int = 1,
     keep: bool = False,
+    context_shift: ContextShift | None = None,
+    window: int | None = None,
     warmup: bool = True,
+    every: Callable[[], int] | None = None,
     on_start: Callable[[], None],
+    on_cache: Callable[[Any, int], None] | None = None,
     on_tokens: Callable[[list[list[int]]], None],
 ) -> Run:
     """Runs ``generate_stream`` to its end, or to Ctrl-C, which is deferred from the first token on.
@@ -61,9 +68,14 @@ def generate(
     Args:
       warmup: compile before the clock of the prompt starts.
       on_start: is called before the prompt is read; when there is a warmup, after that.
-      on_tokens: is given each prompt's new tokens, in order.
+      samples: of each prompt.
+      every: how many decode steps to take before coming back; default: what a tenth of a second has room for.
+      on_cache: is given the cache, and how many tokens of each sample there are by then: first when the prompt is read,
+        then each time that the generation comes back.
+      on_tokens: is given each sample's new tokens, in order.
     """
-    run = Run([[] for _ in prompts], [0] * len(prompts))
+    rows = len(prompts) * samples
+    run = Run([[] for _ in range(rows)], [0] * rows)
     stream = generate_stream(
         model,
         params,
@@ -73,7 +85,10 @@ def generate(
         sampling=sampling,
         stop_ids=stop_ids,
         batch_size=batch_size,
+        n=samples,
         keep=keep,
+        context_shift=context_shift,
+        window=window,
         every=1,
     )
     start = time.perf_counter()
@@ -95,11 +110,17 @@ def generate(
             first = now
             run.timings.prompt_n = sum(map(len, prompts))
             run.timings.prompt_ms = 1e3 * (first - start)
+        elif every is not None:
+            stream.every = min(every(), _MOST_STEPS)
         elif last is not None:
             # Long enough that coming back costs nothing, short enough to read along and to stop.
             steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
             stream.every = min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS)
         on_tokens(chunk.tokens)
+        if on_cache is not None:
+            on_cache(stream.cache, max(map(len, run.tokens)))
+            if first == now:  # saving a prompt is no part of generating
+                first = now = time.perf_counter()
         last = time.perf_counter()
         run.timings.predicted_ms = 1e3 * (now - first)
         if interrupt.asked():

@@ -14,10 +14,15 @@ from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import GenerateOptions
+from jaxpaged.app.page_film import PageFilm
 from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings
+from jaxpaged.generation_request import ContextShift
 from jaxpaged.sampling import SamplingParams
 
+_ENDLESS = 2**18
+"""Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""
+_SMALLEST_SHIFTED = 8
 _SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
 
 
@@ -33,12 +38,23 @@ class Session:
     """Of the first sequence."""
     timings: Timings = field(default_factory=Timings)
     pages_peak: int = 0
+    film: PageFilm | None = None
+    """The pictures of the pool, if they were asked for."""
 
     @classmethod
     def open(cls, options: GenerateOptions) -> Session:
         """Loads the model and tells of it on stderr."""
+        if options.context_shift and not options.paged:
+            raise InputError("--context-shift needs a paged cache, not --no-kv-cache-paged")
+        if options.context_shift and 0 < options.ctx_size < _SMALLEST_SHIFTED:
+            raise InputError(f"--context-shift needs a context (-c) of at least {_SMALLEST_SHIFTED} tokens")
         if options.kv_pages is not None and not options.paged:
             raise InputError("--kv-pages bounds a pool of pages, and --no-kv-cache-paged asks for none")
+        if options.prompt_cache is not None and not options.paged:
+            raise InputError("--prompt-cache keeps pages, and --no-kv-cache-paged asks for none")
+        if options.prompt_cache is None and (options.prompt_cache_all or options.prompt_cache_ro):
+            raise InputError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
+        film = PageFilm.open(options)
         ready = open_model(
             options.model,
             options.hf,
@@ -53,6 +69,7 @@ class Session:
             context=options.ctx_size or trained,
             seed=secrets.randbits(32) if options.seed < 0 else options.seed,
             timings=Timings(load_ms=ready.load_ms),
+            film=film,
         )
         loaded = ready.loaded
         session.note(f"model = {loaded.path}, {loaded.description}, computing in {ready.dtype}")
@@ -93,11 +110,35 @@ class Session:
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens may follow a prompt."""
-        room = self.context - prompt_length
+        room = _ENDLESS if self.options.context_shift else self.context - prompt_length
         return room if self.options.predict < 0 else min(self.options.predict, room)
 
-    def plan(self, tokens: int, num_seqs: int) -> CachePlan:
-        """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens."""
+    def context_shift(self, prompt: Sequence[int]) -> ContextShift | None:
+        """How the context of a sequence that begins with ``prompt`` is shifted, if it is."""
+        o, tokenizer = self.options, self.ready.loaded.tokenizer
+        if not o.context_shift:
+            return None
+        begins = int(tokenizer.bos_id is not None and prompt[0] == tokenizer.bos_id)
+        keep = len(prompt) if o.keep < 0 else min(o.keep + begins, len(prompt))
+        return ContextShift(self.context, n_keep=keep)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the widest layer sees, if all are bounded, and pages can be given back."""
+        config = self.ready.loaded.config
+        windows = [config.window(layer) for layer in range(config.num_layers)]
+        bounded = [window for window in windows if window is not None]
+        # What is to be kept in a file must not be forgotten first.
+        forgets = self.options.paged and self.options.prompt_cache is None
+        return max(bounded) if forgets and len(bounded) == len(windows) else None
+
+    def plan(self, tokens: int, num_seqs: int, shared: int = 0) -> CachePlan:
+        """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens, the first ``shared`` the same in all."""
+        o, spare = self.options, 0
+        if o.context_shift:
+            tokens, spare = min(tokens, self.context), 2
+        if self.window is not None and self.window + o.prefill_step < tokens:
+            tokens, spare = self.window + o.prefill_step, 2
         return CachePlan.make(
             self.ready.loaded.config,
             paged=self.options.paged,
@@ -107,6 +148,8 @@ class Session:
             tokens=max(1, tokens),
             page_size=self.options.page_size,
             kv_pages=self.options.kv_pages,
+            shared=shared,
+            spare=spare,
         )
 
     def run(
@@ -115,24 +158,32 @@ class Session:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
+        samples: int = 1,
         keep: bool = False,
+        context_shift: ContextShift | None = None,
         on_start: Callable[[], None] | None = None,
+        on_prompt: Callable[[Any], None] | None = None,
         on_tokens: Callable[[list[list[int]]], None],
     ) -> Run:
-        """Generates, and adds to the sums; ``on_start`` may write, ``on_tokens`` gets each prompt's new tokens."""
+        """Generates, and adds to the sums.
+
+        ``on_start`` may write, ``on_prompt`` gets the cache when the prompt is read, ``on_tokens`` each prompt's new
+        tokens.
+        """
         o = self.options
         loaded = self.ready.loaded
+        rows = len(prompts) * samples
         sampling = SamplingParams.create(
-            len(prompts),
+            rows,
             temperature=o.temp,
             top_k=o.top_k,
             top_p=max(o.top_p, _SMALLEST_TOP_P),
             min_p=o.min_p,
             repeat_penalty=o.repeat_penalty,
-            repeat_last_n=o.repeat_last_n,
+            repeat_last_n=o.repeat_last_n if o.repeat_last_n >= 0 else self.context,
             presence_penalty=o.presence_penalty,
             frequency_penalty=o.frequency_penalty,
-            seed=[self.seed_of(row) for row in range(len(prompts))],
+            seed=[self.seed_of(row) for row in range(rows)],
         )
         notice = "compiling ..." if o.log and o.warmup and sys.stderr.isatty() else ""
         click.echo(notice, nl=False, err=True)
@@ -143,6 +194,19 @@ class Session:
             if on_start is not None:
                 on_start()
 
+        film, read = self.film, False
+        if film is not None:
+            film.add("before the prompt", cache)
+
+        def look(cache: Any, generated: int) -> None:
+            nonlocal read
+            if on_prompt is not None and not read:
+                on_prompt(cache)
+            if film is not None:
+                label = f"{generated} tokens generated" if read else "prompt read, first token generated"
+                film.add(label, cache, film.every if read else None)
+            read = True
+
         run = generate(
             self.ready.call,
             loaded.params,
@@ -152,14 +216,24 @@ class Session:
             sampling=sampling,
             stop_ids=() if o.ignore_eos else sorted(loaded.tokenizer.stop_ids),
             batch_size=o.prefill_step,
+            samples=samples,
             keep=keep,
+            context_shift=context_shift,
+            window=self.window,
             warmup=o.warmup,
+            every=None if film is None else lambda: film.every,
             on_start=start,
+            on_cache=look,
             on_tokens=on_tokens,
         )
         self.timings.add(run.timings)
         self.pages_peak = max(self.pages_peak, run.pages_peak)
         return run
+
+    def end_film(self) -> None:
+        """Writes the pictures that were asked for."""
+        if self.film is not None:
+            self.film.write()
 
     def seed_of(self, row: int) -> int:
         """The seed of a sequence."""

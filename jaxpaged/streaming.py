@@ -1,0 +1,117 @@
+"""generate_stream: a generation that comes back to Python every few tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.generation import (
+    RUNNING,
+    Cache,
+    GenerateResult,
+    Model,
+    advance_donating,
+    begin,
+    begin_jitted,
+)
+from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
+from jaxpaged.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What came out since the chunk before."""
+
+    tokens: list[list[int]]
+    """New tokens of each sample, in order."""
+    finish_reason: list[int]
+    """RUNNING, or why the sequence ended."""
+
+
+@dataclass
+class GenerateStream:
+    """An iterator of StreamChunks; see ``generate_stream``.
+
+    ``compile()`` may be called first, to keep compilation out of what is timed. ``cache`` is the cache after the last
+    chunk taken; the one passed in is donated by the first.
+    """
+
+    model: Model
+    params: Any
+    cache: Any
+    num_samples: int
+    request: Request
+    shape: Shape
+    every: int
+    result: GenerateResult | None = None
+    """After each chunk, all that was generated so far."""
+    _compiled: Any = field(default=None, repr=False)
+
+    def compile(self) -> None:
+        """Compiles the program, without running it."""
+        if self._compiled is None:
+            state = jax.eval_shape(functools.partial(begin, shape=self.shape), self.cache, self.request)
+            arguments = (self.params, self.cache, state, self.request, jnp.int32(0))
+            self._compiled = advance_donating.lower(self.model, self.shape, *arguments).compile()
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        self.compile()
+        state = begin_jitted(self.cache, self.request, self.shape)
+        seen, steps, running = [0] * self.num_samples, 0, True
+        while running:
+            self.cache, state = self._compiled(self.params, self.cache, state, self.request, jnp.int32(steps))
+            # Copied: the arrays of `state` are donated to the next call.
+            self.result = jax.tree.map(np.array, state.result())
+            counts = self.result.num_tokens
+            new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_samples)]
+            seen = [int(counts[i]) for i in range(self.num_samples)]
+            reasons = self.result.finish_reason[: self.num_samples].tolist()
+            running = RUNNING in reasons
+            yield StreamChunk(new, reasons)
+            steps = self.every
+
+
+def generate_stream(
+    model: Model,
+    params: Any,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    n: int = 1,
+    sampling: SamplingParams | None = None,
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 512,
+    keep: bool = False,
+    context_shift: ContextShift | None = None,
+    window: int | None = None,
+    every: int = 8,
+) -> GenerateStream:
+    """``generate`` that hands out tokens while it runs: first what comes while prompts are read, then up to ``every``.
+
+    Same arguments, same tokens; the steps of one chunk still run inside one XLA program.
+
+    Raises:
+      ValueError: as ``generate``, or ``every`` is not positive.
+    """
+    if every < 1:
+        raise ValueError(f"every must be positive, got {every}")
+    request, shape = make_request(
+        cache.max_seqs,
+        prompts,
+        max_new_tokens,
+        sampling,
+        stop_ids,
+        batch_size,
+        keep,
+        n,
+        context_shift,
+        window,
+    )
+    return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every)
