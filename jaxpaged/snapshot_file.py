@@ -143,7 +143,10 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
     }
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, part, metadata)
+        part.chmod(mode)  # safetensors may have put a file of its own here, which nobody else can read
         with open(part, "r+b") as file:
             head = _head(file)
             digest = _sha256(file, head)

@@ -1,0 +1,98 @@
+"""``--prompt-cache``: a prompt's keys and values in a file, for the next run whose prompt begins alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.session import Session
+from jaxpaged.cache import seq_position_max
+from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
+from jaxpaged.snapshots import restore, snapshot
+
+
+@dataclass
+class PromptCache:
+    """The file of one run; sequence 0 of the cache goes into it and comes out of it."""
+
+    session: Session
+    path: Path
+    saved: Snapshot | None
+    """What the file held; None when there was none, or an empty one."""
+
+    @classmethod
+    def open(cls, session: Session) -> PromptCache | None:
+        """Reads and verifies the file, if the run has one.
+
+        Raises:
+          InputError: it is damaged, no snapshot, or another model's; or there is no folder to write it to.
+        """
+        path = session.options.prompt_cache
+        if path is None:
+            return None
+        if not path.parent.is_dir():
+            raise InputError(f"--prompt-cache {path}: there is no folder {path.parent}")
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):  # as `mktemp` makes one
+            return cls(session, path, None)
+        try:
+            saved = read_snapshot(path, fingerprint=session.ready.loaded.fingerprint)
+            saved.common_prefix([])
+        except OSError as error:
+            raise InputError(f"--prompt-cache {path}: {error.strerror or error}") from error
+        except SnapshotError as error:
+            raise InputError(f"--prompt-cache {error}") from error
+        except ValueError as error:
+            raise InputError(f"--prompt-cache {path}: not of a single sequence") from error
+        return cls(session, path, saved)
+
+    def reuse(self, cache: Any, ids: Sequence[int]) -> tuple[Any, int]:
+        """Puts what the file has of a prompt's beginning into sequence 0, which is empty.
+
+        Returns:
+          ``(cache, tokens)``; at least one token of the prompt is left to compute, for its logits.
+
+        Raises:
+          InputError: the file's pages are of another kind.
+        """
+        if self.saved is None:
+            made = "" if self.session.options.prompt_cache_ro else "; it will be made"
+            self.session.note(f"prompt cache: {self.path} does not exist yet{made}")
+            return cache, 0
+        shared = min(self.saved.common_prefix(ids), len(ids) - 1)
+        try:
+            cache = restore(cache, self.saved, seq=0, p1=shared)
+        except SnapshotError as error:
+            raise InputError(f"--prompt-cache {self.path}: {error}") from error
+        self.session.note(f"prompt cache: {shared} of {len(ids)} prompt tokens reused from {self.path}")
+        return cache, shared
+
+    def save_prompt(self, cache: Any, ids: Sequence[int]) -> None:
+        """Saves a prompt that was read just now, unless the file has it, or more shall be saved at the end."""
+        known = self.saved is not None and self.saved.common_prefix(ids) == len(ids)
+        if not known and not self.session.options.prompt_cache_all:
+            self._save(cache, ids)
+
+    def save_all(self, cache: Any, ids: Sequence[int]) -> None:
+        """Saves, at the end of a run, what sequence 0 holds of ``ids``, the prompt and what was generated."""
+        if self.session.options.prompt_cache_all:
+            # The newest token was read only where the one behind it ended the text.
+            newest = len(ids) - int(cache.lengths[0])
+            self._save(cache, ids[:-1] if newest == 1 else ids)
+
+    def _save(self, cache: Any, ids: Sequence[int]) -> None:
+        if self.session.options.prompt_cache_ro:
+            return
+        if not ids or {int(cache.lengths[0]), int(seq_position_max(cache)[0]) + 1} != {len(ids)}:
+            self.session.note(
+                "prompt cache: not saved, the sequence has lost tokens (out of pages, or shifted)"
+            )
+            return
+        try:
+            snapshot(
+                cache, self.path, seq=0, token_ids=ids, fingerprint=self.session.ready.loaded.fingerprint
+            )
+        except OSError as error:
+            raise InputError(f"--prompt-cache {self.path}: {error.strerror or error}") from error
