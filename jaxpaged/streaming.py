@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,6 @@ from jaxpaged.generation import (
     GenerateResult,
     Model,
     advance_donating,
-    begin,
     begin_jitted,
 )
 from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
@@ -51,21 +49,23 @@ class GenerateStream:
     every: int
     result: GenerateResult | None = None
     """After each chunk, all that was generated so far."""
-    _compiled: Any = field(default=None, repr=False)
+    _begin: Any = field(default=None, repr=False)
+    _advance: Any = field(default=None, repr=False)
 
     def compile(self) -> None:
-        """Compiles the program, without running it."""
-        if self._compiled is None:
-            state = jax.eval_shape(functools.partial(begin, shape=self.shape), self.cache, self.request)
-            arguments = (self.params, self.cache, state, self.request, jnp.int32(0))
-            self._compiled = advance_donating.lower(self.model, self.shape, *arguments).compile()
+        """Compiles the programs, without running them."""
+        if self._advance is None:
+            lowered = begin_jitted.lower(self.cache, self.request, self.shape)
+            arguments = (self.params, self.cache, lowered.out_info, self.request, jnp.int32(0))
+            self._advance = advance_donating.lower(self.model, self.shape, *arguments).compile()
+            self._begin = lowered.compile()
 
     def __iter__(self) -> Iterator[StreamChunk]:
         self.compile()
-        state = begin_jitted(self.cache, self.request, self.shape)
+        state = self._begin(self.cache, self.request)
         seen, steps, running = [0] * self.num_samples, 0, True
         while running:
-            self.cache, state = self._compiled(self.params, self.cache, state, self.request, jnp.int32(steps))
+            self.cache, state = self._advance(self.params, self.cache, state, self.request, jnp.int32(steps))
             # Copied: the arrays of `state` are donated to the next call.
             self.result = jax.tree.map(np.array, state.result())
             counts = self.result.num_tokens

@@ -41,9 +41,12 @@ from jaxpaged.cache import (
     reserve,
     reserve_or_raise,
     seq_copy,
+    seq_drop_unseen,
     seq_keep,
     seq_position_max,
     seq_remove,
+    seq_reorder,
+    seq_shift,
 )
 from jaxpaged.invariants import InvariantError, check_invariants
 
@@ -608,3 +611,29 @@ def test_the_checker_counts_pins() -> None:
     check_invariants(replace(cache, allocator=allocator), pins)
     with pytest.raises(InvariantError, match="page 0: reference count 1, but 2"):
         check_invariants(cache, pins)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda cache: seq_remove(cache, 0, 3, 21)[0],
+        lambda cache: seq_remove(cache, ALL, 3, 21)[0],
+        lambda cache: seq_shift(cache, 0, 8, -1, 5)[0],
+        lambda cache: seq_shift(cache, ALL, 8, -1, 5)[0],
+        lambda cache: seq_copy(cache, 0, 1, 2, 20)[0],
+        lambda cache: seq_reorder(cache, arr(0, 0, 0, S)),
+        lambda cache: seq_drop_unseen(cache, 9),
+    ],
+    ids=["remove", "remove_all", "shift", "shift_all", "copy", "reorder", "drop_unseen"],
+)
+def test_no_operation_on_sequences_so_much_as_reads_a_page(operation: Callable[[PagedKVCache], Any]) -> None:
+    """In the program every page array goes from its input straight to its output.
+
+    What is left works on the table, so a shift costs the same however many tokens there are to shift.
+    """
+    cache = make_cache()
+    program = jax.make_jaxpr(operation)(cache).jaxpr
+    is_page = [leaf.ndim == 4 for leaf in jax.tree.leaves(cache)]
+    pools = [v for v, page in zip(program.invars, is_page, strict=True) if page]
+    assert [v for v, page in zip(program.outvars, is_page, strict=True) if page] == pools
+    assert not any(pool in equation.invars for equation in program.eqns for pool in pools)
