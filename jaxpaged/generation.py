@@ -429,6 +429,7 @@ def generate(
     keep: bool = False,
     context_shift: ContextShift | None = None,
     window: int | None = None,
+    history: Sequence[Sequence[int]] = (),
 ) -> tuple[GenerateResult, Cache]:
     """Generates after each prompt, in one XLA program that does not return to Python.
 
@@ -452,6 +453,8 @@ def generate(
       context_shift: go on beyond the context; it takes two pages and two table entries a sequence more than ``n_ctx``
         tokens do. Needs a paged cache, and a model that hands its ``rope`` to ``attend``.
       window: tokens that the widest layer sees, if no layer sees all: pages behind it are given back on the way.
+      history: the tokens before each prompt, where the cache has some: penalties look at them, and a context shift's
+        ``n_keep`` counts them.
 
     Returns:
       ``(result, cache)``. A sequence that finds no free page ends with FINISH_OUT_OF_PAGES and what it has, and its
@@ -472,5 +475,6 @@ def generate(
         n,
         context_shift,
         window,
+        history,
     )
     return _generate_donating(model, shape, params, cache, request)

@@ -105,6 +105,7 @@ def make_request(
     num_samples: int,
     context_shift: ContextShift | None,
     window: int | None,
+    history: Sequence[Sequence[int]] = (),
 ) -> tuple[Request, Shape]:
     """Arguments as ``generation.generate`` has them; ``max_seqs`` is S, the sequences of the cache.
 
@@ -125,6 +126,8 @@ def make_request(
             raise ValueError(f"prompt {i} is empty: it needs at least one token")
         if min(prompt) < 0:
             raise ValueError(f"prompt {i} holds a negative token id, {min(prompt)}")
+    if history and len(history) != len(prompts):
+        raise ValueError(f"history must be of each of {len(prompts)} prompts, got {len(history)}")
     count = len(prompts) * n
     queue = count > s
     if keep and queue:
@@ -141,10 +144,15 @@ def make_request(
     for i, prompt in enumerate(prompts):
         padded[i, : len(prompt)] = prompt
     sampling = _sampling_rows(sampling, count, s, rows)
-    penalty_window = _penalty_window(sampling, int(lens.max() + limits.max()))
+    texts = (
+        [[*before, *prompt] for before, prompt in zip(history, prompts, strict=True)] if history else prompts
+    )
+    whole = np.zeros(num_prompts, np.int32)
+    whole[: len(prompts)] = [len(text) for text in texts]
+    penalty_window = _penalty_window(sampling, int(whole.max() + limits.max()))
     recent = np.full((num_prompts, penalty_window), -1, np.int32)
-    for i, prompt in enumerate(prompts):
-        last = list(prompt)[-penalty_window:] if penalty_window else []
+    for i, text in enumerate(texts):
+        last = list(text)[-penalty_window:] if penalty_window else []
         recent[i, penalty_window - len(last) :] = last
     # Padded, so that the number of stop tokens does not make a program of its own.
     stops = np.full(max(8, len(stop_ids)), -1, np.int32)
@@ -152,7 +160,7 @@ def make_request(
     keeps = np.zeros(num_prompts, np.int32)
     if context_shift is not None:
         _check_context(context_shift, lens)
-        wanted = np.where(context_shift.n_keep < 0, lens, np.minimum(context_shift.n_keep, lens))
+        wanted = np.where(context_shift.n_keep < 0, whole, np.minimum(context_shift.n_keep, whole))
         keeps = np.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
     # Chunks of one size, none of them mostly padding, with room for the sequences that already decode.
     total = int(lens.sum())

@@ -91,6 +91,7 @@ def generate_stream(
     keep: bool = False,
     context_shift: ContextShift | None = None,
     window: int | None = None,
+    history: Sequence[Sequence[int]] = (),
     every: int = 8,
 ) -> GenerateStream:
     """``generate`` that hands out tokens while it runs: first what comes while prompts are read, then up to ``every``.
@@ -113,5 +114,6 @@ def generate_stream(
         n,
         context_shift,
         window,
+        history,
     )
     return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every)

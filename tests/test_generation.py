@@ -336,6 +336,19 @@ def test_kept_sequences_continue_where_they_stopped(params: Any, make: Any) -> N
     assert np.array(cache.lengths).tolist() == [len(p) + 15 for p in PROMPTS]
 
 
+def test_history_is_what_penalties_look_at_and_a_shift_keeps(params: Any) -> None:
+    """A prompt whose beginning is in the cache already gives what the whole prompt gives."""
+    shift = ContextShift(40, n_keep=12)
+    sampling = SamplingParams.create(1, temperature=0.0, repeat_penalty=1.8, repeat_last_n=24)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling, "context_shift": shift}
+    whole, _ = generate(toy, params, paged(1), [PROMPTS[2]], **settings)
+    settings |= {"keep": True, "max_new_tokens": 24}
+    begun, cache = generate(toy, params, paged(1), [PROMPTS[2][:-3]], **(settings | {"max_new_tokens": 0}))
+    assert int(begun.num_tokens[0]) == 0
+    rest, _ = generate(toy, params, cache, [PROMPTS[2][-3:]], **settings, history=[PROMPTS[2][:-3]])
+    assert rows_of(rest) == rows_of(whole)
+
+
 def test_other_prompts_lengths_and_parameters_do_not_retrace(params: Any) -> None:
     generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
     before = next(traces)
@@ -370,6 +383,7 @@ def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
         ({"n": 4}, "n must be 1 to 3"),
         ({"n": 0}, "n must be 1 to 3"),
         ({"window": 0}, "window must be at least 1"),
+        ({"history": [[1]]}, "history must be of each of 3 prompts"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[-2]]}, "negative token id"),
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative"),

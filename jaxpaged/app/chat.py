@@ -103,6 +103,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 max_new_tokens=session.new_tokens(len(ids)),
                 keep=True,
                 context_shift=shift,
+                history=ids[:shared],
                 on_prompt=partial(kept.save_prompt, ids=ids) if kept is not None and last is None else None,
                 on_tokens=show,
             )

@@ -85,6 +85,7 @@ def complete(session: Session, prompt: str) -> int:
         samples=options.parallel,
         keep=kept is not None,
         context_shift=session.context_shift(ids),
+        history=ids[:shared],
         on_start=start,
         on_prompt=None if kept is None else partial(kept.save_prompt, ids=ids),
         on_tokens=show,

@@ -57,6 +57,7 @@ def generate(
     keep: bool = False,
     context_shift: ContextShift | None = None,
     window: int | None = None,
+    history: Sequence[Sequence[int]] = (),
     warmup: bool = True,
     every: Callable[[], int] | None = None,
     on_start: Callable[[], None],
@@ -89,6 +90,7 @@ def generate(
         keep=keep,
         context_shift=context_shift,
         window=window,
+        history=history,
         every=1,
     )
     start = time.perf_counter()

@@ -161,14 +161,15 @@ class Session:
         samples: int = 1,
         keep: bool = False,
         context_shift: ContextShift | None = None,
+        history: Sequence[int] = (),
         on_start: Callable[[], None] | None = None,
         on_prompt: Callable[[Any], None] | None = None,
         on_tokens: Callable[[list[list[int]]], None],
     ) -> Run:
         """Generates, and adds to the sums.
 
-        ``on_start`` may write, ``on_prompt`` gets the cache when the prompt is read, ``on_tokens`` each prompt's new
-        tokens.
+        ``history`` is what the cache holds before the prompts. ``on_start`` may write, ``on_prompt`` gets the cache
+        when the prompt is read, ``on_tokens`` each prompt's new tokens.
         """
         o = self.options
         loaded = self.ready.loaded
@@ -220,6 +221,7 @@ class Session:
             keep=keep,
             context_shift=context_shift,
             window=self.window,
+            history=[history] * len(prompts),
             warmup=o.warmup,
             every=None if film is None else lambda: film.every,
             on_start=start,
