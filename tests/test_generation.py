@@ -339,7 +339,7 @@ def test_kept_sequences_continue_where_they_stopped(params: Any, make: Any) -> N
 def test_history_is_what_penalties_look_at_and_a_shift_keeps(params: Any) -> None:
     """A prompt whose beginning is in the cache already gives what the whole prompt gives."""
     shift = ContextShift(40, n_keep=12)
-    sampling = SamplingParams.create(1, temperature=0.0, repeat_penalty=1.8, repeat_last_n=24)
+    sampling = SamplingParams.create(1, temperature=0.0, presence_penalty=30.0, repeat_last_n=48)
     settings: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling, "context_shift": shift}
     whole, _ = generate(toy, params, paged(1), [PROMPTS[2]], **settings)
     settings |= {"keep": True, "max_new_tokens": 24}
