@@ -203,7 +203,7 @@ class Dense:
     """Stands for a cache: causal attention over one sequence, every score computed."""
 
     def attend(
-        self, layer: int, q: Any, k: Any, v: Any, batch: Batch, *, window: int | None
+        self, layer: int, q: Any, k: Any, v: Any, batch: Batch, *, window: int | None, **_: Any
     ) -> tuple[Any, Any]:
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
