@@ -101,6 +101,20 @@ def jaxpaged(environment: dict[str, str]) -> Command:
     return run
 
 
+@pytest.fixture(scope="session")
+def here() -> Callable[..., Result]:
+    """Runs ``jaxpaged`` in this process, where what one run compiles serves the next."""
+    from jaxpaged.app import environment as app_environment
+    from jaxpaged.app.commands import application
+
+    def run(*arguments: str | Path) -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(app_environment, "prepare", lambda _threads: None)
+            return CliRunner().invoke(application, [str(argument) for argument in arguments])
+
+    return run
+
+
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs ``jaxpaged`` in this process with flags it must refuse; gives the line it says."""
