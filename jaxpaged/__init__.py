@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxpaged.allocator import PageAllocator
     from jaxpaged.attention import merge_states, paged_attention
     from jaxpaged.batch import Batch
+    from jaxpaged.beams import BeamResult, BeamSearch, beam_search, prepare_beam_search
     from jaxpaged.block_table import BlockTable
     from jaxpaged.cache import (
         ALL,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     )
     from jaxpaged.generation_request import ContextShift
     from jaxpaged.invariants import InvariantError, check_invariants
+    from jaxpaged.lookup import LookupResult, LookupStream, generate_lookup, lookup_stream
     from jaxpaged.page_format import PAGE_FORMATS, PageFormat
     from jaxpaged.page_map import PageMap, draw_page_map
     from jaxpaged.page_map_frames import draw_page_map_frames
@@ -60,6 +62,8 @@ __all__ = [
     "FINISH_STOP",
     "PAGE_FORMATS",
     "Batch",
+    "BeamResult",
+    "BeamSearch",
     "BlockTable",
     "ContextShift",
     "ContiguousKVCache",
@@ -67,6 +71,8 @@ __all__ = [
     "GenerateStream",
     "InvariantError",
     "KVCache",
+    "LookupResult",
+    "LookupStream",
     "OutOfPages",
     "PageAllocator",
     "PageFormat",
@@ -78,16 +84,20 @@ __all__ = [
     "SnapshotError",
     "StreamChunk",
     "__version__",
+    "beam_search",
     "can_reserve",
     "check_invariants",
     "clear",
     "draw_page_map",
     "draw_page_map_frames",
     "generate",
+    "generate_lookup",
     "generate_stream",
+    "lookup_stream",
     "merge_states",
     "paged_attention",
     "pages_needed",
+    "prepare_beam_search",
     "read_snapshot",
     "reserve",
     "reserve_or_raise",
@@ -110,6 +120,7 @@ _ROOMS = {
     "allocator": ("PageAllocator",),
     "attention": ("merge_states", "paged_attention"),
     "batch": ("Batch",),
+    "beams": ("BeamResult", "BeamSearch", "beam_search", "prepare_beam_search"),
     "block_table": ("BlockTable",),
     "cache": (
         "ALL", "OutOfPages", "PagedKVCache", "can_reserve", "clear", "pages_needed", "reserve", "reserve_or_raise",
@@ -123,6 +134,7 @@ _ROOMS = {
     ),
     "generation_request": ("ContextShift",),
     "invariants": ("InvariantError", "check_invariants"),
+    "lookup": ("LookupResult", "LookupStream", "generate_lookup", "lookup_stream"),
     "page_format": ("PAGE_FORMATS", "PageFormat"),
     "page_map": ("PageMap", "draw_page_map"),
     "page_map_frames": ("draw_page_map_frames",),

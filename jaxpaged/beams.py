@@ -9,8 +9,9 @@ value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,10 @@ from jaxpaged.generation import (
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
     RUNNING,
-    KVCache,
+    Cache,
     Model,
 )
 from jaxpaged.prefill import (
-    PrefillShape,
     Prompts,
     bucket,
     pack_limits,
@@ -39,15 +39,6 @@ from jaxpaged.prefill import (
 
 EarlyStopping = Literal[False, True, "never"]
 _EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
-
-
-class ForkableCache(KVCache, Protocol):
-    """What beam search needs of a cache; PagedKVCache and ContiguousKVCache have it."""
-
-    def seq_reorder(self, source: Array) -> Self: ...
-
-
-Cache = TypeVar("Cache", bound=ForkableCache)
 
 
 @jax.tree_util.register_dataclass
@@ -185,11 +176,12 @@ class _Shape:
     """R"""
     capacity: int
     """M: columns of the tokens generated."""
-    prefill: PrefillShape
+    chunk: int
+    """Tokens of a prefill step."""
 
 
 def _request(
-    cache: ForkableCache,
+    cache: Cache,
     prompts: Sequence[Sequence[int]],
     num_beams: int,
     max_new_tokens: int | Sequence[int],
@@ -209,9 +201,7 @@ def _request(
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     if early_stopping not in _EARLY_STOPPING:
         raise ValueError(f'early_stopping must be False, True or "never", got {early_stopping!r}')
-    packed, prefill_shape = pack_prompts(
-        prompts, max_seqs=cache.max_seqs, stride=num_beams, batch_size=batch_size
-    )
+    packed, chunk = pack_prompts(prompts, max_seqs=cache.max_seqs, stride=num_beams, batch_size=batch_size)
     limits = pack_limits(max_new_tokens, len(prompts), cache.max_seqs // num_beams)
     request = _Request(
         prompts=packed,
@@ -220,7 +210,7 @@ def _request(
         length_penalty=jnp.float32(length_penalty),
         early_stopping=jnp.int32(_EARLY_STOPPING.index(early_stopping)),
     )
-    return request, _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), prefill_shape)
+    return request, _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), chunk)
 
 
 def _by_sequence(values: Array, others: Array) -> Array:
@@ -242,7 +232,7 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
     """Reads the prompts; one beam each, whose newest token is the prompt's last."""
     prompts, w, m = request.prompts, shape.num_beams, shape.capacity
     b = cache.max_seqs // w
-    cache, served, pages_peak = prefill(model, shape.prefill, params, cache, prompts)
+    cache, served, pages_peak = prefill(model, shape.chunk, params, cache, prompts)
     first = jnp.arange(b) * w
     asked, served = prompts.lens[first] > 0, served[first]
     alone = jnp.where(jnp.arange(w) == 0, 0.0, -jnp.inf)
@@ -444,7 +434,7 @@ def _beam_search(
 
 _beam_search_donating = jax.jit(_beam_search, static_argnums=(0, 1), donate_argnums=3)
 _start_donating = jax.jit(_start, static_argnums=(0, 1), donate_argnums=3)
-_search_donating = jax.jit(_search, static_argnums=(0, 1), donate_argnums=(3, 4))
+_search_donating = jax.jit(_search, static_argnums=(0, 1), donate_argnums=3)
 
 
 def beam_search(
@@ -507,3 +497,74 @@ def beam_search(
         batch_size,
     )
     return _beam_search_donating(model, shape, params, cache, request)
+
+
+@dataclass
+class BeamSearch:
+    """``beam_search`` in two programs, for those who time or compile its parts.
+
+    ``cache`` is the cache after the last of them; the one passed in is donated by the first.
+    """
+
+    model: Model
+    params: Any
+    cache: Any
+    request: _Request
+    shape: _Shape
+    _state: Any = field(default=None, repr=False)
+    _programs: Any = field(default=None, repr=False)
+
+    def compile(self) -> None:
+        """Compiles both programs, without running them."""
+        if self._programs is None:
+            start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
+            search = _search_donating.lower(
+                self.model, self.shape, self.params, *start.out_info, self.request
+            )
+            # Side by side: XLA compiles much of a program on one thread.
+            with ThreadPoolExecutor(2) as pool:
+                self._programs = tuple(pool.map(lambda program: program.compile(), (start, search)))
+
+    def read_prompts(self) -> None:
+        """Prefill; waits until it is done."""
+        self.compile()
+        self.cache, self._state = self._programs[0](self.params, self.cache, self.request)
+        jax.block_until_ready(self._state)
+
+    def search(self) -> BeamResult:
+        """All the rest."""
+        result, self.cache = self._programs[1](self.params, self.cache, self._state, self.request)
+        return jax.block_until_ready(result)
+
+
+def prepare_beam_search(
+    model: Model,
+    params: Any,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_beams: int,
+    max_new_tokens: int | Sequence[int],
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
+    num_return_sequences: int = 1,
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 512,
+) -> BeamSearch:
+    """``beam_search`` that has not begun: same arguments, same result.
+
+    Raises:
+      ValueError: as ``beam_search``.
+    """
+    request, shape = _request(
+        cache,
+        prompts,
+        num_beams,
+        max_new_tokens,
+        length_penalty,
+        early_stopping,
+        num_return_sequences,
+        stop_ids,
+        batch_size,
+    )
+    return BeamSearch(model, params, cache, request, shape)

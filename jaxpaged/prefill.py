@@ -33,16 +33,6 @@ class Prompts:
         return self.tokens[jnp.arange(self.lens.shape[0]), jnp.maximum(self.lens - 1, 0)]
 
 
-@dataclass(frozen=True)
-class PrefillShape:
-    """The static sizes of a prefill."""
-
-    chunk: int
-    """Tokens of one step; 0 = all of it is shorter than a step."""
-    tail: int
-    """Tokens of the last, shorter step; 0 = there is none."""
-
-
 def bucket(count: int) -> int:
     """The next power of two, or one and a half of one: few compiled shapes, a third of padding at most."""
     size = 8
@@ -55,14 +45,14 @@ def bucket(count: int) -> int:
 
 def pack_prompts(
     prompts: Sequence[Sequence[int]], *, max_seqs: int, stride: int = 1, batch_size: int
-) -> tuple[Prompts, PrefillShape]:
-    """Prompts as arrays, checked on the host.
+) -> tuple[Prompts, int]:
+    """Prompts as arrays, checked on the host, and the static number of tokens of a prefill step; 0 = no step.
 
     Args:
       prompts: token ids, none empty.
       max_seqs: S.
       stride: prompt i is for sequence ``i * stride``.
-      batch_size: tokens of a prefill step.
+      batch_size: tokens of a prefill step at most.
 
     Raises:
       ValueError: no prompt or too many, an empty prompt, a negative id, a ``batch_size`` below 1.
@@ -84,12 +74,9 @@ def pack_prompts(
         lens[i * stride] = len(prompt)
         tokens[i * stride, : len(prompt)] = prompt
     total = int(lens.sum()) - len(prompts)
-    rest = total % batch_size
-    shape = PrefillShape(
-        chunk=batch_size if total >= batch_size else 0,
-        tail=min(bucket(rest), batch_size) if rest else 0,
-    )
-    return Prompts(jnp.asarray(tokens), jnp.asarray(lens)), shape
+    # Steps of one size, as few as there must be: another size would compile the model once more.
+    chunk = min(bucket(-(-total // -(-total // batch_size))), batch_size) if total else 0
+    return Prompts(jnp.asarray(tokens), jnp.asarray(lens)), chunk
 
 
 def pack_limits(max_new_tokens: int | Sequence[int], num_prompts: int, max_seqs: int) -> np.ndarray:
@@ -114,36 +101,35 @@ def pack_stop_ids(stop_ids: Sequence[int]) -> Array:
 
 
 def prefill(
-    model: Model, shape: PrefillShape, params: Any, cache: Cache, prompts: Prompts
+    model: Model, chunk: int, params: Any, cache: Cache, prompts: Prompts
 ) -> tuple[Cache, Array, Array]:
-    """Computes all but the last token of each prompt, sequence after sequence, in steps of ``shape.chunk`` tokens.
+    """Computes all but the last token of each prompt, sequence after sequence, in steps of ``chunk`` tokens.
 
     Returns:
       ``(cache, served bool[S], pages_peak i32[])``. A sequence that finds no free page is not served: it is emptied
       and its pages serve the others.
     """
 
-    def step(carry: tuple[Cache, Array, Array, Array], num_tokens: int) -> tuple[Cache, Array, Array, Array]:
+    def step(carry: tuple[Cache, Array, Array, Array]) -> tuple[Cache, Array, Array, Array]:
         cache, read, served, pages_peak = carry
         remaining = jnp.where(served, prompts.lens - 1 - read, 0)
         before = jnp.cumsum(remaining) - remaining
-        take = jnp.clip(num_tokens - before, 0, remaining)
+        take = jnp.clip(chunk - before, 0, remaining)
         refused = served & ~cache.fits(take)
         cache = jax.lax.cond(jnp.any(refused), lambda c: c.seq_remove(refused)[0], lambda c: c, cache)
         take = jnp.where(refused, 0, take)
-        cache, batch, _ = cache.reserve(take, num_tokens=num_tokens, max_new=num_tokens)
+        cache, batch, _ = cache.reserve(take, num_tokens=chunk, max_new=chunk)
         row = jnp.minimum(batch.sequence, take.shape[0] - 1)
-        column = read[row] + jnp.arange(num_tokens, dtype=jnp.int32) - batch.cu_q_lens[row]
+        column = read[row] + jnp.arange(chunk, dtype=jnp.int32) - batch.cu_q_lens[row]
         tokens = prompts.tokens[row, jnp.clip(column, 0, prompts.tokens.shape[1] - 1)]
         # One row, because a model gives logits; nobody reads them, and XLA leaves them out.
         _, cache = model(params, tokens, cache, batch, jnp.zeros(1, jnp.int32))
         return cache, read + take, served & ~refused, jnp.maximum(pages_peak, cache.pages_used)
 
     carry = (cache, jnp.zeros_like(prompts.lens), prompts.lens > 0, cache.pages_used)
-    if shape.chunk:
-        chunks = jnp.sum(jnp.maximum(prompts.lens - 1, 0)) // shape.chunk
-        carry = jax.lax.fori_loop(0, chunks, lambda _, c: step(c, shape.chunk), carry)
-    if shape.tail:
-        carry = step(carry, shape.tail)
+    if chunk:
+        carry = jax.lax.while_loop(
+            lambda carry: jnp.any(carry[2] & (carry[1] < prompts.lens - 1)), step, carry
+        )
     cache, _, served, pages_peak = carry
     return cache, served, pages_peak

@@ -33,7 +33,7 @@ from jaxpaged import (
     seq_reorder,
 )
 from jaxpaged import beams as rooms
-from jaxpaged.beams import BeamResult, EarlyStopping, beam_search
+from jaxpaged.beams import BeamResult, EarlyStopping, beam_search, prepare_beam_search
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,29 @@ def test_paged_and_contiguous_find_the_same(params: Any) -> None:
     for i in range(len(PROMPTS)):
         assert_same(found(result, i), found(other, i))
     assert int(cache.pages_used) == 0
+
+
+def test_in_two_programs_it_finds_the_same(params: Any) -> None:
+    result, _ = run(params, pool(), PROMPTS, stop_ids=STOPS)
+    prepared = prepare_beam_search(
+        toy,
+        params,
+        pool(),
+        PROMPTS,
+        num_beams=WIDTH,
+        num_return_sequences=WIDTH,
+        max_new_tokens=LIMIT,
+        stop_ids=STOPS,
+        batch_size=16,
+    )
+    prepared.read_prompts()
+    lengths = np.zeros(10, int)
+    lengths[: 3 * WIDTH : WIDTH] = [len(p) - 1 for p in PROMPTS]
+    assert prepared.cache.lengths.tolist() == lengths.tolist()
+    other = prepared.search()
+    for i in range(len(PROMPTS)):
+        assert_same(found(other, i), found(result, i))
+    assert_all_given_back(prepared.cache)
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0)])

@@ -1,0 +1,462 @@
+"""Prompt-lookup decoding inside one XLA program: several tokens a step where the text repeats itself.
+
+The path of a step, top to bottom: ``find_drafts`` copies what followed the last tokens where they stood before,
+``_verify`` reserves room for the newest token and its draft, runs the model over them at once, accepts the draft as far
+as greedy decoding agrees, and rolls the rest back with ``seq_remove``. The text is that of greedy decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpaged.generation import (
+    FINISH_LENGTH,
+    FINISH_OUT_OF_PAGES,
+    FINISH_STOP,
+    RUNNING,
+    Cache,
+    Model,
+)
+from jaxpaged.prefill import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids, prefill
+from jaxpaged.sampling import SamplingParams, sample
+from jaxpaged.streaming import StreamChunk
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LookupResult:
+    """What ``generate_lookup`` made; a row a sequence, S = max_seqs of the cache."""
+
+    tokens: Array
+    """i32[S, M]: the tokens generated, without the stop token; -1 behind them."""
+    num_tokens: Array
+    """i32[S]: how many they are."""
+    finish_reason: Array
+    """i32[S]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING in rows without a prompt."""
+    pages_peak: Array
+    """i32[]: most pages in use after any step."""
+    drafted: Array
+    """i32[S]: tokens drafted."""
+    accepted: Array
+    """i32[S]: those of them that are part of the text."""
+    num_steps: Array
+    """i32[S]: steps that computed a token of the sequence; without drafts, one for each token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """What the loop carries, beside the cache."""
+
+    text: Array
+    """i32[S, X]: prompt and generated tokens; all but the last are in the cache."""
+    length: Array
+    """i32[S]"""
+    active: Array
+    """bool[S]"""
+    finish_reason: Array
+    pages_peak: Array
+    drafted: Array
+    accepted: Array
+    num_steps: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for: arrays, so that other prompts and parameters never recompile."""
+
+    prompts: Prompts
+    max_new_tokens: Array
+    """i32[S]"""
+    stop_ids: Array
+    """i32[number of stop tokens]; -1 in padding."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The static part of a request."""
+
+    num_draft: int
+    """K: tokens of a draft."""
+    ngram: int
+    capacity: int
+    """M: columns of the tokens generated."""
+    chunk: int
+    """Tokens of a prefill step."""
+    keep: bool
+    """Whether finished sequences stay in the cache."""
+
+
+def find_drafts(text: Array, length: Array, *, ngram: int, num_draft: int) -> tuple[Array, Array]:
+    """Guesses what follows each text: what followed its last tokens where they stood before.
+
+    Of all earlier places, that which agrees with the end in the most tokens, up to ``ngram``, and of these the latest.
+    A place less than ``num_draft`` tokens back repeats itself: the copy goes on with what it has just copied.
+
+    Args:
+      text: i32[S, X].
+      length: i32[S], tokens of each text; what stands behind them is not looked at.
+      ngram: tokens to look for at most.
+      num_draft: K.
+
+    Returns:
+      ``(draft i32[S, K], found bool[S])``.
+
+    Reference: Saxena, "Prompt Lookup Decoding" (2023), which takes the earliest place; Lempel and Ziv (1977), for the
+    copy that reads itself.
+    """
+    width = text.shape[1]
+    place = jnp.arange(width, dtype=jnp.int32)
+    last = length[:, None] - 1
+    same, agreeing = place < last, jnp.zeros(text.shape, jnp.int32)
+    for back in range(ngram):
+        wanted = jnp.take_along_axis(text, jnp.maximum(last - back, 0), axis=1)
+        same &= (jnp.roll(text, back, axis=1) == wanted) & (place >= back)
+        agreeing += same
+    value = jnp.where(agreeing > 0, agreeing * width + place, -1)
+    found = jnp.any(agreeing > 0, axis=1)
+    best = jnp.argmax(value, axis=1).astype(jnp.int32)[:, None]
+    period = jnp.where(found[:, None], last - best, 1)
+    source = best + 1 + jnp.arange(num_draft, dtype=jnp.int32) % period
+    return jnp.take_along_axis(text, jnp.minimum(source, width - 1), axis=1), found
+
+
+def _request(
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    num_draft: int,
+    ngram: int,
+    max_new_tokens: int | Sequence[int],
+    stop_ids: Sequence[int],
+    batch_size: int,
+    keep: bool,
+) -> tuple[_Request, _Shape]:
+    for name, value in (("num_draft", num_draft), ("ngram", ngram)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    packed, chunk = pack_prompts(prompts, max_seqs=cache.max_seqs, batch_size=batch_size)
+    limits = pack_limits(max_new_tokens, len(prompts), cache.max_seqs)
+    request = _Request(packed, jnp.asarray(limits), pack_stop_ids(stop_ids))
+    return request, _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
+
+
+def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
+    """Reads the prompts, all but the last token of each."""
+    prompts = request.prompts
+    s = cache.max_seqs
+    cache, served, pages_peak = prefill(model, shape.chunk, params, cache, prompts)
+    zeros = jnp.zeros(s, jnp.int32)
+    state = _State(
+        text=jnp.pad(prompts.tokens, ((0, 0), (0, shape.capacity))),
+        length=prompts.lens,
+        active=served,
+        finish_reason=jnp.where((prompts.lens > 0) & ~served, FINISH_OUT_OF_PAGES, RUNNING),
+        pages_peak=pages_peak,
+        drafted=zeros,
+        accepted=zeros,
+        num_steps=zeros,
+    )
+    return cache, state
+
+
+def _end(
+    cache: Cache, state: _State, ended: Array, reason: Array | int, release: bool
+) -> tuple[Cache, _State]:
+    """Ends the sequences marked; gives their pages back if asked to."""
+    if release:
+        cache = jax.lax.cond(jnp.any(ended), lambda c: c.seq_remove(ended)[0], lambda c: c, cache)
+    return cache, replace(
+        state,
+        active=state.active & ~ended,
+        finish_reason=jnp.where(ended, reason, state.finish_reason),
+    )
+
+
+def _verify(
+    model: Model,
+    params: Any,
+    cache: Cache,
+    state: _State,
+    request: _Request,
+    draft: Array,
+    count: Array,
+) -> tuple[Cache, _State, Array, Array]:
+    """Computes the newest token of each sequence and its draft, and keeps what greedy decoding would have written.
+
+    Args:
+      draft: i32[S, K].
+      count: i32[S]: how many of the K tokens to try.
+
+    Returns:
+      ``(cache, state, stopped bool[S], appended i32[S])``: the draft's rejected tokens are out of the cache again.
+    """
+    s, width = cache.max_seqs, draft.shape[1] + 1
+    num_new = jnp.where(state.active, 1 + count, 0)
+    cache, batch, _ = cache.reserve(num_new, num_tokens=s * width, max_new=width)
+    pages_peak = jnp.maximum(state.pages_peak, cache.pages_used)
+    newest = jnp.take_along_axis(state.text, jnp.maximum(state.length - 1, 0)[:, None], axis=1)
+    tried = jnp.concatenate([newest, draft], axis=1)
+    first, step = batch.cu_q_lens[:-1], jnp.arange(width, dtype=jnp.int32)
+    sequence = jnp.minimum(batch.sequence, s - 1)
+    tokens = tried[sequence, jnp.clip(jnp.arange(s * width) - first[sequence], 0, width - 1)]
+    rows = jnp.minimum(first[:, None] + step, s * width - 1).reshape(-1)
+    logits, cache = model(params, tokens, cache, batch, rows)
+    nothing_recent = jnp.zeros((s * width, 0), jnp.int32)
+    best = sample(logits, SamplingParams.greedy(s * width), batch.position[rows], nothing_recent)
+    best = best.reshape(s, width)
+
+    agrees = (draft == best[:, :-1]) & (step[:-1] < count[:, None])
+    accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
+    stops = jnp.any(best[..., None] == request.stop_ids, axis=-1) & (step <= accepted[:, None])
+    stopped = state.active & jnp.any(stops, axis=1)
+    appended = jnp.where(stopped, jnp.argmax(stops, axis=1), accepted + 1).astype(jnp.int32)
+    appended = jnp.where(state.active, appended, 0)
+    accepted = jnp.minimum(accepted, appended)
+
+    # Rollback: the newest token and the accepted ones stay.
+    rejected = num_new > 1 + accepted
+    behind = batch.position[jnp.minimum(first, s * width - 1)] + 1 + accepted
+    cache = jax.lax.cond(jnp.any(rejected), lambda c: c.seq_remove(rejected, behind)[0], lambda c: c, cache)
+    column = jnp.where(step < appended[:, None], state.length[:, None] + step, state.text.shape[1])
+    return (
+        cache,
+        replace(
+            state,
+            text=state.text.at[jnp.arange(s)[:, None], column].set(best, mode="drop"),
+            length=state.length + appended,
+            pages_peak=pages_peak,
+            drafted=state.drafted + count,
+            accepted=state.accepted + accepted,
+            num_steps=state.num_steps + state.active,
+        ),
+        stopped,
+        appended,
+    )
+
+
+def _draft(shape: _Shape, cache: Cache, state: _State, request: _Request) -> tuple[Array, Array]:
+    """``(draft i32[S, K], count i32[S])``: what to try in the next step, and how many tokens of it."""
+    left = request.max_new_tokens - (state.length - request.prompts.lens)
+    draft, found = find_drafts(state.text, state.length, ngram=shape.ngram, num_draft=shape.num_draft)
+    # The last token that may be generated is never drafted: a step adds one more than its draft has right.
+    count = jnp.where(state.active & found, jnp.minimum(shape.num_draft, left - 1), 0)
+    # A draft must not take the page that another sequence's token needs, nor end its own sequence.
+    fits = jnp.all(cache.fits(state.active + count))
+    return draft, jnp.where(fits, count, 0)
+
+
+def _step(
+    model: Model,
+    shape: _Shape,
+    params: Any,
+    cache: Cache,
+    state: _State,
+    request: _Request,
+    draft: Array,
+    count: Array,
+) -> tuple[Cache, _State]:
+    """One step: as many tokens for each active sequence as its draft has right, and one more."""
+    cache, state, stopped, appended = _verify(model, params, cache, state, request, draft, count)
+    full = (appended > 0) & ~stopped & (state.length - request.prompts.lens >= request.max_new_tokens)
+    reason = jnp.where(stopped, FINISH_STOP, FINISH_LENGTH)
+    return _end(cache, state, stopped | full, reason, release=not shape.keep)
+
+
+_Carry = tuple[Array, Any, _State, Array, Array]
+"""(steps done, cache, state, draft, count)"""
+
+
+def _advance(
+    model: Model, shape: _Shape, params: Any, cache: Cache, state: _State, request: _Request, steps: Array
+) -> tuple[Cache, _State]:
+    """At most ``steps`` steps; fewer when every sequence has ended.
+
+    A step without a draft anywhere computes no more rows than there are sequences. The two kinds of step are two loops
+    in a loop: where the branches of a condition write to the pool, XLA copies all of it.
+    """
+
+    def unfinished(carry: _Carry) -> Array:
+        i, _, state, _, _ = carry
+        return (i < steps) & jnp.any(state.active)
+
+    def drafted(carry: _Carry) -> Array:
+        return jnp.any(carry[-1] > 0)
+
+    def with_draft(carry: _Carry) -> _Carry:
+        i, cache, state, draft, count = carry
+        cache, state = _step(model, shape, params, cache, state, request, draft, count)
+        return i + 1, cache, state, *_draft(shape, cache, state, request)
+
+    def without_draft(carry: _Carry) -> _Carry:
+        i, cache, state, draft, count = carry
+        without_room = state.active & ~cache.fits(state.active.astype(jnp.int32))
+        cache, state = _end(cache, state, without_room, FINISH_OUT_OF_PAGES, release=True)
+        cache, state = _step(model, shape, params, cache, state, request, draft[:, :0], count)
+        return i + 1, cache, state, *_draft(shape, cache, state, request)
+
+    def both(carry: _Carry) -> _Carry:
+        carry = jax.lax.while_loop(lambda c: unfinished(c) & drafted(c), with_draft, carry)
+        return jax.lax.while_loop(lambda c: unfinished(c) & ~drafted(c), without_draft, carry)
+
+    carry = (jnp.int32(0), cache, state, *_draft(shape, cache, state, request))
+    _, cache, state, _, _ = jax.lax.while_loop(unfinished, both, carry)
+    return cache, state
+
+
+def _result(shape: _Shape, state: _State, request: _Request) -> LookupResult:
+    num_tokens = state.length - request.prompts.lens
+    index = jnp.arange(shape.capacity, dtype=jnp.int32)
+    column = jnp.minimum(request.prompts.lens[:, None] + index, state.text.shape[1] - 1)
+    tokens = jnp.take_along_axis(state.text, column, axis=1)
+    return LookupResult(
+        tokens=jnp.where(index < num_tokens[:, None], tokens, -1),
+        num_tokens=num_tokens,
+        finish_reason=state.finish_reason,
+        pages_peak=state.pages_peak,
+        drafted=state.drafted,
+        accepted=state.accepted,
+        num_steps=state.num_steps,
+    )
+
+
+def _generate(
+    model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request
+) -> tuple[LookupResult, Cache]:
+    cache, state = _start(model, shape, params, cache, request)
+    cache, state = _advance(model, shape, params, cache, state, request, jnp.int32(shape.capacity))
+    return _result(shape, state, request), cache
+
+
+_generate_donating = jax.jit(_generate, static_argnums=(0, 1), donate_argnums=3)
+_start_donating = jax.jit(_start, static_argnums=(0, 1), donate_argnums=3)
+_advance_donating = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(3, 4))
+_result_jitted = jax.jit(_result, static_argnums=0)
+
+
+def generate_lookup(
+    model: Model,
+    params: Any,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    num_draft: int = 8,
+    ngram: int = 3,
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 512,
+    keep: bool = False,
+) -> tuple[LookupResult, Cache]:
+    """Greedy decoding that tries several tokens a step where the text repeats itself, in one XLA program.
+
+    The tokens are those of ``generate`` without sampling, as far as a model's logits do not depend on how many
+    tokens a step computes: sums in another order may turn a tie.
+
+    Args:
+      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
+      params: the model's weights, a pytree.
+      cache: paged or contiguous; **donated**. Prompt i continues what sequence i of the cache holds; drafts are looked
+        up in the prompt and what was generated since.
+      prompts: token ids, 1 to ``max_seqs`` prompts of any lengths, none empty.
+      max_new_tokens: tokens to generate at most, for all or one number a prompt.
+      num_draft: K, tokens of a draft.
+      ngram: last tokens to look for at most, see ``find_drafts``.
+      stop_ids: tokens that end a sequence; they are not part of the result.
+      batch_size: tokens of a prefill step; prompts are packed one behind the other into steps of that many.
+      keep: leave finished sequences in the cache (all but their newest token, which was never fed back); otherwise
+        their pages are given back the moment they end.
+
+    Returns:
+      ``(result, cache)``. When the pool gets short, steps go without drafts; a sequence that finds no page for one
+      token ends with FINISH_OUT_OF_PAGES and what it has, and its pages go to the others.
+
+    Raises:
+      ValueError: no prompt or too many, an empty prompt, a negative id, a limit, ``num_draft`` or ``ngram`` below 1.
+
+    Reference: Saxena, "Prompt Lookup Decoding" (2023); transformers' ``prompt_lookup_num_tokens``.
+    """
+    request, shape = _request(cache, prompts, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep)
+    return _generate_donating(model, shape, params, cache, request)
+
+
+@dataclass
+class LookupStream:
+    """An iterator of StreamChunks; see ``lookup_stream``.
+
+    ``compile()`` may be called first, to keep compilation out of what is timed. ``cache`` is the cache after the last
+    chunk taken; the one passed in is donated by the first.
+    """
+
+    model: Model
+    params: Any
+    cache: Any
+    num_prompts: int
+    request: _Request
+    shape: _Shape
+    every: int
+    result: LookupResult | None = None
+    """After each chunk, all that was generated so far."""
+    _programs: Any = field(default=None, repr=False)
+
+    def compile(self) -> None:
+        """Compiles the programs, without running them."""
+        if self._programs is None:
+            start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
+            advance = _advance_donating.lower(
+                self.model, self.shape, self.params, *start.out_info, self.request, jnp.int32(0)
+            )
+            # Side by side: XLA compiles much of a program on one thread.
+            with ThreadPoolExecutor(2) as pool:
+                self._programs = tuple(pool.map(lambda program: program.compile(), (start, advance)))
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        self.compile()
+        start, advance = self._programs
+        self.cache, state = start(self.params, self.cache, self.request)
+        seen, steps, running = [0] * self.num_prompts, 1, True
+        while running:
+            self.cache, state = advance(self.params, self.cache, state, self.request, jnp.int32(steps))
+            # Copied: the arrays of `state` are donated to the next call.
+            self.result = jax.tree.map(np.array, _result_jitted(self.shape, state, self.request))
+            counts = self.result.num_tokens
+            new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_prompts)]
+            seen = [int(counts[i]) for i in range(self.num_prompts)]
+            reasons = self.result.finish_reason[: self.num_prompts].tolist()
+            running = RUNNING in reasons
+            yield StreamChunk(new, reasons)
+            steps = self.every
+
+
+def lookup_stream(
+    model: Model,
+    params: Any,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    num_draft: int = 8,
+    ngram: int = 3,
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 512,
+    keep: bool = False,
+    every: int = 8,
+) -> LookupStream:
+    """``generate_lookup`` that hands out tokens while it runs: after the first step, then every ``every`` steps.
+
+    Same arguments, same tokens.
+
+    Raises:
+      ValueError: as ``generate_lookup``, or ``every`` is not positive.
+    """
+    if every < 1:
+        raise ValueError(f"every must be positive, got {every}")
+    request, shape = _request(cache, prompts, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep)
+    return LookupStream(model, params, cache, len(prompts), request, shape, every)
