@@ -21,6 +21,7 @@ from jaxpaged.page_format import check_page_size, page_format
 
 KIND, VERSION = "jaxpaged.snapshot", 1
 _BLANK = "0" * 64
+_TYPES = {"F32", "F16", "BF16", "I32"}
 _MAX_POSITION = 2**31 - 1
 
 
@@ -193,6 +194,9 @@ def read_snapshot(path: str | os.PathLike[str], *, fingerprint: str) -> Snapshot
                     f"this model's {_short(fingerprint)}"
                 )
             names = reader.keys()
+            types = {reader.get_slice(name).get_dtype() for name in names}
+            if not types <= _TYPES:  # of some others safetensors makes no arrays
+                raise SnapshotError(f"{path}: not what version {VERSION} of a snapshot holds: types {types}")
             tensors = {name: reader.get_tensor(name) for name in names}
     try:
         return _checked(metadata, tensors)

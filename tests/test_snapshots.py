@@ -447,6 +447,15 @@ def test_a_correct_checksum_proves_no_good_intentions(tmp_path: Path, column: in
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float16, np.int64, np.bool_])
+def test_rows_of_another_type_than_the_format_are_refused(tmp_path: Path, dtype: Any) -> None:
+    saved = save(step(make(), [20, 0, 3, 0, 0], 0), tmp_path / "file")
+    keys = tuple(rows.astype(dtype) for rows in saved.keys)
+    write_snapshot(tmp_path / "file", replace(saved, keys=keys))
+    with pytest.raises(SnapshotError, match="not what version 1 of a snapshot holds"):
+        read_snapshot(tmp_path / "file", fingerprint=MODEL)
+
+
 def test_without_safetensors_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
