@@ -19,7 +19,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
 
 demo: .venv/.extra-model ## Generate text with the embedded model
-	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --seed 6 $(ARGS)
+	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --temp 0.6 --seed 9 $(ARGS)
 
 test: .venv/.extra-test ## Run the tests
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(ARGS)
