@@ -106,7 +106,9 @@ def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -
         raise InputError(
             f"-ctk {cache_type_k} and -ctv {cache_type_v} differ: keys and values share one type"
         )
-    options = GenerateOptions(**flags, cache_dtype=next(iter(cache_dtypes), None))
+    options = GenerateOptions(
+        **flags, cache_dtype=next(iter(cache_dtypes), None), sampling_flags=_written("Sampling")
+    )
     _prepare(options.threads)
     from jaxpaged.app.generate import run
 
@@ -161,6 +163,17 @@ def devices() -> None:
 
     for line in describe():
         click.echo(line)
+
+
+def _written(group: str) -> tuple[str, ...]:
+    """The flags under that heading that stand on the command line."""
+    context = click.get_current_context()
+    return tuple(
+        next(name for name in parameter.opts if name.startswith("--"))
+        for parameter in context.command.params
+        if getattr(parameter, "group", None) == group
+        and context.get_parameter_source(str(parameter.name)) is click.core.ParameterSource.COMMANDLINE
+    )
 
 
 def _prepare(threads: int | None) -> None:

@@ -7,8 +7,9 @@ from functools import partial
 
 import click
 
-from jaxpaged.app import chat, interrupt
+from jaxpaged.app import beams, chat, interrupt
 from jaxpaged.app.errors import InputError, out_of_memory_is_input
+from jaxpaged.app.methods import check_methods
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json, text_of
 from jaxpaged.app.prompt import read_prompt
@@ -34,6 +35,7 @@ def run(options: GenerateOptions) -> int:
         raise InputError(_NO_PROMPT)
     if wants_chat and options.parallel > 1:
         raise InputError(f"-np {options.parallel}: a chat has one sequence")
+    check_methods(options, prompted=prompt is not None and not wants_chat)
     with out_of_memory_is_input("a smaller -c, -np or --kv-pages needs less"):
         session = Session.open(options)
         template = chat.template_of(options, session.ready.loaded.tokenizer.chat_template)
@@ -43,7 +45,7 @@ def run(options: GenerateOptions) -> int:
             return chat.run(session, prompt, template)
         if prompt is None:
             raise InputError(f"{_NO_PROMPT} (with --chat-template: this model has no chat template)")
-        return complete(session, prompt)
+        return beams.complete(session, prompt) if options.beams > 1 else complete(session, prompt)
 
 
 def complete(session: Session, prompt: str) -> int:

@@ -41,6 +41,9 @@ class GenerateOptions:
     batch_size: int
     ubatch_size: int | None
     ignore_eos: bool
+    beams: int
+    length_penalty: float
+    lookup: int
     context_shift: bool
     keep: int
     seed: int
@@ -52,6 +55,8 @@ class GenerateOptions:
     repeat_last_n: int
     presence_penalty: float
     frequency_penalty: float
+    sampling_flags: tuple[str, ...]
+    """Those of the flags above, from the seed on, that were written down."""
     paged: bool
     page_size: int
     kv_pages: int | None
@@ -203,6 +208,13 @@ GENERATE_OPTIONS = chain(
            help="Tokens that each sequence may hold; 0 = what the model was trained for."),
     option("Generation", "-np", "--parallel", type=_AT_LEAST_1, default=1, show_default=True, metavar="N",
            help="Samples of the same prompt, decoded together, with the seeds S, S+1, ..."),
+    option("Generation", "--beams", type=_AT_LEAST_1, default=1, show_default=True, metavar="N",
+           help="Beam search: the likeliest text that N beams find; --json gives all N. 1 = off."),
+    option("Generation", "--length-penalty", type=FiniteFloat(), default=1.0, show_default=True,
+           help="Of beams: a text's log-probability is divided by its length to this power."),
+    option("Generation", "--lookup", "--draft-max", "--draft", "--draft-n", "lookup",
+           type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+           help="Draft up to N tokens a step from the text so far; needs --temp 0. 0 = off."),
     option("Generation", "-b", "--batch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
            help="Prompt tokens of one step."),
     option("Generation", "-ub", "--ubatch-size", type=_AT_LEAST_1, metavar="N",

@@ -12,6 +12,7 @@ from jaxpaged.app import interrupt
 from jaxpaged.app.timings import Timings
 from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation_request import ContextShift
+from jaxpaged.lookup import LookupResult, LookupStream, lookup_stream
 from jaxpaged.sampling import SamplingParams
 from jaxpaged.streaming import GenerateStream, generate_stream
 
@@ -28,6 +29,10 @@ class Run:
     finish_reason: list[int]
     timings: Timings = field(default_factory=Timings)
     pages_peak: int = 0
+    drafted: int = 0
+    """Tokens that lookup decoding drafted."""
+    accepted: int = 0
+    """Those of them that are part of the text."""
     interrupted: bool = False
     """Ctrl-C came; the rest is what was there by then."""
     cache: Any = None
@@ -36,6 +41,11 @@ class Run:
     def reason(self, row: int) -> str:
         """ "stop" or "length"."""
         return "stop" if self.finish_reason[row] == FINISH_STOP else "length"
+
+    def drafts_line(self) -> str:
+        """What became of drafts, for people."""
+        share = self.accepted / max(1, self.drafted)
+        return f"{'lookup':>16} = {self.accepted} of {self.drafted} drafted tokens accepted ({share:.0%})"
 
     @property
     def out_of_pages(self) -> list[int]:
@@ -57,6 +67,7 @@ def generate(
     keep: bool = False,
     context_shift: ContextShift | None = None,
     window: int | None = None,
+    lookup: int = 0,
     history: Sequence[Sequence[int]] = (),
     warmup: bool = True,
     every: Callable[[], int] | None = None,
@@ -70,6 +81,7 @@ def generate(
       warmup: compile before the clock of the prompt starts.
       on_start: is called before the prompt is read; when there is a warmup, after that.
       samples: of each prompt.
+      lookup: tokens of a draft; above 0, prompt-lookup decoding, which is greedy.
       every: how many decode steps to take before coming back; default: what a tenth of a second has room for.
       on_cache: is given the cache, and how many tokens of each sample there are by then: first when the prompt is read,
         then each time that the generation comes back.
@@ -77,22 +89,29 @@ def generate(
     """
     rows = len(prompts) * samples
     run = Run([[] for _ in range(rows)], [0] * rows)
-    stream = generate_stream(
-        model,
-        params,
-        cache,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        batch_size=batch_size,
-        n=samples,
-        keep=keep,
-        context_shift=context_shift,
-        window=window,
-        history=history,
-        every=1,
-    )
+    common: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "stop_ids": stop_ids,
+        "batch_size": batch_size,
+        "keep": keep,
+        "every": 1,
+    }
+    stream: GenerateStream | LookupStream
+    if lookup:
+        stream = lookup_stream(model, params, cache, prompts, num_draft=lookup, **common)
+    else:
+        stream = generate_stream(
+            model,
+            params,
+            cache,
+            prompts,
+            sampling=sampling,
+            n=samples,
+            context_shift=context_shift,
+            window=window,
+            history=history,
+            **common,
+        )
     start = time.perf_counter()
     if warmup:
         _compile(stream)
@@ -107,6 +126,10 @@ def generate(
         run.finish_reason = chunk.finish_reason
         if stream.result is not None:
             run.pages_peak = int(stream.result.pages_peak)
+        if isinstance(stream.result, LookupResult):
+            run.drafted, run.accepted = (
+                int(x.sum()) for x in (stream.result.drafted, stream.result.accepted)
+            )
         if first is None:
             interrupt.defer()
             first = now
@@ -133,7 +156,7 @@ def generate(
     return run
 
 
-def _compile(stream: GenerateStream) -> None:
+def _compile(stream: GenerateStream | LookupStream) -> None:
     """Compiles, or returns as soon as Ctrl-C asks for it: the rest goes on aside, into the compilation cache."""
     pool = ThreadPoolExecutor(1)
     compiled = pool.submit(stream.compile)

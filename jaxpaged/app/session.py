@@ -77,7 +77,7 @@ class Session:
             session.note(
                 f"warning: -c {session.context} is more than the {trained} tokens the model was trained for"
             )
-        if options.seed < 0 and options.temp > 0:
+        if options.seed < 0 and options.temp > 0 and options.beams == 1:
             session.note(f"seed = {session.seed}")
         return session
 
@@ -128,8 +128,9 @@ class Session:
         config = self.ready.loaded.config
         windows = [config.window(layer) for layer in range(config.num_layers)]
         bounded = [window for window in windows if window is not None]
-        # What is to be kept in a file must not be forgotten first.
-        forgets = self.options.paged and self.options.prompt_cache is None
+        o = self.options
+        # What is to be kept in a file must not be forgotten first; beams and drafts give pages back at their end only.
+        forgets = o.paged and o.prompt_cache is None and o.beams == 1 and o.lookup == 0
         return max(bounded) if forgets and len(bounded) == len(windows) else None
 
     def plan(self, tokens: int, num_seqs: int, shared: int = 0) -> CachePlan:
@@ -221,6 +222,7 @@ class Session:
             keep=keep,
             context_shift=context_shift,
             window=self.window,
+            lookup=o.lookup if max_new_tokens else 0,
             history=[history] * len(prompts),
             warmup=o.warmup,
             every=None if film is None else lambda: film.every,
@@ -256,5 +258,6 @@ class Session:
                 f"{plan.page_size} tokens are in use (--kv-pages)"
             )
         if self.options.perf and self.options.log:
-            for line in [*self.timings.lines(), self.report(plan).line()]:
+            drafts = [] if run is None or not run.drafted else [run.drafts_line()]
+            for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:
                 click.echo(line, err=True)

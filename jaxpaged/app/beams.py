@@ -1,0 +1,108 @@
+"""``jaxpaged generate --beams``: the likeliest continuation that a beam search finds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+import numpy as np
+
+from jaxpaged.app.kv_report import KVReport
+from jaxpaged.app.output import text_of
+from jaxpaged.app.run import Run
+from jaxpaged.app.session import Session
+from jaxpaged.beams import BeamResult, prepare_beam_search
+
+
+def complete(session: Session, prompt: str) -> int:
+    """Continues the prompt; nothing is printed before the search has ended, because nothing is decided before."""
+    o, loaded = session.options, session.ready.loaded
+    if o.system is not None:
+        session.note("-sys has no effect outside a chat (-no-cnv)")
+    ids = session.encode(prompt)
+    session.check_prompt(ids)
+    new = session.new_tokens(len(ids))
+    plan = session.plan(len(ids) + new, o.beams, shared=len(ids))
+    plan.check_prompt(len(ids))
+    search = prepare_beam_search(
+        session.ready.call,
+        loaded.params,
+        plan.create(),
+        [ids],
+        num_beams=o.beams,
+        num_return_sequences=o.beams,
+        max_new_tokens=new,
+        length_penalty=o.length_penalty,
+        stop_ids=() if o.ignore_eos else sorted(loaded.tokenizer.stop_ids),
+        batch_size=o.prefill_step,
+    )
+    notice = "searching ..." if o.log and sys.stderr.isatty() else ""
+    click.echo(notice, nl=False, err=True)
+    start = time.perf_counter()
+    if o.warmup:
+        search.compile()
+    compiled = time.perf_counter()
+    search.read_prompts()
+    read = time.perf_counter()
+    result = search.search()
+    ended = time.perf_counter()
+    if notice:
+        click.echo("\r\033[K", nl=False, err=True)
+
+    timings, steps = session.timings, int(result.num_steps)
+    timings.compile_ms = 1e3 * (compiled - start) if o.warmup else 0.0
+    timings.prompt_n, timings.prompt_ms = len(ids), 1e3 * (read - compiled)
+    timings.predicted_n, timings.predicted_ms = steps, 1e3 * (ended - read)
+    session.pages_peak = int(result.pages_peak)
+    run, scores = _run_of(result)
+    if o.as_json:
+        _print_json(session, ids, run, scores, session.report(plan), result)
+    else:
+        click.echo((prompt if o.display_prompt else "") + text_of(session, run.tokens[0]))
+    if not bool(result.complete[0]):
+        session.note(
+            f"out of pages: the search ends after {steps} tokens a beam, all {plan.num_pages} pages of "
+            f"{plan.page_size} tokens are in use (--kv-pages)"
+        )
+    if o.perf and o.log:
+        click.echo(_sharing_line(o.beams, scores[0], result), err=True)
+    session.print_report(plan, None)
+    return 0
+
+
+def _run_of(result: BeamResult) -> tuple[Run, list[float]]:
+    """The sequences found, best first, and their scores; where there is none, an empty one."""
+    tokens, counts = np.asarray(result.tokens)[0], np.asarray(result.num_tokens)[0]
+    scores = np.asarray(result.score)[0]
+    found = max(1, int(np.isfinite(scores).sum()))
+    rows = [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
+    return Run(rows[:found], np.asarray(result.finish_reason)[0][:found].tolist()), scores[:found].tolist()
+
+
+def _sharing_line(beams: int, score: float, result: BeamResult) -> str:
+    saved = 1 - float(result.pages_mean) / max(1.0, float(result.unshared_mean))
+    return (
+        f"{'beams':>16} = {beams}, the best scores {score:.4f}; sharing pages saves {saved:.0%} of them on average "
+        f"({int(result.pages_peak)} instead of {int(result.unshared_peak)} at the peak)"
+    )
+
+
+def _print_json(
+    session: Session, prompt: list[int], run: Run, scores: list[float], report: KVReport, result: BeamResult
+) -> None:
+    """One object, as for samples; ``choices`` holds every beam, with its score."""
+    choices = [
+        {"tokens": tokens, "text": text_of(session, tokens), "finish_reason": run.reason(row)}
+        for row, tokens in enumerate(run.tokens)
+    ]
+    document = {
+        "prompt_tokens": prompt,
+        **choices[0],
+        "timings": session.timings.as_dict(),
+        "kv": {**report.as_dict(), "pages_peak_unshared": int(result.unshared_peak)},
+        "complete": bool(result.complete[0]),
+        "choices": [{"index": i, "score": scores[i], **choice} for i, choice in enumerate(choices)],
+    }
+    click.echo(json.dumps(document))

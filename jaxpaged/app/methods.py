@@ -1,0 +1,43 @@
+"""Ways of generating that are no sampling, and the flags that do not go with them."""
+
+from __future__ import annotations
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.options import GenerateOptions
+
+
+def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
+    """Refuses what ``--beams`` and ``--lookup`` cannot do.
+
+    Args:
+      options: what was asked for.
+      prompted: whether there is a prompt and no chat.
+
+    Raises:
+      InputError: a flag that excludes the method or would have no effect on it.
+    """
+    o = options
+    if o.lookup:
+        name = f"--lookup {o.lookup}"
+        clashes = {"--context-shift": o.context_shift, "--prompt-cache": o.prompt_cache is not None}
+        _refuse(name, {**clashes, "--beams": o.beams > 1, "-np": o.parallel > 1})
+        if o.temp > 0:
+            raise InputError(f"{name} is greedy decoding: it needs --temp 0")
+        if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
+            raise InputError(f"{name} knows no penalties")
+    if o.beams > 1:
+        name = f"--beams {o.beams}"
+        clashes = {"--context-shift": o.context_shift, "--prompt-cache": o.prompt_cache is not None}
+        _refuse(name, {**clashes, "--page-map": o.page_map is not None, "-np": o.parallel > 1})
+        if not prompted:
+            raise InputError(f"{name} continues a prompt (-p or -f) and does not chat")
+        if o.predict == 0:
+            raise InputError(f"{name} and -n 0: there is nothing to search for")
+        if flags := [flag for flag in o.sampling_flags if not (flag == "--temp" and o.temp <= 0)]:
+            raise InputError(f"{name} draws no tokens: {', '.join(flags)} would have no effect")
+
+
+def _refuse(name: str, clashes: dict[str, bool]) -> None:
+    for flag, given in clashes.items():
+        if given:
+            raise InputError(f"{name} and {flag} exclude each other")
