@@ -92,9 +92,6 @@ def complete(session: Session, prompt: str) -> int:
         on_prompt=None if kept is None else partial(kept.save_prompt, ids=ids),
         on_tokens=show,
     )
-    if kept is not None:
-        kept.save_all(result.cache, ids + result.tokens[0])
-    session.end_film()
     if options.as_json:
         print_json(session, ids, result, plan)
     else:
@@ -102,5 +99,9 @@ def complete(session: Session, prompt: str) -> int:
         for row in range(1, options.parallel):
             header(row)
             click.echo(text_of(session, result.tokens[row]))
+    # Behind the text: a full disk must not cost it.
+    if kept is not None:
+        kept.save_all(result.cache, ids + result.tokens[0])
+    session.end_film()
     session.print_report(plan, result)
     return interrupt.STATUS if result.interrupted else 0
