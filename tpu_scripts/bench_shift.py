@@ -4,7 +4,7 @@
 
 One sequence holds L tokens; a shift forgets 256 of them behind the first 4 and moves the others up. "moved entries" is
 ``seq_remove`` and ``seq_shift`` on a paged cache; "re-rotated keys" turns every key behind the hole to its new
-position, in every layer, in one jitted and donated program. Both run in one process, in turns; compilation is not timed.
+position, in every layer, in one jitted and donated program. Both run in one process, in turns; compiling is not timed.
 """
 
 from __future__ import annotations
