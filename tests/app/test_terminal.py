@@ -15,6 +15,10 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and terminals")
 
+# A shell's background job ignores SIGINT, and so do its children; what has a handler here has the default there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SECONDS = 60
 JAXPAGED = ("-m", "jaxpaged.app.cli", "generate")
 ENDLESS = ("-n", "-1", "-c", "100000", "--no-kv-cache-paged", "--temp", "0", "--ignore-eos")
