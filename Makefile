@@ -12,6 +12,8 @@ PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# What is built on the core, or compiles for minutes, is tested with one jax alone.
+NOT_CORE := $(addprefix --ignore=tests/,model app test_beams.py test_lookup.py test_snapshots.py test_page_map.py)
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.
@@ -61,7 +63,7 @@ test-newest: ## Run the core's tests on the newest jax, where there is a Python 
 	    touch .venv-newest/.extra-test-core; \
 	fi; \
 	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) --ignore=tests/model --ignore=tests/app $(ARGS)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(NOT_CORE) $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m model.tiny.train $(ARGS)
