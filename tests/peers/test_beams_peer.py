@@ -109,7 +109,7 @@ def test_sequences_and_scores_are_those_of_transformers(
                 tokens[:n].tolist() for tokens, n in zip(np.asarray(result.tokens)[row], counts, strict=True)
             ]
             assert ours == rows, (i, row)
-            # A length penalty of -1 multiplies by the length: scores of -1,500, where float32 ends at 1e-4.
+            # A length penalty of -1 multiplies by the length: scores so large that float32 has no 1e-4.
             np.testing.assert_allclose(np.asarray(result.score)[row], scores, rtol=1e-6, atol=1e-4)
             if length_penalty >= 0:
                 difference = max(difference, float(np.abs(np.asarray(result.score)[row] - scores).max()))
