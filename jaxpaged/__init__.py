@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from jaxpaged.beams import BeamResult, BeamSearch, beam_search, prepare_beam_search
     from jaxpaged.block_table import BlockTable
     from jaxpaged.cache import (
-        ALL,
         OutOfPages,
         PagedKVCache,
         can_reserve,
@@ -23,15 +22,6 @@ if TYPE_CHECKING:
         pages_needed,
         reserve,
         reserve_or_raise,
-        seq_copy,
-        seq_drop_unseen,
-        seq_keep,
-        seq_length,
-        seq_position_max,
-        seq_position_min,
-        seq_remove,
-        seq_reorder,
-        seq_shift,
     )
     from jaxpaged.contiguous import ContiguousKVCache
     from jaxpaged.defragment import seq_defragment
@@ -51,6 +41,18 @@ if TYPE_CHECKING:
     from jaxpaged.page_map_frames import draw_page_map_frames
     from jaxpaged.rope import Rope
     from jaxpaged.sampling import SamplingParams, sample
+    from jaxpaged.sequences import (
+        ALL,
+        seq_copy,
+        seq_drop_unseen,
+        seq_keep,
+        seq_length,
+        seq_position_max,
+        seq_position_min,
+        seq_remove,
+        seq_reorder,
+        seq_shift,
+    )
     from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
     from jaxpaged.snapshots import restore, snapshot
     from jaxpaged.streaming import GenerateStream, StreamChunk, generate_stream
@@ -123,9 +125,7 @@ _ROOMS = {
     "beams": ("BeamResult", "BeamSearch", "beam_search", "prepare_beam_search"),
     "block_table": ("BlockTable",),
     "cache": (
-        "ALL", "OutOfPages", "PagedKVCache", "can_reserve", "clear", "pages_needed", "reserve", "reserve_or_raise",
-        "seq_copy", "seq_drop_unseen", "seq_keep", "seq_length", "seq_position_max", "seq_position_min", "seq_remove",
-        "seq_reorder", "seq_shift",
+        "OutOfPages", "PagedKVCache", "can_reserve", "clear", "pages_needed", "reserve", "reserve_or_raise",
     ),
     "contiguous": ("ContiguousKVCache",),
     "defragment": ("seq_defragment",),
@@ -140,6 +140,10 @@ _ROOMS = {
     "page_map_frames": ("draw_page_map_frames",),
     "rope": ("Rope",),
     "sampling": ("SamplingParams", "sample"),
+    "sequences": (
+        "ALL", "seq_copy", "seq_drop_unseen", "seq_keep", "seq_length", "seq_position_max", "seq_position_min",
+        "seq_remove", "seq_reorder", "seq_shift",
+    ),
     "snapshot_file": ("Snapshot", "SnapshotError", "read_snapshot"),
     "snapshots": ("restore", "snapshot"),
     "streaming": ("GenerateStream", "StreamChunk", "generate_stream"),

@@ -28,14 +28,8 @@ from jaxpaged.generation import (
     Cache,
     Model,
 )
-from jaxpaged.prefill import (
-    Prompts,
-    bucket,
-    pack_limits,
-    pack_prompts,
-    pack_stop_ids,
-    prefill,
-)
+from jaxpaged.prefill import prefill
+from jaxpaged.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
 
 EarlyStopping = Literal[False, True, "never"]
 _EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")

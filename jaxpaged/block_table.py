@@ -180,16 +180,7 @@ def remove_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple
     from_head = untouched | (head > 0)
     num_tokens = jnp.where(untouched, split.num_tokens, jnp.where(head > 0, head, tail))
     skipped = jnp.where(from_head, 0, split.num_tokens - tail)
-    shortened = BlockTable(
-        split.pages,
-        split.first_slot + skipped,
-        num_tokens,
-        split.position + skipped,
-        split.rotation,
-        split.num_entries,
-    )
-    removed = keep(shortened, num_tokens > 0, num_pages)
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), removed, row), ok
+    return choose(ok, _shortened(split, skipped, num_tokens, num_pages), row), ok
 
 
 def shift_range(
@@ -222,7 +213,7 @@ def shift_range(
     ordered = jnp.all(~behind | (shifted.position[1:] >= (shifted.position + shifted.num_tokens)[:-1]))
     ok = representable & ordered & (shifted.num_entries <= row.max_entries)
     narrow = jax.tree.map(lambda field: field[: row.max_entries] if field.ndim else field, shifted)
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), narrow, row), ok
+    return choose(ok, narrow, row), ok
 
 
 def _widened(row: BlockTable, by: int, num_pages: int) -> BlockTable:
@@ -246,13 +237,13 @@ def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockT
     end = row.position + row.num_tokens
     skipped = jnp.clip(p0 - row.position, 0, row.num_tokens)
     num_tokens = jnp.clip(jnp.minimum(end, p1) - jnp.maximum(row.position, p0), 0, row.num_tokens)
-    shortened = BlockTable(
-        row.pages,
-        row.first_slot + skipped,
-        num_tokens,
-        row.position + skipped,
-        row.rotation,
-        row.num_entries,
+    return _shortened(row, skipped, num_tokens, num_pages)
+
+
+def _shortened(row: BlockTable, skipped: Array, num_tokens: Array, num_pages: int) -> BlockTable:
+    """One row whose entries hold ``num_tokens i32[P]`` tokens, from the one at ``skipped i32[P]`` on; none: it goes."""
+    shortened = replace(
+        row, first_slot=row.first_slot + skipped, num_tokens=num_tokens, position=row.position + skipped
     )
     return keep(shortened, num_tokens > 0, num_pages)
 
@@ -261,6 +252,15 @@ def empty_like(row: BlockTable, num_pages: int) -> BlockTable:
     """The same row or table without entries."""
     zeros = jax.tree.map(jnp.zeros_like, row)
     return replace(zeros, pages=jnp.full_like(row.pages, num_pages))
+
+
+def choose(mask: Array, new: BlockTable, old: BlockTable) -> BlockTable:
+    """The rows of ``new`` where ``mask bool[S]`` holds, of ``old`` elsewhere; ``bool[]`` for all, or for one row."""
+
+    def chosen(new: Array, old: Array) -> Array:
+        return jnp.where(mask.reshape(*mask.shape, *[1] * (new.ndim - mask.ndim)), new, old)
+
+    return jax.tree.map(chosen, new, old)
 
 
 def get_row(table: BlockTable, seq: Array) -> BlockTable:

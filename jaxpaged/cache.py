@@ -1,14 +1,12 @@
-"""PagedKVCache: allocator, block table and pages as one value, and the operations on sequences.
+"""PagedKVCache: sequences and their pages as one value; making room in it, and attention to it.
 
-Every operation is pure, ``op(cache, ...) -> cache``, and un-jitted; nothing here depends on the values of ids, lengths
-or ranges at trace time. An operation that can fail returns ``ok`` and, when it is false, the cache unchanged.
-Ranges are ``[p0, p1)`` in positions; ``p0 < 0`` is 0 and ``p1 < 0`` is the end, as in llama.cpp's
-``llama_memory_seq_*``.
+What edits sequences and touches no page is in ``sequences.py``; this room takes pages, copies and writes them. Every
+operation is pure, ``op(cache, ...) -> cache``, and un-jitted. One that can fail returns ``ok`` and, when it is false,
+the cache unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -18,15 +16,13 @@ from jax import Array
 
 from jaxpaged import allocator as pages_of
 from jaxpaged import block_table as tables
-from jaxpaged.allocator import PageAllocator
+from jaxpaged import sequences as seqs
 from jaxpaged.attention import paged_attention
 from jaxpaged.batch import Batch, pack
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import PageFormat, check_page_size, page_format
 from jaxpaged.rope import Rope
-
-ALL = -1
-"""In place of a sequence's id: every sequence."""
+from jaxpaged.sequences import Sequences
 
 
 class OutOfPages(RuntimeError):
@@ -39,15 +35,13 @@ class OutOfPages(RuntimeError):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PagedKVCache:
+class PagedKVCache(Sequences):
     """Keys and values of S sequences in a pool of N pages, for L layers.
 
     ``k_pages`` and ``v_pages`` hold one array a layer (an array of all layers would be copied by ``lax.scan``).
     Source of the idea: PagedAttention (arXiv:2309.06180).
     """
 
-    allocator: PageAllocator
-    table: BlockTable
     k_pages: tuple[Array, ...]
     """L arrays ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype."""
     v_pages: tuple[Array, ...]
@@ -106,21 +100,6 @@ class PagedKVCache:
         return "paged"
 
     @property
-    def num_pages(self) -> int:
-        """N, static."""
-        return self.allocator.num_pages
-
-    @property
-    def max_seqs(self) -> int:
-        """S, static."""
-        return self.table.max_seqs
-
-    @property
-    def max_entries(self) -> int:
-        """P, static."""
-        return self.table.max_entries
-
-    @property
     def num_layers(self) -> int:
         """L, static."""
         return len(self.k_pages)
@@ -130,21 +109,6 @@ class PagedKVCache:
         """Bytes of one page: keys and values, all layers."""
         _, heads, size, dim = self.k_pages[0].shape
         return 2 * self.num_layers * self.format.bytes_per_page(heads, size, dim)
-
-    @property
-    def pages_used(self) -> Array:
-        """i32[]: pages that are not free."""
-        return self.num_pages - self.allocator.num_free
-
-    @property
-    def pages_free(self) -> Array:
-        """i32[]: pages that ``reserve`` can take."""
-        return self.allocator.num_free
-
-    @property
-    def lengths(self) -> Array:
-        """i32[S]: tokens each sequence holds."""
-        return tables.lengths(self.table)
 
     def attend(
         self,
@@ -238,34 +202,34 @@ class PagedKVCache:
         return num_tokens // self.page_size
 
     def seq_position_min(self) -> Array:
-        """See ``seq_position_min``."""
-        return seq_position_min(self)
+        """See ``sequences.seq_position_min``."""
+        return seqs.seq_position_min(self)
 
     def seq_drop_unseen(self, window: int) -> PagedKVCache:
-        """See ``seq_drop_unseen``."""
-        return seq_drop_unseen(self, window)
+        """See ``sequences.seq_drop_unseen``."""
+        return seqs.seq_drop_unseen(self, window)
 
     def seq_remove(
         self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
     ) -> tuple[PagedKVCache, Array]:
-        """See ``seq_remove``."""
-        return seq_remove(self, seq, p0, p1)
+        """See ``sequences.seq_remove``."""
+        return seqs.seq_remove(self, seq, p0, p1)
 
     def seq_copy(
         self, src: Array | int, dst: Array | int, p0: Array | int = 0, p1: Array | int = -1
     ) -> tuple[PagedKVCache, Array]:
-        """See ``seq_copy``."""
-        return seq_copy(self, src, dst, p0, p1)
+        """See ``sequences.seq_copy``."""
+        return seqs.seq_copy(self, src, dst, p0, p1)
 
     def seq_shift(
         self, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
     ) -> tuple[PagedKVCache, Array]:
-        """See ``seq_shift``."""
-        return seq_shift(self, seq, p0, p1, delta)
+        """See ``sequences.seq_shift``."""
+        return seqs.seq_shift(self, seq, p0, p1, delta)
 
     def seq_reorder(self, source: Array) -> PagedKVCache:
-        """See ``seq_reorder``."""
-        return seq_reorder(self, source)
+        """See ``sequences.seq_reorder``."""
+        return seqs.seq_reorder(self, source)
 
 
 def _replaced(layers: tuple[Array, ...], layer: int, value: Array) -> tuple[Array, ...]:
@@ -449,190 +413,6 @@ def _copy_pages(
     return pages[: cache.num_layers], pages[cache.num_layers :]
 
 
-def _swap_entries(allocator: PageAllocator, old: BlockTable, new: BlockTable) -> PageAllocator:
-    """Reference counts after the entries ``old`` became ``new``; pages that both name are never seen as free."""
-    held = pages_of.retain(allocator, new.pages.reshape(-1))
-    return pages_of.release(held, old.pages.reshape(-1))
-
-
-def _edit(
-    cache: PagedKVCache, seq: Array | int, edit: Callable[..., tuple[BlockTable, Array]], *arguments: Array
-) -> tuple[PagedKVCache, Array]:
-    """Edits the rows of the sequences named, all of them or none, and brings reference counts in step.
-
-    Args:
-      cache: the state.
-      seq: an id, a negative one for every sequence, or ``bool[S]``.
-      edit: ``(row, *arguments, num_pages) -> (row, ok)``, as the edits of ``block_table``.
-      arguments: i32[], or i32[S] for one a sequence.
-    """
-    n, s = cache.num_pages, cache.max_seqs
-    seq = jnp.asarray(seq)
-    if seq.dtype == bool and seq.shape != (s,):
-        raise ValueError(f"a mask of sequences must have shape ({s},), got {seq.shape}")
-    each = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (s,)) for a in arguments]
-
-    def edit_marked(marked: Array) -> tuple[PageAllocator, BlockTable, Array]:
-        edited, fitted = jax.vmap(lambda row, *a: edit(row, *a, n))(cache.table, *each)
-        ok = jnp.all(fitted | ~marked)
-
-        def chosen(new: Array, old: Array) -> Array:
-            mask = (marked & ok).reshape(-1, *([1] * (new.ndim - 1)))
-            return jnp.where(mask, new, old)
-
-        table = jax.tree.map(chosen, edited, cache.table)
-        return _swap_entries(cache.allocator, cache.table, table), table, ok
-
-    def edit_one() -> tuple[PageAllocator, BlockTable, Array]:
-        row = tables.get_row(cache.table, seq)
-        edited, fitted = edit(row, *(a.at[seq].get(mode="clip") for a in each), n)
-        ok = fitted & (seq < s)
-        edited = jax.tree.map(lambda new, old: jnp.where(ok, new, old), edited, row)
-        table = tables.set_row(cache.table, seq, edited)
-        return _swap_entries(cache.allocator, row, edited), table, ok
-
-    if seq.dtype == bool:
-        allocator, table, ok = edit_marked(seq)
-    else:
-        allocator, table, ok = jax.lax.cond(seq < 0, lambda: edit_marked(jnp.ones(s, bool)), edit_one)
-    return replace(cache, allocator=allocator, table=table), ok
-
-
-def seq_remove(
-    cache: PagedKVCache, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
-) -> tuple[PagedKVCache, Array]:
-    """Forgets the tokens of ``seq`` in [p0, p1). No key or value moves; pages nobody points at return to the pool.
-
-    Args:
-      cache: the state.
-      seq: an id, ``ALL`` (or any negative id) for every sequence, or ``bool[S]`` for the sequences marked.
-      p0, p1: any range, aligned to pages or not; i32[S] for a range of its own for each sequence.
-
-    Returns:
-      ``(cache, ok bool[])``. Not ok: the id is too large, or an entry has to be split and the table's row is full.
-      Removing whole sequences never fails.
-    """
-    if isinstance(p0, int) and isinstance(p1, int) and p0 <= 0 and p1 < 0:
-        s, seq = cache.max_seqs, jnp.asarray(seq)
-        marked = seq if seq.dtype == bool else (seq < 0) | (jnp.arange(s) == seq)
-        return _remove_whole(cache, marked), jnp.bool_(True) if seq.dtype == bool else seq < s
-    return _edit(cache, seq, tables.remove_range, *tables.clamp_range(p0, p1))
-
-
-def seq_shift(
-    cache: PagedKVCache, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
-) -> tuple[PagedKVCache, Array]:
-    """Adds ``delta`` to the positions of ``seq`` in [p0, p1). No key moves, on shared pages neither.
-
-    Keys stay rotated where they were written; the entry remembers by how much (``BlockTable.rotation``), and attention
-    turns the query instead. Tokens whose position becomes negative are removed.
-
-    Args:
-      cache: the state.
-      seq: an id, ``ALL`` (or any negative id) for every sequence, or ``bool[S]`` for the sequences marked.
-      p0, p1, delta: any range, aligned to pages or not; i32[S] for one of its own for each sequence.
-
-    Returns:
-      ``(cache, ok bool[])``. Not ok: the id is too large; positions would collide, change places or leave int32; an
-      entry has to be split and the table's row is full.
-    """
-    return _edit(cache, seq, tables.shift_range, *tables.clamp_range(p0, p1), jnp.asarray(delta))
-
-
-def seq_reorder(cache: PagedKVCache, source: Array) -> PagedKVCache:
-    """Lets each sequence become what another was: sequence i shares what ``source[i]`` held. No key or value moves.
-
-    What a beam search does after each step, and a fork of many at once.
-
-    Args:
-      cache: the state.
-      source: i32[S], in [0, S]; S = the sequence ends empty.
-    """
-    s = cache.max_seqs
-    source = jnp.asarray(source, jnp.int32)
-    empty = tables.empty_like(cache.table, cache.num_pages)
-    known = (source >= 0) & (source < s)
-
-    def chosen(field: Array, nothing: Array) -> Array:
-        return jnp.where(
-            known.reshape(-1, *([1] * (field.ndim - 1))), field.at[source].get(mode="clip"), nothing
-        )
-
-    table = jax.tree.map(chosen, cache.table, empty)
-    return replace(cache, allocator=_swap_entries(cache.allocator, cache.table, table), table=table)
-
-
-def _remove_whole(cache: PagedKVCache, marked: Array) -> PagedKVCache:
-    """``seq_remove`` of everything in the sequences marked: nothing to cut, so a fraction of the work."""
-    table = cache.table
-    empty = tables.empty_like(table, cache.num_pages)
-
-    def chosen(new: Array, old: Array) -> Array:
-        return jnp.where(marked.reshape(-1, *([1] * (new.ndim - 1))), new, old)
-
-    released = jnp.where(marked[:, None], table.pages, cache.num_pages)
-    return replace(
-        cache,
-        allocator=pages_of.release(cache.allocator, released.reshape(-1)),
-        table=jax.tree.map(chosen, empty, table),
-    )
-
-
-def seq_copy(
-    cache: PagedKVCache, src: Array | int, dst: Array | int, p0: Array | int = 0, p1: Array | int = -1
-) -> tuple[PagedKVCache, Array]:
-    """Lets ``dst`` share the tokens of ``src`` in [p0, p1). No key or value moves; writes copy later, where needed.
-
-    Returns:
-      ``(cache, ok bool[])``. Not ok: an id outside [0, S), or ``dst`` is not empty.
-    """
-    s = cache.max_seqs
-    src, dst = jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32)
-    p0, p1 = tables.clamp_range(p0, p1)
-    known = (src >= 0) & (src < s) & (dst >= 0) & (dst < s)
-    ok = known & (cache.table.num_entries[jnp.clip(dst, 0, s - 1)] == 0)
-    shared = tables.slice_range(tables.get_row(cache.table, src), p0, p1, cache.num_pages)
-    shared = jax.tree.map(
-        lambda new, empty: jnp.where(ok, new, empty), shared, tables.empty_like(shared, cache.num_pages)
-    )
-    copied = tables.set_row(cache.table, dst, shared)
-    table = jax.tree.map(lambda new, old: jnp.where(ok, new, old), copied, cache.table)
-    return replace(cache, allocator=pages_of.retain(cache.allocator, shared.pages), table=table), ok
-
-
-def seq_drop_unseen(cache: PagedKVCache, window: int) -> PagedKVCache:
-    """Gives back the pages at the beginning of each sequence that none of its next tokens will see.
-
-    For a model whose every layer sees ``window`` tokens at most, the query's own included. Tokens leave in whole
-    entries, so that a step costs next to nothing while there is none to leave, and no entry is ever split.
-    """
-    table = cache.table
-    first_seen = tables.position_max(table)[:, None] + 2 - window
-    used = jnp.arange(cache.max_entries) < table.num_entries[:, None]
-    unseen = used & (table.position + table.num_tokens <= first_seen)
-
-    def drop() -> tuple[PageAllocator, BlockTable]:
-        kept = jax.vmap(lambda row, drops: tables.keep(row, ~drops, cache.num_pages))(table, unseen)
-        released = jnp.where(unseen, table.pages, cache.num_pages)
-        return pages_of.release(cache.allocator, released.reshape(-1)), kept
-
-    # Positions increase along a row, so the first entry is the first to leave.
-    allocator, table = jax.lax.cond(jnp.any(unseen[:, 0]), drop, lambda: (cache.allocator, table))
-    return replace(cache, allocator=allocator, table=table)
-
-
-def seq_keep(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array]:
-    """Removes every sequence but ``seq``.
-
-    Returns:
-      ``(cache, ok bool[])``. Not ok: the id is outside [0, S).
-    """
-    seq = jnp.asarray(seq)
-    ok = (seq >= 0) & (seq < cache.max_seqs)
-    kept, _ = seq_remove(cache, (jnp.arange(cache.max_seqs) != seq) & ok)
-    return kept, ok
-
-
 def clear(cache: PagedKVCache, *, scrub: bool = False) -> PagedKVCache:
     """Empties every sequence. ``scrub`` (static) also overwrites the pages with zeros, so that nothing can be read."""
     k_pages, v_pages = cache.k_pages, cache.v_pages
@@ -642,21 +422,6 @@ def clear(cache: PagedKVCache, *, scrub: bool = False) -> PagedKVCache:
     return replace(
         cache, allocator=pages_of.create(cache.num_pages), table=table, k_pages=k_pages, v_pages=v_pages
     )
-
-
-def seq_length(cache: PagedKVCache) -> Array:
-    """i32[S]: tokens each sequence holds; 0 when empty."""
-    return tables.lengths(cache.table)
-
-
-def seq_position_min(cache: PagedKVCache) -> Array:
-    """i32[S]: smallest position of each sequence; -1 when empty."""
-    return tables.position_min(cache.table)
-
-
-def seq_position_max(cache: PagedKVCache) -> Array:
-    """i32[S]: largest position of each sequence; -1 when empty."""
-    return tables.position_max(cache.table)
 
 
 _reserve_donating = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")

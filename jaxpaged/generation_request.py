@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.prompts import bucket, check_prompts, pack_stop_ids
 from jaxpaged.sampling import SamplingParams
 
 
@@ -84,16 +85,6 @@ class Shape:
     """Tokens that a sequence ever holds, if that is bounded by a window or a shift."""
 
 
-def _bucket(count: int) -> int:
-    """The next power of two, or one and a half of one: few compiled shapes, a third of padding at most."""
-    size = 8
-    while size < count:
-        if size * 3 // 2 >= count:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
 def make_request(
     max_seqs: int,
     prompts: Sequence[Sequence[int]],
@@ -115,24 +106,18 @@ def make_request(
     s, n = max_seqs, num_samples
     if not prompts:
         raise ValueError("prompts must be at least 1, got 0")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    check_prompts(prompts, batch_size)
     if not 1 <= n <= s:
         raise ValueError(f"n must be 1 to {s} (the cache's max_seqs), got {n}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty: it needs at least one token")
-        if min(prompt) < 0:
-            raise ValueError(f"prompt {i} holds a negative token id, {min(prompt)}")
     if history and len(history) != len(prompts):
         raise ValueError(f"history must be of each of {len(prompts)} prompts, got {len(history)}")
     count = len(prompts) * n
     queue = count > s
     if keep and queue:
         raise ValueError(f"keep needs a sequence for each of {count} rows, the cache has {s}")
-    num_prompts = _bucket(len(prompts)) if queue else -(-s // n)
+    num_prompts = bucket(len(prompts)) if queue else -(-s // n)
     rows = num_prompts * n
     limits = np.zeros(rows, np.int32)
     limits[:count] = np.repeat(np.broadcast_to(max_new_tokens, len(prompts)), n)
@@ -140,7 +125,7 @@ def make_request(
         raise ValueError(f"max_new_tokens must not be negative, got {limits.min()}")
     lens = np.zeros(num_prompts, np.int32)
     lens[: len(prompts)] = [len(p) for p in prompts]
-    padded = np.zeros((num_prompts, _bucket(int(lens.max()))), np.int32)
+    padded = np.zeros((num_prompts, bucket(int(lens.max()))), np.int32)
     for i, prompt in enumerate(prompts):
         padded[i, : len(prompt)] = prompt
     sampling = _sampling_rows(sampling, count, s, rows)
@@ -154,9 +139,6 @@ def make_request(
     for i, text in enumerate(texts):
         last = list(text)[-penalty_window:] if penalty_window else []
         recent[i, penalty_window - len(last) :] = last
-    # Padded, so that the number of stop tokens does not make a program of its own.
-    stops = np.full(max(8, len(stop_ids)), -1, np.int32)
-    stops[: len(stop_ids)] = list(stop_ids)
     keeps = np.zeros(num_prompts, np.int32)
     if context_shift is not None:
         _check_context(context_shift, lens)
@@ -164,7 +146,7 @@ def make_request(
         keeps = np.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
     # Chunks of one size, none of them mostly padding, with room for the sequences that already decode.
     total = int(lens.sum())
-    chunk = min(_bucket(-(-total // -(-total // batch_size))), max(batch_size, 8))
+    chunk = min(bucket(-(-total // -(-total // batch_size))), max(batch_size, 8))
     chunk = chunk if s == 1 else max(chunk, s + 1)
     bounds = [context_shift.n_ctx] if context_shift is not None else []
     bounds += [window + chunk] if window is not None else []
@@ -173,7 +155,7 @@ def make_request(
         prompt_lens=jnp.asarray(lens),
         num_prompts=jnp.int32(len(prompts)),
         max_new_tokens=jnp.asarray(limits),
-        stop_ids=jnp.asarray(stops),
+        stop_ids=pack_stop_ids(stop_ids),
         sampling=sampling,
         recent=jnp.asarray(recent),
         n_ctx=jnp.int32(0 if context_shift is None else context_shift.n_ctx),
@@ -182,7 +164,7 @@ def make_request(
     )
     shape = Shape(
         chunk=chunk,
-        capacity=_bucket(max(1, int(limits.max()))),
+        capacity=bucket(max(1, int(limits.max()))),
         num_samples=n,
         queue=queue,
         keep=keep,
@@ -219,4 +201,4 @@ def _penalty_window(sampling: SamplingParams, longest: int) -> int:
     if not on.any():
         return 0
     last_n = np.asarray(sampling.repeat_last_n)[on]
-    return _bucket(longest if (last_n < 0).any() else int(last_n.max()))
+    return bucket(longest if (last_n < 0).any() else int(last_n.max()))

@@ -25,7 +25,8 @@ from jaxpaged.generation import (
     Cache,
     Model,
 )
-from jaxpaged.prefill import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids, prefill
+from jaxpaged.prefill import prefill
+from jaxpaged.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
 from jaxpaged.sampling import SamplingParams, sample
 from jaxpaged.streaming import StreamChunk
 

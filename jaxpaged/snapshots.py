@@ -18,8 +18,9 @@ from jax import Array
 
 from jaxpaged.allocator import PageAllocator
 from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import ALL, OutOfPages, PagedKVCache
+from jaxpaged.cache import OutOfPages, PagedKVCache
 from jaxpaged.page_format import PageFormat
+from jaxpaged.sequences import ALL
 from jaxpaged.snapshot_file import Snapshot, SnapshotError, Tokens, expand, write_snapshot
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import cache as ops
+import jaxpaged as ops
 from jaxpaged.batch import Batch
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.defragment import seq_defragment

@@ -16,7 +16,7 @@ from cache_oracle import NARROW, counted
 from hypothesis import settings
 from test_cache_state_machine import MAX_SEQS, NUM_TOKENS, CacheMachine
 
-from jaxpaged import cache as ops
+import jaxpaged as ops
 from jaxpaged.attention import IMPLEMENTATIONS, paged_attention
 from jaxpaged.batch import Batch, pack
 from jaxpaged.cache import PagedKVCache

@@ -29,9 +29,10 @@ from cache_oracle import (
 
 from jaxpaged import allocator as pages_of
 from jaxpaged.attention import paged_attention
-from jaxpaged.cache import ALL, OutOfPages, PagedKVCache, reserve_or_raise
+from jaxpaged.cache import OutOfPages, PagedKVCache, reserve_or_raise
 from jaxpaged.invariants import check_invariants
 from jaxpaged.rope import Rope
+from jaxpaged.sequences import ALL
 
 
 def filled(*lengths: int, **sizes: int) -> PagedKVCache:

@@ -33,13 +33,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpaged.cache import (
-    ALL,
     OutOfPages,
     PagedKVCache,
     can_reserve,
     clear,
     reserve,
     reserve_or_raise,
+)
+from jaxpaged.invariants import InvariantError, check_invariants
+from jaxpaged.sequences import (
+    ALL,
     seq_copy,
     seq_drop_unseen,
     seq_keep,
@@ -48,7 +51,6 @@ from jaxpaged.cache import (
     seq_reorder,
     seq_shift,
 )
-from jaxpaged.invariants import InvariantError, check_invariants
 
 S, T = 4, 40
 

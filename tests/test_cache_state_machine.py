@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from jaxpaged.batch import Batch
-from jaxpaged.cache import ALL
+from jaxpaged.sequences import ALL
 
 MAX_SEQS, NUM_TOKENS = 4, 40
 ids = st.integers(0, MAX_SEQS - 1)

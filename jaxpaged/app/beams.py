@@ -19,13 +19,7 @@ from jaxpaged.beams import BeamResult, prepare_beam_search
 def complete(session: Session, prompt: str) -> int:
     """Continues the prompt; nothing is printed before the search has ended, because nothing is decided before."""
     o, loaded = session.options, session.ready.loaded
-    if o.system is not None:
-        session.note("-sys has no effect outside a chat (-no-cnv)")
-    ids = session.encode(prompt)
-    session.check_prompt(ids)
-    new = session.new_tokens(len(ids))
-    plan = session.plan(len(ids) + new, o.beams, shared=len(ids))
-    plan.check_prompt(len(ids))
+    ids, new, plan = session.completion(prompt, o.beams)
     search = prepare_beam_search(
         session.ready.call,
         loaded.params,

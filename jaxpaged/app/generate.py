@@ -51,13 +51,7 @@ def run(options: GenerateOptions) -> int:
 def complete(session: Session, prompt: str) -> int:
     """Continues the prompt in ``-np`` sequences."""
     options = session.options
-    if options.system is not None:
-        session.note("-sys has no effect outside a chat (-no-cnv)")
-    ids = session.encode(prompt)
-    session.check_prompt(ids)
-    new = session.new_tokens(len(ids))
-    plan = session.plan(len(ids) + new, options.parallel, shared=len(ids))
-    plan.check_prompt(len(ids))
+    ids, new, plan = session.completion(prompt, options.parallel)
     kept = PromptCache.open(session)
     cache, shared = plan.create(), 0
     if kept is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.session import Session
-from jaxpaged.cache import seq_position_max
+from jaxpaged.sequences import seq_position_max
 from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
 from jaxpaged.snapshots import restore, snapshot
 

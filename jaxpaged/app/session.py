@@ -153,6 +153,21 @@ class Session:
             spare=spare,
         )
 
+    def completion(self, prompt: str, num_seqs: int) -> tuple[list[int], int, CachePlan]:
+        """What it takes to continue a prompt, without a chat, in ``num_seqs`` sequences.
+
+        Returns:
+          ``(ids, new, plan)``: the prompt's tokens, how many may follow, and a cache for them.
+        """
+        if self.options.system is not None:
+            self.note("-sys has no effect outside a chat (-no-cnv)")
+        ids = self.encode(prompt)
+        self.check_prompt(ids)
+        new = self.new_tokens(len(ids))
+        plan = self.plan(len(ids) + new, num_seqs, shared=len(ids))
+        plan.check_prompt(len(ids))
+        return ids, new, plan
+
     def run(
         self,
         cache: Any,

@@ -359,9 +359,14 @@ def _block_pass(
             def attend_frame(carry: tuple[Array, SoftmaxState]) -> tuple[Array, SoftmaxState]:
                 unit, softmax = carry
                 rotation, stop = frame(sequence, unit, end)
-                cos, sin = rope.cos_sin(rotation[:, None] - own)
-                turned = rope.turn(qs, cos[:, None], sin[:, None])
-                return stop, attend_run(softmax, turned, unit, stop)
+                difference = rotation[:, None] - own
+
+                def turned() -> Array:
+                    cos, sin = rope.cos_sin(difference)
+                    return rope.turn(qs, cos[:, None], sin[:, None])
+
+                turned_qs = lax.cond(jnp.any(difference != 0), turned, lambda: qs)
+                return stop, attend_run(softmax, turned_qs, unit, stop)
 
             _, softmax = lax.while_loop(lambda carry: jnp.any(carry[0] < end), attend_frame, (begin, softmax))
         out, lse = finish_state(softmax, sinks)
