@@ -48,6 +48,22 @@ GPT_OSS_20B: dict[str, Any] = {"num_q_heads": 64, "num_kv_heads": 8, "head_dim":
 PHI_3_MINI: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 32, "head_dim": 96}
 STABLELM_3B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 32, "head_dim": 80}
 
+LLAMA_3_70B_TP8: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 1, "head_dim": 128}
+"""One of eight devices that share the heads."""
+QWEN3_8B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+GEMMA_2_9B: dict[str, Any] = {"num_q_heads": 16, "num_kv_heads": 8, "head_dim": 256}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": SMOLLM2_135M,
+    "Llama-3-8B": LLAMA_3_8B,
+    "Llama-3-70B/8": LLAMA_3_70B_TP8,
+    "Qwen3-0.6B": QWEN3_0_6B,
+    "Qwen3-8B": QWEN3_8B,
+    "Mistral-7B": MISTRAL_7B,
+    "Gemma-2-9B": GEMMA_2_9B,
+}
+"""Heads of real models, for benchmarks and for compiling ahead of time."""
+
 CASES: tuple[Case, ...] = (
     # Decode: one query a sequence.
     Case("smollm2_decode", **SMOLLM2_135M, lengths=(128, 1, 700, 33), q_lens=(1, 1, 1, 1)),
