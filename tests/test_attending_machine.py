@@ -17,7 +17,7 @@ from hypothesis import settings
 from test_cache_state_machine import MAX_SEQS, NUM_TOKENS, CacheMachine
 
 import jaxpaged as ops
-from jaxpaged.attention import IMPLEMENTATIONS, paged_attention
+from jaxpaged.attention import candidates, paged_attention
 from jaxpaged.batch import Batch, pack
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.rope import Rope
@@ -63,7 +63,7 @@ def attend(cache: PagedKVCache) -> dict[str, jax.Array]:
             ),
             mode="drop",
         )
-        for name in IMPLEMENTATIONS
+        for name in candidates("cpu")
     }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from jaxpaged.app.errors import say
+from jaxpaged.folders import cache_folder
 
 
 def prepare(threads: int | None = None) -> None:
@@ -20,15 +20,6 @@ def prepare(threads: int | None = None) -> None:
     if threads is not None:
         os.environ["PJRT_NPROC"] = str(threads)
     _use_compilation_cache()
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept: JAXPAGED_CACHE, or the user's cache folder."""
-    if chosen := os.environ.get("JAXPAGED_CACHE"):
-        return Path(chosen)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("jaxpaged", appauthor=False))
 
 
 def _use_compilation_cache() -> None:

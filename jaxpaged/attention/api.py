@@ -2,22 +2,98 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import jax
 from jax import Array
 
-from jaxpaged.attention import reference, xla
 from jaxpaged.attention.base import check_pages, check_queries, check_rope, make_config
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.rope import Rope
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = MappingProxyType(
-    {"xla": xla.paged_attention, "reference": reference.paged_attention}
+IMPLEMENTATIONS = ("cpu_numba", "mosaic_gpu", "mosaic_tpu", "xla", "reference")
+"""Every implementation: the name of its module in this package."""
+
+PREFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cpu": ("cpu_numba",), "gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 )
-"""Every implementation by name, the preferred one first."""
+"""What each platform tries before "xla", which runs everywhere, and the specification."""
+
+_EVERYWHERE = ("xla", "reference")
+_NEEDS = {"cpu_numba": "numba (pip install 'jaxpaged[cpu]')"}
+
+
+def load(name: str) -> Callable[..., tuple[Array, Array]]:
+    """An implementation by its name; its module is imported when it is first asked for.
+
+    Raises:
+      NotImplementedError: what it is built on is not here, or not as it was when it was written.
+    """
+    found = _find(name)
+    if isinstance(found, str):
+        raise NotImplementedError(found)
+    return found
+
+
+@functools.cache
+def _find(name: str) -> Callable[..., tuple[Array, Array]] | str:
+    """An implementation, or why there is none; what is broken is warned of once."""
+    try:
+        return importlib.import_module(f"jaxpaged.attention.{name}").paged_attention
+    except ModuleNotFoundError as missing:
+        return f"needs {_NEEDS.get(name, missing.name)}"
+    except ImportError as broken:
+        warnings.warn(f"attention falls back from {name}: {broken}", RuntimeWarning, stacklevel=2)
+        return str(broken)
+
+
+def default_platform() -> str:
+    """The platform that JAX computes on unless told otherwise: "cpu", "gpu", "tpu"."""
+    device = jax.config.jax_default_device
+    if isinstance(device, str):
+        return device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def candidates(platform: str | None = None) -> tuple[str, ...]:
+    """The implementations to try on a platform, the preferred one first."""
+    platform = default_platform() if platform is None else platform
+    return (*PREFERENCES.get({"cuda": "gpu"}.get(platform, platform), ()), *_EVERYWHERE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation serves an attention, and why not those before it."""
+
+    name: str
+    refusals: Mapping[str, str]
+    """The reason of each one that was tried first."""
+
+
+def choose(platform: str, *args: Any, **options: Any) -> Choice:
+    """The implementation that ``paged_attention(*args, **options)`` takes on a platform; nothing is computed.
+
+    Arrays may be ``jax.ShapeDtypeStruct``.
+
+    Raises:
+      NotImplementedError: none can serve.
+    """
+    refusals: dict[str, str] = {}
+    for name in candidates(platform):
+        try:
+            jax.eval_shape(functools.partial(paged_attention, implementation=name, **options), *args)
+        except NotImplementedError as refusal:
+            refusals[name] = str(refusal).removeprefix(f"{name}: ")
+            continue
+        return Choice(name, refusals)
+    raise NotImplementedError("; ".join(f"{name}: {reason}" for name, reason in refusals.items()))
 
 
 @overload
@@ -92,7 +168,9 @@ def paged_attention(
       rope: what queries and keys were rotated with. Keys of an entry were rotated at their position plus the entry's
         rotation, queries at ``batch.rope_positions``; with it the score is that of keys and queries rotated at their
         positions, however often they were shifted. If left out, entries' rotations are ignored.
-      implementation: a name of ``IMPLEMENTATIONS``; the first that can serve if left out.
+      implementation: a name of ``IMPLEMENTATIONS``. If left out, the first of ``candidates()`` that can serve; they
+        follow from the platform that JAX computes on by default when this is traced, so a program that is compiled for
+        another platform names its implementation.
       return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
 
     Returns:
@@ -102,7 +180,7 @@ def paged_attention(
     Raises:
       ValueError: shapes that do not fit together; a name that is unknown.
       TypeError: arrays that are not floating point.
-      NotImplementedError: the implementation asked for, or every one, cannot serve these arguments.
+      NotImplementedError: the implementation asked for, or every one, cannot serve these arguments; says why.
 
     Example:
       >>> out = paged_attention(q, cache.k_pages[0], cache.v_pages[0], cache.table, batch)  # doctest: +SKIP
@@ -117,12 +195,12 @@ def paged_attention(
     check_rope(rope, head_dim)
     config = make_config(head_dim, scale, window, soft_cap)
     refusals = []
-    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
+    for name in candidates() if implementation is None else (implementation,):
         try:
-            out, lse = IMPLEMENTATIONS[name](q, k_pages, v_pages, table, batch, config, sinks, rope)
+            out, lse = load(name)(q, k_pages, v_pages, table, batch, config, sinks, rope)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
         out = out.astype(q.dtype)
         return (out, lse) if return_lse else out
-    raise NotImplementedError("no implementation of paged_attention can serve; " + "; ".join(refusals))
+    raise NotImplementedError("; ".join(refusals))

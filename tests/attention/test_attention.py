@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.attention import IMPLEMENTATIONS, api, merge_states, paged_attention
+from jaxpaged.attention import api, candidates, choose, merge_states, paged_attention
 from jaxpaged.attention.cases import CASES, SMOLLM2_135M, Case
 from jaxpaged.testing import build_case, check_conformance
 
+HERE = candidates("cpu")
+"""What runs on the machine that tests."""
 QUICK = {"xla_backend_optimization_level": 0}
 """Results are compared, not timed, and most of a small program's compilation is optimization."""
 
@@ -36,7 +38,7 @@ def under_jit(implementation):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_implementation_conforms(case):
     built = build_case(case)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in HERE:
         check_conformance(under_jit(implementation), built)
 
 
@@ -67,7 +69,7 @@ def split(table, entries):
     return head, tail
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_parts_of_a_table_merge_to_the_whole(implementation):
     built = build_case(dataclasses.replace(SMALL, sinks=True, padding=2))
 
@@ -130,7 +132,7 @@ def test_other_lengths_do_not_trace_again():
 def test_the_output_keeps_the_dtype_of_the_queries():
     built = build_case(dataclasses.replace(SMALL, dtype="bf16"))
     q = built.q.astype(jnp.bfloat16)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in HERE:
         attention = functools.partial(paged_attention, implementation=implementation, return_lse=True)
         out, lse = jax.eval_shape(attention, q, built.k_pages, built.v_pages, built.table, built.batch)
         assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
@@ -147,7 +149,7 @@ def test_the_output_keeps_the_dtype_of_the_queries():
         ({"sinks": (3,)}, r"sinks must have shape \(4,\).*got \(3,\)"),
         ({"window": 0}, "window must be at least 1 token, got 0"),
         ({"soft_cap": 0.0}, r"soft_cap must be positive, got 0\.0"),
-        ({"implementation": "cuda"}, "unknown implementation 'cuda'; there are xla, reference"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'; there are cpu_numba, mosaic_gpu, .*xla"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_values(change, message):
@@ -164,24 +166,72 @@ def test_integers_are_refused():
         paged_attention(built.q.astype(jnp.int32), built.k_pages, built.v_pages, built.table, built.batch)
 
 
+def stand_in(monkeypatch, **implementations):
+    """The named implementations first, then the specification."""
+    load = api.load
+    monkeypatch.setattr(api, "candidates", lambda platform=None: (*implementations, "reference"))
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", (*implementations, "reference"))
+    monkeypatch.setattr(api, "load", lambda name: implementations.get(name) or load(name))
+
+
 def test_only_not_implemented_moves_to_the_next(monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such device")
 
     built = build_case(SMALL)
     arguments = built.q, built.k_pages, built.v_pages, built.table, built.batch
-    reference = IMPLEMENTATIONS["reference"]
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"new": refuse, "reference": reference})
+    stand_in(monkeypatch, new=refuse)
     np.testing.assert_allclose(jax.jit(paged_attention)(*arguments), built.out, rtol=2e-5, atol=2e-5)
     with pytest.raises(NotImplementedError, match="new: no such device"):
         paged_attention(*arguments, implementation="new")
+    choice = choose("cpu", *arguments)
+    assert choice.name == "reference" and choice.refusals == {"new": "no such device"}
 
     def broken(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"new": broken, "reference": reference})
+    stand_in(monkeypatch, new=broken)
     with pytest.raises(ValueError, match="a bug"):
         paged_attention(*arguments)
+
+
+def test_each_platform_tries_its_own_kernel_first():
+    assert candidates("cpu")[0] == "cpu_numba" and candidates("tpu")[0] == "mosaic_tpu"
+    assert candidates("cuda")[0] == candidates("gpu")[0] == "mosaic_gpu"
+    assert candidates("metal") == ("xla", "reference")
+
+
+def test_what_a_kernel_is_built_on_may_be_missing(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'numba'", name="numba")
+
+    monkeypatch.setattr(api.importlib, "import_module", missing)
+    api._find.cache_clear()
+    try:
+        with pytest.raises(NotImplementedError, match=r"needs numba \(pip install 'jaxpaged\[cpu\]'\)"):
+            api.load("cpu_numba")
+    finally:
+        api._find.cache_clear()
+
+
+def test_another_ffi_falls_back_with_one_warning(monkeypatch):
+    def changed(name):
+        raise ImportError("XLA_FFI_Buffer begins with other fields")
+
+    built = build_case(SMALL)
+    real = api.importlib.import_module
+    monkeypatch.setattr(
+        api.importlib, "import_module", lambda name: (changed if "numba" in name else real)(name)
+    )
+    api._find.cache_clear()
+    try:
+        arguments = built.q, built.k_pages, built.v_pages, built.table, built.batch
+        with pytest.warns(RuntimeWarning, match="falls back from cpu_numba: XLA_FFI_Buffer"):
+            paged_attention(*arguments)
+        out = paged_attention(*arguments)  # a second warning would be an error
+        np.testing.assert_allclose(out, built.out, rtol=2e-5, atol=2e-5)
+    finally:
+        api._find.cache_clear()
 
 
 def test_no_work_grows_with_the_pool_or_the_table():

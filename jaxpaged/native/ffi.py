@@ -1,0 +1,294 @@
+"""XLA custom calls made of numba functions, and the threads they run on.
+
+A kernel is two functions of C. XLA calls its *handler*, which looks at the buffers, writes into a *job* how many pieces
+of work there are, and lets *tasks* do them: one on the thread of the call, others on the threads that XLA computes
+with. So a kernel adds no thread pool that would compete with XLA's own, and threads are awake when it starts.
+
+The C structures of XLA's foreign function interface are read by offset. ``check_layout`` compares the header that
+comes with jaxlib, field by field, with what is assumed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import llvmlite.binding as llvm
+import numba
+from numba import types
+
+from jaxpaged.folders import cache_folder
+from jaxpaged.native.memory import call_address, fetch_add, free, load_i64, malloc, store_i64
+from jaxpaged.native.tiles import inlined, njit
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "XLA_FFI_CallFrame": ("struct_size", "extension_start", "api", "ctx", "stage", "args", "rets", "attrs"),
+    "XLA_FFI_Args": ("struct_size", "extension_start", "size", "types", "args"),
+    "XLA_FFI_Rets": ("struct_size", "extension_start", "size", "types", "rets"),
+    "XLA_FFI_Buffer": ("struct_size", "extension_start", "dtype", "data", "rank", "dims"),
+    "XLA_FFI_Api_Version": ("struct_size", "extension_start", "major_version", "minor_version"),
+    "XLA_FFI_Metadata": ("struct_size", "api_version", "traits"),
+    "XLA_FFI_Metadata_Extension": ("extension_base", "metadata"),
+    "XLA_FFI_Extension_Base": ("struct_size", "type", "next"),
+    "XLA_FFI_ThreadPool_Schedule_Args": ("struct_size", "extension_start", "ctx", "task", "data"),
+    "XLA_FFI_ThreadPool_NumThreads_Args": ("struct_size", "extension_start", "ctx", "num_threads"),
+    "XLA_FFI_Error_Destroy_Args": ("struct_size", "extension_start", "error"),
+}
+"""The first fields of each structure, in order; the offsets below follow from them on a machine of 64 bits."""
+_API = ("struct_size", "extension_start", "api_version", "internal_api")
+_FUNCTIONS = (
+    "Error_Create",
+    "Error_GetMessage",
+    "Error_Destroy",
+    "Handler_Register",
+    "Stream_Get",
+    "Type_Register",
+    "ExecutionContext_Get",
+    "State_Set",
+    "State_Get",
+    "DeviceMemory_Allocate",
+    "DeviceMemory_Free",
+    "ThreadPool_Schedule",
+    "ThreadPool_NumThreads",
+)
+_FIRST_FUNCTION = 48
+_ERROR_DESTROY, _SCHEDULE, _NUM_THREADS = (
+    _FIRST_FUNCTION + 8 * _FUNCTIONS.index(name)
+    for name in ("Error_Destroy", "ThreadPool_Schedule", "ThreadPool_NumThreads")
+)
+
+
+class LayoutError(ImportError):
+    """This jaxlib's foreign function interface is not the one that the offsets here are for."""
+
+
+def check_layout() -> tuple[int, int]:
+    """The version of XLA's foreign function interface, when its structures are those assumed here; checked on import.
+
+    Raises:
+      LayoutError: they are not, or jaxlib comes without its header.
+    """
+    path = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        header = path.read_text()
+    except OSError as error:
+        raise LayoutError(f"jaxlib has no readable {path.name}: {error.strerror}") from None
+    header = re.sub(r"//[^\n]*", "", header)
+    for name, fields in _FIELDS.items():
+        found = _fields_of(header, name)
+        if found[: len(fields)] != fields:
+            raise LayoutError(f"{name} begins with {', '.join(found) or 'nothing'}, not {', '.join(fields)}")
+    found = _fields_of(header, "XLA_FFI_Api")
+    functions = tuple(re.findall(r"_XLA_FFI_API_STRUCT_FIELD\(XLA_FFI_(\w+)\)", header))
+    if found[: len(_API)] != _API or functions[: len(_FUNCTIONS)] != _FUNCTIONS:
+        raise LayoutError("the table of functions XLA_FFI_Api has other entries")
+    version = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
+    if not all(version):
+        raise LayoutError("the header names no version")
+    major, minor = (int(found[1]) for found in version if found)
+    return major, minor
+
+
+def _fields_of(header: str, name: str) -> tuple[str, ...]:
+    """The names of a structure's fields, in order, as far as they are plain ones."""
+    body = re.search(rf"struct {name} \{{(.*?)\}}", header, re.DOTALL)
+    return tuple(re.findall(r"(\w+)\s*;", body[1])) if body else ()
+
+
+_MAJOR, _MINOR = check_layout()
+
+
+# --- what a kernel reads of its call ------------------------------------------------------------------------
+
+
+@njit
+def argument(call: int, index: int) -> int:
+    """The buffer that is argument ``index``."""
+    return load_i64(load_i64(call, 9), index)
+
+
+@njit
+def result(call: int, index: int) -> int:
+    """The buffer that is result ``index``."""
+    return load_i64(load_i64(call, 14), index)
+
+
+@njit
+def data(buffer: int) -> int:
+    """The address of a buffer's elements."""
+    return load_i64(buffer, 3)
+
+
+@njit
+def size(buffer: int, axis: int) -> int:
+    """The size of a buffer along an axis."""
+    return load_i64(load_i64(buffer, 5), axis)
+
+
+@njit
+def _destroy(call: int, error: int) -> None:
+    arguments = malloc(24)
+    store_i64(arguments, 0, 24)
+    store_i64(arguments, 1, 0)
+    store_i64(arguments, 2, error)
+    call_address(load_i64(load_i64(call, 2) + _ERROR_DESTROY, 0), arguments)
+    free(arguments)
+
+
+@inlined
+def _schedule(call: int, task: int, job: int) -> bool:
+    """Asks XLA to run ``task(job)`` on one of its threads, some time."""
+    arguments = malloc(40)
+    store_i64(arguments, 0, 40)
+    store_i64(arguments, 1, 0)
+    store_i64(arguments, 2, load_i64(call, 3))
+    store_i64(arguments, 3, task)
+    store_i64(arguments, 4, job)
+    error = call_address(load_i64(load_i64(call, 2) + _SCHEDULE, 0), arguments)
+    if error != 0:
+        _destroy(call, error)
+    free(arguments)
+    return error == 0
+
+
+@inlined
+def num_threads(call: int) -> int:
+    """Threads that XLA computes with; 1 when it does not say."""
+    answer = malloc(48)
+    store_i64(answer, 0, 32)
+    store_i64(answer, 1, 0)
+    store_i64(answer, 2, load_i64(call, 3))
+    store_i64(answer, 3, answer + 40)
+    store_i64(answer, 5, 1)
+    error = call_address(load_i64(load_i64(call, 2) + _NUM_THREADS, 0), answer)
+    if error != 0:
+        _destroy(call, error)
+    threads = load_i64(answer, 5)
+    free(answer)
+    return max(threads, 1) if error == 0 else 1
+
+
+@inlined
+def answers_query(call: int) -> bool:
+    """XLA asks a handler for its version before it calls it the first time; then there is nothing else to do."""
+    extension = load_i64(call, 1)
+    if extension == 0:
+        return False
+    metadata = load_i64(extension, 3)
+    store_i64(metadata, 3, _MAJOR | (_MINOR << 32))
+    store_i64(metadata, 4, load_i64(metadata, 4) & ~0xFFFFFFFF)
+    return True
+
+
+# --- a job: counters, then what the kernel keeps there ------------------------------------------------------
+
+_HOLDERS, _NEXT, _DONE, _PIECES = range(4)
+JOB = 4
+"""The first of a job's 64-bit numbers that belongs to the kernel."""
+
+
+@njit
+def new_job(numbers: int) -> int:
+    """A job with that many 64-bit numbers of the kernel's own, from ``JOB`` on, all 0."""
+    job = malloc(8 * (JOB + numbers))
+    for i in range(JOB + numbers):
+        store_i64(job, i, 0)
+    store_i64(job, _HOLDERS, 1)
+    return job
+
+
+@njit
+def next_piece(job: int) -> int:
+    """The next piece that nobody has taken; -1 when there is none."""
+    index = fetch_add(job + 8 * _NEXT, 1)
+    return index if index < load_i64(job, _PIECES) else -1
+
+
+@njit
+def piece_done(job: int) -> None:
+    """Tells the thread of the call that one more piece is done."""
+    fetch_add(job + 8 * _DONE, 1)
+
+
+@njit
+def release(job: int) -> None:
+    """Gives up the job; who does so last frees it.
+
+    A thread may come to a job long after the call returned. It finds no piece left, and nobody ever waited for it.
+    """
+    if fetch_add(job + 8 * _HOLDERS, -1) == 1:
+        free(job)
+
+
+@inlined
+def run_pieces(call: int, job: int, pieces: int, threads: int, task: int) -> None:
+    """Has pieces 0 .. ``pieces`` done by ``task(job)``, on this thread and others; returns when all are."""
+    store_i64(job, _PIECES, pieces)
+    for _ in range(min(threads, pieces) - 1):
+        fetch_add(job + 8 * _HOLDERS, 1)
+        if not _schedule(call, task, job):
+            fetch_add(job + 8 * _HOLDERS, -1)
+            break
+    fetch_add(job + 8 * _HOLDERS, 1)
+    call_address(task, job)
+    while fetch_add(job + 8 * _DONE, 0) < pieces:
+        pass
+
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+Compiled = tuple[Any, ...]
+_REGISTERED: dict[str, Compiled] = {}
+"""Keeps compiled functions alive, whose addresses XLA has."""
+
+
+def register(
+    name: str, handler: Callable[[int], int], task: Callable[[int], int], sources: Iterable[Path]
+) -> None:
+    """Makes a kernel the custom call ``name`` of the CPU platform; compiled the first time, read from disk later.
+
+    Args:
+      name: what ``jax.ffi.ffi_call`` will be asked for.
+      handler: ``(call) -> 0``, a function of a module (numba keeps no closures); finds the task as
+        ``symbol("NAME_task")``.
+      task: ``(job) -> 0``: takes pieces until there are none, then releases the job.
+      sources: files that the kernel is made of, beside those of ``jaxpaged.native``.
+    """
+    with _kept_in(_folder(sources)) as cache:
+        c_function = numba.cfunc(types.int64(types.int64), error_model="numpy", cache=cache)
+        compiled_task = c_function(task)
+        # Code read from disk cannot know where the task lies now; it is linked by name.
+        llvm.add_symbol(f"{name}_task", compiled_task.address)
+        compiled_handler = c_function(handler)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(compiled_handler.ctypes), platform="cpu")
+    _REGISTERED[name] = compiled_task, compiled_handler
+
+
+def _folder(sources: Iterable[Path]) -> Path:
+    """A folder for what these sources compile to: numba looks at the date of one file alone."""
+    content = hashlib.sha256(f"{jaxlib.__version__} {llvm.get_host_cpu_name()}".encode())
+    for path in sorted({*Path(__file__).parent.glob("*.py"), *sources}):
+        content.update(path.read_bytes())
+    return cache_folder() / "kernels" / content.hexdigest()[:16]
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[bool]:
+    """numba keeps what is compiled meanwhile in ``folder``; False, if that cannot be written."""
+    before = numba.config.CACHE_DIR
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        yield False
+        return
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        yield True
+    finally:
+        numba.config.CACHE_DIR = before
