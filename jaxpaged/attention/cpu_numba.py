@@ -39,7 +39,17 @@ from jaxpaged.native.ffi import (
     run_pieces,
     size,
 )
-from jaxpaged.native.memory import free, load_f32, load_i32, load_i64, malloc, store_f32, store_i64, symbol
+from jaxpaged.native.memory import (
+    free,
+    load_f32,
+    load_i32,
+    load_i64,
+    malloc,
+    prefetch,
+    store_f32,
+    store_i64,
+    symbol,
+)
 from jaxpaged.native.tiles import (
     WIDTH,
     dots,
@@ -63,6 +73,8 @@ _ROWS = 192
 """Rows of a piece, query heads counted: a tile of that many rows and its sums stay in the second-level cache."""
 _FEW_ROWS = 8
 """Up to so many rows, keys are read in place; a transposed copy costs more than it saves."""
+_STRIDE = 16
+"""Keys between two requests for memory that comes later."""
 _PIECES_A_THREAD = 4
 """Pieces that a long sequence is cut into, so that threads end together."""
 _LEAST_TOKENS = 128
@@ -386,6 +398,18 @@ def _load_rows(
     return target, wide
 
 
+@njit
+def _ahead(job: int, row_of_table: int, entry: int, run: int, last: int, head: int) -> int:
+    """The row, counted from the pool's first, of the entry that the next tile has as its run ``run``, more or less.
+
+    Pages lie anywhere, which no hardware foresees: what the next tile reads is asked for while this one is computed.
+    """
+    entry = min(entry + run, last - 1)
+    page = np.int64(load_i32(load_i64(job, _PAGES) + row_of_table, entry))
+    slot = load_i32(load_i64(job, _FIRST_SLOT) + row_of_table, entry)
+    return (page * load_i64(job, _KV_HEADS) + head) * load_i64(job, _PAGE_SIZE) + slot
+
+
 @inlined
 def _attend(job: int, index: int, scratch: int) -> None:
     """One piece: its queries, its KV head, its run of entries."""
@@ -427,6 +451,7 @@ def _attend(job: int, index: int, scratch: int) -> None:
     positions = load_i64(job, _POSITION) + row_of_table
     rotations = load_i64(job, _ROTATION) + row_of_table
     k_pages, v_pages, kind = load_i64(job, _K), load_i64(job, _V), load_i64(job, _KIND)
+    bytes_of_row = (4 if kind == 0 else 2) * dim
 
     done = np.int64(0)  # tokens of the entry that were seen to
     frame = np.int64(0)
@@ -468,10 +493,24 @@ def _attend(job: int, index: int, scratch: int) -> None:
                 load_i64(run, _RUN_COLUMN),
                 load_i64(run, _RUN_COUNT),
             )
-            if rows <= _FEW_ROWS:
-                dots(q, wide, k, stride, scores + 4 * column, _TILE, rows, count, wide)
-            else:
+            if rows > _FEW_ROWS:
                 transpose(k, stride, transposed + 4 * column, _TILE, count, wide)
+                continue
+            ahead = _ahead(job, row_of_table, entry, i, last, head)
+            for key in range(0, count, _STRIDE):
+                here = min(count - key, _STRIDE)
+                prefetch(k_pages + (ahead + key) * bytes_of_row, here * bytes_of_row)
+                dots(
+                    q,
+                    wide,
+                    k + 4 * key * stride,
+                    stride,
+                    scores + 4 * (column + key),
+                    _TILE,
+                    rows,
+                    here,
+                    wide,
+                )
         if rows > _FEW_ROWS:
             for r in range(rows):
                 row_fill((scores + 4 * r * _TILE, padded, np.float32(0)))
@@ -494,18 +533,26 @@ def _attend(job: int, index: int, scratch: int) -> None:
             store_f32(totals, r, load_f32(totals, r) + row_exp((row, padded, maximum)))
         for i in range(num_runs):
             run = runs + 8 * _RUN * i
-            column = load_i64(run, _RUN_COLUMN)
-            product(
-                scores + 4 * column,
-                _TILE,
-                load_i64(run, _RUN_V),
-                load_i64(run, _RUN_STRIDE),
-                sums,
-                wide,
-                rows,
-                wide,
-                load_i64(run, _RUN_COUNT),
-            )
+            column, count = load_i64(run, _RUN_COLUMN), load_i64(run, _RUN_COUNT)
+            v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_STRIDE)
+            if rows > _FEW_ROWS:
+                product(scores + 4 * column, _TILE, v, stride, sums, wide, rows, wide, count)
+                continue
+            ahead = _ahead(job, row_of_table, entry, i, last, head)
+            for key in range(0, count, _STRIDE):
+                here = min(count - key, _STRIDE)
+                prefetch(v_pages + (ahead + key) * bytes_of_row, here * bytes_of_row)
+                product(
+                    scores + 4 * (column + key),
+                    _TILE,
+                    v + 4 * key * stride,
+                    stride,
+                    sums,
+                    wide,
+                    rows,
+                    wide,
+                    here,
+                )
 
     if load_i64(piece, _SPLITS) > 1:
         part = load_i64(piece, _PART)

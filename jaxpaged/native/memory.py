@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -63,6 +64,27 @@ def fetch_add(typing: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", pointer(builder, args[0], _I64), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _prefetch_line(typing: Any, address: Any) -> Any:
+    """Asks for a line of the second-level cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [pointer(builder, args[0], _I8), _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def prefetch(address: int, size: int) -> None:
+    """Asks for ``size`` bytes, which will be read soon."""
+    for offset in range(0, size, 64):
+        _prefetch_line(address + offset)
 
 
 def _library(name: str, result: Any, argument: Any) -> Any:
