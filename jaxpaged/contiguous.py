@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxpaged.attention.api import candidates, load
 from jaxpaged.attention.base import (
     NOWHERE,
     Config,
@@ -23,6 +24,7 @@ from jaxpaged.attention.base import (
     ragged_attention,
 )
 from jaxpaged.batch import Batch, pack
+from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import page_format
 from jaxpaged.rope import Rope
 
@@ -211,22 +213,48 @@ class ContiguousKVCache:
             return pool.at[batch.page, :, batch.slot].set(rows.astype(pool.dtype), mode="drop")
 
         k_row, v_row = write(self.k[layer], k), write(self.v[layer], v)
-        out = lax.platform_dependent(
-            q,
-            k_row,
-            v_row,
-            self.lengths,
-            batch,
-            sinks,
-            cpu=partial(_attend, config=config, cpu=True),
-            default=partial(_attend, config=config, cpu=False),
-        )
+        out = self._attend_in_place(q, k_row, v_row, batch, config, sinks)
+        if out is None:
+            out = lax.platform_dependent(
+                q,
+                k_row,
+                v_row,
+                self.lengths,
+                batch,
+                sinks,
+                cpu=partial(_attend, config=config, cpu=True),
+                default=partial(_attend, config=config, cpu=False),
+            )
         cache = dataclasses.replace(
             self,
             k=(*self.k[:layer], k_row, *self.k[layer + 1 :]),
             v=(*self.v[:layer], v_row, *self.v[layer + 1 :]),
         )
         return out.astype(q.dtype), cache
+
+    def _attend_in_place(
+        self, q: Array, k: Array, v: Array, batch: Batch, config: Config, sinks: Array | None
+    ) -> Array | None:
+        """By the kernel for CPUs, if there is one: a row is a page as long as the context, its chunks are entries."""
+        if "cpu_numba" not in candidates():
+            return None
+        chunk = min(k.shape[2], _CHUNK_TOKENS)
+        begin = jnp.broadcast_to(
+            jnp.arange(k.shape[2] // chunk, dtype=jnp.int32) * chunk, (self.max_seqs, k.shape[2] // chunk)
+        )
+        rows = jnp.broadcast_to(jnp.arange(self.max_seqs, dtype=jnp.int32)[:, None], begin.shape)
+        table = BlockTable(
+            pages=rows,
+            first_slot=begin,
+            num_tokens=jnp.clip(self.lengths[:, None] - begin, 0, chunk),
+            position=begin,
+            rotation=jnp.zeros_like(begin),
+            num_entries=-(-self.lengths // chunk),
+        )
+        try:
+            return load("cpu_numba")(q, k, v, table, batch, config, sinks, None)[0]
+        except NotImplementedError:
+            return None
 
     def seq_remove(
         self, seq: int | Array, p0: int | Array = 0, p1: int | Array = -1

@@ -399,14 +399,16 @@ def _load_rows(
 
 
 @njit
-def _ahead(job: int, row_of_table: int, entry: int, run: int, last: int, head: int) -> int:
+def _ahead(job: int, row_of_table: int, entry: int, done: int, run: int, last: int, head: int) -> int:
     """The row, counted from the pool's first, of the entry that the next tile has as its run ``run``, more or less.
 
     Pages lie anywhere, which no hardware foresees: what the next tile reads is asked for while this one is computed.
     """
-    entry = min(entry + run, last - 1)
+    if run > 0:
+        entry, done = min(entry + run, last - 1), np.int64(0)
+    entry = min(entry, last - 1)
     page = np.int64(load_i32(load_i64(job, _PAGES) + row_of_table, entry))
-    slot = load_i32(load_i64(job, _FIRST_SLOT) + row_of_table, entry)
+    slot = load_i32(load_i64(job, _FIRST_SLOT) + row_of_table, entry) + done
     return (page * load_i64(job, _KV_HEADS) + head) * load_i64(job, _PAGE_SIZE) + slot
 
 
@@ -496,7 +498,7 @@ def _attend(job: int, index: int, scratch: int) -> None:
             if rows > _FEW_ROWS:
                 transpose(k, stride, transposed + 4 * column, _TILE, count, wide)
                 continue
-            ahead = _ahead(job, row_of_table, entry, i, last, head)
+            ahead = _ahead(job, row_of_table, entry, done, i, last, head)
             for key in range(0, count, _STRIDE):
                 here = min(count - key, _STRIDE)
                 prefetch(k_pages + (ahead + key) * bytes_of_row, here * bytes_of_row)
@@ -538,7 +540,7 @@ def _attend(job: int, index: int, scratch: int) -> None:
             if rows > _FEW_ROWS:
                 product(scores + 4 * column, _TILE, v, stride, sums, wide, rows, wide, count)
                 continue
-            ahead = _ahead(job, row_of_table, entry, i, last, head)
+            ahead = _ahead(job, row_of_table, entry, done, i, last, head)
             for key in range(0, count, _STRIDE):
                 here = min(count - key, _STRIDE)
                 prefetch(v_pages + (ahead + key) * bytes_of_row, here * bytes_of_row)
