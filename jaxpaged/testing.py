@@ -1,24 +1,25 @@
 """The conformance kit: states that provoke mistakes, and an oracle to compare any attention with.
 
-Everything here is numpy on the host; the oracle shares no line with ``jaxpaged.attention``.
+Everything here is numpy on the host; the oracle shares no line with ``jaxpaged.attention``. ``docs/conformance.md``
+shows how to run a kernel of your own through it, and what it says about those of others.
 
 Example:
-  >>> from jaxpaged.attention.cases import CASES
   >>> for case in CASES:  # doctest: +SKIP
   ...     check_conformance(my_paged_attention, case)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.attention.cases import Case
+from jaxpaged.attention.cases import CASES as CASES
+from jaxpaged.attention.cases import Case as Case
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import page_format
@@ -103,7 +104,9 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
             )
             key, value = rng.standard_normal((2, case.num_kv_heads, count, case.head_dim))
             k_pages[where], v_pages[where] = _rotated(case, key, at + rotation[s, e]), value
-            oracle_k[where] = _rotated(case, key, at)
+            # As the page holds it, after rounding, and turned back exactly.
+            stored = np.asarray(jnp.asarray(k_pages[where], dtype), np.float64)
+            oracle_k[where] = _rotated(case, stored, np.full(count, -rotation[s, e]))
     sinks = rng.standard_normal(case.num_q_heads).astype(np.float32) * 2 if case.sinks else None
 
     q_lens = np.asarray(case.q_lens)
@@ -145,7 +148,7 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     out, lse = _oracle(
         case,
         oracle_q,
-        oracle_k if case.rotary_dim else np.asarray(k, np.float64),
+        oracle_k,
         np.asarray(v, np.float64),
         pages,
         entries,
@@ -156,6 +159,53 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     rope = Rope.create(_frequencies(case), interleaved=case.interleaved) if case.rotary_dim else None
     sinks_or_none = None if sinks is None else jnp.asarray(sinks)
     return Built(case, jnp.asarray(q), k, v, table, batch, sinks_or_none, rope, out, lse)
+
+
+PROVOCATIONS = ("unused_slots", "free_pages", "stale_entries")
+"""What ``build_case`` puts where nobody may look, and ``calm`` takes away."""
+
+
+def calm(built: Built, *, keep: Collection[str] = ()) -> Built:
+    """``built`` without its provocations, to find out which of them an attention stumbles over.
+
+    Args:
+      built: what ``build_case`` made; what comes out of it stays the same.
+      keep: those of ``PROVOCATIONS`` to leave as they are. The others: slots of live pages that no entry covers, and
+        pages that nobody holds, get ordinary numbers in place of NaN; table rows behind ``num_entries`` get a page
+        that is live.
+
+    Raises:
+      ValueError: an unknown provocation.
+    """
+    if unknown := set(keep) - set(PROVOCATIONS):
+        raise ValueError(f"unknown provocations {sorted(unknown)}; there are {', '.join(PROVOCATIONS)}")
+    table = built.table
+    pages, first_slot, num_tokens, num_entries = (
+        np.asarray(x) for x in (table.pages, table.first_slot, table.num_tokens, table.num_entries)
+    )
+    rows, entries = np.nonzero(np.arange(pages.shape[1]) < num_entries[:, None])
+    live = pages[rows, entries]
+    if "stale_entries" not in keep:
+        stale = np.arange(pages.shape[1]) >= num_entries[:, None]
+        table = replace(table, pages=jnp.asarray(np.where(stale, live[0] if live.size else 0, pages)))
+    num_pages, _, size, _ = built.k_pages.shape
+    covered, free = np.zeros((num_pages, size), bool), np.ones(num_pages, bool)
+    for page, row, entry in zip(live, rows, entries, strict=True):
+        first = first_slot[row, entry]
+        covered[page, first : first + num_tokens[row, entry]] = True
+    free[live] = False
+    kept = np.zeros((num_pages, size), bool)
+    if "unused_slots" in keep:
+        kept |= ~free[:, None]
+    if "free_pages" in keep:
+        kept |= free[:, None]
+    ordinary = jnp.asarray(~covered & ~kept)[:, None, :, None]
+    noise = jnp.asarray(np.random.default_rng(1).standard_normal((2, *built.k_pages.shape)) * 3)
+    k_pages, v_pages = (
+        jnp.where(ordinary, other.astype(held.dtype), held)
+        for other, held in zip(noise, (built.k_pages, built.v_pages), strict=True)
+    )
+    return replace(built, table=table, k_pages=k_pages, v_pages=v_pages)
 
 
 def _frequencies(case: Case) -> np.ndarray:
@@ -260,3 +310,60 @@ def check_conformance(
         np.testing.assert_allclose(
             np.asarray(result[1], np.float64), built.lse, rtol, atol, err_msg=f"{name}: lse"
         )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one case."""
+
+    kind: str
+    """"ok", "wrong", "nan" (wrong, and not a number where the oracle has one), or "refused"."""
+    max_error: float = 0.0
+    """Largest difference of an output that is a number."""
+    reason: str = ""
+    """Of a refusal, or of another shape or dtype."""
+
+    def __str__(self) -> str:
+        if self.kind == "wrong":
+            return f"wrong: {self.reason or f'max error {self.max_error:.2g}'}"
+        return {"ok": "ok", "nan": "NaN leaks"}.get(self.kind, f"refused: {self.reason}")
+
+
+def judge(
+    attention: Callable[..., Any],
+    case: Case | Built,
+    *,
+    rtol: float = 2e-5,
+    atol: float = 2e-5,
+    lse: bool = True,
+) -> Verdict:
+    """As ``check_conformance``, for those who want a table: says what came of a case instead of raising.
+
+    A ``NotImplementedError`` is a refusal; any other error of the attention is an error.
+    """
+    built = case if isinstance(case, Built) else build_case(case)
+    results: list[Any] = []
+
+    def observed(*args: Any, **options: Any) -> Any:
+        results.append(attention(*args, **options))
+        return results[-1]
+
+    try:
+        check_conformance(observed, built, rtol=rtol, atol=atol, lse=lse)
+    except NotImplementedError as refusal:
+        return Verdict("refused", reason=str(refusal))
+    except AssertionError as difference:
+        if not results:  # the attention's own
+            raise
+        out = _out_of(results[0], lse)
+        if out.shape != built.out.shape:
+            return Verdict("wrong", reason=str(difference))
+        errors = np.abs(out - built.out)
+        if np.isnan(out).any():
+            return Verdict("nan", float(np.nanmax(errors, initial=0)))
+        return Verdict("wrong", float(errors.max(initial=0)))
+    return Verdict("ok", float(np.abs(_out_of(results[0], lse) - built.out).max(initial=0)))
+
+
+def _out_of(result: Any, lse: bool) -> np.ndarray:
+    return np.asarray(result[0] if lse else result, np.float64)

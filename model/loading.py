@@ -43,6 +43,19 @@ class LoadedModel:
     fingerprint: str
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model that ``load_model(path)`` would load; no weight is read.
+
+    Raises:
+      ModelError: as ``load_model``.
+    """
+    path = _existing(Path(path))
+    if path.is_dir():
+        folder = SafetensorsFolder(_with_config(path))
+        return _naming_the_file(path / "config.json", lambda: config_from_huggingface(folder.config))
+    return read_gguf_config(GGUFFile(path))
+
+
 def load_model(
     path: str | Path, *, dtype: Any = jnp.float32, progress: Progress | None = None
 ) -> LoadedModel:
@@ -57,16 +70,31 @@ def load_model(
     Raises:
       ModelError: the file is missing or damaged, or its model is not supported; one line that says which.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _load_folder(path, dtype, progress)
+    path = _existing(Path(path))
+    load = _load_folder if path.is_dir() else _load_gguf
+    return load(path, dtype, progress)
+
+
+def _existing(path: Path) -> Path:
+    """The path, if it may be a model."""
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
-    if path.suffix in (".safetensors", ".bin", ".json"):
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
         raise ModelError(
             f"{path}: name a GGUF file, or the folder that holds config.json and the safetensors files"
         )
-    return _load_gguf(path, dtype, progress)
+    return path
+
+
+def _with_config(path: Path) -> Path:
+    """The folder, if it has a configuration."""
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(p.name for p in path.glob("*.gguf"))
+    hint = (
+        f"; name the GGUF file: {path / files[0]}" if files else "; a model folder or a GGUF file is needed"
+    )
+    raise ModelError(f"{path}: has no config.json{hint}")
 
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
@@ -89,15 +117,7 @@ def _load_gguf(path: Path, dtype: Any, progress: Progress | None) -> LoadedModel
 
 
 def _load_folder(path: Path, dtype: Any, progress: Progress | None) -> LoadedModel:
-    if not (path / "config.json").is_file():
-        files = sorted(p.name for p in path.glob("*.gguf"))
-        hint = (
-            f"; name the GGUF file: {path / files[0]}"
-            if files
-            else "; a model folder or a GGUF file is needed"
-        )
-        raise ModelError(f"{path}: has no config.json{hint}")
-    folder = SafetensorsFolder(path)
+    folder = SafetensorsFolder(_with_config(path))
     config = _naming_the_file(path / "config.json", lambda: config_from_huggingface(folder.config))
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
     params = load_params(config, folder, "huggingface", dtype=dtype, progress=progress)

@@ -15,6 +15,7 @@ from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
 from jaxpaged.app.options import (
     GENERATE_OPTIONS,
     MODEL_OPTIONS,
+    WHICH_MODEL,
     CountList,
     GenerateOptions,
     PageSize,
@@ -67,6 +68,7 @@ def application(context: click.Context) -> None:
     jaxpaged generate -p "def read_lines(path):" -n 64     the embedded model
     jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
     jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
+    jaxpaged explain -m model.gguf --platform tpu          what attention it gets, and why
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -153,6 +155,36 @@ def bench(
     from jaxpaged.app.bench import BenchOptions, run
 
     run(BenchOptions(model=model, hf=hf, offline=offline, kinds=kinds, **flags))
+
+
+@application.command(cls=LlamaCommand, context_settings=_CONTEXT)
+@chain(
+    *WHICH_MODEL,
+    option("Steps", "--platform", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where.  [default: this machine]"),
+    option("Steps", "-b", "--batch", "batch", type=CountList(1), default="1,8", show_default=True,
+           help="Sequences that decode at once."),
+    option("Steps", "-c", "--ctx-size", "context", type=_AT_LEAST_1, default=4096, show_default=True, metavar="N",
+           help="Tokens that each sequence holds."),
+    option("Steps", "-ub", "--ubatch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
+           help="Prompt tokens of one step."),
+    option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
+           help="Tokens of a page, a power of two from 8 to 256."),
+    option("KV cache", "--cache-type", type=click.Choice(["f32", "bf16", "f16"]),
+           help="Numbers that keys and values are kept in.  [default: f32 on a CPU, else bf16]"),
+    option("Output", "--json", "as_json", is_flag=True, help="One object instead of text."),
+)  # fmt: skip
+def explain(platform: str | None, **flags: Any) -> None:
+    """Tell which attention a model gets on a platform: implementation, block sizes, memory, bytes a step, and why.
+
+    \b
+    No weight is read, and no device of that platform is needed.
+      jaxpaged explain -m model.gguf --platform tpu -b 1,64 -c 32768
+    """
+    _prepare(None)
+    from jaxpaged.app.explain import ExplainOptions, run
+    from jaxpaged.attention.api import default_platform
+
+    run(ExplainOptions(platform=platform or default_platform(), **flags))
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)

@@ -39,13 +39,11 @@ def open_model(
     Raises:
       InputError: no such file, not a model, a model that cannot be used, or a download that fails.
     """
-    if path is not None and hf is not None:
-        raise InputError("-m and -hf both name a model; give one of them")
     if dtype == "auto":
         dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
     start = time.perf_counter()
     try:
-        file = _resolve(path, hf, offline)
+        file = model_file(path, hf, offline)
         with _progress(show_progress, file.name) as report:
             loaded = load_model(file, dtype=_DTYPES[dtype], progress=report)
     except OSError as error:
@@ -57,7 +55,14 @@ def open_model(
     return ReadyModel(loaded, functional(loaded.config, _DTYPES[dtype]), dtype, load_ms)
 
 
-def _resolve(path: Path | None, hf: str | None, offline: bool) -> Path:
+def model_file(path: Path | None, hf: str | None, offline: bool) -> Path:
+    """The file or folder that ``-m`` or ``-hf`` names, else the embedded model's.
+
+    Raises:
+      InputError: both are given, or there is no such file.
+    """
+    if path is not None and hf is not None:
+        raise InputError("-m and -hf both name a model; give one of them")
     if hf is not None:
         from model import hub
 

@@ -167,12 +167,16 @@ def chain(*decorators: Decorator) -> Decorator:
 _AT_LEAST_1 = click.IntRange(min=1)
 _LONGEST_CONTEXT = 2**24
 
-MODEL_OPTIONS = (
+WHICH_MODEL = (
     option("Model", "-m", "--model", type=click.Path(path_type=Path), metavar="FILE",
            help="A GGUF file, or a Hugging Face folder.  [default: the embedded model]"),
     option("Model", "-hf", "-hfr", "--hf-repo", "hf", metavar="USER/REPO[:QUANT]",
            help="A model of the Hugging Face hub; downloaded once."),
     option("Model", "--offline", is_flag=True, help="Never ask the network; use what was downloaded."),
+)  # fmt: skip
+
+MODEL_OPTIONS = (
+    *WHICH_MODEL,
     option("Model", "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True,
            help="Numbers to compute in; auto is f32 on CPU and bf16 elsewhere."),
     option("Model", "-t", "--threads", type=_AT_LEAST_1, metavar="N",

@@ -15,11 +15,14 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
+from numba.extending import register_jitable
 
 from jaxpaged.attention.base import Config
 from jaxpaged.batch import Batch
@@ -149,6 +152,12 @@ def _visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, in
     return begin, end
 
 
+@register_jitable
+def _scratch_bytes(rows: int, dim: int, wide: int) -> int:
+    """Memory that a thread works in."""
+    return 4 * (rows * (3 * wide + _TILE + 2) + 3 * _TILE * wide + 2 * dim) + 8 * (_RUN * _TILE + 1)
+
+
 @inlined
 def _plan(call: int, job: int, threads: int) -> int:
     """Reads the call, cuts it into pieces of about the same work, and says how many they are."""
@@ -175,8 +184,7 @@ def _plan(call: int, job: int, threads: int) -> int:
     block = max(_ROWS // group, 1)
     most_rows = min(block, tokens) * group
     wide = -(-dim // WIDTH) * WIDTH
-    row_floats = 3 * most_rows * wide + most_rows * (_TILE + 2)
-    store_i64(job, _SCRATCH, 4 * (row_floats + 3 * _TILE * wide + 2 * dim) + 8 * _RUN * _TILE)
+    store_i64(job, _SCRATCH, _scratch_bytes(most_rows, dim, wide))
 
     # Twice over the blocks: how much work there is, then the pieces.
     cu = load_i64(job, _CU_Q_LENS)
@@ -608,6 +616,40 @@ def _target() -> str:
     name = "jaxpaged_paged_attention"
     register(name, _handler, _task, [Path(__file__)])
     return name
+
+
+def describe(
+    q_shape: tuple[int, int, int],
+    k_pages_shape: tuple[int, ...],
+    page_dtype: DTypeLike,
+    max_q_len: int | None,
+) -> dict[str, Any]:
+    """What a call with these shapes runs, for people to read.
+
+    Args:
+      q_shape: ``(T, Hq, D)``.
+      k_pages_shape: ``(N, KV, page_size, D)``.
+      page_dtype: of the pages.
+      max_q_len: as ``Batch`` has it.
+
+    Returns:
+      ``vector_width`` in float32; ``keys_per_tile``; ``rows_per_piece``, query heads counted; ``keys_read`` "in place",
+      "converted" or "transposed"; ``least_tokens_per_piece``, below which a sequence is not cut; ``scratch_bytes`` of
+      each thread.
+    """
+    tokens, num_q_heads, head_dim = q_shape
+    group = num_q_heads // k_pages_shape[1]
+    rows = min(max(_ROWS // group, 1), max_q_len or tokens) * group
+    wide = -(-head_dim // WIDTH) * WIDTH
+    in_place = np.dtype(page_dtype).itemsize == 4 and wide == head_dim
+    return {
+        "vector_width": WIDTH,
+        "keys_per_tile": _TILE,
+        "rows_per_piece": rows,
+        "keys_read": "transposed" if rows > _FEW_ROWS else "in place" if in_place else "converted",
+        "least_tokens_per_piece": _LEAST_TOKENS,
+        "scratch_bytes": _scratch_bytes(rows, head_dim, wide),
+    }
 
 
 def paged_attention(

@@ -1,0 +1,142 @@
+"""``jaxpaged explain``: which attention a model gets on a platform, with which blocks, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.app.kv_report import mebibytes
+from jaxpaged.app.loading import model_file
+from jaxpaged.attention.explain import Explanation, Step, explain
+from jaxpaged.page_format import page_format
+from model.config import ModelConfig
+from model.loading import read_config
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """What to explain."""
+
+    model: Path | None
+    hf: str | None
+    offline: bool
+    platform: str
+    batch: tuple[int, ...]
+    context: int
+    ubatch_size: int
+    page_size: int
+    cache_type: str | None
+    as_json: bool
+
+
+def run(options: ExplainOptions) -> None:
+    """Prints a paragraph for each kind of step.
+
+    Raises:
+      InputError: no such model, or pages that cannot be.
+    """
+    path = model_file(options.model, options.hf, options.offline)
+    try:
+        config = read_config(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    rows = list(_rows(config, options))
+    if options.as_json:
+        click.echo(json.dumps({"model": config.name, "platform": options.platform, "steps": rows}, indent=2))
+        return
+    group = config.num_q_heads // config.num_kv_heads
+    click.echo(
+        f"{config.name}: {config.num_layers} layers, {config.num_q_heads} query heads on {config.num_kv_heads} KV "
+        f"heads of {config.head_dim} (groups of {group}), pages of {options.page_size} tokens"
+    )
+    for row in rows:
+        click.echo(f"\n{row.pop('step')}")
+        for name, value in row.items():
+            click.echo(f"  {name.replace('_', ' '):<24}{_shown(name, value)}")
+
+
+def _rows(config: ModelConfig, options: ExplainOptions) -> Iterator[dict[str, Any]]:
+    """For decode steps of each batch size, then a step that reads a prompt: what there is to say."""
+    steps = [(f"decode, batch {b}", b, b, 1) for b in options.batch]
+    steps.append((f"prompt, {options.ubatch_size} tokens a step", 1, options.ubatch_size, None))
+    # Layers that see alike are computed alike.
+    windows = Counter(config.window(layer) for layer in range(config.num_layers))
+    for window, layers in windows.items():
+        for name, seqs, tokens, max_q_len in steps:
+            step = _step(config, options, seqs, tokens, max_q_len, window)
+            try:
+                found = explain(options.platform, step)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            sees = "" if window is None else f", {layers} layers with a window of {window} tokens"
+            yield {
+                "step": f"{options.platform}: {name}, {options.context} live tokens{sees}",
+                **_described(found, layers),
+            }
+
+
+def _step(
+    config: ModelConfig,
+    options: ExplainOptions,
+    seqs: int,
+    tokens: int,
+    max_q_len: int | None,
+    window: int | None,
+) -> Step:
+    dtype = options.cache_type or ("f32" if options.platform == "cpu" else "bf16")
+    form = page_format(dtype)
+    if options.platform == "tpu":
+        form = form.on_lanes(config.head_dim)
+    entries = -(-options.context // options.page_size)
+    sizes = seqs * entries, config.num_kv_heads, options.page_size, config.head_dim
+    shape: Any = jax.eval_shape(lambda: form.create(*sizes)).shape
+    return Step(
+        num_q_heads=config.num_q_heads,
+        k_pages_shape=shape,
+        page_dtype=form.dtype,
+        head_dim=config.head_dim,
+        page_size=options.page_size,
+        max_seqs=seqs,
+        live_tokens=options.context,
+        num_tokens=tokens,
+        max_q_len=max_q_len,
+        max_entries=entries,
+        window=window,
+    )
+
+
+def _described(found: Explanation, layers: int) -> dict[str, Any]:
+    refusals = found.choice.refusals
+    why = "; ".join(f"{name} {reason}" for name, reason in refusals.items()) or "the kernel of this platform"
+    details = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in found.details.items()
+        if name != "implementation"
+    }
+    return {
+        "implementation": found.choice.name,
+        "why": why,
+        "kv_bytes_a_step": layers * found.kv_bytes,
+        **details,
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, int) and "bytes" in name and value >= 2**20:
+        return f"{mebibytes(value)}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
