@@ -17,6 +17,7 @@ from jaxpaged.app.errors import InputError
 from jaxpaged.app.kv_report import mebibytes
 from jaxpaged.app.loading import model_file
 from jaxpaged.attention.explain import Explanation, Step, explain
+from jaxpaged.attention.tpu_blocks import Blocks
 from jaxpaged.page_format import page_format
 from model.config import ModelConfig
 from model.loading import read_config
@@ -68,7 +69,7 @@ def run(options: ExplainOptions) -> None:
 
 def _rows(config: ModelConfig, options: ExplainOptions) -> Iterator[dict[str, Any]]:
     """For decode steps of each batch size, then a step that reads a prompt: what there is to say."""
-    steps = [(f"decode, batch {b}", b, b, 1) for b in options.batch]
+    steps: list[tuple[str, int, int, int | None]] = [(f"decode, batch {b}", b, b, 1) for b in options.batch]
     steps.append((f"prompt, {options.ubatch_size} tokens a step", 1, options.ubatch_size, None))
     # Layers that see alike are computed alike.
     windows = Counter(config.window(layer) for layer in range(config.num_layers))
@@ -120,7 +121,7 @@ def _described(found: Explanation, layers: int) -> dict[str, Any]:
     refusals = found.choice.refusals
     why = "; ".join(f"{name} {reason}" for name, reason in refusals.items()) or "the kernel of this platform"
     details = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        name: dataclasses.asdict(value) if isinstance(value, Blocks) else value
         for name, value in found.details.items()
         if name != "implementation"
     }

@@ -79,7 +79,7 @@ def explain(platform: str, step: Step) -> Explanation:
 
 def _details(name: str, q_shape: tuple[int, int, int], q_dtype: DTypeLike, step: Step) -> Mapping[str, Any]:
     shapes = q_shape, step.k_pages_shape, step.page_dtype, step.max_q_len
-    table = {"max_seqs": step.max_seqs, "max_entries": step.max_entries, "q_dtype": q_dtype}
+    table: dict[str, Any] = {"max_seqs": step.max_seqs, "max_entries": step.max_entries, "q_dtype": q_dtype}
     if name == "mosaic_tpu":
         from jaxpaged.attention import tpu_blocks
 

@@ -14,11 +14,11 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import llvmlite.binding as llvm
 import numba
 from numba import types
@@ -272,7 +272,7 @@ def register(
 
 def _folder(sources: Iterable[Path]) -> Path:
     """A folder for what these sources compile to: numba looks at the date of one file alone."""
-    content = hashlib.sha256(f"{jaxlib.__version__} {llvm.get_host_cpu_name()}".encode())
+    content = hashlib.sha256(f"{version('jaxlib')} {llvm.get_host_cpu_name()}".encode())
     for path in sorted({*Path(__file__).parent.glob("*.py"), *sources}):
         content.update(path.read_bytes())
     return cache_folder() / "kernels" / content.hexdigest()[:16]

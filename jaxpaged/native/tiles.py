@@ -15,10 +15,11 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from jaxpaged.native.memory import load_f32, pointer, store_f32
 
@@ -38,10 +39,15 @@ _FAST = ("nnan", "nsz", "reassoc", "contract")
 _OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 njit: Callable[..., Any] = numba.njit(**_OPTIONS)
 """A function that kernels call; nothing is checked, and Python cannot call it."""
+i32: Any = np.int32
+i64: Any = np.int64
+f32: Any = np.float32
+"""Numbers of one type, in functions that numba compiles; to a type checker they are the numbers of Python."""
 inlined: Callable[..., Any] = numba.njit(inline="always", **_OPTIONS)
 """As ``njit``, but part of its caller: what is large and called once is then compiled once."""
 
 
+@register_jitable
 def padded(count: int) -> int:
     """The multiple of WIDTH that is not below ``count``."""
     return -(-count // WIDTH) * WIDTH

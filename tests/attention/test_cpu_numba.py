@@ -51,6 +51,13 @@ def test_heads_it_cannot_widen_are_refused_with_the_reason():
     assert jnp.isfinite(paged_attention(built.q, half, half, *arguments[3:])).all()
 
 
+def test_pages_laid_out_for_a_tpu_are_read_where_they_are_the_same_bytes():
+    built = build_case(Case("packed", **SMOLLM2_135M, lengths=(70, 9), q_lens=(3, 1), slices=True))
+    packed = [x.reshape(*x.shape[:2], -1, 128) for x in (built.k_pages, built.v_pages)]
+    out = kernel(built.q, *packed, built.table, built.batch)
+    np.testing.assert_allclose(out, built.out, rtol=2e-5, atol=2e-5)
+
+
 def step(cache, num_new, num_tokens, kernel_name):
     cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens)
     shape = (num_tokens, 3, 64)

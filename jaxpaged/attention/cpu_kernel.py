@@ -1,0 +1,671 @@
+"""The kernel of paged attention on CPUs: numba functions that read pages in place.
+
+Work is cut into pieces of (rows of queries, KV head, run of entries); query heads of a KV head are rows of one tile, so
+a key is read once for all of them. A piece goes through its entries, ``_TILE`` keys at a time, and keeps an online
+softmax. Few rows meet keys where they lie; many rows meet a transposed copy of the tile, which then is an ordinary
+matrix product. Long sequences are cut so that every thread has its share, and the parts are merged by their
+log-sum-exp (FlashDecoding, arXiv:2311.01282).
+
+An entry's tokens have consecutive positions. What a row sees of it is therefore one run of slots, and no other slot is
+ever read: NaN in unused slots cannot leak.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba.extending import register_jitable
+
+from jaxpaged.native.ffi import (
+    JOB,
+    answers_query,
+    argument,
+    data,
+    new_job,
+    next_piece,
+    num_threads,
+    piece_done,
+    release,
+    result,
+    run_pieces,
+    size,
+)
+from jaxpaged.native.memory import (
+    free,
+    load_f32,
+    load_i32,
+    load_i64,
+    malloc,
+    prefetch,
+    store_f32,
+    store_i64,
+    symbol,
+)
+from jaxpaged.native.tiles import (
+    dots,
+    f32,
+    i32,
+    i64,
+    inlined,
+    njit,
+    padded,
+    product,
+    row_cap,
+    row_exp,
+    row_fill,
+    row_max,
+    row_scale,
+    transpose,
+    widen_bf16,
+    widen_f16,
+)
+
+TILE = 64
+"""Keys of a tile."""
+ROWS = 192
+"""Rows of a piece, query heads counted: a tile of that many rows and its sums stay in the second-level cache."""
+FEW_ROWS = 8
+"""Up to so many rows, keys are read in place; a transposed copy costs more than it saves."""
+_STRIDE = 16
+"""Keys between two requests for memory that comes later."""
+_PIECES_A_THREAD = 4
+"""Pieces that a long sequence is cut into, so that threads end together."""
+LEAST_TOKENS = 128
+"""Tokens of a piece at least: each part of a sequence has to be merged."""
+_NOTHING = f32(-1e30)
+"""Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
+
+# What a job holds, by index: addresses of buffers, then sizes.
+_INPUTS = 16
+(
+    _Q,
+    _K,
+    _V,
+    _PAGES,
+    _FIRST_SLOT,
+    _NUM_TOKENS,
+    _POSITION,
+    _ROTATION,
+    _NUM_ENTRIES,
+    _CU_Q_LENS,
+    _Q_POSITION,
+    _Q_ROPE,
+    _SINKS,
+    _TURNS,
+    _NUMBERS,
+    _OPTIONS,
+) = range(JOB, JOB + _INPUTS)
+(
+    _OUT,
+    _LSE,
+    _PIECES,
+    _PARTS,
+    _NUM_PIECES,
+    _Q_HEADS,
+    _KV_HEADS,
+    _DIM,
+    _NUM_PAGES,
+    _PAGE_SIZE,
+    _ENTRIES,
+    _HALF,
+    _WINDOW,
+    _INTERLEAVED,
+    _KIND,
+    _SCRATCH,
+) = range(JOB + _INPUTS, JOB + _INPUTS + 16)
+_JOB_SIZE = _INPUTS + 16
+
+# A piece, by index of 64-bit numbers.
+_SEQ, _HEAD, _ROW, _COUNT, _BEGIN, _END, _SPLITS, _PART = range(8)
+_PIECE = 8
+
+# A run of keys in a tile, by index of 64-bit numbers.
+_RUN_K, _RUN_V, _RUN_STRIDE, _RUN_COLUMN, _RUN_COUNT, _RUN_POSITION = range(6)
+_RUN = 6
+
+
+@njit
+def _visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int]:
+    """The entries that queries in rows ``first .. last`` of one sequence see some token of."""
+    entries = load_i64(job, _ENTRIES)
+    window = load_i64(job, _WINDOW)
+    positions = load_i64(job, _POSITION) + 4 * seq * entries
+    counts = load_i64(job, _NUM_TOKENS) + 4 * seq * entries
+    high = load_i32(load_i64(job, _Q_POSITION), last)
+    end = i64(load_i32(load_i64(job, _NUM_ENTRIES), seq))
+    while end > 0 and load_i32(positions, end - 1) > high:
+        end -= 1
+    begin = i64(0)
+    if window > 0:
+        low = load_i32(load_i64(job, _Q_POSITION), first) - window + 1
+        while begin < end and load_i32(positions, begin) + load_i32(counts, begin) <= low:
+            begin += 1
+    return begin, end
+
+
+@register_jitable
+def scratch_bytes(rows: int, dim: int, wide: int) -> int:
+    """Memory that a thread works in."""
+    return 4 * (rows * (3 * wide + TILE + 2) + 3 * TILE * wide + 2 * dim) + 8 * (_RUN * TILE + _WORK + 2)
+
+
+@inlined
+def _plan(call: int, job: int, threads: int) -> int:
+    """Reads the call, cuts it into pieces of about the same work, and says how many they are."""
+    for i in range(_INPUTS):
+        store_i64(job, JOB + i, data(argument(call, i)))
+    q, k, table = argument(call, _Q - JOB), argument(call, _K - JOB), argument(call, _PAGES - JOB)
+    tokens, q_heads, dim = size(q, 0), size(q, 1), size(q, 2)
+    kv_heads, page_size, max_seqs, entries = size(k, 1), size(k, 2), size(table, 0), size(table, 1)
+    out, lse = data(result(call, 0)), data(result(call, 1))
+    store_i64(job, _OUT, out)
+    store_i64(job, _LSE, lse)
+    store_i64(job, _Q_HEADS, q_heads)
+    store_i64(job, _KV_HEADS, kv_heads)
+    store_i64(job, _DIM, dim)
+    store_i64(job, _NUM_PAGES, size(k, 0))
+    store_i64(job, _PAGE_SIZE, page_size)
+    store_i64(job, _ENTRIES, entries)
+    store_i64(job, _HALF, size(argument(call, _TURNS - JOB), 0))
+    options = load_i64(job, _OPTIONS)
+    store_i64(job, _WINDOW, load_i32(options, 0))
+    store_i64(job, _INTERLEAVED, load_i32(options, 1))
+    store_i64(job, _KIND, load_i32(options, 2))
+
+    group = q_heads // kv_heads
+    block = max(ROWS // group, 1)
+    most_rows = min(block, tokens) * group
+    wide = padded(dim)
+    store_i64(job, _SCRATCH, scratch_bytes(most_rows, dim, wide))
+
+    # Twice over the blocks: how much work there is, then the pieces.
+    cu = load_i64(job, _CU_Q_LENS)
+    work = i64(0)
+    blocks = i64(0)
+    for seq in range(max_seqs):
+        stop = load_i32(cu, seq + 1)
+        for row in range(load_i32(cu, seq), stop, block):
+            count = min(block, stop - row)
+            begin, end = _visible_entries(job, seq, row, row + count - 1)
+            work += count * (end - begin)
+            blocks += 1
+    share = max(work * kv_heads // (threads * _PIECES_A_THREAD), 1)
+    most = blocks * kv_heads + threads * _PIECES_A_THREAD + 1
+    part_floats = most_rows * (wide + 2)
+    pieces = malloc(8 * _PIECE * most)
+    store_i64(job, _PIECES, pieces)
+    store_i64(job, _PARTS, malloc(4 * part_floats * most))
+    number = i64(0)
+    for seq in range(max_seqs):
+        stop = load_i32(cu, seq + 1)
+        for row in range(load_i32(cu, seq), stop, block):
+            count = min(block, stop - row)
+            begin, end = _visible_entries(job, seq, row, row + count - 1)
+            splits = max(min(count * (end - begin) // share, (end - begin) * page_size // LEAST_TOKENS), 1)
+            for head in range(kv_heads):
+                for split in range(splits):
+                    piece = pieces + 8 * _PIECE * number
+                    store_i64(piece, _SEQ, seq)
+                    store_i64(piece, _HEAD, head)
+                    store_i64(piece, _ROW, row)
+                    store_i64(piece, _COUNT, count)
+                    store_i64(piece, _BEGIN, begin + (end - begin) * split // splits)
+                    store_i64(piece, _END, begin + (end - begin) * (split + 1) // splits)
+                    store_i64(piece, _SPLITS, splits)
+                    store_i64(piece, _PART, load_i64(job, _PARTS) + 4 * part_floats * number)
+                    number += 1
+    store_i64(job, _NUM_PIECES, number)
+    # Padding attends to nothing.
+    for row in range(i64(load_i32(cu, max_seqs)), tokens):
+        for i in range(row * q_heads * dim, (row + 1) * q_heads * dim):
+            store_f32(out, i, f32(0))
+        for i in range(row * q_heads, (row + 1) * q_heads):
+            store_f32(lse, i, f32(-np.inf))
+    return number
+
+
+@njit
+def _turn(job: int, work: int) -> bool:
+    """Turns the queries to keys of the frame at hand; False, and nothing written, where none has to turn.
+
+    A query is rotated for the frame of its own key. Turned by the difference of the two frames, the angle to a key is
+    the difference of their logical positions.
+    """
+    half = load_i64(job, _HALF)
+    if half == 0:
+        return False
+    positions, rotated = load_i64(job, _Q_POSITION), load_i64(job, _Q_ROPE)
+    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
+    turns, table = load_i64(job, _TURNS), load_i64(work, _ANGLES)
+    rows, first, wide = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _WIDE)
+    rotation = load_i64(work, _FRAME)
+    interleaved = load_i64(job, _INTERLEAVED) != 0
+    anywhere = False
+    for r in range(rows):
+        token = first + r // group
+        if rotation != load_i32(rotated, token) - load_i32(positions, token):
+            anywhere = True
+            break
+    if not anywhere:
+        return False
+    known = False
+    angle_of = i64(0)
+    for r in range(rows):
+        token = first + r // group
+        difference = i64(rotation - (load_i32(rotated, token) - load_i32(positions, token)))
+        if not known or difference != angle_of:
+            for i in range(half):
+                # Angles are 32-bit integers that wrap as turns do.
+                angle = i32(difference * load_i32(turns, i)) * f32(2 * np.pi / 2**32)
+                store_f32(table, 2 * i, f32(math.cos(angle)))
+                store_f32(table, 2 * i + 1, f32(math.sin(angle)))
+            known, angle_of = True, difference
+        source = load_i64(work, _QUERIES) + 4 * r * wide
+        target = load_i64(work, _TURNED) + 4 * r * wide
+        for i in range(2 * half, wide):
+            store_f32(target, i, load_f32(source, i))
+        for i in range(half):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+            x, y = load_f32(source, a), load_f32(source, b)
+            cos, sin = load_f32(table, 2 * i), load_f32(table, 2 * i + 1)
+            store_f32(target, a, x * cos - y * sin)
+            store_f32(target, b, y * cos + x * sin)
+    return True
+
+
+@njit
+def _finish_row(job: int, token: int, q_head: int, maximum: float, total: float, weighted: int) -> None:
+    """One row's output from its sums, and the logarithm of its denominator."""
+    dim, q_heads = load_i64(job, _DIM), load_i64(job, _Q_HEADS)
+    sink = load_f32(load_i64(job, _SINKS), q_head)
+    scale = f32(1)
+    if sink > maximum:
+        scale = f32(math.exp(maximum - sink))
+        total = total * scale
+        maximum = sink
+    if sink > f32(-np.inf):
+        total = total + f32(math.exp(sink - maximum))
+    out = load_i64(job, _OUT) + 4 * (token * q_heads + q_head) * dim
+    factor = scale / total if total > 0 else f32(0)
+    for i in range(dim):
+        store_f32(out, i, load_f32(weighted, i) * factor)
+    lse = maximum + f32(math.log(total)) if total > 0 else f32(-np.inf)
+    store_f32(load_i64(job, _LSE), token * q_heads + q_head, lse)
+
+
+@inlined
+def _merge(job: int) -> None:
+    """Joins the parts of what was cut, and frees what the plan took."""
+    pieces, dim = load_i64(job, _PIECES), load_i64(job, _DIM)
+    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
+    wide = padded(dim)
+    number = i64(0)
+    while number < load_i64(job, _NUM_PIECES):
+        piece = pieces + 8 * _PIECE * number
+        splits = load_i64(piece, _SPLITS)
+        number += splits
+        if splits == 1:
+            continue
+        rows = load_i64(piece, _COUNT) * group
+        into = load_i64(piece, _PART)
+        for r in range(rows):
+            maximum = _NOTHING
+            for split in range(splits):
+                part = load_i64(piece + 8 * _PIECE * split, _PART)
+                maximum = max(maximum, load_f32(part, rows * wide + r))
+            total = f32(0)
+            for split in range(splits):
+                part = load_i64(piece + 8 * _PIECE * split, _PART)
+                weight = f32(math.exp(load_f32(part, rows * wide + r) - maximum))
+                total += weight * load_f32(part, rows * wide + rows + r)
+                for i in range(dim):
+                    value = weight * load_f32(part, r * wide + i)
+                    if split > 0:
+                        value += load_f32(into, r * wide + i)
+                    store_f32(into, r * wide + i, value)
+            _finish_row(
+                job,
+                load_i64(piece, _ROW) + r // group,
+                load_i64(piece, _HEAD) * group + r % group,
+                maximum,
+                total,
+                into + 4 * r * wide,
+            )
+    free(load_i64(job, _PARTS))
+    free(pieces)
+
+
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2}
+"""The kind of a page, by its dtype."""
+
+
+@njit
+def _bytes_of_row(job: int) -> int:
+    """Bytes of a row of a page."""
+    return (4 if load_i64(job, _KIND) == 0 else 2) * load_i64(job, _DIM)
+
+
+@njit
+def _load_rows(
+    kind: int, pages: int, row: int, count: int, dim: int, wide: int, target: int
+) -> tuple[int, int]:
+    """``count`` rows of a page as float32 with ``wide`` readable numbers each: ``(address, distance of rows)``.
+
+    What need not be converted stays where it is; else the rows go to ``target``.
+    """
+    if kind == 0:
+        source = pages + 4 * row * dim
+        if dim == wide:
+            return source, dim
+        for c in range(count):
+            for i in range(wide):
+                value = load_f32(source, c * dim + i) if i < dim else f32(0)
+                store_f32(target, c * wide + i, value)
+        return target, wide
+    source = pages + 2 * row * dim
+    for c in range(count):
+        for i in range(0, dim, 8):
+            if kind == 1:
+                widen_bf16((source + 2 * (c * dim + i), target + 4 * (c * wide + i)))
+            else:
+                widen_f16((source + 2 * (c * dim + i), target + 4 * (c * wide + i)))
+        for i in range(dim, wide):
+            store_f32(target, c * wide + i, f32(0))
+    return target, wide
+
+
+# --- one piece ----------------------------------------------------------------------------------------------
+
+# What a thread works on, by index of 64-bit numbers: places in its memory, then where it is.
+(
+    _QUERIES,
+    _TURNED,
+    _SUMS,
+    _SCORES,
+    _TRANSPOSED,
+    _WIDE_K,
+    _WIDE_V,
+    _MAXIMA,
+    _TOTALS,
+    _ANGLES,
+    _RUNS,
+    _FIRST,
+    _HEADS,
+    _NUM_ROWS,
+    _WIDE,
+    _TABLE_ROW,
+    _ENTRY,
+    _TOKENS_DONE,
+    _LAST,
+    _FRAME,
+    _TILE_QUERIES,
+    _USED,
+    _NUM_RUNS,
+) = range(23)
+_WORK = 23
+
+
+@njit
+def _begin(job: int, piece: int, work: int) -> None:
+    """Lays out the memory behind ``work``, and loads the piece's queries, times the scale."""
+    dim, q_heads = load_i64(job, _DIM), load_i64(job, _Q_HEADS)
+    group = q_heads // load_i64(job, _KV_HEADS)
+    first, head = load_i64(piece, _ROW), load_i64(piece, _HEAD)
+    rows, wide = load_i64(piece, _COUNT) * group, padded(dim)
+    queries = work + 8 * _WORK + 8  # a whole number of vectors behind the 64 bytes that scratch is aligned to
+    turned = queries + 4 * rows * wide
+    sums = turned + 4 * rows * wide
+    scores = sums + 4 * rows * wide
+    transposed = scores + 4 * rows * TILE
+    wide_k = transposed + 4 * TILE * wide
+    wide_v = wide_k + 4 * TILE * wide
+    maxima = wide_v + 4 * TILE * wide
+    totals = maxima + 4 * rows
+    angles = totals + 4 * rows
+    store_i64(work, _QUERIES, queries)
+    store_i64(work, _TURNED, turned)
+    store_i64(work, _SUMS, sums)
+    store_i64(work, _SCORES, scores)
+    store_i64(work, _TRANSPOSED, transposed)
+    store_i64(work, _WIDE_K, wide_k)
+    store_i64(work, _WIDE_V, wide_v)
+    store_i64(work, _MAXIMA, maxima)
+    store_i64(work, _TOTALS, totals)
+    store_i64(work, _ANGLES, angles)
+    store_i64(work, _RUNS, (angles + 8 * dim + 7) // 8 * 8)
+    store_i64(work, _FIRST, first)
+    store_i64(work, _HEADS, head)
+    store_i64(work, _NUM_ROWS, rows)
+    store_i64(work, _WIDE, wide)
+    store_i64(work, _TABLE_ROW, 4 * load_i64(piece, _SEQ) * load_i64(job, _ENTRIES))
+    store_i64(work, _ENTRY, load_i64(piece, _BEGIN))
+    store_i64(work, _TOKENS_DONE, 0)
+    store_i64(work, _LAST, load_i64(piece, _END))
+    store_i64(work, _TILE_QUERIES, 0)
+    scale = load_f32(load_i64(job, _NUMBERS), 0)
+    for r in range(rows):
+        source = load_i64(job, _Q) + 4 * ((first + r // group) * q_heads + head * group + r % group) * dim
+        for i in range(wide):
+            store_f32(queries, r * wide + i, scale * load_f32(source, i) if i < dim else f32(0))
+        row_fill((sums + 4 * r * wide, wide, f32(0)))
+        store_f32(maxima, r, _NOTHING)
+        store_f32(totals, r, f32(0))
+
+
+@njit
+def _gather(job: int, work: int) -> None:
+    """The runs of the next tile: up to ``TILE`` keys of one frame; their rows are converted where they must be."""
+    row, last = load_i64(work, _TABLE_ROW), load_i64(work, _LAST)
+    counts, positions = load_i64(job, _NUM_TOKENS) + row, load_i64(job, _POSITION) + row
+    rotations = load_i64(job, _ROTATION) + row
+    kind, dim, wide = load_i64(job, _KIND), load_i64(job, _DIM), load_i64(work, _WIDE)
+    entry, done = load_i64(work, _ENTRY), load_i64(work, _TOKENS_DONE)
+    frame = i64(load_i32(rotations, entry))
+    if load_i64(work, _TILE_QUERIES) == 0 or frame != load_i64(work, _FRAME):
+        store_i64(work, _FRAME, frame)
+        store_i64(work, _TILE_QUERIES, load_i64(work, _TURNED if _turn(job, work) else _QUERIES))
+    used, num_runs = i64(0), i64(0)
+    while used < TILE and entry < last and load_i32(rotations, entry) == frame:
+        left = i64(load_i32(counts, entry)) - done
+        count = min(left, TILE - used)
+        where = _pool_row(job, work, entry, done)
+        buffer = 4 * used * wide
+        k, stride = _load_rows(
+            kind, load_i64(job, _K), where, count, dim, wide, load_i64(work, _WIDE_K) + buffer
+        )
+        v, _ = _load_rows(kind, load_i64(job, _V), where, count, dim, wide, load_i64(work, _WIDE_V) + buffer)
+        run = load_i64(work, _RUNS) + 8 * _RUN * num_runs
+        store_i64(run, _RUN_K, k)
+        store_i64(run, _RUN_V, v)
+        store_i64(run, _RUN_STRIDE, stride)
+        store_i64(run, _RUN_COLUMN, used)
+        store_i64(run, _RUN_COUNT, count)
+        store_i64(run, _RUN_POSITION, load_i32(positions, entry) + done)
+        num_runs += 1
+        used += count
+        if count == left:
+            entry, done = entry + 1, i64(0)
+        else:
+            done += count
+    store_i64(work, _ENTRY, entry)
+    store_i64(work, _TOKENS_DONE, done)
+    store_i64(work, _USED, used)
+    store_i64(work, _NUM_RUNS, num_runs)
+
+
+@njit
+def _pool_row(job: int, work: int, entry: int, token: int) -> int:
+    """Where a token of an entry lies, in rows from the pool's first."""
+    row = load_i64(work, _TABLE_ROW)
+    page = i64(load_i32(load_i64(job, _PAGES) + row, entry))
+    page = min(max(page, 0), load_i64(job, _NUM_PAGES) - 1)  # nothing outside the pool is ever read
+    slot = load_i32(load_i64(job, _FIRST_SLOT) + row, entry) + token
+    return (page * load_i64(job, _KV_HEADS) + load_i64(work, _HEADS)) * load_i64(job, _PAGE_SIZE) + slot
+
+
+@njit
+def _ahead(job: int, work: int, run: int) -> int:
+    """Where the next tile's run ``run`` lies, more or less.
+
+    Pages lie anywhere, which no hardware foresees: what the next tile reads is asked for while this one is computed.
+    """
+    entry, last = load_i64(work, _ENTRY), load_i64(work, _LAST)
+    done = load_i64(work, _TOKENS_DONE) if run == 0 else i64(0)
+    return _pool_row(job, work, min(entry + run, last - 1), done)
+
+
+@njit
+def _score(job: int, work: int) -> None:
+    """The scores of the tile, ``[rows, TILE]``, as far as there are keys."""
+    rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
+    scores, transposed = load_i64(work, _SCORES), load_i64(work, _TRANSPOSED)
+    q, columns = load_i64(work, _TILE_QUERIES), padded(load_i64(work, _USED))
+    bytes_of_row = _bytes_of_row(job)
+    for i in range(load_i64(work, _NUM_RUNS)):
+        run = load_i64(work, _RUNS) + 8 * _RUN * i
+        k, stride = load_i64(run, _RUN_K), load_i64(run, _RUN_STRIDE)
+        column, count = load_i64(run, _RUN_COLUMN), load_i64(run, _RUN_COUNT)
+        if rows > FEW_ROWS:
+            transpose(k, stride, transposed + 4 * column, TILE, count, wide)
+            continue
+        ahead = load_i64(job, _K) + _ahead(job, work, i) * bytes_of_row
+        for key in range(0, count, _STRIDE):
+            here = min(count - key, _STRIDE)
+            prefetch(ahead + key * bytes_of_row, here * bytes_of_row)
+            out = scores + 4 * (column + key)
+            dots(q, wide, k + 4 * key * stride, stride, out, TILE, rows, here, wide)
+    if rows > FEW_ROWS:
+        for r in range(rows):
+            row_fill((scores + 4 * r * TILE, columns, f32(0)))
+        product(q, wide, transposed, TILE, scores, TILE, rows, columns, wide)
+    cap = load_f32(load_i64(job, _NUMBERS), 1)
+    if cap > 0:
+        for r in range(rows):
+            row_cap((scores + 4 * r * TILE, columns, cap))
+
+
+@njit
+def _mask(job: int, work: int) -> None:
+    """-inf where a row does not see a key, and behind the last key."""
+    rows, first, scores = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _SCORES)
+    used = load_i64(work, _USED)
+    positions = load_i64(job, _Q_POSITION)
+    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
+    window = load_i64(job, _WINDOW)
+    nowhere = f32(-np.inf)
+    for r in range(rows):
+        for column in range(used, padded(used)):
+            store_f32(scores + 4 * r * TILE, column, nowhere)
+    lowest = load_i32(positions, first)
+    highest = load_i32(positions, first + (rows - 1) // group)
+    for i in range(load_i64(work, _NUM_RUNS)):
+        run = load_i64(work, _RUNS) + 8 * _RUN * i
+        start, count = load_i64(run, _RUN_POSITION), load_i64(run, _RUN_COUNT)
+        if start + count - 1 <= lowest and (window == 0 or start > highest - window):
+            continue
+        for r in range(rows):
+            position = i64(load_i32(positions, first + r // group))
+            row = scores + 4 * (r * TILE + load_i64(run, _RUN_COLUMN))
+            begin = max(position - window + 1 - start, 0) if window > 0 else i64(0)
+            for c in range(min(begin, count)):
+                store_f32(row, c, nowhere)
+            for c in range(max(position - start + 1, 0), count):
+                store_f32(row, c, nowhere)
+
+
+@njit
+def _weigh(work: int) -> None:
+    """Turns scores into weights, and brings maxima, totals and sums to the new maxima."""
+    rows, wide, columns = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), padded(load_i64(work, _USED))
+    maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
+    for r in range(rows):
+        row = load_i64(work, _SCORES) + 4 * r * TILE
+        maximum, total = load_f32(maxima, r), load_f32(totals, r)
+        highest = row_max((row, columns))
+        if highest > maximum:
+            rescale = f32(math.exp(maximum - highest))
+            row_scale((load_i64(work, _SUMS) + 4 * r * wide, wide, rescale))
+            total *= rescale
+            maximum = highest
+            store_f32(maxima, r, maximum)
+        store_f32(totals, r, total + row_exp((row, columns, maximum)))
+
+
+@njit
+def _add_values(job: int, work: int) -> None:
+    """Adds the values of the tile, times their weights, to the sums."""
+    rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
+    bytes_of_row = _bytes_of_row(job)
+    for i in range(load_i64(work, _NUM_RUNS)):
+        run = load_i64(work, _RUNS) + 8 * _RUN * i
+        v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_STRIDE)
+        weights, count = load_i64(work, _SCORES) + 4 * load_i64(run, _RUN_COLUMN), load_i64(run, _RUN_COUNT)
+        if rows > FEW_ROWS:
+            product(weights, TILE, v, stride, sums, wide, rows, wide, count)
+            continue
+        ahead = load_i64(job, _V) + _ahead(job, work, i) * bytes_of_row
+        for key in range(0, count, _STRIDE):
+            here = min(count - key, _STRIDE)
+            prefetch(ahead + key * bytes_of_row, here * bytes_of_row)
+            product(weights + 4 * key, TILE, v + 4 * key * stride, stride, sums, wide, rows, wide, here)
+
+
+@njit
+def _end(job: int, piece: int, work: int) -> None:
+    """Writes the piece's output, or its part of it, for ``_merge``."""
+    rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
+    maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
+    if load_i64(piece, _SPLITS) > 1:
+        part = load_i64(piece, _PART)
+        for i in range(rows * wide):
+            store_f32(part, i, load_f32(sums, i))
+        for r in range(rows):
+            store_f32(part, rows * wide + r, load_f32(maxima, r))
+            store_f32(part, rows * wide + rows + r, load_f32(totals, r))
+        return
+    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
+    for r in range(rows):
+        token, q_head = load_i64(work, _FIRST) + r // group, load_i64(work, _HEADS) * group + r % group
+        _finish_row(job, token, q_head, load_f32(maxima, r), load_f32(totals, r), sums + 4 * r * wide)
+
+
+@inlined
+def _attend(job: int, index: int, work: int) -> None:
+    """One piece: its queries, its KV head, its run of entries."""
+    piece = load_i64(job, _PIECES) + 8 * _PIECE * index
+    _begin(job, piece, work)
+    while load_i64(work, _ENTRY) < load_i64(work, _LAST):
+        _gather(job, work)
+        _score(job, work)
+        _mask(job, work)
+        _weigh(work)
+        _add_values(job, work)
+    _end(job, piece, work)
+
+
+def task(job: int) -> int:
+    """Does pieces until there is none left."""
+    index = next_piece(job)
+    if index >= 0:
+        memory = malloc(load_i64(job, _SCRATCH) + 64)
+        scratch = (memory + 63) // 64 * 64  # a line of the cache, and a whole vector
+        while index >= 0:
+            _attend(job, index, scratch)
+            piece_done(job)
+            index = next_piece(job)
+        free(memory)
+    release(job)
+    return 0
+
+
+def handler(call: int) -> int:
+    """What XLA calls."""
+    if answers_query(call):
+        return 0
+    job = new_job(_JOB_SIZE)
+    threads = num_threads(call)
+    run_pieces(call, job, _plan(call, job, threads), threads, symbol("jaxpaged_paged_attention_task"))
+    _merge(job)
+    release(job)
+    return 0
