@@ -1,0 +1,503 @@
+"""The kernel of paged attention on Hopper GPUs, and the sizes that it is built for.
+
+Its unit of work is an *item*: up to 64 rows of one KV head, a row being one query head of one query, so that the heads
+that share a KV head share its tile (GQA packing). 64 is the M of a Hopper ``wgmma``. An item walks the pages of its
+sequence in steps of 64 tokens; where there are fewer items than the GPU has room for, the steps of each are split over
+several blocks (split-KV).
+
+A step: ask the copy engine (TMA) for the pages of a step to come, wait for this step's, ``S = q k^T`` on the tensor
+cores, mask, online softmax in float32, ``sum += p v`` on the tensor cores. One warpgroup does all of it; a second block
+on the same multiprocessor works while it waits. Heads above 128 have two warpgroups, which compute the same scores and
+share the columns of the values.
+
+The weights pass through shared memory, although a wgmma could take them from registers, and sums are added to a fresh
+product instead of in place, although a wgmma could accumulate: Pallas' GPU interpreter can do neither, and the kernel
+that is tested on a CPU is the one that ships. ``docs/kernels_gpu.md`` has what that costs.
+
+Sources: FlashAttention-3, arXiv:2407.08608 (wgmma, TMA); Flash-Decoding (split-KV); online softmax, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from jaxpaged.attention.base import NOWHERE, Config
+from jaxpaged.block_table import BlockTable
+
+ROWS = 64
+"""Rows of an item: the M of a wgmma."""
+STEP_TOKENS = 64
+"""Tokens of a step: as many columns of scores as fit 32 registers a thread."""
+_NUM_SMS = 132
+"""Multiprocessors of an H100 or H200."""
+_MAX_SPLITS = 128
+_RING_BYTES = 65_536
+"""Shared memory for keys and values: with it two blocks share a multiprocessor for heads up to 128."""
+_SHARED_MEMORY_BYTES = 232_448
+"""What one block of a Hopper GPU can have."""
+_SHARED_MEMORY_BYTES_PER_SM = 233_472
+_BARRIER_BYTES = 1024
+_REDUCTION_BYTES = 2048
+"""Mosaic's own, for sums across lanes."""
+_LOWEST = -1e30
+"""Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
+_LOG2_E = math.log2(math.e)
+_WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
+"""jax 0.10 wants the index of a load apart from its reference; later versions warn of that."""
+
+
+class Plan(NamedTuple):
+    """The static sizes of one call."""
+
+    single: bool
+    """Whether each sequence has one query at most: an item is then a query."""
+    group: int
+    """Query heads of a KV head: rows of one query."""
+    queries: int
+    """Queries of an item."""
+    num_items: int
+    item_rows: int
+    """Rows that an item has in memory: a whole number of tiles of 8, as copies begin at tiles."""
+    num_splits: int
+    """Parts that the steps of each item are cut into."""
+    page_size: int
+    stages: int
+    """Steps whose pages have room in shared memory: one under computation, the others on their way."""
+    terms: int
+    """Numbers of the pages' dtype that stand for one number of the queries or the weights."""
+    warpgroups: int
+    """Warpgroups of a block; each sums an equal share of the columns of the values."""
+    swizzle: int
+    """Bytes of a row of a tile in shared memory."""
+    shared_memory_bytes: int
+    """Of a block, without barriers."""
+    blocks_per_sm: int
+    """Blocks that can share a multiprocessor."""
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens of a unit, the part of a page that one copy brings: a page, or 64 tokens of a longer one."""
+        return min(self.page_size, STEP_TOKENS)
+
+    @property
+    def units(self) -> int:
+        """Units of a step."""
+        return STEP_TOKENS // self.unit_tokens
+
+    @property
+    def parts(self) -> int:
+        """Units of a page."""
+        return self.page_size // self.unit_tokens
+
+
+def make_plan(
+    num_tokens: int,
+    num_q_heads: int,
+    k_pages_shape: tuple[int, ...],
+    dtype: DTypeLike,
+    q_dtype: DTypeLike,
+    *,
+    max_q_len: int | None,
+    max_seqs: int,
+    max_entries: int,
+) -> Plan:
+    """The sizes of a call on static shapes.
+
+    Raises:
+      NotImplementedError: the kernel cannot serve them; the message says why.
+    """
+    _, num_kv_heads, page_size, head_dim = k_pages_shape
+    dtype, q_dtype = jnp.dtype(dtype), jnp.dtype(q_dtype)
+    group = num_q_heads // num_kv_heads
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"wgmma multiplies pages of bfloat16 or float16 as they lie, not of {dtype.name}"
+        )
+    warpgroups = 1 if head_dim <= 128 else 2
+    if head_dim > 256 or head_dim % (16 * warpgroups):
+        raise NotImplementedError(
+            f"head_dim must be a multiple of 16 up to 128, or of 32 up to 256, for wgmma; it is {head_dim}"
+        )
+    if group > ROWS:
+        raise NotImplementedError(f"{group} query heads of a KV head are more than the {ROWS} rows of a tile")
+    if page_size < 8 or page_size & (page_size - 1):
+        raise NotImplementedError(
+            f"page_size must be a power of two from 8 on, to fill steps; it is {page_size}"
+        )
+    single = num_tokens == 1 or max_q_len == 1
+    queries = 1 if single else ROWS // group
+    num_items = num_tokens if single else min(num_tokens, num_tokens // queries + min(max_seqs, num_tokens))
+    columns = head_dim // warpgroups
+    stage_bytes = STEP_TOKENS * head_dim * dtype.itemsize
+    stages = max(2, min(4, _RING_BYTES // (2 * stage_bytes)))
+    terms = 1 if q_dtype == dtype else 2
+    shared_memory_bytes = (
+        terms * ROWS * (head_dim + warpgroups * STEP_TOKENS) * dtype.itemsize
+        + 2 * stages * stage_bytes
+        + 1024  # lse, in units of 1024 as every buffer
+        + _REDUCTION_BYTES
+    )
+    if shared_memory_bytes + _BARRIER_BYTES > _SHARED_MEMORY_BYTES:
+        raise NotImplementedError(
+            f"{q_dtype.name} queries of {dtype.name} pages and head_dim {head_dim} take {shared_memory_bytes} bytes of "
+            f"shared memory and {_BARRIER_BYTES} for barriers; a block has {_SHARED_MEMORY_BYTES}"
+        )
+    # 255 registers a thread let 256 threads onto a multiprocessor.
+    blocks_per_sm = max(
+        1, min(2 // warpgroups, _SHARED_MEMORY_BYTES_PER_SM // (shared_memory_bytes + _BARRIER_BYTES))
+    )
+    steps = -(-max_entries * page_size // STEP_TOKENS)
+    num_splits = _NUM_SMS * blocks_per_sm // (num_items * num_kv_heads)
+    return Plan(
+        single=single,
+        group=group,
+        queries=queries,
+        num_items=num_items,
+        item_rows=-(-group // 8) * 8 if single else ROWS,
+        num_splits=max(1, min(num_splits, steps, _MAX_SPLITS)),
+        page_size=page_size,
+        stages=stages,
+        terms=terms,
+        warpgroups=warpgroups,
+        swizzle=next(s for s in (128, 64, 32) if columns % (s // dtype.itemsize) == 0),
+        shared_memory_bytes=shared_memory_bytes,
+        blocks_per_sm=blocks_per_sm,
+    )
+
+
+def split_terms(x: Array, dtype: DTypeLike, terms: int) -> list[Array]:
+    """``terms`` arrays of a shorter dtype that add up to x."""
+    parts = [x.astype(dtype)]
+    for _ in range(terms - 1):
+        x = x.astype(jnp.float32) - parts[-1].astype(jnp.float32)
+        parts.append(x.astype(dtype))
+    return parts
+
+
+def attend(
+    tiles: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    items: Array,
+    row_positions: Array,
+    turns: Array | None,
+    config: Config,
+    plan: Plan,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """Runs the kernel.
+
+    Args:
+      tiles: [terms, KV, I * item_rows + 64, D] in the pages' dtype, the queries; with ``turns``
+        [2 * terms, KV, ...], behind them the queries turned by 90 degrees.
+      k_pages, v_pages: [N, KV, page_size, D].
+      items: i32[I, 4], of each item its sequence, first unit, the unit behind its last, and the frame of its queries.
+      row_positions: i32[I, 64], position of each row; -1 where there is none.
+      turns: i32[D], turns a position of each dimension in units of 2**-32; None where no key was ever shifted.
+      interpret: as ``plgpu.kernel`` has it.
+
+    Returns:
+      ``(out f32[splits, I, KV, item_rows, D], lse f32[splits, I, KV, 64])``, lse in base 2, -inf for a row or a split
+      that saw nothing; its out is then undefined.
+    """
+    num_kv_heads, _, head_dim = k_pages.shape[1:]
+    dtype = k_pages.dtype
+    columns = head_dim // plan.warpgroups
+    width = plan.swizzle // dtype.itemsize
+    tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(plan.swizzle))
+    out_width = plan.swizzle // 4
+    out_tiled = (plgpu.TilingTransform((8, out_width)), plgpu.SwizzleTransform(plan.swizzle))
+    scratch: dict[str, Any] = {
+        "q": plgpu.SMEM((plan.terms, ROWS, head_dim), dtype, transforms=tiled),
+        "p": plgpu.SMEM((plan.warpgroups, plan.terms, ROWS, STEP_TOKENS), dtype, transforms=tiled),
+        "v": plgpu.SMEM((plan.stages, plan.warpgroups, STEP_TOKENS, columns), dtype, transforms=tiled),
+        # The result lies where keys lay: all of them are read by then.
+        "k_or_out": plgpu.RefUnion(
+            plgpu.SMEM((plan.stages, STEP_TOKENS, head_dim), dtype, transforms=tiled),
+            plgpu.SMEM((plan.warpgroups, ROWS, columns), jnp.float32, transforms=out_tiled),
+        ),
+        "lse": plgpu.SMEM((ROWS,), jnp.float32),
+        "q_barrier": plgpu.Barrier(num_arrivals=plan.terms),
+        "k_barrier": plgpu.Barrier(num_arrivals=plan.units, num_barriers=plan.stages),
+        "v_barrier": plgpu.Barrier(num_arrivals=plan.units * plan.warpgroups, num_barriers=plan.stages),
+        "all_barrier": plgpu.Barrier(num_arrivals=plan.warpgroups),
+    }
+    body = functools.partial(_attend_item, config=config, plan=plan, has_rope=turns is not None)
+    shape = (plan.num_splits, plan.num_items, num_kv_heads)
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((*shape, plan.item_rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, ROWS), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(plan.num_items, num_kv_heads, plan.num_splits),
+        grid_names=("item", "kv_head", "split"),
+        num_threads=plan.warpgroups,
+        thread_name="warpgroup",
+        kernel_name="paged_attention",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )
+    entries = table.pages, table.first_slot, table.num_tokens, table.position, table.rotation
+    return kernel(
+        tiles, k_pages, v_pages, items, row_positions, *entries, *(() if turns is None else (turns,))
+    )
+
+
+def _load(ref: Any, layout: Any) -> Array:
+    """A reference's content in registers, from shared or from global memory."""
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
+
+
+def _chunks(size: int, width: int) -> list[Any]:
+    """Slices of at most ``width`` that make up ``size``."""
+    return [pl.ds(start, min(width, size - start)) for start in range(0, size, width)]
+
+
+def _attend_item(
+    tiles: Any,
+    k_pages: Any,
+    v_pages: Any,
+    items: Any,
+    row_positions: Any,
+    pages: Any,
+    first_slots: Any,
+    counts: Any,
+    positions: Any,
+    rotations: Any,
+    *refs: Any,
+    q: Any,
+    p: Any,
+    v: Any,
+    k_or_out: Any,
+    lse: Any,
+    q_barrier: Any,
+    k_barrier: Any,
+    v_barrier: Any,
+    all_barrier: Any,
+    config: Config,
+    plan: Plan,
+    has_rope: bool,
+) -> None:
+    """One item, one KV head, one split; the body of the kernel. Arguments are references."""
+    *turns, out_gmem, lse_gmem = refs
+    k, out = k_or_out
+    item, kv_head, split, warpgroup = (
+        lax.axis_index(name) for name in ("item", "kv_head", "split", "warpgroup")
+    )
+    leads = warpgroup == 0
+    head_dim, dtype = q.shape[-1], q.dtype
+    wgmma, rows_of, columns_of = (
+        plgpu.Layout.WGMMA,
+        plgpu.Layout.WGMMA.reduce(1),
+        plgpu.Layout.WGMMA.reduce(0),
+    )
+    columns = head_dim // plan.warpgroups
+
+    sequence, begin, end, frame = (items[item, i] for i in range(4))
+    rows = pl.ds(item * plan.item_rows, ROWS)
+    steps = lax.div(end - begin + (plan.units - 1), plan.units)
+    share = lax.div(steps + (plan.num_splits - 1), plan.num_splits)
+    first_step = split * share
+    num_steps = jnp.minimum(first_step + share, steps) - first_step
+
+    def unit_of(step: Array, j: int) -> Array:
+        return begin + (first_step + step) * plan.units + j
+
+    def load_step(step: Array) -> None:
+        """Starts the copies of a step's units. What a unit is in memory is known here alone."""
+        slot = lax.rem(step, plan.stages)
+        for j in range(plan.units):
+            # Behind the last unit it is read once more, out of the cache, and masked: no copy has a condition.
+            unit = jnp.minimum(unit_of(step, j), end - 1)
+            page = pages[sequence, lax.div(unit, plan.parts)]
+            source = page, kv_head, pl.ds(lax.rem(unit, plan.parts) * plan.unit_tokens, plan.unit_tokens)
+            target = slot, pl.ds(j * plan.unit_tokens, plan.unit_tokens)
+            plgpu.copy_gmem_to_smem(k_pages.at[source], k.at[target], k_barrier.at[slot])
+            for part in range(plan.warpgroups):
+                half = *source, pl.ds(part * columns, columns)
+                plgpu.copy_gmem_to_smem(v_pages.at[half], v.at[slot, part, target[1]], v_barrier.at[slot])
+
+    def join() -> None:
+        """Waits until every warpgroup of the block is here."""
+        if plan.warpgroups > 1:
+            plgpu.barrier_arrive(all_barrier)
+            plgpu.barrier_wait(all_barrier)
+
+    def turn_queries(angle: Array) -> None:
+        """Replaces the queries by those turned by ``angle`` positions."""
+        join()  # the queries' readers are done
+        for i, chunk in enumerate(_chunks(head_dim, 64)):
+
+            def load(first: int, chunk: Any = chunk) -> Array:
+                # Seldom needed: straight from global memory, for want of room for a second tile.
+                terms = [
+                    _load(tiles.at[first + term, kv_head, rows, chunk], wgmma).astype(jnp.float32)
+                    for term in range(plan.terms)
+                ]
+                return functools.reduce(jnp.add, terms)
+
+            @pl.when(warpgroup == i % plan.warpgroups)
+            def _(chunk: Any = chunk, load: Any = load) -> None:
+                straight, across = load(0), load(plan.terms)
+                turn = _load(turns[0].at[chunk], columns_of) * angle
+                radians = turn.astype(jnp.float32) * (2 * math.pi / 2**32)
+                cos, sin = (lax.broadcast_in_dim(f(radians), straight.shape, [1]) for f in (jnp.cos, jnp.sin))
+                for term, part in enumerate(split_terms(straight * cos + across * sin, dtype, plan.terms)):
+                    q[term, :, chunk] = part
+
+        plgpu.commit_smem()
+        join()
+
+    def multiply_keys(slot: Array) -> Array:
+        def product(acc: Any) -> Array:
+            for term in range(plan.terms):
+                plgpu.wgmma(acc, q.at[term], k.at[slot].transpose((1, 0)))
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, STEP_TOKENS), jnp.float32))
+
+    def multiply_turned_keys(step: Array, slot: Array, turned: Array) -> tuple[Array, Array]:
+        """Scores of units that may be of several frames; ``turned`` is the frame that the queries are turned to."""
+        rotation = [
+            rotations[sequence, lax.div(jnp.minimum(unit_of(step, j), end - 1), plan.parts)]
+            for j in range(plan.units)
+        ]
+        uniform = functools.reduce(jnp.logical_and, [r == rotation[0] for r in rotation])
+        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, STEP_TOKENS), 1, layout=wgmma)
+
+        def attend_unit(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            scores, turned = carry
+            target = rotation[0]
+            for i in range(1, plan.units):
+                target = jnp.where(j == i, rotation[i], target)
+            pl.when(target != turned)(lambda: turn_queries(target - frame))
+            return jnp.where(column >= j * plan.unit_tokens, multiply_keys(slot), scores), target
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, STEP_TOKENS), jnp.float32), wgmma)
+        return lax.fori_loop(0, jnp.where(uniform, 1, plan.units), attend_unit, (zeros, turned))
+
+    @pl.when((num_steps > 0) & leads)
+    def _() -> None:
+        for step in range(plan.stages - 1):
+            pl.when(step < num_steps)(functools.partial(load_step, jnp.int32(step)))
+        for term in range(plan.terms):
+            plgpu.copy_gmem_to_smem(tiles.at[term, kv_head, rows], q.at[term], q_barrier)
+
+    pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(q_barrier))
+
+    row_position = _load(row_positions.at[item], rows_of)
+
+    def attend_step(step: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        turned, maximum, denominator, weighted = carry
+        slot = lax.rem(step, plan.stages)
+        ahead = step + (plan.stages - 1)
+        join()  # the last step's pages are read, and make room
+        pl.when((ahead < num_steps) & leads)(functools.partial(load_step, ahead))
+
+        # Which columns of the step are tokens, lower <= column < upper, and at which positions.
+        spans = []
+        for j in range(plan.units):
+            unit = unit_of(step, j)
+            entry = lax.div(jnp.minimum(unit, end - 1), plan.parts)
+            # Slots of the entry's page, counted from the first column of the step.
+            first = (
+                first_slots[sequence, entry]
+                - lax.rem(unit, plan.parts) * plan.unit_tokens
+                + j * plan.unit_tokens
+            )
+            lower = jnp.maximum(first, j * plan.unit_tokens)
+            upper = jnp.minimum(first + counts[sequence, entry], (j + 1) * plan.unit_tokens)
+            spans.append((lower, jnp.where(unit < end, upper, lower), positions[sequence, entry] - first))
+        column = plgpu.broadcasted_iota(jnp.int32, (STEP_TOKENS,), 0, layout=columns_of)
+        key_position = jnp.full_like(column, NOWHERE)
+        for lower, upper, offset in spans:
+            key_position = jnp.where((column >= lower) & (column < upper), column + offset, key_position)
+
+        plgpu.barrier_wait(k_barrier.at[slot])
+        if has_rope:
+            scores, turned = multiply_turned_keys(step, slot, turned)
+        else:
+            scores = multiply_keys(slot)
+        if config.soft_cap is None:
+            scores *= config.scale * _LOG2_E
+        else:
+            # tanh(x) = 1 - 2 / (1 + exp(2 x)): the GPU's own tanh is right to 11 bits.
+            exponential = jnp.exp2(scores * (2 * config.scale / config.soft_cap * _LOG2_E))
+            scores = (config.soft_cap * _LOG2_E) * (1 - 2 / (1 + exponential))
+        key = lax.broadcast_in_dim(key_position, scores.shape, [1])
+        row = lax.broadcast_in_dim(row_position, scores.shape, [0])
+        visible = key <= row
+        if config.window is not None:
+            visible &= key > row - config.window
+        scores = jnp.where(visible, scores, -jnp.inf)
+
+        new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+        rescale = jnp.exp2(maximum - new_maximum)
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+        denominator = denominator * rescale + weights.sum(axis=1)
+        for term, part in enumerate(split_terms(weights, dtype, plan.terms)):
+            p[warpgroup, term] = part
+        plgpu.barrier_wait(v_barrier.at[slot])
+
+        @pl.when(functools.reduce(jnp.logical_or, [u - low < plan.unit_tokens for low, u, _ in spans]))
+        def _() -> None:
+            # A weight of zero does not undo a NaN.
+            token = plgpu.broadcasted_iota(jnp.int32, (STEP_TOKENS,), 0, layout=rows_of)
+            live = functools.reduce(jnp.logical_or, [(token >= low) & (token < u) for low, u, _ in spans])
+            for chunk in _chunks(columns, 64):
+                values = _load(v.at[slot, warpgroup, :, chunk], wgmma)
+                v[slot, warpgroup, :, chunk] = jnp.where(
+                    lax.broadcast_in_dim(live, values.shape, [0]), values, 0
+                )
+
+        plgpu.commit_smem()
+
+        def product(acc: Any) -> Array:
+            for term in range(plan.terms):
+                plgpu.wgmma(acc, p.at[warpgroup, term], v.at[slot, warpgroup])
+            return acc[...]
+
+        added = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
+        weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0]) + added
+        return turned, new_maximum, denominator, weighted
+
+    nothing = (
+        frame,
+        plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), rows_of),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), rows_of),
+        plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), wgmma),
+    )
+    _, maximum, denominator, weighted = lax.fori_loop(0, num_steps, attend_step, nothing)
+    seen = denominator > 0
+    safe = jnp.where(seen, denominator, 1)
+
+    @pl.when(leads)
+    def _() -> None:
+        lse[...] = jnp.where(seen, maximum + jnp.log2(safe), -jnp.inf)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(lse, lse_gmem.at[split, item, kv_head])
+
+    @pl.when(num_steps > 0)
+    def _() -> None:
+        join()  # the keys, whose place the result takes, are read
+        out[warpgroup] = weighted / lax.broadcast_in_dim(safe, weighted.shape, [0])
+        plgpu.commit_smem()
+        written = pl.ds(0, plan.item_rows)
+        target = out_gmem.at[split, item, kv_head, :, pl.ds(warpgroup * columns, columns)]
+        plgpu.copy_smem_to_gmem(out.at[warpgroup, written], target)
+
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,271 @@
+"""Paged attention on Hopper GPUs, in Pallas' Mosaic GPU dialect: the work around the kernel of ``gpu_kernel.py``.
+
+XLA cuts the queries of a step into items, lays them out in tiles of rows, finds the entries that each item sees, and
+afterwards joins the parts of the items. All of that has the size of the step's queries and of a row of the table; no
+key and no value is touched outside the kernel.
+
+Sources: PagedAttention, arXiv:2309.06180; the merge of parts, Flash-Decoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxpaged.attention.base import Config
+from jaxpaged.attention.gpu_kernel import ROWS, STEP_TOKENS, Plan, attend, make_plan, split_terms
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+from jaxpaged.rope import Rope
+
+_LOG2_E = math.log2(math.e)
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    config: Config,
+    sinks: Array | None,
+    rope: Rope | None,
+    *,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
+
+    Queries of the pages' dtype are multiplied as they are, and weights are rounded to it, as in FlashAttention. Other
+    queries and their weights become two terms of that dtype each, which keeps 16 bits and more of them, for one more
+    pass over the tensor cores.
+
+    Args:
+      interpret: ``plgpu.InterpretGPUParams()`` runs the kernel on a CPU (jax 0.11.2 and later).
+
+    Raises:
+      NotImplementedError: pages, heads, queries or a GPU that the kernel is not written for; the message says why.
+    """
+    if interpret is None:
+        _check_device()
+    tokens, num_q_heads, head_dim = q.shape
+    plan = make_plan(
+        tokens,
+        num_q_heads,
+        k_pages.shape,
+        k_pages.dtype,
+        q.dtype,
+        max_q_len=batch.max_q_len,
+        max_seqs=table.max_seqs,
+        max_entries=table.max_entries,
+    )
+    items, row_positions, first, place = _make_items(table, batch, config, plan)
+    parts, turns = [q], None
+    if rope is not None:
+        # Queries of one item are turned to one frame here, its first query's; nearly always it is theirs already.
+        own = batch.rope_positions - batch.position
+        cos, sin = rope.cos_sin(items[place[0], _FRAME] - own)
+        q = rope.turn(q, cos[:, None], sin[:, None])
+        parts, turns = [q, _quarter_turn(rope, q)], _turns_by_dimension(rope, head_dim)
+    tiles = jnp.concatenate([_pack_queries(x, first, plan, k_pages.dtype) for x in parts])
+    out, lse = attend(tiles, k_pages, v_pages, table, items, row_positions, turns, config, plan, interpret)
+    return _merge(out, lse, place, batch, sinks, plan)
+
+
+def describe(
+    q_shape: tuple[int, int, int],
+    k_pages_shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    max_q_len: int | None,
+    max_seqs: int,
+    max_entries: int,
+    *,
+    q_dtype: DTypeLike | None = None,
+    live_tokens: int = 0,
+) -> dict[str, Any]:
+    """What a call on these shapes does, in numbers.
+
+    Args:
+      q_shape: ``(T, Hq, D)``.
+      k_pages_shape: ``(N, KV, page_size, D)``.
+      dtype: of the pages; ``q_dtype``: of the queries, that of the pages if left out.
+      max_q_len: as ``Batch`` has it.
+      max_seqs, max_entries: S and P of the table.
+      live_tokens: tokens that the sequences of the step hold together.
+
+    Returns:
+      Names and numbers: the sizes of ``Plan``, ``blocks`` of the grid, ``shared_memory_bytes`` of a block,
+      ``blocks_per_sm``, and of one layer's step ``kv_bytes`` (every live key and value once), ``q_bytes`` (tiles
+      written and read) and ``out_bytes`` (parts written and read, result written).
+
+    Raises:
+      NotImplementedError: the kernel cannot serve them.
+    """
+    tokens, num_q_heads, head_dim = q_shape
+    num_kv_heads = k_pages_shape[1]
+    q_dtype = dtype if q_dtype is None else q_dtype
+    plan = make_plan(
+        tokens,
+        num_q_heads,
+        k_pages_shape,
+        dtype,
+        q_dtype,
+        max_q_len=max_q_len,
+        max_seqs=max_seqs,
+        max_entries=max_entries,
+    )
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = plan.num_items * plan.item_rows * num_kv_heads
+    return {
+        "implementation": "mosaic_gpu",
+        "mode": "one query a sequence" if plan.single else "ragged",
+        "queries_per_item": plan.queries,
+        "step_tokens": STEP_TOKENS,
+        "stages": plan.stages,
+        "splits": plan.num_splits,
+        "blocks": plan.num_items * num_kv_heads * plan.num_splits,
+        "warpgroups": plan.warpgroups,
+        "terms": plan.terms,
+        "shared_memory_bytes": plan.shared_memory_bytes,
+        "blocks_per_sm": plan.blocks_per_sm,
+        "kv_bytes": 2 * num_kv_heads * head_dim * itemsize * live_tokens,
+        "q_bytes": 2 * rows * plan.terms * head_dim * itemsize,
+        "out_bytes": 4 * (2 * rows * plan.num_splits * head_dim + tokens * num_q_heads * head_dim),
+    }
+
+
+def _check_device() -> None:
+    """Looks at the GPU that is here, if there is one; without, the program is compiled for another machine.
+
+    Raises:
+      NotImplementedError: it is no Hopper.
+    """
+    if jax.default_backend() == "gpu" and (found := jax.devices()[0].compute_capability) != "9.0":
+        raise NotImplementedError(
+            f"wgmma is Hopper's, compute capability 9.0; this GPU has compute capability {found}"
+        )
+
+
+_SEQUENCE, _BEGIN, _END, _FRAME = range(4)
+
+
+def _make_items(
+    table: BlockTable, batch: Batch, config: Config, plan: Plan
+) -> tuple[Array, Array, Array, tuple[Array, Array]]:
+    """Cuts the queries of a step into items.
+
+    Returns:
+      ``(items i32[I, 4], row_positions i32[I, 64], first i32[I], (item i32[T], row i32[T]))``: of each item its
+      sequence, the first unit that it sees, the one behind the last, and its frame; the position of each of its rows,
+      -1 where there is none; its first query; and where each query of the step is found.
+    """
+    tokens, max_seqs = batch.num_tokens, batch.max_seqs
+    item = jnp.arange(plan.num_items, dtype=jnp.int32)
+    if plan.single:
+        sequence, first = jnp.minimum(batch.sequence, max_seqs - 1), item
+        count = batch.valid.astype(jnp.int32)
+        place = item, jnp.zeros_like(item)
+    else:
+        blocks = -(-batch.q_lens // plan.queries)
+        ends = jnp.cumsum(blocks, dtype=jnp.int32)
+        starts = ends - blocks
+        sequence = jnp.sum(ends <= item[:, None], axis=1, dtype=jnp.int32)  # S where there is no more item
+        exists, sequence = sequence < max_seqs, jnp.minimum(sequence, max_seqs - 1)
+        first = batch.cu_q_lens[sequence] + plan.queries * (item - starts[sequence])
+        count = jnp.where(exists, jnp.minimum(batch.cu_q_lens[sequence + 1] - first, plan.queries), 0)
+        first = jnp.clip(first, 0, tokens - 1)
+        owner = jnp.minimum(batch.sequence, max_seqs - 1)
+        offset = jnp.arange(tokens, dtype=jnp.int32) - batch.cu_q_lens[owner]
+        place = (
+            jnp.clip(starts[owner] + offset // plan.queries, 0, plan.num_items - 1),
+            offset % plan.queries * plan.group,
+        )
+    query = jnp.arange(ROWS, dtype=jnp.int32) // plan.group
+    row_positions = jnp.where(
+        query < count[:, None], batch.position[jnp.minimum(first[:, None] + query, tokens - 1)], -1
+    )
+
+    # The entries that some row sees.
+    live = jnp.arange(table.max_entries) < table.num_entries[sequence][:, None]
+    position = table.position[sequence]
+    end = jnp.sum(live & (position <= row_positions.max(1)[:, None]), axis=1, dtype=jnp.int32)
+    begin = jnp.zeros_like(end)
+    if config.window is not None:
+        low = batch.position[first] - config.window + 1
+        gone = live & (position + table.num_tokens[sequence] <= low[:, None])
+        begin = jnp.minimum(jnp.sum(gone, axis=1, dtype=jnp.int32), end)
+    frame = batch.rope_positions[first] - batch.position[first]
+    items = jnp.stack([sequence, begin * plan.parts, end * plan.parts, frame], axis=1)
+    return items, row_positions, first, place
+
+
+def _pack_queries(q: Array, first: Array, plan: Plan, dtype: DTypeLike) -> Array:
+    """``[terms, KV, I * item_rows + 64, D]`` of ``q [T, Hq, D]``: the rows of an item lie together, a query's heads
+    side by side, and behind every item there are the 64 rows that one copy brings."""
+    tokens, num_q_heads, head_dim = q.shape
+    q = q.reshape(tokens, num_q_heads // plan.group, plan.group, head_dim)
+    if plan.single:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.item_rows - plan.group), (0, 0)))
+        rows = q.swapaxes(0, 1).reshape(q.shape[1], -1, head_dim)
+    else:
+        row = jnp.arange(ROWS)
+        token = jnp.minimum(first[:, None] + row // plan.group, tokens - 1)
+        # Indices on both sides of a slice: [I, 64, KV, D].
+        rows = q[token, :, row % plan.group].reshape(-1, q.shape[1], head_dim).swapaxes(0, 1)
+    rows = jnp.pad(rows, ((0, 0), (0, ROWS), (0, 0)))
+    return jnp.stack(split_terms(rows, dtype, plan.terms))
+
+
+def _quarter_turn(rope: Rope, q: Array) -> Array:
+    """q with each pair turned by 90 degrees and 0 behind them: to turn by an angle is then
+    ``cos * q + sin * quarter_turn(q)``, each dimension by itself."""
+    one = jnp.ones(rope.turns.shape, jnp.float32)
+    turned = rope.turn(q, 0 * one, one)
+    return jnp.where(jnp.arange(q.shape[-1]) < rope.rotary_dim, turned, 0).astype(q.dtype)
+
+
+def _turns_by_dimension(rope: Rope, head_dim: int) -> Array:
+    """i32[D]: the turns of each dimension, in units of 2**-32; 0 where it has none."""
+    turns = lax.bitcast_convert_type(rope.turns, jnp.int32)
+    turns = jnp.repeat(turns, 2) if rope.interleaved else jnp.tile(turns, 2)
+    return jnp.pad(turns, (0, head_dim - rope.rotary_dim))
+
+
+def _merge(
+    out: Array, lse: Array, place: tuple[Array, Array], batch: Batch, sinks: Array | None, plan: Plan
+) -> tuple[Array, Array]:
+    """Joins the splits of each item and brings its rows to their queries.
+
+    Args:
+      out: f32[splits, I, KV, item_rows, D], undefined where nothing was seen.
+      lse: f32[splits, I, KV, 64], in base 2; -inf where nothing was seen.
+      place: item and row of each query.
+    """
+    item, row = place
+    # To [T, group, splits, KV] and [T, group, splits, KV, D].
+    if plan.single:
+        lse = lse[..., : plan.group].transpose(1, 3, 0, 2)
+        out = out[:, :, :, : plan.group].transpose(1, 3, 0, 2, 4)
+    else:
+        rows = row[:, None] + jnp.arange(plan.group)
+        out, lse = (x[:, item[:, None], :, rows] for x in (out, lse))
+    valid = batch.valid[:, None, None]
+    lse = jnp.where(valid[..., None], lse, -jnp.inf)
+    highest = lse.max(2)
+    sink = jnp.full((), -jnp.inf)
+    if sinks is not None:
+        sink = jnp.where(valid, sinks.astype(jnp.float32).reshape(-1, plan.group).T * _LOG2_E, -jnp.inf)
+        highest = jnp.maximum(highest, sink)
+    base = jnp.where(jnp.isneginf(highest), 0, highest)
+    weights = jnp.exp2(lse - base[:, :, None])
+    total = weights.sum(2) + jnp.exp2(sink - base)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1)
+    share = (weights / safe[:, :, None])[..., None]
+    out = jnp.sum(jnp.where(share > 0, share * out, 0), axis=2).swapaxes(1, 2)
+    lse = jnp.where(seen, (base + jnp.log2(safe)) / _LOG2_E, -jnp.inf).swapaxes(1, 2)
+    return out.reshape(out.shape[0], -1, out.shape[-1]), lse.reshape(lse.shape[0], -1)
