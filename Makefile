@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo test lint format types contracts check peers test-newest train-tiny bench clean
+.PHONY: help demo test lint format types contracts check peers test-newest test-kernels train-tiny bench bench-attention compile-check clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The peers' torch. This name takes a CPU build where pip is offered one.
@@ -13,14 +13,14 @@ TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # What is built on the core, or compiles for minutes, is tested with one jax alone.
-NOT_CORE := $(addprefix --ignore=tests/,model app test_generation.py test_beams.py test_lookup.py test_snapshots.py test_page_map.py)
+NOT_CORE := $(addprefix --ignore=tests/,model app test_generation.py test_beams.py test_lookup.py test_snapshots.py test_page_map.py test_tpu_scripts.py)
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s%s\n", $$1, $$2 }'
 
 demo: .venv/.extra-model ## Generate text with the embedded model
 	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --temp 0.6 --seed 9 $(ARGS)
@@ -65,11 +65,21 @@ test-newest: ## Run the core's tests on the newest jax, where there is a Python 
 	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(NOT_CORE) $(ARGS)
 
+test-kernels: ## Every case of the kernels' conformance, in their interpreters; minutes
+	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test ARGS="tests/attention $(ARGS)"
+	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test-newest ARGS="tests/attention $(ARGS)"
+
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m model.tiny.train $(ARGS)
 
 bench: .venv/.extra-model ## Measure speed and memory
 	.venv/bin/jaxpaged bench $(ARGS)
+
+bench-attention: .venv/.extra-model ## Measure attention against the memory's bandwidth
+	.venv/bin/python -m tpu_scripts.bench_paged_attention $(ARGS)
+
+compile-check: .venv/.extra-model ## Compile the TPU and GPU kernels without a TPU or GPU
+	.venv/bin/python -m tpu_scripts.compile_check $(ARGS)
 
 clean: ## Remove the environments and everything built
 	rm -rf .venv .venv-peers .venv-newest build dist

@@ -18,9 +18,10 @@ from jaxpaged import allocator as pages_of
 from jaxpaged import block_table as tables
 from jaxpaged import sequences as seqs
 from jaxpaged.attention import paged_attention
+from jaxpaged.attention.api import default_platform
 from jaxpaged.batch import Batch, pack
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import PageFormat, check_page_size, page_format
+from jaxpaged.page_format import LANES, PageFormat, check_page_size, page_format
 from jaxpaged.rope import Rope
 from jaxpaged.sequences import Sequences
 
@@ -43,7 +44,7 @@ class PagedKVCache(Sequences):
     """
 
     k_pages: tuple[Array, ...]
-    """L arrays ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype."""
+    """L arrays ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as its layout has them."""
     v_pages: tuple[Array, ...]
     """As ``k_pages``."""
     page_size: int = field(metadata={"static": True})
@@ -61,6 +62,7 @@ class PagedKVCache(Sequences):
         page_size: int = 32,
         max_entries: int | None = None,
         dtype: str = "f32",
+        layout: str | None = None,
     ) -> PagedKVCache:
         """An empty cache.
 
@@ -73,6 +75,9 @@ class PagedKVCache(Sequences):
           page_size: tokens a page holds, a power of two from 8 to 256.
           max_entries: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
           dtype: name of the page format: "f32", "bf16" or "f16".
+          layout: "plain" pages, or rows that fill the "lanes" of a TPU (``page_format.LanePageFormat``), which differ
+            where head_dim is no multiple of 128. Default: lanes where JAX computes on a TPU and a page fills a row of
+            them, plain elsewhere.
 
         Raises:
           ValueError: a size is impossible; the message names it and what is allowed.
@@ -85,6 +90,11 @@ class PagedKVCache(Sequences):
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         storage = page_format(dtype)
+        if layout not in (None, "plain", "lanes"):
+            raise ValueError(f'layout must be "plain" or "lanes", got {layout!r}')
+        fills_a_row = page_size * head_dim >= LANES
+        if layout == "lanes" or (layout is None and fills_a_row and default_platform() == "tpu"):
+            storage = storage.on_lanes(head_dim)
         shape = (num_pages, num_kv_heads, check_page_size(page_size), head_dim)
         return cls(
             pages_of.create(num_pages),
@@ -107,8 +117,7 @@ class PagedKVCache(Sequences):
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page: keys and values, all layers."""
-        _, heads, size, dim = self.k_pages[0].shape
-        return 2 * self.num_layers * self.format.bytes_per_page(heads, size, dim)
+        return sum(x.size * x.dtype.itemsize for x in self.k_pages + self.v_pages) // self.num_pages
 
     def attend(
         self,

@@ -2,6 +2,10 @@
 
 A format makes the page arrays, writes rows into them and reads pages back; nothing else in the project looks
 inside a page array. Formats with one number a value are here; block-quantized ones keep their scales beside the values.
+
+A page array is plain, ``[num_pages, num_kv_heads, page_size, head_dim]``, or it fills the lanes of a TPU: rows of 128
+numbers, in which short heads lie side by side and odd ones are padded (``LanePageFormat``). Attention tells which from
+the last axis and the heads that it is asked about (``tokens_per_row``).
 """
 
 from __future__ import annotations
@@ -14,6 +18,28 @@ from jax import Array
 from jax.typing import DTypeLike
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 256
+LANES = 128
+"""Numbers in a row of a TPU's tile. XLA pads rows to it, or lays pages out across it to save the padding."""
+
+
+def lane_width(head_dim: int) -> int:
+    """Numbers in a row of lanes that holds heads of ``head_dim``."""
+    return -(-head_dim // LANES) * LANES
+
+
+def tokens_per_row(width: int, head_dim: int) -> int:
+    """How many tokens lie side by side in a row of ``width`` numbers of a page array."""
+    return 1 if width % head_dim else width // head_dim
+
+
+def token_rows(pages: Array, head_dim: int) -> Array:
+    """``pages [..., rows, width]`` of any layout as ``[..., page_size, head_dim]``.
+
+    The bytes of plain pages and of packed ones are the same; where padding is cut off, it is copied.
+    """
+    if pages.shape[-1] % head_dim:
+        return pages[..., :head_dim]
+    return pages.reshape(*pages.shape[:-2], -1, head_dim)
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,85 @@ class PageFormat:
     def gather(self, pages: Array, page: Array, slot: Array, target: Array) -> Array:
         """Fills page ``target i32[]`` with the rows at ``(page i32[page_size], slot i32[page_size])``, read before."""
         return pages.at[target].set(pages[page, :, slot].swapaxes(0, 1))
+
+    def on_lanes(self, head_dim: int) -> PageFormat:
+        """This format with rows of 128 numbers; itself, where heads fill them as they are."""
+        return self if head_dim % LANES == 0 else LanePageFormat(self.name, self.dtype, head_dim)
+
+
+@dataclass(frozen=True)
+class LanePageFormat(PageFormat):
+    """Pages of plain numbers in rows that fill a TPU's lanes, ``[num_pages, num_kv_heads, rows, width]``.
+
+    Where head_dim divides 128, ``128 / head_dim`` consecutive tokens of a head share a row of 128: the bytes of a plain
+    page. Other heads are padded with zeros to the next multiple of 128. A TPU's memory is tiled in rows of 128: of
+    narrower ones XLA makes arrays whose minor axis is the pages', which a kernel could read only after a copy of the
+    pool.
+    """
+
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return lane_width(self.head_dim)
+
+    @property
+    def packed(self) -> int:
+        """Tokens in a row."""
+        return tokens_per_row(self.width, self.head_dim)
+
+    def bytes_per_page(self, num_kv_heads: int, page_size: int, head_dim: int) -> int:
+        return super().bytes_per_page(num_kv_heads, -(-page_size // self.packed), self.width)
+
+    def create(self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int) -> Array:
+        """Zeroed pages.
+
+        Raises:
+          ValueError: the page has fewer tokens than a row, or heads are not those that the format was made for.
+        """
+        if head_dim != self.head_dim:
+            raise ValueError(f"head_dim is {head_dim}, the pages are laid out for {self.head_dim}")
+        if page_size < self.packed:
+            raise ValueError(
+                f"a row of {self.width} numbers holds {self.packed} tokens of head_dim {head_dim}, "
+                f"page_size must be at least that, got {page_size}"
+            )
+        return super().create(num_pages, num_kv_heads, page_size // self.packed, self.width)
+
+    def write(self, pages: Array, page: Array, slot: Array, rows: Array) -> Array:
+        if self.packed == 1:
+            return super().write(pages, page, slot, self._padded(rows))
+        # One pass for each place in a row, so that no two tokens of a pass share one: whole rows are read, changed in
+        # that place and written. They are rows of one matrix, because XLA:TPU turns the whole pool around to scatter
+        # into its third axis after it gathered from it.
+        num_pages, num_kv_heads, page_rows, width = pages.shape
+        index = (page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)) * page_rows
+        index += (slot // self.packed)[:, None]
+        new = jnp.tile(rows, self.packed).reshape(-1, width).astype(self.dtype)
+        place_of_lane = jnp.arange(width) // self.head_dim
+        flat = pages.reshape(-1, width)
+        for place in range(self.packed):
+            here = (page < num_pages) & (slot % self.packed == place)
+            at = jnp.where(here[:, None], index, len(flat)).reshape(-1)
+            old = flat.at[at].get(mode="clip")
+            flat = flat.at[at].set(jnp.where(place_of_lane == place, new, old), mode="drop")
+        return flat.reshape(pages.shape)
+
+    def read(self, pages: Array, page: Array, slot: Array) -> Array:
+        rows = pages[page, :, slot // self.packed]
+        if self.packed == 1:
+            return rows[..., : self.head_dim]
+        parts = rows.reshape(*rows.shape[:-1], self.packed, self.head_dim)
+        part = (slot % self.packed)[:, None, None, None]
+        return jnp.take_along_axis(parts, part, axis=2)[:, :, 0]
+
+    def gather(self, pages: Array, page: Array, slot: Array, target: Array) -> Array:
+        rows = self._padded(self.read(pages, page, slot)).swapaxes(0, 1)
+        return pages.at[target].set(rows.reshape(pages.shape[1:]))
+
+    def _padded(self, rows: Array) -> Array:
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, self.width // self.packed - self.head_dim)))
 
 
 PAGE_FORMATS = {

@@ -1,6 +1,6 @@
 """Tokens a second, paged against contiguous, over batch sizes and live contexts.
 
-    python tpu_scripts/bench_paged_vs_contiguous.py
+    python -m tpu_scripts.bench_paged_vs_contiguous
 
 Both caches run the same model in one process, in turns, so that a machine's changing speed hits both alike. The context
 is filled by reserving slots over random keys and values, which costs no forward pass and changes no time. Compile time
@@ -10,96 +10,20 @@ is not counted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import ContiguousKVCache, GenerateStream, PagedKVCache, generate_stream
-from model.config import ModelConfig
+from jaxpaged import GenerateStream, generate_stream
 from model.llama import functional, random_params
 from model.loading import load_model
-
-SMOLLM2_135M = ModelConfig(
-    architecture="llama",
-    name="SmolLM2-135M shape, random weights",
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_q_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    context_length=8192,
-    rope_theta=100000.0,
-    tie_embeddings=True,
-)
-
-
-def noise(pool: jax.Array) -> jax.Array:
-    """Normal numbers in the shape of ``pool``: a block of them, repeated."""
-    block = jax.random.normal(jax.random.key(0), (min(pool.shape[0], 4), *pool.shape[1:]), jnp.float32)
-    return jnp.resize(block, pool.shape).astype(pool.dtype)
-
-
-def with_noise(cache: Any) -> Any:
-    """``cache`` with random keys and values everywhere."""
-    pools = ("k_pages", "v_pages") if cache.kind == "paged" else ("k", "v")
-    return dataclasses.replace(cache, **{p: tuple(noise(x) for x in getattr(cache, p)) for p in pools})
-
-
-@partial(jax.jit, static_argnames="num_tokens", donate_argnames="cache")
-def fill(cache: Any, depth: jax.Array, num_tokens: int) -> tuple[Any, jax.Array]:
-    """``depth i32[S]`` tokens in every sequence of an empty cache, over whatever lies there; ``cache`` is donated."""
-    cache, _, ok = cache.reserve(depth, num_tokens=num_tokens)
-    return cache, ok
-
-
-def make_cache(kind: str, config: ModelConfig, batch: int, context: int, page_size: int) -> Any:
-    """Both kinds have room for ``batch`` sequences of ``context`` tokens."""
-    shape: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_seqs": batch,
-    }
-    if kind == "contiguous":
-        return ContiguousKVCache.create(**shape, max_length=context)
-    pages = context // page_size
-    return PagedKVCache.create(**shape, page_size=page_size, num_pages=batch * pages, max_entries=pages)
-
-
-def generation_rate(stream: GenerateStream, depth: int) -> float:
-    """Tokens a second of the decode steps of one chunk, all sequences together, behind ``depth`` tokens each.
-
-    The stream's cache must be empty, and is again when this returns.
-    """
-    batch = stream.num_samples
-    stream.cache, ok = fill(stream.cache, np.full(batch, depth, np.int32), batch * depth)
-    if not ok:
-        raise SystemExit(f"a {stream.cache.kind} cache has no room for {depth} tokens of {batch} sequences")
-    chunks = iter(stream)
-    next(chunks)
-    start = time.perf_counter()
-    chunk = next(chunks)
-    seconds = time.perf_counter() - start
-    return sum(len(t) for t in chunk.tokens) / seconds
-
-
-def prompt_rate(stream: GenerateStream, length: int) -> float:
-    """Tokens a second of prefilling ``length`` tokens in each sequence; the cache is empty before and after."""
-    start = time.perf_counter()
-    next(iter(stream))
-    return stream.num_samples * length / (time.perf_counter() - start)
+from tpu_scripts.common import SMOLLM2_135M, generation_rate, make_cache, prompt_rate, with_noise
 
 
 def numbers(text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """What must not depend on the pool: ``reserve`` over many pages, and a decode step beside a larger pool or table.
 
-    python tpu_scripts/bench_state.py
+    python -m tpu_scripts.bench_state
 
 Measurements are taken in turns; medians. The model has SmolLM2-135M's layers, fewer of them.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpaged import PagedKVCache, generate_stream, reserve
 from model.llama import functional, random_params
-from tpu_scripts.bench_paged_vs_contiguous import SMOLLM2_135M, generation_rate
+from tpu_scripts.common import SMOLLM2_135M, generation_rate
 
 
 def reserve_microseconds(num_seqs: int, num_pages: int, repeat: int) -> float:

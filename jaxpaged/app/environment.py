@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from jaxpaged.app.errors import say
+from jaxpaged.app.errors import InputError, say
 from jaxpaged.folders import cache_folder
 
 
@@ -13,6 +13,9 @@ def prepare(threads: int | None = None) -> None:
 
     Args:
       threads: CPU threads that XLA may use, None for all.
+
+    Raises:
+      InputError: a variable of the environment that cannot be followed.
     """
     # Of every program it takes from its cache, XLA may say, at the level of an error, that other instructions
     # were preferred when it was compiled. What does fail reaches Python as an exception.
@@ -20,6 +23,12 @@ def prepare(threads: int | None = None) -> None:
     if threads is not None:
         os.environ["PJRT_NPROC"] = str(threads)
     _use_compilation_cache()
+    from jaxpaged.attention import candidates
+
+    try:
+        candidates("cpu")
+    except ValueError as error:  # JAXPAGED_ATTENTION names none
+        raise InputError(str(error)) from None
 
 
 def _use_compilation_cache() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import jax
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.kv_report import mebibytes
 from jaxpaged.app.loading import model_file
+from jaxpaged.attention.api import VARIABLE
 from jaxpaged.attention.explain import Explanation, Step, explain
 from jaxpaged.attention.tpu_blocks import Blocks
 from jaxpaged.page_format import page_format
@@ -119,7 +121,8 @@ def _step(
 
 def _described(found: Explanation, layers: int) -> dict[str, Any]:
     refusals = found.choice.refusals
-    why = "; ".join(f"{name} {reason}" for name, reason in refusals.items()) or "the kernel of this platform"
+    chosen = f"{VARIABLE} names it" if os.environ.get(VARIABLE) else "the kernel of this platform"
+    why = "; ".join(f"{name} {reason}" for name, reason in refusals.items()) or chosen
     details = {
         name: dataclasses.asdict(value) if isinstance(value, Blocks) else value
         for name, value in found.details.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jax import Array
 from jaxpaged.attention.base import check_pages, check_queries, check_rope, make_config
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import lane_width, token_rows
 from jaxpaged.rope import Rope
 
 IMPLEMENTATIONS = ("cpu_numba", "mosaic_gpu", "mosaic_tpu", "xla", "reference")
@@ -26,7 +28,12 @@ PREFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """What each platform tries before "xla", which runs everywhere, and the specification."""
 
+VARIABLE = "JAXPAGED_ATTENTION"
+"""The environment variable that names the only implementation to try; see ``candidates``."""
+
 _EVERYWHERE = ("xla", "reference")
+_READ_LANES = ("mosaic_tpu", *_EVERYWHERE)
+"""Those that read rows of lanes (``page_format.LanePageFormat``) as they lie; others are given plain pages."""
 _NEEDS = {"cpu_numba": "numba (pip install 'jaxpaged[cpu]')"}
 
 
@@ -56,14 +63,27 @@ def _find(name: str) -> Callable[..., tuple[Array, Array]] | str:
 
 def default_platform() -> str:
     """The platform that JAX computes on unless told otherwise: "cpu", "gpu", "tpu"."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(device, str):
         return device
     return device.platform if device is not None else jax.default_backend()
 
 
 def candidates(platform: str | None = None) -> tuple[str, ...]:
-    """The implementations to try on a platform, the preferred one first."""
+    """The implementations to try on a platform, the preferred one first.
+
+    The environment variable ``JAXPAGED_ATTENTION`` names the only one to try, on every platform: for measurements of
+    whole models, one implementation after the other. It is read when a program is traced; what is compiled already, or
+    names its implementation, does not follow it.
+
+    Raises:
+      ValueError: ``JAXPAGED_ATTENTION`` names none of ``IMPLEMENTATIONS``.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        if forced not in IMPLEMENTATIONS:
+            raise ValueError(f"{VARIABLE} is {forced!r}; allowed are {', '.join(IMPLEMENTATIONS)}")
+        return (forced,)
     platform = default_platform() if platform is None else platform
     return (*PREFERENCES.get({"cuda": "gpu"}.get(platform, platform), ()), *_EVERYWHERE)
 
@@ -157,7 +177,8 @@ def paged_attention(
 
     Args:
       q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq / KV)``.
-      k_pages, v_pages: [N, KV, page_size, D], float32, bfloat16 or float16; sums are float32.
+      k_pages, v_pages: [N, KV, page_size, D], or rows of lanes that hold the same (``page_format.LanePageFormat``);
+        float32, bfloat16 or float16; sums are float32.
       table: the entries of S sequences.
       batch: sequence and position of each of the T queries.
       scale: factor of the scores, ``D ** -0.5`` if left out.
@@ -190,14 +211,19 @@ def paged_attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
     check_pages(k_pages, v_pages, table)
-    _, num_kv_heads, _, head_dim = k_pages.shape
+    _, num_kv_heads, _, width = k_pages.shape
+    # Rows of pages may be laid out for a TPU; then they are as wide as its lanes.
+    head_dim = q.shape[-1] if q.ndim == 3 and width == lane_width(q.shape[-1]) else width
     check_queries(q, num_kv_heads, head_dim, batch, table.pages.shape[0], sinks)
     check_rope(rope, head_dim)
     config = make_config(head_dim, scale, window, soft_cap)
     refusals = []
     for name in candidates() if implementation is None else (implementation,):
         try:
-            out, lse = load(name)(q, k_pages, v_pages, table, batch, config, sinks, rope)
+            attend, pages = load(name), (k_pages, v_pages)
+            if name not in _READ_LANES:
+                pages = token_rows(k_pages, head_dim), token_rows(v_pages, head_dim)
+            out, lse = attend(q, *pages, table, batch, config, sinks, rope)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue

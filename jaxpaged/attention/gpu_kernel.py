@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jaxpaged.attention.base import NOWHERE, Config
+from jaxpaged.attention.tuning import tuned
 from jaxpaged.block_table import BlockTable
 
 ROWS = 64
@@ -138,7 +139,16 @@ def make_plan(
     num_items = num_tokens if single else min(num_tokens, num_tokens // queries + min(max_seqs, num_tokens))
     columns = head_dim // warpgroups
     stage_bytes = STEP_TOKENS * head_dim * dtype.itemsize
-    stages = max(2, min(4, _RING_BYTES // (2 * stage_bytes)))
+    measured = tuned(
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        kind="decode" if single else "prefill",
+    )
+    sizes = measured or {}
+    stages = sizes.get("stages", max(2, min(4, _RING_BYTES // (2 * stage_bytes))))
     terms = 1 if q_dtype == dtype else 2
     shared_memory_bytes = (
         terms * ROWS * (head_dim + warpgroups * STEP_TOKENS) * dtype.itemsize
@@ -156,7 +166,7 @@ def make_plan(
         1, min(2 // warpgroups, _SHARED_MEMORY_BYTES_PER_SM // (shared_memory_bytes + _BARRIER_BYTES))
     )
     steps = -(-max_entries * page_size // STEP_TOKENS)
-    num_splits = _NUM_SMS * blocks_per_sm // (num_items * num_kv_heads)
+    num_splits = sizes.get("waves", 1) * _NUM_SMS * blocks_per_sm // (num_items * num_kv_heads)
     return Plan(
         single=single,
         group=group,

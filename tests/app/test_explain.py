@@ -35,6 +35,18 @@ def test_text_names_what_was_refused_and_why():
     assert "the kernel of this platform" in result.stdout and "in place" in result.stdout
 
 
+def test_an_implementation_may_be_forced(monkeypatch):
+    monkeypatch.setenv("JAXPAGED_ATTENTION", "xla")
+    result = explain("--platform", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    step = json.loads(result.stdout)["steps"][0]
+    assert step["implementation"] == "xla" and step["why"] == "JAXPAGED_ATTENTION names it"
+    monkeypatch.setenv("JAXPAGED_ATTENTION", "abacus")
+    result = explain()
+    assert result.exit_code == 2
+    assert "JAXPAGED_ATTENTION is 'abacus'; allowed are cpu_numba, " in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

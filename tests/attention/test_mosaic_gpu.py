@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,24 @@ def served(case):
     return case.head_dim % 16 == 0
 
 
-FLOAT_QUERIES = [c for c in (*CASES, *MORE_CASES) if served(c) and c.head_dim < 256]
+EVERY_CASE = os.environ.get("JAXPAGED_EVERY_KERNEL_CASE") == "1"
+"""All cases take minutes; without it, those that reach every branch of the kernel between them (make test-kernels)."""
+TELLING = {
+    "smollm2_decode_idle",
+    "smollm2_mixed",
+    "qwen3_mixed_f16",
+    "gpt_oss_sinks",
+    "stablelm_head_dim_80",
+    "slices_gaps_window",
+    "shared",
+    "shifted_window",
+    "pages_of_256",
+    "everything",
+    "unsplit",
+}
+FLOAT_QUERIES = [
+    c for c in (*CASES, *MORE_CASES) if served(c) and c.head_dim < 256 and (EVERY_CASE or c.name in TELLING)
+]
 
 
 @needs_interpreter
