@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.page_format import PAGE_FORMATS, check_page_size, page_format
+from jaxpaged.attention import paged_attention
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.page_format import PAGE_FORMATS, check_page_size, page_format, token_rows
 
 N, KV, PAGE_SIZE, D = 5, 2, 8, 3
 
@@ -59,3 +61,94 @@ def test_page_sizes(size: int) -> None:
 def test_other_page_sizes_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"power of two from 8 to 256, got {size}"):
         check_page_size(size)
+
+
+@pytest.mark.parametrize("name", sorted(PAGE_FORMATS))
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 192])
+def test_rows_of_lanes_hold_what_plain_pages_hold(name: str, head_dim: int) -> None:
+    plain = page_format(name)
+    lanes = plain.on_lanes(head_dim)
+    rng = np.random.default_rng(head_dim)
+    sizes = N, KV, 16, head_dim
+    pages, packed = plain.create(*sizes), lanes.create(*sizes)
+    assert packed.shape[-1] % 128 == 0 and packed.dtype == pages.dtype
+    assert lanes.bytes_per_page(*sizes[1:]) * N == packed.nbytes
+    if 128 % head_dim == 0:
+        assert packed.nbytes == pages.nbytes  # side by side, nothing is padded
+
+    def same(pages: jax.Array, packed: jax.Array) -> None:
+        np.testing.assert_array_equal(token_rows(packed, head_dim), pages)
+
+    for _ in range(3):
+        # Distinct slots in any order, of which some share a row, and some are written nowhere.
+        place = rng.permutation(N * 16)[:40]
+        page = jnp.asarray(np.where(rng.random(40) < 0.2, N, place // 16))
+        slot = jnp.asarray(place % 16)
+        rows = jnp.asarray(rng.standard_normal((40, KV, head_dim)), jnp.float32)
+        pages = jax.jit(plain.write)(pages, page, slot, rows)
+        packed = jax.jit(lanes.write)(packed, page, slot, rows)
+        same(pages, packed)
+    same(plain.copy(pages, 1, 3), lanes.copy(packed, 1, 3))
+    page, slot = jnp.asarray(rng.integers(0, N, 16)), jnp.asarray(rng.integers(0, 16, 16))
+    np.testing.assert_array_equal(lanes.read(packed, page, slot), plain.read(pages, page, slot))
+    target = jnp.int32(2)
+    same(plain.gather(pages, page, slot, target), lanes.gather(packed, page, slot, target))
+
+
+def test_heads_that_fill_their_rows_need_no_other_layout() -> None:
+    for head_dim in (128, 256):
+        assert page_format("bf16").on_lanes(head_dim) is page_format("bf16")
+    with pytest.raises(
+        ValueError, match="holds 16 tokens of head_dim 8, page_size must be at least that, got 8"
+    ):
+        page_format("f32").on_lanes(8).create(N, KV, 8, 8)
+    with pytest.raises(ValueError, match="head_dim is 32, the pages are laid out for 64"):
+        page_format("f32").on_lanes(64).create(N, KV, 8, 32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("head_dim", [64, 48])
+def test_a_cache_of_lanes_attends_as_a_plain_one(head_dim: int, implementation: str) -> None:
+    rng = np.random.default_rng(1)
+    sizes = {"num_layers": 1, "num_kv_heads": KV, "head_dim": head_dim, "num_pages": 9, "max_seqs": 2}
+    caches = [PagedKVCache.create(**sizes, page_size=8, layout=layout) for layout in ("plain", "lanes")]
+    assert caches[0].k_pages[0].shape != caches[1].k_pages[0].shape
+    for counts in ([11, 3], [1, 1], [0, 5]):
+        tokens = sum(counts)
+        q, k, v = (
+            jnp.asarray(rng.standard_normal((tokens, h, head_dim)), jnp.float32) for h in (2 * KV, KV, KV)
+        )
+        outs = []
+        for i, cache in enumerate(caches):
+            cache, batch, ok = cache.reserve(np.asarray(counts))
+            assert ok
+            _, caches[i] = cache.attend(0, q, k, v, batch)
+            arguments = caches[i].k_pages[0], caches[i].v_pages[0], caches[i].table, batch
+            outs.append(paged_attention(q, *arguments, implementation=implementation))
+        np.testing.assert_allclose(outs[0], outs[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "expected"),
+    [
+        ("cpu", 64, (8, 64)),
+        ("tpu", 64, (4, 128)),
+        ("tpu", 80, (8, 128)),
+        ("tpu", 128, (8, 128)),
+        ("tpu", 8, (8, 8)),
+    ],
+)
+def test_a_cache_fills_lanes_where_it_is_made_on_a_tpu(
+    monkeypatch: pytest.MonkeyPatch, platform: str, head_dim: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("jaxpaged.cache.default_platform", lambda: platform)
+    cache = PagedKVCache.create(
+        num_layers=1, num_kv_heads=1, head_dim=head_dim, num_pages=1, max_seqs=1, page_size=8
+    )
+    assert cache.k_pages[0].shape[2:] == expected
+    assert cache.bytes_per_page == cache.k_pages[0].nbytes + cache.v_pages[0].nbytes
+
+
+def test_an_unknown_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match='layout must be "plain" or "lanes", got \'rows\''):
+        PagedKVCache.create(num_layers=1, num_kv_heads=1, head_dim=64, num_pages=1, max_seqs=1, layout="rows")

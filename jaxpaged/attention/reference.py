@@ -8,6 +8,7 @@ from jax import Array
 from jaxpaged.attention.base import Config
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import token_rows, tokens_per_row
 from jaxpaged.rope import Rope
 
 
@@ -23,7 +24,8 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     tokens, num_q_heads, head_dim = q.shape
-    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    num_pages, num_kv_heads, page_rows, width = k_pages.shape
+    page_size = page_rows * tokens_per_row(width, head_dim)
     max_seqs, max_entries = table.pages.shape
 
     # Every slot of every entry: [S, P, page_size].
@@ -35,7 +37,8 @@ def paged_attention(
 
     # The keys of every sequence, in its table's order: [S, P * page_size, KV, D]; unused slots may be NaN.
     def gather(pages: Array) -> Array:
-        rows = pages.astype(jnp.float32)[jnp.clip(table.pages, 0, num_pages - 1)].transpose(0, 1, 3, 2, 4)
+        rows = token_rows(pages.astype(jnp.float32)[jnp.clip(table.pages, 0, num_pages - 1)], head_dim)
+        rows = rows.transpose(0, 1, 3, 2, 4)
         return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)
 
     k, v = gather(k_pages), gather(v_pages)

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jaxpaged.attention.base import NOWHERE, Config, Source, Tiling, power_of_two, ragged_attention
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import token_rows, tokens_per_row
 from jaxpaged.rope import Rope
 
 _CHUNK_TOKENS = 512
@@ -54,7 +55,8 @@ def _attend(
     config: Config,
     cpu: bool,
 ) -> tuple[Array, Array]:
-    num_kv_heads, page_size = k_pages.shape[1:3]
+    head_dim = q.shape[2]
+    num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2] * tokens_per_row(k_pages.shape[3], head_dim)
     if cpu:
         # One sequence after the other, single pages sliced out of the pool: XLA:CPU is slow in gathers and in
         # batches of small dots, and its float32 dots are 9 times as fast as those of shorter formats.
@@ -67,15 +69,24 @@ def _attend(
             decode_lanes=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), lanes=4
         )
         stride = max(_CHUNK_TOKENS // page_size, 1)
-    source = _paged_source(k_pages, v_pages, table, min(stride, table.max_entries), dtype, slices=cpu)
+    stride = min(stride, table.max_entries)
+    source = _paged_source(k_pages, v_pages, table, head_dim, stride, dtype, slices=cpu)
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype, rope)
 
 
 def _paged_source(
-    k_pages: Array, v_pages: Array, table: BlockTable, stride: int, dtype: jnp.dtype, *, slices: bool
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    head_dim: int,
+    stride: int,
+    dtype: jnp.dtype,
+    *,
+    slices: bool,
 ) -> Source:
     """The entries of a block table as a source of keys; a unit is an entry."""
-    num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    num_pages, num_kv_heads, page_rows, width = k_pages.shape
+    page_size = page_rows * tokens_per_row(width, head_dim)
 
     def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
         begin, end = jnp.zeros_like(sequence), table.num_entries[sequence]
@@ -122,13 +133,18 @@ def _paged_source(
                 x = jnp.stack(
                     [
                         jnp.concatenate(
-                            [lax.dynamic_index_in_dim(pool, p, keepdims=False) for p in lane], axis=1
+                            [
+                                token_rows(lax.dynamic_index_in_dim(pool, p, keepdims=False), head_dim)
+                                for p in lane
+                            ],
+                            axis=1,
                         )
                         for lane in pages
                     ]
                 )
             else:
-                x = pool[pages].transpose(0, 2, 1, 3, 4).reshape(len(pages), num_kv_heads, -1, head_dim)
+                x = token_rows(pool[pages], head_dim).transpose(0, 2, 1, 3, 4)
+                x = x.reshape(len(pages), num_kv_heads, -1, head_dim)
             return x.astype(dtype)
 
         # A masked value is multiplied by zero, which NaN would survive.

@@ -1,0 +1,263 @@
+"""Paged attention on TPU: one Pallas kernel for decode and prefill, that reads pages where they lie.
+
+Pages stay in HBM. The kernel runs through a list of items (``tpu_blocks.Items``: the queries of one sequence in one
+block of queries), and for each through the K/V blocks that it sees, several pages each. Two DMAs run ahead of the
+computation: entries of the block table into scalar memory, two K/V blocks ahead, and the pages that they name into
+VMEM, one block ahead, all KV heads of a page at once. They run ahead across items too, so that short sequences
+keep the memory busy. The grid is as long as the list, the loops as long as the sequences: cost follows live tokens.
+
+Where heads are packed (``page_format.LanePageFormat``), a row of keys is ``[even token | odd token]``. Queries come as
+``[q | 0]`` and ``[0 | q]``, and each of them is the softmax of its own half of the tokens; the halves are merged as
+split-KV merges its parts. The matrix unit contracts 128 lanes at once anyway.
+
+Source of the ideas: ragged paged attention (arXiv:2604.15464), FlashAttention-2 (arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxpaged.attention.base import Config
+from jaxpaged.attention.tpu_blocks import (
+    Blocks,
+    Heads,
+    Items,
+    block_items,
+    choose_blocks,
+    compute_dtype,
+    pack_table,
+    single_items,
+)
+from jaxpaged.attention.tpu_kernel import Cut, kernel
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import LANES, MAX_PAGE_SIZE
+from jaxpaged.rope import Rope
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: BlockTable,
+    batch: Batch,
+    config: Config,
+    sinks: Array | None,
+    rope: Rope | None,
+    *,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
+    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
+
+    Args:
+      blocks: the cut; ``choose_blocks`` if left out.
+      interpret: as ``pl.pallas_call`` has it: ``pltpu.InterpretParams()`` runs the kernel without a TPU.
+
+    Raises:
+      NotImplementedError: the kernel cannot serve these shapes; the message says why.
+      ValueError: ``blocks`` do not fill whole rows of 128 scores.
+    """
+    heads = Heads.of(q.shape, k_pages.shape)
+    if heads.page_rows & (heads.page_rows - 1) or heads.page_size > MAX_PAGE_SIZE:
+        raise NotImplementedError(
+            f"pages of {heads.page_size} tokens; the kernel reads powers of two up to {MAX_PAGE_SIZE}"
+        )
+    if k_pages.dtype not in (jnp.float32, jnp.bfloat16):
+        # Mosaic has no float16, and XLA copies a pool to show its bits as integers.
+        raise NotImplementedError(f"pages of {k_pages.dtype}; the kernel reads float32 and bfloat16")
+    if blocks is None:
+        blocks = choose_blocks(q.shape, k_pages.shape, k_pages.dtype, batch.max_q_len)
+    if blocks.pages * heads.page_rows % LANES:
+        raise ValueError(
+            f"{blocks.pages} pages of {heads.page_rows} rows are no multiple of {LANES} rows; "
+            f"{LANES // math.gcd(LANES, heads.page_rows)} pages are"
+        )
+    dtype = compute_dtype(q.dtype, k_pages.dtype)
+    entries = pack_table(table, blocks.pages, k_pages.shape[0])
+    run = partial(
+        _run,
+        q.astype(dtype),
+        k_pages,
+        v_pages,
+        entries,
+        batch,
+        rope,
+        heads=heads,
+        config=config,
+        pages=blocks.pages,
+        interpret=interpret,
+    )
+    tokens = q.shape[0]
+    if tokens == 1 or batch.max_q_len == 1:
+        items = single_items(table, batch, jnp.arange(tokens, dtype=jnp.int32), config.window)
+        out, lse = run(items, batch.cu_q_lens[-1], None, queries=1)
+    else:
+        single = (batch.q_lens == 1) & (batch.max_seqs > 1)
+        items, count = block_items(table, batch, ~single, blocks.queries, config.window)
+        out, lse = run(items, count, None, queries=blocks.queries)
+        if batch.max_seqs > 1:
+            # Sequences with one query are a pass of their own: as rows of a block they would cost a block each.
+            most = min(batch.max_seqs, tokens)
+            place = jnp.where(single, jnp.cumsum(single, dtype=jnp.int32) - 1, most)
+            rows = jnp.full(most, tokens, jnp.int32).at[place].set(batch.cu_q_lens[:-1], mode="drop")
+            items = single_items(table, batch, rows, config.window)
+            out_1, lse_1 = run(items, jnp.sum(single, dtype=jnp.int32), rows, queries=1)
+            out, lse = out.at[rows].set(out_1, mode="drop"), lse.at[rows].set(lse_1, mode="drop")
+    # Rows that no item computed hold whatever lay in their memory.
+    valid = batch.valid[:, None]
+    out, lse = jnp.where(valid[..., None], out, 0), jnp.where(valid, lse, -jnp.inf)
+    if sinks is not None:
+        with_sinks = jnp.logaddexp(lse, jnp.where(valid, sinks.astype(jnp.float32), -jnp.inf))
+        weight = jnp.exp(lse - jnp.where(jnp.isneginf(with_sinks), 0, with_sinks))
+        out, lse = out * weight[..., None], with_sinks
+    return out, lse
+
+
+def _run(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    entries: Array,
+    batch: Batch,
+    rope: Rope | None,
+    items: Items,
+    count: Array,
+    rows: Array | None,
+    *,
+    queries: int,
+    heads: Heads,
+    config: Config,
+    pages: int,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """Computes ``count`` items; block b is ``queries`` consecutive ones of ``rows``, of all rows if left out.
+
+    Returns:
+      ``(out f32[R, Hq, D], lse f32[R, Hq])`` of the R rows.
+    """
+    num_kv_heads, group, head_dim, lanes, page_rows = heads
+    packed, width = heads.packed, queries * group
+    num_rows = len(q) if rows is None else len(rows)
+    num_blocks = -(-num_rows // queries)
+
+    def chosen(x: Array) -> Array:
+        """The rows, in blocks of queries."""
+        if rows is not None:
+            x = x.at[rows].get(mode="clip")
+        x = jnp.pad(x, ((0, num_blocks * queries - num_rows),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(num_blocks, queries, *x.shape[1:])
+
+    # Queries as the kernel reads them, [blocks, KV, packed * group * queries, lanes].
+    x = chosen(q).swapaxes(1, 2).reshape(num_blocks, num_kv_heads, width, head_dim)
+    if packed > 1:
+        halves = [((0, 0),) * 3 + ((i * head_dim, lanes - (i + 1) * head_dim),) for i in range(packed)]
+        x = jnp.concatenate([jnp.pad(x, half) for half in halves], axis=2)
+    elif lanes > head_dim:
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, lanes - head_dim),))
+
+    def by_row(values: Array) -> Array:
+        """i32[T] as i32[blocks, 1, packed * group * queries]."""
+        return jnp.tile(chosen(values), (1, packed * group))[:, None]
+
+    inputs = [x, by_row(batch.position)]
+    if rope is not None:
+        inputs += [by_row(batch.rope_positions - batch.position), *_turning(rope, head_dim, lanes, packed)]
+    if not interpret:
+        # XLA would otherwise move a small pool to faster memory as a whole, for the few pages that are read.
+        k_pages, v_pages = (
+            pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in (k_pages, v_pages)
+        )
+
+    def of_item(block_shape: tuple[int, ...]) -> pl.BlockSpec:
+        """The block of an array ``[blocks, ...]`` that belongs to an item."""
+        return pl.BlockSpec(
+            block_shape, lambda i, count, block, *_: (block[i], *(0,) * (len(block_shape) - 1))
+        )
+
+    rows_of_block = packed * width
+    by_item = {0: (1, num_kv_heads, rows_of_block, lanes), 1: (1, 1, rows_of_block), 2: (1, 1, rows_of_block)}
+    in_specs = [
+        of_item(by_item[i]) if i in by_item else pl.BlockSpec(memory_space=pltpu.VMEM)
+        for i in range(len(inputs))
+    ]
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    out_shapes = (num_kv_heads, rows_of_block, lanes), (num_kv_heads, rows_of_block)
+    buffer = (2, num_kv_heads, pages * page_rows, lanes)
+    state = (num_kv_heads, rows_of_block)
+    scratch = [
+        pltpu.VMEM(buffer, k_pages.dtype),
+        pltpu.VMEM(buffer, v_pages.dtype),
+        pltpu.VMEM((*state, LANES), jnp.float32),
+        pltpu.VMEM((*state, LANES), jnp.float32),
+        pltpu.VMEM((*state, lanes), jnp.float32),
+        pltpu.VMEM((2, rows_of_block, 1), jnp.int32),
+        pltpu.VMEM(x.shape[1:] if rope is not None else (8, LANES), x.dtype),
+        pltpu.SMEM((3, *entries.shape[2:]), jnp.int32),
+        pltpu.SMEM((3,), jnp.int32),
+        pltpu.SemaphoreType.DMA((3,)),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+    out, lse = pl.pallas_call(
+        partial(
+            kernel,
+            cut=Cut(heads, config, pages, queries, len(items.block), jnp.dtype(q.dtype)),
+            rotated=rope is not None,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1 + len(Items._fields),
+            grid=(count,),
+            in_specs=[*in_specs, hbm, hbm, hbm],
+            out_specs=[of_item((1, *shape)) for shape in out_shapes],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct((num_blocks, *shape), jnp.float32) for shape in out_shapes],
+        # Pages are clipped to the pool when the table is packed; checking each DMA again doubles its cost.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
+        interpret=interpret,
+        name=f"paged_attention_{queries}x{pages}",
+    )(count.reshape(1), *items, *inputs, entries, k_pages, v_pages)
+
+    if packed > 1:
+        # Each part of a row is a softmax over its own tokens; they merge as those of disjoint sets of keys.
+        parts = lse.reshape(num_blocks, num_kv_heads, packed, width)
+        lse = jax.nn.logsumexp(parts, axis=2)
+        weight = jnp.exp(parts - jnp.where(jnp.isneginf(lse), 0, lse)[:, :, None])[..., None]
+        out = sum(
+            out[:, :, i * width : (i + 1) * width, i * head_dim : (i + 1) * head_dim] * weight[:, :, i]
+            for i in range(packed)
+        )
+    out = out[..., :head_dim].reshape(num_blocks, num_kv_heads * group, queries, head_dim).swapaxes(1, 2)
+    lse = lse.reshape(num_blocks, num_kv_heads * group, queries).swapaxes(1, 2)
+    return (
+        out.reshape(num_blocks * queries, -1, head_dim)[:num_rows],
+        lse.reshape(num_blocks * queries, -1)[:num_rows],
+    )
+
+
+def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
+    """What turns a row of queries: ``turns i32[1, lanes]`` of each lane, and ``partner f32[lanes, lanes]``.
+
+    ``x @ partner`` has in each lane the other number of its pair, with the sign that it is turned with; a product
+    with zeros and ones is exact, and no lane has to be shifted.
+    """
+    dims, half = np.arange(rope.rotary_dim), rope.rotary_dim // 2
+    pair = dims // 2 if rope.interleaved else dims % half
+    other = dims ^ 1 if rope.interleaved else (dims + half) % rope.rotary_dim
+    sign = np.where(other > dims, -1, 1)
+    turns = lax.bitcast_convert_type(rope.turns, jnp.int32)[pair]
+    turns = jnp.pad(turns, (0, head_dim - rope.rotary_dim))
+    turns = jnp.pad(jnp.tile(turns, packed), (0, lanes - packed * head_dim))
+    partner = np.zeros((lanes, lanes), np.float32)
+    for i in range(packed):
+        partner[other + i * head_dim, dims + i * head_dim] = sign
+    return [turns[None], jnp.asarray(partner)]

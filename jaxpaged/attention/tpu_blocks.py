@@ -1,0 +1,306 @@
+"""The cut of a TPU kernel's work: sizes of its blocks, and the list of what it computes, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxpaged.attention.base import power_of_two
+from jaxpaged.attention.tuning import tuned
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import LANES, tokens_per_row
+
+_BUFFER_BYTES = 4 << 20
+"""Most VMEM for the K/V blocks: two of each, as one is computed while the other arrives."""
+_DECODE_BLOCK_BYTES = 1 << 20
+"""A K/V block for single queries: it takes longer to arrive than a DMA takes to start, and short sequences fill it."""
+_MAX_LANES = 512
+"""Columns of a tile of scores; wider ones leave the registers without helping the matrix unit."""
+_MAX_ROWS = 256
+"""Rows of a tile of scores: at 256 a K/V byte is used for as many operations as a v5e does while it arrives."""
+_STATE_BYTES = 8 << 20
+"""Most VMEM for a block's queries, sums and output."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a call is cut; static."""
+
+    pages: int
+    """Pages of a K/V block: fetched together, computed together. Rows of ``pages`` pages are a multiple of 128."""
+    queries: int
+    """Queries of a block where a sequence has several; 1 where none has."""
+
+
+class Heads(NamedTuple):
+    """The sizes that a cut depends on, read off shapes; all static."""
+
+    num_kv_heads: int
+    group: int
+    """Query heads that read one KV head."""
+    head_dim: int
+    lanes: int
+    """Numbers in a row of a page array."""
+    page_rows: int
+    """Rows of a page, for each head."""
+
+    @classmethod
+    def of(cls, q_shape: tuple[int, ...], k_pages_shape: tuple[int, ...]) -> Heads:
+        _, num_kv_heads, page_rows, lanes = k_pages_shape
+        return cls(num_kv_heads, q_shape[1] // num_kv_heads, q_shape[2], lanes, page_rows)
+
+    @property
+    def packed(self) -> int:
+        """Tokens side by side in a row."""
+        return tokens_per_row(self.lanes, self.head_dim)
+
+    @property
+    def page_size(self) -> int:
+        return self.page_rows * self.packed
+
+
+def compute_dtype(q_dtype: DTypeLike, page_dtype: DTypeLike) -> np.dtype:
+    """What queries, keys and weights are multiplied in: bfloat16 where both sides hold it, else float32."""
+    both = jnp.dtype(q_dtype) == jnp.dtype(page_dtype) == jnp.bfloat16
+    return jnp.dtype(jnp.bfloat16 if both else jnp.float32)
+
+
+def choose_blocks(
+    q_shape: tuple[int, ...],
+    k_pages_shape: tuple[int, ...],
+    page_dtype: DTypeLike,
+    max_q_len: int | None,
+) -> Blocks:
+    """Blocks that fit the VMEM that every TPU gives a kernel (16 MiB), from shapes alone.
+
+    A K/V block is as long as the memory needs to be busy (1 MiB) and a tile of scores stands (512 columns); a block of
+    queries has the rows at which the matrix unit, not the memory, limits a prompt (256).
+
+    Args:
+      q_shape: [T, Hq, D].
+      k_pages_shape: [N, KV, rows of a page, lanes].
+      page_dtype: of the pages.
+      max_q_len: static bound on the queries of one sequence; None = T.
+    """
+    heads = Heads.of(q_shape, k_pages_shape)
+    tokens = q_shape[0] if max_q_len is None else min(max_q_len, q_shape[0])
+    sizes = tuned(
+        num_kv_heads=heads.num_kv_heads,
+        group=heads.group,
+        head_dim=heads.head_dim,
+        page_size=heads.page_size,
+        dtype=page_dtype,
+        kind="decode" if tokens == 1 else "prefill",
+    )
+    if sizes is not None:  # a step of few queries has no larger blocks than them
+        return Blocks(sizes["pages"], min(sizes["queries"], power_of_two(tokens)))
+    row_bytes = 2 * heads.num_kv_heads * _padded(heads.lanes, LANES) * np.dtype(page_dtype).itemsize
+    block_bytes = _DECODE_BLOCK_BYTES if tokens == 1 else _BUFFER_BYTES // 2
+    rows = max(LANES, min(_MAX_LANES, block_bytes // row_bytes // LANES * LANES))
+    pages = max(1, rows // heads.page_rows)
+    row_state = heads.num_kv_heads * _padded(heads.lanes, LANES) * (3 * 4 + 4) + heads.num_kv_heads * 1024
+    queries = 1
+    while (
+        queries < tokens
+        and 2 * queries * heads.group * heads.packed <= _MAX_ROWS
+        and 2 * queries * heads.group * heads.packed * row_state <= _STATE_BYTES
+    ):
+        queries *= 2
+    return Blocks(pages, queries)
+
+
+def vmem_bytes(
+    blocks: Blocks, heads: Heads, queries: int, page_dtype: DTypeLike, dtype: DTypeLike, rope: bool
+) -> int:
+    """VMEM of one call's blocks and scratch, as its tiles of (8, 128) words are laid out.
+
+    What the compiler adds for values that leave its registers is not in it.
+    """
+    lanes, rows = _padded(heads.lanes, LANES), queries * heads.group * heads.packed
+    item, page_item = np.dtype(dtype).itemsize, np.dtype(page_dtype).itemsize
+    padded = _padded(rows, 8)
+    kv = 2 * 2 * heads.num_kv_heads * blocks.pages * heads.page_rows * lanes * page_item
+    q = heads.num_kv_heads * _padded(rows, 32 // item) * lanes * item
+    out = heads.num_kv_heads * padded * lanes * 4
+    lse = _padded(heads.num_kv_heads, 8) * _padded(rows, LANES) * 4
+    sums = heads.num_kv_heads * padded * (lanes + 2 * LANES) * 4
+    columns = 2 * padded * LANES * 4 + 2 * 2 * 8 * _padded(rows, LANES) * 4
+    turning = q + 2 * lanes * lanes * 4 if rope else 0
+    return kv + 2 * (q + out + lse) + sums + columns + turning
+
+
+def describe(
+    q_shape: tuple[int, ...],
+    k_pages_shape: tuple[int, ...],
+    page_dtype: DTypeLike,
+    max_q_len: int | None,
+    *,
+    q_dtype: DTypeLike = jnp.bfloat16,
+    max_seqs: int = 1,
+    max_entries: int = 1,
+    rope: bool = False,
+) -> dict[str, Any]:
+    """What a call with these shapes runs, for people to read.
+
+    Args:
+      q_shape, k_pages_shape, page_dtype, max_q_len: as ``choose_blocks`` has them.
+      q_dtype: of the queries.
+      max_seqs, max_entries: S and P of the block table.
+      rope: whether entries may be shifted.
+
+    Returns:
+      ``implementation``; ``blocks``; ``dtype`` of the products; ``packed`` tokens in a row; ``padding``, the share of
+      K/V bytes that is none; ``tokens_per_block`` and ``bytes_per_block``, a K/V block's; ``query_rows``, rows of a
+      tile of scores; ``vmem_bytes`` and ``smem_bytes`` of the larger of the call's kernels; ``bytes_per_token``, K/V
+      bytes that are read for each live token of a sequence, by each of its blocks of queries; ``table_bytes``, read
+      and written once a step to pack the table; ``relayout``, whether XLA copies the whole pool before every call.
+    """
+    heads, blocks = (
+        Heads.of(q_shape, k_pages_shape),
+        choose_blocks(q_shape, k_pages_shape, page_dtype, max_q_len),
+    )
+    dtype = compute_dtype(q_dtype, page_dtype)
+    bytes_per_token = 2 * heads.num_kv_heads * heads.lanes * np.dtype(page_dtype).itemsize // heads.packed
+    tokens = blocks.pages * heads.page_size
+    items = -(-q_shape[0] // blocks.queries) + min(max_seqs, q_shape[0])
+    entry_words = _padded(FIELDS * blocks.pages, LANES)
+    return {
+        "implementation": "mosaic_tpu",
+        "blocks": blocks,
+        "dtype": dtype.name,
+        "packed": heads.packed,
+        "padding": 1 - heads.packed * heads.head_dim / heads.lanes,
+        "tokens_per_block": tokens,
+        "bytes_per_block": tokens * bytes_per_token,
+        "query_rows": blocks.queries * heads.group * heads.packed,
+        "vmem_bytes": vmem_bytes(blocks, heads, blocks.queries, page_dtype, dtype, rope),
+        "smem_bytes": 4 * (3 * entry_words + len(Items._fields) * items + 4),
+        "bytes_per_token": bytes_per_token,
+        "table_bytes": 8 * max_seqs * -(-max_entries // blocks.pages) * entry_words,
+        "relayout": heads.lanes % LANES != 0,
+    }
+
+
+def _padded(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+# --- what is computed ---------------------------------------------------------------------------------------
+
+
+class Items(NamedTuple):
+    """Pieces of work in the order they are computed, ``i32[I]`` each; those from ``count`` on do not exist.
+
+    An item is the queries of one sequence in one block of queries. Items of a block follow each other.
+    """
+
+    block: Array
+    sequence: Array
+    first_row: Array
+    """First row of the block that belongs to the sequence."""
+    end_row: Array
+    """First row behind those that do."""
+    first_entry: Array
+    """First entry of the sequence that one of the queries sees."""
+    end_entry: Array
+    """First entry behind those that one of them sees."""
+    own_low: Array
+    """Smallest rotation that one of the queries carries, and"""
+    own_high: Array
+    """the largest; equal wherever a cache made the batch."""
+
+
+def single_items(table: BlockTable, batch: Batch, rows: Array, window: int | None) -> Items:
+    """One item for each of ``rows i32[I]``, rows of the step that are their sequences' only queries."""
+    row = jnp.minimum(rows, batch.num_tokens - 1)
+    sequence = jnp.minimum(batch.sequence[row], batch.max_seqs - 1)
+    first, end = _entries(table, sequence, batch.position[row], None, window)
+    own = batch.rope_positions[row] - batch.position[row]
+    zero = jnp.zeros_like(row)
+    block = jnp.arange(len(rows), dtype=jnp.int32)
+    return Items(block, sequence, zero, zero + 1, first, end, own, own)
+
+
+def block_items(
+    table: BlockTable, batch: Batch, chosen: Array, queries: int, window: int | None
+) -> tuple[Items, Array]:
+    """The items of the sequences ``chosen bool[S]`` in blocks of ``queries`` consecutive rows, and their count."""
+    begin, end = batch.cu_q_lens[:-1], batch.cu_q_lens[1:]
+    counts = jnp.where(chosen & (end > begin), (end - 1) // queries - begin // queries + 1, 0)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    # Each block holds one item more than there are boundaries of sequences in it.
+    most = -(-batch.num_tokens // queries) + min(batch.max_seqs, batch.num_tokens)
+    item = jnp.arange(most, dtype=jnp.int32)
+    sequence = jnp.minimum(jnp.sum(ends <= item[:, None], axis=1, dtype=jnp.int32), batch.max_seqs - 1)
+    block = begin[sequence] // queries + item - ends[sequence] + counts[sequence]
+    block = jnp.minimum(block, -(-batch.num_tokens // queries) - 1)
+    first_row = jnp.maximum(begin[sequence] - block * queries, 0)
+    end_row = jnp.minimum(end[sequence] - block * queries, queries)
+    row = block[:, None] * queries + jnp.arange(queries, dtype=jnp.int32)
+    ours = (row >= begin[sequence][:, None]) & (row < end[sequence][:, None])
+    row = jnp.minimum(row, batch.num_tokens - 1)
+    position = batch.position[row]
+    own = batch.rope_positions[row] - position
+    most_int = np.iinfo(np.int32).max
+    first, last = _entries(
+        table,
+        sequence,
+        jnp.min(jnp.where(ours, position, most_int), axis=1),
+        jnp.max(jnp.where(ours, position, -1), axis=1),
+        window,
+    )
+    low = jnp.min(jnp.where(ours, own, most_int), axis=1)
+    high = jnp.max(jnp.where(ours, own, -most_int), axis=1)
+    return Items(block, sequence, first_row, end_row, first, last, low, high), ends[-1]
+
+
+def _entries(
+    table: BlockTable, sequence: Array, low: Array, high: Array | None, window: int | None
+) -> tuple[Array, Array]:
+    """The entries that queries at positions ``low .. high`` see; high None = to the last."""
+    first, end = jnp.zeros_like(sequence), table.num_entries[sequence]
+    if window is not None or high is not None:
+        live = jnp.arange(table.max_entries) < end[:, None]
+        position = table.position[sequence]
+        if window is not None:
+            gone = live & (position + table.num_tokens[sequence] <= low[:, None] - window + 1)
+            # Where all are gone, the last one is looked at, and masked: there is no chunk behind a full row.
+            first = jnp.minimum(jnp.sum(gone, axis=1, dtype=jnp.int32), table.max_entries - 1)
+        if high is not None:
+            end = jnp.sum(live & (position <= high[:, None]), axis=1, dtype=jnp.int32)
+    return first, jnp.maximum(first, end)
+
+
+# --- the table, as the kernel fetches it ---------------------------------------------------------------------
+
+FIELDS = 4
+"""Words of an entry: page, slots, position, rotation."""
+SLOTS_SHIFT = 9
+"""The slots of an entry in one word: ``first_slot + (num_tokens << 9)``; a page has at most 256."""
+
+
+def pack_table(table: BlockTable, pages: int, num_pages: int) -> Array:
+    """i32[S, chunks, 1, W]: the entries of ``pages`` consecutive pages side by side, field by field.
+
+    One row is one DMA into scalar memory, so that the kernel holds three of them and no table, however long contexts
+    may grow. The same for every layer of a step: XLA makes it once.
+    """
+    chunks = -(-table.max_entries // pages)
+    fields = (
+        jnp.clip(table.pages, 0, num_pages - 1),
+        table.first_slot + (table.num_tokens << SLOTS_SHIFT),
+        table.position,
+        table.rotation,
+    )
+    padding = ((0, 0), (0, chunks * pages - table.max_entries))
+    packed = jnp.stack(
+        [jnp.pad(field, padding).reshape(table.max_seqs, chunks, pages) for field in fields], axis=2
+    ).reshape(table.max_seqs, chunks, 1, FIELDS * pages)
+    width = _padded(FIELDS * pages, LANES)
+    return jnp.pad(packed, ((0, 0), (0, 0), (0, 0), (0, width - FIELDS * pages)))

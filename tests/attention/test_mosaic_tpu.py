@@ -1,0 +1,215 @@
+"""The TPU kernel in Pallas' interpreter: what it computes, that nothing races, and how its work is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxpaged.attention import mosaic_tpu, tpu_kernel
+from jaxpaged.attention.base import make_config
+from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, SMOLLM2_135M, Case
+from jaxpaged.attention.tpu_blocks import Blocks, Heads, block_items, choose_blocks, describe
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import page_format, token_rows
+from jaxpaged.testing import Built, build_case, check_conformance
+
+INTERPRETER = pltpu.InterpretParams(
+    detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
+)
+
+EVERY_CASE = os.environ.get("JAXPAGED_EVERY_KERNEL_CASE") == "1"
+"""All cases in both layouts take minutes; without it, those that reach every branch of the kernel between them."""
+TELLING = (
+    ("smollm2_decode_idle", "lanes"),
+    ("llama3_decode_bf16", "plain"),
+    ("smollm2_mixed", "lanes"),
+    ("gemma2_soft_cap", "plain"),
+    ("stablelm_head_dim_80", "lanes"),
+    ("slices_gaps_window", "plain"),
+    ("shared", "lanes"),
+    ("shifted_decode", "lanes"),
+    ("shifted_window", "plain"),
+    ("two_tokens", "plain"),
+    ("nothing", "plain"),
+    ("group_5_everything", "plain"),
+    ("pages_of_256", "lanes"),
+)
+
+
+def races_found() -> bool:
+    """Whether the interpreter saw a race since it was reset; jax has no public name for it."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter() -> Iterator[None]:
+    """A run leaves its memory and its races in the module."""
+    pltpu.reset_tpu_interpret_mode_state()
+    yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def on_lanes(built: Built) -> Built:
+    """The same case with pages in rows of 128."""
+    storage = page_format(built.case.dtype).on_lanes(built.case.head_dim)
+    shape = jax.eval_shape(lambda: storage.create(*built.k_pages.shape)).shape
+
+    def laid_out(pages: jax.Array) -> jax.Array:
+        if shape[-1] % built.case.head_dim:  # padded, with what no product may see
+            return jnp.pad(pages, ((0, 0),) * 3 + ((0, shape[-1] - pages.shape[-1]),))
+        return pages.reshape(shape)
+
+    return dataclasses.replace(built, k_pages=laid_out(built.k_pages), v_pages=laid_out(built.v_pages))
+
+
+def interpreted(blocks: Blocks | None = None):
+    def attention(
+        q, k_pages, v_pages, table, batch, *, scale, window, soft_cap, sinks, rope=None, return_lse
+    ):
+        config = make_config(q.shape[-1], scale, window, soft_cap)
+        run = functools.partial(
+            mosaic_tpu.paged_attention, config=config, rope=rope, blocks=blocks, interpret=INTERPRETER
+        )
+        return jax.jit(run)(q, k_pages, v_pages, table, batch, sinks=sinks)
+
+    return attention
+
+
+def smallest(built: Built) -> Blocks:
+    """Blocks so small that every loop runs more than once."""
+    return Blocks(pages=max(1, 128 // built.k_pages.shape[2]), queries=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(case.name, layout) for case in CASES for layout in ("plain", "lanes") if case.dtype != "f16"]
+    if EVERY_CASE
+    else TELLING,
+)
+def test_the_kernel_conforms_and_nothing_races(name: str, layout: str) -> None:
+    built = build_case(next(case for case in CASES if case.name == name))
+    if layout == "lanes":
+        packed = 1 if 128 % built.case.head_dim else 128 // built.case.head_dim
+        if packed > built.case.page_size or built.case.head_dim % 128 == 0:
+            pytest.skip("no such layout")
+        built = on_lanes(built)
+    check_conformance(interpreted(smallest(built)), built)
+    assert not races_found()
+
+
+def test_chosen_blocks_conform_too() -> None:
+    built = build_case(next(case for case in CASES if case.name == "smollm2_mixed"))
+    check_conformance(interpreted(), built)
+    assert not races_found()
+
+
+def test_a_block_that_is_overwritten_while_it_is_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof that the tests above could fail."""
+    monkeypatch.setattr(tpu_kernel, "_buffer_of", lambda number: 0)
+    built = build_case(Case("race", **SMOLLM2_135M, lengths=(300,), q_lens=(1,)))
+    with pytest.raises(AssertionError, match="race: out"):
+        check_conformance(interpreted(smallest(built)), built)
+        assert not races_found(), "race: out is right by luck"
+
+
+def test_a_full_row_of_the_table_of_which_the_window_sees_nothing() -> None:
+    built = build_case(Case("gone", **SMOLLM2_135M, lengths=(256,), q_lens=(1,), window=9))
+    full = jax.tree.map(lambda x: x[:, :8] if x.ndim == 2 else x, built.table)
+    far = dataclasses.replace(built.batch, position=built.batch.position + 99)
+    options = built.options | {"return_lse": True}
+    out, lse = interpreted(Blocks(4, 1))(built.q, built.k_pages, built.v_pages, full, far, **options)
+    assert not out.any() and jnp.isneginf(lse).all()
+
+
+def test_queries_in_bfloat16_are_multiplied_as_such() -> None:
+    built = build_case(Case("bf16", **LLAMA_3_8B, lengths=(70, 150), q_lens=(1, 9), dtype="bf16"))
+    rounded = built.q.astype(jnp.bfloat16)
+    options = built.options | {"return_lse": True}
+    arguments = built.k_pages, built.v_pages, built.table, built.batch
+    expected, _ = interpreted()(rounded.astype(jnp.float32), *arguments, **options)
+    out, lse = interpreted()(rounded, *arguments, **options)
+    assert out.dtype == lse.dtype == jnp.float32
+    difference = np.abs(np.asarray(out - expected))
+    # Weights are rounded to bfloat16; equality to all digits would mean that float32 was multiplied.
+    assert 1e-5 < difference.max() < 2e-2
+
+
+def test_items_hold_every_query_once_and_no_other_row() -> None:
+    q_lens = np.array([3, 0, 1, 20, 8, 5, 0])
+    tokens, max_seqs, queries = 48, len(q_lens), 8
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
+    integers = functools.partial(jnp.zeros, dtype=jnp.int32)
+    sequence = np.full(tokens, max_seqs)
+    sequence[: cu_q_lens[-1]] = np.repeat(np.arange(max_seqs), q_lens)
+    batch = Batch(
+        jnp.asarray(sequence, jnp.int32), integers(tokens), integers(tokens), integers(tokens),
+        integers(tokens), jnp.asarray(cu_q_lens, jnp.int32),
+    )  # fmt: skip
+    table = BlockTable(*(integers((max_seqs, 2)) for _ in range(5)), integers(max_seqs))
+    items, count = block_items(table, batch, batch.q_lens != 1, queries, None)
+    rows = [
+        (int(items.sequence[i]), int(items.block[i]) * queries + row)
+        for i in range(int(count))
+        for row in range(int(items.first_row[i]), int(items.end_row[i]))
+    ]
+    assert rows == [(s, int(row)) for row, s in enumerate(sequence) if s < max_seqs and q_lens[s] != 1]
+    # Items of one block follow each other, so that its output stays where it is until all of them wrote to it.
+    blocks = np.asarray(items.block[: int(count)])
+    assert (np.diff(blocks) >= 0).all()
+
+
+@pytest.mark.parametrize("max_q_len", [1, None])
+@pytest.mark.parametrize("name", MODELS)
+def test_chosen_blocks_fit_every_tpu(name: str, max_q_len: int | None) -> None:
+    model = MODELS[name]
+    storage = page_format("bf16").on_lanes(model["head_dim"])
+    q_shape = 512, model["num_q_heads"], model["head_dim"]
+    for page_size in (8, 16, 32, 64, 128, 256):
+        heads = model["num_kv_heads"], page_size, model["head_dim"]
+        shape = jax.eval_shape(functools.partial(storage.create, 1, *heads)).shape
+        told = describe(q_shape, shape, jnp.bfloat16, max_q_len)
+        blocks = told["blocks"]
+        assert blocks == choose_blocks(q_shape, shape, jnp.bfloat16, max_q_len)
+        assert blocks.pages * shape[2] % 128 == 0
+        assert blocks.queries == 1 if max_q_len == 1 else blocks.queries > 1
+        assert told["vmem_bytes"] <= 12 << 20  # of 16 MiB: what leaves the registers needs some
+        assert told["tokens_per_block"] == blocks.pages * page_size
+        assert told["bytes_per_block"] == 2 * blocks.pages * storage.bytes_per_page(*heads)
+        assert Heads.of(q_shape, shape).page_size == page_size
+
+
+def test_what_the_kernel_cannot_serve_is_refused_with_the_reason() -> None:
+    built = build_case(Case("small", **SMOLLM2_135M, lengths=(9,), q_lens=(1,), page_size=8))
+
+    def run(k_pages, v_pages, **options):
+        return mosaic_tpu.paged_attention(
+            built.q, k_pages, v_pages, built.table, built.batch, make_config(64, None, None, None),
+            None, None, **options,
+        )  # fmt: skip
+
+    odd = jnp.zeros((4, 3, 24, 64))
+    with pytest.raises(NotImplementedError, match=r"pages of 24 tokens.*powers of two"):
+        run(odd, odd)
+    for dtype in (jnp.float16, jnp.float8_e4m3fn):
+        other = built.k_pages.astype(dtype)
+        with pytest.raises(NotImplementedError, match=f"pages of {other.dtype}.*float32 and bfloat16"):
+            run(other, other)
+    with pytest.raises(ValueError, match=r"3 pages of 8 rows are no multiple of 128 rows; 16 pages are"):
+        run(built.k_pages, built.v_pages, blocks=Blocks(3, 1))
+
+
+def test_unpacked_rows_are_those_of_plain_pages() -> None:
+    pages = jnp.arange(2 * 3 * 16 * 64.0).reshape(2, 3, 16, 64)
+    np.testing.assert_array_equal(token_rows(pages.reshape(2, 3, 8, 128), 64), pages)
+    np.testing.assert_array_equal(token_rows(jnp.pad(pages, ((0, 0),) * 3 + ((0, 64),)), 48), pages[..., :48])
