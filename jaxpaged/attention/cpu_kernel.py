@@ -67,8 +67,8 @@ ROWS = 192
 """Rows of a piece, query heads counted: a tile of that many rows and its sums stay in the second-level cache."""
 FEW_ROWS = 8
 """Up to so many rows, keys are read in place; a transposed copy costs more than it saves."""
-_STRIDE = 16
-"""Keys between two requests for memory that comes later."""
+_STRIDE = 4
+"""Keys between two requests for memory that comes later: few lines at a time, or computing waits for the requests."""
 _PIECES_A_THREAD = 4
 """Pieces that a long sequence is cut into, so that threads end together."""
 LEAST_TOKENS = 128
