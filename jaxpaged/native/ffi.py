@@ -35,33 +35,18 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "XLA_FFI_Api_Version": ("struct_size", "extension_start", "major_version", "minor_version"),
     "XLA_FFI_Metadata": ("struct_size", "api_version", "traits"),
     "XLA_FFI_Metadata_Extension": ("extension_base", "metadata"),
-    "XLA_FFI_Extension_Base": ("struct_size", "type", "next"),
+    "XLA_FFI_(?:Extension_Base|InternalExtension)": ("struct_size", "type", "next"),
     "XLA_FFI_ThreadPool_Schedule_Args": ("struct_size", "extension_start", "ctx", "task", "data"),
     "XLA_FFI_ThreadPool_NumThreads_Args": ("struct_size", "extension_start", "ctx", "num_threads"),
     "XLA_FFI_Error_Destroy_Args": ("struct_size", "extension_start", "error"),
 }
-"""The first fields of each structure, in order; the offsets below follow from them on a machine of 64 bits."""
+"""The first fields of each structure, in order; the offsets below follow from them on a machine of 64 bits. Some were
+renamed in jax 0.12, and are where they were."""
 _API = ("struct_size", "extension_start", "api_version", "internal_api")
-_FUNCTIONS = (
-    "Error_Create",
-    "Error_GetMessage",
-    "Error_Destroy",
-    "Handler_Register",
-    "Stream_Get",
-    "Type_Register",
-    "ExecutionContext_Get",
-    "State_Set",
-    "State_Get",
-    "DeviceMemory_Allocate",
-    "DeviceMemory_Free",
-    "ThreadPool_Schedule",
-    "ThreadPool_NumThreads",
-)
 _FIRST_FUNCTION = 48
-_ERROR_DESTROY, _SCHEDULE, _NUM_THREADS = (
-    _FIRST_FUNCTION + 8 * _FUNCTIONS.index(name)
-    for name in ("Error_Destroy", "ThreadPool_Schedule", "ThreadPool_NumThreads")
-)
+_FUNCTIONS = {"Error_Destroy": 2, "ThreadPool_Schedule": 11, "ThreadPool_NumThreads": 12}
+"""Those of XLA's functions that are called here, and their places in its table."""
+_ERROR_DESTROY, _SCHEDULE, _NUM_THREADS = (_FIRST_FUNCTION + 8 * place for place in _FUNCTIONS.values())
 
 
 class LayoutError(ImportError):
@@ -86,7 +71,8 @@ def check_layout() -> tuple[int, int]:
             raise LayoutError(f"{name} begins with {', '.join(found) or 'nothing'}, not {', '.join(fields)}")
     found = _fields_of(header, "XLA_FFI_Api")
     functions = tuple(re.findall(r"_XLA_FFI_API_STRUCT_FIELD\(XLA_FFI_(\w+)\)", header))
-    if found[: len(_API)] != _API or functions[: len(_FUNCTIONS)] != _FUNCTIONS:
+    places = {name: place for place, name in enumerate(functions) if name in _FUNCTIONS}
+    if found[: len(_API)] != _API or places != _FUNCTIONS:
         raise LayoutError("the table of functions XLA_FFI_Api has other entries")
     version = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
     if not all(version):
