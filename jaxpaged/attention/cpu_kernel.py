@@ -391,7 +391,7 @@ def _load_rows(
     _ANGLES,
     _RUNS,
     _FIRST,
-    _HEADS,
+    _KV_HEAD,
     _NUM_ROWS,
     _WIDE,
     _TABLE_ROW,
@@ -435,7 +435,7 @@ def _begin(job: int, piece: int, work: int) -> None:
     store_i64(work, _ANGLES, angles)
     store_i64(work, _RUNS, (angles + 8 * dim + 7) // 8 * 8)
     store_i64(work, _FIRST, first)
-    store_i64(work, _HEADS, head)
+    store_i64(work, _KV_HEAD, head)
     store_i64(work, _NUM_ROWS, rows)
     store_i64(work, _WIDE, wide)
     store_i64(work, _TABLE_ROW, 4 * load_i64(piece, _SEQ) * load_i64(job, _ENTRIES))
@@ -501,7 +501,7 @@ def _pool_row(job: int, work: int, entry: int, token: int) -> int:
     page = i64(load_i32(load_i64(job, _PAGES) + row, entry))
     page = min(max(page, 0), load_i64(job, _NUM_PAGES) - 1)  # nothing outside the pool is ever read
     slot = load_i32(load_i64(job, _FIRST_SLOT) + row, entry) + token
-    return (page * load_i64(job, _KV_HEADS) + load_i64(work, _HEADS)) * load_i64(job, _PAGE_SIZE) + slot
+    return (page * load_i64(job, _KV_HEADS) + load_i64(work, _KV_HEAD)) * load_i64(job, _PAGE_SIZE) + slot
 
 
 @njit
@@ -626,7 +626,7 @@ def _end(job: int, piece: int, work: int) -> None:
         return
     group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
     for r in range(rows):
-        token, q_head = load_i64(work, _FIRST) + r // group, load_i64(work, _HEADS) * group + r % group
+        token, q_head = load_i64(work, _FIRST) + r // group, load_i64(work, _KV_HEAD) * group + r % group
         _finish_row(job, token, q_head, load_f32(maxima, r), load_f32(totals, r), sums + 4 * r * wide)
 
 

@@ -255,29 +255,24 @@ _dots_2_4, _dots_1_4, _dots_2_1, _dots_1_1 = (_dots[key] for key in ((2, 4), (1,
 @njit
 def dots(a: int, lda: int, b: int, ldb: int, out: int, ldo: int, m: int, n: int, k: int) -> None:
     """``out[m, n] = a[m, k] @ b[n, k].T``, k a multiple of WIDTH: b is read in place, a few rows at a time."""
-    whole = n // _KEYS * _KEYS
-    for column in range(0, whole, _KEYS):
-        keys = b + 4 * column * ldb
+    column = 0
+    while column < n:
+        several = n - column >= _KEYS
         row = 0
         while row < m:
-            args = (a + 4 * row * lda, lda, keys, ldb, out + 4 * (row * ldo + column), ldo, k)
-            if m - row >= 2:
-                _dots_2_4(args)
-                row += 2
-            else:
-                _dots_1_4(args)
-                row += 1
-    for column in range(whole, n):
-        keys = b + 4 * column * ldb
-        row = 0
-        while row < m:
-            args = (a + 4 * row * lda, lda, keys, ldb, out + 4 * (row * ldo + column), ldo, k)
-            if m - row >= 2:
+            args = (a + 4 * row * lda, lda, b + 4 * column * ldb, ldb, out + 4 * (row * ldo + column), ldo, k)
+            pair = m - row >= 2
+            if several:
+                if pair:
+                    _dots_2_4(args)
+                else:
+                    _dots_1_4(args)
+            elif pair:
                 _dots_2_1(args)
-                row += 2
             else:
                 _dots_1_1(args)
-                row += 1
+            row += 2 if pair else 1
+        column += _KEYS if several else 1
 
 
 def _write_transpose(c: _Code, source: Any, lds: Any, target: Any, ldt: Any) -> None:
