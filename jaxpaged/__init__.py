@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jaxpaged.generation_request import ContextShift
     from jaxpaged.invariants import InvariantError, check_invariants
     from jaxpaged.lookup import LookupResult, LookupStream, generate_lookup, lookup_stream
-    from jaxpaged.page_format import PAGE_FORMATS, PageFormat
+    from jaxpaged.page_format import PAGE_FORMATS, BlockPages, PageFormat
     from jaxpaged.page_map import PageMap, draw_page_map
     from jaxpaged.page_map_frames import draw_page_map_frames
     from jaxpaged.rope import Rope
@@ -63,6 +63,7 @@ __all__ = [
     "FINISH_OUT_OF_PAGES",
     "FINISH_STOP",
     "PAGE_FORMATS",
+    "BlockPages",
     "Batch",
     "BeamResult",
     "BeamSearch",
@@ -135,7 +136,7 @@ _ROOMS = {
     "generation_request": ("ContextShift",),
     "invariants": ("InvariantError", "check_invariants"),
     "lookup": ("LookupResult", "LookupStream", "generate_lookup", "lookup_stream"),
-    "page_format": ("PAGE_FORMATS", "PageFormat"),
+    "page_format": ("PAGE_FORMATS", "BlockPages", "PageFormat"),
     "page_map": ("PageMap", "draw_page_map"),
     "page_map_frames": ("draw_page_map_frames",),
     "rope": ("Rope",),

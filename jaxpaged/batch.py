@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpaged.open_pages import Seals
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Batch:
     """i32[T]: slot within that page."""
     cu_q_lens: Array
     """i32[S + 1]: cumulative number of tokens by sequence, from 0."""
+    seals: Seals | None = None
+    """The pages that the step fills, where full pages are sealed; None elsewhere."""
     max_q_len: int | None = field(default=None, metadata={"static": True})
     """Static bound on the tokens of one sequence; None = T. A step of single tokens (1) compiles to less."""
 

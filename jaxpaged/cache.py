@@ -8,6 +8,7 @@ the cache unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,25 @@ from jax import Array
 
 from jaxpaged import allocator as pages_of
 from jaxpaged import block_table as tables
+from jaxpaged import open_pages as opened
 from jaxpaged import sequences as seqs
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.api import default_platform
+from jaxpaged.attention.base import Pages
 from jaxpaged.batch import Batch, pack
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import LANES, PageFormat, check_page_size, page_format
+from jaxpaged.open_pages import OpenPages
+from jaxpaged.page_format import (
+    LANES,
+    BlockPages,
+    PageFormat,
+    SealedFormat,
+    SealedPages,
+    check_page_size,
+    page_format,
+)
 from jaxpaged.rope import Rope
+from jaxpaged.sealing import Copies, FreshPages, LastPages, plan_step
 from jaxpaged.sequences import Sequences
 
 
@@ -43,12 +56,16 @@ class PagedKVCache(Sequences):
     Source of the idea: PagedAttention (arXiv:2309.06180).
     """
 
-    k_pages: tuple[Array, ...]
-    """L arrays ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as its layout has them."""
-    v_pages: tuple[Array, ...]
+    k_pages: tuple[Pages, ...]
+    """L of them: arrays ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as its layout has
+    them, or quantized pages (``page_format.BlockPages``)."""
+    v_pages: tuple[Pages, ...]
     """As ``k_pages``."""
+    open_pages: OpenPages | None
+    """Where pages are that are not sealed yet; None where no format seals pages."""
     page_size: int = field(metadata={"static": True})
-    format: PageFormat = field(metadata={"static": True})
+    k_format: PageFormat = field(metadata={"static": True})
+    v_format: PageFormat = field(metadata={"static": True})
 
     @classmethod
     def create(
@@ -62,6 +79,9 @@ class PagedKVCache(Sequences):
         page_size: int = 32,
         max_entries: int | None = None,
         dtype: str = "f32",
+        k_dtype: str | None = None,
+        v_dtype: str | None = None,
+        hadamard: bool | None = None,
         layout: str | None = None,
     ) -> PagedKVCache:
         """An empty cache.
@@ -74,13 +94,17 @@ class PagedKVCache(Sequences):
           max_seqs: S.
           page_size: tokens a page holds, a power of two from 8 to 256.
           max_entries: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
-          dtype: name of the page format: "f32", "bf16" or "f16".
+          dtype: name of the page format, one of ``PAGE_FORMATS``.
+          k_dtype, v_dtype: that of keys and of values, where they differ from it.
+          hadamard: whether quantized rows are turned first, so that outliers are spread over a head (``page_format.
+            hadamard``). Default: as measured to be better for each format (docs/quantization.md).
           layout: "plain" pages, or rows that fill the "lanes" of a TPU (``page_format.LanePageFormat``), which differ
             where head_dim is no multiple of 128. Default: lanes where JAX computes on a TPU and a page fills a row of
             them, plain elsewhere.
 
         Raises:
-          ValueError: a size is impossible; the message names it and what is allowed.
+          ValueError: a size is impossible, or a format cannot store heads or pages of these sizes; the message names it
+            and what is allowed.
         """
         for name, value in (
             ("num_layers", num_layers),
@@ -89,20 +113,33 @@ class PagedKVCache(Sequences):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        storage = page_format(dtype)
+        check_page_size(page_size)
+        k_format = page_format(k_dtype or dtype)
+        v_format = page_format(v_dtype or dtype).for_values()
         if layout not in (None, "plain", "lanes"):
             raise ValueError(f'layout must be "plain" or "lanes", got {layout!r}')
+        if hadamard is not None:
+            k_format, v_format = k_format.turned(hadamard), v_format.turned(hadamard)
+        for storage in (k_format, v_format):
+            storage.check(page_size, head_dim)
         fills_a_row = page_size * head_dim >= LANES
         if layout == "lanes" or (layout is None and fills_a_row and default_platform() == "tpu"):
-            storage = storage.on_lanes(head_dim)
-        shape = (num_pages, num_kv_heads, check_page_size(page_size), head_dim)
+            k_format, v_format = k_format.on_lanes(head_dim), v_format.on_lanes(head_dim)
+        shape = num_pages, num_kv_heads, page_size, head_dim
+
+        def create_layers(storage: PageFormat) -> tuple[Pages, ...]:
+            places = {"num_open": max_seqs} if storage.seals else {}
+            return tuple(storage.create(*shape, **places) for _ in range(num_layers))
+
         return cls(
             pages_of.create(num_pages),
             tables.create(max_seqs, num_pages if max_entries is None else max_entries, num_pages),
-            tuple(storage.create(*shape) for _ in range(num_layers)),
-            tuple(storage.create(*shape) for _ in range(num_layers)),
+            create_layers(k_format),
+            create_layers(v_format),
+            opened.create(num_pages, max_seqs) if k_format.seals or v_format.seals else None,
             page_size,
-            storage,
+            k_format,
+            v_format,
         )
 
     @property
@@ -117,7 +154,14 @@ class PagedKVCache(Sequences):
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page: keys and values, all layers."""
-        return sum(x.size * x.dtype.itemsize for x in self.k_pages + self.v_pages) // self.num_pages
+        pools = [p.parts if isinstance(p, BlockPages) else p for p in self.k_pages + self.v_pages]
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_pages
+
+    @property
+    def bytes_of_open_pages(self) -> int:
+        """Bytes of the pages that wait to be sealed, a place for each sequence; 0 where no format seals pages."""
+        places = [p.open for p in self.k_pages + self.v_pages if isinstance(p, SealedPages)]
+        return sum(x.size * x.dtype.itemsize for x in places)
 
     def attend(
         self,
@@ -147,12 +191,10 @@ class PagedKVCache(Sequences):
         Returns:
           ``(out [T, num_q_heads, head_dim], cache)``.
         """
-        k_pages = self.format.write(self.k_pages[layer], batch.page, batch.slot, k)
-        v_pages = self.format.write(self.v_pages[layer], batch.page, batch.slot, v)
+        cache = self.write(layer, k, v, batch)
         out = paged_attention(
             q,
-            k_pages,
-            v_pages,
+            *cache.pages(layer),
             self.table,
             batch,
             scale=scale,
@@ -161,11 +203,41 @@ class PagedKVCache(Sequences):
             sinks=sinks,
             rope=rope,
         )
-        return out, replace(
+        return out, cache
+
+    def write(self, layer: int, k: Array, v: Array, batch: Batch) -> PagedKVCache:
+        """Writes one layer's keys and values of a step to their pages, in the formats of the pages.
+
+        Args:
+          layer: which layer, from 0.
+          k: ``[T, num_kv_heads, head_dim]``, rotated at ``batch.rope_positions``.
+          v: ``[T, num_kv_heads, head_dim]``.
+          batch: what ``reserve`` gave for this step.
+        """
+
+        def written(storage: PageFormat, pages: Any, rows: Array) -> Pages:
+            if isinstance(storage, SealedFormat):
+                return storage.write_step(pages, self.open_pages, batch.seals, batch.page, batch.slot, rows)
+            return storage.write(pages, batch.page, batch.slot, rows)
+
+        k_pages = written(self.k_format, self.k_pages[layer], k)
+        v_pages = written(self.v_format, self.v_pages[layer], v)
+        return replace(
             self,
             k_pages=_replaced(self.k_pages, layer, k_pages),
             v_pages=_replaced(self.v_pages, layer, v_pages),
         )
+
+    def pages(self, layer: int) -> tuple[Pages, Pages]:
+        """Keys and values of one layer, as ``paged_attention`` takes them."""
+        k, v = (self.as_read(pages) for pages in (self.k_pages[layer], self.v_pages[layer]))
+        return k, v
+
+    def as_read(self, pages: Pages) -> Pages:
+        """Pages of a layer with what tells their open ones from the sealed."""
+        if isinstance(pages, SealedPages) and self.open_pages is not None:
+            return replace(pages, place=self.open_pages.place)
+        return pages
 
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
@@ -241,7 +313,7 @@ class PagedKVCache(Sequences):
         return seqs.seq_reorder(self, source)
 
 
-def _replaced(layers: tuple[Array, ...], layer: int, value: Array) -> tuple[Array, ...]:
+def _replaced(layers: tuple[Pages, ...], layer: int, value: Pages) -> tuple[Pages, ...]:
     return (*layers[:layer], value, *layers[layer + 1 :])
 
 
@@ -251,6 +323,8 @@ class _Plan:
 
     last: tables.Entry
     """The last entry, with page N for an empty sequence."""
+    own: Array
+    """i32: the entries of the sequence that move with a copy of its last page."""
     into_last: Array
     """i32: tokens that go behind the last entry, into its page."""
     copied: Array
@@ -272,17 +346,23 @@ def _plan(cache: PagedKVCache, num_new: Array) -> _Plan:
     last = tables.last_entry(table)
     last = replace(last, pages=jnp.where(table.num_entries > 0, last.pages, n))
     room = jnp.where(last.pages < n, cache.page_size - last.first_slot - last.num_tokens, 0)
+    own = jnp.ones(cache.max_seqs, jnp.int32)
+    if cache.open_pages is not None:
+        room = jnp.where(cache.open_pages.is_open(last.pages), room, 0)  # what is sealed is not written again
+        # All entries of a sequence in its open page move with a copy: none is left behind in a page that nobody
+        # would ever fill.
+        own = jnp.sum(table.pages == last.pages[:, None], axis=1, dtype=jnp.int32)
     into_last = jnp.clip(num_new, 0, room)
     count = cache.allocator.ref_counts.at[last.pages].get(mode="fill", fill_value=0)
-    shared = (into_last > 0) & (count > 1)
+    shared = (into_last > 0) & (count > own)
     # Of sequences that share a page and write to it in this very step, each takes a copy until one is left
     # with the original to itself.
     ids = jnp.arange(cache.max_seqs)
     rivals = shared[None, :] & (last.pages[None, :] == last.pages[:, None]) & (ids[None, :] < ids[:, None])
-    copied = shared & (count - jnp.sum(rivals, axis=1, dtype=jnp.int32) > 1)
+    copied = shared & (count - jnp.sum(rivals * own, axis=1, dtype=jnp.int32) > own)
     fresh = -(-jnp.maximum(num_new - into_last, 0) // cache.page_size)
     representable = (num_new >= 0) & (table.num_entries + fresh <= cache.max_entries)
-    return _Plan(last, into_last, copied, fresh, representable)
+    return _Plan(last, own, into_last, copied, fresh, representable)
 
 
 def pages_needed(cache: PagedKVCache, num_new: Array) -> Array:
@@ -302,8 +382,9 @@ def reserve(
     """Makes room for ``num_new`` more tokens of each sequence, for all of them or for none.
 
     Tokens go behind a sequence's last entry while its page is not shared and has room; a shared last page is
-    copied first (copy-on-write, on any write); what is left gets fresh pages. The cost depends on S and
-    ``num_tokens``, not on N or P, and pages are copied only where they are shared.
+    copied first (copy-on-write, on any write); what is left gets fresh pages. A sealed page has no room. The cost
+    depends on S and ``num_tokens``, not on N or P (formats that seal also compare the table's rows), and pages are
+    copied only where they are shared.
 
     Args:
       cache: the state.
@@ -353,17 +434,35 @@ def reserve(
     copy_rank = jnp.cumsum(copied, dtype=jnp.int32) - 1
     last_page = jnp.where(copied, taken.at[copy_rank].get(mode="clip"), plan.last.pages)
     sources = jnp.full(max_copied, n).at[jnp.where(copied, copy_rank, s)].set(plan.last.pages, mode="drop")
-    allocator = replace(allocator, ref_counts=allocator.ref_counts.at[sources].add(-1, mode="drop"))
-    k_pages, v_pages = _copy_pages(cache, sources, taken, num_copied)
+    ref_counts = allocator.ref_counts.at[jnp.where(copied, plan.last.pages, n)].add(-plan.own, mode="drop")
+    if cache.open_pages is not None:
+        ref_counts = ref_counts.at[jnp.where(copied, last_page, n)].set(plan.own, mode="drop")
+        moved = copied[:, None] & (table.pages == plan.last.pages[:, None])
+        table = replace(table, pages=jnp.where(moved, last_page[:, None], table.pages))
+    counted, allocator = cache.allocator.ref_counts, replace(allocator, ref_counts=ref_counts)
+    taken_fresh = taken.at[num_copied + jnp.arange(max_fresh)].get(mode="fill", fill_value=n)
 
     start = tables.position_max(table) + 1
     entry_seq, entry_rank, fresh_before = pack(fresh, max_fresh)
     owner = jnp.minimum(entry_seq, s - 1)
     entry = table.num_entries[owner] + entry_rank
-    taken_fresh = taken.at[num_copied + jnp.arange(max_fresh)].get(mode="fill", fill_value=n)
     rest = (num_new - into_last)[owner] - entry_rank * ps
     grown = jnp.where(into_last > 0, table.num_entries - 1, cache.max_entries)
     ids = jnp.arange(s)
+
+    sequence, offset, cu_q_lens = pack(num_new, t)
+    first_slot = plan.last.first_slot + plan.last.num_tokens
+    open_pages, seals, places = cache.open_pages, None, None
+    if open_pages is not None:
+        open_pages, seals, places = plan_step(
+            open_pages,
+            counted,
+            LastPages(plan.last.pages, last_page, copied, copy_rank, into_last, first_slot, cu_q_lens[:-1]),
+            FreshPages(taken_fresh, entry_seq, rest, cu_q_lens[owner] + into_last[owner] + entry_rank * ps),
+            ps,
+            max_copied,
+        )
+    k_pages, v_pages = _copy_pages(cache, sources, taken, places, num_copied)
 
     def put(values: Array, new: Array | int) -> Array:
         return values.at[entry_seq, entry].set(new, mode="drop")
@@ -377,12 +476,11 @@ def reserve(
         num_entries=table.num_entries + fresh,
     )
 
-    sequence, offset, cu_q_lens = pack(num_new, t)
     valid, row = sequence < s, jnp.minimum(sequence, s - 1)
     beyond = offset - into_last[row]
     fresh_index = fresh_before[row] + jnp.maximum(beyond, 0) // ps
     page = jnp.where(beyond < 0, last_page[row], taken_fresh.at[fresh_index].get(mode="fill", fill_value=n))
-    slot = jnp.where(beyond < 0, (plan.last.first_slot + plan.last.num_tokens)[row] + offset, beyond % ps)
+    slot = jnp.where(beyond < 0, first_slot[row] + offset, beyond % ps)
     position = jnp.where(valid, start[row] + offset, 0)
     batch = Batch(
         sequence=sequence,
@@ -391,9 +489,13 @@ def reserve(
         page=jnp.where(valid, page, n),
         slot=jnp.where(valid, slot, 0),
         cu_q_lens=cu_q_lens,
+        seals=seals,
         max_q_len=max_new,
     )
-    return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages), batch, ok
+    cache = replace(
+        cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, open_pages=open_pages
+    )
+    return cache, batch, ok
 
 
 def _num_rows(num_new: Array | np.ndarray, max_seqs: int, num_tokens: int | None) -> int:
@@ -411,15 +513,23 @@ def _num_rows(num_new: Array | np.ndarray, max_seqs: int, num_tokens: int | None
 
 
 def _copy_pages(
-    cache: PagedKVCache, sources: Array, targets: Array, count: Array
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    cache: PagedKVCache, sources: Array, targets: Array, places: Copies | None, count: Array
+) -> tuple[tuple[Pages, ...], tuple[Pages, ...]]:
     """Copies ``count`` pages in every layer. A loop, so that a step without copies does not touch the pool."""
 
-    def copy_one(i: Array, pages: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(cache.format.copy(p, sources[i], targets[i]) for p in pages)
+    def copy_one(i: Array, layers: tuple[Any, ...]) -> tuple[Any, ...]:
+        def copy(storage: PageFormat, pages: Any) -> Any:
+            if isinstance(storage, SealedFormat):  # only open pages are ever written, and so copied
+                assert places is not None
+                return storage.copy_open(pages, places.source[i], places.target[i])
+            return storage.copy(pages, sources[i], targets[i])
 
-    pages = jax.lax.fori_loop(0, count, copy_one, cache.k_pages + cache.v_pages)
-    return pages[: cache.num_layers], pages[cache.num_layers :]
+        k_pages, v_pages = layers
+        return tuple(copy(cache.k_format, p) for p in k_pages), tuple(
+            copy(cache.v_format, p) for p in v_pages
+        )
+
+    return jax.lax.fori_loop(0, count, copy_one, (cache.k_pages, cache.v_pages))
 
 
 def clear(cache: PagedKVCache, *, scrub: bool = False) -> PagedKVCache:
@@ -428,8 +538,14 @@ def clear(cache: PagedKVCache, *, scrub: bool = False) -> PagedKVCache:
     if scrub:
         k_pages, v_pages = jax.tree.map(jnp.zeros_like, (k_pages, v_pages))
     table = tables.empty_like(cache.table, cache.num_pages)
+    open_pages = None if cache.open_pages is None else opened.create(cache.num_pages, cache.max_seqs)
     return replace(
-        cache, allocator=pages_of.create(cache.num_pages), table=table, k_pages=k_pages, v_pages=v_pages
+        cache,
+        allocator=pages_of.create(cache.num_pages),
+        table=table,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        open_pages=open_pages,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,16 @@ from jax import Array
 from jaxpaged import allocator as pages_of
 from jaxpaged import block_table as tables
 from jaxpaged.allocator import PageAllocator
+from jaxpaged.attention.base import Pages
 from jaxpaged.block_table import BlockTable
 from jaxpaged.cache import PagedKVCache
+from jaxpaged.page_format import PageFormat
 
 
 def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array]:
     """Moves the tokens of ``seq`` to the fewest pages; positions, and what attention sees, stay the same.
+
+    Formats that seal full pages quantize what is moved anew, and have no room behind it until the next page.
 
     Pages at its beginning that are full, such as a shared prefix, are left alone. Behind them tokens move up into the
     sequence's own pages; one that others point at too is replaced by a free page. A sequence that has no page too many
@@ -48,8 +53,13 @@ def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache,
         old = tables.get_row(cache.table, i)
         allocator, row, targets, start, _ = _defragmented(cache.allocator, old, cache.page_size)
         k_pages, v_pages = _move(cache, old, targets, start)
-        table = tables.set_row(cache.table, i, row)
-        return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages)
+        table, open_pages = tables.set_row(cache.table, i, row), cache.open_pages
+        if open_pages is not None:  # pages that are written here are sealed, the last one too
+            place = open_pages.place.at[targets].set(open_pages.num_places, mode="drop")
+            open_pages = replace(open_pages, place=place)
+        return replace(
+            cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, open_pages=open_pages
+        )
 
     return jax.lax.fori_loop(first, jnp.where(ok, last, first), move_one, cache), ok
 
@@ -140,7 +150,7 @@ def _entry_of(before: Array, num_entries: Array, token: Array) -> Array:
 
 def _move(
     cache: PagedKVCache, row: BlockTable, targets: Array, start: Array
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[tuple[Pages, ...], tuple[Pages, ...]]:
     """Fills the ``targets`` with the tokens that belong there, page by page from the front.
 
     Each page is read before it is overwritten: it holds no token of a later page than its own, because tokens only
@@ -148,15 +158,24 @@ def _move(
     """
     ps = cache.page_size
     before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
+    length = jnp.sum(row.num_tokens, dtype=jnp.int32)
     count = jnp.sum(targets < cache.num_pages)
 
-    def fill(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
+    def fill(i: Array, layers: tuple[tuple[Pages, ...], ...]) -> tuple[tuple[Pages, ...], ...]:
         page = start // ps + i
-        token = page * ps + jnp.arange(ps)
+        token = jnp.minimum(page * ps + jnp.arange(ps), length - 1)
         entry = _entry_of(before, row.num_entries, token)
         slot = jnp.minimum(row.first_slot[entry] + token - before[entry], ps - 1)
         source = jnp.minimum(row.pages[entry], cache.num_pages - 1)
-        return tuple(cache.format.gather(pool, source, slot, targets[page]) for pool in pools)
 
-    pools = jax.lax.fori_loop(0, count, fill, cache.k_pages + cache.v_pages)
-    return pools[: cache.num_layers], pools[cache.num_layers :]
+        def gathered(storage: PageFormat, pages: Any) -> Any:
+            moved = storage.gather(cache.as_read(pages), source, slot, targets[page])
+            return replace(moved, place=None) if storage.seals else moved
+
+        k_pages, v_pages = layers
+        return tuple(gathered(cache.k_format, p) for p in k_pages), tuple(
+            gathered(cache.v_format, p) for p in v_pages
+        )
+
+    k_pages, v_pages = jax.lax.fori_loop(0, count, fill, (cache.k_pages, cache.v_pages))
+    return k_pages, v_pages

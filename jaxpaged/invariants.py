@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from jaxpaged.block_table import BlockTable
 from jaxpaged.cache import PagedKVCache
+from jaxpaged.open_pages import OpenPages
 
 
 class InvariantError(AssertionError):
@@ -64,3 +66,17 @@ def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> Non
         raise InvariantError(
             f"the free stack holds {len(free)} pages, {len(expected)} have reference count 0"
         )
+    if cache.open_pages is not None:
+        _check_open_pages(jax.tree.map(np.asarray, cache.open_pages), allocator.ref_counts, table)
+
+
+def _check_open_pages(open_pages: OpenPages, counts: np.ndarray, table: BlockTable) -> None:
+    places = open_pages.num_places
+    live = np.flatnonzero((counts > 0) & (open_pages.place < places))
+    for page in live:
+        if open_pages.page[open_pages.place[page]] != page:
+            raise InvariantError(f"page {page}: open in place {open_pages.place[page]}, which is another's")
+    for seq, used in enumerate(table.num_entries):
+        pages = table.pages[seq, :used]
+        if left := set(pages[np.isin(pages, live)].tolist()) - set(pages[-1:].tolist()):
+            raise InvariantError(f"sequence {seq}: pages {sorted(left)} are open, but not its last one")

@@ -52,14 +52,9 @@ def encode(tokens: jax.Array | np.ndarray, layer: int, values: int, heads: int, 
 def write(cache: PagedKVCache, batch: Batch, tokens: jax.Array) -> PagedKVCache:
     """Writes the tokens of a step to all layers, as ``attend`` does; padding too, to the sentinel page."""
     heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
-    k, v = (
-        tuple(
-            cache.format.write(pages, batch.page, batch.slot, encode(tokens, layer, which, heads, dim))
-            for layer, pages in enumerate(layers)
-        )
-        for which, layers in enumerate((cache.k_pages, cache.v_pages))
-    )
-    return replace(cache, k_pages=k, v_pages=v)
+    for layer in range(cache.num_layers):
+        cache = cache.write(layer, *(encode(tokens, layer, which, heads, dim) for which in (0, 1)), batch)
+    return cache
 
 
 def step(

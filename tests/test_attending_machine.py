@@ -6,7 +6,6 @@ moment, anew.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import jax
@@ -37,9 +36,9 @@ def attending_step(
     cache, batch, ok = ops.reserve(cache, num_new, num_tokens=num_tokens)
     k, v = jnp.asarray(ROWS, jnp.float32)[:, (first_token + jnp.arange(num_tokens)) % ROWS.shape[1]]
     k = ROPE.rotate(k, batch.rope_positions)
-    k_pages = tuple(cache.format.write(pages, batch.page, batch.slot, k) for pages in cache.k_pages)
-    v_pages = tuple(cache.format.write(pages, batch.page, batch.slot, v) for pages in cache.v_pages)
-    return replace(cache, k_pages=k_pages, v_pages=v_pages), batch, ok
+    for layer in range(cache.num_layers):
+        cache = cache.write(layer, k, v, batch)
+    return cache, batch, ok
 
 
 def attend(cache: PagedKVCache) -> dict[str, jax.Array]:
@@ -58,9 +57,7 @@ def attend(cache: PagedKVCache) -> dict[str, jax.Array]:
         name: jnp.zeros_like(q)
         .at[sequence]
         .set(
-            paged_attention(
-                q, cache.k_pages[1], cache.v_pages[1], table, batch, rope=ROPE, implementation=name
-            ),
+            paged_attention(q, *cache.pages(1), table, batch, rope=ROPE, implementation=name),
             mode="drop",
         )
         for name in candidates("cpu")

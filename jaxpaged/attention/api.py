@@ -14,10 +14,10 @@ from typing import Any, Literal, overload
 import jax
 from jax import Array
 
-from jaxpaged.attention.base import check_pages, check_queries, check_rope, make_config
+from jaxpaged.attention.base import Pages, check_pages, check_queries, check_rope, make_config
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import lane_width, token_rows
+from jaxpaged.page_format import BlockPages, hadamard_turn, lane_width, token_rows
 from jaxpaged.rope import Rope
 
 IMPLEMENTATIONS = ("cpu_numba", "mosaic_gpu", "mosaic_tpu", "xla", "reference")
@@ -119,8 +119,8 @@ def choose(platform: str, *args: Any, **options: Any) -> Choice:
 @overload
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     *,
@@ -137,8 +137,8 @@ def paged_attention(
 @overload
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     *,
@@ -154,8 +154,8 @@ def paged_attention(
 
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     *,
@@ -178,7 +178,7 @@ def paged_attention(
     Args:
       q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq / KV)``.
       k_pages, v_pages: [N, KV, page_size, D], or rows of lanes that hold the same (``page_format.LanePageFormat``);
-        float32, bfloat16 or float16; sums are float32.
+        floating point; or quantized pages (``page_format.BlockPages``), each of a format of its own. Sums are float32.
       table: the entries of S sequences.
       batch: sequence and position of each of the T queries.
       scale: factor of the scores, ``D ** -0.5`` if left out.
@@ -222,11 +222,17 @@ def paged_attention(
         try:
             attend, pages = load(name), (k_pages, v_pages)
             if name not in _READ_LANES:
-                pages = token_rows(k_pages, head_dim), token_rows(v_pages, head_dim)
+                pages = _plain(k_pages, head_dim), _plain(v_pages, head_dim)
             out, lse = attend(q, *pages, table, batch, config, sinks, rope)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
+        if isinstance(v_pages, BlockPages) and v_pages.format.hadamard:
+            out = hadamard_turn(out)  # sums of turned values are turned sums
         out = out.astype(q.dtype)
         return (out, lse) if return_lse else out
     raise NotImplementedError("; ".join(refusals))
+
+
+def _plain(pages: Pages, head_dim: int) -> Pages:
+    return pages if isinstance(pages, BlockPages) else token_rows(pages, head_dim)

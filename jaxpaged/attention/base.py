@@ -13,7 +13,11 @@ from jax import Array, lax
 
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import BlockPages, hadamard_turn
 from jaxpaged.rope import Rope
+
+Pages = Array | BlockPages
+"""One layer's keys or values: a page array, or quantized pages."""
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
@@ -72,29 +76,40 @@ def check_queries(
         )
 
 
-def check_pages(k_pages: Array, v_pages: Array, table: BlockTable) -> None:
+def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
     """Checks pages and block table; at trace time.
 
     Raises:
       ValueError: shapes that do not fit together, with their values.
       TypeError: pages that are not floating point.
     """
-    if k_pages.ndim != 4:
-        raise ValueError(f"k_pages must be [pages, kv_heads, page_size, head_dim], got shape {k_pages.shape}")
-    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
-        raise ValueError(
-            f"k_pages {k_pages.dtype}{k_pages.shape} and v_pages {v_pages.dtype}{v_pages.shape} must be alike"
-        )
-    if 0 in k_pages.shape:
-        raise ValueError(f"no size of k_pages may be zero, got shape {k_pages.shape}")
-    if not jnp.issubdtype(k_pages.dtype, jnp.floating):
-        raise TypeError(f"pages must be floating point, got {k_pages.dtype}")
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if len(pages.shape) != 4:
+            raise ValueError(
+                f"{name} must be [pages, kv_heads, page_size, head_dim], got shape {pages.shape}"
+            )
+        if 0 in pages.shape:
+            raise ValueError(f"no size of {name} may be zero, got shape {pages.shape}")
+        if not isinstance(pages, BlockPages) and not jnp.issubdtype(pages.dtype, jnp.floating):
+            raise TypeError(f"pages must be floating point, got {pages.dtype}")
+    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
+        alike = k_pages.shape == v_pages.shape
+    else:
+        alike = k_pages.shape == v_pages.shape and k_pages.dtype == v_pages.dtype
+    if not alike:
+        raise ValueError(f"k_pages {described(k_pages)} and v_pages {described(v_pages)} must be alike")
     shape = table.pages.shape
     for name in ("first_slot", "num_tokens", "position", "rotation"):
         if getattr(table, name).shape != shape:
             raise ValueError(f"table.{name} has shape {getattr(table, name).shape}, table.pages {shape}")
     if table.num_entries.shape != shape[:1]:
         raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
+
+
+def described(pages: Pages) -> str:
+    """What pages hold, and their shape."""
+    kind = pages.format.name if isinstance(pages, BlockPages) else str(pages.dtype)
+    return f"{kind}{pages.shape}"
 
 
 def check_rope(rope: Rope | None, head_dim: int) -> None:
@@ -224,6 +239,8 @@ class Source(NamedTuple):
     frame: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
     """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: the rotation of the keys of
     ``unit``, and the first unit behind it, or ``end``, whose keys have another. None = no key is ever shifted."""
+    hadamard: bool = False
+    """Whether keys are stored turned (``page_format.hadamard``), so that queries are turned before they meet them."""
 
 
 class Tiling(NamedTuple):
@@ -281,7 +298,9 @@ def ragged_attention(
             (blocks, tiling.rows, tiling.lanes),
         ]
     for blocks, rows, lanes in passes:
-        state = _block_pass(state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes, rope)
+        state = _block_pass(
+            state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes, dtype, rope
+        )
     return state
 
 
@@ -296,6 +315,7 @@ def _block_pass(
     blocks: Array,
     rows: int,
     lanes: int,
+    dtype: jnp.dtype,
     rope: Rope | None,
 ) -> tuple[Array, Array]:
     """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``lanes`` blocks at a time."""
@@ -346,10 +366,13 @@ def _block_pass(
             trips = jnp.max(-(-(stop - unit) // source.stride))
             return lax.fori_loop(0, trips, add, (softmax, source.positions(sequence, unit, stop)))[0]
 
+        def spread(qs: Array) -> Array:
+            return hadamard_turn(qs).astype(dtype) if source.hadamard else qs
+
         softmax = empty_state((lanes, num_kv_heads, rows * group), head_dim)
-        frame = source.frame
+        frame, spread_qs = source.frame, spread(qs)
         if rope is None or frame is None:
-            softmax = attend_run(softmax, qs, begin, end)
+            softmax = attend_run(softmax, spread_qs, begin, end)
         else:
             # A query is rotated for the frame of its own key; to keys of another frame it is turned by the
             # difference, which leaves the difference of logical positions as the angle between them.
@@ -363,9 +386,9 @@ def _block_pass(
 
                 def turned() -> Array:
                     cos, sin = rope.cos_sin(difference)
-                    return rope.turn(qs, cos[:, None], sin[:, None])
+                    return spread(rope.turn(qs, cos[:, None], sin[:, None]))
 
-                turned_qs = lax.cond(jnp.any(difference != 0), turned, lambda: qs)
+                turned_qs = lax.cond(jnp.any(difference != 0), turned, lambda: spread_qs)
                 return stop, attend_run(softmax, turned_qs, unit, stop)
 
             _, softmax = lax.while_loop(lambda carry: jnp.any(carry[0] < end), attend_frame, (begin, softmax))

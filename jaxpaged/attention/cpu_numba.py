@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxpaged.attention import cpu_kernel
-from jaxpaged.attention.base import Config
+from jaxpaged.attention.base import Config, Pages, described
 from jaxpaged.attention.cpu_kernel import (
     FEW_ROWS,
     FORMATS,
@@ -28,6 +28,7 @@ from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.native.ffi import register
 from jaxpaged.native.tiles import WIDTH, padded
+from jaxpaged.page_format import BlockPages
 from jaxpaged.rope import Rope
 
 
@@ -75,8 +76,8 @@ def describe(
 
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     config: Config,
@@ -88,6 +89,8 @@ def paged_attention(
     Raises:
       NotImplementedError: heads of half-size floats whose number is no multiple of 8.
     """
+    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
+        raise NotImplementedError(f"pages {described(k_pages)} and {described(v_pages)}; reads plain numbers")
     tokens, num_q_heads, head_dim = q.shape
     if k_pages.dtype.itemsize == 2 and head_dim % 8:
         raise NotImplementedError(

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.attention.base import Config
+from jaxpaged.attention.base import Config, Pages, described
 from jaxpaged.attention.gpu_kernel import ROWS, STEP_TOKENS, Plan, attend, make_plan, split_terms
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import BlockPages
 from jaxpaged.rope import Rope
 
 _LOG2_E = math.log2(math.e)
@@ -28,8 +29,8 @@ _LOG2_E = math.log2(math.e)
 
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     config: Config,
@@ -50,6 +51,8 @@ def paged_attention(
     Raises:
       NotImplementedError: pages, heads, queries or a GPU that the kernel is not written for; the message says why.
     """
+    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
+        raise NotImplementedError(f"pages {described(k_pages)} and {described(v_pages)}; reads plain numbers")
     if interpret is None:
         _check_device()
     tokens, num_q_heads, head_dim = q.shape

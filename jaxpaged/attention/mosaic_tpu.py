@@ -26,7 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxpaged.attention.base import Config
+from jaxpaged.attention.base import Config, Pages, described
 from jaxpaged.attention.tpu_blocks import (
     Blocks,
     Heads,
@@ -40,14 +40,14 @@ from jaxpaged.attention.tpu_blocks import (
 from jaxpaged.attention.tpu_kernel import Cut, kernel
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import LANES, MAX_PAGE_SIZE
+from jaxpaged.page_format import LANES, MAX_PAGE_SIZE, BlockPages
 from jaxpaged.rope import Rope
 
 
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     config: Config,
@@ -67,6 +67,8 @@ def paged_attention(
       NotImplementedError: the kernel cannot serve these shapes; the message says why.
       ValueError: ``blocks`` do not fill whole rows of 128 scores.
     """
+    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
+        raise NotImplementedError(f"pages {described(k_pages)} and {described(v_pages)}; reads plain numbers")
     heads = Heads.of(q.shape, k_pages.shape)
     if heads.page_rows & (heads.page_rows - 1) or heads.page_size > MAX_PAGE_SIZE:
         raise NotImplementedError(

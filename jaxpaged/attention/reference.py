@@ -5,17 +5,17 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.attention.base import Config
+from jaxpaged.attention.base import Config, Pages
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import token_rows, tokens_per_row
+from jaxpaged.page_format import BlockPages, hadamard_turn, token_rows, tokens_per_row
 from jaxpaged.rope import Rope
 
 
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     config: Config,
@@ -36,12 +36,18 @@ def paged_attention(
     position = table.position[:, :, None] + slot - first_slot
 
     # The keys of every sequence, in its table's order: [S, P * page_size, KV, D]; unused slots may be NaN.
-    def gather(pages: Array) -> Array:
-        rows = token_rows(pages.astype(jnp.float32)[jnp.clip(table.pages, 0, num_pages - 1)], head_dim)
+    def gather(pages: Pages) -> Array:
+        taken = jnp.clip(table.pages, 0, num_pages - 1)
+        if isinstance(pages, BlockPages):
+            rows = pages.format.load(pages, taken)
+        else:
+            rows = token_rows(pages.astype(jnp.float32)[taken], head_dim)
         rows = rows.transpose(0, 1, 3, 2, 4)
         return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)
 
     k, v = gather(k_pages), gather(v_pages)
+    if isinstance(k_pages, BlockPages) and k_pages.format.hadamard:
+        k = hadamard_turn(k)
     live, position = live.reshape(max_seqs, -1), position.reshape(max_seqs, -1)
 
     # Keys and queries as if they had been rotated at their logical positions.

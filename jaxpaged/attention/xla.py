@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpaged.attention.base import NOWHERE, Config, Source, Tiling, power_of_two, ragged_attention
+from jaxpaged.attention.base import (
+    NOWHERE,
+    Config,
+    Pages,
+    Source,
+    Tiling,
+    power_of_two,
+    ragged_attention,
+)
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import token_rows, tokens_per_row
+from jaxpaged.page_format import BlockPages, token_rows, tokens_per_row
 from jaxpaged.rope import Rope
 
 _CHUNK_TOKENS = 512
@@ -21,8 +30,8 @@ _CPU_CHUNK_PAGES = 8
 
 def paged_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     config: Config,
@@ -45,8 +54,8 @@ def paged_attention(
 
 def _attend(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     batch: Batch,
     sinks: Array | None,
@@ -64,7 +73,12 @@ def _attend(
         tiling = Tiling(decode_lanes=1, rows=min(128, power_of_two(q.shape[0])), lanes=1)
         stride = min(max(_CPU_CHUNK_TOKENS // page_size, 1), _CPU_CHUNK_PAGES)
     else:
-        dtype = jnp.promote_types(q.dtype, k_pages.dtype)
+        # Quantized numbers have about as many digits as bfloat16.
+        widths = [
+            jnp.bfloat16 if isinstance(pages, BlockPages) or pages.dtype.itemsize == 1 else pages.dtype
+            for pages in (k_pages, v_pages)
+        ]
+        dtype = functools.reduce(jnp.promote_types, widths, q.dtype)
         tiling = Tiling(
             decode_lanes=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), lanes=4
         )
@@ -75,8 +89,8 @@ def _attend(
 
 
 def _paged_source(
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     head_dim: int,
     stride: int,
@@ -128,8 +142,12 @@ def _paged_source(
     def load(sequence: Array, unit: Array, position: Array) -> tuple[Array, Array]:
         pages = jnp.clip(window(table.pages, sequence, unit), 0, num_pages - 1)
 
-        def rows(pool: Array) -> Array:
-            if slices:
+        def rows(pool: Pages) -> Array:
+            if isinstance(pool, BlockPages):
+                # A chunk of pages at a time: the numbers of all are never in memory together.
+                x = pool.format.load(pool, pages, slices=slices).transpose(0, 2, 1, 3, 4)
+                x = x.reshape(len(pages), num_kv_heads, -1, head_dim)
+            elif slices:
                 x = jnp.stack(
                     [
                         jnp.concatenate(
@@ -150,4 +168,5 @@ def _paged_source(
         # A masked value is multiplied by zero, which NaN would survive.
         return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
 
-    return Source(span, positions, load, stride, frame)
+    turned = isinstance(k_pages, BlockPages) and k_pages.format.hadamard
+    return Source(span, positions, load, stride, frame, turned)

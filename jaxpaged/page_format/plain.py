@@ -1,12 +1,4 @@
-"""How rows of keys and values lie in a page: the seam between a cache and its storage.
-
-A format makes the page arrays, writes rows into them and reads pages back; nothing else in the project looks
-inside a page array. Formats with one number a value are here; block-quantized ones keep their scales beside the values.
-
-A page array is plain, ``[num_pages, num_kv_heads, page_size, head_dim]``, or it fills the lanes of a TPU: rows of 128
-numbers, in which short heads lie side by side and odd ones are padded (``LanePageFormat``). Attention tells which from
-the last axis and the heads that it is asked about (``tokens_per_row``).
-"""
+"""Pages of plain numbers, ``[num_pages, num_kv_heads, page_size, head_dim]``, and the same in rows of a TPU's lanes."""
 
 from __future__ import annotations
 
@@ -17,7 +9,6 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 256
 LANES = 128
 """Numbers in a row of a TPU's tile. XLA pads rows to it, or lays pages out across it to save the padding."""
 
@@ -49,6 +40,22 @@ class PageFormat:
     name: str
     dtype: DTypeLike
 
+    seals = False
+    """Whether a page is kept in 16 bits until it is full (``sealed.SealedFormat``)."""
+    hadamard = False
+    """Whether rows are turned before they are stored (``hadamard.turn``)."""
+
+    def check(self, page_size: int, head_dim: int) -> None:
+        """Raises ``ValueError`` where pages or heads of these sizes cannot be stored."""
+
+    def for_values(self) -> PageFormat:
+        """The format of the same name for pages of values."""
+        return self
+
+    def turned(self, hadamard: bool) -> PageFormat:
+        """This format with rows turned, or not; plain numbers never are."""
+        return self
+
     def bytes_per_page(self, num_kv_heads: int, page_size: int, head_dim: int) -> int:
         """Bytes of one page of one layer, keys or values alone."""
         return num_kv_heads * page_size * head_dim * np.dtype(self.dtype).itemsize
@@ -59,11 +66,19 @@ class PageFormat:
 
     def write(self, pages: Array, page: Array, slot: Array, rows: Array) -> Array:
         """Writes ``rows [T, num_kv_heads, head_dim]`` at ``(page i32[T], slot i32[T])``; page N is dropped."""
-        return pages.at[page, :, slot].set(rows.astype(self.dtype), mode="drop")
+        return pages.at[page, :, slot].set(self.round(rows), mode="drop")
+
+    def round(self, rows: Array) -> Array:
+        """Numbers as they are stored."""
+        return rows.astype(self.dtype)
 
     def read(self, pages: Array, page: Array, slot: Array) -> Array:
-        """The rows at ``(page i32[T], slot i32[T])`` as they are stored; ``write`` puts them back bit by bit."""
+        """The rows at ``(page i32[T], slot i32[T])`` as they are stored; ``put`` puts them back bit by bit."""
         return pages[page, :, slot]
+
+    def put(self, pages: Array, page: Array, slot: Array, stored: Array) -> Array:
+        """Writes what ``read`` gave."""
+        return self.write(pages, page, slot, stored)
 
     def copy(self, pages: Array, source: Array, target: Array) -> Array:
         """Copies page ``source i32[]`` over page ``target i32[]``."""
@@ -127,7 +142,7 @@ class LanePageFormat(PageFormat):
         num_pages, num_kv_heads, page_rows, width = pages.shape
         index = (page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)) * page_rows
         index += (slot // self.packed)[:, None]
-        new = jnp.tile(rows, self.packed).reshape(-1, width).astype(self.dtype)
+        new = self.round(jnp.tile(rows, self.packed).reshape(-1, width))
         place_of_lane = jnp.arange(width) // self.head_dim
         flat = pages.reshape(-1, width)
         for place in range(self.packed):
@@ -153,32 +168,23 @@ class LanePageFormat(PageFormat):
         return jnp.pad(rows, ((0, 0), (0, 0), (0, self.width // self.packed - self.head_dim)))
 
 
-PAGE_FORMATS = {
-    "f32": PageFormat("f32", jnp.float32),
-    "bf16": PageFormat("bf16", jnp.bfloat16),
-    "f16": PageFormat("f16", jnp.float16),
-}
+@dataclass(frozen=True)
+class Float8Format(PageFormat):
+    """8-bit floats, 4 bits of exponent and 3 of mantissa, without scales (arXiv:2209.05433).
 
-
-def page_format(name: str) -> PageFormat:
-    """The format called ``name``.
-
-    Raises:
-      ValueError: there is none of that name.
+    Numbers beyond the largest, 448, become it: the format has no infinity, and a plain cast would give NaN.
     """
-    if name not in PAGE_FORMATS:
-        raise ValueError(f"page format {name!r} is not known; known are {', '.join(PAGE_FORMATS)}")
-    return PAGE_FORMATS[name]
+
+    def round(self, rows: Array) -> Array:
+        largest = float(jnp.finfo(self.dtype).max)
+        return jnp.clip(rows, -largest, largest).astype(self.dtype)
+
+    def on_lanes(self, head_dim: int) -> PageFormat:
+        return self if head_dim % LANES == 0 else LaneFloat8Format(self.name, self.dtype, head_dim)
 
 
-def check_page_size(page_size: int) -> int:
-    """``page_size`` itself, if it is a power of two from 8 to 256.
+@dataclass(frozen=True)
+class LaneFloat8Format(LanePageFormat):
+    """8-bit floats in rows of lanes."""
 
-    Raises:
-      ValueError: it is not.
-    """
-    if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
-        raise ValueError(
-            f"page_size must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}, got {page_size}"
-        )
-    return page_size
+    round = Float8Format.round

@@ -1,0 +1,71 @@
+"""How rows of keys and values lie in a page: the seam between a cache and its storage.
+
+A format makes the page arrays, writes rows into them and reads pages back; nothing else in the project looks
+inside a page array but the kernels of attention. Formats with one number a value are in ``plain.py``, quantized ones in
+``blocks.py`` and ``sealed.py``.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxpaged.page_format import ggml, hadamard
+from jaxpaged.page_format.blocks import BlockFormat as BlockFormat
+from jaxpaged.page_format.blocks import BlockPages as BlockPages
+from jaxpaged.page_format.k_quants import Q4_K
+from jaxpaged.page_format.kivi import Kivi
+from jaxpaged.page_format.plain import LANES as LANES
+from jaxpaged.page_format.plain import Float8Format
+from jaxpaged.page_format.plain import LanePageFormat as LanePageFormat
+from jaxpaged.page_format.plain import PageFormat as PageFormat
+from jaxpaged.page_format.plain import lane_width as lane_width
+from jaxpaged.page_format.plain import token_rows as token_rows
+from jaxpaged.page_format.plain import tokens_per_row as tokens_per_row
+from jaxpaged.page_format.sealed import SealedFormat as SealedFormat
+from jaxpaged.page_format.sealed import SealedPages as SealedPages
+
+hadamard_turn = hadamard.turn
+
+MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 256
+
+_FORMATS: tuple[PageFormat, ...] = (
+    PageFormat("f32", jnp.float32),
+    PageFormat("bf16", jnp.bfloat16),
+    PageFormat("f16", jnp.float16),
+    Float8Format("fp8_e4m3", jnp.float8_e4m3fn),
+    BlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
+    BlockFormat("q5_1", jnp.float32, ggml.Q5_1()),
+    BlockFormat("q5_0", jnp.float32, ggml.Q5_0()),
+    BlockFormat("q4_1", jnp.float32, ggml.Q4_1()),
+    BlockFormat("q4_0", jnp.float32, ggml.Q4_0()),
+    BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL()),
+    SealedFormat("q4_k", jnp.float32, Q4_K()),
+    SealedFormat("kivi4", jnp.float32, Kivi(4, by_channel=True), value_code=Kivi(4, by_channel=False)),
+    SealedFormat("kivi2", jnp.float32, Kivi(2, by_channel=True), value_code=Kivi(2, by_channel=False)),
+)
+PAGE_FORMATS: dict[str, PageFormat] = {one.name: one for one in _FORMATS}
+"""Every format by its name: that of keys, whose ``for_values`` is the one of values."""
+
+
+def page_format(name: str) -> PageFormat:
+    """The format called ``name``.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in PAGE_FORMATS:
+        raise ValueError(f"page format {name!r} is not known; known are {', '.join(PAGE_FORMATS)}")
+    return PAGE_FORMATS[name]
+
+
+def check_page_size(page_size: int) -> int:
+    """``page_size`` itself, if it is a power of two from 8 to 256.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
+        raise ValueError(
+            f"page_size must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}, got {page_size}"
+        )
+    return page_size

@@ -1,0 +1,156 @@
+"""Pages that are quantized as a whole, once they are full.
+
+Until then a page's numbers are kept in 16 bits, in one of a few open pages (``open_pages.OpenPages``). What shares a
+scale is the format's: super-blocks of 256 numbers (``k_quants.py``), or one channel of all tokens (``kivi.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxpaged.open_pages import OpenPages, Seals
+from jaxpaged.page_format import hadamard as turns
+from jaxpaged.page_format.blocks import BlockFormat, BlockPages, taken
+
+OPEN_DTYPE = jnp.float16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SealedPages(BlockPages):
+    """One layer's sealed pages, ``[num_pages, num_kv_heads, ...]`` each part, and its open ones."""
+
+    open: Array = field(kw_only=True)
+    """f16[S, num_kv_heads, page_size, head_dim]: turned, if the format turns rows."""
+    place: Array | None = field(kw_only=True, default=None)
+    """i32[N], where attention reads: ``OpenPages.place``; S = sealed."""
+
+
+class PageCode:
+    """What a full page of one KV head is stored as; subclasses are values without state."""
+
+    def check(self, name: str, page_size: int, head_dim: int) -> None:
+        """Raises ``ValueError`` where pages or heads of these sizes cannot be stored."""
+        raise NotImplementedError
+
+    def parts(self, page_size: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+        """Shape and dtype of each part."""
+        raise NotImplementedError
+
+    def encode(self, x: Array) -> dict[str, Array]:
+        """``f32[..., page_size, head_dim]`` as parts, ``[..., *shape]`` each."""
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, Array], page_size: int, head_dim: int) -> Array:
+        """f32[..., page_size, head_dim]"""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SealedFormat(BlockFormat):
+    """Pages sealed when they are full."""
+
+    code: PageCode  # type: ignore[assignment]
+    value_code: PageCode | None = None
+    """What pages of values are stored as, if not as those of keys."""
+
+    seals = True
+
+    def for_values(self) -> SealedFormat:
+        return self if self.value_code is None else replace(self, code=self.value_code, value_code=None)
+
+    def check(self, page_size: int, head_dim: int) -> None:
+        self.code.check(self.name, page_size, head_dim)
+
+    def bytes_per_page(self, num_kv_heads: int, page_size: int, head_dim: int) -> int:
+        """Bytes of a sealed page of one layer, keys or values alone."""
+        parts = self.code.parts(page_size, head_dim).values()
+        return num_kv_heads * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in parts)
+
+    def create(  # type: ignore[override]
+        self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, *, num_open: int = 1
+    ) -> SealedPages:
+        """Zeroed pages, ``num_open`` open ones among them."""
+        self.check(page_size, head_dim)
+        parts = {
+            name: jnp.zeros((num_pages, num_kv_heads, *shape), dtype)
+            for name, (shape, dtype) in self.code.parts(page_size, head_dim).items()
+        }
+        opened = jnp.zeros((num_open, num_kv_heads, page_size, head_dim), OPEN_DTYPE)
+        return SealedPages(parts, self, page_size, head_dim, open=opened)
+
+    def write_step(
+        self, pages: SealedPages, open_pages: OpenPages, seals: Seals, page: Array, slot: Array, rows: Array
+    ) -> SealedPages:
+        """Writes a step's rows to open pages, and seals the pages that are full with them.
+
+        Args:
+          pages: of a layer.
+          open_pages: as they are behind the step: what it fills is no longer open.
+          seals: what it fills.
+          page, slot: i32[T], where each row goes; page N is dropped.
+          rows: [T, num_kv_heads, head_dim].
+        """
+        rows = turns.turn(rows) if self.hadamard else rows.astype(jnp.float32)
+        last, slots = len(rows) - 1, jnp.arange(pages.page_size)
+
+        def seal(i: Array, parts: dict[str, Array]) -> dict[str, Array]:
+            begun = lax.dynamic_index_in_dim(pages.open, seals.place[i], keepdims=False).astype(jnp.float32)
+            row = seals.first_row[i] + slots - seals.first_slot[i]
+            fresh = rows.at[jnp.clip(row, 0, last)].get(mode="clip").swapaxes(0, 1)
+            full = jnp.where((slots >= seals.first_slot[i])[:, None], fresh, begun)
+            encoded = self.code.encode(full)
+            return {name: part.at[seals.page[i]].set(encoded[name]) for name, part in parts.items()}
+
+        # First what is sealed: a place may be another page's from this step on.
+        parts = lax.fori_loop(0, seals.count, seal, pages.parts)
+        place = open_pages.place.at[page].get(mode="fill", fill_value=open_pages.num_places)
+        opened = pages.open.at[place, :, slot].set(rows.astype(OPEN_DTYPE), mode="drop")
+        return replace(pages, parts=parts, open=opened)
+
+    def copy_open(self, pages: SealedPages, source: Array, target: Array) -> SealedPages:
+        """Copies the open page at place ``source i32[]`` to place ``target i32[]``."""
+        return replace(pages, open=pages.open.at[target].set(pages.open[source]))
+
+    def decode(self, parts: Mapping[str, Array], page_size: int, head_dim: int) -> Array:  # type: ignore[override]
+        """f32[..., page_size, head_dim] of the parts of pages, as they were stored: turned, if rows are."""
+        return self.code.decode(parts, page_size, head_dim)
+
+    def load(self, pages: SealedPages, page: Array, *, slices: bool = False) -> Array:  # type: ignore[override]
+        """f32[..., num_kv_heads, page_size, head_dim]: the pages ``page i32[...]``, open ones too, as stored."""
+        parts = {name: taken(part, page, slices) for name, part in pages.parts.items()}
+        sealed = self.decode(parts, pages.page_size, pages.head_dim)
+        if pages.place is None:
+            return sealed
+        place = pages.place[page]
+        opened = taken(pages.open, jnp.minimum(place, len(pages.open) - 1), slices).astype(jnp.float32)
+        return jnp.where((place < len(pages.open))[..., None, None, None], opened, sealed)
+
+    def gather(self, pages: SealedPages, page: Array, slot: Array, target: Array) -> SealedPages:  # type: ignore[override]
+        """Seals in page ``target i32[]`` the rows at ``(page i32[page_size], slot i32[page_size])``, read before.
+
+        They are quantized anew, which costs them a little.
+        """
+        loaded = self.load(pages, page)  # [page_size, KV, page_size, D]
+        rows = jnp.take_along_axis(loaded, slot[:, None, None, None], axis=2)[:, :, 0].swapaxes(0, 1)
+        encoded = self.code.encode(rows)
+        return replace(
+            pages, parts={name: part.at[target].set(encoded[name]) for name, part in pages.parts.items()}
+        )
+
+    def encode(self, rows: Array) -> dict[str, Array]:
+        """``rows [..., page_size, head_dim]``, a page of them, as the parts that are stored."""
+        return self.code.encode(turns.turn(rows) if self.hadamard else rows.astype(jnp.float32))
+
+    def write(self, *args: Any) -> Any:
+        raise TypeError(f"{self.name} writes whole steps: write_step")
+
+    read = put = copy = write
