@@ -18,11 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.attention.base import Pages
 from jaxpaged.attention.cases import CASES as CASES
+from jaxpaged.attention.cases import QUANTIZED_CASES as QUANTIZED_CASES
 from jaxpaged.attention.cases import Case as Case
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import page_format
+from jaxpaged.page_format import (
+    BlockFormat,
+    BlockPages,
+    PageFormat,
+    SealedFormat,
+    SealedPages,
+    hadamard_turn,
+    page_format,
+)
 from jaxpaged.rope import Rope
 
 
@@ -33,9 +43,9 @@ class Built:
     case: Case
     q: Array
     """[T, Hq, D]"""
-    k_pages: Array
-    """[N, KV, page_size, D]; NaN wherever no entry points."""
-    v_pages: Array
+    k_pages: Pages
+    """[N, KV, page_size, D], or quantized; NaN, or scales of NaN, wherever no entry points."""
+    v_pages: Pages
     table: BlockTable
     batch: Batch
     sinks: Array | None
@@ -44,6 +54,8 @@ class Built:
     """f64[T, Hq, D], by the oracle."""
     lse: np.ndarray
     """f64[T, Hq]"""
+    rows: tuple[np.ndarray, np.ndarray]
+    """f32[N, KV, page_size, D]: keys and values before they were stored, NaN wherever no entry points."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,13 +95,12 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     free = list(rng.permutation(num_pages))
     pages = rng.integers(0, num_pages + 1, (max_seqs, max_entries))
     first_slot, num_tokens, position_of = (rng.integers(0, size, pages.shape) for _ in range(3))
-    dtype = page_format(case.dtype).dtype
     shape = num_pages, case.num_kv_heads, size, case.head_dim
     k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
     # Keys lie rotated at their position plus their entry's rotation; the oracle has them rotated at their position.
     rotation = rng.integers(-300, 300, pages.shape) if case.rotary_dim else np.zeros(pages.shape, int)
     rotation[:, 1::3] = rotation[:, 0:-1:3][:, : rotation[:, 1::3].shape[1]]  # neighbours shifted together
-    oracle_k = np.full(shape, np.nan)
+    written: list[tuple[Any, int]] = []
     is_shared = iter(shared)
     for s, row in enumerate(entries):
         for e, (position, first, count) in enumerate(row):
@@ -104,9 +115,7 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
             )
             key, value = rng.standard_normal((2, case.num_kv_heads, count, case.head_dim))
             k_pages[where], v_pages[where] = _rotated(case, key, at + rotation[s, e]), value
-            # As the page holds it, after rounding, and turned back exactly.
-            stored = np.asarray(jnp.asarray(k_pages[where], dtype), np.float64)
-            oracle_k[where] = _rotated(case, stored, np.full(count, -rotation[s, e]))
+            written.append((where, rotation[s, e]))
     sinks = rng.standard_normal(case.num_q_heads).astype(np.float32) * 2 if case.sinks else None
 
     q_lens = np.asarray(case.q_lens)
@@ -143,13 +152,16 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         slot=jnp.zeros(tokens, jnp.int32),
         cu_q_lens=integers(np.concatenate([[0], np.cumsum(q_lens)])),
     )
-    k, v = jnp.asarray(k_pages, dtype), jnp.asarray(v_pages, dtype)
-    # The oracle reads what the pages hold after rounding.
+    k, v = _stored(case, k_pages, v_pages, ~np.isnan(k_pages[:, 0, :, 0]))
+    # The oracle reads what the pages hold after rounding, keys turned back exactly.
+    oracle_k = _numbers(k)
+    for where, turned_by in written:
+        oracle_k[where] = _rotated(case, oracle_k[where], np.full(oracle_k[where].shape[1], -turned_by))
     out, lse = _oracle(
         case,
         oracle_q,
         oracle_k,
-        np.asarray(v, np.float64),
+        _numbers(v),
         pages,
         entries,
         sequence,
@@ -158,7 +170,59 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     )
     rope = Rope.create(_frequencies(case), interleaved=case.interleaved) if case.rotary_dim else None
     sinks_or_none = None if sinks is None else jnp.asarray(sinks)
-    return Built(case, jnp.asarray(q), k, v, table, batch, sinks_or_none, rope, out, lse)
+    rows_as_written = k_pages, v_pages
+    return Built(case, jnp.asarray(q), k, v, table, batch, sinks_or_none, rope, out, lse, rows_as_written)
+
+
+def formats_of(case: Case) -> tuple[PageFormat, PageFormat]:
+    """The formats of a case's keys and values."""
+    k, v = page_format(case.dtype), page_format(case.v_dtype or case.dtype).for_values()
+    return k.turned(case.hadamard), v.turned(case.hadamard)
+
+
+def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) -> tuple[Pages, Pages]:
+    """Pages that hold ``f32[N, KV, page_size, D]``, rubbish where it is NaN.
+
+    Where pages are sealed, every third of those that have tokens, ``used bool[N, page_size]``, is open.
+    """
+    live = np.flatnonzero(used.any(axis=1))
+    opened = live[::3]
+    place = np.full(len(keys), len(opened), np.int32)
+    place[opened] = np.arange(len(opened))
+
+    def stored(storage: PageFormat, rows: np.ndarray) -> Pages:
+        if not isinstance(storage, BlockFormat):
+            return storage.round(jnp.asarray(rows))
+        # Where one scale serves several tokens, slots that nobody wrote hold what another did.
+        first = np.argmax(used, axis=1)
+        filled = np.where(used[:, None, :, None], rows, rows[np.arange(len(rows)), :, first][:, :, None])
+        nothing = np.isnan(rows[:, 0, :, 0])
+        if isinstance(storage, SealedFormat):
+            nothing = nothing.all(axis=1)
+        parts = {
+            name: np.array(part) for name, part in storage.encode(jnp.asarray(np.nan_to_num(filled))).items()
+        }
+        for name, part in parts.items():
+            rubbish = np.nan if part.dtype == np.float16 else -103 if part.dtype == np.int8 else 151
+            (part if nothing.ndim == 1 else part.swapaxes(1, 2))[nothing] = rubbish
+            parts[name] = jnp.asarray(part)
+        sizes = rows.shape[2:]
+        if not isinstance(storage, SealedFormat):
+            return BlockPages(parts, storage, *sizes)
+        turned = np.asarray(hadamard_turn(jnp.asarray(rows)) if storage.hadamard else rows)
+        waiting = jnp.asarray(turned[opened], jnp.float16)
+        return SealedPages(parts, storage, *sizes, open=waiting, place=jnp.asarray(place))
+
+    k_format, v_format = formats_of(case)
+    return stored(k_format, keys), stored(v_format, values)
+
+
+def _numbers(pages: Pages) -> np.ndarray:
+    """f64[N, KV, page_size, D] of what pages hold."""
+    if not isinstance(pages, BlockPages):
+        return np.asarray(pages, np.float64)
+    numbers = pages.format.load(pages, jnp.arange(pages.shape[0]))
+    return np.array(hadamard_turn(numbers) if pages.format.hadamard else numbers, np.float64)
 
 
 PROVOCATIONS = ("unused_slots", "free_pages", "stale_entries")
@@ -201,10 +265,11 @@ def calm(built: Built, *, keep: Collection[str] = ()) -> Built:
         kept |= free[:, None]
     ordinary = (~covered & ~kept)[:, None, :, None]
     noise = np.random.default_rng(1).standard_normal((2, *built.k_pages.shape)) * 3
-    k_pages, v_pages = (
-        jnp.asarray(np.where(ordinary, other.astype(held.dtype), held))
-        for other, held in zip(noise, (built.k_pages, built.v_pages), strict=True)
+    keys, values = (
+        np.where(ordinary, other, rows).astype(np.float32)
+        for other, rows in zip(noise, built.rows, strict=True)
     )
+    k_pages, v_pages = _stored(built.case, keys, values, covered)
     return replace(built, table=table, k_pages=k_pages, v_pages=v_pages)
 
 

@@ -51,9 +51,7 @@ LOSSLESS = SealedFormat("lossless", jnp.float32, Lossless())
 
 def create(*, k: SealedFormat = LOSSLESS, v: str = "f32", num_pages: int = 40) -> PagedKVCache:
     sizes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": DIM, "page_size": PAGE_SIZE}
-    cache = PagedKVCache.create(
-        **sizes, num_pages=num_pages, max_seqs=MAX_SEQS, k_dtype="q4_k", v_dtype=v
-    )
+    cache = PagedKVCache.create(**sizes, num_pages=num_pages, max_seqs=MAX_SEQS, k_dtype="q4_k", v_dtype=v)
     pages = k.create(num_pages, 2, PAGE_SIZE, DIM, num_open=MAX_SEQS)
     # Whatever is read without having been written shows.
     pages = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages)
@@ -88,9 +86,7 @@ def contents(cache: PagedKVCache) -> list[list[tuple[int, float, float]]]:
     for seq in range(MAX_SEQS):
         held.append([])
         for e in range(table.num_entries[seq]):
-            page, first, position = (
-                int(x[seq, e]) for x in (table.pages, table.first_slot, table.position)
-            )
+            page, first, position = (int(x[seq, e]) for x in (table.pages, table.first_slot, table.position))
             for i in range(int(table.num_tokens[seq, e])):
                 held[-1].append((position + i, float(k[page, first + i]), float(v[page, first + i])))
     return held

@@ -22,7 +22,11 @@ class Case:
     padding: int = 0
     """Rows of the step behind the last query."""
     dtype: str = "f32"
-    """Of the pages: f32, bf16, f16."""
+    """Of the pages: a name of ``PAGE_FORMATS``."""
+    v_dtype: str | None = None
+    """Of the pages of values, where it is another."""
+    hadamard: bool = False
+    """Whether quantized rows are turned."""
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -170,3 +174,43 @@ CASES: tuple[Case, ...] = (
     ),
 )
 """What every implementation has to serve, or refuse with NotImplementedError."""
+
+_SMALL: dict[str, Any] = {
+    "num_q_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "page_size": 16,
+    "lengths": (37, 64, 0, 21),
+    "q_lens": (1, 9, 0, 1),
+    "slices": True,
+    "rotary_dim": 64,
+}
+_QUANTIZED: dict[str, dict[str, Any]] = {
+    "fp8_e4m3": {},
+    "q8_0": {"shared": True, "slices": False},
+    "q5_1": {"gaps": True},
+    "q5_0": {"hadamard": True},
+    "q4_1": {"window": 20},
+    "q4_0": {"hadamard": True, "interleaved": True},
+    "iq4_nl": {"head_dim": 96, "rotary_dim": 96},
+    "q4_k": {"hadamard": True},
+    "kivi4": {"shared": True, "slices": False},
+    "kivi2": {"head_dim": 128, "rotary_dim": 128},
+}
+QUANTIZED_CASES: tuple[Case, ...] = (
+    *(Case(name, **_SMALL | {"dtype": name} | more) for name, more in _QUANTIZED.items()),
+    Case("q8_0_with_q4_0", **_SMALL | {"dtype": "q8_0", "v_dtype": "q4_0"}),
+    Case("f16_with_kivi4", **_SMALL | {"dtype": "f16", "v_dtype": "kivi4"}),
+    Case("q4_k_with_f32", **_SMALL | {"dtype": "q4_k", "v_dtype": "f32", "soft_cap": 20.0}),
+    Case(
+        "q8_0_smollm2_decode",
+        **SMOLLM2_135M,
+        lengths=(300, 33, 0, 128),
+        q_lens=(1, 1, 0, 1),
+        padding=2,
+        dtype="q8_0",
+        rotary_dim=64,
+    ),
+    Case("q4_0_llama3_mixed", **LLAMA_3_8B, lengths=(70, 40), q_lens=(1, 20), dtype="q4_0", hadamard=True),
+)
+"""As ``CASES``, over quantized pages: each format, K and V of two, turned and not."""

@@ -17,6 +17,16 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
+from jaxpaged.attention.cpu_pages import (
+    F16,
+    FIRST_SEALED,
+    add_codes,
+    bytes_of_row,
+    dots_of_codes,
+    has_minima,
+    load_rows,
+    reads_codes,
+)
 from jaxpaged.native.ffi import (
     JOB,
     answers_query,
@@ -57,8 +67,6 @@ from jaxpaged.native.tiles import (
     row_max,
     row_scale,
     transpose,
-    widen_bf16,
-    widen_f16,
 )
 
 TILE = 64
@@ -68,7 +76,8 @@ ROWS = 192
 FEW_ROWS = 8
 """Up to so many rows, keys are read in place; a transposed copy costs more than it saves."""
 _STRIDE = 4
-"""Keys between two requests for memory that comes later: few lines at a time, or computing waits for the requests."""
+"""Keys of float32 between two requests for memory that comes later, more of shorter ones: few lines at a time, or
+computing waits for the requests."""
 _PIECES_A_THREAD = 4
 """Pieces that a long sequence is cut into, so that threads end together."""
 LEAST_TOKENS = 128
@@ -77,11 +86,20 @@ _NOTHING = f32(-1e30)
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
 
 # What a job holds, by index: addresses of buffers, then sizes.
-_INPUTS = 16
+_INPUTS = 25
 (
     _Q,
     _K,
+    _K_SCALES,
+    _K_MINIMA,
+    _K_MORE,
+    _K_OPEN,
     _V,
+    _V_SCALES,
+    _V_MINIMA,
+    _V_MORE,
+    _V_OPEN,
+    _PLACE,
     _PAGES,
     _FIRST_SLOT,
     _NUM_TOKENS,
@@ -107,14 +125,19 @@ _INPUTS = 16
     _DIM,
     _NUM_PAGES,
     _PAGE_SIZE,
+    _PLACES,
     _ENTRIES,
     _HALF,
     _WINDOW,
     _INTERLEAVED,
-    _KIND,
+    _K_KIND,
+    _V_KIND,
+    _HADAMARD,
     _SCRATCH,
-) = range(JOB + _INPUTS, JOB + _INPUTS + 16)
-_JOB_SIZE = _INPUTS + 16
+) = range(JOB + _INPUTS, JOB + _INPUTS + 19)
+_JOB_SIZE = _INPUTS + 19
+_OPEN = _K_OPEN - _K
+"""Where open pages are, counted from the codes of keys or of values."""
 
 # A piece, by index of 64-bit numbers.
 _SEQ, _HEAD, _ROW, _COUNT, _BEGIN, _END, _SPLITS, _PART = range(8)
@@ -147,7 +170,7 @@ def _visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, in
 @register_jitable
 def scratch_bytes(rows: int, dim: int, wide: int) -> int:
     """Memory that a thread works in."""
-    return 4 * (rows * (3 * wide + TILE + 2) + 3 * TILE * wide + 2 * dim) + 8 * (_RUN * TILE + _WORK + 2)
+    return 4 * (rows * (3 * wide + TILE + 2) + 3 * TILE * wide + 4 * dim) + 8 * (_RUN * TILE + _WORK + 2)
 
 
 @inlined
@@ -155,23 +178,27 @@ def _plan(call: int, job: int, threads: int) -> int:
     """Reads the call, cuts it into pieces of about the same work, and says how many they are."""
     for i in range(_INPUTS):
         store_i64(job, JOB + i, data(argument(call, i)))
-    q, k, table = argument(call, _Q - JOB), argument(call, _K - JOB), argument(call, _PAGES - JOB)
+    q, table = argument(call, _Q - JOB), argument(call, _PAGES - JOB)
     tokens, q_heads, dim = size(q, 0), size(q, 1), size(q, 2)
-    kv_heads, page_size, max_seqs, entries = size(k, 1), size(k, 2), size(table, 0), size(table, 1)
+    max_seqs, entries = size(table, 0), size(table, 1)
+    options = load_i64(job, _OPTIONS)
+    kv_heads, page_size = i64(load_i32(options, 5)), i64(load_i32(options, 6))
     out, lse = data(result(call, 0)), data(result(call, 1))
     store_i64(job, _OUT, out)
     store_i64(job, _LSE, lse)
     store_i64(job, _Q_HEADS, q_heads)
     store_i64(job, _KV_HEADS, kv_heads)
     store_i64(job, _DIM, dim)
-    store_i64(job, _NUM_PAGES, size(k, 0))
+    store_i64(job, _NUM_PAGES, load_i32(options, 7))
     store_i64(job, _PAGE_SIZE, page_size)
     store_i64(job, _ENTRIES, entries)
     store_i64(job, _HALF, size(argument(call, _TURNS - JOB), 0))
-    options = load_i64(job, _OPTIONS)
     store_i64(job, _WINDOW, load_i32(options, 0))
     store_i64(job, _INTERLEAVED, load_i32(options, 1))
-    store_i64(job, _KIND, load_i32(options, 2))
+    store_i64(job, _K_KIND, load_i32(options, 2))
+    store_i64(job, _V_KIND, load_i32(options, 3))
+    store_i64(job, _HADAMARD, load_i32(options, 4))
+    store_i64(job, _PLACES, load_i32(options, 8))
 
     group = q_heads // kv_heads
     block = max(ROWS // group, 1)
@@ -226,7 +253,7 @@ def _plan(call: int, job: int, threads: int) -> int:
 
 
 @njit
-def _turn(job: int, work: int) -> bool:
+def _turn_to_frame(job: int, work: int) -> bool:
     """Turns the queries to keys of the frame at hand; False, and nothing written, where none has to turn.
 
     A query is rotated for the frame of its own key. Turned by the difference of the two frames, the angle to a key is
@@ -271,6 +298,40 @@ def _turn(job: int, work: int) -> bool:
             cos, sin = load_f32(table, 2 * i), load_f32(table, 2 * i + 1)
             store_f32(target, a, x * cos - y * sin)
             store_f32(target, b, y * cos + x * sin)
+    return True
+
+
+@njit
+def _hadamard(x: int, n: int) -> None:
+    """The Hadamard turn of n numbers, a power of two, in place; see ``page_format.hadamard``."""
+    half = i64(1)
+    while half < n:
+        for start in range(0, n, 2 * half):
+            for i in range(start, start + half):
+                a, b = load_f32(x, i), load_f32(x, i + half)
+                store_f32(x, i, a + b)
+                store_f32(x, i + half, a - b)
+        half *= 2
+    scale = f32(1) / f32(math.sqrt(n))
+    for i in range(n):
+        store_f32(x, i, load_f32(x, i) * scale)
+
+
+@njit
+def _turn(job: int, work: int) -> bool:
+    """Brings the queries to how keys of the frame at hand are stored; False, and nothing written, where they are."""
+    anywhere = _turn_to_frame(job, work)
+    size = load_i64(job, _HADAMARD)
+    if size == 0:
+        return anywhere
+    rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
+    queries, turned = load_i64(work, _QUERIES), load_i64(work, _TURNED)
+    if not anywhere:
+        for i in range(rows * wide):
+            store_f32(turned, i, load_f32(queries, i))
+    for r in range(rows):
+        for start in range(0, load_i64(job, _DIM), size):
+            _hadamard(turned + 4 * (r * wide + start), size)
     return True
 
 
@@ -336,45 +397,6 @@ def _merge(job: int) -> None:
     free(pieces)
 
 
-FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2}
-"""The kind of a page, by its dtype."""
-
-
-@njit
-def _bytes_of_row(job: int) -> int:
-    """Bytes of a row of a page."""
-    return (4 if load_i64(job, _KIND) == 0 else 2) * load_i64(job, _DIM)
-
-
-@njit
-def _load_rows(
-    kind: int, pages: int, row: int, count: int, dim: int, wide: int, target: int
-) -> tuple[int, int]:
-    """``count`` rows of a page as float32 with ``wide`` readable numbers each: ``(address, distance of rows)``.
-
-    What need not be converted stays where it is; else the rows go to ``target``.
-    """
-    if kind == 0:
-        source = pages + 4 * row * dim
-        if dim == wide:
-            return source, dim
-        for c in range(count):
-            for i in range(wide):
-                value = load_f32(source, c * dim + i) if i < dim else f32(0)
-                store_f32(target, c * wide + i, value)
-        return target, wide
-    source = pages + 2 * row * dim
-    for c in range(count):
-        for i in range(0, dim, 8):
-            if kind == 1:
-                widen_bf16((source + 2 * (c * dim + i), target + 4 * (c * wide + i)))
-            else:
-                widen_f16((source + 2 * (c * dim + i), target + 4 * (c * wide + i)))
-        for i in range(dim, wide):
-            store_f32(target, c * wide + i, f32(0))
-    return target, wide
-
-
 # --- one piece ----------------------------------------------------------------------------------------------
 
 # What a thread works on, by index of 64-bit numbers: places in its memory, then where it is.
@@ -402,8 +424,9 @@ def _load_rows(
     _TILE_QUERIES,
     _USED,
     _NUM_RUNS,
-) = range(23)
-_WORK = 23
+    _CHANNELS,
+) = range(24)
+_WORK = 24
 
 
 @njit
@@ -433,7 +456,8 @@ def _begin(job: int, piece: int, work: int) -> None:
     store_i64(work, _MAXIMA, maxima)
     store_i64(work, _TOTALS, totals)
     store_i64(work, _ANGLES, angles)
-    store_i64(work, _RUNS, (angles + 8 * dim + 7) // 8 * 8)
+    store_i64(work, _CHANNELS, angles + 8 * dim)
+    store_i64(work, _RUNS, (angles + 16 * dim + 7) // 8 * 8)
     store_i64(work, _FIRST, first)
     store_i64(work, _KV_HEAD, head)
     store_i64(work, _NUM_ROWS, rows)
@@ -459,7 +483,7 @@ def _gather(job: int, work: int) -> None:
     row, last = load_i64(work, _TABLE_ROW), load_i64(work, _LAST)
     counts, positions = load_i64(job, _NUM_TOKENS) + row, load_i64(job, _POSITION) + row
     rotations = load_i64(job, _ROTATION) + row
-    kind, dim, wide = load_i64(job, _KIND), load_i64(job, _DIM), load_i64(work, _WIDE)
+    wide = load_i64(work, _WIDE)
     entry, done = load_i64(work, _ENTRY), load_i64(work, _TOKENS_DONE)
     frame = i64(load_i32(rotations, entry))
     if load_i64(work, _TILE_QUERIES) == 0 or frame != load_i64(work, _FRAME):
@@ -469,12 +493,9 @@ def _gather(job: int, work: int) -> None:
     while used < TILE and entry < last and load_i32(rotations, entry) == frame:
         left = i64(load_i32(counts, entry)) - done
         count = min(left, TILE - used)
-        where = _pool_row(job, work, entry, done)
         buffer = 4 * used * wide
-        k, stride = _load_rows(
-            kind, load_i64(job, _K), where, count, dim, wide, load_i64(work, _WIDE_K) + buffer
-        )
-        v, _ = _load_rows(kind, load_i64(job, _V), where, count, dim, wide, load_i64(work, _WIDE_V) + buffer)
+        k, stride = _rows(job, work, _K, entry, done, count, load_i64(work, _WIDE_K) + buffer)
+        v, _ = _rows(job, work, _V, entry, done, count, load_i64(work, _WIDE_V) + buffer)
         run = load_i64(work, _RUNS) + 8 * _RUN * num_runs
         store_i64(run, _RUN_K, k)
         store_i64(run, _RUN_V, v)
@@ -495,24 +516,72 @@ def _gather(job: int, work: int) -> None:
 
 
 @njit
-def _pool_row(job: int, work: int, entry: int, token: int) -> int:
-    """Where a token of an entry lies, in rows from the pool's first."""
-    row = load_i64(work, _TABLE_ROW)
-    page = i64(load_i32(load_i64(job, _PAGES) + row, entry))
-    page = min(max(page, 0), load_i64(job, _NUM_PAGES) - 1)  # nothing outside the pool is ever read
-    slot = load_i32(load_i64(job, _FIRST_SLOT) + row, entry) + token
-    return (page * load_i64(job, _KV_HEADS) + load_i64(work, _KV_HEAD)) * load_i64(job, _PAGE_SIZE) + slot
+def _page_of(job: int, work: int, entry: int) -> int:
+    """The page of an entry; nothing outside the pool is ever read."""
+    page = i64(load_i32(load_i64(job, _PAGES) + load_i64(work, _TABLE_ROW), entry))
+    return min(max(page, 0), load_i64(job, _NUM_PAGES) - 1)
+
+
+@njit
+def _direct(job: int, work: int, side: int) -> bool:
+    """Whether the piece's queries meet keys or values as they are stored."""
+    kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
+    return load_i64(work, _NUM_ROWS) <= FEW_ROWS and reads_codes(kind)
+
+
+@njit
+def _coded(job: int, side: int, row: int, count: int) -> tuple[int, int, int, int, int, int, int]:
+    """``count`` keys or values from the pool's ``row``-th on, as ``cpu_pages.dots_of_codes`` takes them."""
+    blocks = load_i64(job, _DIM) // 32
+    parts = (load_i64(job, side), load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3))
+    return (*parts, row * blocks, blocks, count)
+
+
+@njit
+def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, target: int) -> tuple[int, int]:
+    """``count`` keys or values (``side``: _K, _V) of an entry: where they are, and the distance of rows.
+
+    As float32, see ``cpu_pages.load_rows``; where few rows meet codes, the row of the pool, and 0.
+    """
+    page, heads = _page_of(job, work, entry), load_i64(job, _KV_HEADS)
+    slot = load_i32(load_i64(job, _FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + token
+    kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
+    codes = load_i64(job, side)
+    if kind >= FIRST_SEALED:
+        place = i64(load_i32(load_i64(job, _PLACE), page))
+        if place < load_i64(job, _PLACES):
+            page, kind, codes = place, i64(F16), load_i64(job, side + _OPEN)
+    if _direct(job, work, side):
+        row = page * heads + load_i64(work, _KV_HEAD)
+        return row * load_i64(job, _PAGE_SIZE) + slot, i64(0)
+    return load_rows(
+        kind, codes, load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3),
+        page * heads + load_i64(work, _KV_HEAD), load_i64(job, _PAGE_SIZE), slot, count, load_i64(job, _DIM),
+        load_i64(work, _WIDE), target, load_i64(work, _CHANNELS),
+    )  # fmt: skip
 
 
 @njit
 def _ahead(job: int, work: int, run: int) -> int:
-    """Where the next tile's run ``run`` lies, more or less.
+    """Where the next tile's run ``run`` lies, more or less, in rows from the pool's first.
 
     Pages lie anywhere, which no hardware foresees: what the next tile reads is asked for while this one is computed.
     """
     entry, last = load_i64(work, _ENTRY), load_i64(work, _LAST)
     done = load_i64(work, _TOKENS_DONE) if run == 0 else i64(0)
-    return _pool_row(job, work, min(entry + run, last - 1), done)
+    entry = min(entry + run, last - 1)
+    slot = load_i32(load_i64(job, _FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + done
+    row = _page_of(job, work, entry) * load_i64(job, _KV_HEADS) + load_i64(work, _KV_HEAD)
+    return row * load_i64(job, _PAGE_SIZE) + slot
+
+
+@njit
+def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
+    """Asks for the scales, and the minima, of ``count`` rows from the pool's ``row``-th on."""
+    bytes_a_row = load_i64(job, _DIM) // 16
+    for part in range(side + 1, side + 3):
+        if part == side + 1 or has_minima(load_i64(job, _K_KIND if side == _K else _V_KIND)):
+            prefetch(load_i64(job, part) + row * bytes_a_row, count * bytes_a_row)
 
 
 @njit
@@ -521,7 +590,9 @@ def _score(job: int, work: int) -> None:
     rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
     scores, transposed = load_i64(work, _SCORES), load_i64(work, _TRANSPOSED)
     q, columns = load_i64(work, _TILE_QUERIES), padded(load_i64(work, _USED))
-    bytes_of_row = _bytes_of_row(job)
+    kind, direct = load_i64(job, _K_KIND), _direct(job, work, _K)
+    width = bytes_of_row(kind, load_i64(job, _DIM))
+    stride_keys = _STRIDE * 4 * load_i64(job, _DIM) // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
         k, stride = load_i64(run, _RUN_K), load_i64(run, _RUN_STRIDE)
@@ -529,12 +600,18 @@ def _score(job: int, work: int) -> None:
         if rows > FEW_ROWS:
             transpose(k, stride, transposed + 4 * column, TILE, count, wide)
             continue
-        ahead = load_i64(job, _K) + _ahead(job, work, i) * bytes_of_row
-        for key in range(0, count, _STRIDE):
-            here = min(count - key, _STRIDE)
-            prefetch(ahead + key * bytes_of_row, here * bytes_of_row)
+        ahead = _ahead(job, work, i)
+        if direct:
+            _prefetch_scales(job, _K, ahead, count)
+        ahead = load_i64(job, _K) + ahead * width
+        for key in range(0, count, stride_keys):
+            here = min(count - key, stride_keys)
+            prefetch(ahead + key * width, here * width)
             out = scores + 4 * (column + key)
-            dots(q, wide, k + 4 * key * stride, stride, out, TILE, rows, here, wide)
+            if direct:
+                dots_of_codes(kind, rows, _coded(job, _K, k + key, here), q, wide, out, TILE)
+            else:
+                dots(q, wide, k + 4 * key * stride, stride, out, TILE, rows, here, wide)
     if rows > FEW_ROWS:
         for r in range(rows):
             row_fill((scores + 4 * r * TILE, columns, f32(0)))
@@ -596,7 +673,9 @@ def _weigh(work: int) -> None:
 def _add_values(job: int, work: int) -> None:
     """Adds the values of the tile, times their weights, to the sums."""
     rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
-    bytes_of_row = _bytes_of_row(job)
+    kind, direct = load_i64(job, _V_KIND), _direct(job, work, _V)
+    width = bytes_of_row(kind, load_i64(job, _DIM))
+    stride_keys = _STRIDE * 4 * load_i64(job, _DIM) // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
         v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_STRIDE)
@@ -604,11 +683,17 @@ def _add_values(job: int, work: int) -> None:
         if rows > FEW_ROWS:
             product(weights, TILE, v, stride, sums, wide, rows, wide, count)
             continue
-        ahead = load_i64(job, _V) + _ahead(job, work, i) * bytes_of_row
-        for key in range(0, count, _STRIDE):
-            here = min(count - key, _STRIDE)
-            prefetch(ahead + key * bytes_of_row, here * bytes_of_row)
-            product(weights + 4 * key, TILE, v + 4 * key * stride, stride, sums, wide, rows, wide, here)
+        ahead = _ahead(job, work, i)
+        if direct:
+            _prefetch_scales(job, _V, ahead, count)
+        ahead = load_i64(job, _V) + ahead * width
+        for key in range(0, count, stride_keys):
+            here = min(count - key, stride_keys)
+            prefetch(ahead + key * width, here * width)
+            if direct:
+                add_codes(kind, rows, _coded(job, _V, v + key, here), weights + 4 * key, TILE, sums, wide)
+            else:
+                product(weights + 4 * key, TILE, v + 4 * key * stride, stride, sums, wide, rows, wide, here)
 
 
 @njit

@@ -12,11 +12,10 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxpaged.attention import cpu_kernel
-from jaxpaged.attention.base import Config, Pages, described
+from jaxpaged.attention import cpu_kernel, cpu_pages
+from jaxpaged.attention.base import Config, Pages
 from jaxpaged.attention.cpu_kernel import (
     FEW_ROWS,
-    FORMATS,
     LEAST_TOKENS,
     ROWS,
     TILE,
@@ -24,11 +23,14 @@ from jaxpaged.attention.cpu_kernel import (
     scratch_bytes,
     task,
 )
+from jaxpaged.attention.cpu_pages import KINDS
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.native.ffi import register
 from jaxpaged.native.tiles import WIDTH, padded
-from jaxpaged.page_format import BlockPages
+from jaxpaged.page_format import BlockPages, SealedPages
+from jaxpaged.page_format.ggml import BLOCK
+from jaxpaged.page_format.hadamard import size as hadamard_size
 from jaxpaged.rope import Rope
 
 
@@ -36,7 +38,7 @@ from jaxpaged.rope import Rope
 def _target() -> str:
     """The name of the custom call, compiled on first use."""
     name = "jaxpaged_paged_attention"
-    register(name, handler, task, [Path(cpu_kernel.__file__)])
+    register(name, handler, task, [Path(room.__file__) for room in (cpu_kernel, cpu_pages)])
     return name
 
 
@@ -87,24 +89,24 @@ def paged_attention(
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
     Raises:
-      NotImplementedError: heads of half-size floats whose number is no multiple of 8.
+      NotImplementedError: a format that the kernel does not read, or not with heads of this size.
     """
-    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
-        raise NotImplementedError(f"pages {described(k_pages)} and {described(v_pages)}; reads plain numbers")
     tokens, num_q_heads, head_dim = q.shape
-    if k_pages.dtype.itemsize == 2 and head_dim % 8:
-        raise NotImplementedError(
-            f"reads {k_pages.dtype} pages with a head_dim that is a multiple of 8, got {head_dim}"
-        )
+    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    kinds = [_kind(pages, head_dim) for pages in (k_pages, v_pages)]
+    hadamard = hadamard_size(head_dim) if isinstance(k_pages, BlockPages) and k_pages.format.hadamard else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
-    options = np.asarray([config.window or 0, interleaved, FORMATS[k_pages.dtype.name]], np.int32)
+    places = max(len(pages.open) if isinstance(pages, SealedPages) else 0 for pages in (k_pages, v_pages))
+    sizes = num_kv_heads, page_size, num_pages, places
+    options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
     out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
     lse = jax.ShapeDtypeStruct((tokens, num_q_heads), jnp.float32)
     attended, log_sums = jax.ffi.ffi_call(_target(), (out, lse))(
         q.astype(jnp.float32),
-        k_pages,
-        v_pages,
+        *_parts(k_pages),
+        *_parts(v_pages),
+        _places(k_pages, v_pages),
         table.pages,
         table.first_slot,
         table.num_tokens,
@@ -120,3 +122,47 @@ def paged_attention(
         options,
     )
     return attended, log_sums
+
+
+def _kind(pages: Pages, head_dim: int) -> int:
+    """The index of the pages' kind in ``KINDS``.
+
+    Raises:
+      NotImplementedError: the kernel does not read it, or not with heads of this size.
+    """
+    if isinstance(pages, BlockPages):
+        kind, multiple = pages.format.name, BLOCK
+        if isinstance(pages, SealedPages) and getattr(pages.format.code, "by_channel", True) is False:
+            kind += "_by_token"
+    else:
+        kind = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "fp8_e4m3"}.get(
+            pages.dtype.name, pages.dtype.name
+        )
+        multiple = {4: 1, 2: 8, 1: 16}.get(pages.dtype.itemsize, 1)
+    if kind not in KINDS:
+        raise NotImplementedError(f"does not read pages of {kind}")
+    if head_dim % multiple:
+        raise NotImplementedError(
+            f"reads {kind} pages with a head_dim that is a multiple of {multiple}, got {head_dim}"
+        )
+    return KINDS.index(kind)
+
+
+def _parts(pages: Pages) -> list[Array]:
+    """Codes, scales, minima and what else there is, and open pages; empty where the format has none."""
+    if not isinstance(pages, BlockPages):
+        return [pages, *(jnp.zeros(0, jnp.uint8) for _ in range(4))]
+    parts = dict(pages.parts)
+    more = parts.pop("fifth_bits", parts.pop("block_scales", None))
+    opened = pages.open if isinstance(pages, SealedPages) else None
+    found = parts.get("codes"), parts.get("scales"), parts.get("minima"), more, opened
+    return [jnp.zeros(0, jnp.uint8) if part is None else part for part in found]
+
+
+def _places(k_pages: Pages, v_pages: Pages) -> Array:
+    """i32[N]: where each page is open."""
+    for pages in (k_pages, v_pages):
+        if isinstance(pages, SealedPages):
+            sealed = jnp.full(pages.shape[0], len(pages.open), jnp.int32)
+            return sealed if pages.place is None else pages.place
+    return jnp.zeros(0, jnp.int32)

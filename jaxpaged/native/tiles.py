@@ -53,7 +53,7 @@ def padded(count: int) -> int:
     return -(-count // WIDTH) * WIDTH
 
 
-class _Code:
+class Code:
     """Instructions on float32 vectors at addresses."""
 
     def __init__(self, builder: Any) -> None:
@@ -129,14 +129,14 @@ class _Code:
             yield index
 
 
-def _instructions(write: Callable[..., Any], result: Any, *arguments: Any) -> Any:
+def instructions(write: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     """A function for numba of what ``write(code, *args)`` emits."""
 
     @intrinsic
     def function(typing: Any, args: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             unpacked = cgutils.unpack_tuple(builder, values[0])
-            out = write(_Code(builder), *unpacked)
+            out = write(Code(builder), *unpacked)
             return context.get_dummy_value() if result is types.void else out
 
         return result(types.Tuple(arguments)), codegen
@@ -150,7 +150,7 @@ def _instructions(write: Callable[..., Any], result: Any, *arguments: Any) -> An
 def _write_product(rows: int, columns: int) -> Callable[..., None]:
     """``out[rows, columns * WIDTH] += a[rows, k] @ b[k, columns * WIDTH]``, sums in registers."""
 
-    def write(c: _Code, a: Any, lda: Any, b: Any, ldb: Any, out: Any, ldo: Any, k: Any) -> None:
+    def write(c: Code, a: Any, lda: Any, b: Any, ldb: Any, out: Any, ldo: Any, k: Any) -> None:
         sums = c.variables(rows * columns, c.constant(0.0))
         row_of = [c.at(a, c.b.mul(lda, _I64(r))) for r in range(rows)]
         with c.loop(k, 1) as i:
@@ -172,7 +172,7 @@ def _write_product(rows: int, columns: int) -> Callable[..., None]:
 def _write_dots(rows: int, keys: int) -> Callable[..., None]:
     """``out[rows, keys] = a[rows, k] @ b[keys, k].T``, k a multiple of WIDTH."""
 
-    def write(c: _Code, a: Any, lda: Any, b: Any, ldb: Any, out: Any, ldo: Any, k: Any) -> None:
+    def write(c: Code, a: Any, lda: Any, b: Any, ldb: Any, out: Any, ldo: Any, k: Any) -> None:
         sums = c.variables(rows * keys, c.constant(0.0))
         rows_of_a = [c.at(a, c.b.mul(lda, _I64(r))) for r in range(rows)]
         rows_of_b = [c.at(b, c.b.mul(ldb, _I64(j))) for j in range(keys)]
@@ -202,12 +202,12 @@ def _write_dots(rows: int, keys: int) -> Callable[..., None]:
 
 _MATRICES = (types.int64,) * 7
 _product = {
-    (rows, columns): _instructions(_write_product(rows, columns), types.void, *_MATRICES)
+    (rows, columns): instructions(_write_product(rows, columns), types.void, *_MATRICES)
     for rows in range(1, _ROWS + 1)
     for columns in (1, _COLUMNS)
 }
 _dots = {
-    (rows, keys): _instructions(_write_dots(rows, keys), types.void, *_MATRICES)
+    (rows, keys): instructions(_write_dots(rows, keys), types.void, *_MATRICES)
     for rows in (1, 2)
     for keys in (1, _KEYS)
 }
@@ -275,7 +275,7 @@ def dots(a: int, lda: int, b: int, ldb: int, out: int, ldo: int, m: int, n: int,
         column += _KEYS if several else 1
 
 
-def _write_transpose(c: _Code, source: Any, lds: Any, target: Any, ldt: Any) -> None:
+def _write_transpose(c: Code, source: Any, lds: Any, target: Any, ldt: Any) -> None:
     """``target[8, 8] = source[8, 8].T``: pairs, pairs of pairs, halves."""
     eight = ir.VectorType(_F32, 8)
     rows = [c.load(c.at(source, c.b.mul(lds, _I64(i))), eight) for i in range(8)]
@@ -292,7 +292,7 @@ def _write_transpose(c: _Code, source: Any, lds: Any, target: Any, ldt: Any) -> 
         c.store(rows[i], c.at(target, c.b.mul(ldt, _I64(i))))
 
 
-_transpose_8 = _instructions(_write_transpose, types.void, *(types.int64,) * 4)
+_transpose_8 = instructions(_write_transpose, types.void, *(types.int64,) * 4)
 
 
 @njit
@@ -310,7 +310,7 @@ def transpose(source: int, lds: int, target: int, ldt: int, m: int, n: int) -> N
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _write_exp(c: _Code, x: Any) -> Any:
+def _write_exp(c: Code, x: Any) -> Any:
     """e ** x for x <= 0, to 1e-7 of it; 0 below -87, where float32 ends.
 
     x = n ln 2 + r, and e ** r by a polynomial (Cephes, S. Moshier 1992); 2 ** n is made of exponent bits.
@@ -329,7 +329,7 @@ def _write_exp(c: _Code, x: Any) -> Any:
     return c.b.select(tiny, c.constant(0.0), c.b.fmul(p, power))
 
 
-def _write_row_exp(c: _Code, row: Any, n: Any, maximum: Any) -> Any:
+def _write_row_exp(c: Code, row: Any, n: Any, maximum: Any) -> Any:
     total = c.variables(1, c.constant(0.0))[0]
     top = c.spread(maximum)
     with c.loop(n, WIDTH) as i:
@@ -340,25 +340,25 @@ def _write_row_exp(c: _Code, row: Any, n: Any, maximum: Any) -> Any:
     return c.b.extract_element(c.halves(c.get(total), c.add, 1), _I32(0))
 
 
-def _write_row_max(c: _Code, row: Any, n: Any) -> Any:
+def _write_row_max(c: Code, row: Any, n: Any) -> Any:
     top = c.variables(1, c.constant(float("-inf")))[0]
     with c.loop(n, WIDTH) as i:
         c.b.store(c.largest(c.load(c.at(row, i)), c.get(top)), top)
     return c.b.extract_element(c.halves(c.get(top), c.largest, 1), _I32(0))
 
 
-def _write_row_scale(c: _Code, row: Any, n: Any, factor: Any) -> None:
+def _write_row_scale(c: Code, row: Any, n: Any, factor: Any) -> None:
     by = c.spread(factor)
     with c.loop(n, WIDTH) as i:
         c.store(c.b.fmul(c.load(c.at(row, i)), by), c.at(row, i))
 
 
-def _write_row_fill(c: _Code, row: Any, n: Any, value: Any) -> None:
+def _write_row_fill(c: Code, row: Any, n: Any, value: Any) -> None:
     with c.loop(n, WIDTH) as i:
         c.store(c.spread(value), c.at(row, i))
 
 
-def _write_row_cap(c: _Code, row: Any, n: Any, cap: Any) -> None:
+def _write_row_cap(c: Code, row: Any, n: Any, cap: Any) -> None:
     """cap * tanh(x / cap), with tanh(y) = sign(y) (1 - e) / (1 + e) for e = exp(-2 |y|)."""
     bound, one = c.spread(cap), c.constant(1.0)
     with c.loop(n, WIDTH) as i:
@@ -368,15 +368,15 @@ def _write_row_cap(c: _Code, row: Any, n: Any, cap: Any) -> None:
         c.store(c.b.fmul(bound, c.call("copysign", size, y)), c.at(row, i))
 
 
-row_exp = _instructions(_write_row_exp, types.float32, types.int64, types.int64, types.float32)
+row_exp = instructions(_write_row_exp, types.float32, types.int64, types.int64, types.float32)
 """``((row, n, maximum)) -> sum``: each x of a row becomes exp(x - maximum); n padded."""
-row_max = _instructions(_write_row_max, types.float32, types.int64, types.int64)
+row_max = instructions(_write_row_max, types.float32, types.int64, types.int64)
 """``((row, n)) -> largest``; n padded."""
-row_scale = _instructions(_write_row_scale, types.void, types.int64, types.int64, types.float32)
+row_scale = instructions(_write_row_scale, types.void, types.int64, types.int64, types.float32)
 """``((row, n, factor))``; n padded."""
-row_fill = _instructions(_write_row_fill, types.void, types.int64, types.int64, types.float32)
+row_fill = instructions(_write_row_fill, types.void, types.int64, types.int64, types.float32)
 """``((row, n, value))``; n padded."""
-row_cap = _instructions(_write_row_cap, types.void, types.int64, types.int64, types.float32)
+row_cap = instructions(_write_row_cap, types.void, types.int64, types.int64, types.float32)
 """``((row, n, cap))``: each x becomes cap * tanh(x / cap); n padded."""
 
 
@@ -386,7 +386,7 @@ row_cap = _instructions(_write_row_cap, types.void, types.int64, types.int64, ty
 def _write_widen(kind: str) -> Callable[..., None]:
     """Eight numbers of two bytes to float32."""
 
-    def write(c: _Code, source: Any, target: Any) -> None:
+    def write(c: Code, source: Any, target: Any) -> None:
         words = ir.VectorType(ir.IntType(16), 8)
         raw = c.b.load(pointer(c.b, source, words), align=2, typ=words)
         if kind == "f16":
@@ -400,7 +400,7 @@ def _write_widen(kind: str) -> Callable[..., None]:
     return write
 
 
-widen_f16 = _instructions(_write_widen("f16"), types.void, types.int64, types.int64)
+widen_f16 = instructions(_write_widen("f16"), types.void, types.int64, types.int64)
 """``((source, target))``: eight float16 to eight float32."""
-widen_bf16 = _instructions(_write_widen("bf16"), types.void, types.int64, types.int64)
+widen_bf16 = instructions(_write_widen("bf16"), types.void, types.int64, types.int64)
 """``((source, target))``: eight bfloat16 to eight float32."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpaged.attention import api, candidates, choose, merge_states, paged_attention
-from jaxpaged.attention.cases import CASES, SMOLLM2_135M, Case
+from jaxpaged.attention.cases import CASES, QUANTIZED_CASES, SMOLLM2_135M, Case
 from jaxpaged.testing import build_case, check_conformance
 
 HERE = candidates("cpu")
@@ -35,7 +35,7 @@ def under_jit(implementation):
     return attention
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*CASES, *QUANTIZED_CASES), ids=lambda case: case.name)
 def test_every_implementation_conforms(case):
     built = build_case(case)
     for implementation in HERE:

@@ -1,0 +1,200 @@
+"""How the CPU kernel reads pages of each format: rows of them as float32."""
+
+from __future__ import annotations
+
+from jaxpaged.native.codes import (
+    BYTES,
+    NIBBLES,
+    NIBBLES_LESS_8,
+    codebook_run,
+    dots_with_codes,
+    expand_bytes,
+    expand_fives,
+    expand_fives_less_16,
+    expand_nibbles,
+    expand_nibbles_by_channel,
+    expand_nibbles_less_8,
+    expand_q4_k,
+    expand_twos,
+    expand_twos_by_channel,
+    product_with_codes,
+    widen_f16,
+    widen_fp8,
+)
+from jaxpaged.native.memory import load_f32, store_f32
+from jaxpaged.native.tiles import f32, i64, njit, widen_bf16
+from jaxpaged.native.tiles import widen_f16 as widen_8_f16
+from jaxpaged.page_format.ggml import IQ4_NL_VALUES
+
+KINDS = (
+    "f32", "bf16", "f16", "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",
+    "kivi4_by_token", "kivi2_by_token",
+)  # fmt: skip
+"""How numbers are stored; kernels know a kind by its index."""
+(
+    _F32, _BF16, _F16, _FP8, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0, _IQ4_NL, _Q4_K, _KIVI4, _KIVI2, _KIVI4_BY_TOKEN,
+    _KIVI2_BY_TOKEN,
+) = range(len(KINDS))  # fmt: skip
+F16 = _F16
+"""The kind of open pages."""
+FIRST_SEALED = _Q4_K
+"""Kinds from here on are of pages that are open before they are sealed."""
+PARTS = ("codes", "scales", "minima", "more")
+"""What a kind's numbers are made of; plain numbers are codes. More: the fifth bits, or the scales of q4_k's blocks."""
+
+_expand_iq4_nl = codebook_run(IQ4_NL_VALUES)
+
+
+@njit
+def bytes_of_row(kind: int, dim: int) -> int:
+    """Bytes of the codes of a token of one head."""
+    if kind == _F32:
+        return 4 * dim
+    if kind in (_BF16, _F16):
+        return 2 * dim
+    if kind in (_FP8, _Q8_0):
+        return dim
+    if kind in (_KIVI2, _KIVI2_BY_TOKEN):
+        return dim // 4
+    return dim // 2
+
+
+@njit
+def _load_plain(kind: int, source: int, count: int, dim: int, wide: int, target: int) -> None:
+    for c in range(count):
+        row = target + 4 * c * wide
+        if kind == _F32:
+            for i in range(dim):
+                store_f32(row, i, load_f32(source, c * dim + i))
+        elif kind == _FP8:
+            for i in range(0, dim, 16):
+                widen_fp8((source + c * dim + i, row + 4 * i))
+        else:
+            for i in range(0, dim, 8):
+                if kind == _BF16:
+                    widen_bf16((source + 2 * (c * dim + i), row + 4 * i))
+                else:
+                    widen_8_f16((source + 2 * (c * dim + i), row + 4 * i))
+        for i in range(dim, wide):
+            store_f32(row, i, f32(0))
+
+
+@njit
+def _load_blocks(
+    kind: int, codes: int, scales: int, minima: int, more: int, target: int, first: int, count: int
+) -> None:
+    """``count`` blocks of 32 numbers, from the pool's ``first``-th on."""
+    run = (codes, scales, minima, more, target, first, count)
+    if kind == _Q8_0:
+        expand_bytes(run)
+    elif kind == _Q4_0:
+        expand_nibbles_less_8(run)
+    elif kind == _IQ4_NL:
+        _expand_iq4_nl(run)
+    elif kind == _Q5_0:
+        expand_fives_less_16(run)
+    elif kind == _Q5_1:
+        expand_fives(run)
+    elif kind == _Q4_K:
+        expand_q4_k(run)
+    elif kind == _KIVI2_BY_TOKEN:
+        expand_twos(run)
+    else:  # q4_1, and kivi4 by token
+        expand_nibbles(run)
+
+
+@njit
+def _load_by_channel(
+    kind: int, codes: int, scales: int, minima: int, page: int, row: int, count: int, dim: int, target: int,
+    channels: int,
+) -> None:  # fmt: skip
+    """``count`` rows, from the pool's ``row``-th on, whose channels have scales of the page."""
+    widened = channels + 4 * dim
+    widen_f16((scales + 2 * page * dim, channels, dim))
+    widen_f16((minima + 2 * page * dim, widened, dim))
+    blocks = dim // 32
+    for c in range(count):
+        run = (codes, channels, widened, i64(0), target + 4 * c * dim, (row + c) * blocks, blocks)
+        if kind == _KIVI4:
+            expand_nibbles_by_channel(run)
+        else:
+            expand_twos_by_channel(run)
+
+
+@njit
+def load_rows(
+    kind: int, codes: int, scales: int, minima: int, more: int, page: int, page_size: int, slot: int, count: int,
+    dim: int, wide: int, target: int, channels: int,
+) -> tuple[int, int]:  # fmt: skip
+    """``count`` rows of a page as float32 with ``wide`` readable numbers each: ``(address, distance of rows)``.
+
+    What need not be converted stays where it is; else the rows go to ``target``.
+
+    Args:
+      kind: index into ``KINDS``.
+      codes, scales, minima, more: where the parts begin; ``PARTS``.
+      page: page and KV head, ``page * num_kv_heads + head``.
+      slot: the first row.
+      dim: numbers of a row; a multiple of 8, of 16 for fp8, of 32 for blocks, unless the numbers are float32.
+      wide: dim rounded up to whole vectors.
+      channels: memory for ``2 * dim`` numbers.
+    """
+    row = page * page_size + slot
+    if kind <= _FP8:
+        source = codes + bytes_of_row(kind, dim) * row
+        if kind == _F32 and dim == wide:
+            return source, dim
+        _load_plain(kind, source, count, dim, wide, target)
+    elif kind in (_KIVI4, _KIVI2):
+        _load_by_channel(kind, codes, scales, minima, page, row, count, dim, target, channels)
+    else:
+        _load_blocks(kind, codes, scales, minima, more, target, row * dim // 32, count * dim // 32)
+    return target, wide
+
+
+# --- products of few rows, straight from the codes --------------------------------------------------------------------
+
+_dots_bytes, _dots_nibbles_less_8, _dots_nibbles = (
+    dots_with_codes(kind) for kind in (BYTES, NIBBLES_LESS_8, NIBBLES)
+)
+_add_bytes, _add_nibbles_less_8, _add_nibbles = (
+    product_with_codes(kind) for kind in (BYTES, NIBBLES_LESS_8, NIBBLES)
+)
+
+
+@njit
+def reads_codes(kind: int) -> bool:
+    """Whether few rows meet the codes of this kind directly; other kinds are converted first, in ``load_rows``."""
+    return kind in (_Q8_0, _Q4_0, _Q4_1)
+
+
+@njit
+def has_minima(kind: int) -> bool:
+    """Of the kinds that ``reads_codes`` names."""
+    return kind == _Q4_1
+
+
+@njit
+def dots_of_codes(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int, out: int, ldo: int) -> None:
+    """``out[rows, count] = a @ keys.T``, with keys ``(codes, scales, minima, more, first block, blocks, count)``."""
+    for r in range(0, rows, 4):
+        args = (*keys, a + 4 * r * lda, lda, out + 4 * r * ldo, ldo)
+        if kind == _Q8_0:
+            _dots_bytes(rows - r, args)
+        elif kind == _Q4_0:
+            _dots_nibbles_less_8(rows - r, args)
+        else:
+            _dots_nibbles(rows - r, args)
+
+
+@njit
+def add_codes(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int, out: int, ldo: int) -> None:
+    """``out[rows, 32 * blocks] += a[rows, count] @ keys``, as for ``dots_of_codes``."""
+    for r in range(0, rows, 4):
+        args = (*keys, a + 4 * r * lda, lda, out + 4 * r * ldo, ldo)
+        if kind == _Q8_0:
+            _add_bytes(rows - r, args)
+        elif kind == _Q4_0:
+            _add_nibbles_less_8(rows - r, args)
+        else:
+            _add_nibbles(rows - r, args)
