@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,16 +17,25 @@ from jaxpaged.attention.api import candidates, load
 from jaxpaged.attention.base import (
     NOWHERE,
     Config,
+    Pages,
     Source,
     Tiling,
     check_queries,
+    compute_dtype,
     make_config,
     power_of_two,
     ragged_attention,
 )
 from jaxpaged.batch import Batch, pack
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import page_format
+from jaxpaged.page_format import (
+    MAX_PAGE_SIZE,
+    PAGE_FORMATS,
+    BlockPages,
+    PageFormat,
+    hadamard_turn,
+    page_format,
+)
 from jaxpaged.rope import Rope
 
 _CHUNK_TOKENS = 256
@@ -39,14 +49,16 @@ class ContiguousKVCache:
     In a ``Batch`` of this cache the page is the sequence (S = written nowhere), the slot the index in it.
     """
 
-    k: tuple[Array, ...]
-    """L arrays [S, KV, max_length rounded up to whole chunks, D]; finite everywhere."""
-    v: tuple[Array, ...]
+    k: tuple[Pages, ...]
+    """L arrays [S, KV, max_length rounded up to whole chunks, D], or as many quantized rows; finite everywhere."""
+    v: tuple[Pages, ...]
     """As k."""
     lengths: Array
     """i32[S]: tokens of each sequence, at the positions 0 .. length."""
     max_length: int = dataclasses.field(metadata={"static": True})
     """Tokens that a row holds."""
+    k_format: PageFormat = dataclasses.field(metadata={"static": True})
+    v_format: PageFormat = dataclasses.field(metadata={"static": True})
 
     @staticmethod
     def create(
@@ -57,6 +69,9 @@ class ContiguousKVCache:
         max_seqs: int,
         max_length: int,
         dtype: str = "f32",
+        k_dtype: str | None = None,
+        v_dtype: str | None = None,
+        hadamard: bool | None = None,
     ) -> ContiguousKVCache:
         """An empty cache, all its memory allocated.
 
@@ -64,10 +79,10 @@ class ContiguousKVCache:
           num_layers, num_kv_heads, head_dim: of the model.
           max_seqs: S, rows.
           max_length: tokens that each row holds.
-          dtype: "f32", "bf16" or "f16".
+          dtype, k_dtype, v_dtype, hadamard: as for ``PagedKVCache.create``; formats that seal pages need pages.
 
         Raises:
-          ValueError: a size below 1, or an unknown dtype.
+          ValueError: a size below 1, or a format that is unknown or does not fit.
         """
         sizes = {
             "num_layers": num_layers,
@@ -79,12 +94,20 @@ class ContiguousKVCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        storage = page_format(dtype).dtype
+        k_format = page_format(k_dtype or dtype)
+        v_format = page_format(v_dtype or dtype).for_values()
+        if hadamard is not None:
+            k_format, v_format = k_format.turned(hadamard), v_format.turned(hadamard)
+        for storage in (k_format, v_format):
+            if storage.seals:
+                rows = ", ".join(name for name, one in PAGE_FORMATS.items() if not one.seals)
+                raise ValueError(f"{storage.name} quantizes whole pages; a cache without pages stores {rows}")
+            storage.check(MAX_PAGE_SIZE, head_dim)
         chunk = min(max_length, _CHUNK_TOKENS)
-        shape = (max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim)
+        shape = max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim
         # Every layer its own buffer: donation refuses one buffer given twice.
-        k, v = (tuple(jnp.zeros(shape, storage) for _ in range(num_layers)) for _ in range(2))
-        return ContiguousKVCache(k, v, jnp.zeros(max_seqs, jnp.int32), max_length)
+        k, v = (tuple(storage.create(*shape) for _ in range(num_layers)) for storage in (k_format, v_format))
+        return ContiguousKVCache(k, v, jnp.zeros(max_seqs, jnp.int32), max_length, k_format, v_format)
 
     @property
     def kind(self) -> Literal["contiguous"]:
@@ -209,10 +232,10 @@ class ContiguousKVCache:
         check_queries(q, num_kv_heads, head_dim, batch, max_seqs, sinks)
         config = make_config(head_dim, scale, window, soft_cap)
 
-        def write(pool: Array, rows: Array) -> Array:
-            return pool.at[batch.page, :, batch.slot].set(rows.astype(pool.dtype), mode="drop")
-
-        k_row, v_row = write(self.k[layer], k), write(self.v[layer], v)
+        k_row, v_row = (
+            storage.write(layers[layer], batch.page, batch.slot, rows)
+            for storage, layers, rows in ((self.k_format, self.k, k), (self.v_format, self.v, v))
+        )
         out = self._attend_in_place(q, k_row, v_row, batch, config, sinks)
         if out is None:
             out = lax.platform_dependent(
@@ -225,6 +248,8 @@ class ContiguousKVCache:
                 cpu=partial(_attend, config=config, cpu=True),
                 default=partial(_attend, config=config, cpu=False),
             )
+        if self.v_format.hadamard:
+            out = hadamard_turn(out)
         cache = dataclasses.replace(
             self,
             k=(*self.k[:layer], k_row, *self.k[layer + 1 :]),
@@ -233,7 +258,7 @@ class ContiguousKVCache:
         return out.astype(q.dtype), cache
 
     def _attend_in_place(
-        self, q: Array, k: Array, v: Array, batch: Batch, config: Config, sinks: Array | None
+        self, q: Array, k: Pages, v: Pages, batch: Batch, config: Config, sinks: Array | None
     ) -> Array | None:
         """By the kernel for CPUs, if there is one: a row is a page as long as the context, its chunks are entries."""
         if "cpu_numba" not in candidates():
@@ -279,7 +304,7 @@ class ContiguousKVCache:
         """Lets each sequence become what ``source i32[S]`` of them was; S = empty. Every row moves."""
         source = jnp.asarray(source, jnp.int32)
         lengths = self.lengths.at[source].get(mode="fill", fill_value=0)
-        k, v = (tuple(pool.at[source].get(mode="clip") for pool in layers) for layers in (self.k, self.v))
+        k, v = jax.tree.map(lambda pool: pool.at[source].get(mode="clip"), (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v, lengths=lengths)
 
     def seq_copy(
@@ -305,8 +330,8 @@ class ContiguousKVCache:
 
         cache = dataclasses.replace(
             self,
-            k=tuple(copy(x) for x in self.k),
-            v=tuple(copy(x) for x in self.v),
+            k=jax.tree.map(copy, self.k),
+            v=jax.tree.map(copy, self.v),
             lengths=self.lengths.at[dst].set(jnp.where(ok, length, self.lengths[dst])),
         )
         return cache, ok
@@ -314,8 +339,8 @@ class ContiguousKVCache:
 
 def _attend(
     q: Array,
-    k: Array,
-    v: Array,
+    k: Pages,
+    v: Pages,
     lengths: Array,
     batch: Batch,
     sinks: Array | None,
@@ -323,14 +348,14 @@ def _attend(
     config: Config,
     cpu: bool,
 ) -> Array:
-    max_seqs, num_kv_heads, max_length, head_dim = k.shape
+    max_seqs, num_kv_heads, max_length, _ = k.shape
     chunk = min(max_length, _CHUNK_TOKENS)
     rows = min(128, power_of_two(q.shape[0]))
     if cpu:
         # One row after the other: no sequence pays for a longer one, and XLA:CPU has few cores to fill.
         dtype, tiling = jnp.dtype(jnp.float32), Tiling(decode_lanes=1, rows=rows, lanes=1)
     else:
-        dtype = jnp.promote_types(q.dtype, k.dtype)
+        dtype = functools.reduce(jnp.promote_types, map(compute_dtype, (k, v)), q.dtype)
         tiling = Tiling(decode_lanes=min(max_seqs, q.shape[0]), rows=rows, lanes=4)
 
     def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
@@ -346,16 +371,22 @@ def _attend(
         return jnp.where(position < lengths[sequence][:, None], position, NOWHERE)
 
     def load(sequence: Array, unit: Array, _: Array) -> tuple[Array, Array]:
-        def rows(pool: Array) -> Array:
+        def chunks(pool: Array) -> Array:
+            sizes = 1, num_kv_heads, chunk, pool.shape[-1]
             slices = [
-                lax.dynamic_slice(
-                    pool, (sequence[i], 0, unit[i] * chunk, 0), (1, num_kv_heads, chunk, head_dim)
-                )
+                lax.dynamic_slice(pool, (sequence[i], 0, unit[i] * chunk, 0), sizes)
                 for i in range(sequence.shape[0])
             ]
-            return jnp.concatenate(slices).astype(dtype)
+            return jnp.concatenate(slices)
+
+        def rows(pool: Pages) -> Array:
+            if isinstance(pool, BlockPages):
+                parts = {name: chunks(part) for name, part in pool.parts.items()}
+                return pool.format.decode(parts).astype(dtype)
+            return chunks(pool).astype(dtype)
 
         return rows(k), rows(v)
 
-    source = Source(span, positions, load, 1)
+    turned = isinstance(k, BlockPages) and k.format.hadamard
+    source = Source(span, positions, load, 1, hadamard=turned)
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype)[0]

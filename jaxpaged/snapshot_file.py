@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxpaged.page_format import check_page_size, page_format
+from jaxpaged.page_format import BlockFormat, PageFormat, SealedFormat, check_page_size, titled
 
-KIND, VERSION = "jaxpaged.snapshot", 1
+KIND, VERSION = "jaxpaged.snapshot", 2
 _BLANK = "0" * 64
-_TYPES = {"F32", "F16", "BF16", "I32"}
+_TYPES = {"F32", "F16", "BF16", "I32", "I8", "U8"}
 _MAX_POSITION = 2**31 - 1
+_MAX_SIZE = 1 << 16
 
 
 class SnapshotError(ValueError):
@@ -49,14 +51,42 @@ class Tokens:
         )
 
 
+Stored = np.ndarray | dict[str, np.ndarray]
+"""One layer's keys or values: numbers, or the parts of quantized ones."""
+
+
+def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_open: int) -> Any:
+    """What ``count`` rows, or sealed pages, of a format are: its parts as ``jax.ShapeDtypeStruct``.
+
+    Args:
+      storage: the format.
+      sizes: num_kv_heads, page_size and head_dim.
+      count: of rows or pages.
+      num_open: of open pages.
+    """
+    num_kv_heads, page_size, head_dim = sizes
+    index = np.zeros(count, np.int32)
+
+    def made() -> Any:
+        if isinstance(storage, SealedFormat):
+            pages = storage.create(count, num_kv_heads, page_size, head_dim, num_open=num_open)
+            return {**pages.parts, "open": pages.open}
+        return storage.read(storage.create(1, num_kv_heads, page_size, head_dim), index, index)
+
+    return jax.eval_shape(made)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Sequences outside of any pool. E = entries, T = tokens, R = rows, at most T."""
 
     fingerprint: str
     """Of the model that computed the keys and values."""
-    format: str
-    """Name of the page format."""
+    k_format: PageFormat
+    """Of the pages that the keys come from."""
+    v_format: PageFormat
+    num_kv_heads: int
+    head_dim: int
     page_size: int
     """Tokens a page held in the pool that the sequences come from."""
     sequences: tuple[int, ...]
@@ -66,10 +96,18 @@ class Snapshot:
     sequence in the order of ``sequences``. Pages have numbers of the snapshot's own."""
     tokens: np.ndarray
     """i32[T]: the token ids, sequence after sequence."""
-    keys: tuple[np.ndarray, ...]
-    """L arrays ``[R, num_kv_heads, head_dim]``: rows in the order in which the tokens first name them."""
-    values: tuple[np.ndarray, ...]
+    keys: tuple[Stored, ...]
+    """L times rows as the format stores them, ``[R, num_kv_heads, ...]``, in the order in which the tokens first name
+    them; or sealed pages, ``[pages, num_kv_heads, ...]``, with the open ones, ``[O, ...]``, as part "open"."""
+    values: tuple[Stored, ...]
     """As ``keys``."""
+    open_pages: np.ndarray
+    """i32[O]: which pages are open; none where no format seals pages."""
+
+    @property
+    def sealed(self) -> bool:
+        """Whether pages are kept whole, because rows cannot be taken out of them."""
+        return self.k_format.seals or self.v_format.seals
 
     @property
     def lengths(self) -> np.ndarray:
@@ -130,14 +168,23 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
     save_file = _safetensors().numpy.save_file
     target = Path(os.path.realpath(path))
     layers = enumerate(zip(snapshot.keys, snapshot.values, strict=True))
-    tensors = {f"{name}.{i}": rows for i, pair in layers for name, rows in zip(("k", "v"), pair, strict=True)}
+    tensors = {}
+    for i, pair in layers:
+        for name, stored in zip(("k", "v"), pair, strict=True):
+            parts = stored if isinstance(stored, dict) else {"": stored}
+            tensors |= {f"{name}.{i}.{part}".rstrip("."): rows for part, rows in parts.items()}
     tensors |= {"entries": snapshot.entries, "token_ids": snapshot.tokens}
+    if snapshot.sealed:
+        tensors["open_pages"] = snapshot.open_pages
     metadata = {
         "kind": KIND,
         "version": str(VERSION),
         "sha256": _BLANK,
         "fingerprint": snapshot.fingerprint,
-        "format": snapshot.format,
+        "k_format": snapshot.k_format.title,
+        "v_format": snapshot.v_format.title,
+        "num_kv_heads": str(snapshot.num_kv_heads),
+        "head_dim": str(snapshot.head_dim),
         "num_layers": str(len(snapshot.keys)),
         "page_size": str(snapshot.page_size),
         "sequences": ",".join(map(str, snapshot.sequences)),
@@ -216,15 +263,27 @@ def _check_kind(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
 def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapshot:
     """What was read, after a look at every law that ``restore`` relies on: a checksum proves no good intentions."""
     layers = range(int(metadata["num_layers"]))
+    k_format, v_format = (titled(metadata[f"{side}_format"]) for side in ("k", "v"))
+
+    def stored(side: str, layer: int, storage: PageFormat) -> Stored:
+        name = f"{side}.{layer}"
+        if not isinstance(storage, BlockFormat):
+            return tensors[name]
+        return {n.removeprefix(f"{name}."): rows for n, rows in tensors.items() if n.startswith(f"{name}.")}
+
     snapshot = Snapshot(
         fingerprint=metadata["fingerprint"],
-        format=metadata["format"],
+        k_format=k_format,
+        v_format=v_format.for_values(),
+        num_kv_heads=int(metadata["num_kv_heads"]),
+        head_dim=int(metadata["head_dim"]),
         page_size=check_page_size(int(metadata["page_size"])),
         sequences=tuple(int(seq) for seq in metadata["sequences"].split(",")),
         entries=tensors["entries"],
         tokens=tensors["token_ids"],
-        keys=tuple(tensors[f"k.{layer}"] for layer in layers),
-        values=tuple(tensors[f"v.{layer}"] for layer in layers),
+        keys=tuple(stored("k", layer, k_format) for layer in layers),
+        values=tuple(stored("v", layer, v_format) for layer in layers),
+        open_pages=tensors.get("open_pages", np.zeros(0, np.int32)),
     )
     for name, wrong in _broken_laws(snapshot):
         if wrong:
@@ -245,11 +304,32 @@ def _broken_laws(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
     unordered = (np.diff(sequence) == 0) & (position[1:] < (position + count)[:-1])
     yield "order of the positions", bool(unordered.any())
     yield "token_ids", tokens.dtype != np.int32 or tokens.shape != (count.sum(),)
-    rows = len(np.unique(snapshot.expand().home))
-    dtype, arrays = np.dtype(page_format(snapshot.format).dtype), snapshot.keys + snapshot.values
-    yield "layers", not arrays
-    shape = (rows, *arrays[0].shape[1:])
-    yield "keys and values", len(shape) != 3 or any(a.shape != shape or a.dtype != dtype for a in arrays)
+    rows, pages, opened = len(np.unique(snapshot.expand().home)), len(np.unique(page)), snapshot.open_pages
+    yield "layers", not snapshot.keys
+    if snapshot.sealed:
+        yield "numbers of the pages", pages > 0 and int(page.max()) != pages - 1
+        yield "open_pages", opened.dtype != np.int32 or opened.ndim != 1
+        yield "open_pages", len(set(opened.tolist())) != len(opened) or not np.isin(opened, page).all()
+        yield "open_pages", not _end_with(page, sequence, opened)
+    sizes = snapshot.num_kv_heads, snapshot.page_size, snapshot.head_dim
+    yield "sizes", min(sizes) < 1 or max(sizes) > _MAX_SIZE
+    for storage, layers in ((snapshot.k_format, snapshot.keys), (snapshot.v_format, snapshot.values)):
+        storage.check(snapshot.page_size, snapshot.head_dim)
+        expected = shapes_of(storage, sizes, pages if storage.seals else rows, len(opened))
+        names = expected.keys() if isinstance(expected, dict) else None
+        for layer in layers:
+            yield "keys and values", (layer.keys() if isinstance(layer, dict) else None) != names
+            same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, layer, expected)
+            yield "keys and values", not all(jax.tree.leaves(same))
+
+
+def _end_with(page: np.ndarray, sequence: np.ndarray, opened: np.ndarray) -> bool:
+    """Whether each open page is the last one of every sequence that has it."""
+    for seq in np.unique(sequence):
+        pages = page[sequence == seq]
+        if not set(pages[np.isin(pages, opened)].tolist()) <= {int(pages[-1])}:
+            return False
+    return True
 
 
 def _safetensors() -> Any:

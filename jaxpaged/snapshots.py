@@ -11,17 +11,20 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxpaged.allocator import PageAllocator
 from jaxpaged.block_table import BlockTable
 from jaxpaged.cache import OutOfPages, PagedKVCache
-from jaxpaged.page_format import PageFormat
+from jaxpaged.open_pages import OpenPages
+from jaxpaged.page_format import BlockPages, PageFormat, SealedFormat, SealedPages
 from jaxpaged.sequences import ALL
-from jaxpaged.snapshot_file import Snapshot, SnapshotError, Tokens, expand, write_snapshot
+from jaxpaged.snapshot_file import Snapshot, SnapshotError, Stored, Tokens, expand, write_snapshot
 
 
 def snapshot(
@@ -60,21 +63,36 @@ def snapshot(
     entries = np.concatenate([_entries(table, i) for i in ids])
     homes = expand(ids, entries, cache.page_size)
     page, slot = divmod(homes.home[np.unique(homes.row, return_index=True)[1]], cache.page_size)
-    keys, values = (_read_rows(cache.format, pages, page, slot) for pages in (cache.k_pages, cache.v_pages))
     # Numbers of its own, so that the same sequences make the same file wherever they lie.
-    _, named, inverse = np.unique(entries[:, 1], return_index=True, return_inverse=True)
+    pages, named, inverse = np.unique(entries[:, 1], return_index=True, return_inverse=True)
     entries[:, 1] = np.argsort(np.argsort(named))[inverse]
+    pages, places = pages[np.argsort(named)], np.zeros(0, np.int32)
+    if cache.open_pages is not None:
+        places = np.asarray(cache.open_pages.place)[pages]
+    opened = np.flatnonzero(places < cache.max_seqs) if len(places) else np.zeros(0, np.int64)
+
+    def stored(storage: PageFormat, layers: tuple[Any, ...]) -> tuple[Stored, ...]:
+        if isinstance(storage, SealedFormat):
+            return tuple(_read_pages(one, pages, places[opened]) for one in layers)
+        return _read_rows(storage, layers, page, slot)
+
+    keys, values = stored(cache.k_format, cache.k_pages), stored(cache.v_format, cache.v_pages)
+    _, num_kv_heads, head_dim = _sizes(cache)
     write_snapshot(
         path,
         Snapshot(
             fingerprint=fingerprint,
-            format=cache.format.name,
+            k_format=cache.k_format,
+            v_format=cache.v_format,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             page_size=cache.page_size,
             sequences=tuple(ids),
             entries=entries,
             tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
             keys=keys,
             values=values,
+            open_pages=opened.astype(np.int32),
         ),
     )
 
@@ -82,9 +100,10 @@ def snapshot(
 def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> PagedKVCache:
     """Puts the sequences of a snapshot into a cache, in the place of the sequences with their ids.
 
-    The pool may have another number of pages, and pages of another size. What sequences shared they share again. Keys
-    keep the positions they were rotated at. Where it saves pages, rows are moved together; otherwise they get
-    the slots they had, so that a cache like the one they come from always has room for them.
+    The pool may have another number of pages, and pages of another size, unless the format seals pages. What sequences
+    shared they share again. Keys keep the positions they were rotated at. Where it saves pages, rows are moved
+    together; otherwise they get the slots they had, so that a cache like the one they come from always has room for
+    them.
 
     Args:
       cache: **donated** when it succeeds, untouched when it raises. Sequences that the snapshot does not name stay.
@@ -97,17 +116,24 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
 
     Raises:
       OutOfPages: the pool, without the sequences that are replaced, has too few pages.
-      SnapshotError: pages of another format, layers or heads of other sizes, fewer sequences, or a sequence of more
-        entries than the table's rows have.
+      SnapshotError: pages of another format, sealed pages of another size, layers or heads of other sizes, fewer
+        sequences, or a sequence of more entries than the table's rows have.
       ValueError: ``seq`` is not there, or the snapshot has several sequences for it.
     """
     _check_format(cache, saved)
     targets = _targets(cache, saved, seq)
     tokens = saved.expand()
     tokens = tokens if p1 < 0 else tokens[tokens.position < p1]
-    layouts = [_Layout.of(tokens, _packed(tokens, cache.page_size), cache.page_size)]
+    layouts = []
+    if not saved.sealed:
+        layouts.append(_Layout.of(tokens, _packed(tokens, cache.page_size), cache.page_size))
     if cache.page_size == saved.page_size:
         layouts.insert(0, _Layout.of(tokens, tokens.home, cache.page_size))
+    if not layouts:
+        raise SnapshotError(
+            f"the snapshot has sealed pages of {saved.page_size} tokens, which cannot be cut anew; "
+            f"the cache has pages of {cache.page_size}"
+        )
     layout = min(layouts, key=lambda one: (one.widest > cache.max_entries, one.num_pages))
     if layout.widest > cache.max_entries:
         raise SnapshotError(
@@ -115,21 +141,44 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
         )
     allocator, table, pages = _place(cache, layout, targets)
     page, slot = divmod(layout.slot, cache.page_size)
-    k_pages, v_pages = (
-        _write_rows(cache, old, pages[page], slot, [rows[layout.rows] for rows in layers])
-        for old, layers in ((cache.k_pages, saved.keys), (cache.v_pages, saved.values))
+    open_pages, places = cache.open_pages, np.zeros(0, np.int32)
+    if open_pages is not None:
+        open_pages, places = _place_open_pages(open_pages, allocator, layout, pages, saved.open_pages)
+
+    def written(
+        storage: PageFormat, layers: tuple[Any, ...], saved_layers: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        if isinstance(storage, SealedFormat):
+            return tuple(
+                _write_pages(old, new, pages, layout.sources, places)
+                for old, new in zip(layers, saved_layers, strict=True)
+            )
+        rows = [jax.tree.map(lambda x: x[layout.rows], one) for one in saved_layers]
+        return _write_rows(storage, cache.num_pages, layers, pages[page], slot, rows)
+
+    k_pages = written(cache.k_format, cache.k_pages, saved.keys)
+    v_pages = written(cache.v_format, cache.v_pages, saved.values)
+    return replace(
+        cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, open_pages=open_pages
     )
-    return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages)
+
+
+def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:
+    """Layers, KV heads, and head_dim."""
+    pages, storage = cache.k_pages[0], cache.k_format
+    if isinstance(pages, BlockPages):
+        return cache.num_layers, pages.shape[1], pages.head_dim
+    rows = jax.eval_shape(storage.read, pages, np.zeros(1, int), np.zeros(1, int))
+    return cache.num_layers, *rows.shape[1:]
 
 
 def _check_format(cache: PagedKVCache, saved: Snapshot) -> None:
-    rows = jax.eval_shape(cache.format.read, cache.k_pages[0], np.zeros(1, int), np.zeros(1, int))
+    def words(k: PageFormat, v: PageFormat, layers: int, heads: int, dim: int) -> str:
+        stored = k.title if k.title == v.title else f"{k.title} and {v.title}"
+        return f"{layers} layers of {heads} KV heads of {dim} values in {stored}"
 
-    def words(name: str, layers: int, heads: int, dim: int) -> str:
-        return f"{layers} layers of {heads} KV heads of {dim} values in {name}"
-
-    theirs = words(saved.format, len(saved.keys), *saved.keys[0].shape[1:])
-    ours = words(cache.format.name, cache.num_layers, *rows.shape[1:])
+    theirs = words(saved.k_format, saved.v_format, len(saved.keys), saved.num_kv_heads, saved.head_dim)
+    ours = words(cache.k_format, cache.v_format, *_sizes(cache))
     if theirs != ours:
         raise SnapshotError(f"the snapshot has {theirs}; the cache has {ours}")
 
@@ -165,11 +214,16 @@ class _Layout:
     """i64[R]: which rows of the snapshot are used."""
     slot: np.ndarray
     """i64[R]: ``page * page_size + slot`` of each."""
-    num_pages: int
+    sources: np.ndarray
+    """i64[pages]: the page of the snapshot that each page comes from, where slots stay what they were."""
     entries: np.ndarray
     """i64[E, 6]: owner, page, first slot, tokens, position, rotation."""
     place: np.ndarray
     """i64[E]: which entry of its owner each is."""
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.sources)
 
     @property
     def widest(self) -> int:
@@ -199,7 +253,7 @@ class _Layout:
         )
         rows, first = np.unique(tokens.row, return_index=True)
         place = np.arange(len(owner)) - np.searchsorted(owner, owner)
-        return cls(rows, at[first], len(used), np.stack([owner, *columns], axis=1), place)
+        return cls(rows, at[first], used, np.stack([owner, *columns], axis=1), place)
 
 
 def _packed(tokens: Tokens, page_size: int) -> np.ndarray:
@@ -252,14 +306,61 @@ def _place(
     ), pages
 
 
+def _place_open_pages(
+    open_pages: OpenPages, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, opened: np.ndarray
+) -> tuple[OpenPages, np.ndarray]:
+    """Places for the open pages of a snapshot: ``(open_pages, i32[O] the place of each, S = not restored)``."""
+    s = open_pages.num_places
+    # Counts hold what is restored too, whose pages were nobody's: what was open there is no longer.
+    counts = np.array(allocator.ref_counts)
+    counts[pages] = 0
+    free = np.flatnonzero(~np.asarray(open_pages.in_use(jnp.asarray(counts))))
+    place, page = np.array(open_pages.place), np.array(open_pages.page)
+    place[pages] = s
+    restored = np.isin(opened, layout.sources)
+    places = np.full(len(opened), s, np.int32)
+    places[restored] = free[: restored.sum()]
+    target = pages[np.searchsorted(layout.sources, opened[restored])]
+    place[target], page[places[restored]] = places[restored], target
+    state = OpenPages(place, page)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, open_pages), places
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _read(storage: PageFormat, pages: Array, page: Array, slot: Array) -> Array:
+def _read(storage: PageFormat, pages: Any, page: Array, slot: Array) -> Any:
     return storage.read(pages, page, slot)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _write(storage: PageFormat, pages: Array, page: Array, slot: Array, rows: Array) -> Array:
-    return storage.write(pages, page, slot, rows)
+def _write(storage: PageFormat, pages: Any, page: Array, slot: Array, rows: Any) -> Any:
+    return storage.put(pages, page, slot, rows)
+
+
+@jax.jit
+def _read_sealed(pages: SealedPages, page: Array, place: Array) -> dict[str, Array]:
+    return {**{name: part[page] for name, part in pages.parts.items()}, "open": pages.open[place]}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_sealed(pages: SealedPages, stored: dict[str, Array], page: Array, place: Array) -> SealedPages:
+    parts = {name: part.at[page].set(stored[name], mode="drop") for name, part in pages.parts.items()}
+    return replace(pages, parts=parts, open=pages.open.at[place].set(stored["open"], mode="drop"))
+
+
+def _read_pages(pages: SealedPages, page: np.ndarray, place: np.ndarray) -> dict[str, np.ndarray]:
+    found = _read_sealed(pages, _padded(page), _padded(place))
+    return {
+        name: np.asarray(part)[: len(place) if name == "open" else len(page)] for name, part in found.items()
+    }
+
+
+def _write_pages(
+    pages: SealedPages, stored: dict[str, np.ndarray], page: np.ndarray, source: np.ndarray, place: np.ndarray
+) -> SealedPages:
+    """Page ``source[i]`` of what is stored becomes page ``page[i]``, open page j the one at ``place[j]``."""
+    parts = {name: _padded(part if name == "open" else part[source]) for name, part in stored.items()}
+    num_pages = pages.shape[0]
+    return _write_sealed(pages, parts, _padded(page, num_pages), _padded(place, len(pages.open)))
 
 
 def _padded(array: np.ndarray, padding: int = 0) -> np.ndarray:
@@ -269,16 +370,24 @@ def _padded(array: np.ndarray, padding: int = 0) -> np.ndarray:
 
 
 def _read_rows(
-    storage: PageFormat, layers: tuple[Array, ...], page: np.ndarray, slot: np.ndarray
-) -> tuple[np.ndarray, ...]:
+    storage: PageFormat, layers: tuple[Any, ...], page: np.ndarray, slot: np.ndarray
+) -> tuple[Stored, ...]:
     index = _padded(page), _padded(slot)
-    return tuple(np.asarray(_read(storage, pages, *index))[: len(page)] for pages in layers)
+    return tuple(
+        jax.tree.map(lambda x: np.asarray(x)[: len(page)], _read(storage, pages, *index)) for pages in layers
+    )
 
 
 def _write_rows(
-    cache: PagedKVCache, layers: tuple[Array, ...], page: np.ndarray, slot: np.ndarray, rows: list[np.ndarray]
-) -> tuple[Array, ...]:
-    index = _padded(page, cache.num_pages), _padded(slot)
+    storage: PageFormat,
+    num_pages: int,
+    layers: tuple[Any, ...],
+    page: np.ndarray,
+    slot: np.ndarray,
+    rows: list[Stored],
+) -> tuple[Any, ...]:
+    index = _padded(page, num_pages), _padded(slot)
     return tuple(
-        _write(cache.format, old, *index, _padded(new)) for old, new in zip(layers, rows, strict=True)
+        _write(storage, old, *index, jax.tree.map(_padded, new))
+        for old, new in zip(layers, rows, strict=True)
     )

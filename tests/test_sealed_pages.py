@@ -161,6 +161,16 @@ class SealingMachine(RuleBasedStateMachine):
             self.held[dst] = [x for x in self.held[src] if max(p0, 0) <= x[0] < p0 + count]
         self.check()
 
+    @rule(src=ids, others=st.sets(ids, min_size=1), back=st.integers(1, 5))
+    def rivals(self, src: int, others: set[int], back: int) -> None:
+        """Several sequences write behind a page that each of them has two slices of."""
+        if not self.held[src]:
+            return
+        self.remove(src, max(self.held[src][-1][0] - back, 0), 1)
+        for dst in sorted(others - {src}):
+            self.fork(src, dst, 0, 40)
+        self.decode()
+
     @rule(source=st.lists(ids, min_size=MAX_SEQS, max_size=MAX_SEQS))
     def reorder(self, source: list[int]) -> None:
         self.cache = jit_reorder(self.cache, jnp.asarray(source))

@@ -428,7 +428,7 @@ def test_a_foreign_older_or_other_models_file_says_so(tmp_path: Path) -> None:
     save_file({"weight": np.zeros(3)}, path, {"format": "pt"})
     says("a safetensors file, but no snapshot")
     save_file({"k": np.zeros(3)}, path, {"kind": "jaxpaged.snapshot", "version": "0"})
-    says("a snapshot of version '0'; this one reads 1")
+    says("a snapshot of version '0'; this one reads 2")
     save(step(make(), [3, 0, 0, 0, 0], 0), path)
     says("made with another model: its fingerprint is 'a model', this model's 'another'", "another")
     with pytest.raises(FileNotFoundError):
@@ -443,7 +443,7 @@ def test_a_correct_checksum_proves_no_good_intentions(tmp_path: Path, column: in
     entries = saved.entries.copy()
     entries[1, column] = value
     write_snapshot(tmp_path / "file", replace(saved, entries=entries))
-    with pytest.raises(SnapshotError, match="not what version 1 of a snapshot holds"):
+    with pytest.raises(SnapshotError, match="not what version 2 of a snapshot holds"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
 
 
@@ -452,7 +452,7 @@ def test_rows_of_another_type_than_the_format_are_refused(tmp_path: Path, dtype:
     saved = save(step(make(), [20, 0, 3, 0, 0], 0), tmp_path / "file")
     keys = tuple(rows.astype(dtype) for rows in saved.keys)
     write_snapshot(tmp_path / "file", replace(saved, keys=keys))
-    with pytest.raises(SnapshotError, match="not what version 1 of a snapshot holds"):
+    with pytest.raises(SnapshotError, match="not what version 2 of a snapshot holds"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
 
 

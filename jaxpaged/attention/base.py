@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
@@ -92,18 +93,21 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
             raise ValueError(f"no size of {name} may be zero, got shape {pages.shape}")
         if not isinstance(pages, BlockPages) and not jnp.issubdtype(pages.dtype, jnp.floating):
             raise TypeError(f"pages must be floating point, got {pages.dtype}")
-    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
-        alike = k_pages.shape == v_pages.shape
-    else:
-        alike = k_pages.shape == v_pages.shape and k_pages.dtype == v_pages.dtype
-    if not alike:
-        raise ValueError(f"k_pages {described(k_pages)} and v_pages {described(v_pages)} must be alike")
+    if k_pages.shape != v_pages.shape:
+        raise ValueError(f"k_pages {k_pages.shape} and v_pages {v_pages.shape} must be alike")
     shape = table.pages.shape
     for name in ("first_slot", "num_tokens", "position", "rotation"):
         if getattr(table, name).shape != shape:
             raise ValueError(f"table.{name} has shape {getattr(table, name).shape}, table.pages {shape}")
     if table.num_entries.shape != shape[:1]:
         raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
+
+
+def compute_dtype(pages: Pages) -> DTypeLike:
+    """What numbers of these pages are computed with: quantized ones have about as many digits as bfloat16."""
+    if isinstance(pages, BlockPages) or pages.dtype.itemsize == 1:
+        return jnp.bfloat16
+    return pages.dtype
 
 
 def described(pages: Pages) -> str:

@@ -14,6 +14,7 @@ from jaxpaged.attention.base import (
     Pages,
     Source,
     Tiling,
+    compute_dtype,
     power_of_two,
     ragged_attention,
 )
@@ -73,12 +74,7 @@ def _attend(
         tiling = Tiling(decode_lanes=1, rows=min(128, power_of_two(q.shape[0])), lanes=1)
         stride = min(max(_CPU_CHUNK_TOKENS // page_size, 1), _CPU_CHUNK_PAGES)
     else:
-        # Quantized numbers have about as many digits as bfloat16.
-        widths = [
-            jnp.bfloat16 if isinstance(pages, BlockPages) or pages.dtype.itemsize == 1 else pages.dtype
-            for pages in (k_pages, v_pages)
-        ]
-        dtype = functools.reduce(jnp.promote_types, widths, q.dtype)
+        dtype = functools.reduce(jnp.promote_types, map(compute_dtype, (k_pages, v_pages)), q.dtype)
         tiling = Tiling(
             decode_lanes=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), lanes=4
         )

@@ -28,6 +28,12 @@ hadamard_turn = hadamard.turn
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 256
 
+
+def _kivi(bits: int) -> SealedFormat:
+    codes = {"code": Kivi(bits, by_channel=True), "value_code": Kivi(bits, by_channel=False)}
+    return SealedFormat(f"kivi{bits}", jnp.float32, **codes, hadamard=True)
+
+
 _FORMATS: tuple[PageFormat, ...] = (
     PageFormat("f32", jnp.float32),
     PageFormat("bf16", jnp.bfloat16),
@@ -36,19 +42,20 @@ _FORMATS: tuple[PageFormat, ...] = (
     BlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
     BlockFormat("q5_1", jnp.float32, ggml.Q5_1()),
     BlockFormat("q5_0", jnp.float32, ggml.Q5_0()),
-    BlockFormat("q4_1", jnp.float32, ggml.Q4_1()),
-    BlockFormat("q4_0", jnp.float32, ggml.Q4_0()),
-    BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL()),
-    SealedFormat("q4_k", jnp.float32, Q4_K()),
-    SealedFormat("kivi4", jnp.float32, Kivi(4, by_channel=True), value_code=Kivi(4, by_channel=False)),
-    SealedFormat("kivi2", jnp.float32, Kivi(2, by_channel=True), value_code=Kivi(2, by_channel=False)),
+    # Below 5 bits a Hadamard turn costs less than it gains (docs/quantization.md).
+    BlockFormat("q4_1", jnp.float32, ggml.Q4_1(), hadamard=True),
+    BlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
+    BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL(), hadamard=True),
+    SealedFormat("q4_k", jnp.float32, Q4_K(), hadamard=True),
+    _kivi(4),
+    _kivi(2),
 )
 PAGE_FORMATS: dict[str, PageFormat] = {one.name: one for one in _FORMATS}
 """Every format by its name: that of keys, whose ``for_values`` is the one of values."""
 
 
 def page_format(name: str) -> PageFormat:
-    """The format called ``name``.
+    """The format called ``name``, its rows turned as measured to be better.
 
     Raises:
       ValueError: there is none of that name.
@@ -56,6 +63,18 @@ def page_format(name: str) -> PageFormat:
     if name not in PAGE_FORMATS:
         raise ValueError(f"page format {name!r} is not known; known are {', '.join(PAGE_FORMATS)}")
     return PAGE_FORMATS[name]
+
+
+def titled(title: str) -> PageFormat:
+    """The format whose ``title`` this is.
+
+    Raises:
+      ValueError: there is none.
+    """
+    name, plus, turn = title.partition("+")
+    if plus and turn != "hadamard":
+        raise ValueError(f"page format {title!r} is not known")
+    return page_format(name).turned(bool(plus))
 
 
 def check_page_size(page_size: int) -> int:

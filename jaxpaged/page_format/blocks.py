@@ -64,6 +64,10 @@ class BlockFormat(PageFormat):
     hadamard: bool = False
     """Whether rows are turned before they are quantized; see ``hadamard.turn``."""
 
+    @property
+    def title(self) -> str:
+        return self.name + "+hadamard" * self.hadamard
+
     def turned(self, hadamard: bool) -> BlockFormat:
         return replace(self, hadamard=hadamard)
 

@@ -64,7 +64,8 @@ def _inverse(d: Array) -> Array:
 def _signed_extreme(x: Array) -> Array:
     """The number of largest magnitude, the first of equals, ``[..., 1]``."""
     first = jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
-    return jnp.take_along_axis(x, first, axis=-1)
+    # Selected, not gathered: XLA:TPU gathers one number at a time.
+    return jnp.max(jnp.where(jnp.arange(x.shape[-1]) == first, x, -jnp.inf), axis=-1, keepdims=True)
 
 
 class BlockCode:

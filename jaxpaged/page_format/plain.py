@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 LANES = 128
@@ -45,6 +45,11 @@ class PageFormat:
     hadamard = False
     """Whether rows are turned before they are stored (``hadamard.turn``)."""
 
+    @property
+    def title(self) -> str:
+        """The name, and whether rows are turned."""
+        return self.name
+
     def check(self, page_size: int, head_dim: int) -> None:
         """Raises ``ValueError`` where pages or heads of these sizes cannot be stored."""
 
@@ -74,6 +79,10 @@ class PageFormat:
 
     def read(self, pages: Array, page: Array, slot: Array) -> Array:
         """The rows at ``(page i32[T], slot i32[T])`` as they are stored; ``put`` puts them back bit by bit."""
+        return self.rows(pages, page, slot)
+
+    def rows(self, pages: Array, page: Array, slot: Array) -> Array:
+        """``[T, num_kv_heads, head_dim]``: the numbers at ``(page i32[T], slot i32[T])``."""
         return pages[page, :, slot]
 
     def put(self, pages: Array, page: Array, slot: Array, stored: Array) -> Array:
@@ -152,7 +161,7 @@ class LanePageFormat(PageFormat):
             flat = flat.at[at].set(jnp.where(place_of_lane == place, new, old), mode="drop")
         return flat.reshape(pages.shape)
 
-    def read(self, pages: Array, page: Array, slot: Array) -> Array:
+    def rows(self, pages: Array, page: Array, slot: Array) -> Array:
         rows = pages[page, :, slot // self.packed]
         if self.packed == 1:
             return rows[..., : self.head_dim]
@@ -161,7 +170,7 @@ class LanePageFormat(PageFormat):
         return jnp.take_along_axis(parts, part, axis=2)[:, :, 0]
 
     def gather(self, pages: Array, page: Array, slot: Array, target: Array) -> Array:
-        rows = self._padded(self.read(pages, page, slot)).swapaxes(0, 1)
+        rows = self._padded(self.rows(pages, page, slot)).swapaxes(0, 1)
         return pages.at[target].set(rows.reshape(pages.shape[1:]))
 
     def _padded(self, rows: Array) -> Array:
@@ -179,6 +188,13 @@ class Float8Format(PageFormat):
         largest = float(jnp.finfo(self.dtype).max)
         return jnp.clip(rows, -largest, largest).astype(self.dtype)
 
+    def read(self, pages: Array, page: Array, slot: Array) -> Array:
+        """As bytes: files of tensors are read without knowing these floats."""
+        return lax.bitcast_convert_type(self.rows(pages, page, slot), jnp.uint8)
+
+    def put(self, pages: Array, page: Array, slot: Array, stored: Array) -> Array:
+        return self.write(pages, page, slot, lax.bitcast_convert_type(stored, self.dtype))
+
     def on_lanes(self, head_dim: int) -> PageFormat:
         return self if head_dim % LANES == 0 else LaneFloat8Format(self.name, self.dtype, head_dim)
 
@@ -187,4 +203,4 @@ class Float8Format(PageFormat):
 class LaneFloat8Format(LanePageFormat):
     """8-bit floats in rows of lanes."""
 
-    round = Float8Format.round
+    round, read, put = Float8Format.round, Float8Format.read, Float8Format.put
