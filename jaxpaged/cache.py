@@ -217,6 +217,8 @@ class PagedKVCache(Sequences):
 
         def written(storage: PageFormat, pages: Any, rows: Array) -> Pages:
             if isinstance(storage, SealedFormat):
+                assert self.open_pages is not None, "made by create"
+                assert batch.seals is not None, "made by reserve"
                 return storage.write_step(pages, self.open_pages, batch.seals, batch.page, batch.slot, rows)
             return storage.write(pages, batch.page, batch.slot, rows)
 

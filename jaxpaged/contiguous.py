@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -232,10 +232,10 @@ class ContiguousKVCache:
         check_queries(q, num_kv_heads, head_dim, batch, max_seqs, sinks)
         config = make_config(head_dim, scale, window, soft_cap)
 
-        k_row, v_row = (
-            storage.write(layers[layer], batch.page, batch.slot, rows)
-            for storage, layers, rows in ((self.k_format, self.k, k), (self.v_format, self.v, v))
-        )
+        def write(storage: PageFormat, pool: Any, rows: Array) -> Pages:
+            return storage.write(pool, batch.page, batch.slot, rows)
+
+        k_row, v_row = write(self.k_format, self.k[layer], k), write(self.v_format, self.v[layer], v)
         out = self._attend_in_place(q, k_row, v_row, batch, config, sinks)
         if out is None:
             out = lax.platform_dependent(

@@ -168,8 +168,10 @@ def _move(
         slot = jnp.minimum(row.first_slot[entry] + token - before[entry], ps - 1)
         source = jnp.minimum(row.pages[entry], cache.num_pages - 1)
 
+        read_from: Any = cache.as_read
+
         def gathered(storage: PageFormat, pages: Any) -> Any:
-            moved = storage.gather(cache.as_read(pages), source, slot, targets[page])
+            moved: Any = storage.gather(read_from(pages), source, slot, targets[page])
             return replace(moved, place=None) if storage.seals else moved
 
         k_pages, v_pages = layers

@@ -21,8 +21,8 @@ class LastPages(NamedTuple):
     """bool"""
     copy_rank: Array
     """i32: which of the step's copies it is."""
-    count: Array
-    """i32: tokens written into the page."""
+    num_tokens: Array
+    """i32: those written into the page."""
     first_slot: Array
     """i32: the first of their slots."""
     first_row: Array
@@ -36,7 +36,7 @@ class FreshPages(NamedTuple):
     """i32: N = no page."""
     owner: Array
     """i32: its sequence; S = no page."""
-    count: Array
+    num_tokens: Array
     """i32: its tokens, and those of the sequence's later pages."""
     first_row: Array
     """i32: the row of its first token."""
@@ -77,10 +77,10 @@ def plan_step(
     free_places = _compacted(free, jnp.arange(s, dtype=jnp.int32), s, s)
     before = open_pages.place.at[last.source].get(mode="fill", fill_value=s)
     now = jnp.where(last.copied, free_places.at[last.copy_rank].get(mode="clip"), before)
-    fills = (last.count > 0) & (last.first_slot + last.count == page_size)
+    fills = (last.num_tokens > 0) & (last.first_slot + last.num_tokens == page_size)
 
     exists = fresh.page < n
-    full, begun = exists & (fresh.count >= page_size), exists & (fresh.count < page_size)
+    full, begun = exists & (fresh.num_tokens >= page_size), exists & (fresh.num_tokens < page_size)
     owner = jnp.minimum(fresh.owner, s - 1)
     takes_over = fills[owner]
     rank = jnp.cumsum(begun & ~takes_over) - 1 + jnp.sum(last.copied)

@@ -65,7 +65,7 @@ def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_
       num_open: of open pages.
     """
     num_kv_heads, page_size, head_dim = sizes
-    index = np.zeros(count, np.int32)
+    index: Any = np.zeros(count, np.int32)
 
     def made() -> Any:
         if isinstance(storage, SealedFormat):
@@ -168,7 +168,7 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
     save_file = _safetensors().numpy.save_file
     target = Path(os.path.realpath(path))
     layers = enumerate(zip(snapshot.keys, snapshot.values, strict=True))
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for i, pair in layers:
         for name, stored in zip(("k", "v"), pair, strict=True):
             parts = stored if isinstance(stored, dict) else {"": stored}

@@ -322,8 +322,12 @@ def _place_open_pages(
     places[restored] = free[: restored.sum()]
     target = pages[np.searchsorted(layout.sources, opened[restored])]
     place[target], page[places[restored]] = places[restored], target
-    state = OpenPages(place, page)
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, open_pages), places
+    state = jax.tree.map(
+        lambda old, new: jax.device_put(new, old.sharding),
+        open_pages,
+        OpenPages(place, page),  # type: ignore[arg-type]
+    )
+    return state, places
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -199,10 +199,9 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
         nothing = np.isnan(rows[:, 0, :, 0])
         if isinstance(storage, SealedFormat):
             nothing = nothing.all(axis=1)
-        parts = {
-            name: np.array(part) for name, part in storage.encode(jnp.asarray(np.nan_to_num(filled))).items()
-        }
-        for name, part in parts.items():
+        parts = {}
+        for name, encoded in storage.encode(jnp.asarray(np.nan_to_num(filled))).items():
+            part = np.array(encoded)
             rubbish = np.nan if part.dtype == np.float16 else -103 if part.dtype == np.int8 else 151
             (part if nothing.ndim == 1 else part.swapaxes(1, 2))[nothing] = rubbish
             parts[name] = jnp.asarray(part)

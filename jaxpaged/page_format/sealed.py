@@ -153,4 +153,4 @@ class SealedFormat(BlockFormat):
     def write(self, *args: Any) -> Any:
         raise TypeError(f"{self.name} writes whole steps: write_step")
 
-    read = put = copy = write
+    read = put = copy = write  # type: ignore[assignment]
