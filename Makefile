@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo test lint format types contracts check peers test-newest test-kernels train-tiny bench bench-attention compile-check clean
+.PHONY: help demo test lint format types contracts check peers test-newest test-kernels train-tiny bench bench-attention measure-quality compile-check clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The peers' torch. This name takes a CPU build where pip is offered one.
@@ -77,6 +77,9 @@ bench: .venv/.extra-model ## Measure speed and memory
 
 bench-attention: .venv/.extra-model ## Measure attention against the memory's bandwidth
 	.venv/bin/python -m tpu_scripts.bench_paged_attention $(ARGS)
+
+measure-quality: .venv/.extra-model ## Measure what each page format costs in quality
+	.venv/bin/python -m tpu_scripts.measure_quality $(ARGS)
 
 compile-check: .venv/.extra-model ## Compile the TPU and GPU kernels without a TPU or GPU
 	.venv/bin/python -m tpu_scripts.compile_check $(ARGS)

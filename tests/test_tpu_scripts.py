@@ -18,11 +18,17 @@ from jaxpaged.attention import api, candidates, paged_attention, tuning
 from jaxpaged.attention.tuning import Key, trial, tuned
 from jaxpaged.testing import build_case
 from model.config import ModelConfig
-from tpu_scripts import bench_generate, common, compile_check, tune_paged_attention
+from tpu_scripts import bench_generate, common, compile_check, measure_quality, tune_paged_attention
 from tpu_scripts.bench_paged_attention import Attention, Row, Shape
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("bench_paged_attention", "bench_generate", "tune_paged_attention", "compile_check")
+SCRIPTS = (
+    "bench_paged_attention",
+    "bench_generate",
+    "tune_paged_attention",
+    "compile_check",
+    "measure_quality",
+)
 TOY = ModelConfig("llama", 32, 16, 16, 1, 2, 1, 8, 64, name="toy")
 
 
@@ -77,6 +83,15 @@ def test_each_teaches(script):
         ("tune_paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
         ("tune_paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
         ("tune_paged_attention", ["--page-size", "24"], "page size 24 is no power of two from 8 to 256"),
+        ("measure_quality", ["-f", "nowhere.txt"], "-f nowhere.txt: No such file or directory"),
+        (
+            "measure_quality",
+            ["-f", __file__, "--formats", "q9_9"],
+            "no such page format; there are f32, bf16, f16",
+        ),
+        ("measure_quality", ["-f", __file__, "-c", "4096"], "-c 4096 is more than the 1024 tokens"),
+        ("measure_quality", ["-f", __file__, "--distances", "40"], "have passages 48 to 464 apart"),
+        ("measure_quality", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
         ("compile_check", ["--python-tpu", "no-such-python"], "no-such-python is no program"),
     ],
 )
@@ -326,3 +341,41 @@ def test_checks_are_summed_up(monkeypatch, capfd, tmp_path, tpu, gpu, status):
 def test_both_checks_are_there():
     for target in compile_check.INSTALL:
         assert importlib.util.find_spec(f"tpu_scripts.compile_check_{target}")
+
+
+def test_passages_are_seen_once_at_their_distance():
+    tokens, n_ctx = np.arange(1, 1001, dtype=np.int32), 256  # each token tells where it comes from
+    for distance in (48, 100, 208):
+        seen, unseen = measure_quality.passages(tokens, n_ctx, distance, 20, seed=0, bos=None)
+        start = n_ctx - 48 - distance
+        np.testing.assert_array_equal(seen[:, start : start + 48], seen[:, -48:])
+        changed = np.zeros(n_ctx, bool)
+        changed[start : start + 48] = True
+        assert np.all((seen != unseen) == changed)
+        for ours, others in zip(seen, unseen, strict=True):
+            assert len(np.unique(ours)) == n_ctx - 48 and len(np.unique(others)) == n_ctx
+    seen, unseen = measure_quality.passages(tokens, n_ctx, 100, 3, seed=0, bos=0)
+    assert not seen[:, 0].any() and not unseen[:, 0].any() and seen[:, 1:].all()
+
+
+def test_quality_is_a_row_a_variant(monkeypatch, capsys, tmp_path):
+    flags = ["--formats", "f32,q8_0/q4_0", "-c", 192, "--chunks", 2, "--passages", 4, "--distances", "48,96"]
+    found = tmp_path / "rows.json", tmp_path / "rows.svg"
+    if importlib.util.find_spec("matplotlib"):
+        flags += ["--plot", found[1]]
+    assert run(monkeypatch, "measure_quality", *flags, "-np", 2, "--json", found[0]) == 0
+    out = capsys.readouterr().out
+    same, plain, turned = table(out)
+    assert (same["K"], same["KLD"], same["same top %"], same["kept %"], same["nats"]) == (
+        "f32",
+        "0",
+        "100",
+        "100",
+        "0",
+    )
+    assert (plain["K"], plain["V"], plain["turned"], turned["turned"]) == ("q8_0", "q4_0", "no", "yes")
+    assert plain["bits"] == turned["bits"] == "6.5"
+    values = json.loads(found[0].read_text())
+    assert [row["turned"] for row in values["rows"]] == [None, False, True]
+    assert all(0 < row["kld"]["value"] < 0.1 and row["kept"]["value"] > 0.5 for row in values["rows"][1:])
+    assert found[1].is_file() == ("--plot" in flags)

@@ -18,14 +18,15 @@ from jaxpaged.app.options import (
     WHICH_MODEL,
     CountList,
     GenerateOptions,
-    PageSize,
     chain,
     option,
+    page_options,
 )
 from jaxpaged.version import __version__
 
 _BROKEN_PIPE = 141
 _AT_LEAST_1 = click.IntRange(min=1)
+_OF_PLATFORM = "f32 on a CPU, else bf16"
 
 
 class Application(click.Group):
@@ -69,6 +70,7 @@ def application(context: click.Context) -> None:
     jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
     jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
     jaxpaged explain -m model.gguf --platform tpu          what attention it gets, and why
+    jaxpaged perplexity -ctk q8_0 -ctv q8_0 -ub 1          what a page format costs in quality
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -85,6 +87,7 @@ Examples:
   jaxpaged generate -m model.gguf -f prompt.txt -n 200 --temp 0
   git diff | jaxpaged generate -m model.gguf -f - -np 4 --json
   jaxpaged generate -hf user/repo:Q8_0 -cnv -sys "You are brief."
+  jaxpaged generate -m model.gguf -f book.txt -ctk q8_0 -ctv q8_0
 
 Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted.
 Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names another).
@@ -96,21 +99,14 @@ Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names anot
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_GENERATE_EPILOG)
 @GENERATE_OPTIONS
-def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -> None:
+def generate(**flags: Any) -> None:
     """Continue a prompt, or chat. The flags are llama.cpp's.
 
     \b
     -c is the context of each sequence: it is not divided by -np.
     A pool of pages is as large as what this run can fill, not as the context.
     """
-    cache_dtypes = {cache_type_k, cache_type_v} - {None}
-    if len(cache_dtypes) > 1:
-        raise InputError(
-            f"-ctk {cache_type_k} and -ctv {cache_type_v} differ: keys and values share one type"
-        )
-    options = GenerateOptions(
-        **flags, cache_dtype=next(iter(cache_dtypes), None), sampling_flags=_written("Sampling")
-    )
+    options = GenerateOptions(**flags, sampling_flags=_written("Sampling"))
     _prepare(options.threads)
     from jaxpaged.app.generate import run
 
@@ -132,10 +128,7 @@ def generate(cache_type_k: str | None, cache_type_v: str | None, **flags: Any) -
     option("Tests", "-r", "--repetitions", type=_AT_LEAST_1, default=5, show_default=True, metavar="N"),
     option("Tests", "-ub", "--ubatch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
            help="Prompt tokens of one step."),
-    option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
-           help="Tokens of a page, a power of two from 8 to 256."),
-    option("KV cache", "--cache-type", type=click.Choice(["f32", "bf16", "f16"]),
-           help="Numbers that keys and values are kept in.  [default: as --dtype]"),
+    page_options(v_default="as -ctk", several=True),
     option("Output", "-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md",
            show_default=True, help="Markdown, JSON or CSV."),
 )  # fmt: skip
@@ -146,7 +139,9 @@ def bench(
 
     \b
     The kinds of cache take turns, so that a noisy machine is noisy for all. Compiling is counted apart.
+    Lists of formats go in pairs: -ctk f16,q8_0 -ctv f16,q4_0 are two; a single -ctv goes with every -ctk.
       jaxpaged bench -m model.gguf -p 512 -n 128 -b 1,8 -d 0,2048 --kv paged,contiguous -r 5 -o json
+      jaxpaged bench -m model.gguf -b 8 -d 2048 --kv paged -ctk f32,f16,q8_0,q4_0
     """
     kinds = tuple(dict.fromkeys(kv.split(",")))
     if unknown := [kind for kind in kinds if kind not in ("paged", "contiguous")]:
@@ -167,10 +162,7 @@ def bench(
            help="Tokens that each sequence holds."),
     option("Steps", "-ub", "--ubatch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
            help="Prompt tokens of one step."),
-    option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
-           help="Tokens of a page, a power of two from 8 to 256."),
-    option("KV cache", "--cache-type", type=click.Choice(["f32", "bf16", "f16"]),
-           help="Numbers that keys and values are kept in.  [default: f32 on a CPU, else bf16]"),
+    page_options(k_default=_OF_PLATFORM, v_default=_OF_PLATFORM),
     option("Output", "--json", "as_json", is_flag=True, help="One object instead of text."),
 )  # fmt: skip
 def explain(platform: str | None, **flags: Any) -> None:
@@ -179,12 +171,65 @@ def explain(platform: str | None, **flags: Any) -> None:
     \b
     No weight is read, and no device of that platform is needed.
       jaxpaged explain -m model.gguf --platform tpu -b 1,64 -c 32768
+      jaxpaged explain -m model.gguf --platform gpu -ctk q8_0 -ctv q4_0
     """
     _prepare(None)
     from jaxpaged.app.explain import ExplainOptions, run
     from jaxpaged.attention.api import default_platform
 
     run(ExplainOptions(platform=platform or default_platform(), **flags))
+
+
+_PERPLEXITY_EPILOG = """\b
+Examples:
+  jaxpaged perplexity -m model.gguf -f wiki.test.raw
+  jaxpaged perplexity -m model.gguf -f wiki.test.raw -ctk q8_0 -ctv q4_0 --kl-divergence --chunks 40
+  jaxpaged perplexity -ctk q4_0 -ctv q4_0 --hadamard off -ub 1 --kl-divergence --json
+
+The text is cut into chunks of -c tokens, and the second half of each is scored: the tokens that llama-perplexity
+scores. Where the model begins texts with a token, each chunk has it in the place of its first one. Errors (+/-) are
+one standard error over tokens.
+
+With --kl-divergence every chunk is read twice, through f32 pages and through those of -ctk and -ctv, and their
+predictions are compared over the whole vocabulary; no file of logits is needed. A divergence is seen long before a
+change of perplexity is.
+
+-ub is a part of the question: some formats keep the newest page of a sequence in 16 bits until it is full, so
+what a token sees depends on how many come at once. -ub 512 reads as a prompt is read, -ub 1 as decoding does.
+"""
+
+
+@application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_PERPLEXITY_EPILOG)
+@chain(
+    *MODEL_OPTIONS,
+    option("Text", "-f", "--file", metavar="FILE",
+           help="The text, - for stdin.  [default: Python that the embedded model was not trained on]"),
+    option("Text", "-c", "--ctx-size", type=click.IntRange(0, 2**24), metavar="N",
+           help="Tokens of a chunk, at most the model's context; 0 = that.  [default: 512]"),
+    option("Text", "--chunks", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
+           help="Read at most so many; -1 = all."),
+    option("Steps", "-b", "--batch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
+           help="Tokens of a chunk that one step computes."),
+    option("Steps", "-ub", "--ubatch-size", type=_AT_LEAST_1, metavar="N", help="A lower limit for the same."),
+    option("Steps", "-np", "--parallel", type=_AT_LEAST_1, metavar="N",
+           help="Chunks side by side.  [default: what makes 512 tokens a step, 32 at most]"),
+    page_options(),
+    option("Output", "--kl-divergence", is_flag=True, help="Compare with a cache of f32, token by token."),
+    option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
+    option("Output", "--log-disable", "log", is_flag=True, flag_value=False, default=True,
+           help="Print nothing but errors on stderr."),
+)  # fmt: skip
+def perplexity(threads: int | None, **flags: Any) -> None:
+    """Measure how well a model predicts a text that it reads through a cache, as llama-perplexity does.
+
+    \b
+    Prints the perplexity after each chunk, and at the end over all.
+      jaxpaged perplexity -m model.gguf -f wiki.test.raw -c 512
+    """
+    _prepare(threads)
+    from jaxpaged.app.perplexity import PerplexityOptions, run
+
+    run(PerplexityOptions(**flags))
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)

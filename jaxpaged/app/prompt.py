@@ -26,10 +26,19 @@ def read_prompt(options: GenerateOptions) -> str | None:
         return unescape(options.prompt) if options.escape else options.prompt
     if options.file is None:
         return None
-    name = "stdin" if options.file == "-" else options.file
+    return read_file(options.file).removesuffix("\n")
+
+
+def read_file(file: str) -> str:
+    """The text of ``-f``; - is stdin.
+
+    Raises:
+      InputError: no such file, or one that is not UTF-8.
+    """
+    name = "stdin" if file == "-" else file
     try:
-        data = sys.stdin.buffer.read() if options.file == "-" else Path(options.file).read_bytes()
-        return data.decode().removesuffix("\n")
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode()
     except OSError as error:
         raise InputError(f"-f {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

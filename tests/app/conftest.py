@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 CONTEXT = 128
-_HIDDEN, _HEADS, _KV_HEADS, _FFN = 32, 4, 2, 64
+_FFN = 64
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant\n"
 )
@@ -31,20 +31,29 @@ def _byte_characters() -> list[str]:
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of random weights, a vocabulary of bytes (and ``qz``), a chat template."""
-    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    """One layer of random weights, a vocabulary of bytes (and ``qz``), a chat template; 2 KV heads of 8."""
+    return _write_model(tmp_path_factory.mktemp("model") / "random.gguf", hidden=32, heads=4, kv_heads=2)
+
+
+@pytest.fixture(scope="session")
+def wide_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one KV head of 32, which quantized pages can keep."""
+    return _write_model(tmp_path_factory.mktemp("model") / "wide.gguf", hidden=64, heads=2, kv_heads=1)
+
+
+def _write_model(path: Path, *, hidden: int, heads: int, kv_heads: int) -> Path:
     rng = np.random.default_rng(0)
     tokens = [*_byte_characters(), "<|endoftext|>", "<|im_start|>", "qz"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(_HIDDEN)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(1)
     writer.add_feed_forward_length(_FFN)
-    writer.add_head_count(_HEADS)
-    writer.add_head_count_kv(_KV_HEADS)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(_HIDDEN // _HEADS)
+    writer.add_rope_dimension_count(hidden // heads)
     writer.add_vocab_size(len(tokens))
     writer.add_file_type(0)
     writer.add_tokenizer_model("gpt2")
@@ -54,23 +63,23 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_merges(["q z"])
     writer.add_eos_token_id(256)
     writer.add_chat_template(_CHATML)
-    kv = _HIDDEN // _HEADS * _KV_HEADS
+    kv = hidden // heads * kv_heads
     shapes = {
-        "token_embd": (len(tokens), _HIDDEN),
-        "blk.0.attn_q": (_HIDDEN, _HIDDEN),
-        "blk.0.attn_k": (kv, _HIDDEN),
-        "blk.0.attn_v": (kv, _HIDDEN),
-        "blk.0.attn_output": (_HIDDEN, _HIDDEN),
-        "blk.0.ffn_gate": (_FFN, _HIDDEN),
-        "blk.0.ffn_up": (_FFN, _HIDDEN),
-        "blk.0.ffn_down": (_HIDDEN, _FFN),
+        "token_embd": (len(tokens), hidden),
+        "blk.0.attn_q": (hidden, hidden),
+        "blk.0.attn_k": (kv, hidden),
+        "blk.0.attn_v": (kv, hidden),
+        "blk.0.attn_output": (hidden, hidden),
+        "blk.0.ffn_gate": (_FFN, hidden),
+        "blk.0.ffn_up": (_FFN, hidden),
+        "blk.0.ffn_down": (hidden, _FFN),
     }
     for name, shape in shapes.items():
         writer.add_tensor(
             f"{name}.weight", (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
         )
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(_HIDDEN, np.float32))
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,10 +116,10 @@ def here() -> Callable[..., Result]:
     from jaxpaged.app import environment as app_environment
     from jaxpaged.app.commands import application
 
-    def run(*arguments: str | Path) -> Result:
+    def run(*arguments: str | Path, stdin: str = "") -> Result:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(app_environment, "prepare", lambda _threads: None)
-            return CliRunner().invoke(application, [str(argument) for argument in arguments])
+            return CliRunner().invoke(application, [str(argument) for argument in arguments], input=stdin)
 
     return run
 

@@ -30,7 +30,15 @@ def paged(jaxpaged: Callable, model_path: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], ["generate", "--help"], ["bench", "-h"], ["devices", "-h"]]
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        ["generate", "--help"],
+        ["bench", "-h"],
+        ["devices", "-h"],
+        ["perplexity", "-h"],
+    ],
 )
 def test_help_and_version_do_not_import_jax(arguments):
     code = (

@@ -1,0 +1,117 @@
+"""How keys and values are kept, as ``-ctk``, ``-ctv`` and ``--hadamard`` say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpaged.app.errors import InputError
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.page_format import PAGE_FORMATS, page_format
+from model.config import ModelConfig
+
+_HADAMARD: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
+_QUANTIZED = tuple(name for name, one in PAGE_FORMATS.items() if one.turned(True).hadamard)
+"""The formats whose rows can be turned."""
+
+
+def check_formats(**flags: str | None) -> None:
+    """Refuses a page format that there is none of; formats by their flags, None = not given.
+
+    Raises:
+      InputError: with the names of those that there are.
+    """
+    for flag, name in flags.items():
+        if name is not None and name not in PAGE_FORMATS:
+            raise InputError(f"-{flag} {name}: no such page format; there are {', '.join(PAGE_FORMATS)}")
+
+
+def check_hadamard(hadamard: str, *formats: str | None) -> None:
+    """Refuses ``--hadamard on`` where none of the page formats quantizes; None = that of ``--dtype``.
+
+    Raises:
+      InputError: with the names of those that do.
+    """
+    if hadamard == "on" and not any(name in _QUANTIZED for name in formats):
+        raise InputError(
+            f"--hadamard on turns what is quantized, and nothing is: -ctk or -ctv must be one of {', '.join(_QUANTIZED)}"
+        )
+
+
+@contextmanager
+def _refusal_is_input() -> Iterator[None]:
+    """Formats that cannot keep heads or pages of some size say so, and what they can."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """The page formats of keys and values, and whether heads are turned by a Hadamard matrix before they are kept."""
+
+    k: str
+    v: str
+    hadamard: bool | None = None
+    """None: as the formats ask for."""
+
+    @classmethod
+    def of(cls, k: str, v: str, hadamard: str) -> CacheType:
+        """As flags say it; plain numbers are not turned either way."""
+        return cls(k, v, _HADAMARD[hadamard] if {k, v} & {*_QUANTIZED} else None)
+
+    def __str__(self) -> str:
+        turned = {None: "", True: ", Hadamard on", False: ", Hadamard off"}[self.hadamard]
+        return (self.k if self.k == self.v else f"k={self.k} v={self.v}") + turned
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and CSV."""
+        return {"type_k": self.k, "type_v": self.v, "hadamard": self.hadamard}
+
+    @property
+    def seals(self) -> bool:
+        """Whether pages are quantized when they are full, and never written again."""
+        return page_format(self.k).seals or page_format(self.v).seals
+
+    def create(self, config: ModelConfig, *, num_seqs: int, tokens: int, page_size: int) -> PagedKVCache:
+        """An empty cache with room for ``tokens`` tokens of each of ``num_seqs`` sequences.
+
+        Raises:
+          InputError: these formats cannot keep heads of this size in pages of this size.
+        """
+        pages = -(-tokens // page_size)
+        return self.paged(
+            config, num_pages=num_seqs * pages, max_seqs=num_seqs, page_size=page_size, max_entries=pages + 1
+        )
+
+    def paged(self, config: ModelConfig, **sizes: Any) -> PagedKVCache:
+        """An empty cache of pages; ``sizes`` as for ``PagedKVCache.create``.
+
+        Raises:
+          InputError: these formats cannot keep heads of this size in pages of this size.
+        """
+        with _refusal_is_input():
+            return PagedKVCache.create(**self._arguments(config), **sizes)
+
+    def contiguous(self, config: ModelConfig, **sizes: Any) -> ContiguousKVCache:
+        """An empty cache without pages; ``sizes`` as for ``ContiguousKVCache.create``.
+
+        Raises:
+          InputError: these formats need pages, or cannot keep heads of this size.
+        """
+        with _refusal_is_input():
+            return ContiguousKVCache.create(**self._arguments(config), **sizes)
+
+    def _arguments(self, config: ModelConfig) -> dict[str, Any]:
+        model = {name: getattr(config, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+        return {**model, "k_dtype": self.k, "v_dtype": self.v, "hadamard": self.hadamard}
+
+
+def bits_per_value(cache: PagedKVCache, config: ModelConfig) -> float:
+    """Bits that the pool keeps for each number of a key or value, scales and all."""
+    numbers = 2 * config.num_layers * config.num_kv_heads * cache.page_size * config.head_dim
+    return 8 * cache.bytes_per_page / numbers

@@ -1,0 +1,255 @@
+"""Text read through caches: what each token costs, and how far one cache's predictions are from another's.
+
+Text is cut into chunks of ``n_ctx`` tokens, each a sequence of its own, and the second half of each is scored, so that
+every prediction has a context: the convention of llama.cpp's llama-perplexity. A chunk goes through
+``cache.reserve`` and ``cache.attend`` in steps, as a prompt or a decoded token does. The size of a step is part of what
+is measured: within one step a token sees the tokens of the steps before it as the pages keep them, and some formats
+keep a page in 16 bits until it is full.
+
+What is compared is reduced to a few numbers a token on the device; the logits of a whole text never exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpaged.cache import PagedKVCache, clear
+from model.llama import ModelFn, Params
+
+_LOGITS_BYTES = 2**26
+"""Logits that a program hands over at once, at most, unless a single step has more."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scored tokens of some chunks, as one cache predicts them; ``[chunks, n_ctx - n_ctx // 2 - 1]`` each."""
+
+    nll: np.ndarray
+    """f64: negative log-likelihood of the token, in nats."""
+    right: np.ndarray
+    """bool: whether the token is the one found likeliest."""
+    kld: np.ndarray
+    """f64: Kullback-Leibler divergence from the first cache's prediction to this one's, in nats, over the whole
+    vocabulary; zeros for the first cache itself."""
+    same_top: np.ndarray
+    """bool: whether both find the same token likeliest."""
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Of several groups of chunks, one after the other."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def __getitem__(self, index: Any) -> Scores:
+        """Of a part of the chunks, or of the tokens: every array at ``index``."""
+        return Scores(self.nll[index], self.right[index], self.kld[index], self.same_top[index])
+
+
+def cut(tokens: Sequence[int], n_ctx: int, *, bos: int | None = None) -> np.ndarray:
+    """``tokens`` as chunks ``i32[len(tokens) // n_ctx, n_ctx]``; what is left at the end is dropped.
+
+    With ``bos`` it takes the place of each chunk's first token.
+    """
+    count = len(tokens) // n_ctx
+    chunks = np.asarray(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
+    if bos is not None:
+        chunks[:, 0] = bos
+    return chunks
+
+
+def default_parallel(step: int) -> int:
+    """How many chunks to read side by side in steps of ``step`` tokens: what keeps a small machine busy."""
+    return min(max(512 // step, 1), 32)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a step is compiled for: the tokens of each sequence, and which of them are scored."""
+
+    length: int
+    first: int
+    last: int
+    """Rows ``first .. last`` of the step's ``length`` have their logits taken; none where both are 0."""
+
+    @property
+    def scored(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Steps of one shape that follow one another in every chunk."""
+
+    shape: _Shape
+    start: int
+    steps: int
+
+    @property
+    def targets(self) -> np.ndarray:
+        """i32[steps, scored]: where in a chunk the tokens stand that the scored rows predict."""
+        steps = self.start + self.shape.length * np.arange(self.steps, dtype=np.int32)
+        return steps[:, None] + np.arange(self.shape.first, self.shape.last, dtype=np.int32) + 1
+
+
+def _pieces(n_ctx: int, step: int, most_rows: int) -> list[_Piece]:
+    """A chunk in steps of ``step`` tokens; at most ``most_rows`` scored rows in one piece, or one step."""
+    pieces: list[_Piece] = []
+    for start in range(0, n_ctx, step):
+        length = min(step, n_ctx - start)
+        first = min(max(n_ctx // 2 - start, 0), length)
+        last = min(n_ctx - 1 - start, length)  # the last token has none to predict
+        shape = _Shape(length, first, last) if first < last else _Shape(length, 0, 0)
+        before = pieces[-1] if pieces else None
+        if before and before.shape == shape and (before.steps + 1) * shape.scored <= most_rows:
+            pieces[-1] = _Piece(shape, before.start, before.steps + 1)
+        else:
+            pieces.append(_Piece(shape, start, 1))
+    return pieces
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "shape", "room"), donate_argnames="cache")
+def _read(
+    model: ModelFn,
+    vocab_size: int,
+    shape: _Shape,
+    room: int,
+    params: Params,
+    cache: PagedKVCache,
+    chunks: Array,
+    active: Array,
+    start: Array,
+    steps: Array,
+) -> tuple[PagedKVCache, Array]:
+    """Reads ``steps`` steps of the first ``active`` chunks, from their token ``start`` on; donates ``cache``.
+
+    Returns:
+      ``(cache, logits f32[room, chunks, scored, vocab_size])``, of which the first ``steps`` are meant.
+    """
+    num_seqs, length = chunks.shape[0], shape.length
+    rows = jnp.arange(num_seqs)[:, None] * length + jnp.arange(shape.first, shape.last)
+    num_new = jnp.where(jnp.arange(num_seqs) < active, length, 0)
+
+    def step(i: Array, carry: tuple[PagedKVCache, Array]) -> tuple[PagedKVCache, Array]:
+        cache, logits = carry
+        tokens = jax.lax.dynamic_slice_in_dim(chunks, start + i * length, length, axis=1)
+        cache, batch, _ = cache.reserve(num_new, num_tokens=num_seqs * length, max_new=length)
+        found, cache = model(params, tokens.reshape(-1), cache, batch, rows.reshape(-1))
+        return cache, logits.at[i].set(found.reshape(logits.shape[1:]))
+
+    logits = jnp.zeros((room, num_seqs, shape.scored, vocab_size), jnp.float32)
+    return jax.lax.fori_loop(0, steps, step, (cache, logits))
+
+
+_clear = jax.jit(clear, donate_argnums=0)
+
+
+@jax.jit
+def divergence(base: Array, logits: Array) -> Array:
+    """Kullback-Leibler divergence from softmax(base) to softmax(logits), f32[...] in nats; both ``f32[..., V]``.
+
+    With p the probabilities of ``base`` and x the difference of the logits less its mean under p, the divergence is
+    ``log sum p e^x``, which is ``log1p(sum p (e^x - 1 - x))`` because ``sum p x`` is 0. No term of that sum is negative
+    and each is of second order, so that float32 gives a divergence of 1e-6 to four digits and that of equal logits as
+    0; the difference of two log-softmaxes, rounded at 1e-6 each, would not.
+    """
+    log_p = jax.nn.log_softmax(base, axis=-1)
+    p = jnp.exp(log_p)
+    difference = logits - base
+    x = difference - jnp.sum(p * difference, axis=-1, keepdims=True)
+    small = p * (jnp.expm1(x) - x)
+    large = jnp.exp(log_p + x) - p * (1 + x)  # e^x alone may overflow where p is next to nothing
+    second_order = jnp.sum(jnp.where(jnp.abs(x) < 1, small, large), axis=-1)
+    return jnp.where(second_order < 1, jnp.log1p(second_order), jax.nn.logsumexp(log_p + x, axis=-1))
+
+
+def score(
+    model: ModelFn,
+    params: Params,
+    vocab_size: int,
+    caches: Sequence[PagedKVCache],
+    chunks: np.ndarray,
+    *,
+    step: int,
+) -> Iterator[list[Scores]]:
+    """Reads chunks through caches and scores their second halves, ``max_seqs`` chunks at a time.
+
+    Args:
+      model: as ``model.llama.functional`` gives it.
+      params: its weights.
+      vocab_size: V, of its logits.
+      caches: the first is what the others are compared with. All have the same ``max_seqs`` and room for ``n_ctx``
+        tokens of each sequence; they are donated.
+      chunks: i32[C, n_ctx], see ``cut``.
+      step: tokens of each chunk that one step computes; 1 feeds them as decoding does.
+
+    Yields:
+      For each group of chunks, in order: the scores of each cache.
+
+    Raises:
+      ValueError: the caches differ in ``max_seqs``, or have no room.
+    """
+    caches = list(caches)
+    num_seqs, n_ctx = caches[0].max_seqs, chunks.shape[1]
+    if any(cache.max_seqs != num_seqs for cache in caches):
+        raise ValueError(f"caches differ in max_seqs: {[cache.max_seqs for cache in caches]}")
+    for cache in caches:
+        pages = min(cache.num_pages // num_seqs, cache.max_entries)
+        if pages * cache.page_size < n_ctx:
+            raise ValueError(
+                f"{num_seqs} x {n_ctx} tokens need more than {cache.num_pages} pages of {cache.page_size}"
+            )
+    pieces = _pieces(n_ctx, step, max(_LOGITS_BYTES // (4 * vocab_size * num_seqs), 1))
+    room = {shape: max(p.steps for p in pieces if p.shape == shape) for shape in {p.shape for p in pieces}}
+    for at in range(0, len(chunks), num_seqs):
+        group = chunks[at : at + num_seqs]
+        padded = np.zeros((num_seqs, n_ctx), np.int32)
+        padded[: len(group)] = group
+        caches = [_clear(cache) for cache in caches]
+        found: list[list[tuple[Array, ...]]] = [[] for _ in caches]
+        for piece in pieces:
+            base = None
+            places = np.resize(piece.targets, (room[piece.shape], piece.shape.scored))
+            targets = jnp.asarray(padded[:, places].swapaxes(0, 1))
+            for i, cache in enumerate(caches):
+                caches[i], logits = _read(
+                    model, vocab_size, piece.shape, room[piece.shape], params, cache, padded,
+                    len(group), piece.start, piece.steps,
+                )  # fmt: skip
+                if piece.shape.scored:
+                    found[i].append(_compare(base, logits, targets))
+                    base = logits if base is None else base
+        scored = [piece for piece in pieces if piece.shape.scored]
+        yield [_gathered(scored, parts, len(group)) for parts in found]
+
+
+@jax.jit
+def _compare(base: Array | None, logits: Array, targets: Array) -> tuple[Array, ...]:
+    """The fields of ``Scores`` for each prediction; without ``base``, of predictions compared with themselves."""
+    loss = jax.nn.logsumexp(logits, axis=-1)
+    loss -= jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    top = jnp.argmax(logits, axis=-1)
+    if base is None:
+        return loss, top == targets, jnp.zeros_like(loss), jnp.ones_like(loss, bool)
+    return loss, top == targets, divergence(base, logits), top == jnp.argmax(base, axis=-1)
+
+
+def _gathered(pieces: Sequence[_Piece], parts: Sequence[tuple[Array, ...]], active: int) -> Scores:
+    """The pieces of each chunk, ``[room, chunks, scored]`` each, side by side."""
+    columns = []
+    for field in zip(*parts, strict=True):
+        kept = [
+            np.asarray(x)[: piece.steps, :active].swapaxes(0, 1).reshape(active, -1)
+            for piece, x in zip(pieces, field, strict=True)
+        ]
+        columns.append(np.concatenate(kept, axis=1))
+    nll, right, kld, same_top = columns
+    return Scores(nll.astype(np.float64), right, kld.astype(np.float64), same_top)
