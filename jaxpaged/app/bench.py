@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.app import interrupt
-from jaxpaged.app.errors import InputError, out_of_memory_is_input
-from jaxpaged.app.kv_report import CachePlan, mebibytes
+from jaxpaged.app.cache_type import CacheType, check_hadamard
+from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
+from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 
 _SEED = 0
@@ -43,8 +44,27 @@ class BenchOptions:
     repetitions: int
     ubatch_size: int
     page_size: int
-    cache_type: str | None
+    cache_type_k: tuple[str, ...] | None
+    """None = as ``dtype``."""
+    cache_type_v: tuple[str, ...] | None
+    """None = as ``cache_type_k``."""
+    hadamard: str
     output: str
+
+    def cache_types(self, own: str) -> tuple[CacheType, ...]:
+        """What to compare, for a model of ``own`` dtype.
+
+        Raises:
+          InputError: as many formats of keys as of values are not given.
+        """
+        keys = self.cache_type_k or (own,)
+        values = self.cache_type_v or keys
+        most = max(len(keys), len(values))
+        if {len(keys), len(values)} - {1, most}:
+            raise InputError(f"-ctk has {len(keys)} formats and -ctv {len(values)}: they go in pairs")
+        keys, values = (names * most if len(names) == 1 else names for names in (keys, values))
+        pairs = dict.fromkeys(zip(keys, values, strict=True))
+        return tuple(CacheType.of(k, v, self.hadamard) for k, v in pairs)
 
 
 @dataclass
@@ -54,13 +74,14 @@ class Measurement:
     test: str
     """"pp512", "tg128 @ d2048"."""
     kind: str
+    cache_type: CacheType
     batch: int
     num_tokens: int
     """Tokens that one repetition computes, all sequences together."""
     compile_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
     kv_bytes: int = 0
-    """KV memory in use at the end: pages, or the whole of a contiguous cache."""
+    """KV memory in use at the end: pages, open ones too, or the whole of a contiguous cache."""
 
     @property
     def rates(self) -> list[float]:
@@ -78,38 +99,21 @@ class Measurement:
 
 
 class _Bench:
-    """One test on one kind of cache: its compiled programs, and the cache they start from."""
+    """One test on one cache: its compiled programs, and the cache they start from."""
 
     def __init__(
-        self,
-        ready: ReadyModel,
-        options: BenchOptions,
-        kind: str,
-        batch: int,
-        depth: int,
-        n_prompt: int,
-        n_gen: int,
+        self, ready: ReadyModel, options: BenchOptions, plan: CachePlan, depth: int, n_prompt: int, n_gen: int
     ) -> None:
-        name = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
         self.measurement = Measurement(
-            test=f"{name} @ d{depth}" if depth else name,
-            kind=kind,
-            batch=batch,
-            num_tokens=batch * (n_prompt + n_gen),
+            test=_name(depth, n_prompt, n_gen),
+            kind=plan.kind,
+            cache_type=plan.cache_type,
+            batch=plan.num_seqs,
+            num_tokens=plan.num_seqs * (n_prompt + n_gen),
         )
         self._params = ready.loaded.params
         self._vocab_size = ready.loaded.config.vocab_size
-        tokens = depth + n_prompt + n_gen
-        plan = CachePlan.make(
-            ready.loaded.config,
-            paged=kind == "paged",
-            dtype=options.cache_type or ready.dtype,
-            num_seqs=batch,
-            context=tokens,
-            tokens=tokens,
-            page_size=options.page_size,
-        )
-        self._batch, self._depth, self._n_prompt, self._n_gen = batch, depth, n_prompt, n_gen
+        self._batch, self._depth, self._n_prompt, self._n_gen = plan.num_seqs, depth, n_prompt, n_gen
         self._step = options.ubatch_size
         self._call = ready.call
         self._plan = plan
@@ -189,11 +193,7 @@ class _Bench:
         if not record:
             return
         self.measurement.seconds.append(seconds)
-        plan = self._plan
-        if plan.kind == "paged":
-            self.measurement.kv_bytes = int(cache.pages_used) * plan.page_size * plan.bytes_per_token
-        else:
-            self.measurement.kv_bytes = plan.bytes_contiguous
+        self.measurement.kv_bytes = self._plan.bytes_in_use(int(cache.pages_used))
 
 
 def run(options: BenchOptions) -> None:
@@ -201,7 +201,9 @@ def run(options: BenchOptions) -> None:
     tests = [(n, 0) for n in options.n_prompt if n] + [(0, n) for n in options.n_gen if n]
     if not tests:
         raise InputError("nothing to measure: -p and -n are both 0")
+    check_hadamard(options.hadamard, *(options.cache_type_k or ()), *(options.cache_type_v or ()))
     ready = open_model(options.model, options.hf, dtype=options.dtype, offline=options.offline)
+    caches = caches_of(options, ready.dtype)
     longest = max(map(sum, tests)) + max(options.depth)
     trained = ready.loaded.config.context_length
     if longest > trained:
@@ -211,40 +213,79 @@ def run(options: BenchOptions) -> None:
     done: list[Measurement] = []
 
     def report() -> None:
-        _progress("", 0, 0, "")
+        _progress()
         if done:
             click.echo(_FORMATS[options.output](ready, done))
 
     try:
         with interrupt.last_words(report), out_of_memory_is_input("a smaller -b, -p, -n or -d needs less"):
             for batch, depth, (n_prompt, n_gen) in itertools.product(options.batch, options.depth, tests):
-                done += measure(ready, options, batch, depth, n_prompt, n_gen)
+                done += measure(ready, options, caches, batch, depth, n_prompt, n_gen)
     finally:
         report()
 
 
+def caches_of(options: BenchOptions, own: str) -> list[tuple[str, CacheType]]:
+    """The caches to compare, kind and type, for a model of ``own`` dtype; what cannot be is left out, and said.
+
+    Raises:
+      InputError: none can be.
+    """
+    types = options.cache_types(own)
+    sealing = [one for one in types if one.seals]
+    if sealing and "contiguous" in options.kinds:
+        names = "; ".join(map(str, sealing))
+        if len(sealing) == len(types) and "paged" not in options.kinds:
+            raise InputError(f"--kv contiguous: {names} quantizes whole pages")
+        say(f"contiguous {names} is left out: it quantizes whole pages")
+    return [(kind, one) for one in types for kind in options.kinds if kind == "paged" or not one.seals]
+
+
 def measure(
-    ready: ReadyModel, options: BenchOptions, batch: int, depth: int, n_prompt: int, n_gen: int
+    ready: ReadyModel,
+    options: BenchOptions,
+    caches: Sequence[tuple[str, CacheType]],
+    batch: int,
+    depth: int,
+    n_prompt: int,
+    n_gen: int,
 ) -> list[Measurement]:
-    """One test on every kind of cache, in turns."""
+    """One test on every cache, in turns."""
+    name, tokens = _name(depth, n_prompt, n_gen), depth + n_prompt + n_gen
+    plans = [
+        CachePlan.make(
+            ready.loaded.config,
+            paged=kind == "paged",
+            cache_type=cache_type,
+            num_seqs=batch,
+            context=tokens,
+            tokens=tokens,
+            page_size=options.page_size,
+        )
+        for kind, cache_type in caches
+    ]
     benches = []
-    for kind in options.kinds:
-        _progress(f"pp{n_prompt}" if n_prompt else f"tg{n_gen}", batch, depth, f"compiling for {kind}")
-        benches.append(_Bench(ready, options, kind, batch, depth, n_prompt, n_gen))
+    for plan in plans:
+        _progress(name, batch, f"compiling for {plan.kind} {plan.cache_type}")
+        benches.append(_Bench(ready, options, plan, depth, n_prompt, n_gen))
     for repetition in range(options.repetitions + 1):
-        for bench in benches:
+        for plan, bench in zip(plans, benches, strict=True):
             if repetition:
-                _progress(bench.measurement.test, batch, depth, f"{bench.measurement.kind}, {repetition}")
+                _progress(name, batch, f"{plan.kind} {plan.cache_type}, {repetition}")
             bench.repeat(record=repetition > 0)
     return [bench.measurement for bench in benches]
 
 
-def _progress(test: str, batch: int, depth: int, what: str) -> None:
-    """One line that is overwritten, on a terminal."""
+def _name(depth: int, n_prompt: int, n_gen: int) -> str:
+    """What llama-bench calls a test."""
+    name = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
+    return f"{name} @ d{depth}" if depth else name
+
+
+def _progress(test: str = "", batch: int = 0, what: str = "") -> None:
+    """One line that is overwritten, on a terminal; without a test it is gone."""
     if sys.stderr.isatty():
-        click.echo(
-            f"\r\033[K{test} batch {batch} depth {depth}: {what}" if test else "\r\033[K", nl=False, err=True
-        )
+        click.echo(f"\r\033[K{test} batch {batch}: {what}" if test else "\r\033[K", nl=False, err=True)
 
 
 def _rows(ready: ReadyModel, done: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -257,6 +298,7 @@ def _rows(ready: ReadyModel, done: Sequence[Measurement]) -> list[dict[str, Any]
             "backend": jax.default_backend(),
             "dtype": ready.dtype,
             "kv": m.kind,
+            **m.cache_type.as_dict(),
             "batch": m.batch,
             "test": m.test,
             "tokens_per_second": m.mean,
@@ -270,13 +312,13 @@ def _rows(ready: ReadyModel, done: Sequence[Measurement]) -> list[dict[str, Any]
 
 
 def _markdown(ready: ReadyModel, done: Sequence[Measurement]) -> str:
-    head = ("model", "size", "params", "backend", "kv", "batch", "test", "t/s", "KV", "compile s")
+    head = ("model", "size", "params", "backend", "kv", "type", "batch", "test", "t/s", "KV", "compile s")
     right = {"size", "params", "batch", "test", "t/s", "KV", "compile s"}
     table = [head]
     for row, m in zip(_rows(ready, done), done, strict=True):
         table.append((
-            row["model"], mebibytes(row["size_bytes"]), f"{row['params'] / 1e6:.2f} M", row["backend"],
-            m.kind, str(m.batch), m.test, f"{m.mean:.2f} ± {m.deviation:.2f}", mebibytes(m.kv_bytes),
+            row["model"], readable(row["size_bytes"]), f"{row['params'] / 1e6:.2f} M", row["backend"],
+            m.kind, str(m.cache_type), str(m.batch), m.test, f"{m.mean:.2f} ± {m.deviation:.2f}", readable(m.kv_bytes),
             f"{m.compile_seconds:.2f}",
         ))  # fmt: skip
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]

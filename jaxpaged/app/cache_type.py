@@ -36,8 +36,9 @@ def check_hadamard(hadamard: str, *formats: str | None) -> None:
       InputError: with the names of those that do.
     """
     if hadamard == "on" and not any(name in _QUANTIZED for name in formats):
+        names = ", ".join(_QUANTIZED)
         raise InputError(
-            f"--hadamard on turns what is quantized, and nothing is: -ctk or -ctv must be one of {', '.join(_QUANTIZED)}"
+            f"--hadamard on turns what is quantized, and nothing is: give -ctk or -ctv one of {names}"
         )
 
 

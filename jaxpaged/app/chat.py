@@ -66,7 +66,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             messages.append({"role": "user", "content": message})
             ids = _tokens(session, template, messages)
             try:
-                shared = _shared(held, ids)
+                shared = tokens_held(held, ids, by=plan.page_size if plan.cache_type.seals else 1)
                 if options.context_shift:  # what was discarded cannot serve another beginning
                     shared = shared if shared == len(held) else 0
                     shift = shift or session.context_shift(ids)
@@ -186,10 +186,15 @@ def _tokens(session: Session, template: str, messages: list[dict[str, str]]) -> 
     return session.encode(text, add_special=not (bos and text.startswith(bos)))
 
 
-def _shared(held: list[int], ids: list[int]) -> int:
-    """How many of the tokens held serve again; at least one is left to compute."""
+def tokens_held(held: list[int], ids: list[int], by: int = 1) -> int:
+    """How many of the tokens held serve again; at least one is left to compute.
+
+    Where some have to be forgotten, a multiple of ``by`` is left: a page that is sealed is not written again, and what
+    follows would leave a hole in it.
+    """
     limit = min(len(held), len(ids) - 1)
-    return next((i for i in range(limit) if held[i] != ids[i]), limit)
+    found = next((i for i in range(limit) if held[i] != ids[i]), limit)
+    return found if found == len(held) else found - found % by
 
 
 @jax.jit(donate_argnums=0)

@@ -8,19 +8,22 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
 
+from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.kv_report import mebibytes
+from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import model_file
 from jaxpaged.attention.api import VARIABLE
 from jaxpaged.attention.explain import Explanation, Step, explain
 from jaxpaged.attention.tpu_blocks import Blocks
-from jaxpaged.page_format import page_format
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.page_format import LANES
 from model.config import ModelConfig
 from model.loading import read_config
 
@@ -37,8 +40,17 @@ class ExplainOptions:
     context: int
     ubatch_size: int
     page_size: int
-    cache_type: str | None
+    cache_type_k: str | None
+    """None = f32 on a CPU, bf16 elsewhere."""
+    cache_type_v: str | None
+    hadamard: str
     as_json: bool
+
+    @property
+    def cache_type(self) -> CacheType:
+        """How keys and values are kept."""
+        own = "f32" if self.platform == "cpu" else "bf16"
+        return CacheType.of(self.cache_type_k or own, self.cache_type_v or own, self.hadamard)
 
 
 def run(options: ExplainOptions) -> None:
@@ -47,6 +59,7 @@ def run(options: ExplainOptions) -> None:
     Raises:
       InputError: no such model, or pages that cannot be.
     """
+    check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
     path = model_file(options.model, options.hf, options.offline)
     try:
         config = read_config(path)
@@ -55,14 +68,30 @@ def run(options: ExplainOptions) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     rows = list(_rows(config, options))
+    pages = _cache(config, options, num_seqs=1)
+    page_bytes, bits = pages.bytes_per_page, bits_per_value(pages, config)
     if options.as_json:
-        click.echo(json.dumps({"model": config.name, "platform": options.platform, "steps": rows}, indent=2))
+        kv = {
+            **options.cache_type.as_dict(),
+            "page_size": options.page_size,
+            "page_bytes": page_bytes,
+            "open_page_bytes": pages.bytes_of_open_pages,
+            "bits_per_value": bits,
+        }
+        head = {"model": config.name, "platform": options.platform, "kv": kv}
+        click.echo(json.dumps({**head, "steps": rows}, indent=2))
         return
     group = config.num_q_heads // config.num_kv_heads
     click.echo(
         f"{config.name}: {config.num_layers} layers, {config.num_q_heads} query heads on {config.num_kv_heads} KV "
-        f"heads of {config.head_dim} (groups of {group}), pages of {options.page_size} tokens"
+        f"heads of {config.head_dim} (groups of {group})"
     )
+    kept = " and ".join(dict.fromkeys((pages.k_format.title, pages.v_format.title)))
+    click.echo(
+        f"pages of {options.page_size} tokens in {kept}: {_size(page_bytes)} in all layers, {bits:.4g} bits a value"
+    )
+    if opened := pages.bytes_of_open_pages:
+        click.echo(f"the newest page of each sequence, until it is full: {_size(opened)} in 16 bits")
     for row in rows:
         click.echo(f"\n{row.pop('step')}")
         for name, value in row.items():
@@ -97,26 +126,31 @@ def _step(
     max_q_len: int | None,
     window: int | None,
 ) -> Step:
-    dtype = options.cache_type or ("f32" if options.platform == "cpu" else "bf16")
-    form = page_format(dtype)
-    if options.platform == "tpu":
-        form = form.on_lanes(config.head_dim)
-    entries = -(-options.context // options.page_size)
-    sizes = seqs * entries, config.num_kv_heads, options.page_size, config.head_dim
-    shape: Any = jax.eval_shape(lambda: form.create(*sizes)).shape
+    cache = _cache(config, options, seqs)
+    k_pages, v_pages = cache.pages(0)
     return Step(
         num_q_heads=config.num_q_heads,
-        k_pages_shape=shape,
-        page_dtype=form.dtype,
+        k_pages=k_pages,
+        v_pages=v_pages,
         head_dim=config.head_dim,
         page_size=options.page_size,
         max_seqs=seqs,
         live_tokens=options.context,
         num_tokens=tokens,
         max_q_len=max_q_len,
-        max_entries=entries,
+        max_entries=cache.max_entries,
         window=window,
     )
+
+
+def _cache(config: ModelConfig, options: ExplainOptions, num_seqs: int) -> PagedKVCache:
+    """Pages for the context of each sequence, as the platform lays them out; shapes in the place of arrays."""
+    lanes = options.platform == "tpu" and options.page_size * config.head_dim >= LANES
+    entries = -(-options.context // options.page_size)
+    sizes = {"num_pages": num_seqs * entries, "max_seqs": num_seqs, "page_size": options.page_size}
+    layout = "lanes" if lanes else "plain"
+    create = partial(options.cache_type.paged, config, **sizes, max_entries=entries, layout=layout)
+    return jax.eval_shape(create)
 
 
 def _described(found: Explanation, layers: int) -> dict[str, Any]:
@@ -140,7 +174,11 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, int) and "bytes" in name and value >= 2**20:
-        return f"{mebibytes(value)}"
+        return readable(value)
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)
+
+
+def _size(count: int) -> str:
+    return readable(count) if count >= 2**20 else f"{count} bytes"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import jax
+
+from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
 from model.config import ModelConfig
-
-CACHE_DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class CachePlan:
     config: ModelConfig
     kind: str
     """"paged" or "contiguous"."""
-    dtype: str
+    cache_type: CacheType
     num_seqs: int
     context: int
     """Tokens that a sequence may hold."""
@@ -34,7 +36,7 @@ class CachePlan:
         config: ModelConfig,
         *,
         paged: bool,
-        dtype: str,
+        cache_type: CacheType,
         num_seqs: int,
         context: int,
         tokens: int,
@@ -42,19 +44,26 @@ class CachePlan:
         kv_pages: int | None = None,
         shared: int = 0,
         spare: int = 0,
+        unused: int = 0,
     ) -> CachePlan:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
 
         A paged pool has the pages that these tokens fill, or ``kv_pages`` where that is fewer; a contiguous
         cache has ``context`` tokens a sequence, whatever the run needs. The first ``shared`` tokens are the same in
-        all sequences; ``spare`` pages a sequence are for tokens that do not fill their pages, as shifts leave them.
+        all sequences; ``spare`` pages a sequence are for tokens that do not fill their pages, as shifts leave them, and
+        ``unused`` slots of every page may stay empty.
+
+        Raises:
+          InputError: the page formats do not go with the model's heads, the page size or the kind of cache.
         """
-        pages = -(-tokens // page_size) + spare
+        pages = -(-tokens // max(1, page_size - unused)) + spare
         common = 0 if num_seqs == 1 else shared // page_size
         wanted = common + num_seqs * (pages - common)
         num_pages = wanted if kv_pages is None else min(kv_pages, wanted)
         kind = "paged" if paged else "contiguous"
-        return cls(config, kind, dtype, num_seqs, context, page_size, pages, num_pages)
+        plan = cls(config, kind, cache_type, num_seqs, context, page_size, pages, num_pages)
+        _ = plan._arrays  # refuses now what cannot be created
+        return plan
 
     def check_prompt(self, num_tokens: int) -> None:
         """Refuses prompts that the pool cannot hold."""
@@ -71,30 +80,34 @@ class CachePlan:
 
     def create(self) -> PagedKVCache | ContiguousKVCache:
         """The empty cache."""
-        c = self.config
-        both: dict[str, Any] = {
-            "num_layers": c.num_layers,
-            "num_kv_heads": c.num_kv_heads,
-            "head_dim": c.head_dim,
-            "max_seqs": self.num_seqs,
-            "dtype": self.dtype,
-        }
         if self.kind == "contiguous":
-            return ContiguousKVCache.create(**both, max_length=self.context)
-        return PagedKVCache.create(
-            **both, num_pages=self.num_pages, page_size=self.page_size, max_entries=self.pages_per_seq + 1
+            return self.cache_type.contiguous(self.config, max_seqs=self.num_seqs, max_length=self.context)
+        return self.cache_type.paged(
+            self.config,
+            num_pages=self.num_pages,
+            max_seqs=self.num_seqs,
+            page_size=self.page_size,
+            max_entries=self.pages_per_seq + 1,
         )
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of one token, all layers."""
-        c = self.config
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * CACHE_DTYPE_BYTES[self.dtype]
+    @cached_property
+    def _arrays(self) -> PagedKVCache | ContiguousKVCache:
+        """The cache with shapes in the place of arrays."""
+        return jax.eval_shape(self.create)
 
-    @property
-    def bytes_contiguous(self) -> int:
-        """What a contiguous cache of the whole context takes."""
-        return self.num_seqs * self.context * self.bytes_per_token
+    def bytes_in_use(self, pages: int) -> int:
+        """Bytes of ``pages`` pages and of those that wait to be sealed; of a contiguous cache all that it has."""
+        cache = self._arrays
+        if isinstance(cache, ContiguousKVCache):
+            return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
+        return pages * cache.bytes_per_page + cache.bytes_of_open_pages
+
+    @cached_property
+    def bytes_contiguous(self) -> int | None:
+        """What a contiguous cache of the whole context takes; None where none keeps these formats."""
+        if self.cache_type.seals:
+            return None
+        return replace(self, kind="contiguous").bytes_in_use(0)
 
 
 @dataclass(frozen=True)
@@ -102,11 +115,12 @@ class KVReport:
     """KV memory of a run. In a contiguous cache each sequence's row counts as one page."""
 
     kind: str
+    cache_type: CacheType
     page_size: int
     pages_total: int
     pages_peak: int
     bytes_peak: int
-    bytes_contiguous: int
+    bytes_contiguous: int | None
     num_seqs: int
     context: int
 
@@ -116,20 +130,21 @@ class KVReport:
         paged = plan.kind == "paged"
         return cls(
             kind=plan.kind,
+            cache_type=plan.cache_type,
             page_size=plan.page_size if paged else plan.context,
             pages_total=plan.num_pages if paged else plan.num_seqs,
             pages_peak=pages_peak,
-            # A contiguous cache holds all of its memory from the start.
-            bytes_peak=pages_peak * plan.page_size * plan.bytes_per_token if paged else plan.bytes_contiguous,
+            bytes_peak=plan.bytes_in_use(pages_peak),
             bytes_contiguous=plan.bytes_contiguous,
             num_seqs=plan.num_seqs,
             context=plan.context,
         )
 
-    def as_dict(self) -> dict[str, str | int]:
+    def as_dict(self) -> dict[str, Any]:
         """The ``kv`` object of ``--json``."""
         return {
             "kind": self.kind,
+            **self.cache_type.as_dict(),
             "page_size": self.page_size,
             "pages_total": self.pages_total,
             "pages_peak": self.pages_peak,
@@ -142,15 +157,18 @@ class KVReport:
         tokens = (
             f"{self.context} tokens" if self.num_seqs == 1 else f"{self.num_seqs} x {self.context} tokens"
         )
+        size = f"{readable(self.bytes_peak)} of {self.cache_type}"
         if self.kind == "contiguous":
-            return f"{'KV cache':>16} = contiguous, {mebibytes(self.bytes_peak)} for {tokens}"
+            return f"{'KV cache':>16} = contiguous, {size} for {tokens}"
         pages = f"{self.pages_peak} of {self.pages_total} pages of {self.page_size} tokens"
-        return (
-            f"{'KV cache':>16} = paged, {pages} at the peak, {mebibytes(self.bytes_peak)} "
-            f"(contiguous would take {mebibytes(self.bytes_contiguous)} for {tokens})"
-        )
+        beside = ""
+        if self.bytes_contiguous is not None:
+            beside = f" (contiguous would take {readable(self.bytes_contiguous)} for {tokens})"
+        return f"{'KV cache':>16} = paged, {pages} at the peak, {size}{beside}"
 
 
-def mebibytes(count: int) -> str:
-    """A number of bytes as llama.cpp prints it."""
+def readable(count: int) -> str:
+    """A number of bytes as llama.cpp prints it; a small one in KiB."""
+    if count < 2**20 // 10:
+        return f"{count / 2**10:.2f} KiB"
     return f"{count / 2**20:.2f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"

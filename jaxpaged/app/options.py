@@ -13,6 +13,10 @@ import click
 from jaxpaged.app.llama_flags import GroupedOption
 
 DTYPES = ("f32", "bf16", "f16")
+CACHE_TYPES = (
+    *DTYPES, "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",
+)  # fmt: skip
+"""The names of ``page_format.PAGE_FORMATS``, which is built on JAX."""
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -60,8 +64,10 @@ class GenerateOptions:
     paged: bool
     page_size: int
     kv_pages: int | None
-    cache_dtype: str | None
+    cache_type_k: str | None
     """None = as ``dtype``."""
+    cache_type_v: str | None
+    hadamard: str
     prompt_cache: Path | None
     prompt_cache_all: bool
     prompt_cache_ro: bool
@@ -148,6 +154,25 @@ class CountList(click.ParamType):
         return tuple(dict.fromkeys(counts))
 
 
+class NameList(click.ParamType):
+    """Some of the names that there are, with commas between them."""
+
+    name = "name,name,..."
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        chosen = str(value).split(",")
+        if unknown := [name for name in chosen if name not in self.names]:
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(map(repr, self.names))}.", param, ctx)
+        return tuple(chosen)
+
+
 def option(group: str, *names: str, **kwargs: Any) -> Decorator:
     """``click.option`` under a heading of the help."""
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
@@ -182,6 +207,31 @@ MODEL_OPTIONS = (
     option("Model", "-t", "--threads", type=_AT_LEAST_1, metavar="N",
            help="CPU threads.  [default: one for each core]"),
 )  # fmt: skip
+
+_WHICH_TYPE = (
+    "q8_0 takes half of f16 and is near lossless, q4_0 or q4_k a quarter at some cost (docs/quantization.md, "
+    "jaxpaged perplexity)."
+)
+
+
+def page_options(
+    *, k_default: str = "as --dtype", v_default: str = "as --dtype", several: bool = False
+) -> Decorator:
+    """The options that say how pages are kept: of one cache, or of several to compare."""
+    kind: click.ParamType = NameList(CACHE_TYPES) if several else click.Choice(CACHE_TYPES)
+    metavar = "FORMAT,..." if several else "FORMAT"
+    return chain(
+        option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
+               help="Tokens of a page, a power of two from 8 to 256."),
+        option("KV cache", "-ctk", "--cache-type-k", type=kind, metavar=metavar,
+               help=f"Format of keys: {', '.join(CACHE_TYPES)}. {_WHICH_TYPE}  [default: {k_default}]"),
+        option("KV cache", "-ctv", "--cache-type-v", type=kind, metavar=metavar,
+               help=f"Format of values, one of the same.  [default: {v_default}]"),
+        option("KV cache", "--hadamard", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+               help="Turn heads by a Hadamard matrix before they are quantized: outliers cost less. auto: where the "
+                    "format has 4 bits or fewer."),
+    )  # fmt: skip
+
 
 GENERATE_OPTIONS = chain(
     *MODEL_OPTIONS,
@@ -249,14 +299,9 @@ GENERATE_OPTIONS = chain(
            help="Taken from it for each time it occurs."),
     option("KV cache", "--kv-cache-paged/--no-kv-cache-paged", "paged", default=True, show_default="paged",
            help="Pages on demand, or the whole context of every sequence at once."),
-    option("KV cache", "--page-size", type=PageSize(), default=32, show_default=True, metavar="N",
-           help="Tokens of a page, a power of two from 8 to 256."),
+    page_options(),
     option("KV cache", "--kv-pages", type=_AT_LEAST_1, metavar="N",
            help="Pages of the pool at most.  [default: what this run can fill]"),
-    option("KV cache", "-ctk", "--cache-type-k", type=click.Choice(DTYPES),
-           help="Numbers that keys are kept in.  [default: as --dtype]"),
-    option("KV cache", "-ctv", "--cache-type-v", type=click.Choice(DTYPES),
-           help="The same for values; both must agree."),
     option("KV cache", "--prompt-cache", type=click.Path(path_type=Path), metavar="FILE",
            help="Reuse what FILE has of the prompt's beginning, and keep the prompt in it."),
     option("KV cache", "--prompt-cache-all", is_flag=True,

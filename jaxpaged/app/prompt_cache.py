@@ -62,6 +62,9 @@ class PromptCache:
             self.session.note(f"prompt cache: {self.path} does not exist yet{made}")
             return cache, 0
         shared = min(self.saved.common_prefix(ids), len(ids) - 1)
+        size = self.saved.page_size
+        if self.saved.sealed and -(-shared // size) * size <= self.saved.lengths[0]:
+            shared -= shared % size  # a sealed page is not written again: no holes
         try:
             cache = restore(cache, self.saved, seq=0, p1=shared)
         except SnapshotError as error:

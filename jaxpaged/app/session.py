@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
 from jaxpaged.app.loading import ReadyModel, open_model
@@ -54,6 +55,7 @@ class Session:
             raise InputError("--prompt-cache keeps pages, and --no-kv-cache-paged asks for none")
         if options.prompt_cache is None and (options.prompt_cache_all or options.prompt_cache_ro):
             raise InputError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
+        check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
         film = PageFilm.open(options)
         ready = open_model(
             options.model,
@@ -133,6 +135,12 @@ class Session:
         forgets = o.paged and o.prompt_cache is None and o.beams == 1 and o.lookup == 0
         return max(bounded) if forgets and len(bounded) == len(windows) else None
 
+    @property
+    def cache_type(self) -> CacheType:
+        """How keys and values are kept."""
+        o, own = self.options, self.ready.dtype
+        return CacheType.of(o.cache_type_k or own, o.cache_type_v or own, o.hadamard)
+
     def plan(self, tokens: int, num_seqs: int, shared: int = 0) -> CachePlan:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens, the first ``shared`` the same in all."""
         o, spare = self.options, 0
@@ -143,7 +151,7 @@ class Session:
         return CachePlan.make(
             self.ready.loaded.config,
             paged=self.options.paged,
-            dtype=self.options.cache_dtype or self.ready.dtype,
+            cache_type=self.cache_type,
             num_seqs=num_seqs,
             context=self.context,
             tokens=max(1, tokens),
@@ -151,6 +159,8 @@ class Session:
             kv_pages=self.options.kv_pages,
             shared=shared,
             spare=spare,
+            # A draft may fill a page, which is then sealed with what is rejected of it.
+            unused=o.lookup if self.cache_type.seals else 0,
         )
 
     def completion(self, prompt: str, num_seqs: int) -> tuple[list[int], int, CachePlan]:

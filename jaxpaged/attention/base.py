@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, hadamard_turn
+from jaxpaged.page_format import BlockPages, hadamard_turn, lane_width
 from jaxpaged.rope import Rope
 
 Pages = Array | BlockPages
@@ -93,7 +93,7 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
             raise ValueError(f"no size of {name} may be zero, got shape {pages.shape}")
         if not isinstance(pages, BlockPages) and not jnp.issubdtype(pages.dtype, jnp.floating):
             raise TypeError(f"pages must be floating point, got {pages.dtype}")
-    if k_pages.shape != v_pages.shape:
+    if not _alike(k_pages, v_pages):
         raise ValueError(f"k_pages {k_pages.shape} and v_pages {v_pages.shape} must be alike")
     shape = table.pages.shape
     for name in ("first_slot", "num_tokens", "position", "rotation"):
@@ -101,6 +101,20 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
             raise ValueError(f"table.{name} has shape {getattr(table, name).shape}, table.pages {shape}")
     if table.num_entries.shape != shape[:1]:
         raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
+
+
+def _alike(k_pages: Pages, v_pages: Pages) -> bool:
+    """Whether pages are as many, of as many heads and tokens; plain ones beside quantized may be in rows of lanes."""
+    quantized, other = k_pages, v_pages
+    if not isinstance(quantized, BlockPages):
+        quantized, other = other, quantized
+    if not isinstance(quantized, BlockPages) or isinstance(other, BlockPages):
+        return k_pages.shape == v_pages.shape
+    *pool, rows, width = other.shape
+    *expected, page_size, head_dim = quantized.shape
+    if width == head_dim or width % head_dim:
+        return pool == expected and rows == page_size and width in (head_dim, lane_width(head_dim))
+    return pool == expected and rows * width == page_size * head_dim
 
 
 def compute_dtype(pages: Pages) -> DTypeLike:

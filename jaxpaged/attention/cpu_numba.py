@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 
 from jaxpaged.attention import cpu_kernel, cpu_pages
 from jaxpaged.attention.base import Config, Pages
@@ -38,39 +37,42 @@ from jaxpaged.rope import Rope
 def _target() -> str:
     """The name of the custom call, compiled on first use."""
     name = "jaxpaged_paged_attention"
-    register(name, handler, task, [Path(room.__file__) for room in (cpu_kernel, cpu_pages)])
+    register(name, handler, task, [Path(str(room.__file__)) for room in (cpu_kernel, cpu_pages)])
     return name
 
 
 def describe(
-    q_shape: tuple[int, int, int],
-    k_pages_shape: tuple[int, ...],
-    page_dtype: DTypeLike,
-    max_q_len: int | None,
+    q_shape: tuple[int, int, int], k_pages: Pages, v_pages: Pages, max_q_len: int | None
 ) -> dict[str, Any]:
     """What a call with these shapes runs, for people to read.
 
     Args:
       q_shape: ``(T, Hq, D)``.
-      k_pages_shape: ``(N, KV, page_size, D)``.
-      page_dtype: of the pages.
+      k_pages, v_pages: what ``paged_attention`` is given, or ``jax.ShapeDtypeStruct`` in the place of arrays.
       max_q_len: as ``Batch`` has it.
 
     Returns:
-      ``vector_width`` in float32; ``keys_per_tile``; ``rows_per_piece``, query heads counted; ``keys_read`` "in place",
-      "converted" or "transposed"; ``least_tokens_per_piece``, below which a sequence is not cut; ``scratch_bytes`` of
-      each thread.
+      ``vector_width`` in float32; ``keys_per_tile``; ``rows_per_piece``, query heads counted; ``keys_read`` and
+      ``values_read``, "in place", "as codes" (few rows are multiplied with them), "converted" to float32, or then
+      "transposed"; ``least_tokens_per_piece``, below which a sequence is not cut; ``scratch_bytes`` of each thread.
     """
     tokens, num_q_heads, head_dim = q_shape
-    group = num_q_heads // k_pages_shape[1]
+    group = num_q_heads // k_pages.shape[1]
     rows = min(max(ROWS // group, 1), max_q_len or tokens) * group
     wide = padded(head_dim)
-    in_place = np.dtype(page_dtype).itemsize == 4 and wide == head_dim
+
+    def read(pages: Pages) -> str:
+        kind = _kind(pages, head_dim)
+        if rows <= FEW_ROWS and cpu_pages.reads_codes.py_func(kind):
+            return "as codes"
+        return "in place" if KINDS[kind] == "f32" and wide == head_dim else "converted"
+
     return {
         "vector_width": WIDTH,
         "keys_per_tile": TILE,
         "rows_per_piece": rows,
-        "keys_read": "transposed" if rows > FEW_ROWS else "in place" if in_place else "converted",
+        "keys_read": "transposed" if rows > FEW_ROWS else read(k_pages),
+        "values_read": read(v_pages),
         "least_tokens_per_piece": LEAST_TOKENS,
         "scratch_bytes": scratch_bytes(rows, head_dim, wide),
     }

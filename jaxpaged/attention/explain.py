@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 from jaxpaged.attention.api import Choice, choose
+from jaxpaged.attention.base import Pages
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import BlockFormat, BlockPages, SealedPages
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,9 @@ class Step:
     """The shapes of one attention: a decode step or a chunk of a prompt."""
 
     num_q_heads: int
-    k_pages_shape: tuple[int, int, int, int]
-    """As the platform lays pages out."""
-    page_dtype: DTypeLike
+    k_pages: Pages
+    """Of one layer, as the platform lays pages out; ``jax.ShapeDtypeStruct`` in the place of arrays."""
+    v_pages: Pages
     head_dim: int
     page_size: int
     max_seqs: int
@@ -45,7 +48,7 @@ class Explanation:
     details: Mapping[str, Any]
     """Block sizes and memory, in the implementation's own terms."""
     kv_bytes: int
-    """Bytes of live keys and values that one layer reads in the step, each once."""
+    """Bytes of live keys and values, scales and all, that one layer reads in the step, each once."""
 
 
 def explain(platform: str, step: Step) -> Explanation:
@@ -68,28 +71,45 @@ def explain(platform: str, step: Step) -> Explanation:
     batch = Batch(
         tokens, tokens, tokens, tokens, tokens, integers(step.max_seqs + 1), step.max_q_len  # type: ignore[arg-type]
     )  # fmt: skip
-    pages = jax.ShapeDtypeStruct(step.k_pages_shape, step.page_dtype)
-    q = jax.ShapeDtypeStruct(q_shape, q_dtype)
-    choice = choose(platform, q, pages, pages, table, batch, window=step.window)
-    seen = step.live_tokens if step.window is None else min(step.live_tokens, step.window + step.num_tokens)
-    page_bytes = int(np.prod(step.k_pages_shape[1:])) * np.dtype(step.page_dtype).itemsize
-    kv_bytes = 2 * step.max_seqs * seen * page_bytes // step.page_size
+    q: Any = jax.ShapeDtypeStruct(q_shape, q_dtype)
+    choice = choose(platform, q, step.k_pages, step.v_pages, table, batch, window=step.window)
+    kv_bytes = sum(_bytes_read(pages, step) for pages in (step.k_pages, step.v_pages))
     return Explanation(choice, _details(choice.name, q_shape, q_dtype, step), kv_bytes)
 
 
+def _bytes_read(pages: Pages, step: Step) -> int:
+    """Bytes of the tokens seen, of keys or of values; behind the last full page they may be kept in 16 bits."""
+    seen = step.live_tokens if step.window is None else min(step.live_tokens, step.window + step.num_tokens)
+    parts = pages.parts.values() if isinstance(pages, BlockPages) else [pages]
+    page_bytes = sum(_page_bytes(part) for part in parts)
+    if not isinstance(pages, SealedPages):
+        return step.max_seqs * seen * page_bytes // step.page_size
+    opened = min(seen, step.live_tokens % step.page_size)
+    return step.max_seqs * ((seen - opened) * page_bytes + opened * _page_bytes(pages.open)) // step.page_size
+
+
+def _page_bytes(part: Array) -> int:
+    return math.prod(part.shape[1:]) * part.dtype.itemsize
+
+
 def _details(name: str, q_shape: tuple[int, int, int], q_dtype: DTypeLike, step: Step) -> Mapping[str, Any]:
-    shapes = q_shape, step.k_pages_shape, step.page_dtype, step.max_q_len
+    k: Any
+    v: Any
+    k, v = (x.format if isinstance(x, BlockPages) else x.dtype for x in (step.k_pages, step.v_pages))
+    shape: Any = step.k_pages.shape
     table: dict[str, Any] = {"max_seqs": step.max_seqs, "max_entries": step.max_entries, "q_dtype": q_dtype}
     if name == "mosaic_tpu":
         from jaxpaged.attention import tpu_blocks
 
-        return tpu_blocks.describe(*shapes, **table)
+        return tpu_blocks.describe(q_shape, shape, k, step.max_q_len, v_dtype=v, **table)
     if name == "mosaic_gpu":
         from jaxpaged.attention import mosaic_gpu
 
-        return mosaic_gpu.describe(*shapes, **table, live_tokens=step.max_seqs * step.live_tokens)
+        kind = (k, v) if isinstance(k, BlockFormat) or isinstance(v, BlockFormat) else k
+        live_tokens = step.max_seqs * step.live_tokens
+        return mosaic_gpu.describe(q_shape, shape, kind, step.max_q_len, **table, live_tokens=live_tokens)
     if name == "cpu_numba":
         from jaxpaged.attention import cpu_numba
 
-        return cpu_numba.describe(*shapes)
+        return cpu_numba.describe(q_shape, step.k_pages, step.v_pages, step.max_q_len)
     return {}

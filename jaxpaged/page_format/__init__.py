@@ -14,6 +14,7 @@ from jaxpaged.page_format.blocks import BlockFormat as BlockFormat
 from jaxpaged.page_format.blocks import BlockPages as BlockPages
 from jaxpaged.page_format.k_quants import Q4_K
 from jaxpaged.page_format.kivi import Kivi
+from jaxpaged.page_format.lane_blocks import PackedBlockFormat
 from jaxpaged.page_format.plain import LANES as LANES
 from jaxpaged.page_format.plain import Float8Format
 from jaxpaged.page_format.plain import LanePageFormat as LanePageFormat
@@ -39,12 +40,12 @@ _FORMATS: tuple[PageFormat, ...] = (
     PageFormat("bf16", jnp.bfloat16),
     PageFormat("f16", jnp.float16),
     Float8Format("fp8_e4m3", jnp.float8_e4m3fn),
-    BlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
+    PackedBlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
     BlockFormat("q5_1", jnp.float32, ggml.Q5_1()),
     BlockFormat("q5_0", jnp.float32, ggml.Q5_0()),
     # Below 5 bits a Hadamard turn costs less than it gains (docs/quantization.md).
     BlockFormat("q4_1", jnp.float32, ggml.Q4_1(), hadamard=True),
-    BlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
+    PackedBlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
     BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL(), hadamard=True),
     SealedFormat("q4_k", jnp.float32, Q4_K(), hadamard=True),
     _kivi(4),

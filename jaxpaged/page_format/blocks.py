@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxpaged.page_format import hadamard as turns
-from jaxpaged.page_format.ggml import BLOCK, Q4_0, Q8_0, BlockCode
+from jaxpaged.page_format.ggml import BLOCK, BlockCode
 from jaxpaged.page_format.plain import PageFormat
 
 Parts = Mapping[str, Array]
@@ -146,7 +146,4 @@ class BlockFormat(PageFormat):
         return joined.reshape(*joined.shape[:-2], math.prod(joined.shape[-2:]))
 
     def on_lanes(self, head_dim: int) -> PageFormat:
-        """This format in rows of lanes, where there is one for a TPU's kernel; else itself."""
-        from jaxpaged.page_format.lane_blocks import LaneBlockFormat  # which is built on this module
-
-        return LaneBlockFormat.of(self, head_dim) if isinstance(self.code, (Q4_0, Q8_0)) else self
+        return self

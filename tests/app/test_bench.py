@@ -47,11 +47,30 @@ def test_formats(jaxpaged, model_path):
         (["--kv", "paged,ring"], "'ring' is no kind of cache"),
         (["-r", "0"], "0"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
+        (["-ctk", "f32,q9"], "'q9' is not one of 'f32', "),
+        (["-ctk", "f32,f16,bf16", "-ctv", "f32,f16"], "-ctk has 3 formats and -ctv 2: they go in pairs"),
+        (["--kv", "contiguous", "-ctk", "q4_k"], "--kv contiguous: q4_k quantizes whole pages"),
         (["-p", "100", "-d", "100"], "ask for 228 tokens in a sequence; the model's context has 128"),
     ],
 )
 def test_bad_flags_are_one_line(refused, model_path, flags, said):
     assert said in refused("bench", "-m", model_path, *flags)
+
+
+def test_formats_are_compared_in_one_table(here, wide_model_path):
+    flags = ("-p", "8", "-n", "0", "-b", "1", "--page-size", "8", "-r", "1", "-ub", "8", "--hadamard", "on")
+    done = here("bench", "-m", wide_model_path, *flags, "-ctk", "f32,q4_k", "-ctv", "f32", "-o", "json")
+    assert done.exit_code == 0, done.output
+    numbers = 8 * 32  # of a page
+    assert [
+        (row["type_k"], row["type_v"], row["hadamard"], row["kv"], row["kv_bytes"])
+        for row in json.loads(done.stdout)
+    ] == [
+        ("f32", "f32", None, "paged", 2 * 4 * numbers),  # plain numbers are not turned
+        ("f32", "f32", None, "contiguous", 2 * 4 * numbers),
+        ("q4_k", "f32", True, "paged", numbers * 144 // 256 + 2 * numbers + 4 * numbers),
+    ]
+    assert "contiguous k=q4_k v=f32, Hadamard on is left out" in done.stderr
 
 
 def test_lists_keep_their_order_once():

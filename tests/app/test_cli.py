@@ -105,6 +105,9 @@ def test_pool_is_what_the_run_can_fill(paged):
     token = 2 * 2 * 8 * 4  # K and V, KV heads, head_dim, bytes
     assert paged["kv"] == {
         "kind": "paged",
+        "type_k": "f32",
+        "type_v": "f32",
+        "hadamard": None,
         "page_size": 8,
         "pages_total": 7,  # 9 + 40 tokens
         "pages_peak": 6,  # the newest token is never fed back
@@ -216,8 +219,6 @@ def test_a_closed_pipe_is_no_error(environment):
         (["--top-p", "1.5"], "1.5 is above 1"),
         (["--repeat-penalty", "0"], "0 is not above 0"),
         (["--seed", "4294967296"], "4294967296"),
-        (["-ctk", "q8_0"], "'f32', 'bf16', 'f16'"),
-        (["-ctk", "f16", "-ctv", "f32"], "-ctk f16 and -ctv f32 differ"),
         (["-npp", "2"], "Did you mean"),
         (["--tmep", "1"], "Did you mean '--temp'? See 'jaxpaged generate --help'."),
         (["--grammar", "x"], "No such option '--grammar'. See"),

@@ -1,0 +1,76 @@
+"""Quantized pages in a TPU's lanes hold what plain ones hold, bit by bit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpaged.page_format import BlockFormat, page_format
+from jaxpaged.page_format.lane_blocks import LaneBlockFormat
+
+N = 5
+SIZES = ((3, 32, 64), (1, 8, 128), (2, 256, 32), (2, 32, 96), (2, 16, 256))
+"""KV, page_size, head_dim: packed, of few rows, of many tokens, padded, of two rows of lanes."""
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_lanes_hold_what_plain_pages_hold(name: str, sizes: tuple[int, int, int]) -> None:
+    num_kv_heads, page_size, head_dim = sizes
+    plain, rng = page_format(name), np.random.default_rng(0)
+    everywhere = tuple(jnp.divmod(jnp.arange(N * page_size), page_size))
+    rubbish = {  # of which some scales are NaN
+        part: jnp.asarray(
+            rng.integers(0, 256, (*x.shape[:-1], x.shape[-1] * x.itemsize), np.uint8).view(x.dtype)
+        )
+        for part, x in plain.create(N, *sizes).parts.items()
+    }
+    rubbish = {part: x[everywhere[0], :, everywhere[1]] for part, x in rubbish.items()}
+    steps = []
+    for tokens in (7, 200):  # the second in more than one round of units, where pages are short
+        places = rng.permutation(N * page_size)[:tokens]
+        page = np.where(rng.random(len(places)) < 0.2, N, places // page_size)  # some are dropped
+        rows = rng.standard_normal((len(places), num_kv_heads, head_dim), np.float32)
+        steps.append((page, places % page_size, rows))
+    gathered = rng.integers(0, N, page_size), rng.integers(0, page_size, page_size)
+
+    def stored(storage: BlockFormat) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+        pages = storage.put(storage.create(N, *sizes), *everywhere, rubbish)
+        for step in steps:
+            pages = storage.write(pages, *map(jnp.asarray, step))
+        pages = storage.gather(pages, *map(jnp.asarray, gathered), jnp.int32(2))
+        pages = storage.copy(pages, jnp.int32(2), jnp.int32(4))
+        assert pages.shape == (N, *sizes)
+        chosen = jnp.array([[4, 1]])
+        loaded = (storage.load(pages, chosen, slices=slices) for slices in (False, True))
+        return storage.read(pages, *everywhere), *loaded
+
+    (expected, *loaded), (found, *loaded_too) = (
+        jax.jit(stored, static_argnums=0)(storage) for storage in (plain, plain.on_lanes(head_dim))
+    )
+    for part, x in expected.items():
+        assert x.dtype == found[part].dtype
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(found[part]).view(np.uint8))
+    np.testing.assert_array_equal(loaded, loaded_too)
+
+
+def test_bytes_per_page_are_those_of_its_arrays() -> None:
+    for name in ("q8_0", "q4_0"):
+        for sizes in SIZES:
+            storage = page_format(name).on_lanes(sizes[2])
+            assert storage.create(N, *sizes).nbytes == N * storage.bytes_per_page(*sizes)
+        full = 8, 32, 128  # heads that fill the lanes: nothing is padded
+        assert page_format(name).on_lanes(128).bytes_per_page(*full) == page_format(name).bytes_per_page(
+            *full
+        )
+
+
+def test_only_what_the_kernel_reads_has_lanes() -> None:
+    turned = page_format("q4_0").turned(True).on_lanes(64)
+    assert isinstance(turned, LaneBlockFormat) and turned.hadamard
+    for name in ("q5_0", "q4_1", "iq4_nl", "kivi4"):
+        assert page_format(name).on_lanes(64) is page_format(name)
+    with pytest.raises(ValueError, match="laid out for 64"):
+        turned.create(N, 1, 32, 128)
