@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxpaged import ContiguousKVCache, GenerateStream, PagedKVCache
 from jaxpaged.attention.api import IMPLEMENTATIONS, candidates, default_platform, load
+from jaxpaged.page_format import BlockPages, SealedFormat
 from model.config import ModelConfig
 
 # --- arguments ----------------------------------------------------------------------------------------------
@@ -47,6 +48,13 @@ def positive(text: str) -> int:
 def positives(text: str) -> list[int]:
     """A list like "1,4,8"."""
     return [positive(part) for part in text.split(",")]
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 too."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
 
 
 def naturals(text: str) -> list[int]:
@@ -214,9 +222,28 @@ def _noise(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def with_noise(cache: Any) -> Any:
-    """``cache`` with random keys and values everywhere."""
+    """``cache`` with random keys and values everywhere; whole pages of them, where pages are sealed."""
     pools = ("k_pages", "v_pages") if cache.kind == "paged" else ("k", "v")
-    return dataclasses.replace(cache, **{p: tuple(noise(x) for x in getattr(cache, p)) for p in pools})
+    return dataclasses.replace(cache, **{p: tuple(_noisy(x) for x in getattr(cache, p)) for p in pools})
+
+
+def _noisy(pages: Any) -> Any:
+    if not isinstance(pages, BlockPages):
+        return noise(pages)
+    num_pages, num_kv_heads, page_size, head_dim = pages.shape
+    few = min(num_pages, 4)
+    rows = jax.random.normal(jax.random.key(0), (few, page_size, num_kv_heads, head_dim))
+    if isinstance(pages.format, SealedFormat):
+        made = pages.format.encode(rows.swapaxes(1, 2))
+    else:
+        page, slot = jnp.divmod(jnp.arange(few * page_size), page_size)
+        block = pages.format.create(few, num_kv_heads, page_size, head_dim)
+        made = pages.format.write(block, page, slot, rows.reshape(-1, *rows.shape[2:])).parts
+    repeats = -(-num_pages // few)
+    parts = {
+        name: jnp.tile(part, (repeats,) + (1,) * (part.ndim - 1))[:num_pages] for name, part in made.items()
+    }
+    return dataclasses.replace(pages, parts=parts)
 
 
 @partial(jax.jit, static_argnames="num_tokens", donate_argnames="cache")
@@ -227,15 +254,22 @@ def fill(cache: Any, depth: jax.Array, num_tokens: int) -> tuple[Any, jax.Array]
 
 
 def make_cache(
-    kind: str, config: ModelConfig, batch: int, context: int, page_size: int, dtype: str = "f32"
+    kind: str,
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    page_size: int,
+    dtype: str = "f32",
+    **formats: str,
 ) -> Any:
-    """Both kinds have room for ``batch`` sequences of ``context`` tokens."""
+    """Both kinds have room for ``batch`` sequences of ``context`` tokens; ``formats`` as ``create`` has them."""
     shape: dict[str, Any] = {
         "num_layers": config.num_layers,
         "num_kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_seqs": batch,
         "dtype": dtype,
+        **formats,
     }
     if kind == "contiguous":
         return ContiguousKVCache.create(**shape, max_length=context)

@@ -4,10 +4,10 @@
     python tpu_scripts/compile_check_gpu.py [--quick] [--json FILE]
 
 Every model of ``jaxpaged.attention.cases.MODELS``, decode steps of 1, 8 and 64 sequences and a chunk of 512 prompt
-tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotations that a model passes. It goes all the way to machine
-code for sm_90a, so what does not fit a block's shared memory or its registers shows as on hardware; times do not. Two
-more rows compile a whole donated step of one layer, the write of its keys and values and the attention, and check that
-XLA works on the pool in place.
+tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotations that a model passes. Models of head_dim 64, 128 and
+256 also with quantized pages, of 32 and 64 tokens. It goes all the way to machine code for sm_90a, so what does not fit
+a block's shared memory or its registers shows as on hardware; times do not. More rows compile a whole donated step of
+one layer, the write of its keys and values and the attention, and check that XLA works on the pool in place.
 
 Exit status: 0, all compiled and nothing spilled; 1, something did not; 2, a package is missing.
 """
@@ -38,8 +38,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Gemma-2-9B": {"window": 4096, "soft_cap": 50.0},
 }
 """What else these models ask of attention."""
+QUANTIZED = ("q8_0", "q8_0/q4_0", "q4_0", "q4_0 turned")
+"""Formats of keys and values; "turned": rows are stored under a Hadamard turn."""
+QUANTIZED_MODELS = ("SmolLM2-135M", "Llama-3-8B", "Gemma-2-9B")
 COLUMNS = {
     "models": "model",
+    "pages": "pages",
     "kind": "kind",
     "page_size": "page size",
     "blocks": "blocks",
@@ -130,12 +134,16 @@ def main() -> None:
 def compile_all(quick: bool, target: Path | None, dump: Path) -> None:
     """Compiles every case and prints a table; exits with 1 where something failed."""
     print("| " + " | ".join(COLUMNS.values()) + " |")
-    print("|---|---|" + "---:|" * (len(COLUMNS) - 3) + "---|")
+    print("|---|---|---|" + "---:|" * (len(COLUMNS) - 4) + "---|")
     rows = []
     cases = [functools.partial(compile_attention, dump, *case) for case in attention_cases(quick)]
     for compile_case in (
         *cases,
-        *(functools.partial(compile_step, dump, head_dim) for head_dim in (64, 128)),
+        *(
+            functools.partial(compile_step, dump, head_dim, pages)
+            for head_dim in (64, 128)
+            for pages in ("bf16", "q8_0", "q4_0")
+        ),
     ):
         rows.append(compile_case())
         if rows[0].get("registers") == "as above":
@@ -148,8 +156,10 @@ def compile_all(quick: bool, target: Path | None, dump: Path) -> None:
     sys.exit(failed > 0)
 
 
-def attention_cases(quick: bool) -> list[tuple[str, dict[str, Any], dict[str, Any], int, int | None, int]]:
-    """``(models, heads, options, tokens, max_q_len, page_size)``; models of one shape are one case."""
+def attention_cases(
+    quick: bool,
+) -> list[tuple[str, dict[str, Any], dict[str, Any], int, int | None, int, str]]:
+    """``(models, heads, options, tokens, max_q_len, page_size, pages)``; models of one shape are one case."""
     from jaxpaged.attention.cases import MODELS
 
     names: dict[str, list[str]] = {}
@@ -159,12 +169,29 @@ def attention_cases(quick: bool) -> list[tuple[str, dict[str, Any], dict[str, An
         shapes[repr(shape)] = shape
         names.setdefault(repr(shape), []).append(name)
     kinds = [(batch, 1) for batch in ((8,) if quick else BATCHES)] + [(PROMPT, None)]
-    return [
-        (", ".join(names[key]), *shapes[key], tokens, max_q_len, page_size)
+    plain = [
+        (", ".join(names[key]), *shapes[key], tokens, max_q_len, page_size, "bf16")
         for page_size in ((32,) if quick else PAGE_SIZES)
         for key in shapes
         for tokens, max_q_len in kinds
     ]
+    quantized = [
+        (name, MODELS[name], OPTIONS.get(name, {}), tokens, max_q_len, page_size, pages)
+        for page_size in ((32,) if quick else (32, 64))
+        for name in QUANTIZED_MODELS
+        for pages in QUANTIZED
+        for tokens, max_q_len in ((8, 1), (PROMPT, None))
+    ]
+    return plain + quantized
+
+
+def formats_of(pages: str) -> tuple[Any, Any]:
+    """The formats of keys and of values that ``pages`` names."""
+    from jaxpaged.page_format import page_format
+
+    names, _, turned = pages.partition(" ")
+    k_name, _, v_name = names.partition("/")
+    return page_format(k_name).turned(bool(turned)), page_format(v_name or k_name).turned(bool(turned))
 
 
 def describe_device() -> tuple[Any, Any]:
@@ -179,7 +206,7 @@ def describe_device() -> tuple[Any, Any]:
 
 
 def arguments(
-    heads: dict[str, Any], tokens: int, max_q_len: int | None, page_size: int, sharding: Any
+    heads: dict[str, Any], tokens: int, max_q_len: int | None, page_size: int, pages: str, sharding: Any
 ) -> tuple[Any, ...]:
     """``(q, k_pages, v_pages, table, batch, rope)`` without data."""
     import jax
@@ -193,11 +220,20 @@ def arguments(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     head_dim, max_seqs = heads["head_dim"], tokens if max_q_len == 1 else PROMPT_SEQS
-    pages = array(NUM_PAGES, heads["num_kv_heads"], page_size, head_dim, dtype=jnp.bfloat16)
+    k_pages, v_pages = (
+        jax.tree.map(
+            lambda part: array(*part.shape, dtype=part.dtype),
+            jax.eval_shape(
+                functools.partial(one.create, NUM_PAGES, heads["num_kv_heads"], page_size, head_dim)
+            ),
+        )
+        for one in formats_of(pages)
+    )
     table = BlockTable(*[array(max_seqs, CONTEXT // page_size)] * 5, array(max_seqs))
     batch = Batch(*[array(tokens)] * 5, array(max_seqs + 1), max_q_len)
     rope = Rope(array(head_dim // 2, dtype=jnp.uint32))
-    return array(tokens, heads["num_q_heads"], head_dim, dtype=jnp.bfloat16), pages, pages, table, batch, rope
+    q = array(tokens, heads["num_q_heads"], head_dim, dtype=jnp.bfloat16)
+    return q, k_pages, v_pages, table, batch, rope
 
 
 def compile_attention(
@@ -208,6 +244,7 @@ def compile_attention(
     tokens: int,
     max_q_len: int | None,
     page_size: int,
+    pages: str,
 ) -> dict[str, Any]:
     """One row of the table: attention alone."""
     import jax
@@ -221,12 +258,18 @@ def compile_attention(
     def attention(q: Any, k_pages: Any, v_pages: Any, table: Any, batch: Any, rope: Any) -> Any:
         return mosaic_gpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)
 
-    given = arguments(heads, tokens, max_q_len, page_size, sharding)
+    given = arguments(heads, tokens, max_q_len, page_size, pages, sharding)
     q, k_pages, _, table, *_ = given
     kind = f"decode {tokens}" if max_q_len == 1 else f"prompt {tokens}"
-    row: dict[str, Any] = {"models": models, "kind": kind, "page_size": page_size}
+    row: dict[str, Any] = {"models": models, "pages": pages, "kind": kind, "page_size": page_size}
     sizes = mosaic_gpu.describe(
-        q.shape, k_pages.shape, k_pages.dtype, max_q_len, table.max_seqs, table.max_entries, q_dtype=q.dtype
+        q.shape,
+        k_pages.shape,
+        k_pages.dtype if pages == "bf16" else formats_of(pages),
+        max_q_len,
+        table.max_seqs,
+        table.max_entries,
+        q_dtype=q.dtype,
     )
     row |= {name: sizes[name] for name in ("blocks", "splits", "blocks_per_sm", "shared_memory_bytes")}
     compiled = compile_and_report(jax.jit(attention), given, mesh, dump, row)
@@ -235,16 +278,15 @@ def compile_attention(
     return row
 
 
-def compile_step(dump: Path, head_dim: int) -> dict[str, Any]:
+def compile_step(dump: Path, head_dim: int, pages: str) -> dict[str, Any]:
     """One row: a layer's donated step, which has to write and read the pool where it lies."""
     import jax
 
     from jaxpaged.attention import mosaic_gpu
     from jaxpaged.attention.base import make_config
-    from jaxpaged.page_format import page_format
 
     mesh, sharding = describe_device()
-    write = page_format("bf16").write
+    write = formats_of(pages)[0].write
 
     def step(k_pages: Any, v_pages: Any, q: Any, k: Any, table: Any, batch: Any, rope: Any) -> Any:
         k_pages = write(k_pages, batch.page, batch.slot, k)
@@ -254,20 +296,22 @@ def compile_step(dump: Path, head_dim: int) -> dict[str, Any]:
         return k_pages, v_pages, out
 
     heads = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": head_dim}
-    q, k_pages, v_pages, table, batch, rope = arguments(heads, 8, 1, 32, sharding)
+    q, k_pages, v_pages, table, batch, rope = arguments(heads, 8, 1, 32, pages, sharding)
     k = jax.ShapeDtypeStruct((8, 8, head_dim), q.dtype, sharding=sharding)
     row: dict[str, Any] = {
         "models": f"donated step, head_dim {head_dim}",
+        "pages": pages,
         "kind": "decode 8",
         "page_size": 32,
     }
     given = k_pages, v_pages, q, k, table, batch, rope
     compiled = compile_and_report(jax.jit(step, donate_argnums=(0, 1)), given, mesh, dump, row)
     if compiled is not None:
-        pool = 2 * k_pages.size * k_pages.dtype.itemsize
+        parts = jax.tree.leaves((k_pages, v_pages))
+        pool = sum(part.size * part.dtype.itemsize for part in parts)
         row |= {"pool_bytes": pool, "alias_bytes": compiled.memory_analysis().alias_size_in_bytes}
-        shape = f"bf16[{','.join(map(str, k_pages.shape))}]"
-        copies = re.findall(rf"= {re.escape(shape)}\S* (?:copy|transpose)", compiled.as_text())
+        # Whatever the compiler calls the numbers of a pool, it has as many rows as the pool.
+        copies = re.findall(rf"= \w+\[{NUM_PAGES},\S* (?:copy|transpose)", compiled.as_text())
         if row["alias_bytes"] < pool or row["temp_bytes"] * 8 > pool or copies:
             row["ok"] = f"not in place: {row['alias_bytes']} of {pool} bytes aliased, {len(copies)} copies"
     return row

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,8 @@ MASKS: dict[str, dict[str, Any]] = {
 """What models mask beyond causality; their heads alone do not say it."""
 DECODE_BATCH, PREFILL_CHUNK, CONTEXT = 8, 512, 8192
 POOL_TOKENS = 1 << 17
+QUANTIZED = ("q8_0/q4_0", "q8_0", "q4_0")
+"""Formats of quantized pages, of keys and values."""
 MATRIX_UNITS = {"v4": (4, 128), "v5e": (4, 128), "v5p": (4, 128), "v6e": (2, 256), "tpu7x": (2, 256)}
 """Matrix units of a core, and their width: multiply-adds a cycle are their number times the width squared."""
 ALU_SLOTS, LOAD_SLOTS, PUSH_SLOTS = 4, 3, 2
@@ -39,7 +42,9 @@ WORKER_SECONDS = 1500
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="pages of 32 tokens alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="pages of 32 tokens, one pair of quantized formats"
+    )
     parser.add_argument("--bundles", action="store_true", help="count the bundles of the inner loops")
     parser.add_argument("--target", action="append", choices=TARGETS, help="this one alone; may be repeated")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
@@ -121,8 +126,18 @@ def work(target: str, quick: bool, bundles: bool) -> None:
             json.dumps(compiler.attention(["Llama-3-8B"], MODELS["Llama-3-8B"], kind, 32, dtype="f32")),
             flush=True,
         )
-    for layout in ("plain", "lanes"):
-        for row in compiler.layout(layout):
+    for dtype in QUANTIZED[:1] if quick else QUANTIZED:
+        for page_size in (32,) if quick else (16, 32, 64):
+            for names in same_program(MODELS):
+                for kind in ("decode", "prefill"):
+                    row = compiler.attention(names, MODELS[names[0]], kind, page_size, dtype=dtype)
+                    print(json.dumps(row), flush=True)
+    for layout, dtype in (
+        ("plain", "bf16"),
+        ("lanes", "bf16"),
+        *(("lanes", dtype) for dtype in QUANTIZED[1:]),
+    ):
+        for row in compiler.layout(layout, dtype):
             print(json.dumps(row), flush=True)
 
 
@@ -132,6 +147,13 @@ def same_program(models: dict[str, dict[str, Any]]) -> list[list[str]]:
     for name, heads in models.items():
         groups.setdefault(json.dumps(heads | MASKS.get(name, {})), []).append(name)
     return list(groups.values())
+
+
+def size_of(pool: Any) -> int:
+    """Bytes of the arrays of a pool."""
+    import jax
+
+    return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(pool))
 
 
 class Compiler:
@@ -175,17 +197,19 @@ class Compiler:
         }
 
     def pages(self, heads: dict[str, Any], page_size: int, dtype: str, layout: str) -> tuple[Any, Any]:
-        """The format, and a pool of one layer."""
+        """The format, and a pool of one layer. Quantized rows are turned first, which makes the longer programs."""
         import jax
 
-        from jaxpaged.page_format import page_format
+        from jaxpaged.page_format import BlockFormat, page_format
 
         storage = page_format(dtype)
+        if isinstance(storage, BlockFormat):
+            storage = storage.turned(True)
         if layout == "lanes":
             storage = storage.on_lanes(heads["head_dim"])
         sizes = POOL_TOKENS // page_size, heads["num_kv_heads"], page_size, heads["head_dim"]
         pool = jax.eval_shape(lambda: storage.create(*sizes))
-        return storage, self.array(pool.shape, pool.dtype)
+        return storage, jax.tree.map(lambda part: self.array(part.shape, part.dtype), pool)
 
     def attention(
         self,
@@ -199,7 +223,10 @@ class Compiler:
         rope: bool = True,
         step: bool = False,
     ) -> dict[str, Any]:
-        """One row: attention of a decode batch, or of a chunk of one prompt; ``step``: the write before it, too."""
+        """One row: attention of a decode batch, or of a chunk of one prompt; ``step``: the write before it, too.
+
+        ``dtype``: name of the format of pages, of keys and of values where they differ: "q8_0/q4_0".
+        """
         import jax.numpy as jnp
 
         from jaxpaged.attention import mosaic_tpu
@@ -207,6 +234,7 @@ class Compiler:
         from jaxpaged.attention.tpu_blocks import describe
         from jaxpaged.batch import Batch
         from jaxpaged.block_table import BlockTable
+        from jaxpaged.page_format.lane_blocks import LaneBlockFormat
         from jaxpaged.rope import Rope
 
         tokens, max_seqs, max_q_len = PREFILL_CHUNK, 1, None
@@ -216,14 +244,17 @@ class Compiler:
         head_dim, num_kv_heads = heads["head_dim"], heads["num_kv_heads"]
         q = self.array((tokens, heads["num_q_heads"], head_dim), q_dtype)
         rows = self.array((tokens, num_kv_heads, head_dim), q_dtype)
-        storage, pool = self.pages(heads, page_size, dtype, layout)
+        names_of = dtype.split("/")
+        (k_storage, k_pool), (v_storage, v_pool) = (
+            self.pages(heads, page_size, name, layout) for name in (names_of[0], names_of[-1])
+        )
         entries = CONTEXT // page_size
 
         def integers(*shape: int) -> Any:
             return self.array(shape, jnp.int32)
 
         table = BlockTable(*(integers(max_seqs, entries) for _ in range(5)), integers(max_seqs))
-        batch = Batch(*(integers(tokens) for _ in range(5)), integers(max_seqs + 1), max_q_len)
+        batch = Batch(*(integers(tokens) for _ in range(5)), integers(max_seqs + 1), max_q_len=max_q_len)
         masks = MASKS.get(names[0], {})
         config = make_config(head_dim, None, masks.get("window"), masks.get("soft_cap"))
         turns = Rope(self.array((head_dim // 2,), jnp.uint32)) if rope else None
@@ -233,18 +264,22 @@ class Compiler:
 
         def write_and_attend(k_pages: Any, v_pages: Any, k: Any, v: Any, *rest: Any) -> Any:
             batch = rest[2]
-            k_pages = storage.write(k_pages, batch.page, batch.slot, k)
-            v_pages = storage.write(v_pages, batch.page, batch.slot, v)
+            k_pages = k_storage.write(k_pages, batch.page, batch.slot, k)
+            v_pages = v_storage.write(v_pages, batch.page, batch.slot, v)
             return attend(k_pages, v_pages, *rest), k_pages, v_pages
 
         if step:
             result = self.compile(
-                write_and_attend, pool, pool, rows, rows, q, table, batch, turns, donate=(0, 1)
+                write_and_attend, k_pool, v_pool, rows, rows, q, table, batch, turns, donate=(0, 1)
             )
         else:
-            result = self.compile(attend, pool, pool, q, table, batch, turns)
+            result = self.compile(attend, k_pool, v_pool, q, table, batch, turns)
         options = {"q_dtype": q_dtype, "max_seqs": max_seqs, "max_entries": entries, "rope": rope}
-        told = describe(q.shape, pool.shape, pool.dtype, max_q_len, **options)
+        k_stored, v_stored = (
+            storage if isinstance(storage, LaneBlockFormat) else pool.dtype
+            for storage, pool in ((k_storage, k_pool), (v_storage, v_pool))
+        )
+        told = describe(q.shape, k_pool.shape, k_stored, max_q_len, v_dtype=v_stored, **options)
         return result | {
             "table": "kernels",
             "target": self.target,
@@ -256,28 +291,39 @@ class Compiler:
             "blocks": f"{told['blocks'].pages} pages x {told['blocks'].queries} queries",
             "vmem_bytes": told["vmem_bytes"],
             "smem_bytes": told["smem_bytes"],
-            "pool_bytes": pool.size * pool.dtype.itemsize,
+            "bytes_per_token": told["bytes_per_token"],
+            "pool_bytes": size_of(k_pool) + size_of(v_pool),
         }
 
-    def layout(self, layout: str) -> list[dict[str, Any]]:
-        """Rows about what a decode step does to pools of head_dim 64: attends, writes, and both with donated pools."""
+    def layout(self, layout: str, dtype: str) -> list[dict[str, Any]]:
+        """Rows about what a step does to pools of head_dim 64: attends, writes, and both with donated pools."""
         import jax.numpy as jnp
 
         from jaxpaged.attention.cases import SMOLLM2_135M as HEADS
 
-        storage, pool = self.pages(HEADS, 32, "bf16", layout)
-        indices = self.array((DECODE_BATCH,), jnp.int32)
-        rows = self.array((DECODE_BATCH, HEADS["num_kv_heads"], HEADS["head_dim"]), jnp.bfloat16)
+        storage, pool = self.pages(HEADS, 32, dtype, layout)
+
+        def write(tokens: int) -> dict[str, Any]:
+            indices = self.array((tokens,), jnp.int32)
+            rows = self.array((tokens, HEADS["num_kv_heads"], HEADS["head_dim"]), jnp.bfloat16)
+            return self.compile(storage.write, pool, indices, indices, rows, donate=(0,))
+
+        def attention(kind: str, step: bool) -> dict[str, Any]:
+            return self.attention(["SmolLM2-135M"], HEADS, kind, 32, dtype=dtype, layout=layout, step=step)
+
         programs = {
-            "attention": self.attention(["SmolLM2-135M"], HEADS, "decode", 32, layout=layout),
-            "write of 8 keys": self.compile(storage.write, pool, indices, indices, rows, donate=(0,)),
-            "donated step": self.attention(["SmolLM2-135M"], HEADS, "decode", 32, layout=layout, step=True),
+            "attention": attention("decode", False),
+            f"write of {DECODE_BATCH} keys": write(DECODE_BATCH),
+            "donated step": attention("decode", True),
         }
+        if layout == "lanes":
+            programs[f"write of {PREFILL_CHUNK} keys"] = write(PREFILL_CHUNK)
+            programs["donated chunk"] = attention("prefill", True)
         shared = {
             "table": "layout",
             "target": self.target,
-            "layout": f"{layout} {list(pool.shape)}",
-            "pool_bytes": pool.size * pool.dtype.itemsize,
+            "layout": f"{layout} {dtype} {list(pool.shape)}",
+            "pool_bytes": size_of(pool),
         }
         return [row | shared | {"kind": kind} for kind, row in programs.items()]
 
@@ -288,13 +334,13 @@ class Compiler:
 def bundle_rows(compiler: Compiler) -> list[dict[str, Any]]:
     """Rows about the bundles of one K/V block: ours, and those of JAX's kernel, compiled alike.
 
-    Llama-3-8B's heads, bfloat16, pages of 32 tokens; blocks as this project chooses them.
+    Llama-3-8B's heads, bfloat16 and quantized, pages of 32 tokens; blocks as this project chooses them.
     """
     from jaxpaged.attention.cases import LLAMA_3_8B
 
     found = []
-    for kind in ("decode", "prefill"):
-        row = compiler.attention(["Llama-3-8B"], LLAMA_3_8B, kind, 32, rope=False)
+    for kind, dtype in itertools.product(("decode", "prefill"), ("bf16", "q8_0", "q4_0")):
+        row = compiler.attention(["Llama-3-8B"], LLAMA_3_8B, kind, 32, rope=False, dtype=dtype)
         pages, queries = (int(n) for n in re.findall(r"\d+", row["blocks"]))
         shared = {
             "table": "bundles",
@@ -304,9 +350,11 @@ def bundle_rows(compiler: Compiler) -> list[dict[str, Any]]:
             "least": least_bundles(compiler.target, LLAMA_3_8B, pages * 32, queries),
         }
         rows_of_scores = queries * LLAMA_3_8B["num_q_heads"] // LLAMA_3_8B["num_kv_heads"]
-        at_once = 8 if rows_of_scores <= 32 else 2
+        at_once = 8 if rows_of_scores <= 32 and dtype == "bf16" else 2
         ours = shared | loops(f"paged_attention_{queries}x{pages}", LLAMA_3_8B["num_kv_heads"] // at_once)
-        found.append(row | ours | {"kernel": "jaxpaged"})
+        found.append(row | ours | {"kernel": "jaxpaged" if dtype == "bf16" else f"jaxpaged, {dtype}"})
+        if dtype != "bf16":
+            continue
         theirs = jax_kernel(compiler, kind, pages, max(queries, 8))
         found.append(
             theirs | shared | loops("ragged_paged_attention", 1) | {"kernel": "jax ragged_paged_attention"}

@@ -22,8 +22,9 @@ from jaxpaged.attention.cpu_pages import (
     FIRST_SEALED,
     add_codes,
     bytes_of_row,
+    bytes_of_scales,
     dots_of_codes,
-    has_minima,
+    load_plain_rows,
     load_rows,
     reads_codes,
 )
@@ -69,6 +70,11 @@ from jaxpaged.native.tiles import (
     transpose,
 )
 
+QUANTIZED = __name__.endswith("_quantized")
+"""Whether this module reads quantized pages: ``cpu_numba`` loads the file a second time for them, because what they need
+takes as long to compile as all else. numba leaves out what a constant forbids."""
+NAME = f"jaxpaged_paged_attention{'_quantized' if QUANTIZED else ''}"
+_TASK = f"{NAME}_task"
 TILE = 64
 """Keys of a tile."""
 ROWS = 192
@@ -144,8 +150,8 @@ _SEQ, _HEAD, _ROW, _COUNT, _BEGIN, _END, _SPLITS, _PART = range(8)
 _PIECE = 8
 
 # A run of keys in a tile, by index of 64-bit numbers.
-_RUN_K, _RUN_V, _RUN_STRIDE, _RUN_COLUMN, _RUN_COUNT, _RUN_POSITION = range(6)
-_RUN = 6
+_RUN_K, _RUN_V, _RUN_K_STRIDE, _RUN_V_STRIDE, _RUN_COLUMN, _RUN_COUNT, _RUN_POSITION = range(7)
+_RUN = 7
 
 
 @njit
@@ -494,12 +500,13 @@ def _gather(job: int, work: int) -> None:
         left = i64(load_i32(counts, entry)) - done
         count = min(left, TILE - used)
         buffer = 4 * used * wide
-        k, stride = _rows(job, work, _K, entry, done, count, load_i64(work, _WIDE_K) + buffer)
-        v, _ = _rows(job, work, _V, entry, done, count, load_i64(work, _WIDE_V) + buffer)
+        k, k_stride = _rows(job, work, _K, entry, done, count, load_i64(work, _WIDE_K) + buffer)
+        v, v_stride = _rows(job, work, _V, entry, done, count, load_i64(work, _WIDE_V) + buffer)
         run = load_i64(work, _RUNS) + 8 * _RUN * num_runs
         store_i64(run, _RUN_K, k)
         store_i64(run, _RUN_V, v)
-        store_i64(run, _RUN_STRIDE, stride)
+        store_i64(run, _RUN_K_STRIDE, k_stride)
+        store_i64(run, _RUN_V_STRIDE, v_stride)
         store_i64(run, _RUN_COLUMN, used)
         store_i64(run, _RUN_COUNT, count)
         store_i64(run, _RUN_POSITION, load_i32(positions, entry) + done)
@@ -523,13 +530,6 @@ def _page_of(job: int, work: int, entry: int) -> int:
 
 
 @njit
-def _direct(job: int, work: int, side: int) -> bool:
-    """Whether the piece's queries meet keys or values as they are stored."""
-    kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
-    return load_i64(work, _NUM_ROWS) <= FEW_ROWS and reads_codes(kind)
-
-
-@njit
 def _coded(job: int, side: int, row: int, count: int) -> tuple[int, int, int, int, int, int, int]:
     """``count`` keys or values from the pool's ``row``-th on, as ``cpu_pages.dots_of_codes`` takes them."""
     blocks = load_i64(job, _DIM) // 32
@@ -547,11 +547,16 @@ def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, ta
     slot = load_i32(load_i64(job, _FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + token
     kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
     codes = load_i64(job, side)
+    if not QUANTIZED:
+        return load_plain_rows(
+            kind, codes, page * heads + load_i64(work, _KV_HEAD), load_i64(job, _PAGE_SIZE), slot, count,
+            load_i64(job, _DIM), load_i64(work, _WIDE), target,
+        )  # fmt: skip
     if kind >= FIRST_SEALED:
         place = i64(load_i32(load_i64(job, _PLACE), page))
         if place < load_i64(job, _PLACES):
             page, kind, codes = place, i64(F16), load_i64(job, side + _OPEN)
-    if _direct(job, work, side):
+    if load_i64(work, _NUM_ROWS) <= FEW_ROWS and reads_codes(kind):
         row = page * heads + load_i64(work, _KV_HEAD)
         return row * load_i64(job, _PAGE_SIZE) + slot, i64(0)
     return load_rows(
@@ -577,11 +582,12 @@ def _ahead(job: int, work: int, run: int) -> int:
 
 @njit
 def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
-    """Asks for the scales, and the minima, of ``count`` rows from the pool's ``row``-th on."""
-    bytes_a_row = load_i64(job, _DIM) // 16
-    for part in range(side + 1, side + 3):
-        if part == side + 1 or has_minima(load_i64(job, _K_KIND if side == _K else _V_KIND)):
-            prefetch(load_i64(job, part) + row * bytes_a_row, count * bytes_a_row)
+    """Asks for the scales, and what goes with them, of ``count`` rows from the pool's ``row``-th on."""
+    kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
+    for part in range(1, 4):
+        size = bytes_of_scales(kind, part, load_i64(job, _DIM))
+        if size > 0:
+            prefetch(load_i64(job, side + part) + row * size, count * size)
 
 
 @njit
@@ -590,25 +596,25 @@ def _score(job: int, work: int) -> None:
     rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
     scores, transposed = load_i64(work, _SCORES), load_i64(work, _TRANSPOSED)
     q, columns = load_i64(work, _TILE_QUERIES), padded(load_i64(work, _USED))
-    kind, direct = load_i64(job, _K_KIND), _direct(job, work, _K)
+    kind = load_i64(job, _K_KIND)
     width = bytes_of_row(kind, load_i64(job, _DIM))
     stride_keys = _STRIDE * 4 * load_i64(job, _DIM) // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
-        k, stride = load_i64(run, _RUN_K), load_i64(run, _RUN_STRIDE)
+        k, stride = load_i64(run, _RUN_K), load_i64(run, _RUN_K_STRIDE)
         column, count = load_i64(run, _RUN_COLUMN), load_i64(run, _RUN_COUNT)
         if rows > FEW_ROWS:
             transpose(k, stride, transposed + 4 * column, TILE, count, wide)
             continue
-        ahead = _ahead(job, work, i)
-        if direct:
+        direct, ahead = stride == 0, _ahead(job, work, i)
+        if QUANTIZED and direct:
             _prefetch_scales(job, _K, ahead, count)
         ahead = load_i64(job, _K) + ahead * width
         for key in range(0, count, stride_keys):
             here = min(count - key, stride_keys)
             prefetch(ahead + key * width, here * width)
             out = scores + 4 * (column + key)
-            if direct:
+            if QUANTIZED and direct:
                 dots_of_codes(kind, rows, _coded(job, _K, k + key, here), q, wide, out, TILE)
             else:
                 dots(q, wide, k + 4 * key * stride, stride, out, TILE, rows, here, wide)
@@ -673,24 +679,24 @@ def _weigh(work: int) -> None:
 def _add_values(job: int, work: int) -> None:
     """Adds the values of the tile, times their weights, to the sums."""
     rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
-    kind, direct = load_i64(job, _V_KIND), _direct(job, work, _V)
+    kind = load_i64(job, _V_KIND)
     width = bytes_of_row(kind, load_i64(job, _DIM))
     stride_keys = _STRIDE * 4 * load_i64(job, _DIM) // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
-        v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_STRIDE)
+        v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_V_STRIDE)
         weights, count = load_i64(work, _SCORES) + 4 * load_i64(run, _RUN_COLUMN), load_i64(run, _RUN_COUNT)
         if rows > FEW_ROWS:
             product(weights, TILE, v, stride, sums, wide, rows, wide, count)
             continue
-        ahead = _ahead(job, work, i)
-        if direct:
+        direct, ahead = stride == 0, _ahead(job, work, i)
+        if QUANTIZED and direct:
             _prefetch_scales(job, _V, ahead, count)
         ahead = load_i64(job, _V) + ahead * width
         for key in range(0, count, stride_keys):
             here = min(count - key, stride_keys)
             prefetch(ahead + key * width, here * width)
-            if direct:
+            if QUANTIZED and direct:
                 add_codes(kind, rows, _coded(job, _V, v + key, here), weights + 4 * key, TILE, sums, wide)
             else:
                 product(weights + 4 * key, TILE, v + 4 * key * stride, stride, sums, wide, rows, wide, here)
@@ -750,7 +756,7 @@ def handler(call: int) -> int:
         return 0
     job = new_job(_JOB_SIZE)
     threads = num_threads(call)
-    run_pieces(call, job, _plan(call, job, threads), threads, symbol("jaxpaged_paged_attention_task"))
+    run_pieces(call, job, _plan(call, job, threads), threads, symbol(_TASK))
     _merge(job)
     release(job)
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,7 @@ from jaxpaged.attention.cpu_kernel import (
     LEAST_TOKENS,
     ROWS,
     TILE,
-    handler,
     scratch_bytes,
-    task,
 )
 from jaxpaged.attention.cpu_pages import KINDS
 from jaxpaged.batch import Batch
@@ -34,11 +34,22 @@ from jaxpaged.rope import Rope
 
 
 @functools.cache
-def _target() -> str:
-    """The name of the custom call, compiled on first use."""
-    name = "jaxpaged_paged_attention"
-    register(name, handler, task, [Path(str(room.__file__)) for room in (cpu_kernel, cpu_pages)])
-    return name
+def _target(quantized: bool) -> str:
+    """The name of the custom call, compiled on first use; see ``cpu_kernel.QUANTIZED``."""
+    kernel: Any = cpu_kernel
+    if quantized:
+        spec = importlib.util.spec_from_file_location(f"{cpu_kernel.__name__}_quantized", cpu_kernel.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        kernel = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernel)
+    register(
+        kernel.NAME,
+        kernel.handler,
+        kernel.task,
+        [Path(str(room.__file__)) for room in (cpu_kernel, cpu_pages)],
+    )
+    return kernel.NAME
 
 
 def describe(
@@ -104,7 +115,8 @@ def paged_attention(
     options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
     out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
     lse = jax.ShapeDtypeStruct((tokens, num_q_heads), jnp.float32)
-    attended, log_sums = jax.ffi.ffi_call(_target(), (out, lse))(
+    quantized = isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages)
+    attended, log_sums = jax.ffi.ffi_call(_target(quantized), (out, lse))(
         q.astype(jnp.float32),
         *_parts(k_pages),
         *_parts(v_pages),

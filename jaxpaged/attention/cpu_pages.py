@@ -6,6 +6,7 @@ from jaxpaged.native.codes import (
     BYTES,
     NIBBLES,
     NIBBLES_LESS_8,
+    Q4_K,
     codebook_run,
     dots_with_codes,
     expand_bytes,
@@ -122,6 +123,18 @@ def _load_by_channel(
 
 
 @njit
+def load_plain_rows(
+    kind: int, source: int, page: int, page_size: int, slot: int, count: int, dim: int, wide: int, target: int
+) -> tuple[int, int]:
+    """As ``load_rows``, of numbers that are not quantized."""
+    source += bytes_of_row(kind, dim) * (page * page_size + slot)
+    if kind == _F32 and dim == wide:
+        return source, dim
+    _load_plain(kind, source, count, dim, wide, target)
+    return target, wide
+
+
+@njit
 def load_rows(
     kind: int, codes: int, scales: int, minima: int, more: int, page: int, page_size: int, slot: int, count: int,
     dim: int, wide: int, target: int, channels: int,
@@ -139,13 +152,10 @@ def load_rows(
       wide: dim rounded up to whole vectors.
       channels: memory for ``2 * dim`` numbers.
     """
-    row = page * page_size + slot
     if kind <= _FP8:
-        source = codes + bytes_of_row(kind, dim) * row
-        if kind == _F32 and dim == wide:
-            return source, dim
-        _load_plain(kind, source, count, dim, wide, target)
-    elif kind in (_KIVI4, _KIVI2):
+        return load_plain_rows(kind, codes, page, page_size, slot, count, dim, wide, target)
+    row = page * page_size + slot
+    if kind in (_KIVI4, _KIVI2):
         _load_by_channel(kind, codes, scales, minima, page, row, count, dim, target, channels)
     else:
         _load_blocks(kind, codes, scales, minima, more, target, row * dim // 32, count * dim // 32)
@@ -154,24 +164,23 @@ def load_rows(
 
 # --- products of few rows, straight from the codes --------------------------------------------------------------------
 
-_dots_bytes, _dots_nibbles_less_8, _dots_nibbles = (
-    dots_with_codes(kind) for kind in (BYTES, NIBBLES_LESS_8, NIBBLES)
-)
-_add_bytes, _add_nibbles_less_8, _add_nibbles = (
-    product_with_codes(kind) for kind in (BYTES, NIBBLES_LESS_8, NIBBLES)
-)
+_DIRECT = (BYTES, NIBBLES_LESS_8, NIBBLES, Q4_K)
+_dots_bytes, _dots_nibbles_less_8, _dots_nibbles, _dots_q4_k = map(dots_with_codes, _DIRECT)
+_add_bytes, _add_nibbles_less_8, _add_nibbles, _add_q4_k = map(product_with_codes, _DIRECT)
 
 
 @njit
 def reads_codes(kind: int) -> bool:
     """Whether few rows meet the codes of this kind directly; other kinds are converted first, in ``load_rows``."""
-    return kind in (_Q8_0, _Q4_0, _Q4_1)
+    return kind in (_Q8_0, _Q4_0, _Q4_1, _Q4_K, _KIVI4_BY_TOKEN)
 
 
 @njit
-def has_minima(kind: int) -> bool:
-    """Of the kinds that ``reads_codes`` names."""
-    return kind == _Q4_1
+def bytes_of_scales(kind: int, part: int, dim: int) -> int:
+    """Bytes that a token's scales (``part`` 1), minima (2) and what there is more (3) take; ``reads_codes`` kinds."""
+    if kind == _Q4_K:  # a super-block has 16 bits, 16 bits and 12 bytes
+        return dim * 12 // 256 if part == 3 else dim * 2 // 256
+    return dim // 16 if part == 1 or (part == 2 and kind in (_Q4_1, _KIVI4_BY_TOKEN)) else 0
 
 
 @njit
@@ -183,6 +192,8 @@ def dots_of_codes(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int,
             _dots_bytes(rows - r, args)
         elif kind == _Q4_0:
             _dots_nibbles_less_8(rows - r, args)
+        elif kind == _Q4_K:
+            _dots_q4_k(rows - r, args)
         else:
             _dots_nibbles(rows - r, args)
 
@@ -196,5 +207,7 @@ def add_codes(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int, out
             _add_bytes(rows - r, args)
         elif kind == _Q4_0:
             _add_nibbles_less_8(rows - r, args)
+        elif kind == _Q4_K:
+            _add_q4_k(rows - r, args)
         else:
             _add_nibbles(rows - r, args)

@@ -69,7 +69,7 @@ def explain(platform: str, step: Step) -> Explanation:
     table = BlockTable(rows, rows, rows, rows, rows, integers(step.max_seqs))  # type: ignore[arg-type]
     tokens: Any = integers(step.num_tokens)
     batch = Batch(
-        tokens, tokens, tokens, tokens, tokens, integers(step.max_seqs + 1), step.max_q_len  # type: ignore[arg-type]
+        tokens, tokens, tokens, tokens, tokens, integers(step.max_seqs + 1), max_q_len=step.max_q_len  # type: ignore[arg-type]
     )  # fmt: skip
     q: Any = jax.ShapeDtypeStruct(q_shape, q_dtype)
     choice = choose(platform, q, step.k_pages, step.v_pages, table, batch, window=step.window)

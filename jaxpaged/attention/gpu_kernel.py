@@ -10,6 +10,9 @@ cores, mask, online softmax in float32, ``sum += p v`` on the tensor cores. One 
 on the same multiprocessor works while it waits. Heads above 128 have two warpgroups, which compute the same scores and
 share the columns of the values.
 
+Of quantized pages the copies bring codes, and the warpgroup makes a tile of float16 of them before each product
+(``gpu_quantized.py``): of keys, and when their scores are there, in the same place, of values.
+
 The weights pass through shared memory, although a wgmma could take them from registers, and sums are added to a fresh
 product instead of in place, although a wgmma could accumulate: Pallas' GPU interpreter can do neither, and the kernel
 that is tested on a CPU is the one that ships. ``docs/kernels_gpu.md`` has what that costs.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +34,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from jaxpaged.attention.base import NOWHERE, Config
+from jaxpaged.attention.base import NOWHERE, Config, Pages
+from jaxpaged.attention.gpu_quantized import (
+    BLOCK,
+    CODES,
+    WORD,
+    Code,
+    as_words,
+    chunks,
+    dequantize,
+    hadamard_signs,
+    load,
+)
 from jaxpaged.attention.tuning import tuned
 from jaxpaged.block_table import BlockTable
+from jaxpaged.page_format import BlockFormat, BlockPages
 
 ROWS = 64
 """Rows of an item: the M of a wgmma."""
@@ -52,8 +68,15 @@ _REDUCTION_BYTES = 2048
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
 _LOG2_E = math.log2(math.e)
-_WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
-"""jax 0.10 wants the index of a load apart from its reference; later versions warn of that."""
+_COPY_LENGTH = 256
+"""Elements that one copy brings along an axis, at most."""
+_COPY_ALIGNMENT = 128
+"""Bytes of shared memory, a multiple of which every copy begins at."""
+_CHUNK = 64
+"""Columns of queries or values that are in registers at a time."""
+
+PageKind = DTypeLike | tuple[BlockFormat, BlockFormat]
+"""The dtype of plain pages, or the formats of quantized keys and values."""
 
 
 class Plan(NamedTuple):
@@ -73,8 +96,12 @@ class Plan(NamedTuple):
     page_size: int
     stages: int
     """Steps whose pages have room in shared memory: one under computation, the others on their way."""
+    dtype: jnp.dtype
+    """Of what a wgmma multiplies: the pages', or float16 where they are quantized."""
+    codes: tuple[Code, Code] | None
+    """Of quantized keys and values."""
     terms: int
-    """Numbers of the pages' dtype that stand for one number of the queries or the weights."""
+    """Numbers of that dtype that stand for one number of the queries or the weights."""
     warpgroups: int
     """Warpgroups of a block; each sums an equal share of the columns of the values."""
     swizzle: int
@@ -99,12 +126,17 @@ class Plan(NamedTuple):
         """Units of a page."""
         return self.page_size // self.unit_tokens
 
+    @property
+    def num_factors(self) -> int:
+        """Factors of a block of keys and one of values together."""
+        return sum(len(code.factors) for code in self.codes or ())
+
 
 def make_plan(
     num_tokens: int,
     num_q_heads: int,
     k_pages_shape: tuple[int, ...],
-    dtype: DTypeLike,
+    kind: PageKind,
     q_dtype: DTypeLike,
     *,
     max_q_len: int | None,
@@ -117,8 +149,10 @@ def make_plan(
       NotImplementedError: the kernel cannot serve them; the message says why.
     """
     _, num_kv_heads, page_size, head_dim = k_pages_shape
-    dtype, q_dtype = jnp.dtype(dtype), jnp.dtype(q_dtype)
+    q_dtype = jnp.dtype(q_dtype)
     group = num_q_heads // num_kv_heads
+    codes = None
+    dtype = jnp.dtype(jnp.float16 if isinstance(kind, tuple) else kind)
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
             f"wgmma multiplies pages of bfloat16 or float16 as they lie, not of {dtype.name}"
@@ -134,28 +168,50 @@ def make_plan(
         raise NotImplementedError(
             f"page_size must be a power of two from 8 on, to fill steps; it is {page_size}"
         )
+    columns = head_dim // warpgroups
+    # Columns that a tile's rows are whole numbers of, in words as in numbers.
+    multiples = [columns]
+    if isinstance(kind, tuple):
+        codes = _codes(kind)
+        _check_copies(codes, page_size, head_dim, columns)
+        multiples = [columns // code.per_word for code in codes]
     single = num_tokens == 1 or max_q_len == 1
     queries = 1 if single else ROWS // group
     num_items = num_tokens if single else min(num_tokens, num_tokens // queries + min(max_seqs, num_tokens))
-    columns = head_dim // warpgroups
-    stage_bytes = STEP_TOKENS * head_dim * dtype.itemsize
-    measured = tuned(
-        num_kv_heads=num_kv_heads,
-        group=group,
-        head_dim=head_dim,
-        page_size=page_size,
-        dtype=dtype,
-        kind="decode" if single else "prefill",
+    # Words and numbers have two bytes each.
+    k_bytes, v_bytes = (
+        2 * STEP_TOKENS * head_dim // (1 if code is None else code.per_word) for code in codes or (None, None)
     )
-    sizes = measured or {}
-    stages = sizes.get("stages", max(2, min(4, _RING_BYTES // (2 * stage_bytes))))
-    terms = 1 if q_dtype == dtype else 2
-    shared_memory_bytes = (
-        terms * ROWS * (head_dim + warpgroups * STEP_TOKENS) * dtype.itemsize
-        + 2 * stages * stage_bytes
-        + 1024  # lse, in units of 1024 as every buffer
-        + _REDUCTION_BYTES
+    factors = sum(len(code.factors) for code in codes or ())
+    factor_bytes = 2 * factors * STEP_TOKENS * head_dim // BLOCK
+    sizes: Mapping[str, int] = {}
+    if codes is None:
+        measured = tuned(
+            num_kv_heads=num_kv_heads,
+            group=group,
+            head_dim=head_dim,
+            page_size=page_size,
+            dtype=dtype,
+            kind="decode" if single else "prefill",
+        )
+        sizes = measured or {}
+    stages = sizes.get("stages", max(2, min(4, _RING_BYTES // (k_bytes + v_bytes + factor_bytes))))
+    # A bfloat16 has no digit that a float16 has not.
+    exact = q_dtype == dtype or (codes is not None and q_dtype == jnp.bfloat16)
+    terms = 1 if exact else 2
+    tile_bytes = 0 if codes is None else 2 * STEP_TOKENS * head_dim
+    buffers = (
+        terms * ROWS * head_dim * 2,  # queries
+        terms * warpgroups * ROWS * STEP_TOKENS * 2,  # weights
+        max(
+            _padded(stages * k_bytes) + tile_bytes, 4 * ROWS * head_dim
+        ),  # keys and their tile, or the result
+        stages * v_bytes,
+        stages * factor_bytes,
+        warpgroups * factor_bytes,
+        4 * ROWS,  # lse
     )
+    shared_memory_bytes = sum(map(_padded, buffers)) + _REDUCTION_BYTES
     if shared_memory_bytes + _BARRIER_BYTES > _SHARED_MEMORY_BYTES:
         raise NotImplementedError(
             f"{q_dtype.name} queries of {dtype.name} pages and head_dim {head_dim} take {shared_memory_bytes} bytes of "
@@ -176,12 +232,57 @@ def make_plan(
         num_splits=max(1, min(num_splits, steps, _MAX_SPLITS)),
         page_size=page_size,
         stages=stages,
+        dtype=dtype,
+        codes=codes,
         terms=terms,
         warpgroups=warpgroups,
-        swizzle=next(s for s in (128, 64, 32) if columns % (s // dtype.itemsize) == 0),
+        swizzle=next(s for s in (128, 64, 32) if not any(m % (s // dtype.itemsize) for m in multiples)),
         shared_memory_bytes=shared_memory_bytes,
         blocks_per_sm=blocks_per_sm,
     )
+
+
+def _padded(size: int) -> int:
+    """Bytes of shared memory that a buffer takes: they begin at multiples of 1024."""
+    return -(-size // 1024) * 1024
+
+
+def _codes(formats: tuple[BlockFormat, BlockFormat]) -> tuple[Code, Code]:
+    """How keys and values are coded.
+
+    Raises:
+      NotImplementedError: the kernel reads other formats.
+    """
+    unknown = sorted({one.name for one in formats} - set(CODES))
+    if unknown:
+        raise NotImplementedError(f"reads quantized pages of {', '.join(CODES)}, not of {', '.join(unknown)}")
+    k_format, v_format = formats
+    return CODES[k_format.name], CODES[v_format.name]
+
+
+def _check_copies(codes: tuple[Code, Code], page_size: int, head_dim: int, columns: int) -> None:
+    """Whether codes and factors can be copied, and codes taken apart.
+
+    Raises:
+      NotImplementedError: one of them cannot; says which sizes can.
+    """
+    multiple = 16 * max(code.per_word for code in codes)  # a row of the narrowest tile, in numbers
+    if columns % multiple:
+        raise NotImplementedError(
+            f"codes of {min(code.bits for code in codes)} bits fill rows of shared memory where head_dim is a multiple "
+            f"of {multiple} up to 128, or of {2 * multiple} up to 256; it is {head_dim}"
+        )
+    # Where a page's factors are fewer than a copy's place in shared memory is a multiple of.
+    fits = next(
+        size
+        for size in (8, 16, 32, 64)
+        if size == STEP_TOKENS or size * head_dim // BLOCK * 2 % _COPY_ALIGNMENT == 0
+    )
+    if page_size < fits:
+        raise NotImplementedError(
+            f"scales of head_dim {head_dim} are copied in pieces of {_COPY_ALIGNMENT} bytes: page_size must be at "
+            f"least {fits}; it is {page_size}"
+        )
 
 
 def split_terms(x: Array, dtype: DTypeLike, terms: int) -> list[Array]:
@@ -195,8 +296,8 @@ def split_terms(x: Array, dtype: DTypeLike, terms: int) -> list[Array]:
 
 def attend(
     tiles: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     table: BlockTable,
     items: Array,
     row_positions: Array,
@@ -208,41 +309,67 @@ def attend(
     """Runs the kernel.
 
     Args:
-      tiles: [terms, KV, I * item_rows + 64, D] in the pages' dtype, the queries; with ``turns``
-        [2 * terms, KV, ...], behind them the queries turned by 90 degrees.
+      tiles: [terms, KV, I * item_rows + 64, D] in ``plan.dtype``, the queries; with ``turns`` [2 * terms, KV, ...],
+        behind them the queries turned by 90 degrees. Where keys are stored under a Hadamard turn, [3 * terms, KV, ...]:
+        the queries under it, and both without. For quantized pages in the order of columns (``to_columns``).
       k_pages, v_pages: [N, KV, page_size, D].
       items: i32[I, 4], of each item its sequence, first unit, the unit behind its last, and the frame of its queries.
       row_positions: i32[I, 64], position of each row; -1 where there is none.
-      turns: i32[D], turns a position of each dimension in units of 2**-32; None where no key was ever shifted.
+      turns: i32[D], turns a position of each dimension in units of 2**-32, in the order of ``tiles``; None where no key
+        was ever shifted.
       interpret: as ``plgpu.kernel`` has it.
 
     Returns:
       ``(out f32[splits, I, KV, item_rows, D], lse f32[splits, I, KV, 64])``, lse in base 2, -inf for a row or a split
-      that saw nothing; its out is then undefined.
+      that saw nothing; its out is then undefined. The columns of out are those of the values' tile.
     """
     num_kv_heads, _, head_dim = k_pages.shape[1:]
-    dtype = k_pages.dtype
+    dtype = plan.dtype
     columns = head_dim // plan.warpgroups
     width = plan.swizzle // dtype.itemsize
     tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(plan.swizzle))
     out_width = plan.swizzle // 4
     out_tiled = (plgpu.TilingTransform((8, out_width)), plgpu.SwizzleTransform(plan.swizzle))
+
+    def ring(code: Code | None) -> Any:
+        """Room for the pages of every step under way, a warpgroup's columns by themselves."""
+        width, of = (columns, dtype) if code is None else (columns // code.per_word, WORD)
+        return plgpu.SMEM((plan.stages, plan.warpgroups, STEP_TOKENS, width), of, transforms=tiled)
+
+    k_code, v_code = plan.codes or (None, None)
+    out = plgpu.SMEM((plan.warpgroups, ROWS, columns), jnp.float32, transforms=out_tiled)
+    tile = plgpu.SMEM((1, plan.warpgroups, STEP_TOKENS, columns), dtype, transforms=tiled)
     scratch: dict[str, Any] = {
         "q": plgpu.SMEM((plan.terms, ROWS, head_dim), dtype, transforms=tiled),
         "p": plgpu.SMEM((plan.warpgroups, plan.terms, ROWS, STEP_TOKENS), dtype, transforms=tiled),
-        "v": plgpu.SMEM((plan.stages, plan.warpgroups, STEP_TOKENS, columns), dtype, transforms=tiled),
+        "v": ring(v_code),
         # The result lies where keys lay: all of them are read by then.
-        "k_or_out": plgpu.RefUnion(
-            plgpu.SMEM((plan.stages, STEP_TOKENS, head_dim), dtype, transforms=tiled),
-            plgpu.SMEM((plan.warpgroups, ROWS, columns), jnp.float32, transforms=out_tiled),
-        ),
+        "k_or_out": plgpu.RefUnion([ring(k_code), *([] if plan.codes is None else [tile])], out),
         "lse": plgpu.SMEM((ROWS,), jnp.float32),
         "q_barrier": plgpu.Barrier(num_arrivals=plan.terms),
-        "k_barrier": plgpu.Barrier(num_arrivals=plan.units, num_barriers=plan.stages),
-        "v_barrier": plgpu.Barrier(num_arrivals=plan.units * plan.warpgroups, num_barriers=plan.stages),
         "all_barrier": plgpu.Barrier(num_arrivals=plan.warpgroups),
     }
-    body = functools.partial(_attend_item, config=config, plan=plan, has_rope=turns is not None)
+    pools: tuple[Any, ...] = k_pages, v_pages
+    arrivals = plan.units * plan.warpgroups
+    factor_arrivals, hadamard = 0, False
+    if isinstance(k_pages, BlockPages) and isinstance(v_pages, BlockPages):
+        assert plan.codes is not None
+        hadamard = k_pages.format.hadamard
+        factors = [
+            pages.parts[name].reshape(*pages.shape[:2], -1)
+            for pages, code in zip((k_pages, v_pages), plan.codes, strict=True)
+            for name in code.factors
+        ]
+        pools = *(as_words(pages.parts["codes"]) for pages in (k_pages, v_pages)), *factors
+        blocks = head_dim // BLOCK
+        scratch["factors"] = plgpu.SMEM((plan.stages, len(factors) * STEP_TOKENS * blocks), dtype)
+        scratch["block_factors"] = plgpu.SMEM((plan.warpgroups, len(factors), STEP_TOKENS, blocks), dtype)
+        factor_arrivals = plan.units * len(factors) * len(chunks(plan.unit_tokens * blocks, _COPY_LENGTH))
+    scratch["k_barrier"] = plgpu.Barrier(num_arrivals=arrivals + factor_arrivals, num_barriers=plan.stages)
+    scratch["v_barrier"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages)
+    body = functools.partial(
+        _attend_item, config=config, plan=plan, has_rope=turns is not None, hadamard=hadamard
+    )
     shape = (plan.num_splits, plan.num_items, num_kv_heads)
     kernel = plgpu.kernel(
         body,
@@ -262,25 +389,11 @@ def attend(
         interpret=interpret,
     )
     entries = table.pages, table.first_slot, table.num_tokens, table.position, table.rotation
-    return kernel(
-        tiles, k_pages, v_pages, items, row_positions, *entries, *(() if turns is None else (turns,))
-    )
-
-
-def _load(ref: Any, layout: Any) -> Array:
-    """A reference's content in registers, from shared or from global memory."""
-    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
-
-
-def _chunks(size: int, width: int) -> list[Any]:
-    """Slices of at most ``width`` that make up ``size``."""
-    return [pl.ds(start, min(width, size - start)) for start in range(0, size, width)]
+    return kernel(tiles, items, row_positions, *entries, *pools, *(() if turns is None else (turns,)))
 
 
 def _attend_item(
     tiles: Any,
-    k_pages: Any,
-    v_pages: Any,
     items: Any,
     row_positions: Any,
     pages: Any,
@@ -298,13 +411,18 @@ def _attend_item(
     k_barrier: Any,
     v_barrier: Any,
     all_barrier: Any,
+    factors: Any = None,
+    block_factors: Any = None,
     config: Config,
     plan: Plan,
     has_rope: bool,
+    hadamard: bool,
 ) -> None:
     """One item, one KV head, one split; the body of the kernel. Arguments are references."""
-    *turns, out_gmem, lse_gmem = refs
-    k, out = k_or_out
+    k_pages, v_pages, *factor_pages = refs[: 2 + plan.num_factors]
+    *turns, out_gmem, lse_gmem = refs[2 + plan.num_factors :]
+    (k, *tile), out = k_or_out
+    numbers: Any = tile[0] if tile else None
     item, kv_head, split, warpgroup = (
         lax.axis_index(name) for name in ("item", "kv_head", "split", "warpgroup")
     )
@@ -333,13 +451,20 @@ def _attend_item(
         for j in range(plan.units):
             # Behind the last unit it is read once more, out of the cache, and masked: no copy has a condition.
             unit = jnp.minimum(unit_of(step, j), end - 1)
-            page = pages[sequence, lax.div(unit, plan.parts)]
-            source = page, kv_head, pl.ds(lax.rem(unit, plan.parts) * plan.unit_tokens, plan.unit_tokens)
-            target = slot, pl.ds(j * plan.unit_tokens, plan.unit_tokens)
-            plgpu.copy_gmem_to_smem(k_pages.at[source], k.at[target], k_barrier.at[slot])
-            for part in range(plan.warpgroups):
-                half = *source, pl.ds(part * columns, columns)
-                plgpu.copy_gmem_to_smem(v_pages.at[half], v.at[slot, part, target[1]], v_barrier.at[slot])
+            page, place = pages[sequence, lax.div(unit, plan.parts)], lax.rem(unit, plan.parts)
+            tokens = pl.ds(place * plan.unit_tokens, plan.unit_tokens)
+            target = pl.ds(j * plan.unit_tokens, plan.unit_tokens)
+            for pool, ring, barrier in ((k_pages, k, k_barrier), (v_pages, v, v_barrier)):
+                for part, chunk in enumerate(chunks(pool.shape[-1], ring.shape[-1])):
+                    source = pool.at[page, kv_head, tokens, chunk]
+                    plgpu.copy_gmem_to_smem(source, ring.at[slot, part, target], barrier.at[slot])
+            # Those of values come with the keys, to be laid out in one go.
+            for i, pool in enumerate(factor_pages):
+                size = pool.shape[-1] // plan.parts
+                for chunk in chunks(size, _COPY_LENGTH):
+                    source = pool.at[page, kv_head, pl.ds(place * size + chunk.start, chunk.size)]
+                    place_of_unit = pl.ds((i * plan.units + j) * size + chunk.start, chunk.size)
+                    plgpu.copy_gmem_to_smem(source, factors.at[slot, place_of_unit], k_barrier.at[slot])
 
     def join() -> None:
         """Waits until every warpgroup of the block is here."""
@@ -347,35 +472,98 @@ def _attend_item(
             plgpu.barrier_arrive(all_barrier)
             plgpu.barrier_wait(all_barrier)
 
+    def here(number: Array) -> Array:
+        """0, but any number for all that the compiler knows.
+
+        Addresses that depend on it are computed where they are needed. Those of a product's operands are many and stay
+        the same from step to step: all of them were kept in registers, 10 to 30 a thread.
+        """
+        return lax.optimization_barrier(number * 0)
+
+    def sum_of(terms: list[Any]) -> Array:
+        """f32[64, columns]: the sum of the terms that references hold."""
+        return functools.reduce(jnp.add, [load(term, wgmma).astype(jnp.float32) for term in terms])
+
+    def set_queries(chunk: Any, x: Array) -> None:
+        for term, part in enumerate(split_terms(x, dtype, plan.terms)):
+            q[term, :, chunk] = part
+
     def turn_queries(angle: Array) -> None:
         """Replaces the queries by those turned by ``angle`` positions."""
         join()  # the queries' readers are done
-        for i, chunk in enumerate(_chunks(head_dim, 64)):
+        unturned = plan.terms if hadamard else 0
+        for i, chunk in enumerate(chunks(head_dim, _CHUNK)):
 
-            def load(first: int, chunk: Any = chunk) -> Array:
+            def part(first: int, chunk: Any = chunk) -> Array:
                 # Seldom needed: straight from global memory, for want of room for a second tile.
-                terms = [
-                    _load(tiles.at[first + term, kv_head, rows, chunk], wgmma).astype(jnp.float32)
-                    for term in range(plan.terms)
-                ]
-                return functools.reduce(jnp.add, terms)
+                return sum_of([tiles.at[first + term, kv_head, rows, chunk] for term in range(plan.terms)])
 
             @pl.when(warpgroup == i % plan.warpgroups)
-            def _(chunk: Any = chunk, load: Any = load) -> None:
-                straight, across = load(0), load(plan.terms)
-                turn = _load(turns[0].at[chunk], columns_of) * angle
+            def _(chunk: Any = chunk, part: Any = part) -> None:
+                straight, across = part(unturned), part(unturned + plan.terms)
+                turn = load(turns[0].at[chunk], columns_of) * angle
                 radians = turn.astype(jnp.float32) * (2 * math.pi / 2**32)
                 cos, sin = (lax.broadcast_in_dim(f(radians), straight.shape, [1]) for f in (jnp.cos, jnp.sin))
-                for term, part in enumerate(split_terms(straight * cos + across * sin, dtype, plan.terms)):
-                    q[term, :, chunk] = part
+                set_queries(chunk, straight * cos + across * sin)
 
+        if hadamard:
+            hadamard_turn_queries(angle)
         plgpu.commit_smem()
         join()
 
+    def hadamard_turn_queries(angle: Array) -> None:
+        """Turns the queries by Hadamard's matrix, where they are.
+
+        The matrix is a product (Kronecker's) of one for the columns of a chunk, which lies where weights do and is
+        multiplied with, and of log2(head_dim / 64) for pairs of chunks, sums and differences. That columns are no
+        dimensions makes no difference: their order permutes the bits of numbers, and the matrix stays the same then.
+        """
+        p[warpgroup, 0] = hadamard_signs(_CHUNK)
+        plgpu.commit_smem()
+        near, places = here(angle), chunks(head_dim, _CHUNK)
+        for i, chunk in enumerate(places):
+
+            def product(acc: Any, chunk: Any = chunk) -> Array:
+                for term in range(plan.terms):
+                    plgpu.wgmma(acc, q.at[near + term, :, chunk], p.at[warpgroup, near])
+                return acc[...]
+
+            @pl.when(warpgroup == i % plan.warpgroups)
+            def _(chunk: Any = chunk, product: Any = product) -> None:
+                turned = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, _CHUNK), jnp.float32))
+                set_queries(chunk, turned * _CHUNK**-0.5)
+
+        for distance in (1, 2)[: (len(places) - 1).bit_length()]:
+            join()
+            pairs = [(i, i + distance) for i in range(len(places)) if not i & distance]
+            for i, pair in enumerate(pairs):
+
+                @pl.when(warpgroup == i % plan.warpgroups)
+                def _(pair: tuple[int, int] = pair) -> None:
+                    low, high = (
+                        sum_of([q.at[term, :, places[one]] for term in range(plan.terms)]) for one in pair
+                    )
+                    set_queries(places[pair[0]], (low + high) * 0.5**0.5)
+                    set_queries(places[pair[1]], (low - high) * 0.5**0.5)
+
+    def dequantize_pages(which: int, ring: Any, slot: Array, live: Array | None) -> None:
+        """Puts keys (0) or values (1) where ``numbers`` are, each warpgroup its columns."""
+        assert plan.codes is not None
+        code, first = plan.codes[which], which * len(plan.codes[0].factors)
+        mine = pl.ds(warpgroup * (columns // BLOCK), columns // BLOCK)
+        of_blocks = [block_factors.at[warpgroup, i, :, mine] for i in range(first, first + len(code.factors))]
+        width = plan.swizzle // dtype.itemsize
+        dequantize(ring.at[slot, warpgroup], of_blocks, numbers.at[here(slot), warpgroup], code, width, live)
+        plgpu.commit_smem()
+
     def multiply_keys(slot: Array) -> Array:
+        near = here(slot)
+        keys = k.at[slot] if plan.codes is None else numbers.at[near]
+
         def product(acc: Any) -> Array:
             for term in range(plan.terms):
-                plgpu.wgmma(acc, q.at[term], k.at[slot].transpose((1, 0)))
+                for part, chunk in enumerate(chunks(head_dim, columns)):
+                    plgpu.wgmma(acc, q.at[near + term, :, chunk], keys.at[part].transpose((1, 0)))
             return acc[...]
 
         return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, STEP_TOKENS), jnp.float32))
@@ -409,7 +597,7 @@ def _attend_item(
 
     pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(q_barrier))
 
-    row_position = _load(row_positions.at[item], rows_of)
+    row_position = load(row_positions.at[item], rows_of)
 
     def attend_step(step: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         turned, maximum, denominator, weighted = carry
@@ -438,6 +626,11 @@ def _attend_item(
             key_position = jnp.where((column >= lower) & (column < upper), column + offset, key_position)
 
         plgpu.barrier_wait(k_barrier.at[slot])
+        if plan.codes is not None:
+            # From a row that a copy can bring to one that is read a block at a time.
+            block_factors[warpgroup] = factors[slot].reshape(block_factors.shape[1:])
+            dequantize_pages(0, k, slot, None)
+            join()  # each has put its columns
         if has_rope:
             scores, turned = multiply_turned_keys(step, slot, turned)
         else:
@@ -463,22 +656,31 @@ def _attend_item(
             p[warpgroup, term] = part
         plgpu.barrier_wait(v_barrier.at[slot])
 
-        @pl.when(functools.reduce(jnp.logical_or, [u - low < plan.unit_tokens for low, u, _ in spans]))
-        def _() -> None:
-            # A weight of zero does not undo a NaN.
+        def live_tokens() -> Array:
             token = plgpu.broadcasted_iota(jnp.int32, (STEP_TOKENS,), 0, layout=rows_of)
-            live = functools.reduce(jnp.logical_or, [(token >= low) & (token < u) for low, u, _ in spans])
-            for chunk in _chunks(columns, 64):
-                values = _load(v.at[slot, warpgroup, :, chunk], wgmma)
-                v[slot, warpgroup, :, chunk] = jnp.where(
-                    lax.broadcast_in_dim(live, values.shape, [0]), values, 0
-                )
+            return functools.reduce(jnp.logical_or, [(token >= low) & (token < u) for low, u, _ in spans])
 
+        # A weight of zero does not undo a NaN: the values of unused slots are 0.
+        if plan.codes is None:
+
+            @pl.when(functools.reduce(jnp.logical_or, [u - low < plan.unit_tokens for low, u, _ in spans]))
+            def _() -> None:
+                live = live_tokens()
+                for chunk in chunks(columns, _CHUNK):
+                    values = load(v.at[slot, warpgroup, :, chunk], wgmma)
+                    v[slot, warpgroup, :, chunk] = jnp.where(
+                        lax.broadcast_in_dim(live, values.shape, [0]), values, 0
+                    )
+
+        else:
+            join()  # each has read the keys, whose place the values take
+            dequantize_pages(1, v, slot, live_tokens())
         plgpu.commit_smem()
+        values = v.at[slot, warpgroup] if plan.codes is None else numbers.at[here(slot), warpgroup]
 
         def product(acc: Any) -> Array:
             for term in range(plan.terms):
-                plgpu.wgmma(acc, p.at[warpgroup, term], v.at[slot, warpgroup])
+                plgpu.wgmma(acc, p.at[warpgroup, term], values)
             return acc[...]
 
         added = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))

@@ -18,10 +18,11 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxpaged.attention.base import Config, Pages, described
-from jaxpaged.attention.gpu_kernel import ROWS, STEP_TOKENS, Plan, attend, make_plan, split_terms
+from jaxpaged.attention.gpu_kernel import ROWS, STEP_TOKENS, PageKind, Plan, attend, make_plan, split_terms
+from jaxpaged.attention.gpu_quantized import BLOCK, CODES, to_columns, to_numbers
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages
+from jaxpaged.page_format import BlockPages, hadamard_turn
 from jaxpaged.rope import Rope
 
 _LOG2_E = math.log2(math.e)
@@ -51,38 +52,67 @@ def paged_attention(
     Raises:
       NotImplementedError: pages, heads, queries or a GPU that the kernel is not written for; the message says why.
     """
-    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
-        raise NotImplementedError(f"pages {described(k_pages)} and {described(v_pages)}; reads plain numbers")
     if interpret is None:
         _check_device()
+    kind = _kind_of(k_pages, v_pages)
     tokens, num_q_heads, head_dim = q.shape
     plan = make_plan(
         tokens,
         num_q_heads,
         k_pages.shape,
-        k_pages.dtype,
+        kind,
         q.dtype,
         max_q_len=batch.max_q_len,
         max_seqs=table.max_seqs,
         max_entries=table.max_entries,
     )
     items, row_positions, first, place = _make_items(table, batch, config, plan)
+    hadamard = isinstance(k_pages, BlockPages) and k_pages.format.hadamard
     parts, turns = [q], None
     if rope is not None:
+        if hadamard and (head_dim < 64 or head_dim & (head_dim - 1)):
+            raise NotImplementedError(
+                f"turns queries to keys under a Hadamard turn where head_dim is 64, 128 or 256; it is {head_dim}"
+            )
         # Queries of one item are turned to one frame here, its first query's; nearly always it is theirs already.
         own = batch.rope_positions - batch.position
         cos, sin = rope.cos_sin(items[place[0], _FRAME] - own)
         q = rope.turn(q, cos[:, None], sin[:, None])
         parts, turns = [q, _quarter_turn(rope, q)], _turns_by_dimension(rope, head_dim)
-    tiles = jnp.concatenate([_pack_queries(x, first, plan, k_pages.dtype) for x in parts])
+    if hadamard:
+        # The kernel turns anew from what is not yet turned, if it turns at all.
+        parts = [hadamard_turn(q), *(parts if rope is not None else ())]
+    if plan.codes is not None:
+        k_code, v_code = plan.codes
+        parts = [to_columns(x, k_code, plan.warpgroups) for x in parts]
+        turns = None if turns is None else to_columns(turns, k_code, plan.warpgroups)
+    tiles = jnp.concatenate([_pack_queries(x, first, plan) for x in parts])
     out, lse = attend(tiles, k_pages, v_pages, table, items, row_positions, turns, config, plan, interpret)
-    return _merge(out, lse, place, batch, sinks, plan)
+    out, lse = _merge(out, lse, place, batch, sinks, plan)
+    return out if plan.codes is None else to_numbers(out, v_code, plan.warpgroups), lse
+
+
+def _kind_of(k_pages: Pages, v_pages: Pages) -> PageKind:
+    """What ``make_plan`` wants to know of pages.
+
+    Raises:
+      NotImplementedError: one of two pools is quantized, or they are kept in a way that the kernel does not read.
+    """
+    if not isinstance(k_pages, BlockPages) and not isinstance(v_pages, BlockPages):
+        return k_pages.dtype
+    # Not a subclass: its parts lie otherwise.
+    if type(k_pages) is BlockPages and type(v_pages) is BlockPages:
+        return k_pages.format, v_pages.format
+    raise NotImplementedError(
+        f"reads plain pages, or {', '.join(CODES)} of keys and of values; these are {described(k_pages)} and "
+        f"{described(v_pages)}"
+    )
 
 
 def describe(
     q_shape: tuple[int, int, int],
     k_pages_shape: tuple[int, int, int, int],
-    dtype: DTypeLike,
+    kind: PageKind,
     max_q_len: int | None,
     max_seqs: int,
     max_entries: int,
@@ -95,7 +125,8 @@ def describe(
     Args:
       q_shape: ``(T, Hq, D)``.
       k_pages_shape: ``(N, KV, page_size, D)``.
-      dtype: of the pages; ``q_dtype``: of the queries, that of the pages if left out.
+      kind: the dtype of the pages, or the formats of quantized keys and values.
+      q_dtype: of the queries; that of the pages if left out, bfloat16 of quantized ones.
       max_q_len: as ``Batch`` has it.
       max_seqs, max_entries: S and P of the table.
       live_tokens: tokens that the sequences of the step hold together.
@@ -110,18 +141,22 @@ def describe(
     """
     tokens, num_q_heads, head_dim = q_shape
     num_kv_heads = k_pages_shape[1]
-    q_dtype = dtype if q_dtype is None else q_dtype
+    if q_dtype is None:
+        q_dtype = jnp.bfloat16 if isinstance(kind, tuple) else kind
     plan = make_plan(
         tokens,
         num_q_heads,
         k_pages_shape,
-        dtype,
+        kind,
         q_dtype,
         max_q_len=max_q_len,
         max_seqs=max_seqs,
         max_entries=max_entries,
     )
-    itemsize = jnp.dtype(dtype).itemsize
+    if isinstance(kind, tuple):
+        token_bytes = head_dim // BLOCK * sum(one.code.bytes for one in kind)
+    else:
+        token_bytes = 2 * head_dim * plan.dtype.itemsize
     rows = plan.num_items * plan.item_rows * num_kv_heads
     return {
         "implementation": "mosaic_gpu",
@@ -135,8 +170,8 @@ def describe(
         "terms": plan.terms,
         "shared_memory_bytes": plan.shared_memory_bytes,
         "blocks_per_sm": plan.blocks_per_sm,
-        "kv_bytes": 2 * num_kv_heads * head_dim * itemsize * live_tokens,
-        "q_bytes": 2 * rows * plan.terms * head_dim * itemsize,
+        "kv_bytes": num_kv_heads * token_bytes * live_tokens,
+        "q_bytes": 2 * rows * plan.terms * head_dim * plan.dtype.itemsize,
         "out_bytes": 4 * (2 * rows * plan.num_splits * head_dim + tokens * num_q_heads * head_dim),
     }
 
@@ -206,7 +241,7 @@ def _make_items(
     return items, row_positions, first, place
 
 
-def _pack_queries(q: Array, first: Array, plan: Plan, dtype: DTypeLike) -> Array:
+def _pack_queries(q: Array, first: Array, plan: Plan) -> Array:
     """``[terms, KV, I * item_rows + 64, D]`` of ``q [T, Hq, D]``: the rows of an item lie together, a query's heads
     side by side, and behind every item there are the 64 rows that one copy brings."""
     tokens, num_q_heads, head_dim = q.shape
@@ -220,7 +255,7 @@ def _pack_queries(q: Array, first: Array, plan: Plan, dtype: DTypeLike) -> Array
         # Indices on both sides of a slice: [I, 64, KV, D].
         rows = q[token, :, row % plan.group].reshape(-1, q.shape[1], head_dim).swapaxes(0, 1)
     rows = jnp.pad(rows, ((0, 0), (0, ROWS), (0, 0)))
-    return jnp.stack(split_terms(rows, dtype, plan.terms))
+    return jnp.stack(split_terms(rows, plan.dtype, plan.terms))
 
 
 def _quarter_turn(rope: Rope, q: Array) -> Array:

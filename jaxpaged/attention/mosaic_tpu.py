@@ -31,17 +31,24 @@ from jaxpaged.attention.tpu_blocks import (
     Blocks,
     Heads,
     Items,
+    Storage,
+    Stored,
     block_items,
     choose_blocks,
     compute_dtype,
     pack_table,
+    scales_shape,
     single_items,
 )
 from jaxpaged.attention.tpu_kernel import Cut, kernel
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import LANES, MAX_PAGE_SIZE, BlockPages
+from jaxpaged.page_format import LANES, MAX_PAGE_SIZE, BlockPages, hadamard
+from jaxpaged.page_format.lane_blocks import LaneBlockFormat
 from jaxpaged.rope import Rope
+
+_MIN_ROWS_OF_BYTES = 4
+"""Rows of a TPU's memory that share 32-bit words; a DMA moves no less."""
 
 
 def paged_attention(
@@ -67,34 +74,45 @@ def paged_attention(
       NotImplementedError: the kernel cannot serve these shapes; the message says why.
       ValueError: ``blocks`` do not fill whole rows of 128 scores.
     """
-    if isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages):
-        raise NotImplementedError(f"pages {described(k_pages)} and {described(v_pages)}; reads plain numbers")
-    heads = Heads.of(q.shape, k_pages.shape)
+    stored = Stored(_storage(k_pages), _storage(v_pages))
+    heads = Heads.of(q.shape, k_pages.shape, stored.k)
+    if heads != Heads.of(q.shape, v_pages.shape, stored.v):
+        raise NotImplementedError(f"keys {described(k_pages)} and values {described(v_pages)} in other rows")
     if heads.page_rows & (heads.page_rows - 1) or heads.page_size > MAX_PAGE_SIZE:
         raise NotImplementedError(
             f"pages of {heads.page_size} tokens; the kernel reads powers of two up to {MAX_PAGE_SIZE}"
         )
-    if k_pages.dtype not in (jnp.float32, jnp.bfloat16):
-        # Mosaic has no float16, and XLA copies a pool to show its bits as integers.
-        raise NotImplementedError(f"pages of {k_pages.dtype}; the kernel reads float32 and bfloat16")
+    if any(stored.quantized) and LANES % heads.blocks:
+        raise NotImplementedError(
+            f"quantized heads of {heads.head_dim} are {heads.blocks} blocks; the kernel reads 4, 8, 16 or 32"
+        )
+    for pages in (k_pages, v_pages):
+        if isinstance(pages, BlockPages) and pages.parts["codes"].shape[2] < _MIN_ROWS_OF_BYTES:
+            fits = heads.page_size * _MIN_ROWS_OF_BYTES // pages.parts["codes"].shape[2]
+            raise NotImplementedError(
+                f"{pages.format.name} pages of {heads.page_size} tokens with heads of {heads.head_dim}; "
+                f"the kernel reads them from {fits} tokens on"
+            )
     if blocks is None:
-        blocks = choose_blocks(q.shape, k_pages.shape, k_pages.dtype, batch.max_q_len)
+        blocks = choose_blocks(q.shape, k_pages.shape, stored.k, batch.max_q_len, v_dtype=stored.v)
     if blocks.pages * heads.page_rows % LANES:
         raise ValueError(
             f"{blocks.pages} pages of {heads.page_rows} rows are no multiple of {LANES} rows; "
             f"{LANES // math.gcd(LANES, heads.page_rows)} pages are"
         )
-    dtype = compute_dtype(q.dtype, k_pages.dtype)
+    dtype = compute_dtype(q.dtype, *stored)
+    if stored.turned:
+        q = hadamard.turn(q)
     entries = pack_table(table, blocks.pages, k_pages.shape[0])
     run = partial(
         _run,
         q.astype(dtype),
-        k_pages,
-        v_pages,
+        [*_parts(k_pages), *_parts(v_pages)],
         entries,
         batch,
         rope,
         heads=heads,
+        stored=stored,
         config=config,
         pages=blocks.pages,
         interpret=interpret,
@@ -125,10 +143,29 @@ def paged_attention(
     return out, lse
 
 
+def _storage(pages: Pages) -> Storage:
+    """What pages hold, if the kernel reads it."""
+    if isinstance(pages, BlockPages):
+        if not isinstance(pages.format, LaneBlockFormat):
+            raise NotImplementedError(
+                f"pages {described(pages)}; of quantized ones the kernel reads q8_0 and q4_0 in rows of lanes "
+                '(layout="lanes")'
+            )
+        return pages.format
+    if pages.dtype not in (jnp.float32, jnp.bfloat16):
+        # Mosaic has no float16, and XLA copies a pool to show its bits as integers.
+        raise NotImplementedError(f"pages of {pages.dtype}; the kernel reads float32 and bfloat16")
+    return pages.dtype
+
+
+def _parts(pages: Pages) -> list[Array]:
+    """The arrays of pages, those that ``Stored.parts`` tells of."""
+    return [pages.parts["codes"], pages.parts["scales"]] if isinstance(pages, BlockPages) else [pages]
+
+
 def _run(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    pools: list[Array],
     entries: Array,
     batch: Batch,
     rope: Rope | None,
@@ -138,6 +175,7 @@ def _run(
     *,
     queries: int,
     heads: Heads,
+    stored: Stored,
     config: Config,
     pages: int,
     interpret: Any,
@@ -148,7 +186,8 @@ def _run(
       ``(out f32[R, Hq, D], lse f32[R, Hq])`` of the R rows.
     """
     num_kv_heads, group, head_dim, lanes, page_rows = heads
-    packed, width = heads.packed, queries * group
+    packed, rows_of_group = heads.packed, queries * group
+    width = stored.rows(heads, queries)
     num_rows = len(q) if rows is None else len(rows)
     num_blocks = -(-num_rows // queries)
 
@@ -160,7 +199,8 @@ def _run(
         return x.reshape(num_blocks, queries, *x.shape[1:])
 
     # Queries as the kernel reads them, [blocks, KV, packed * group * queries, lanes].
-    x = chosen(q).swapaxes(1, 2).reshape(num_blocks, num_kv_heads, width, head_dim)
+    x = chosen(q).swapaxes(1, 2).reshape(num_blocks, num_kv_heads, rows_of_group, head_dim)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, width - rows_of_group), (0, 0)))
     if packed > 1:
         halves = [((0, 0),) * 3 + ((i * head_dim, lanes - (i + 1) * head_dim),) for i in range(packed)]
         x = jnp.concatenate([jnp.pad(x, half) for half in halves], axis=2)
@@ -169,16 +209,17 @@ def _run(
 
     def by_row(values: Array) -> Array:
         """i32[T] as i32[blocks, 1, packed * group * queries]."""
-        return jnp.tile(chosen(values), (1, packed * group))[:, None]
+        of_part = jnp.pad(jnp.tile(chosen(values), (1, group)), ((0, 0), (0, width - rows_of_group)))
+        return jnp.tile(of_part, (1, packed))[:, None]
 
     inputs = [x, by_row(batch.position)]
     if rope is not None:
         inputs += [by_row(batch.rope_positions - batch.position), *_turning(rope, head_dim, lanes, packed)]
+        if stored.turned:
+            inputs.append(_hadamard(head_dim, lanes, packed))
     if not interpret:
         # XLA would otherwise move a small pool to faster memory as a whole, for the few pages that are read.
-        k_pages, v_pages = (
-            pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in (k_pages, v_pages)
-        )
+        pools = [pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools]
 
     def of_item(block_shape: tuple[int, ...]) -> pl.BlockSpec:
         """The block of an array ``[blocks, ...]`` that belongs to an item."""
@@ -194,11 +235,14 @@ def _run(
     ]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out_shapes = (num_kv_heads, rows_of_block, lanes), (num_kv_heads, rows_of_block)
-    buffer = (2, num_kv_heads, pages * page_rows, lanes)
+    buffers = [
+        (2, shape[0], pages * shape[1], shape[2]) if len(shape) == 3 else (2, pages, *shape)
+        for shape, _ in stored.parts(heads)
+    ]
     state = (num_kv_heads, rows_of_block)
     scratch = [
-        pltpu.VMEM(buffer, k_pages.dtype),
-        pltpu.VMEM(buffer, v_pages.dtype),
+        *(pltpu.VMEM(buffer, pool.dtype) for buffer, pool in zip(buffers, pools, strict=True)),
+        pltpu.VMEM(scales_shape(heads, stored, queries, pages * page_rows), jnp.float32),
         pltpu.VMEM((*state, LANES), jnp.float32),
         pltpu.VMEM((*state, LANES), jnp.float32),
         pltpu.VMEM((*state, lanes), jnp.float32),
@@ -212,13 +256,13 @@ def _run(
     out, lse = pl.pallas_call(
         partial(
             kernel,
-            cut=Cut(heads, config, pages, queries, len(items.block), jnp.dtype(q.dtype)),
+            cut=Cut(heads, config, pages, queries, len(items.block), jnp.dtype(q.dtype), stored),
             rotated=rope is not None,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(Items._fields),
             grid=(count,),
-            in_specs=[*in_specs, hbm, hbm, hbm],
+            in_specs=[*in_specs, hbm, *(hbm for _ in pools)],
             out_specs=[of_item((1, *shape)) for shape in out_shapes],
             scratch_shapes=scratch,
         ),
@@ -227,7 +271,7 @@ def _run(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         interpret=interpret,
         name=f"paged_attention_{queries}x{pages}",
-    )(count.reshape(1), *items, *inputs, entries, k_pages, v_pages)
+    )(count.reshape(1), *items, *inputs, entries, *pools)
 
     if packed > 1:
         # Each part of a row is a softmax over its own tokens; they merge as those of disjoint sets of keys.
@@ -238,8 +282,9 @@ def _run(
             out[:, :, i * width : (i + 1) * width, i * head_dim : (i + 1) * head_dim] * weight[:, :, i]
             for i in range(packed)
         )
-    out = out[..., :head_dim].reshape(num_blocks, num_kv_heads * group, queries, head_dim).swapaxes(1, 2)
-    lse = lse.reshape(num_blocks, num_kv_heads * group, queries).swapaxes(1, 2)
+    out = out[:, :, :rows_of_group, :head_dim]
+    out = out.reshape(num_blocks, num_kv_heads * group, queries, head_dim).swapaxes(1, 2)
+    lse = lse[:, :, :rows_of_group].reshape(num_blocks, num_kv_heads * group, queries).swapaxes(1, 2)
     return (
         out.reshape(num_blocks * queries, -1, head_dim)[:num_rows],
         lse.reshape(num_blocks * queries, -1)[:num_rows],
@@ -263,3 +308,10 @@ def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
     for i in range(packed):
         partner[other + i * head_dim, dims + i * head_dim] = sign
     return [turns[None], jnp.asarray(partner)]
+
+
+def _hadamard(head_dim: int, lanes: int, packed: int) -> Array:
+    """f32[lanes, lanes]: ``x @ it`` is each head of a row turned as ``page_format.hadamard`` does it."""
+    n = hadamard.size(head_dim)
+    blocks = np.kron(np.eye(packed * head_dim // n, dtype=np.float32), hadamard.matrix(n))
+    return jnp.asarray(np.pad(blocks, (0, lanes - len(blocks))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from jaxpaged.attention.tuning import tuned
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import LANES, tokens_per_row
+from jaxpaged.page_format.ggml import BLOCK
+from jaxpaged.page_format.lane_blocks import LaneBlockFormat
 
 _BUFFER_BYTES = 4 << 20
 """Most VMEM for the K/V blocks: two of each, as one is computed while the other arrives."""
@@ -26,6 +29,11 @@ _MAX_ROWS = 256
 """Rows of a tile of scores: at 256 a K/V byte is used for as many operations as a v5e does while it arrives."""
 _STATE_BYTES = 8 << 20
 """Most VMEM for a block's queries, sums and output."""
+_MAX_SPLIT_ROWS = 32
+"""Rows of queries up to which they meet quantized blocks one by one; see ``Stored.split``."""
+
+Storage = DTypeLike | LaneBlockFormat
+"""What pages of keys or values hold: plain numbers of a dtype, or quantized ones."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,12 @@ class Heads(NamedTuple):
     """Rows of a page, for each head."""
 
     @classmethod
-    def of(cls, q_shape: tuple[int, ...], k_pages_shape: tuple[int, ...]) -> Heads:
-        _, num_kv_heads, page_rows, lanes = k_pages_shape
+    def of(cls, q_shape: tuple[int, ...], pages_shape: tuple[int, ...], storage: Storage) -> Heads:
+        """From ``q_shape [T, Hq, D]``, and the shape of pages: ``[N, KV, rows of a page, lanes]`` of plain numbers, and
+        ``[N, KV, page_size, D]`` where ``storage`` quantizes them."""
+        _, num_kv_heads, page_rows, lanes = pages_shape
+        if isinstance(storage, LaneBlockFormat):
+            page_rows, lanes = page_rows // tokens_per_row(storage.width, lanes), storage.width
         return cls(num_kv_heads, q_shape[1] // num_kv_heads, q_shape[2], lanes, page_rows)
 
     @property
@@ -64,18 +76,69 @@ class Heads(NamedTuple):
     def page_size(self) -> int:
         return self.page_rows * self.packed
 
+    @property
+    def blocks(self) -> int:
+        """Quantized blocks of a row."""
+        return self.lanes // BLOCK
 
-def compute_dtype(q_dtype: DTypeLike, page_dtype: DTypeLike) -> np.dtype:
-    """What queries, keys and weights are multiplied in: bfloat16 where both sides hold it, else float32."""
-    both = jnp.dtype(q_dtype) == jnp.dtype(page_dtype) == jnp.bfloat16
-    return jnp.dtype(jnp.bfloat16 if both else jnp.float32)
+
+class Stored(NamedTuple):
+    """What pages of keys and of values hold; static."""
+
+    k: Storage
+    v: Storage
+
+    @property
+    def quantized(self) -> tuple[bool, bool]:
+        return isinstance(self.k, LaneBlockFormat), isinstance(self.v, LaneBlockFormat)
+
+    @property
+    def turned(self) -> bool:
+        """Whether keys are stored turned (``page_format.hadamard``), and queries come so."""
+        return isinstance(self.k, LaneBlockFormat) and self.k.hadamard
+
+    def parts(self, heads: Heads) -> list[tuple[tuple[int, ...], DTypeLike]]:
+        """Shape and dtype of what one page is made of, keys and then values: each part is one DMA."""
+        found: list[tuple[tuple[int, ...], DTypeLike]] = []
+        for storage in self:
+            if isinstance(storage, LaneBlockFormat):
+                found += storage.page_parts(heads.num_kv_heads, heads.page_size).values()
+            else:
+                found.append(((heads.num_kv_heads, heads.page_rows, heads.lanes), storage))
+        return found
+
+    def page_bytes(self, heads: Heads) -> int:
+        """Bytes of a page, keys and values, that a kernel reads."""
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.parts(heads))
+
+    def rows(self, heads: Heads, queries: int) -> int:
+        """Rows of one part of the packing, those among them that pad it."""
+        rows = queries * heads.group
+        return _padded(rows, 8) if any(self.quantized) else rows
+
+    def split(self, heads: Heads, queries: int) -> bool:
+        """Whether scales are applied to scores and weights, not to keys and values.
+
+        A score is the sum over blocks of ``scale * (query . codes)``: codes alone are multiplied, and a scale is for a
+        score of each row of queries, not for 32 numbers of a key. The products take as many times the rows as a
+        row has blocks, which costs nothing while they are fewer than the codes that the matrix unit loads for them.
+        """
+        return any(self.quantized) and heads.packed * self.rows(heads, queries) <= _MAX_SPLIT_ROWS
+
+
+def compute_dtype(q_dtype: DTypeLike, *stored: Storage) -> np.dtype:
+    """What queries, keys and weights are multiplied in: bfloat16 where queries and plain pages hold it, or float32."""
+    dtypes = {jnp.dtype(q_dtype), *(jnp.dtype(x) for x in stored if not isinstance(x, LaneBlockFormat))}
+    return jnp.dtype(jnp.bfloat16 if dtypes == {jnp.dtype(jnp.bfloat16)} else jnp.float32)
 
 
 def choose_blocks(
     q_shape: tuple[int, ...],
     k_pages_shape: tuple[int, ...],
-    page_dtype: DTypeLike,
+    page_dtype: Storage,
     max_q_len: int | None,
+    *,
+    v_dtype: Storage | None = None,
 ) -> Blocks:
     """Blocks that fit the VMEM that every TPU gives a kernel (16 MiB), from shapes alone.
 
@@ -84,23 +147,26 @@ def choose_blocks(
 
     Args:
       q_shape: [T, Hq, D].
-      k_pages_shape: [N, KV, rows of a page, lanes].
-      page_dtype: of the pages.
+      k_pages_shape: as ``Heads.of`` has it.
+      page_dtype: dtype or format of the pages.
       max_q_len: static bound on the queries of one sequence; None = T.
+      v_dtype: that of pages of values, where it is another one.
     """
-    heads = Heads.of(q_shape, k_pages_shape)
+    heads, stored = Heads.of(q_shape, k_pages_shape, page_dtype), Stored(page_dtype, v_dtype or page_dtype)
     tokens = q_shape[0] if max_q_len is None else min(max_q_len, q_shape[0])
-    sizes = tuned(
-        num_kv_heads=heads.num_kv_heads,
-        group=heads.group,
-        head_dim=heads.head_dim,
-        page_size=heads.page_size,
-        dtype=page_dtype,
-        kind="decode" if tokens == 1 else "prefill",
-    )
+    sizes = None
+    if not any(stored.quantized):  # which nothing was measured for
+        sizes = tuned(
+            num_kv_heads=heads.num_kv_heads,
+            group=heads.group,
+            head_dim=heads.head_dim,
+            page_size=heads.page_size,
+            dtype=page_dtype,  # type: ignore[arg-type]
+            kind="decode" if tokens == 1 else "prefill",
+        )
     if sizes is not None:  # a step of few queries has no larger blocks than them
         return Blocks(sizes["pages"], min(sizes["queries"], power_of_two(tokens)))
-    row_bytes = 2 * heads.num_kv_heads * _padded(heads.lanes, LANES) * np.dtype(page_dtype).itemsize
+    row_bytes = _buffer_bytes(heads, stored) // heads.page_rows
     block_bytes = _DECODE_BLOCK_BYTES if tokens == 1 else _BUFFER_BYTES // 2
     rows = max(LANES, min(_MAX_LANES, block_bytes // row_bytes // LANES * LANES))
     pages = max(1, rows // heads.page_rows)
@@ -116,31 +182,58 @@ def choose_blocks(
 
 
 def vmem_bytes(
-    blocks: Blocks, heads: Heads, queries: int, page_dtype: DTypeLike, dtype: DTypeLike, rope: bool
+    blocks: Blocks, heads: Heads, queries: int, stored: Stored, dtype: DTypeLike, rope: bool
 ) -> int:
     """VMEM of one call's blocks and scratch, as its tiles of (8, 128) words are laid out.
 
     What the compiler adds for values that leave its registers is not in it.
     """
-    lanes, rows = _padded(heads.lanes, LANES), queries * heads.group * heads.packed
-    item, page_item = np.dtype(dtype).itemsize, np.dtype(page_dtype).itemsize
-    padded = _padded(rows, 8)
-    kv = 2 * 2 * heads.num_kv_heads * blocks.pages * heads.page_rows * lanes * page_item
+    lanes, rows = _padded(heads.lanes, LANES), heads.packed * stored.rows(heads, queries)
+    item, padded, columns = np.dtype(dtype).itemsize, _padded(rows, 8), blocks.pages * heads.page_rows
+    kv = 2 * blocks.pages * _buffer_bytes(heads, stored)
     q = heads.num_kv_heads * _padded(rows, 32 // item) * lanes * item
     out = heads.num_kv_heads * padded * lanes * 4
     lse = _padded(heads.num_kv_heads, 8) * _padded(rows, LANES) * 4
     sums = heads.num_kv_heads * padded * (lanes + 2 * LANES) * 4
-    columns = 2 * padded * LANES * 4 + 2 * 2 * 8 * _padded(rows, LANES) * 4
-    turning = q + 2 * lanes * lanes * 4 if rope else 0
-    return kv + 2 * (q + out + lse) + sums + columns + turning
+    by_row = 2 * padded * LANES * 4 + 2 * 2 * 8 * _padded(rows, LANES) * 4
+    turning = q + 2 * (1 + stored.turned) * lanes * lanes * 4 if rope else 0
+    scales = 4 * math.prod(scales_shape(heads, stored, queries, columns))
+    return kv + 2 * (q + out + lse) + sums + by_row + turning + scales
+
+
+def scales_shape(heads: Heads, stored: Stored, queries: int, columns: int) -> tuple[int, ...]:
+    """Shape, in VMEM, of the scales of a K/V block of ``columns`` rows, of keys and of values.
+
+    Where they meet scores, f32[2, blocks of all heads, columns]; where they meet keys, transposed, with blocks along
+    the lanes, f32[2, *, columns, 128].
+    """
+    if not any(stored.quantized):
+        return 1, 8, LANES
+    blocks = max(  # with what pads them in their pages
+        math.prod(shape) // heads.page_rows for shape, dtype in stored.parts(heads) if dtype == jnp.int16
+    )
+    if stored.split(heads, queries):
+        return 2, blocks, columns
+    return 2, -(-blocks // LANES), columns, LANES
+
+
+def _buffer_bytes(heads: Heads, stored: Stored) -> int:
+    """VMEM of a page's parts, padded as they lie there."""
+    total = 0
+    for (*outer, rows, lanes), dtype in stored.parts(heads):
+        if not outer:  # scales, of which each page has tiles of its own
+            rows = _padded(rows, 16)
+        total += math.prod(outer) * rows * _padded(lanes, LANES) * np.dtype(dtype).itemsize
+    return total
 
 
 def describe(
     q_shape: tuple[int, ...],
     k_pages_shape: tuple[int, ...],
-    page_dtype: DTypeLike,
+    page_dtype: Storage,
     max_q_len: int | None,
     *,
+    v_dtype: Storage | None = None,
     q_dtype: DTypeLike = jnp.bfloat16,
     max_seqs: int = 1,
     max_entries: int = 1,
@@ -149,7 +242,7 @@ def describe(
     """What a call with these shapes runs, for people to read.
 
     Args:
-      q_shape, k_pages_shape, page_dtype, max_q_len: as ``choose_blocks`` has them.
+      q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype: as ``choose_blocks`` has them.
       q_dtype: of the queries.
       max_seqs, max_entries: S and P of the block table.
       rope: whether entries may be shifted.
@@ -157,34 +250,43 @@ def describe(
     Returns:
       ``implementation``; ``blocks``; ``dtype`` of the products; ``packed`` tokens in a row; ``padding``, the share of
       K/V bytes that is none; ``tokens_per_block`` and ``bytes_per_block``, a K/V block's; ``query_rows``, rows of a
-      tile of scores; ``vmem_bytes`` and ``smem_bytes`` of the larger of the call's kernels; ``bytes_per_token``, K/V
-      bytes that are read for each live token of a sequence, by each of its blocks of queries; ``table_bytes``, read
-      and written once a step to pack the table; ``relayout``, whether XLA copies the whole pool before every call.
+      tile of scores; ``scales``, what those of quantized pages are applied to; ``vmem_bytes`` and ``smem_bytes`` of the
+      larger of the call's kernels; ``bytes_per_token``, K/V bytes, codes and scales, that are read for each live token
+      of a sequence, by each of its blocks of queries; ``table_bytes``, read and written once a step to pack the table;
+      ``relayout``, whether XLA copies the whole pool before every call.
     """
-    heads, blocks = (
-        Heads.of(q_shape, k_pages_shape),
-        choose_blocks(q_shape, k_pages_shape, page_dtype, max_q_len),
-    )
-    dtype = compute_dtype(q_dtype, page_dtype)
-    bytes_per_token = 2 * heads.num_kv_heads * heads.lanes * np.dtype(page_dtype).itemsize // heads.packed
-    tokens = blocks.pages * heads.page_size
+    heads, stored = Heads.of(q_shape, k_pages_shape, page_dtype), Stored(page_dtype, v_dtype or page_dtype)
+    blocks = choose_blocks(q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype=v_dtype)
+    dtype = compute_dtype(q_dtype, *stored)
+    page_bytes = stored.page_bytes(heads)
     items = -(-q_shape[0] // blocks.queries) + min(max_seqs, q_shape[0])
     entry_words = _padded(FIELDS * blocks.pages, LANES)
+    split = stored.split(heads, blocks.queries)
     return {
         "implementation": "mosaic_tpu",
         "blocks": blocks,
         "dtype": dtype.name,
         "packed": heads.packed,
-        "padding": 1 - heads.packed * heads.head_dim / heads.lanes,
-        "tokens_per_block": tokens,
-        "bytes_per_block": tokens * bytes_per_token,
-        "query_rows": blocks.queries * heads.group * heads.packed,
-        "vmem_bytes": vmem_bytes(blocks, heads, blocks.queries, page_dtype, dtype, rope),
+        "padding": 1 - _least_bytes(heads, stored) / page_bytes,
+        "tokens_per_block": blocks.pages * heads.page_size,
+        "bytes_per_block": blocks.pages * page_bytes,
+        "query_rows": stored.rows(heads, blocks.queries) * heads.packed,
+        "scales": ("scores" if split else "keys") if any(stored.quantized) else "none",
+        "vmem_bytes": vmem_bytes(blocks, heads, blocks.queries, stored, dtype, rope),
         "smem_bytes": 4 * (3 * entry_words + len(Items._fields) * items + 4),
-        "bytes_per_token": bytes_per_token,
+        "bytes_per_token": page_bytes // heads.page_size,
         "table_bytes": 8 * max_seqs * -(-max_entries // blocks.pages) * entry_words,
         "relayout": heads.lanes % LANES != 0,
     }
+
+
+def _least_bytes(heads: Heads, stored: Stored) -> float:
+    """Bytes of a page without what pads its rows."""
+    numbers = heads.num_kv_heads * heads.page_size * heads.head_dim
+    return sum(
+        numbers * (x.code.bytes / BLOCK if isinstance(x, LaneBlockFormat) else np.dtype(x).itemsize)
+        for x in stored
+    )
 
 
 def _padded(n: int, unit: int) -> int:

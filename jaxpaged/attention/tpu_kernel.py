@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +17,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxpaged.attention.base import NOWHERE, Config
-from jaxpaged.attention.tpu_blocks import SLOTS_SHIFT, Heads, Items
+from jaxpaged.attention.tpu_blocks import SLOTS_SHIFT, Heads, Items, Storage, Stored
 from jaxpaged.page_format import LANES
+from jaxpaged.page_format.ggml import BLOCK
+from jaxpaged.page_format.lane_blocks import LaneBlockFormat
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
 _LOG2_E = math.log2(math.e)
 _ITEM_FIELDS = len(Items._fields)
+
+
+class Side(NamedTuple):
+    """Keys or values: where their pages are, and where those of a K/V block go."""
+
+    storage: Storage
+    pools: Sequence[Any]
+    """In HBM, the parts of pages ``[N, ...]``: numbers, or codes and scales."""
+    buffers: Sequence[Any]
+    """In VMEM, two of each: numbers or codes ``[2, KV, rows of pages, lanes]``, scales ``[2, pages, ...]``."""
+    scales: Any
+    """The scales of the block at hand, see ``tpu_blocks.scales_shape``."""
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.storage, LaneBlockFormat)
+
+    @classmethod
+    def both(
+        cls, stored: Stored, pools: Sequence[Any], buffers: Sequence[Any], scales: Any
+    ) -> tuple[Side, Side]:
+        first = 1 + stored.quantized[0]  # parts of keys
+        return (
+            cls(stored.k, pools[:first], buffers[:first], scales.at[0]),
+            cls(stored.v, pools[first:], buffers[first:], scales.at[scales.shape[0] - 1]),
+        )
 
 
 @dataclass(frozen=True)
@@ -39,6 +68,7 @@ class Cut:
     """Length of the list; how many of them there are is known on the device."""
     dtype: np.dtype
     """Of the factors of products."""
+    stored: Stored
 
     @property
     def rows(self) -> int:
@@ -48,7 +78,17 @@ class Cut:
     @property
     def width(self) -> int:
         """Rows of one part of the packing."""
-        return self.queries * self.heads.group
+        return self.stored.rows(self.heads, self.queries)
+
+    @property
+    def split(self) -> bool:
+        return self.stored.split(self.heads, self.queries)
+
+    @property
+    def part_of_block(self) -> list[int]:
+        """For each quantized block of a row the part of the packing that it belongs to."""
+        blocks = self.heads.blocks
+        return [block * self.heads.packed // blocks for block in range(blocks)]
 
     @property
     def columns(self) -> int:
@@ -58,7 +98,7 @@ class Cut:
     @property
     def heads_at_once(self) -> int:
         """KV heads whose products may overlap; more would only make the program longer."""
-        most = 8 if self.rows <= 32 else 2
+        most = 8 if self.rows <= 32 and not any(self.stored.quantized) else 2
         return max(n for n in range(1, most + 1) if self.heads.num_kv_heads % n == 0)
 
 
@@ -68,7 +108,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     Args:
       refs: in the order of ``mosaic_tpu``'s call: how many items there are; the fields of ``Items``; blocks of queries
         and of their positions, with ``rotated`` also of their rotations, and what turns them; the packed table and the
-        pages, in HBM; blocks of the outputs; scratch.
+        parts of pages, in HBM; blocks of the outputs; scratch.
       cut: the static sizes.
       rotated: whether entries may carry rotations.
     """
@@ -77,10 +117,17 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     q_ref, position_ref, *rest = refs[1 + _ITEM_FIELDS :]
     if rotated:
         own_ref, turns_ref, partner_ref, *rest = rest
-    table_hbm, k_hbm, v_hbm, out_ref, lse_ref, k_buffer, v_buffer, *rest = rest
-    max_ref, sum_ref, weighted_ref, column_ref, turned_ref, *rest = rest
+        if cut.stored.turned:
+            hadamard_ref, *rest = rest
+    heads, pages, num_parts = cut.heads, cut.pages, len(cut.stored.parts(cut.heads))
+    (table_hbm, *pools), (out_ref, lse_ref, *buffers), rest = (
+        rest[: 1 + num_parts],
+        rest[1 + num_parts : 3 + 2 * num_parts],
+        rest[3 + 2 * num_parts :],
+    )
+    scales_ref, max_ref, sum_ref, weighted_ref, column_ref, turned_ref, *rest = rest
     entries, state, table_arrived, pages_arrived = rest
-    heads, pages = cut.heads, cut.pages
+    sides = k_side, v_side = Side.both(cut.stored, pools, buffers, scales_ref)
     page_rows, packed = heads.page_rows, heads.packed
     item = pl.program_id(0)
 
@@ -112,14 +159,16 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     def field(number: Array, name: int, k: Any) -> Array:
         return entries[lax.rem(number, 3), 0, name * pages + k]
 
-    def fetch_page(number: Array, k: Array, page: Array) -> tuple[Any, Any]:
+    def fetch_page(number: Array, k: Array, page: Array) -> list[Any]:
         slot = _buffer_of(number)
-        rows = pl.ds(pl.multiple_of(k * page_rows, page_rows), page_rows)
-        copies = (
-            pltpu.make_async_copy(pool.at[page], buffer.at[slot, :, rows], pages_arrived.at[slot])
-            for pool, buffer in ((k_hbm, k_buffer), (v_hbm, v_buffer))
-        )
-        return next(copies), next(copies)
+        copies = []
+        for pool, buffer in zip(pools, buffers, strict=True):
+            target = buffer.at[slot, k]
+            if len(pool.shape) == 4:  # rows of each head, among those of the other pages
+                rows = pool.shape[2]
+                target = buffer.at[slot, :, pl.ds(pl.multiple_of(k * rows, rows), rows)]
+            copies.append(pltpu.make_async_copy(pool.at[page], target, pages_arrived.at[slot]))
+        return copies
 
     def start_pages(i: Array, chunk: Array, number: Array) -> None:
         def start(k: Array, _: None) -> None:
@@ -136,7 +185,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         @pl.when(whole)
         def wait_once() -> None:
             # A wait is for as many bytes as arrive: one for all pages.
-            for buffer in (k_buffer, v_buffer):
+            for buffer in buffers:
                 pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], pages_arrived.at[slot]).wait()
 
         def wait(k: Array, _: None) -> None:
@@ -173,10 +222,13 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         """Makes V zero where there is no token: a weight of 0 times NaN would be NaN.
 
         So is K where tokens share a row, of which a query's zeros meet the other's. Only pages that are partly used
-        are touched, mostly a sequence's last one.
+        are touched, mostly a sequence's last one. Quantized numbers are finite, whatever lies there.
         """
-        buffers = (v_buffer, k_buffer) if packed > 1 else (v_buffer,)
-        unit = max(page_rows, 32 // v_buffer.dtype.itemsize)  # rows of whole tiles
+        touched = (v_side, k_side) if packed > 1 else (v_side,)
+        buffers = [side.buffers[0] for side in touched if not side.quantized]
+        if not buffers:
+            return
+        unit = max(page_rows, *(32 // buffer.dtype.itemsize for buffer in buffers))  # rows of whole tiles
         slot = _buffer_of(number)
         shape = 1, unit, heads.lanes
         row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
@@ -226,6 +278,41 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
             pieces.append(jnp.where((token >= first) & (token < behind), base + token, NOWHERE))
         return jnp.concatenate(pieces, axis=1)
 
+    def gather_scales(number: Array) -> None:
+        """Brings the scales of a block's pages to the columns of its scores."""
+
+        def some(column: Array, _: None) -> None:
+            for side in sides:
+                if side.quantized:
+                    _gather_scales(side.buffers[1].at[_buffer_of(number)], side.scales, column, cut)
+
+        lax.fori_loop(0, cut.columns // LANES, some, None)
+
+    def products_with_keys(slot: Array, h: Any, queries: Array) -> Array:
+        """f32[rows, columns]: ``queries [rows, lanes]`` times the keys of a head."""
+        if not k_side.quantized or not cut.split:
+            return _dot(queries, _load(k_side, slot, h, cut), (1, 1))
+        products = _dot(_by_block(queries, cut), _load(k_side, slot, h, cut), (1, 1))
+        sums: list[Any] = [0] * packed
+        for block, part in enumerate(cut.part_of_block):
+            scales = k_side.scales[pl.ds(h * heads.blocks + block, 1)]
+            sums[part] += products[block * cut.width : (block + 1) * cut.width] * scales
+        return jnp.concatenate(sums, axis=0)
+
+    def weighted_values(slot: Array, h: Any, weights: Array) -> Array:
+        """f32[rows, lanes]: ``weights [rows, columns]`` times the values of a head."""
+        if not v_side.quantized or not cut.split:
+            return _dot(weights.astype(cut.dtype), _load(v_side, slot, h, cut), (1, 0))
+        scaled = [
+            weights[part * cut.width : (part + 1) * cut.width]
+            * v_side.scales[pl.ds(h * heads.blocks + block, 1)]
+            for block, part in enumerate(cut.part_of_block)
+        ]
+        products = _dot(
+            jnp.concatenate(scaled, axis=0).astype(cut.dtype), _load(v_side, slot, h, cut), (1, 0)
+        )
+        return _from_blocks(products, cut)
+
     def attend(number: Array, begin: Array, end: Array) -> None:
         """Adds the keys of the entries ``begin .. end`` of a block to the sums."""
         slot = _buffer_of(number)
@@ -235,8 +322,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         scale = cut.config.scale * _LOG2_E
 
         def one_head(h: Any) -> None:
-            keys, values = _load(k_buffer, (slot, h), cut.dtype), _load(v_buffer, (slot, h), cut.dtype)
-            scores = _dot(queries[h], keys, (1, 1))
+            scores = products_with_keys(slot, h, queries[h])
             if cut.config.soft_cap is None:
                 scores *= scale
             else:
@@ -252,8 +338,9 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
             weights = jnp.exp2(scores - _widened(maximum, cut.columns))
             max_ref[h] = maximum
             sum_ref[h] = sum_ref[h] * rescale + jnp.sum(weights, axis=1, keepdims=True)
-            new = _dot(weights.astype(cut.dtype), values, (1, 0))
-            weighted_ref[h] = weighted_ref[h] * _widened(rescale, heads.lanes) + new
+            weighted_ref[h] = weighted_ref[h] * _widened(rescale, heads.lanes) + weighted_values(
+                slot, h, weights
+            )
 
         _over_heads(heads.num_kv_heads, cut.heads_at_once, one_head)
 
@@ -278,7 +365,12 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
                 def one_head(h: Any) -> None:
                     x = q_ref[0, h].astype(jnp.float32)
-                    turned_ref[h] = (x * cos + _dot(x, partner_ref[...], (1, 0)) * sin).astype(cut.dtype)
+                    if cut.stored.turned:  # its own inverse; queries turn as rotations know them
+                        x = _dot(x, hadamard_ref[...], (1, 0))
+                    x = x * cos + _dot(x, partner_ref[...], (1, 0)) * sin
+                    if cut.stored.turned:
+                        x = _dot(x, hadamard_ref[...], (1, 0))
+                    turned_ref[h] = x.astype(cut.dtype)
 
                 _over_heads(heads.num_kv_heads, 1, one_head)
 
@@ -325,6 +417,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         wait_for_pages(item, chunk, number)
         begin, end = live(item, chunk)
         zero_unused_slots(number, begin, end)
+        gather_scales(number)
         (attend_by_frame if rotated else attend)(number, begin, end)
         state[0] = number + 1
 
@@ -369,9 +462,92 @@ def _over_heads(num_kv_heads: int, at_once: int, body: Any) -> None:
         lax.fori_loop(0, num_kv_heads // at_once, step, None)
 
 
-def _load(buffer: Any, index: tuple[Any, ...], dtype: np.dtype) -> Array:
-    """Keys or values of a K/V block as they are multiplied: the one function that knows how numbers are stored."""
-    return buffer[index].astype(dtype)
+def _load(side: Side, slot: Array, h: Any, cut: Cut) -> Array:
+    """``[columns, lanes]``, keys or values of a head as they are multiplied; their codes, where queries are split."""
+    numbers = side.buffers[0][slot, h]
+    if not isinstance(side.storage, LaneBlockFormat):
+        return numbers.astype(cut.dtype)
+    if side.storage.bits == 4:
+        numbers = pltpu.bitcast(numbers, jnp.int4)
+    if cut.split:
+        return numbers.astype(cut.dtype)
+    # One scale of each row for every 32 lanes: blocks of all heads lie along the lanes of ``scales``.
+    first = h * cut.heads.blocks
+    scales = side.scales[first // LANES]
+    block = lax.broadcasted_iota(jnp.int32, scales.shape, 1) // BLOCK + first % LANES
+    factors = [
+        jnp.take_along_axis(scales, block + start // BLOCK, axis=1, mode="promise_in_bounds")
+        for start in range(0, cut.heads.lanes, LANES)
+    ]
+    return (numbers.astype(jnp.float32) * jnp.concatenate(factors, axis=1)).astype(cut.dtype)
+
+
+def _by_block(queries: Array, cut: Cut) -> Array:
+    """``queries [rows, lanes]`` once for each quantized block of their part, with zeros elsewhere."""
+    queries = queries.astype(jnp.float32)
+    lane = lax.broadcasted_iota(jnp.int32, (cut.width, cut.heads.lanes), 1)
+    copies = [
+        jnp.where(lane // BLOCK == block, queries[part * cut.width : (part + 1) * cut.width], 0)
+        for block, part in enumerate(cut.part_of_block)
+    ]
+    return jnp.concatenate(copies, axis=0).astype(cut.dtype)
+
+
+def _from_blocks(products: Array, cut: Cut) -> Array:
+    """f32[rows, lanes]: what rows of ``_by_block`` found, each in its block's lanes."""
+    lane = lax.broadcasted_iota(jnp.int32, (cut.width, cut.heads.lanes), 1)
+    parts: list[Any] = [0] * cut.heads.packed
+    for block, part in enumerate(cut.part_of_block):
+        found = products[block * cut.width : (block + 1) * cut.width]
+        parts[part] = jnp.where(lane // BLOCK == block, found, parts[part])
+    return jnp.concatenate(parts, axis=0)
+
+
+def _gather_scales(pages: Any, scales: Any, column: Array, cut: Cut) -> None:
+    """Brings the scales of 128 columns, from ``128 * column`` on, to where products meet them.
+
+    Args:
+      pages: i16[pages, *, *], ref: as pages have them, see ``page_format.lane_blocks``.
+      scales: f32, ref: see ``tpu_blocks.scales_shape``.
+      column: which columns.
+      cut: the sizes.
+    """
+    together = LANES // cut.heads.page_rows  # pages of 128 columns
+    if together <= 1:
+        page, start = column * LANES // cut.heads.page_rows, column * LANES % cut.heads.page_rows
+        bits = pages[page, :, pl.ds(pl.multiple_of(start, LANES), LANES)].astype(jnp.int32)
+    else:
+        # Pages have side by side what belongs below each other, and the other way round: pairs of pages exchange
+        # halves of their lanes, then quarters, and so on.
+        rows = [pages[column * together + k].astype(jnp.int32) for k in range(together)]
+        lane = lax.broadcasted_iota(jnp.int32, rows[0].shape, 1)
+        step = 1
+        while step < together:
+            width = step * cut.heads.page_rows
+            right = lane & width != 0
+            for k in range(together):
+                if k & step == 0:
+                    a, b = rows[k], rows[k + step]
+                    rows[k] = jnp.where(right, pltpu.roll(b, width, 1), a)
+                    rows[k + step] = jnp.where(right, b, pltpu.roll(a, LANES - width, 1))
+            step *= 2
+        bits = jnp.concatenate(rows, axis=0)
+    found = _half_to_float(bits)
+    columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
+    if cut.split:
+        scales[: len(found), columns] = found
+        return
+    found = jnp.pad(found, ((0, scales.shape[0] * LANES - len(found)), (0, 0)))
+    for i in range(scales.shape[0]):
+        scales[i, columns] = found[i * LANES : (i + 1) * LANES].T
+
+
+def _half_to_float(bits: Array) -> Array:
+    """f32 of the bits of float16, in i32; what float16 has no number for becomes one, so that zero times it is zero."""
+    magnitude = bits & 0x7FFF
+    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
+    x = jnp.where(magnitude < 1 << 10, magnitude.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(bits & 0x8000 != 0, -x, x)
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

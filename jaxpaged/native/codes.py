@@ -116,18 +116,8 @@ def _expand_codebook(values: Sequence[int]) -> Callable[[Code, Any, Any, Any], l
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def _write_run(
-    expand: Callable[[Code, Any, Any, Any], list[Any]], size: int, zero: float | None
-) -> Callable[..., None]:
-    """``scale * code + offset`` for each block; the offset is its minimum, or ``zero * scale``.
-
-    Args:
-      expand: the codes of a block.
-      size: bytes of its codes.
-      zero: the code that stands for 0, negated; None where blocks have minima.
-    """
-
-    block = _block_of(expand, size, zero)
+def _write_run(block: Callable[..., list[Any]]) -> Callable[..., None]:
+    """The numbers of each block, one after the other."""
 
     def write(
         c: Code, codes: Any, scales: Any, minima: Any, more: Any, target: Any, first: Any, count: Any
@@ -143,7 +133,13 @@ def _write_run(
 def _block_of(
     expand: Callable[[Code, Any, Any, Any], list[Any]], size: int, zero: float | None
 ) -> Callable[..., list[Any]]:
-    """The numbers of block ``at`` as two vectors; arguments as for ``_write_run``."""
+    """``scale * code + offset`` of block ``at``, as two vectors; the offset is its minimum, or ``zero * scale``.
+
+    Args:
+      expand: the codes of a block.
+      size: bytes of its codes.
+      zero: the code that stands for 0, negated; None where blocks have minima.
+    """
 
     def block(c: Code, codes: Any, scales: Any, minima: Any, more: Any, at: Any) -> list[Any]:
         scale = _f16(c, scales, at)
@@ -158,45 +154,41 @@ def _block_of(
     return block
 
 
-def _write_q4_k_run(
-    c: Code, codes: Any, scales: Any, minima: Any, more: Any, target: Any, first: Any, count: Any
-) -> None:
-    """Blocks in super-blocks of 8, whose scales and minimums have 6 bits; ``k_quants`` says where they are."""
+def _q4_k_block(c: Code, codes: Any, scales: Any, minima: Any, more: Any, at: Any) -> list[Any]:
+    """Of a super-block of 8, whose scales and minimums have 6 bits; ``page_format.k_quants`` says where they are."""
 
     def integer(value: Any) -> Any:
         return c.b.zext(value, _I32)
 
-    with c.loop(count, 1) as i:
-        at = c.b.add(first, i)
-        super_block, j = c.b.lshr(at, _I64(3)), c.b.and_(at, _I64(7))
-        bits = c.b.add(more, c.b.mul(super_block, _I64(12)))
-        tail = c.b.icmp_unsigned(">=", j, _I64(4))
-        j_4 = c.b.and_(j, _I64(3))
-        head_scale, head_minimum, both = (
-            integer(_element(c, bits, c.b.add(j_4, _I64(offset)), _I8, 1)) for offset in (0, 4, 8)
-        )
+    super_block, j = c.b.lshr(at, _I64(3)), c.b.and_(at, _I64(7))
+    bits = c.b.add(more, c.b.mul(super_block, _I64(12)))
+    tail = c.b.icmp_unsigned(">=", j, _I64(4))
+    head_scale, head_minimum, both = (
+        integer(_element(c, bits, c.b.add(c.b.and_(j, _I64(3)), _I64(offset)), _I8, 1))
+        for offset in (0, 4, 8)
+    )
 
-        def six_bits(head: Any, low: Any, tail: Any = tail) -> Any:
-            upper = c.b.shl(c.b.lshr(head, _I32(6)), _I32(4))
-            return c.b.select(tail, c.b.or_(low, upper), c.b.and_(head, _I32(63)))
+    def six_bits(head: Any, low: Any) -> Any:
+        upper = c.b.shl(c.b.lshr(head, _I32(6)), _I32(4))
+        return c.b.select(tail, c.b.or_(low, upper), c.b.and_(head, _I32(63)))
 
-        scale = six_bits(head_scale, c.b.and_(both, _I32(15)))
-        minimum = six_bits(head_minimum, c.b.lshr(both, _I32(4)))
-        scale, minimum = (
-            c.b.fmul(_f16(c, big, super_block), c.b.sitofp(small, _F32))
-            for big, small in ((scales, scale), (minima, minimum))
-        )
-        factor, start = c.spread(scale, _FLOATS), c.spread(minimum, _FLOATS)
-        source = c.b.add(codes, c.b.mul(super_block, _I64(128)))
-        source = c.b.add(source, c.b.mul(c.b.lshr(j, _I64(1)), _I64(32)))
-        # Two blocks share 32 bytes: one has their low halves.
-        shift = c.spread(c.b.trunc(c.b.shl(c.b.and_(j, _I64(1)), _I64(2)), _I32), _WORDS)
-        out = c.at(target, c.b.mul(i, _I64(2 * _HALF)))
-        for half in (0, 1):
-            words = c.b.zext(_bytes_at(c, source, _HALF * half), _WORDS)
-            numbers = c.b.sitofp(c.b.and_(c.b.lshr(words, shift), _all(_WORDS, 15)), _FLOATS)
-            number = c.b.fsub(c.b.fmul(numbers, factor), start)
-            c.store(number, c.at(out, _HALF * half))
+    scale = six_bits(head_scale, c.b.and_(both, _I32(15)))
+    minimum = six_bits(head_minimum, c.b.lshr(both, _I32(4)))
+    scale, minimum = (
+        c.b.fmul(_f16(c, big, super_block), c.b.sitofp(small, _F32))
+        for big, small in ((scales, scale), (minima, minimum))
+    )
+    factor, start = c.spread(scale, _FLOATS), c.spread(minimum, _FLOATS)
+    source = c.b.add(codes, c.b.mul(super_block, _I64(128)))
+    source = c.b.add(source, c.b.mul(c.b.lshr(j, _I64(1)), _I64(32)))
+    # Two blocks share 32 bytes: one has their low halves.
+    shift = c.spread(c.b.trunc(c.b.shl(c.b.and_(j, _I64(1)), _I64(2)), _I32), _WORDS)
+    halves = []
+    for half in (0, 1):
+        words = c.b.zext(_bytes_at(c, source, _HALF * half), _WORDS)
+        numbers = c.b.sitofp(c.b.and_(c.b.lshr(words, shift), _all(_WORDS, 15)), _FLOATS)
+        halves.append(c.b.fsub(c.b.fmul(numbers, factor), start))
+    return halves
 
 
 def _write_by_channel(expand: Callable[[Code, Any, Any, Any], list[Any]], size: int) -> Callable[..., None]:
@@ -213,6 +205,12 @@ def _write_by_channel(expand: Callable[[Code, Any, Any, Any], list[Any]], size: 
                 c.store(c.fma(numbers, c.load(factor, _FLOATS), c.load(start, _FLOATS)), out)
 
     return write
+
+
+BYTES = _block_of(_expand_bytes, 32, 0)
+NIBBLES_LESS_8 = _block_of(_expand_nibbles, 16, -8)
+NIBBLES = _block_of(_expand_nibbles, 16, None)
+Q4_K = _q4_k_block
 
 
 # --- products with codes --------------------------------------------------------------------------------------------
@@ -340,11 +338,6 @@ def product_with_codes(kind: Callable[..., list[Any]]) -> Any:
     return _any_rows(_write_product, kind)
 
 
-BYTES = _block_of(_expand_bytes, 32, 0)
-NIBBLES_LESS_8 = _block_of(_expand_nibbles, 16, -8)
-NIBBLES = _block_of(_expand_nibbles, 16, None)
-
-
 # --- what is not quantized by blocks --------------------------------------------------------------------------------
 
 
@@ -374,17 +367,17 @@ def _run(write: Callable[..., None]) -> Any:
     return instructions(write, types.void, *(types.int64,) * 7)
 
 
-expand_bytes = _run(_write_run(_expand_bytes, 32, 0))
+expand_bytes = _run(_write_run(BYTES))
 """Signed bytes."""
-expand_nibbles_less_8 = _run(_write_run(_expand_nibbles, 16, -8))
+expand_nibbles_less_8 = _run(_write_run(NIBBLES_LESS_8))
 """Halves of 16 bytes, the low ones first."""
-expand_nibbles = _run(_write_run(_expand_nibbles, 16, None))
-expand_fives_less_16 = _run(_write_run(_expand_fives, 16, -16))
+expand_nibbles = _run(_write_run(NIBBLES))
+expand_fives_less_16 = _run(_write_run(_block_of(_expand_fives, 16, -16)))
 """Halves of bytes, and fifth bits in ``more``."""
-expand_fives = _run(_write_run(_expand_fives, 16, None))
-expand_twos = _run(_write_run(_expand_twos, 8, None))
+expand_fives = _run(_write_run(_block_of(_expand_fives, 16, None)))
+expand_twos = _run(_write_run(_block_of(_expand_twos, 8, None)))
 """Quarters of 8 bytes."""
-expand_q4_k = _run(_write_q4_k_run)
+expand_q4_k = _run(_write_run(Q4_K))
 expand_nibbles_by_channel = _run(_write_by_channel(_expand_nibbles, 16))
 """One row, whose scales and minima are float32, a number a channel."""
 expand_twos_by_channel = _run(_write_by_channel(_expand_twos, 8))
@@ -396,4 +389,4 @@ widen_fp8 = instructions(_write_fp8, types.void, *(types.int64,) * 2)
 
 def codebook_run(values: Sequence[int]) -> Any:
     """Halves of bytes, that stand for 16 signed bytes."""
-    return _run(_write_run(_expand_codebook(values), 16, 0))
+    return _run(_write_run(_block_of(_expand_codebook(values), 16, 0)))

@@ -246,7 +246,7 @@ def register(
       task: ``(job) -> 0``: takes pieces until there are none, then releases the job.
       sources: files that the kernel is made of, beside those of ``jaxpaged.native``.
     """
-    with _kept_in(_folder(sources)) as cache:
+    with _kept_in(_folder(name, sources)) as cache:
         c_function = numba.cfunc(types.int64(types.int64), error_model="numpy", cache=cache)
         compiled_task = c_function(task)
         # Code read from disk cannot know where the task lies now; it is linked by name.
@@ -256,9 +256,9 @@ def register(
     _REGISTERED[name] = compiled_task, compiled_handler
 
 
-def _folder(sources: Iterable[Path]) -> Path:
+def _folder(name: str, sources: Iterable[Path]) -> Path:
     """A folder for what these sources compile to: numba looks at the date of one file alone."""
-    content = hashlib.sha256(f"{version('jaxlib')} {llvm.get_host_cpu_name()}".encode())
+    content = hashlib.sha256(f"{name} {version('jaxlib')} {llvm.get_host_cpu_name()}".encode())
     for path in sorted({*Path(__file__).parent.glob("*.py"), *sources}):
         content.update(path.read_bytes())
     return cache_folder() / "kernels" / content.hexdigest()[:16]

@@ -14,12 +14,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxpaged.attention import mosaic_tpu, tpu_kernel
-from jaxpaged.attention.base import make_config
-from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, SMOLLM2_135M, Case
+from jaxpaged.attention.base import Pages, make_config
+from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, QUANTIZED_CASES, SMOLLM2_135M, Case
 from jaxpaged.attention.tpu_blocks import Blocks, Heads, block_items, choose_blocks, describe
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import page_format, token_rows
+from jaxpaged.page_format import BlockPages, PageFormat, hadamard_turn, page_format, token_rows
 from jaxpaged.testing import Built, build_case, check_conformance
 
 INTERPRETER = pltpu.InterpretParams(
@@ -62,12 +62,18 @@ def fresh_interpreter() -> Iterator[None]:
 
 def on_lanes(built: Built) -> Built:
     """The same case with pages in rows of 128."""
-    storage = page_format(built.case.dtype).on_lanes(built.case.head_dim)
-    shape = jax.eval_shape(lambda: storage.create(*built.k_pages.shape)).shape
+    sizes = built.k_pages.shape
 
-    def laid_out(pages: jax.Array) -> jax.Array:
-        if shape[-1] % built.case.head_dim:  # padded, with what no product may see
-            return jnp.pad(pages, ((0, 0),) * 3 + ((0, shape[-1] - pages.shape[-1]),))
+    def laid_out(pages: Pages) -> Pages:
+        if isinstance(pages, BlockPages):
+            # Bit by bit, the rubbish of slots that nobody wrote too.
+            page, slot = jnp.divmod(jnp.arange(sizes[0] * sizes[2]), sizes[2])
+            lanes = pages.format.on_lanes(sizes[3])
+            return lanes.put(lanes.create(*sizes), page, slot, pages.format.read(pages, page, slot))
+        storage = PageFormat("plain", pages.dtype).on_lanes(sizes[3])
+        shape = jax.eval_shape(lambda: storage.create(*sizes)).shape
+        if shape[-1] % sizes[3]:  # padded, with what no product may see
+            return jnp.pad(pages, ((0, 0),) * 3 + ((0, shape[-1] - sizes[3]),))
         return pages.reshape(shape)
 
     return dataclasses.replace(built, k_pages=laid_out(built.k_pages), v_pages=laid_out(built.v_pages))
@@ -81,14 +87,21 @@ def interpreted(blocks: Blocks | None = None):
         run = functools.partial(
             mosaic_tpu.paged_attention, config=config, rope=rope, blocks=blocks, interpret=INTERPRETER
         )
-        return jax.jit(run)(q, k_pages, v_pages, table, batch, sinks=sinks)
+        out, lse = jax.jit(run)(q, k_pages, v_pages, table, batch, sinks=sinks)
+        turned = isinstance(v_pages, BlockPages) and v_pages.format.hadamard
+        return hadamard_turn(out) if turned else out, lse
 
     return attention
 
 
-def smallest(built: Built) -> Blocks:
+def smallest(built: Built, queries: int = 8) -> Blocks:
     """Blocks so small that every loop runs more than once."""
-    return Blocks(pages=max(1, 128 // built.k_pages.shape[2]), queries=8)
+    rows = built.case.page_size
+    if isinstance(built.k_pages, BlockPages):
+        rows //= max(1, 128 // built.case.head_dim)
+    else:
+        rows = built.k_pages.shape[2]
+    return Blocks(pages=max(1, 128 // rows), queries=queries)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +118,48 @@ def test_the_kernel_conforms_and_nothing_races(name: str, layout: str) -> None:
             pytest.skip("no such layout")
         built = on_lanes(built)
     check_conformance(interpreted(smallest(built)), built)
+    assert not races_found()
+
+
+def quantized_cases() -> Iterator[tuple[Case, int]]:
+    """Cases over q8_0 and q4_0, and the queries of a block: with 2 scales meet scores, with 16 keys."""
+    cases = {case.name: case for case in (*CASES, *QUANTIZED_CASES)}
+
+    def over(name: str, dtype: str, v_dtype: str, hadamard: bool) -> Case:
+        kinds = {"dtype": dtype, "v_dtype": v_dtype, "hadamard": hadamard}
+        return dataclasses.replace(cases[name], name=f"{name}_{dtype}_{v_dtype}", **kinds)
+
+    if not EVERY_CASE:
+        yield over("q8_0_smollm2_decode", "q8_0", "q4_0", True), 2  # shifted
+        yield over("slices", "q4_0", "bf16", False), 2
+        yield cases["q4_0"], 16  # shifted, turned
+        yield cases["q4_0_llama3_mixed"], 16
+        return
+    for dtype, v_dtype, hadamard, queries in (
+        ("q8_0", "q8_0", False, 2),
+        ("q8_0", "q4_0", True, 16),
+        ("q4_0", "q4_0", True, 2),
+    ):
+        for case in CASES:
+            if case.head_dim % 32 == 0 and case.dtype != "f16":
+                yield over(case.name, dtype, v_dtype, hadamard), queries
+    for queries in (2, 16):
+        for case in QUANTIZED_CASES:
+            if {case.dtype, case.v_dtype} <= {"q8_0", "q4_0", None}:
+                yield case, queries
+        yield over("shared", "f32", "q4_0", True), queries
+        yield over("mistral_window_chunk", "q8_0", "bf16", True), queries
+
+
+@pytest.mark.parametrize(
+    ("case", "queries"), [pytest.param(*each, id=f"{each[0].name}-{each[1]}") for each in quantized_cases()]
+)
+def test_the_kernel_conforms_over_quantized_pages(case: Case, queries: int) -> None:
+    built = on_lanes(build_case(case))
+    for pages in (built.k_pages, built.v_pages):
+        if isinstance(pages, BlockPages) and pages.parts["codes"].shape[2] < 4:
+            pytest.skip("less than a word in a column of codes; refused")
+    check_conformance(interpreted(smallest(built, queries)), built)
     assert not races_found()
 
 
@@ -171,22 +226,26 @@ def test_items_hold_every_query_once_and_no_other_row() -> None:
 
 @pytest.mark.parametrize("max_q_len", [1, None])
 @pytest.mark.parametrize("name", MODELS)
-def test_chosen_blocks_fit_every_tpu(name: str, max_q_len: int | None) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "q8_0", "q4_0"])
+def test_chosen_blocks_fit_every_tpu(name: str, max_q_len: int | None, dtype: str) -> None:
     model = MODELS[name]
-    storage = page_format("bf16").on_lanes(model["head_dim"])
+    storage = page_format(dtype).on_lanes(model["head_dim"])
+    holds = storage.dtype if dtype == "bf16" else storage
     q_shape = 512, model["num_q_heads"], model["head_dim"]
     for page_size in (8, 16, 32, 64, 128, 256):
         heads = model["num_kv_heads"], page_size, model["head_dim"]
         shape = jax.eval_shape(functools.partial(storage.create, 1, *heads)).shape
-        told = describe(q_shape, shape, jnp.bfloat16, max_q_len)
-        blocks = told["blocks"]
-        assert blocks == choose_blocks(q_shape, shape, jnp.bfloat16, max_q_len)
-        assert blocks.pages * shape[2] % 128 == 0
+        told = describe(q_shape, shape, holds, max_q_len)
+        blocks, sizes = told["blocks"], Heads.of(q_shape, shape, holds)
+        assert blocks == choose_blocks(q_shape, shape, holds, max_q_len)
+        assert blocks.pages * sizes.page_rows % 128 == 0
         assert blocks.queries == 1 if max_q_len == 1 else blocks.queries > 1
         assert told["vmem_bytes"] <= 12 << 20  # of 16 MiB: what leaves the registers needs some
         assert told["tokens_per_block"] == blocks.pages * page_size
         assert told["bytes_per_block"] == 2 * blocks.pages * storage.bytes_per_page(*heads)
-        assert Heads.of(q_shape, shape).page_size == page_size
+        assert told["bytes_per_token"] == 2 * storage.bytes_per_page(*heads) // page_size
+        assert told["padding"] >= 0
+        assert sizes.page_size == page_size
 
 
 def test_what_the_kernel_cannot_serve_is_refused_with_the_reason() -> None:
@@ -205,6 +264,17 @@ def test_what_the_kernel_cannot_serve_is_refused_with_the_reason() -> None:
         other = built.k_pages.astype(dtype)
         with pytest.raises(NotImplementedError, match=f"pages of {other.dtype}.*float32 and bfloat16"):
             run(other, other)
+    for name, reason in {
+        "q8_0": r"q8_0\(4, 3, 32, 64\).*rows of lanes",  # plain pages
+        "q5_1": r"q5_1.*reads q8_0 and q4_0",
+        "kivi4": r"kivi4.*reads q8_0 and q4_0",
+    }.items():
+        quantized = page_format(name).create(4, 3, 32, 64)
+        with pytest.raises(NotImplementedError, match=reason):
+            run(quantized, quantized)
+    short = page_format("q4_0").on_lanes(64).create(4, 3, 8, 64)
+    with pytest.raises(NotImplementedError, match=r"q4_0 pages of 8 tokens.*from 16 tokens on"):
+        run(short, short)
     with pytest.raises(ValueError, match=r"3 pages of 8 rows are no multiple of 128 rows; 16 pages are"):
         run(built.k_pages, built.v_pages, blocks=Blocks(3, 1))
 
