@@ -15,8 +15,9 @@ SIZES = ((3, 32, 64), (1, 8, 128), (2, 256, 32), (2, 32, 96), (2, 16, 256))
 """KV, page_size, head_dim: packed, of few rows, of many tokens, padded, of two rows of lanes."""
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [*(("q4_0", sizes) for sizes in SIZES[:4]), ("q8_0", SIZES[0]), ("q8_0", SIZES[4])]
+)
 def test_lanes_hold_what_plain_pages_hold(name: str, sizes: tuple[int, int, int]) -> None:
     num_kv_heads, page_size, head_dim = sizes
     plain, rng = page_format(name), np.random.default_rng(0)

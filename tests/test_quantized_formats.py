@@ -213,7 +213,9 @@ def test_a_hadamard_turn_changes_no_product_and_undoes_itself(head_dim: int) -> 
     turned_q, turned_k = (np.asarray(hadamard_turn(jnp.asarray(x)), np.float64) for x in (q, k))
     rounding = 2e-7 * np.linalg.norm(q, axis=1).max() * np.linalg.norm(k, axis=1).max()
     np.testing.assert_allclose(turned_q @ turned_k.T, q.astype(np.float64) @ k.T, rtol=0, atol=rounding)
-    np.testing.assert_allclose(hadamard_turn(jnp.asarray(turned_k, jnp.float32)), k, rtol=0, atol=rounding / 4)
+    np.testing.assert_allclose(
+        hadamard_turn(jnp.asarray(turned_k, jnp.float32)), k, rtol=0, atol=rounding / 4
+    )
     outlier = np.zeros(head_dim, np.float32)
     outlier[7] = 1
     spread = np.abs(hadamard_turn(jnp.asarray(outlier)))

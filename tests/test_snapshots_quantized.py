@@ -86,9 +86,8 @@ def saved_as(cache: PagedKVCache, path: Path, seq: int = ops.ALL) -> ops.Snapsho
 
 
 FORMATS = [
-    *({"dtype": name} for name in ("fp8_e4m3", "q5_1", "q4_k")),
+    {"dtype": "q4_k"},
     {"k_dtype": "kivi4", "v_dtype": "q8_0"},
-    {"k_dtype": "f16", "v_dtype": "q4_k", "hadamard": True},
 ]
 
 

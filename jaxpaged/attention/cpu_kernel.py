@@ -71,8 +71,8 @@ from jaxpaged.native.tiles import (
 )
 
 QUANTIZED = __name__.endswith("_quantized")
-"""Whether this module reads quantized pages: ``cpu_numba`` loads the file a second time for them, because what they need
-takes as long to compile as all else. numba leaves out what a constant forbids."""
+"""Whether this module reads quantized pages: ``cpu_numba`` loads the file a second time for them, because what they
+need takes as long to compile as all else. numba leaves out what a constant forbids."""
 NAME = f"jaxpaged_paged_attention{'_quantized' if QUANTIZED else ''}"
 _TASK = f"{NAME}_task"
 TILE = 64

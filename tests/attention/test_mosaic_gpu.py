@@ -77,10 +77,7 @@ def interpreted(
     config = make_config(q.shape[-1], scale, window, soft_cap)
     interpret = plgpu.InterpretGPUParams(detect_races=races)
     attention = functools.partial(mosaic_gpu.paged_attention, config=config, interpret=interpret)
-    results = jax.jit(attention)(q, k_pages, v_pages, table, batch, sinks=sinks, rope=rope)
-    # The interpreter runs each warpgroup of a block as a program of its own, on XLA's few threads: what was waiting there
-    # for these results, once in a hundred runs, kept the second one from the first one's barrier for ever.
-    out, lse = jax.block_until_ready(results)
+    out, lse = jax.jit(attention)(q, k_pages, v_pages, table, batch, sinks=sinks, rope=rope)
     return out.astype(q.dtype), lse
 
 
