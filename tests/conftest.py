@@ -16,8 +16,8 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-# XLA's threads, as many as cores if it is left out. Pallas' GPU interpreter waits on one of them, and on one more for each
-# warpgroup that waits at a barrier: with two threads the second warpgroup is never run.
+# XLA's threads, as many as cores if it is left out. Pallas' GPU interpreter waits on one of them, and on one more for
+# each warpgroup that waits at a barrier: with two threads the second warpgroup is never run.
 os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 
 
