@@ -35,10 +35,10 @@ class Batch:
     """i32[T]: slot within that page."""
     cu_q_lens: Array
     """i32[S + 1]: cumulative number of tokens by sequence, from 0."""
-    seals: Seals | None = None
-    """The pages that the step fills, where full pages are sealed; None elsewhere."""
     max_q_len: int | None = field(default=None, metadata={"static": True})
     """Static bound on the tokens of one sequence; None = T. A step of single tokens (1) compiles to less."""
+    seals: Seals | None = None
+    """The pages that the step fills, where full pages are sealed; None elsewhere."""
 
     @property
     def num_tokens(self) -> int:
