@@ -223,7 +223,8 @@ def _plan(call: int, job: int, threads: int) -> int:
             begin, end = _visible_entries(job, seq, row, row + count - 1)
             work += count * (end - begin)
             blocks += 1
-    share = max(work * kv_heads // (threads * _PIECES_A_THREAD), 1)
+    # Rounded up, or pieces would outnumber the memory below.
+    share = max(-(-work * kv_heads // (threads * _PIECES_A_THREAD)), 1)
     most = blocks * kv_heads + threads * _PIECES_A_THREAD + 1
     part_floats = most_rows * (wide + 2)
     pieces = malloc(8 * _PIECE * most)
@@ -235,7 +236,8 @@ def _plan(call: int, job: int, threads: int) -> int:
         for row in range(load_i32(cu, seq), stop, block):
             count = min(block, stop - row)
             begin, end = _visible_entries(job, seq, row, row + count - 1)
-            splits = max(min(count * (end - begin) // share, (end - begin) * page_size // LEAST_TOKENS), 1)
+            most_splits = min(end - begin, (end - begin) * page_size // LEAST_TOKENS)
+            splits = max(min(count * (end - begin) // share, most_splits), 1)
             for head in range(kv_heads):
                 for split in range(splits):
                     piece = pieces + 8 * _PIECE * number
