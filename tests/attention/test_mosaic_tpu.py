@@ -131,9 +131,7 @@ def quantized_cases() -> Iterator[tuple[Case, int]]:
 
     if not EVERY_CASE:
         yield over("q8_0_smollm2_decode", "q8_0", "q4_0", True), 2  # shifted
-        yield over("slices", "q4_0", "bf16", False), 2
         yield cases["q4_0"], 16  # shifted, turned
-        yield cases["q4_0_llama3_mixed"], 16
         return
     for dtype, v_dtype, hadamard, queries in (
         ("q8_0", "q8_0", False, 2),
