@@ -172,7 +172,7 @@ def on_gpu(built):
     return lowered_for_cuda(jax.jit(kernel), *arguments)
 
 
-@pytest.mark.parametrize("case", TELLING, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [TELLING[0], TELLING[-1]], ids=lambda case: case.name)
 def test_the_kernel_lowers_for_cuda(case):
     assert "mosaic_gpu" in on_gpu(build(case))
 
