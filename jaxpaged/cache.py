@@ -32,7 +32,7 @@ from jaxpaged.page_format import (
     SealedFormat,
     SealedPages,
     check_page_size,
-    page_format,
+    formats_of,
 )
 from jaxpaged.rope import Rope
 from jaxpaged.sealing import Copies, FreshPages, LastPages, plan_step
@@ -114,12 +114,9 @@ class PagedKVCache(Sequences):
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         check_page_size(page_size)
-        k_format = page_format(k_dtype or dtype)
-        v_format = page_format(v_dtype or dtype).for_values()
+        k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
         if layout not in (None, "plain", "lanes"):
             raise ValueError(f'layout must be "plain" or "lanes", got {layout!r}')
-        if hadamard is not None:
-            k_format, v_format = k_format.turned(hadamard), v_format.turned(hadamard)
         for storage in (k_format, v_format):
             storage.check(page_size, head_dim)
         fills_a_row = page_size * head_dim >= LANES

@@ -22,6 +22,7 @@ from jaxpaged.attention.base import (
     Tiling,
     check_queries,
     compute_dtype,
+    is_turned,
     make_config,
     power_of_two,
     ragged_attention,
@@ -33,8 +34,8 @@ from jaxpaged.page_format import (
     PAGE_FORMATS,
     BlockPages,
     PageFormat,
+    formats_of,
     hadamard_turn,
-    page_format,
 )
 from jaxpaged.rope import Rope
 
@@ -94,10 +95,7 @@ class ContiguousKVCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        k_format = page_format(k_dtype or dtype)
-        v_format = page_format(v_dtype or dtype).for_values()
-        if hadamard is not None:
-            k_format, v_format = k_format.turned(hadamard), v_format.turned(hadamard)
+        k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
         for storage in (k_format, v_format):
             if storage.seals:
                 rows = ", ".join(name for name, one in PAGE_FORMATS.items() if not one.seals)
@@ -248,7 +246,7 @@ class ContiguousKVCache:
                 cpu=partial(_attend, config=config, cpu=True),
                 default=partial(_attend, config=config, cpu=False),
             )
-        if self.v_format.hadamard:
+        if is_turned(v_row):
             out = hadamard_turn(out)
         cache = dataclasses.replace(
             self,
@@ -387,6 +385,5 @@ def _attend(
 
         return rows(k), rows(v)
 
-    turned = isinstance(k, BlockPages) and k.format.hadamard
-    source = Source(span, positions, load, 1, hadamard=turned)
+    source = Source(span, positions, load, 1, hadamard=is_turned(k))
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype)[0]

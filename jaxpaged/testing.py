@@ -30,8 +30,8 @@ from jaxpaged.page_format import (
     PageFormat,
     SealedFormat,
     SealedPages,
+    formats_of,
     hadamard_turn,
-    page_format,
 )
 from jaxpaged.rope import Rope
 
@@ -174,12 +174,6 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     return Built(case, jnp.asarray(q), k, v, table, batch, sinks_or_none, rope, out, lse, rows_as_written)
 
 
-def formats_of(case: Case) -> tuple[PageFormat, PageFormat]:
-    """The formats of a case's keys and values."""
-    k, v = page_format(case.dtype), page_format(case.v_dtype or case.dtype).for_values()
-    return k.turned(case.hadamard), v.turned(case.hadamard)
-
-
 def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) -> tuple[Pages, Pages]:
     """Pages that hold ``f32[N, KV, page_size, D]``, rubbish where it is NaN.
 
@@ -212,7 +206,7 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
         waiting = jnp.asarray(turned[opened], jnp.float16)
         return SealedPages(parts, storage, *sizes, open=waiting, place=jnp.asarray(place))
 
-    k_format, v_format = formats_of(case)
+    k_format, v_format = formats_of(case.dtype, None, case.v_dtype, case.hadamard)
     return stored(k_format, keys), stored(v_format, values)
 
 

@@ -131,7 +131,7 @@ def test_sealed_pages_of_another_size_and_other_formats_are_refused(tmp_path: Pa
     with pytest.raises(SnapshotError, match=re.escape("64 values in kivi4")):
         restore(create(dtype="kivi4", hadamard=not PAGE_FORMATS["kivi4"].hadamard), saved)
     with pytest.raises(SnapshotError, match="64 values in q4_0 and kivi4"):
-        restore(create(k_dtype="q4_0", v_dtype="kivi4", hadamard=False), replace(saved))
+        restore(create(k_dtype="q4_0", v_dtype="kivi4", hadamard=False), saved)
 
 
 @pytest.mark.parametrize("open_pages", [[99], [0, 0], [-1], [0]])

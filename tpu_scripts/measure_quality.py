@@ -52,6 +52,7 @@ from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.perplexity import BASE, HELD_OUT, chunks_of, context_of, read_text, tokens_of
 from jaxpaged.app.scoring import Scores, default_parallel, score
 from jaxpaged.page_format import PAGE_FORMATS, check_page_size
+from tpu_scripts.bench_paged_attention import line
 from tpu_scripts.common import Parser, add_json, check_writable, need, note, positive, positives, write_json
 
 _MIXED = ("q8_0/q5_1", "q8_0/q4_0", "q5_1/q4_0", "q4_0/q8_0")
@@ -401,17 +402,13 @@ def main() -> None:
         parser.error(str(error))
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{device}; {described}\n")
-    print(_line(_HEADS))
+    print(line(_HEADS))
     print(f"|{'|'.join('---' if head in ('K', 'V', 'turned') else '---:' for head in _HEADS)}|")
     for row in rows:
-        print(_line(row.cells()))
+        print(line(row.cells()))
     write_json(args.json, {"measured": described, "rows": [row.values() for row in rows]})
     if args.plot:
         draw(rows, args.plot, described)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from typing import Any, Literal, overload
 import jax
 from jax import Array
 
-from jaxpaged.attention.base import Pages, check_pages, check_queries, check_rope, make_config
+from jaxpaged.attention.base import (
+    Pages,
+    check_pages,
+    check_queries,
+    check_rope,
+    is_turned,
+    make_config,
+)
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import BlockPages, hadamard_turn, lane_width, token_rows
@@ -227,7 +234,7 @@ def paged_attention(
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
-        if isinstance(v_pages, BlockPages) and v_pages.format.hadamard:
+        if is_turned(v_pages):
             out = hadamard_turn(out)  # sums of turned values are turned sums
         out = out.astype(q.dtype)
         return (out, lse) if return_lse else out

@@ -124,6 +124,11 @@ def compute_dtype(pages: Pages) -> DTypeLike:
     return pages.dtype
 
 
+def is_turned(pages: Pages) -> bool:
+    """Whether rows are stored under a Hadamard turn (``page_format.hadamard``)."""
+    return isinstance(pages, BlockPages) and pages.format.hadamard
+
+
 def described(pages: Pages) -> str:
     """What pages hold, and their shape."""
     kind = pages.format.name if isinstance(pages, BlockPages) else str(pages.dtype)

@@ -586,10 +586,10 @@ def _ahead(job: int, work: int, run: int) -> int:
 def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
     """Asks for the scales, and what goes with them, of ``count`` rows from the pool's ``row``-th on."""
     kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
+    dim = load_i64(job, _DIM)
     for part in range(1, 4):
-        size = bytes_of_scales(kind, part, load_i64(job, _DIM))
-        if size > 0:
-            prefetch(load_i64(job, side + part) + row * size, count * size)
+        begin = load_i64(job, side + part) + bytes_of_scales(kind, part, row * dim)
+        prefetch(begin, bytes_of_scales(kind, part, count * dim))
 
 
 @njit

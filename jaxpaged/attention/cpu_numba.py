@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.attention import cpu_kernel, cpu_pages
-from jaxpaged.attention.base import Config, Pages
+from jaxpaged.attention.base import Config, Pages, is_turned
 from jaxpaged.attention.cpu_kernel import (
     FEW_ROWS,
     LEAST_TOKENS,
@@ -107,7 +107,7 @@ def paged_attention(
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     kinds = [_kind(pages, head_dim) for pages in (k_pages, v_pages)]
-    hadamard = hadamard_size(head_dim) if isinstance(k_pages, BlockPages) and k_pages.format.hadamard else 0
+    hadamard = hadamard_size(head_dim) if is_turned(k_pages) else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
     places = max(len(pages.open) if isinstance(pages, SealedPages) else 0 for pages in (k_pages, v_pages))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxpaged.native.codes import (
     BYTES,
     NIBBLES,
@@ -19,12 +22,10 @@ from jaxpaged.native.codes import (
     expand_twos,
     expand_twos_by_channel,
     product_with_codes,
-    widen_f16,
     widen_fp8,
 )
 from jaxpaged.native.memory import load_f32, store_f32
-from jaxpaged.native.tiles import f32, i64, njit, widen_bf16
-from jaxpaged.native.tiles import widen_f16 as widen_8_f16
+from jaxpaged.native.tiles import f32, i64, njit, widen_bf16, widen_f16
 from jaxpaged.page_format.ggml import IQ4_NL_VALUES
 
 KINDS = (
@@ -40,8 +41,6 @@ F16 = _F16
 """The kind of open pages."""
 FIRST_SEALED = _Q4_K
 """Kinds from here on are of pages that are open before they are sealed."""
-PARTS = ("codes", "scales", "minima", "more")
-"""What a kind's numbers are made of; plain numbers are codes. More: the fifth bits, or the scales of q4_k's blocks."""
 
 _expand_iq4_nl = codebook_run(IQ4_NL_VALUES)
 
@@ -75,7 +74,7 @@ def _load_plain(kind: int, source: int, count: int, dim: int, wide: int, target:
                 if kind == _BF16:
                     widen_bf16((source + 2 * (c * dim + i), row + 4 * i))
                 else:
-                    widen_8_f16((source + 2 * (c * dim + i), row + 4 * i))
+                    widen_f16((source + 2 * (c * dim + i), row + 4 * i))
         for i in range(dim, wide):
             store_f32(row, i, f32(0))
 
@@ -111,8 +110,9 @@ def _load_by_channel(
 ) -> None:  # fmt: skip
     """``count`` rows, from the pool's ``row``-th on, whose channels have scales of the page."""
     widened = channels + 4 * dim
-    widen_f16((scales + 2 * page * dim, channels, dim))
-    widen_f16((minima + 2 * page * dim, widened, dim))
+    for i in range(0, dim, 8):
+        widen_f16((scales + 2 * (page * dim + i), channels + 4 * i))
+        widen_f16((minima + 2 * (page * dim + i), widened + 4 * i))
     blocks = dim // 32
     for c in range(count):
         run = (codes, channels, widened, i64(0), target + 4 * c * dim, (row + c) * blocks, blocks)
@@ -145,7 +145,8 @@ def load_rows(
 
     Args:
       kind: index into ``KINDS``.
-      codes, scales, minima, more: where the parts begin; ``PARTS``.
+      codes, scales, minima, more: where the parts begin; plain numbers are codes, more are fifth bits or the scales of
+        q4_k's blocks.
       page: page and KV head, ``page * num_kv_heads + head``.
       slot: the first row.
       dim: numbers of a row; a multiple of 8, of 16 for fp8, of 32 for blocks, unless the numbers are float32.
@@ -164,10 +165,6 @@ def load_rows(
 
 # --- products of few rows, straight from the codes --------------------------------------------------------------------
 
-_DIRECT = (BYTES, NIBBLES_LESS_8, NIBBLES, Q4_K)
-_dots_bytes, _dots_nibbles_less_8, _dots_nibbles, _dots_q4_k = map(dots_with_codes, _DIRECT)
-_add_bytes, _add_nibbles_less_8, _add_nibbles, _add_q4_k = map(product_with_codes, _DIRECT)
-
 
 @njit
 def reads_codes(kind: int) -> bool:
@@ -176,38 +173,34 @@ def reads_codes(kind: int) -> bool:
 
 
 @njit
-def bytes_of_scales(kind: int, part: int, dim: int) -> int:
-    """Bytes that a token's scales (``part`` 1), minima (2) and what there is more (3) take; ``reads_codes`` kinds."""
+def bytes_of_scales(kind: int, part: int, count: int) -> int:
+    """Bytes of the scales (``part`` 1), minima (2) and what there is more (3) of ``count`` numbers of such a kind."""
     if kind == _Q4_K:  # a super-block has 16 bits, 16 bits and 12 bytes
-        return dim * 12 // 256 if part == 3 else dim * 2 // 256
-    return dim // 16 if part == 1 or (part == 2 and kind in (_Q4_1, _KIVI4_BY_TOKEN)) else 0
+        return count * (12 if part == 3 else 2) // 256
+    return count // 16 if part == 1 or (part == 2 and kind in (_Q4_1, _KIVI4_BY_TOKEN)) else 0
 
 
-@njit
-def dots_of_codes(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int, out: int, ldo: int) -> None:
-    """``out[rows, count] = a @ keys.T``, with keys ``(codes, scales, minima, more, first block, blocks, count)``."""
-    for r in range(0, rows, 4):
-        args = (*keys, a + 4 * r * lda, lda, out + 4 * r * ldo, ldo)
-        if kind == _Q8_0:
-            _dots_bytes(rows - r, args)
-        elif kind == _Q4_0:
-            _dots_nibbles_less_8(rows - r, args)
-        elif kind == _Q4_K:
-            _dots_q4_k(rows - r, args)
-        else:
-            _dots_nibbles(rows - r, args)
+def _of_codes(product: Callable[..., Any]) -> Any:
+    """``(kind, rows, keys, a, lda, out, ldo)``: ``product`` of any number of rows of ``a``, and of any such kind."""
+    of_bytes, of_nibbles_less_8, of_nibbles, of_q4_k = map(product, (BYTES, NIBBLES_LESS_8, NIBBLES, Q4_K))
+
+    @njit
+    def run(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int, out: int, ldo: int) -> None:
+        for r in range(0, rows, 4):
+            args = (*keys, a + 4 * r * lda, lda, out + 4 * r * ldo, ldo)
+            if kind == _Q8_0:
+                of_bytes(rows - r, args)
+            elif kind == _Q4_0:
+                of_nibbles_less_8(rows - r, args)
+            elif kind == _Q4_K:
+                of_q4_k(rows - r, args)
+            else:
+                of_nibbles(rows - r, args)
+
+    return run
 
 
-@njit
-def add_codes(kind: int, rows: int, keys: tuple[int, ...], a: int, lda: int, out: int, ldo: int) -> None:
-    """``out[rows, 32 * blocks] += a[rows, count] @ keys``, as for ``dots_of_codes``."""
-    for r in range(0, rows, 4):
-        args = (*keys, a + 4 * r * lda, lda, out + 4 * r * ldo, ldo)
-        if kind == _Q8_0:
-            _add_bytes(rows - r, args)
-        elif kind == _Q4_0:
-            _add_nibbles_less_8(rows - r, args)
-        elif kind == _Q4_K:
-            _add_q4_k(rows - r, args)
-        else:
-            _add_nibbles(rows - r, args)
+dots_of_codes = _of_codes(dots_with_codes)
+"""``out[rows, count] = a @ keys.T``, with keys ``(codes, scales, minima, more, first block, blocks, count)``."""
+add_codes = _of_codes(product_with_codes)
+"""``out[rows, 32 * blocks] += a[rows, count] @ keys``."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.attention.base import Config, Pages, described
+from jaxpaged.attention.base import Config, Pages, described, is_turned
 from jaxpaged.attention.gpu_kernel import ROWS, STEP_TOKENS, PageKind, Plan, attend, make_plan, split_terms
 from jaxpaged.attention.gpu_quantized import BLOCK, CODES, to_columns, to_numbers
 from jaxpaged.batch import Batch
@@ -67,7 +67,7 @@ def paged_attention(
         max_entries=table.max_entries,
     )
     items, row_positions, first, place = _make_items(table, batch, config, plan)
-    hadamard = isinstance(k_pages, BlockPages) and k_pages.format.hadamard
+    hadamard = is_turned(k_pages)
     parts, turns = [q], None
     if rope is not None:
         if hadamard and (head_dim < 64 or head_dim & (head_dim - 1)):
@@ -99,6 +99,10 @@ def _kind_of(k_pages: Pages, v_pages: Pages) -> PageKind:
       NotImplementedError: one of two pools is quantized, or they are kept in a way that the kernel does not read.
     """
     if not isinstance(k_pages, BlockPages) and not isinstance(v_pages, BlockPages):
+        if k_pages.dtype != v_pages.dtype:
+            raise NotImplementedError(
+                f"keys of {k_pages.dtype} and values of {v_pages.dtype}; reads one dtype"
+            )
         return k_pages.dtype
     # Not a subclass: its parts lie otherwise.
     if type(k_pages) is BlockPages and type(v_pages) is BlockPages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.attention.base import Config, Pages
+from jaxpaged.attention.base import Config, Pages, is_turned
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.page_format import BlockPages, hadamard_turn, token_rows, tokens_per_row
@@ -46,7 +46,7 @@ def paged_attention(
         return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)
 
     k, v = gather(k_pages), gather(v_pages)
-    if isinstance(k_pages, BlockPages) and k_pages.format.hadamard:
+    if is_turned(k_pages):
         k = hadamard_turn(k)
     live, position = live.reshape(max_seqs, -1), position.reshape(max_seqs, -1)
 

@@ -15,6 +15,7 @@ from jaxpaged.attention.base import (
     Source,
     Tiling,
     compute_dtype,
+    is_turned,
     power_of_two,
     ragged_attention,
 )
@@ -164,5 +165,4 @@ def _paged_source(
         # A masked value is multiplied by zero, which NaN would survive.
         return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
 
-    turned = isinstance(k_pages, BlockPages) and k_pages.format.hadamard
-    return Source(span, positions, load, stride, frame, turned)
+    return Source(span, positions, load, stride, frame, is_turned(k_pages))

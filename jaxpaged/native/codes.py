@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 
 from jaxpaged.native.memory import pointer
-from jaxpaged.native.tiles import Code, instructions, njit
+from jaxpaged.native.tiles import Code, any_rows, instructions
 
 _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType())
 _HALF = 16
@@ -308,23 +308,9 @@ def _write_product(block: Callable[..., list[Any]], rows: int) -> Callable[..., 
 
 
 def _any_rows(write: Callable[..., Callable[..., None]], block: Callable[..., list[Any]]) -> Any:
-    """A function of as many rows as there are left, four at most."""
-    one, two, three, four = (
-        instructions(write(block, rows), types.void, *(types.int64,) * 11) for rows in (1, 2, 3, 4)
+    return any_rows(
+        [instructions(write(block, rows), types.void, *(types.int64,) * 11) for rows in (1, 2, 3, 4)]
     )
-
-    @njit
-    def run(rows: int, args: tuple[int, ...]) -> None:
-        if rows >= 4:
-            four(args)
-        elif rows == 3:
-            three(args)
-        elif rows == 2:
-            two(args)
-        else:
-            one(args)
-
-    return run
 
 
 def dots_with_codes(kind: Callable[..., list[Any]]) -> Any:
@@ -339,12 +325,6 @@ def product_with_codes(kind: Callable[..., list[Any]]) -> Any:
 
 
 # --- what is not quantized by blocks --------------------------------------------------------------------------------
-
-
-def _write_widen_f16(c: Code, source: Any, target: Any, count: Any) -> None:
-    halves = ir.VectorType(ir.HalfType(), _HALF)
-    with c.loop(count, _HALF) as i:
-        c.store(c.b.fpext(_element(c, source, i, halves, 2), _FLOATS), c.at(target, i))
 
 
 def _write_fp8(c: Code, source: Any, target: Any) -> None:
@@ -381,8 +361,6 @@ expand_q4_k = _run(_write_run(Q4_K))
 expand_nibbles_by_channel = _run(_write_by_channel(_expand_nibbles, 16))
 """One row, whose scales and minima are float32, a number a channel."""
 expand_twos_by_channel = _run(_write_by_channel(_expand_twos, 8))
-widen_f16 = instructions(_write_widen_f16, types.void, *(types.int64,) * 3)
-"""``((source, target, count))``: float16 to float32, a multiple of 16 of them."""
 widen_fp8 = instructions(_write_fp8, types.void, *(types.int64,) * 2)
 """``((source, target))``: 16 floats of e4m3; what stands for NaN there becomes 480."""
 

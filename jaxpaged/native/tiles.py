@@ -9,7 +9,7 @@ The shape of the tiles follows from the registers: AVX-512 has 32 of 16 numbers,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -213,9 +213,9 @@ _dots = {
 }
 
 
-def _any_rows(columns: int) -> Any:
-    """A tile of that many columns, and of as many rows as there are left."""
-    one, two, three, four = (_product[rows, columns] for rows in range(1, _ROWS + 1))
+def any_rows(functions: Sequence[Any]) -> Any:
+    """``(rows, args)``: of functions of 1, 2, 3 and 4 rows the one for as many as there are, or for four."""
+    one, two, three, four = functions
 
     @njit
     def run(rows: int, args: tuple[int, ...]) -> None:
@@ -231,7 +231,9 @@ def _any_rows(columns: int) -> Any:
     return run
 
 
-_narrow, _broad = _any_rows(1), _any_rows(_COLUMNS)
+_narrow, _broad = (
+    any_rows([_product[rows, columns] for rows in range(1, _ROWS + 1)]) for columns in (1, _COLUMNS)
+)
 
 
 @njit

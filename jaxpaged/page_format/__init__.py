@@ -43,7 +43,7 @@ _FORMATS: tuple[PageFormat, ...] = (
     PackedBlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
     BlockFormat("q5_1", jnp.float32, ggml.Q5_1()),
     BlockFormat("q5_0", jnp.float32, ggml.Q5_0()),
-    # Below 5 bits a Hadamard turn costs less than it gains (docs/quantization.md).
+    # A Hadamard turn gains most where codes have 4 bits or fewer (docs/quantization.md).
     BlockFormat("q4_1", jnp.float32, ggml.Q4_1(), hadamard=True),
     PackedBlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
     BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL(), hadamard=True),
@@ -64,6 +64,18 @@ def page_format(name: str) -> PageFormat:
     if name not in PAGE_FORMATS:
         raise ValueError(f"page format {name!r} is not known; known are {', '.join(PAGE_FORMATS)}")
     return PAGE_FORMATS[name]
+
+
+def formats_of(
+    dtype: str, k_dtype: str | None = None, v_dtype: str | None = None, hadamard: bool | None = None
+) -> tuple[PageFormat, PageFormat]:
+    """The formats of keys and of values of a cache; arguments as for ``PagedKVCache.create``.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    k, v = page_format(k_dtype or dtype), page_format(v_dtype or dtype).for_values()
+    return (k, v) if hadamard is None else (k.turned(hadamard), v.turned(hadamard))
 
 
 def titled(title: str) -> PageFormat:
