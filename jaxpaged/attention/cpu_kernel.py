@@ -1,10 +1,9 @@
 """The kernel of paged attention on CPUs: numba functions that read pages in place.
 
-Work is cut into pieces of (rows of queries, KV head, run of entries); query heads of a KV head are rows of one tile, so
-a key is read once for all of them. A piece goes through its entries, ``_TILE`` keys at a time, and keeps an online
-softmax. Few rows meet keys where they lie; many rows meet a transposed copy of the tile, which then is an ordinary
-matrix product. Long sequences are cut so that every thread has its share, and the parts are merged by their
-log-sum-exp (FlashDecoding, arXiv:2311.01282).
+Here is what is done with a piece; ``cpu_job.py`` has how a call is cut into them, ``cpu_pages.py`` how pages of each
+format are read. Query heads of a KV head are rows of one tile, so a key is read once for all of them. A piece goes
+through its entries, ``TILE`` keys at a time, and keeps an online softmax. Few rows meet keys where they lie; many rows
+meet a transposed copy of the tile, which then is an ordinary matrix product.
 
 An entry's tokens have consecutive positions. What a row sees of it is therefore one run of slots, and no other slot is
 ever read: NaN in unused slots cannot leak.
@@ -17,6 +16,51 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
+from jaxpaged.attention.cpu_job import (
+    BEGIN,
+    COUNT,
+    DIM,
+    END,
+    ENTRIES,
+    FIRST_SLOT,
+    HADAMARD,
+    HALF,
+    HEAD,
+    INTERLEAVED,
+    JOB_SIZE,
+    K_KIND,
+    KV_HEADS,
+    MOST_ROWS,
+    NOTHING,
+    NUM_PAGES,
+    NUM_TOKENS,
+    NUMBERS,
+    OPEN,
+    PAGE_SIZE,
+    PAGES,
+    PART,
+    PIECE,
+    PIECES,
+    PLACE,
+    PLACES,
+    POSITION,
+    Q_HEADS,
+    Q_POSITION,
+    Q_ROPE,
+    ROTATION,
+    ROW,
+    SEQ,
+    SPLITS,
+    TURNS,
+    V_KIND,
+    WINDOW,
+    K,
+    Q,
+    V,
+    finish_row,
+    merge,
+    plan,
+)
 from jaxpaged.attention.cpu_pages import (
     F16,
     FIRST_SEALED,
@@ -29,18 +73,13 @@ from jaxpaged.attention.cpu_pages import (
     reads_codes,
 )
 from jaxpaged.native.ffi import (
-    JOB,
     answers_query,
-    argument,
-    data,
     new_job,
     next_piece,
     num_threads,
     piece_done,
     release,
-    result,
     run_pieces,
-    size,
 )
 from jaxpaged.native.memory import (
     free,
@@ -77,187 +116,21 @@ NAME = f"jaxpaged_paged_attention{'_quantized' if QUANTIZED else ''}"
 _TASK = f"{NAME}_task"
 TILE = 64
 """Keys of a tile."""
-ROWS = 192
-"""Rows of a piece, query heads counted: a tile of that many rows and its sums stay in the second-level cache."""
 FEW_ROWS = 8
 """Up to so many rows, keys are read in place; a transposed copy costs more than it saves."""
 _STRIDE = 4
 """Keys of float32 between two requests for memory that comes later, more of shorter ones: few lines at a time, or
 computing waits for the requests."""
-_PIECES_A_THREAD = 4
-"""Pieces that a long sequence is cut into, so that threads end together."""
-LEAST_TOKENS = 128
-"""Tokens of a piece at least: each part of a sequence has to be merged."""
-_NOTHING = f32(-1e30)
-"""Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
-
-# What a job holds, by index: addresses of buffers, then sizes.
-_INPUTS = 25
-(
-    _Q,
-    _K,
-    _K_SCALES,
-    _K_MINIMA,
-    _K_MORE,
-    _K_OPEN,
-    _V,
-    _V_SCALES,
-    _V_MINIMA,
-    _V_MORE,
-    _V_OPEN,
-    _PLACE,
-    _PAGES,
-    _FIRST_SLOT,
-    _NUM_TOKENS,
-    _POSITION,
-    _ROTATION,
-    _NUM_ENTRIES,
-    _CU_Q_LENS,
-    _Q_POSITION,
-    _Q_ROPE,
-    _SINKS,
-    _TURNS,
-    _NUMBERS,
-    _OPTIONS,
-) = range(JOB, JOB + _INPUTS)
-(
-    _OUT,
-    _LSE,
-    _PIECES,
-    _PARTS,
-    _NUM_PIECES,
-    _Q_HEADS,
-    _KV_HEADS,
-    _DIM,
-    _NUM_PAGES,
-    _PAGE_SIZE,
-    _PLACES,
-    _ENTRIES,
-    _HALF,
-    _WINDOW,
-    _INTERLEAVED,
-    _K_KIND,
-    _V_KIND,
-    _HADAMARD,
-    _SCRATCH,
-) = range(JOB + _INPUTS, JOB + _INPUTS + 19)
-_JOB_SIZE = _INPUTS + 19
-_OPEN = _K_OPEN - _K
-"""Where open pages are, counted from the codes of keys or of values."""
-
-# A piece, by index of 64-bit numbers.
-_SEQ, _HEAD, _ROW, _COUNT, _BEGIN, _END, _SPLITS, _PART = range(8)
-_PIECE = 8
 
 # A run of keys in a tile, by index of 64-bit numbers.
 _RUN_K, _RUN_V, _RUN_K_STRIDE, _RUN_V_STRIDE, _RUN_COLUMN, _RUN_COUNT, _RUN_POSITION = range(7)
 _RUN = 7
 
 
-@njit
-def _visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int]:
-    """The entries that queries in rows ``first .. last`` of one sequence see some token of."""
-    entries = load_i64(job, _ENTRIES)
-    window = load_i64(job, _WINDOW)
-    positions = load_i64(job, _POSITION) + 4 * seq * entries
-    counts = load_i64(job, _NUM_TOKENS) + 4 * seq * entries
-    high = load_i32(load_i64(job, _Q_POSITION), last)
-    end = i64(load_i32(load_i64(job, _NUM_ENTRIES), seq))
-    while end > 0 and load_i32(positions, end - 1) > high:
-        end -= 1
-    begin = i64(0)
-    if window > 0:
-        low = load_i32(load_i64(job, _Q_POSITION), first) - window + 1
-        while begin < end and load_i32(positions, begin) + load_i32(counts, begin) <= low:
-            begin += 1
-    return begin, end
-
-
 @register_jitable
 def scratch_bytes(rows: int, dim: int, wide: int) -> int:
     """Memory that a thread works in."""
     return 4 * (rows * (3 * wide + TILE + 2) + 3 * TILE * wide + 4 * dim) + 8 * (_RUN * TILE + _WORK + 2)
-
-
-@inlined
-def _plan(call: int, job: int, threads: int) -> int:
-    """Reads the call, cuts it into pieces of about the same work, and says how many they are."""
-    for i in range(_INPUTS):
-        store_i64(job, JOB + i, data(argument(call, i)))
-    q, table = argument(call, _Q - JOB), argument(call, _PAGES - JOB)
-    tokens, q_heads, dim = size(q, 0), size(q, 1), size(q, 2)
-    max_seqs, entries = size(table, 0), size(table, 1)
-    options = load_i64(job, _OPTIONS)
-    kv_heads, page_size = i64(load_i32(options, 5)), i64(load_i32(options, 6))
-    out, lse = data(result(call, 0)), data(result(call, 1))
-    store_i64(job, _OUT, out)
-    store_i64(job, _LSE, lse)
-    store_i64(job, _Q_HEADS, q_heads)
-    store_i64(job, _KV_HEADS, kv_heads)
-    store_i64(job, _DIM, dim)
-    store_i64(job, _NUM_PAGES, load_i32(options, 7))
-    store_i64(job, _PAGE_SIZE, page_size)
-    store_i64(job, _ENTRIES, entries)
-    store_i64(job, _HALF, size(argument(call, _TURNS - JOB), 0))
-    store_i64(job, _WINDOW, load_i32(options, 0))
-    store_i64(job, _INTERLEAVED, load_i32(options, 1))
-    store_i64(job, _K_KIND, load_i32(options, 2))
-    store_i64(job, _V_KIND, load_i32(options, 3))
-    store_i64(job, _HADAMARD, load_i32(options, 4))
-    store_i64(job, _PLACES, load_i32(options, 8))
-
-    group = q_heads // kv_heads
-    block = max(ROWS // group, 1)
-    most_rows = min(block, tokens) * group
-    wide = padded(dim)
-    store_i64(job, _SCRATCH, scratch_bytes(most_rows, dim, wide))
-
-    # Twice over the blocks: how much work there is, then the pieces.
-    cu = load_i64(job, _CU_Q_LENS)
-    work = i64(0)
-    blocks = i64(0)
-    for seq in range(max_seqs):
-        stop = load_i32(cu, seq + 1)
-        for row in range(load_i32(cu, seq), stop, block):
-            count = min(block, stop - row)
-            begin, end = _visible_entries(job, seq, row, row + count - 1)
-            work += count * (end - begin)
-            blocks += 1
-    # Rounded up, or pieces would outnumber the memory below.
-    share = max(-(-work * kv_heads // (threads * _PIECES_A_THREAD)), 1)
-    most = blocks * kv_heads + threads * _PIECES_A_THREAD + 1
-    part_floats = most_rows * (wide + 2)
-    pieces = malloc(8 * _PIECE * most)
-    store_i64(job, _PIECES, pieces)
-    store_i64(job, _PARTS, malloc(4 * part_floats * most))
-    number = i64(0)
-    for seq in range(max_seqs):
-        stop = load_i32(cu, seq + 1)
-        for row in range(load_i32(cu, seq), stop, block):
-            count = min(block, stop - row)
-            begin, end = _visible_entries(job, seq, row, row + count - 1)
-            most_splits = min(end - begin, (end - begin) * page_size // LEAST_TOKENS)
-            splits = max(min(count * (end - begin) // share, most_splits), 1)
-            for head in range(kv_heads):
-                for split in range(splits):
-                    piece = pieces + 8 * _PIECE * number
-                    store_i64(piece, _SEQ, seq)
-                    store_i64(piece, _HEAD, head)
-                    store_i64(piece, _ROW, row)
-                    store_i64(piece, _COUNT, count)
-                    store_i64(piece, _BEGIN, begin + (end - begin) * split // splits)
-                    store_i64(piece, _END, begin + (end - begin) * (split + 1) // splits)
-                    store_i64(piece, _SPLITS, splits)
-                    store_i64(piece, _PART, load_i64(job, _PARTS) + 4 * part_floats * number)
-                    number += 1
-    store_i64(job, _NUM_PIECES, number)
-    # Padding attends to nothing.
-    for row in range(i64(load_i32(cu, max_seqs)), tokens):
-        for i in range(row * q_heads * dim, (row + 1) * q_heads * dim):
-            store_f32(out, i, f32(0))
-        for i in range(row * q_heads, (row + 1) * q_heads):
-            store_f32(lse, i, f32(-np.inf))
-    return number
 
 
 @njit
@@ -267,15 +140,15 @@ def _turn_to_frame(job: int, work: int) -> bool:
     A query is rotated for the frame of its own key. Turned by the difference of the two frames, the angle to a key is
     the difference of their logical positions.
     """
-    half = load_i64(job, _HALF)
+    half = load_i64(job, HALF)
     if half == 0:
         return False
-    positions, rotated = load_i64(job, _Q_POSITION), load_i64(job, _Q_ROPE)
-    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
-    turns, table = load_i64(job, _TURNS), load_i64(work, _ANGLES)
+    positions, rotated = load_i64(job, Q_POSITION), load_i64(job, Q_ROPE)
+    group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
+    turns, table = load_i64(job, TURNS), load_i64(work, _ANGLES)
     rows, first, wide = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _WIDE)
     rotation = load_i64(work, _FRAME)
-    interleaved = load_i64(job, _INTERLEAVED) != 0
+    interleaved = load_i64(job, INTERLEAVED) != 0
     anywhere = False
     for r in range(rows):
         token = first + r // group
@@ -329,7 +202,7 @@ def _hadamard(x: int, n: int) -> None:
 def _turn(job: int, work: int) -> bool:
     """Brings the queries to how keys of the frame at hand are stored; False, and nothing written, where they are."""
     anywhere = _turn_to_frame(job, work)
-    size = load_i64(job, _HADAMARD)
+    size = load_i64(job, HADAMARD)
     if size == 0:
         return anywhere
     rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
@@ -338,71 +211,9 @@ def _turn(job: int, work: int) -> bool:
         for i in range(rows * wide):
             store_f32(turned, i, load_f32(queries, i))
     for r in range(rows):
-        for start in range(0, load_i64(job, _DIM), size):
+        for start in range(0, load_i64(job, DIM), size):
             _hadamard(turned + 4 * (r * wide + start), size)
     return True
-
-
-@njit
-def _finish_row(job: int, token: int, q_head: int, maximum: float, total: float, weighted: int) -> None:
-    """One row's output from its sums, and the logarithm of its denominator."""
-    dim, q_heads = load_i64(job, _DIM), load_i64(job, _Q_HEADS)
-    sink = load_f32(load_i64(job, _SINKS), q_head)
-    scale = f32(1)
-    if sink > maximum:
-        scale = f32(math.exp(maximum - sink))
-        total = total * scale
-        maximum = sink
-    if sink > f32(-np.inf):
-        total = total + f32(math.exp(sink - maximum))
-    out = load_i64(job, _OUT) + 4 * (token * q_heads + q_head) * dim
-    factor = scale / total if total > 0 else f32(0)
-    for i in range(dim):
-        store_f32(out, i, load_f32(weighted, i) * factor)
-    lse = maximum + f32(math.log(total)) if total > 0 else f32(-np.inf)
-    store_f32(load_i64(job, _LSE), token * q_heads + q_head, lse)
-
-
-@inlined
-def _merge(job: int) -> None:
-    """Joins the parts of what was cut, and frees what the plan took."""
-    pieces, dim = load_i64(job, _PIECES), load_i64(job, _DIM)
-    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
-    wide = padded(dim)
-    number = i64(0)
-    while number < load_i64(job, _NUM_PIECES):
-        piece = pieces + 8 * _PIECE * number
-        splits = load_i64(piece, _SPLITS)
-        number += splits
-        if splits == 1:
-            continue
-        rows = load_i64(piece, _COUNT) * group
-        into = load_i64(piece, _PART)
-        for r in range(rows):
-            maximum = _NOTHING
-            for split in range(splits):
-                part = load_i64(piece + 8 * _PIECE * split, _PART)
-                maximum = max(maximum, load_f32(part, rows * wide + r))
-            total = f32(0)
-            for split in range(splits):
-                part = load_i64(piece + 8 * _PIECE * split, _PART)
-                weight = f32(math.exp(load_f32(part, rows * wide + r) - maximum))
-                total += weight * load_f32(part, rows * wide + rows + r)
-                for i in range(dim):
-                    value = weight * load_f32(part, r * wide + i)
-                    if split > 0:
-                        value += load_f32(into, r * wide + i)
-                    store_f32(into, r * wide + i, value)
-            _finish_row(
-                job,
-                load_i64(piece, _ROW) + r // group,
-                load_i64(piece, _HEAD) * group + r % group,
-                maximum,
-                total,
-                into + 4 * r * wide,
-            )
-    free(load_i64(job, _PARTS))
-    free(pieces)
 
 
 # --- one piece ----------------------------------------------------------------------------------------------
@@ -440,10 +251,10 @@ _WORK = 24
 @njit
 def _begin(job: int, piece: int, work: int) -> None:
     """Lays out the memory behind ``work``, and loads the piece's queries, times the scale."""
-    dim, q_heads = load_i64(job, _DIM), load_i64(job, _Q_HEADS)
-    group = q_heads // load_i64(job, _KV_HEADS)
-    first, head = load_i64(piece, _ROW), load_i64(piece, _HEAD)
-    rows, wide = load_i64(piece, _COUNT) * group, padded(dim)
+    dim, q_heads = load_i64(job, DIM), load_i64(job, Q_HEADS)
+    group = q_heads // load_i64(job, KV_HEADS)
+    first, head = load_i64(piece, ROW), load_i64(piece, HEAD)
+    rows, wide = load_i64(piece, COUNT) * group, padded(dim)
     queries = work + 8 * _WORK + 8  # a whole number of vectors behind the 64 bytes that scratch is aligned to
     turned = queries + 4 * rows * wide
     sums = turned + 4 * rows * wide
@@ -470,18 +281,18 @@ def _begin(job: int, piece: int, work: int) -> None:
     store_i64(work, _KV_HEAD, head)
     store_i64(work, _NUM_ROWS, rows)
     store_i64(work, _WIDE, wide)
-    store_i64(work, _TABLE_ROW, 4 * load_i64(piece, _SEQ) * load_i64(job, _ENTRIES))
-    store_i64(work, _ENTRY, load_i64(piece, _BEGIN))
+    store_i64(work, _TABLE_ROW, 4 * load_i64(piece, SEQ) * load_i64(job, ENTRIES))
+    store_i64(work, _ENTRY, load_i64(piece, BEGIN))
     store_i64(work, _TOKENS_DONE, 0)
-    store_i64(work, _LAST, load_i64(piece, _END))
+    store_i64(work, _LAST, load_i64(piece, END))
     store_i64(work, _TILE_QUERIES, 0)
-    scale = load_f32(load_i64(job, _NUMBERS), 0)
+    scale = load_f32(load_i64(job, NUMBERS), 0)
     for r in range(rows):
-        source = load_i64(job, _Q) + 4 * ((first + r // group) * q_heads + head * group + r % group) * dim
+        source = load_i64(job, Q) + 4 * ((first + r // group) * q_heads + head * group + r % group) * dim
         for i in range(wide):
             store_f32(queries, r * wide + i, scale * load_f32(source, i) if i < dim else f32(0))
         row_fill((sums + 4 * r * wide, wide, f32(0)))
-        store_f32(maxima, r, _NOTHING)
+        store_f32(maxima, r, NOTHING)
         store_f32(totals, r, f32(0))
 
 
@@ -489,8 +300,8 @@ def _begin(job: int, piece: int, work: int) -> None:
 def _gather(job: int, work: int) -> None:
     """The runs of the next tile: up to ``TILE`` keys of one frame; their rows are converted where they must be."""
     row, last = load_i64(work, _TABLE_ROW), load_i64(work, _LAST)
-    counts, positions = load_i64(job, _NUM_TOKENS) + row, load_i64(job, _POSITION) + row
-    rotations = load_i64(job, _ROTATION) + row
+    counts, positions = load_i64(job, NUM_TOKENS) + row, load_i64(job, POSITION) + row
+    rotations = load_i64(job, ROTATION) + row
     wide = load_i64(work, _WIDE)
     entry, done = load_i64(work, _ENTRY), load_i64(work, _TOKENS_DONE)
     frame = i64(load_i32(rotations, entry))
@@ -502,8 +313,8 @@ def _gather(job: int, work: int) -> None:
         left = i64(load_i32(counts, entry)) - done
         count = min(left, TILE - used)
         buffer = 4 * used * wide
-        k, k_stride = _rows(job, work, _K, entry, done, count, load_i64(work, _WIDE_K) + buffer)
-        v, v_stride = _rows(job, work, _V, entry, done, count, load_i64(work, _WIDE_V) + buffer)
+        k, k_stride = _rows(job, work, K, entry, done, count, load_i64(work, _WIDE_K) + buffer)
+        v, v_stride = _rows(job, work, V, entry, done, count, load_i64(work, _WIDE_V) + buffer)
         run = load_i64(work, _RUNS) + 8 * _RUN * num_runs
         store_i64(run, _RUN_K, k)
         store_i64(run, _RUN_V, v)
@@ -527,43 +338,43 @@ def _gather(job: int, work: int) -> None:
 @njit
 def _page_of(job: int, work: int, entry: int) -> int:
     """The page of an entry; nothing outside the pool is ever read."""
-    page = i64(load_i32(load_i64(job, _PAGES) + load_i64(work, _TABLE_ROW), entry))
-    return min(max(page, 0), load_i64(job, _NUM_PAGES) - 1)
+    page = i64(load_i32(load_i64(job, PAGES) + load_i64(work, _TABLE_ROW), entry))
+    return min(max(page, 0), load_i64(job, NUM_PAGES) - 1)
 
 
 @njit
 def _coded(job: int, side: int, row: int, count: int) -> tuple[int, int, int, int, int, int, int]:
     """``count`` keys or values from the pool's ``row``-th on, as ``cpu_pages.dots_of_codes`` takes them."""
-    blocks = load_i64(job, _DIM) // 32
+    blocks = load_i64(job, DIM) // 32
     parts = (load_i64(job, side), load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3))
     return (*parts, row * blocks, blocks, count)
 
 
 @njit
 def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, target: int) -> tuple[int, int]:
-    """``count`` keys or values (``side``: _K, _V) of an entry: where they are, and the distance of rows.
+    """``count`` keys or values (``side``: K, V) of an entry: where they are, and the distance of rows.
 
     As float32, see ``cpu_pages.load_rows``; where few rows meet codes, the row of the pool, and 0.
     """
-    page, heads = _page_of(job, work, entry), load_i64(job, _KV_HEADS)
-    slot = load_i32(load_i64(job, _FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + token
-    kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
+    page, heads = _page_of(job, work, entry), load_i64(job, KV_HEADS)
+    slot = load_i32(load_i64(job, FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + token
+    kind = load_i64(job, K_KIND if side == K else V_KIND)
     codes = load_i64(job, side)
     if not QUANTIZED:
         return load_plain_rows(
-            kind, codes, page * heads + load_i64(work, _KV_HEAD), load_i64(job, _PAGE_SIZE), slot, count,
-            load_i64(job, _DIM), load_i64(work, _WIDE), target,
+            kind, codes, page * heads + load_i64(work, _KV_HEAD), load_i64(job, PAGE_SIZE), slot, count,
+            load_i64(job, DIM), load_i64(work, _WIDE), target,
         )  # fmt: skip
     if kind >= FIRST_SEALED:
-        place = i64(load_i32(load_i64(job, _PLACE), page))
-        if place < load_i64(job, _PLACES):
-            page, kind, codes = place, i64(F16), load_i64(job, side + _OPEN)
+        place = i64(load_i32(load_i64(job, PLACE), page))
+        if place < load_i64(job, PLACES):
+            page, kind, codes = place, i64(F16), load_i64(job, side + OPEN)
     if load_i64(work, _NUM_ROWS) <= FEW_ROWS and reads_codes(kind):
         row = page * heads + load_i64(work, _KV_HEAD)
-        return row * load_i64(job, _PAGE_SIZE) + slot, i64(0)
+        return row * load_i64(job, PAGE_SIZE) + slot, i64(0)
     return load_rows(
         kind, codes, load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3),
-        page * heads + load_i64(work, _KV_HEAD), load_i64(job, _PAGE_SIZE), slot, count, load_i64(job, _DIM),
+        page * heads + load_i64(work, _KV_HEAD), load_i64(job, PAGE_SIZE), slot, count, load_i64(job, DIM),
         load_i64(work, _WIDE), target, load_i64(work, _CHANNELS),
     )  # fmt: skip
 
@@ -577,16 +388,16 @@ def _ahead(job: int, work: int, run: int) -> int:
     entry, last = load_i64(work, _ENTRY), load_i64(work, _LAST)
     done = load_i64(work, _TOKENS_DONE) if run == 0 else i64(0)
     entry = min(entry + run, last - 1)
-    slot = load_i32(load_i64(job, _FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + done
-    row = _page_of(job, work, entry) * load_i64(job, _KV_HEADS) + load_i64(work, _KV_HEAD)
-    return row * load_i64(job, _PAGE_SIZE) + slot
+    slot = load_i32(load_i64(job, FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + done
+    row = _page_of(job, work, entry) * load_i64(job, KV_HEADS) + load_i64(work, _KV_HEAD)
+    return row * load_i64(job, PAGE_SIZE) + slot
 
 
 @njit
 def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
     """Asks for the scales, and what goes with them, of ``count`` rows from the pool's ``row``-th on."""
-    kind = load_i64(job, _K_KIND if side == _K else _V_KIND)
-    dim = load_i64(job, _DIM)
+    kind = load_i64(job, K_KIND if side == K else V_KIND)
+    dim = load_i64(job, DIM)
     for part in range(1, 4):
         begin = load_i64(job, side + part) + bytes_of_scales(kind, part, row * dim)
         prefetch(begin, bytes_of_scales(kind, part, count * dim))
@@ -598,9 +409,9 @@ def _score(job: int, work: int) -> None:
     rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
     scores, transposed = load_i64(work, _SCORES), load_i64(work, _TRANSPOSED)
     q, columns = load_i64(work, _TILE_QUERIES), padded(load_i64(work, _USED))
-    kind = load_i64(job, _K_KIND)
-    width = bytes_of_row(kind, load_i64(job, _DIM))
-    stride_keys = _STRIDE * 4 * load_i64(job, _DIM) // width
+    kind = load_i64(job, K_KIND)
+    width = bytes_of_row(kind, load_i64(job, DIM))
+    stride_keys = _STRIDE * 4 * load_i64(job, DIM) // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
         k, stride = load_i64(run, _RUN_K), load_i64(run, _RUN_K_STRIDE)
@@ -610,21 +421,21 @@ def _score(job: int, work: int) -> None:
             continue
         direct, ahead = stride == 0, _ahead(job, work, i)
         if QUANTIZED and direct:
-            _prefetch_scales(job, _K, ahead, count)
-        ahead = load_i64(job, _K) + ahead * width
+            _prefetch_scales(job, K, ahead, count)
+        ahead = load_i64(job, K) + ahead * width
         for key in range(0, count, stride_keys):
             here = min(count - key, stride_keys)
             prefetch(ahead + key * width, here * width)
             out = scores + 4 * (column + key)
             if QUANTIZED and direct:
-                dots_of_codes(kind, rows, _coded(job, _K, k + key, here), q, wide, out, TILE)
+                dots_of_codes(kind, rows, _coded(job, K, k + key, here), q, wide, out, TILE)
             else:
                 dots(q, wide, k + 4 * key * stride, stride, out, TILE, rows, here, wide)
     if rows > FEW_ROWS:
         for r in range(rows):
             row_fill((scores + 4 * r * TILE, columns, f32(0)))
         product(q, wide, transposed, TILE, scores, TILE, rows, columns, wide)
-    cap = load_f32(load_i64(job, _NUMBERS), 1)
+    cap = load_f32(load_i64(job, NUMBERS), 1)
     if cap > 0:
         for r in range(rows):
             row_cap((scores + 4 * r * TILE, columns, cap))
@@ -635,9 +446,9 @@ def _mask(job: int, work: int) -> None:
     """-inf where a row does not see a key, and behind the last key."""
     rows, first, scores = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _SCORES)
     used = load_i64(work, _USED)
-    positions = load_i64(job, _Q_POSITION)
-    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
-    window = load_i64(job, _WINDOW)
+    positions = load_i64(job, Q_POSITION)
+    group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
+    window = load_i64(job, WINDOW)
     nowhere = f32(-np.inf)
     for r in range(rows):
         for column in range(used, padded(used)):
@@ -681,9 +492,9 @@ def _weigh(work: int) -> None:
 def _add_values(job: int, work: int) -> None:
     """Adds the values of the tile, times their weights, to the sums."""
     rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
-    kind = load_i64(job, _V_KIND)
-    width = bytes_of_row(kind, load_i64(job, _DIM))
-    stride_keys = _STRIDE * 4 * load_i64(job, _DIM) // width
+    kind = load_i64(job, V_KIND)
+    width = bytes_of_row(kind, load_i64(job, DIM))
+    stride_keys = _STRIDE * 4 * load_i64(job, DIM) // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
         v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_V_STRIDE)
@@ -693,40 +504,40 @@ def _add_values(job: int, work: int) -> None:
             continue
         direct, ahead = stride == 0, _ahead(job, work, i)
         if QUANTIZED and direct:
-            _prefetch_scales(job, _V, ahead, count)
-        ahead = load_i64(job, _V) + ahead * width
+            _prefetch_scales(job, V, ahead, count)
+        ahead = load_i64(job, V) + ahead * width
         for key in range(0, count, stride_keys):
             here = min(count - key, stride_keys)
             prefetch(ahead + key * width, here * width)
             if QUANTIZED and direct:
-                add_codes(kind, rows, _coded(job, _V, v + key, here), weights + 4 * key, TILE, sums, wide)
+                add_codes(kind, rows, _coded(job, V, v + key, here), weights + 4 * key, TILE, sums, wide)
             else:
                 product(weights + 4 * key, TILE, v + 4 * key * stride, stride, sums, wide, rows, wide, here)
 
 
 @njit
 def _end(job: int, piece: int, work: int) -> None:
-    """Writes the piece's output, or its part of it, for ``_merge``."""
+    """Writes the piece's output, or its part of it, for ``merge``."""
     rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
     maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
-    if load_i64(piece, _SPLITS) > 1:
-        part = load_i64(piece, _PART)
+    if load_i64(piece, SPLITS) > 1:
+        part = load_i64(piece, PART)
         for i in range(rows * wide):
             store_f32(part, i, load_f32(sums, i))
         for r in range(rows):
             store_f32(part, rows * wide + r, load_f32(maxima, r))
             store_f32(part, rows * wide + rows + r, load_f32(totals, r))
         return
-    group = load_i64(job, _Q_HEADS) // load_i64(job, _KV_HEADS)
+    group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
     for r in range(rows):
         token, q_head = load_i64(work, _FIRST) + r // group, load_i64(work, _KV_HEAD) * group + r % group
-        _finish_row(job, token, q_head, load_f32(maxima, r), load_f32(totals, r), sums + 4 * r * wide)
+        finish_row(job, token, q_head, load_f32(maxima, r), load_f32(totals, r), sums + 4 * r * wide)
 
 
 @inlined
 def _attend(job: int, index: int, work: int) -> None:
     """One piece: its queries, its KV head, its run of entries."""
-    piece = load_i64(job, _PIECES) + 8 * _PIECE * index
+    piece = load_i64(job, PIECES) + 8 * PIECE * index
     _begin(job, piece, work)
     while load_i64(work, _ENTRY) < load_i64(work, _LAST):
         _gather(job, work)
@@ -741,7 +552,8 @@ def task(job: int) -> int:
     """Does pieces until there is none left."""
     index = next_piece(job)
     if index >= 0:
-        memory = malloc(load_i64(job, _SCRATCH) + 64)
+        dim = load_i64(job, DIM)
+        memory = malloc(scratch_bytes(load_i64(job, MOST_ROWS), dim, padded(dim)) + 64)
         scratch = (memory + 63) // 64 * 64  # a line of the cache, and a whole vector
         while index >= 0:
             _attend(job, index, scratch)
@@ -756,9 +568,9 @@ def handler(call: int) -> int:
     """What XLA calls."""
     if answers_query(call):
         return 0
-    job = new_job(_JOB_SIZE)
+    job = new_job(JOB_SIZE)
     threads = num_threads(call)
-    run_pieces(call, job, _plan(call, job, threads), threads, symbol(_TASK))
-    _merge(job)
+    run_pieces(call, job, plan(call, job, threads), threads, symbol(_TASK))
+    merge(job)
     release(job)
     return 0

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.attention import cpu_kernel, cpu_pages
+from jaxpaged.attention import cpu_job, cpu_kernel, cpu_pages
 from jaxpaged.attention.base import Config, Pages, is_turned
-from jaxpaged.attention.cpu_kernel import (
-    FEW_ROWS,
-    LEAST_TOKENS,
-    ROWS,
-    TILE,
-    scratch_bytes,
-)
+from jaxpaged.attention.cpu_job import LEAST_TOKENS, ROWS
+from jaxpaged.attention.cpu_kernel import FEW_ROWS, TILE, scratch_bytes
 from jaxpaged.attention.cpu_pages import KINDS
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
@@ -47,7 +42,7 @@ def _target(quantized: bool) -> str:
         kernel.NAME,
         kernel.handler,
         kernel.task,
-        [Path(str(room.__file__)) for room in (cpu_kernel, cpu_pages)],
+        [Path(str(room.__file__)) for room in (cpu_job, cpu_kernel, cpu_pages)],
     )
     return kernel.NAME
 

@@ -18,7 +18,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxpaged.attention.base import Config, Pages, described, is_turned
-from jaxpaged.attention.gpu_kernel import ROWS, STEP_TOKENS, PageKind, Plan, attend, make_plan, split_terms
+from jaxpaged.attention.gpu_kernel import attend, split_terms
+from jaxpaged.attention.gpu_plan import ROWS, STEP_TOKENS, PageKind, Plan, make_plan
 from jaxpaged.attention.gpu_quantized import BLOCK, CODES, to_columns, to_numbers
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable

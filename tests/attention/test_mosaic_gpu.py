@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxpaged.attention import mosaic_gpu, reference
 from jaxpaged.attention.base import make_config
 from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, SMOLLM2_135M, Case
-from jaxpaged.attention.gpu_kernel import make_plan
+from jaxpaged.attention.gpu_plan import make_plan
 from jaxpaged.page_format import page_format
 from jaxpaged.testing import build_case, check_conformance
 

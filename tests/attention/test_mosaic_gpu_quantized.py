@@ -13,7 +13,7 @@ from test_mosaic_gpu import EVERY_CASE, interpreted, lowered_for_cuda, needs_int
 from jaxpaged.attention import mosaic_gpu
 from jaxpaged.attention.base import make_config
 from jaxpaged.attention.cases import CASES, Case
-from jaxpaged.attention.gpu_kernel import make_plan
+from jaxpaged.attention.gpu_plan import make_plan
 from jaxpaged.attention.gpu_quantized import CODES, to_columns, to_numbers
 from jaxpaged.page_format import BlockPages, hadamard_turn, page_format
 from jaxpaged.testing import build_case, check_conformance

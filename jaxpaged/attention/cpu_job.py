@@ -1,0 +1,243 @@
+"""What a call of the CPU kernel is cut into, and how its parts are joined.
+
+A piece is some rows of queries, a KV head and a run of entries. Long sequences are cut so that every thread has its
+share, and the parts are merged by their log-sum-exp (FlashDecoding, arXiv:2311.01282).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from jaxpaged.native.ffi import JOB, argument, data, result, size
+from jaxpaged.native.memory import free, load_f32, load_i32, load_i64, malloc, store_f32, store_i64
+from jaxpaged.native.tiles import f32, i64, inlined, njit, padded
+
+ROWS = 192
+"""Rows of a piece, query heads counted: a tile of that many rows and its sums stay in the second-level cache."""
+PIECES_A_THREAD = 4
+"""Pieces that a long sequence is cut into, so that threads end together."""
+LEAST_TOKENS = 128
+"""Tokens of a piece at least: each part of a sequence has to be merged."""
+NOTHING = f32(-1e30)
+"""Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
+
+# What a job holds, by index: addresses of buffers, then sizes.
+INPUTS = 25
+(
+    Q,
+    K,
+    K_SCALES,
+    K_MINIMA,
+    K_MORE,
+    K_OPEN,
+    V,
+    V_SCALES,
+    V_MINIMA,
+    V_MORE,
+    V_OPEN,
+    PLACE,
+    PAGES,
+    FIRST_SLOT,
+    NUM_TOKENS,
+    POSITION,
+    ROTATION,
+    NUM_ENTRIES,
+    CU_Q_LENS,
+    Q_POSITION,
+    Q_ROPE,
+    SINKS,
+    TURNS,
+    NUMBERS,
+    OPTIONS,
+) = range(JOB, JOB + INPUTS)
+(
+    OUT,
+    LSE,
+    PIECES,
+    PARTS,
+    NUM_PIECES,
+    Q_HEADS,
+    KV_HEADS,
+    DIM,
+    NUM_PAGES,
+    PAGE_SIZE,
+    PLACES,
+    ENTRIES,
+    HALF,
+    WINDOW,
+    INTERLEAVED,
+    K_KIND,
+    V_KIND,
+    HADAMARD,
+    MOST_ROWS,
+) = range(JOB + INPUTS, JOB + INPUTS + 19)
+JOB_SIZE = INPUTS + 19
+OPEN = K_OPEN - K
+"""Where open pages are, counted from the codes of keys or of values."""
+
+# A piece, by index of 64-bit numbers.
+SEQ, HEAD, ROW, COUNT, BEGIN, END, SPLITS, PART = range(8)
+PIECE = 8
+
+
+@njit
+def visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int]:
+    """The entries that queries in rows ``first .. last`` of one sequence see some token of."""
+    entries = load_i64(job, ENTRIES)
+    window = load_i64(job, WINDOW)
+    positions = load_i64(job, POSITION) + 4 * seq * entries
+    counts = load_i64(job, NUM_TOKENS) + 4 * seq * entries
+    high = load_i32(load_i64(job, Q_POSITION), last)
+    end = i64(load_i32(load_i64(job, NUM_ENTRIES), seq))
+    while end > 0 and load_i32(positions, end - 1) > high:
+        end -= 1
+    begin = i64(0)
+    if window > 0:
+        low = load_i32(load_i64(job, Q_POSITION), first) - window + 1
+        while begin < end and load_i32(positions, begin) + load_i32(counts, begin) <= low:
+            begin += 1
+    return begin, end
+
+
+@inlined
+def plan(call: int, job: int, threads: int) -> int:
+    """Reads the call, cuts it into pieces of about the same work, and says how many they are."""
+    for i in range(INPUTS):
+        store_i64(job, JOB + i, data(argument(call, i)))
+    q, table = argument(call, Q - JOB), argument(call, PAGES - JOB)
+    tokens, q_heads, dim = size(q, 0), size(q, 1), size(q, 2)
+    max_seqs, entries = size(table, 0), size(table, 1)
+    options = load_i64(job, OPTIONS)
+    kv_heads, page_size = i64(load_i32(options, 5)), i64(load_i32(options, 6))
+    out, lse = data(result(call, 0)), data(result(call, 1))
+    store_i64(job, OUT, out)
+    store_i64(job, LSE, lse)
+    store_i64(job, Q_HEADS, q_heads)
+    store_i64(job, KV_HEADS, kv_heads)
+    store_i64(job, DIM, dim)
+    store_i64(job, NUM_PAGES, load_i32(options, 7))
+    store_i64(job, PAGE_SIZE, page_size)
+    store_i64(job, ENTRIES, entries)
+    store_i64(job, HALF, size(argument(call, TURNS - JOB), 0))
+    store_i64(job, WINDOW, load_i32(options, 0))
+    store_i64(job, INTERLEAVED, load_i32(options, 1))
+    store_i64(job, K_KIND, load_i32(options, 2))
+    store_i64(job, V_KIND, load_i32(options, 3))
+    store_i64(job, HADAMARD, load_i32(options, 4))
+    store_i64(job, PLACES, load_i32(options, 8))
+
+    group = q_heads // kv_heads
+    block = max(ROWS // group, 1)
+    most_rows = min(block, tokens) * group
+    store_i64(job, MOST_ROWS, most_rows)
+
+    # Twice over the blocks: how much work there is, then the pieces.
+    cu = load_i64(job, CU_Q_LENS)
+    work = i64(0)
+    blocks = i64(0)
+    for seq in range(max_seqs):
+        stop = load_i32(cu, seq + 1)
+        for row in range(load_i32(cu, seq), stop, block):
+            count = min(block, stop - row)
+            begin, end = visible_entries(job, seq, row, row + count - 1)
+            work += count * (end - begin)
+            blocks += 1
+    # Rounded up, or pieces would outnumber the memory below.
+    share = max(-(-work * kv_heads // (threads * PIECES_A_THREAD)), 1)
+    most = blocks * kv_heads + threads * PIECES_A_THREAD + 1
+    part_floats = most_rows * (padded(dim) + 2)
+    pieces = malloc(8 * PIECE * most)
+    store_i64(job, PIECES, pieces)
+    store_i64(job, PARTS, malloc(4 * part_floats * most))
+    number = i64(0)
+    for seq in range(max_seqs):
+        stop = load_i32(cu, seq + 1)
+        for row in range(load_i32(cu, seq), stop, block):
+            count = min(block, stop - row)
+            begin, end = visible_entries(job, seq, row, row + count - 1)
+            most_splits = min(end - begin, (end - begin) * page_size // LEAST_TOKENS)
+            splits = max(min(count * (end - begin) // share, most_splits), 1)
+            for head in range(kv_heads):
+                for split in range(splits):
+                    piece = pieces + 8 * PIECE * number
+                    store_i64(piece, SEQ, seq)
+                    store_i64(piece, HEAD, head)
+                    store_i64(piece, ROW, row)
+                    store_i64(piece, COUNT, count)
+                    store_i64(piece, BEGIN, begin + (end - begin) * split // splits)
+                    store_i64(piece, END, begin + (end - begin) * (split + 1) // splits)
+                    store_i64(piece, SPLITS, splits)
+                    store_i64(piece, PART, load_i64(job, PARTS) + 4 * part_floats * number)
+                    number += 1
+    store_i64(job, NUM_PIECES, number)
+    # Padding attends to nothing.
+    for row in range(i64(load_i32(cu, max_seqs)), tokens):
+        for i in range(row * q_heads * dim, (row + 1) * q_heads * dim):
+            store_f32(out, i, f32(0))
+        for i in range(row * q_heads, (row + 1) * q_heads):
+            store_f32(lse, i, f32(-np.inf))
+    return number
+
+
+@njit
+def finish_row(job: int, token: int, q_head: int, maximum: float, total: float, weighted: int) -> None:
+    """One row's output from its sums, and the logarithm of its denominator."""
+    dim, q_heads = load_i64(job, DIM), load_i64(job, Q_HEADS)
+    sink = load_f32(load_i64(job, SINKS), q_head)
+    scale = f32(1)
+    if sink > maximum:
+        scale = f32(math.exp(maximum - sink))
+        total = total * scale
+        maximum = sink
+    if sink > f32(-np.inf):
+        total = total + f32(math.exp(sink - maximum))
+    out = load_i64(job, OUT) + 4 * (token * q_heads + q_head) * dim
+    factor = scale / total if total > 0 else f32(0)
+    for i in range(dim):
+        store_f32(out, i, load_f32(weighted, i) * factor)
+    lse = maximum + f32(math.log(total)) if total > 0 else f32(-np.inf)
+    store_f32(load_i64(job, LSE), token * q_heads + q_head, lse)
+
+
+@inlined
+def merge(job: int) -> None:
+    """Joins the parts of what was cut, and frees what the plan took."""
+    pieces, dim = load_i64(job, PIECES), load_i64(job, DIM)
+    group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
+    wide = padded(dim)
+    number = i64(0)
+    while number < load_i64(job, NUM_PIECES):
+        piece = pieces + 8 * PIECE * number
+        splits = load_i64(piece, SPLITS)
+        number += splits
+        if splits == 1:
+            continue
+        rows = load_i64(piece, COUNT) * group
+        into = load_i64(piece, PART)
+        for r in range(rows):
+            maximum = NOTHING
+            for split in range(splits):
+                part = load_i64(piece + 8 * PIECE * split, PART)
+                maximum = max(maximum, load_f32(part, rows * wide + r))
+            total = f32(0)
+            for split in range(splits):
+                part = load_i64(piece + 8 * PIECE * split, PART)
+                weight = f32(math.exp(load_f32(part, rows * wide + r) - maximum))
+                total += weight * load_f32(part, rows * wide + rows + r)
+                for i in range(dim):
+                    value = weight * load_f32(part, r * wide + i)
+                    if split > 0:
+                        value += load_f32(into, r * wide + i)
+                    store_f32(into, r * wide + i, value)
+            finish_row(
+                job,
+                load_i64(piece, ROW) + r // group,
+                load_i64(piece, HEAD) * group + r % group,
+                maximum,
+                total,
+                into + 4 * r * wide,
+            )
+    free(load_i64(job, PARTS))
+    free(pieces)
