@@ -339,15 +339,33 @@ class _Plan:
         return self.fresh + self.copied
 
 
+def _last_entry(cache: PagedKVCache) -> tables.Entry:
+    last = tables.last_entry(cache.table)
+    return replace(last, pages=jnp.where(cache.table.num_entries > 0, last.pages, cache.num_pages))
+
+
+def _room(cache: PagedKVCache, last: tables.Entry) -> Array:
+    room = jnp.where(last.pages < cache.num_pages, cache.page_size - last.first_slot - last.num_tokens, 0)
+    if cache.open_pages is not None:
+        room = jnp.where(cache.open_pages.is_open(last.pages), room, 0)  # what is sealed is not written again
+    return room
+
+
+def room_in_last_page(cache: PagedKVCache) -> Array:
+    """i32[S]: tokens that go right behind each sequence's last one before it takes another page.
+
+    If the page is shared, the first of them takes a page all the same, for the copy.
+    """
+    return _room(cache, _last_entry(cache))
+
+
 def _plan(cache: PagedKVCache, num_new: Array) -> _Plan:
     n, table = cache.num_pages, cache.table
     num_new = jnp.asarray(num_new, jnp.int32)
-    last = tables.last_entry(table)
-    last = replace(last, pages=jnp.where(table.num_entries > 0, last.pages, n))
-    room = jnp.where(last.pages < n, cache.page_size - last.first_slot - last.num_tokens, 0)
+    last = _last_entry(cache)
+    room = _room(cache, last)
     own = jnp.ones(cache.max_seqs, jnp.int32)
     if cache.open_pages is not None:
-        room = jnp.where(cache.open_pages.is_open(last.pages), room, 0)  # what is sealed is not written again
         # All entries of a sequence in its open page move with a copy: none is left behind in a page that nobody
         # would ever fill.
         own = jnp.sum(table.pages == last.pages[:, None], axis=1, dtype=jnp.int32)

@@ -1,0 +1,34 @@
+"""The host side of serving: requests, scheduling, pages and the prefix cache. It knows no model and no HTTP."""
+
+from jaxpaged.engine.engine import Engine, EngineConfig
+from jaxpaged.engine.prefix_index import PrefixIndex
+from jaxpaged.engine.request import (
+    ContextError,
+    EngineRequest,
+    EngineStats,
+    PoolError,
+    QueueFullError,
+    RefusedError,
+    RequestTimes,
+    SampleOutput,
+    TokenLogprobs,
+)
+from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
+
+__all__ = [
+    "ContextError",
+    "Engine",
+    "EngineConfig",
+    "EngineRequest",
+    "EngineStats",
+    "PoolError",
+    "PoolView",
+    "PrefixIndex",
+    "QueueFullError",
+    "RefusedError",
+    "RequestTimes",
+    "SampleOutput",
+    "SlotTransfer",
+    "SlotView",
+    "TokenLogprobs",
+]

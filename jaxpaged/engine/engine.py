@@ -1,0 +1,530 @@
+"""Engine: many requests on one cache, a step at a time; it knows no model's insides and no HTTP.
+
+    engine = Engine(model, params, cache, EngineConfig(n_ctx=2048, vocab_size=49152))
+    engine.compile()
+    engine.add_request(EngineRequest("a", prompt=(1, 2, 3), max_new_tokens=16))
+    while engine.has_work:
+        for output in engine.step():
+            ...
+
+One thread calls it. A step is planned on the host (``Scheduler``), runs as one program on the device (``Device``), and
+what it drew is handed out. Everything that a step needs is compiled by ``compile``; nothing is compiled afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.engine.device import Device, Progress
+from jaxpaged.engine.pool import PagedPool, Pool
+from jaxpaged.engine.programs import StepOutput
+from jaxpaged.engine.request import (
+    ContextError,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    PoolError,
+    QueueFullError,
+    RefusedError,
+    RequestTimes,
+    SampleOutput,
+    TokenLogprobs,
+)
+from jaxpaged.engine.sample_state import SampleState
+from jaxpaged.engine.scheduler import Plan, Scheduler
+from jaxpaged.engine.views import PoolUse, PoolView, SlotView, page_use, pool_view
+from jaxpaged.generation import Model
+from jaxpaged.invariants import check_invariants
+
+_ROUND_TRIP_SECONDS = 0.04
+"""Decode steps that take longer together come back one by one: text would arrive in jerks."""
+_MOST_RECENT = 4096
+"""Tokens that penalties look at, at most."""
+_SHIFT_PAGES = 2
+"""Pages that a shifted context takes beyond those that its tokens fill."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and choices of an engine."""
+
+    n_ctx: int
+    """Tokens that a sequence may hold."""
+    vocab_size: int
+    max_batch_tokens: int = 512
+    """Tokens of a step: its budget."""
+    decode_steps: int = 8
+    """Decode steps of one round trip to the host, at most."""
+    max_waiting: int = 256
+    """Requests that may wait."""
+    prefix_cache: bool = True
+    context_shift: bool = False
+    """Whether a full context forgets and goes on; otherwise the text ends there."""
+    swap_bytes: int = 2**30
+    """Host memory for preempted sequences; 0 = they are always computed again."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "vocab_size", "max_batch_tokens", "decode_steps", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.swap_bytes < 0:
+            raise ValueError(f"swap_bytes must not be negative, got {self.swap_bytes}")
+
+
+class Engine:
+    """See the module.
+
+    Args:
+      model: as ``generation.generate`` takes it.
+      params: its weights.
+      cache: paged or contiguous, empty; the engine has it from now on. Its ``max_seqs`` are the sequences that run
+        at once.
+      config: see there.
+
+    Raises:
+      ValueError: a context that the cache cannot hold, or that shifts without pages.
+    """
+
+    def __init__(
+        self, model: Model, params: Any, cache: PagedKVCache | ContiguousKVCache, config: EngineConfig
+    ) -> None:
+        slots = cache.max_seqs
+        budget = max(config.max_batch_tokens, slots)
+        self.config = config
+        self.device = Device(
+            model,
+            params,
+            cache,
+            decode_rows=_sizes(slots, 4),
+            prompt_rows=_sizes(budget, 4)[-3:],
+            decode_steps=config.decode_steps,
+            num_recent=min(config.n_ctx, _MOST_RECENT),
+        )
+        self.pool: Pool
+        if isinstance(cache, PagedKVCache):
+            self.pool = PagedPool(
+                self.device, prefix_cache=config.prefix_cache, swap_bytes=config.swap_bytes
+            )
+            room = cache.page_size * min(cache.num_pages - _SHIFT_PAGES * config.context_shift, cache.max_entries)
+        else:
+            if config.context_shift:
+                raise ValueError("a context shift needs a paged cache")
+            self.pool, room = Pool(self.device), cache.max_length
+        if config.n_ctx > room:
+            raise ValueError(f"n_ctx = {config.n_ctx} tokens: the cache has room for {room}")
+        self.scheduler = Scheduler(
+            self.pool, num_slots=slots, budget=budget, decode_steps=config.decode_steps
+        )
+        self._arrivals = itertools.count()
+        self._samples: dict[str, list[SampleState]] = {}
+        self._ended: list[SampleState] = []
+        self._last: list[SampleState | None] = [None] * slots
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._step_seconds: deque[float] = deque(maxlen=8)
+        self._use: tuple[Any, PoolUse] | None = None
+
+    # What it is
+
+    @property
+    def n_ctx(self) -> int:
+        return self.config.n_ctx
+
+    @property
+    def max_seqs(self) -> int:
+        return self.device.cache.max_seqs
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page; of a contiguous cache those of a sequence."""
+        cache = self.device.cache
+        return cache.page_size if isinstance(cache, PagedKVCache) else cache.max_length
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self._samples or self._ended)
+
+    def compile(self, progress: Progress | None = None) -> None:
+        """Compiles all that will ever run; ``progress`` is told of each program."""
+        self.device.compile(progress)
+
+    # Requests
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuses what can never be served.
+
+        Raises:
+          RefusedError: a token that the model does not have, an id that is in use, ``n`` beyond the sequences.
+          ContextError: the prompt leaves no room in the context.
+          PoolError: the request does not fit the pool, even alone.
+        """
+        vocab_size = self.config.vocab_size
+        for what, tokens in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise RefusedError(f"{what}: token {token} is not one of the model's, 0 to {vocab_size - 1}")
+        if request.request_id in self._samples:
+            raise RefusedError(f"a request {request.request_id!r} is being served already")
+        if request.n > self.max_seqs:
+            raise RefusedError(f"n = {request.n}: {self.max_seqs} sequences run at once")
+        if len(request.prompt) >= self.n_ctx:
+            raise ContextError(len(request.prompt), self.n_ctx)
+        longest = min(len(request.prompt) + self._limit(request), self.n_ctx)
+        cache = self.device.cache
+        if isinstance(cache, PagedKVCache):
+            needed = self.pool.pages_for_text(longest) + _SHIFT_PAGES * self.config.context_shift
+            if needed > cache.num_pages:
+                raise PoolError(needed, cache.num_pages)
+
+    def _limit(self, request: EngineRequest) -> int:
+        room = self.n_ctx - len(request.prompt)
+        if request.max_new_tokens is None:
+            return room
+        return request.max_new_tokens if self.config.context_shift else min(request.max_new_tokens, room)
+
+    def add_request(self, request: EngineRequest) -> None:
+        """A request waits for its turn.
+
+        Raises:
+          RefusedError: as ``check``; nothing was changed.
+          QueueFullError: too many wait.
+        """
+        self.check(request)
+        waiting = len({sample.request.request_id for sample in self.scheduler.waiting})
+        if waiting >= self.config.max_waiting:
+            raise QueueFullError(self.config.max_waiting)
+        arrival, times = next(self._arrivals), RequestTimes(arrived=time.monotonic())
+        root, samples = self.pool.root(request), []
+        for index in range(request.n):
+            samples.append(
+                SampleState(
+                    request,
+                    index,
+                    arrival,
+                    limit=self._limit(request),
+                    root=root,
+                    leader=samples[0] if samples else None,
+                    tokens=list(request.prompt),
+                    times=times,
+                )
+            )
+        self._samples[request.request_id] = samples
+        for sample in samples:
+            self.scheduler.add(sample)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its samples; one that is not there is no error. No output follows.
+
+        Its pages are back when the next ``step`` begins.
+        """
+        for sample in self._samples.get(request_id, []):
+            if sample.finish_reason is None and index in (None, sample.index):
+                self._finish(sample, "abort")
+
+    def _finish(self, sample: SampleState, reason: FinishReason) -> None:
+        sample.finish_reason = reason
+        sample.times.finished = time.monotonic()
+        if sample.slot is None:
+            self.scheduler.drop(sample)
+            self.pool.forget(sample)
+        else:
+            self._ended.append(sample)
+        request_id = sample.request.request_id
+        if all(other.finish_reason is not None for other in self._samples[request_id]):
+            del self._samples[request_id]
+
+    def _end(self) -> None:
+        """Gives back the pages of those that are done."""
+        if self._ended:
+            ended, self._ended = self._ended, []
+            self.pool.end(ended)
+            for sample in ended:
+                assert sample.slot is not None
+                self.scheduler.leave(sample)
+                self.device.slots.clear(sample.slot)
+
+    # Steps
+
+    def step(self) -> list[SampleOutput]:
+        """Computes some tokens of those that run, lets others in, and tells what came of it."""
+        self._end()
+        self._shift_full_contexts()
+        plan = self.scheduler.plan()
+        if not plan.work:
+            return []
+        for sample in plan.work:
+            assert sample.slot is not None
+            if self._last[sample.slot] is not sample:
+                self._last[sample.slot] = sample
+                self.device.slots.set(sample.slot, sample.request, sample.index)
+            sample.times.scheduled = sample.times.scheduled or time.monotonic()
+        begin = time.monotonic()
+        out = self._run(plan)
+        tokens = np.asarray(out.tokens)
+        num_steps = int(out.num_steps)
+        self._observe(plan, num_steps, time.monotonic() - begin)
+        if num_steps == 0:  # the pool was fuller than the host believed; nothing was computed
+            self.scheduler.preempt_newest()
+            return []
+        outputs = self._take(plan, out, tokens)
+        self._end()
+        return outputs
+
+    def _run(self, plan: Plan) -> StepOutput:
+        s = self.max_seqs
+        num_new, left, position = (np.zeros(s, np.int32) for _ in range(3))
+        samples = np.zeros(s, bool)
+        total = sum(plan.work.values())
+        shape = self.device.decode_shape(total) if plan.decodes else self.device.prompt_shape(total)
+        tokens = np.zeros(shape.rows, np.int32)
+        row = 0
+        recent = None
+        for sample, count in sorted(plan.work.items(), key=lambda item: item[0].slot or 0):
+            slot, begin = sample.slot, sample.num_computed
+            assert slot is not None
+            tokens[row : row + count] = sample.tokens[begin : begin + count]
+            row += count
+            num_new[slot] = count
+            left[slot] = self._left(sample)
+            samples[slot] = count == sample.num_uncomputed and left[slot] > 0
+            position[slot] = sample.position
+            request = sample.request
+            if request.repeat_penalty != 1.0 or request.presence_penalty or request.frequency_penalty:
+                recent = np.full((s, self.device.num_recent), -1, np.int32) if recent is None else recent
+                last = sample.tokens[-self.device.num_recent :]
+                recent[slot, self.device.num_recent - len(last) :] = last
+        given = self.device.step_input(
+            shape,
+            num_new,
+            tokens,
+            samples=samples,
+            left=left,
+            position=position,
+            recent=recent,
+            steps=plan.steps,
+            stop_early=plan.stop_early,
+        )
+        return self.device.step(shape, given)
+
+    def _left(self, sample: SampleState) -> int:
+        """Tokens that may be drawn before its text ends or its context is full."""
+        room = self.n_ctx + 1 - len(sample.tokens)
+        return max(0, min(sample.limit - sample.num_generated, room))
+
+    def _observe(self, plan: Plan, num_steps: int, seconds: float) -> None:
+        self._steps += num_steps
+        if plan.decodes and num_steps:
+            self._step_seconds.append(seconds / num_steps)
+            usual = sorted(self._step_seconds)[len(self._step_seconds) // 2]
+            self.scheduler.wanted_steps = max(1, int(_ROUND_TRIP_SECONDS / max(usual, 1e-6)))
+        elif num_steps:
+            self.pool.costs.observe_prompt(sum(plan.work.values()), seconds)
+
+    def _take(self, plan: Plan, out: StepOutput, tokens: np.ndarray) -> list[SampleOutput]:
+        """Hands out what a step drew, and ends those that are done."""
+        now = time.monotonic()
+        wanted = any(sample.request.num_logprobs is not None for sample in plan.work)
+        logprobs = _Logprobs(out) if wanted else None
+        outputs = []
+        for sample, count in plan.work.items():
+            slot = sample.slot
+            assert slot is not None
+            drawn = [int(token) for token in tokens[:, slot] if token >= 0]
+            self._prompt_tokens += max(0, min(count, sample.prompt_len - sample.num_computed))
+            # Of what was drawn, all but the last was computed in turn.
+            sample.num_computed += count + max(0, len(drawn) - 1)
+            stop = drawn.pop() if drawn and drawn[-1] in sample.request.stop_ids else None
+            sample.tokens += drawn
+            sample.num_generated += len(drawn)
+            self._generated_tokens += len(drawn)
+            self.pool.computed(sample)
+            read = sample.num_uncomputed == 0 or bool(drawn)
+            if stop is not None:
+                self._finish(sample, "stop")
+            elif sample.num_generated >= sample.limit and read:
+                self._finish(sample, "length")
+            if not drawn and sample.finish_reason is None:
+                continue
+            sample.times.first_token = sample.times.first_token or now
+            rows = None
+            if logprobs is not None and sample.request.num_logprobs is not None:
+                rows = logprobs.rows(slot, drawn, sample.request.num_logprobs)
+            outputs.append(
+                SampleOutput(
+                    sample.request.request_id,
+                    sample.index,
+                    tuple(drawn),
+                    rows,
+                    sample.finish_reason,
+                    stop,
+                    sample.num_cached or 0,
+                    self._truncated(sample),
+                    sample.times,
+                )
+            )
+        return outputs
+
+    def _truncated(self, sample: SampleState) -> bool:
+        wanted = sample.request.max_new_tokens
+        cut = sample.finish_reason == "length" and (wanted is None or sample.num_generated < wanted)
+        return bool(sample.num_forgotten) or cut
+
+    def _shift_full_contexts(self) -> None:
+        for sample in [s for s in self.scheduler.running if len(s.tokens) > self.n_ctx]:
+            request = sample.request
+            keep = sample.prompt_len if request.n_keep < 0 else min(request.n_keep, sample.prompt_len)
+            keep = max(0, min(keep, self.n_ctx - 4))
+            held = sample.num_computed
+            discard = min(request.n_discard or (held - keep) // 2, held - keep)
+            discard = max(1, discard)
+            if not self.pool.shift(sample, keep, discard):
+                self._finish(sample, "length")
+                continue
+            del sample.tokens[keep : keep + discard]
+            sample.num_computed -= discard
+            sample.num_forgotten += discard
+        self._end()
+
+    # What it shows
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters, now."""
+        cache, view, scheduler, counts = self.device.cache, self.device.view, self.scheduler, self.pool.counts
+        waiting = scheduler.waiting
+        if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
+            total, free, cached = cache.num_pages, view.num_free, self.pool.index.num_unused
+            use, evictions = self._page_use(), self.pool.index.evictions
+        else:
+            total, evictions, cached = self.max_seqs, 0, 0
+            live = sum(sample.num_computed for sample in scheduler.running)
+            use, free = PoolUse(len(scheduler.running), live), total - len(scheduler.running)
+        slots_used = use.used * self.page_size
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(waiting),
+            swapped=sum(sample.swapped is not None for sample in waiting),
+            pages_total=total,
+            pages_used=use.used,
+            pages_cached=cached,
+            pages_free=free,
+            page_size=self.page_size,
+            tokens_live=use.live,
+            waste=1 - use.live / slots_used if slots_used else 0.0,
+            bytes_per_page=cache.bytes_per_page,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            prefix_queries=counts.prefix_queries,
+            prefix_hits=counts.prefix_hits,
+            preemptions=counts.preemptions,
+            swaps=counts.swaps,
+            evictions=evictions,
+            shifts=counts.shifts,
+            compiled=self.device.compiled,
+            compiled_late=self.device.compiled_late,
+        )
+
+    def _page_use(self) -> PoolUse:
+        view = self.device.view
+        if self._use is None or self._use[0] is not view:
+            num_pages = self.device.cache.num_pages
+            self._use = view, page_use(view.pages, view.page_tokens, num_pages)
+        return self._use[1]
+
+    def pool_view(self) -> PoolView:
+        """A picture of the pool; of a contiguous cache each sequence is a page."""
+        sequences = [
+            {
+                "slot": sample.slot,
+                "request_id": sample.request.request_id,
+                "tokens": sample.num_computed,
+                "state": "prefill" if sample.num_uncomputed > 1 else "decode",
+            }
+            for sample in sorted(self.scheduler.running, key=lambda sample: sample.slot or 0)
+        ]
+        if isinstance(self.pool, PagedPool):
+            pages, cached = self.device.view.pages, self.pool.index.unused_pages()
+            return pool_view(pages, self.device.cache.num_pages, self.page_size, cached, sequences)
+        pages = np.full((self.max_seqs, 1), self.max_seqs, np.int32)
+        for sample in self.scheduler.running:
+            pages[sample.slot] = sample.slot
+        return pool_view(pages, self.max_seqs, self.page_size, [], sequences)
+
+    def slot_views(self) -> list[SlotView]:
+        """The slots, in order."""
+        return [self._slot_view(slot, sample) for slot, sample in enumerate(self._last)]
+
+    def _slot_view(self, slot: int, sample: SampleState | None) -> SlotView:
+        if sample is None:
+            return SlotView(slot, None, False, 0, 0, 0, self.n_ctx, None)
+        return SlotView(
+            slot,
+            sample.request.request_id,
+            sample.slot == slot and sample.finish_reason is None,
+            sample.prompt_len,
+            sample.num_computed,
+            sample.num_generated,
+            self.n_ctx,
+            sample.request,
+        )
+
+    def check_state(self) -> None:
+        """Checks cache and prefix index against each other (slow: for tests, and a look at a live server).
+
+        Raises:
+          InvariantError: the first law that is broken.
+        """
+        cache = self.device.cache
+        if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
+            pins = np.bincount(self.pool.index.pinned_pages(), minlength=cache.num_pages)
+            check_invariants(cache, pins)
+
+    def drop_prefix_cache(self) -> int:
+        """Gives up every cached page that nobody uses; how many those were."""
+        if not isinstance(self.pool, PagedPool):
+            return 0
+        pages = self.pool.index.evict(self.pool.index.num_unused)
+        self.device.edit(unpinned=pages)
+        return len(pages)
+
+
+class _Logprobs:
+    """The log-probabilities of a step, on the host."""
+
+    def __init__(self, out: StepOutput) -> None:
+        self._chosen = np.asarray(out.logprobs)
+        self._ids = np.asarray(out.top_tokens)
+        self._values = np.asarray(out.top_logprobs)
+
+    def rows(self, slot: int, tokens: list[int], count: int) -> tuple[TokenLogprobs, ...]:
+        """Those of the tokens that a slot drew, with the ``count`` likeliest."""
+        return tuple(
+            TokenLogprobs(
+                token,
+                float(self._chosen[i, slot]),
+                tuple(
+                    (int(t), float(value))
+                    for t, value in zip(
+                        self._ids[i, slot, :count], self._values[i, slot, :count], strict=True
+                    )
+                    if t >= 0
+                ),
+            )
+            for i, token in enumerate(tokens)
+        )
+
+
+def _sizes(largest: int, factor: int) -> list[int]:
+    """Sizes of programs: ``largest``, and each a ``factor`` smaller than the next, down to 1."""
+    sizes = [largest]
+    while sizes[0] > 1:
+        sizes.insert(0, -(-sizes[0] // factor))
+    return sizes

@@ -1,0 +1,299 @@
+"""The pages of an engine as the host sees them: who holds them, what may be shared, what must give way.
+
+``Pool`` is that of a contiguous cache, whose sequences have all their memory from the start. ``PagedPool`` counts pages,
+finds what a text shares with others, and moves pages between sequences, prefix cache and host memory. Counts come from
+the device with every program, and only what is planned since is added to them here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jaxpaged.engine.device import Device
+from jaxpaged.engine.prefix_index import Node, PrefixIndex, common_prefix, root_key
+from jaxpaged.engine.request import EngineRequest
+from jaxpaged.engine.sample_state import SampleState
+from jaxpaged.engine.swap import SwapCosts
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a sample begins: with pages of others, or with its own from host memory."""
+
+    num_tokens: int = 0
+    """Tokens that it need not compute."""
+    num_pages: int = 0
+    """Pages that it needs beside those that it shares, for all of its tokens."""
+    nodes: tuple[Node, ...] = ()
+    borrowed: Node | None = None
+    tail_page: int | None = None
+    """The page of its last tokens, which it shares until it writes."""
+
+
+@dataclass
+class PoolCounts:
+    """Counters; they only grow."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    swaps: int = 0
+    shifts: int = 0
+
+
+class Pool:
+    """A contiguous cache: there is always room for a sequence that is there."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.counts = PoolCounts()
+        self.costs = SwapCosts()
+        self.swapped_bytes = 0
+
+    @property
+    def available(self) -> int:
+        """Pages that are free, or could be."""
+        return 0
+
+    def pages_for_text(self, num_tokens: int) -> int:
+        """Pages that a text takes at most."""
+        return 0
+
+    def pages_for(self, sample: SampleState, count: int) -> int:
+        """Pages that ``count`` more tokens of a running sample take."""
+        return 0
+
+    def ensure(self, count: int) -> None:
+        """Makes ``count`` pages free."""
+
+    def root(self, request: EngineRequest) -> bytes:
+        """Where the chain of a request's pages starts."""
+        return b""
+
+    def start(self, sample: SampleState, running: Iterable[SampleState]) -> Start:
+        """What a waiting sample could begin with; it is held for it until ``admit`` or ``cancel``."""
+        return Start()
+
+    def cancel(self, start: Start) -> None:
+        """The sample waits on."""
+
+    def admit(self, admitted: Sequence[tuple[SampleState, Start]]) -> None:
+        """The samples, each with its slot, begin."""
+
+    def computed(self, sample: SampleState) -> None:
+        """A step computed tokens of the sample."""
+
+    def end(self, samples: Sequence[SampleState]) -> None:
+        """Takes the pages of samples that are done; what their slots are is free again."""
+        self.device.edit(removed=[s.slot for s in samples if s.slot is not None])
+
+    def preempt(self, sample: SampleState) -> None:
+        """Takes the pages of a sample that will come back."""
+        raise NotImplementedError
+
+    def shift(self, sample: SampleState, keep: int, discard: int) -> bool:
+        """Forgets tokens of a sample's context; False: it cannot."""
+        return False
+
+    def forget(self, sample: SampleState) -> None:
+        """A sample that waits in host memory is not wanted any more."""
+
+
+class PagedPool(Pool):
+    """See the module.
+
+    Args:
+      device: with a paged cache.
+      prefix_cache: whether pages stay in the pool for texts that begin the same.
+      swap_bytes: host memory for sequences that are preempted.
+    """
+
+    def __init__(self, device: Device, *, prefix_cache: bool, swap_bytes: int) -> None:
+        super().__init__(device)
+        cache = device.cache
+        self.page_size: int = cache.page_size  # type: ignore[union-attr]
+        self.index = PrefixIndex(self.page_size)
+        self._prefix_cache = prefix_cache
+        self._swap_bytes = swap_bytes if device.swaps else 0
+        # Of an open page, which lies apart from the pool, there are as many as sequences, and none to keep.
+        self._shares_tails = cache.open_pages is None  # type: ignore[union-attr]
+
+    @property
+    def available(self) -> int:
+        return self.device.view.num_free + self.index.num_unused
+
+    def pages_for_text(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def pages_for(self, sample: SampleState, count: int) -> int:
+        room = int(self.device.view.room[sample.slot])  # type: ignore[index]
+        return self.pages_for_text(max(0, count - room)) + (sample.copies and 0 < room and count > 0)
+
+    def ensure(self, count: int) -> None:
+        missing = count - self.device.view.num_free
+        if missing > 0:
+            self.device.edit(unpinned=self.index.evict(missing))
+
+    # Beginning
+
+    def _keeps(self, request: EngineRequest) -> bool:
+        return self._prefix_cache and request.cache_prompt
+
+    def root(self, request: EngineRequest) -> bytes:
+        if self._keeps(request):
+            return root_key(cache_salt=request.cache_salt)
+        # The samples of a request share its prompt all the same.
+        return root_key(cache_salt=request.cache_salt, request=request.request_id)
+
+    def start(self, sample: SampleState, running: Iterable[SampleState]) -> Start:
+        swapped = sample.swapped
+        if swapped is not None:
+            room = self.pages_for_text(max(0, len(sample.tokens) - swapped.num_computed))
+            return Start(swapped.num_computed, swapped.num_pages + room)
+        limit = len(sample.tokens) - 1
+        match = self.index.match(sample.root, sample.tokens, limit, tails=self._shares_tails)
+        self.index.acquire(match.nodes)
+        borrowed, num_tail = match.tail, match.num_tail
+        page = None if borrowed is None else borrowed.page
+        if self._shares_tails:
+            begin = len(match.nodes) * self.page_size
+            rest = sample.tokens[begin : min(limit, begin + self.page_size)]
+            for other in running:  # what is being written now is in no index yet
+                if num_tail < len(rest) and _goes_on(other, sample.root, match.nodes):
+                    count = common_prefix(other.tokens[begin : other.num_computed], rest)
+                    if count > num_tail:
+                        num_tail, borrowed = count, None
+                        page = int(self.device.view.pages[other.slot, len(match.nodes)])
+        if borrowed is not None:
+            self.index.acquire([borrowed])
+        return Start(
+            num_tokens=len(match.nodes) * self.page_size + num_tail,
+            num_pages=self.pages_for_text(len(sample.tokens)) - len(match.nodes),
+            nodes=match.nodes,
+            borrowed=borrowed,
+            tail_page=page,
+        )
+
+    def cancel(self, start: Start) -> None:
+        self.index.give_back(start.nodes + (() if start.borrowed is None else (start.borrowed,)))
+
+    def admit(self, admitted: Sequence[tuple[SampleState, Start]]) -> None:
+        adopted = []
+        for sample, start in admitted:
+            assert sample.slot is not None
+            if sample.swapped is not None:
+                begin = time.monotonic()
+                self.ensure(sample.swapped.num_pages)
+                self.device.swap_in(sample.slot, sample.swapped)
+                self.costs.observe_copy(sample.swapped.num_bytes, time.monotonic() - begin)
+                self.forget(sample)
+            elif start.num_tokens:
+                tail = [] if start.tail_page is None else [start.tail_page]
+                adopted.append((sample.slot, [*(node.page for node in start.nodes), *tail], start.num_tokens))
+            sample.num_computed = start.num_tokens
+            sample.chain, sample.borrowed = list(start.nodes), start.borrowed
+            sample.copies = start.tail_page is not None
+            if sample.num_cached is None:
+                sample.num_cached = start.num_tokens
+                self.counts.prefix_queries += sample.prompt_len
+                self.counts.prefix_hits += start.num_tokens
+        self.device.edit(adopted=adopted)
+
+    # Running
+
+    def computed(self, sample: SampleState) -> None:
+        sample.copies = False
+        if sample.borrowed is not None:  # it wrote, and so has a copy
+            self.index.give_back([sample.borrowed])
+            sample.borrowed = None
+        ps = self.page_size
+        while sample.indexed and (len(sample.chain) + 1) * ps <= sample.num_computed:
+            i = len(sample.chain)
+            parent = sample.chain[-1] if sample.chain else None
+            page = int(self.device.view.pages[sample.slot, i])
+            node, new = self.index.insert(sample.root, parent, sample.tokens[i * ps : (i + 1) * ps], page)
+            if not new and not self._keeps(sample.request):
+                # Who leaves last would leave a page that it does not hold: nothing pins it.
+                self.index.release([node], keep=False)
+                sample.indexed = False
+                return
+            sample.chain.append(node)
+
+    def shift(self, sample: SampleState, keep: int, discard: int) -> bool:
+        assert sample.slot is not None
+        self.device.edit(pinned=self._let_go(sample))  # before the sequence lets go of pages of its chain
+        sample.indexed = False
+        if not self.device.shift(sample.slot, keep, discard):
+            return False
+        self.counts.shifts += 1
+        return True
+
+    # Ending
+
+    def _let_go(self, sample: SampleState) -> list[int]:
+        """A sample uses the index no more; pages to pin before its sequence ends."""
+        keep = self._keeps(sample.request)
+        if sample.borrowed is not None:
+            self.index.give_back([sample.borrowed])
+        pinned = self.index.release(sample.chain, keep=keep)
+        sample.chain, sample.borrowed = [], None
+        return pinned
+
+    def end(self, samples: Sequence[SampleState]) -> None:
+        pinned: list[int] = []
+        unpinned: list[int] = []
+        for sample in samples:
+            tail, superseded = self._keep_tail(sample)
+            pinned += tail + self._let_go(sample)
+            unpinned += superseded
+        removed = [sample.slot for sample in samples if sample.slot is not None]
+        self.device.edit(pinned=pinned, removed=removed, unpinned=unpinned)
+
+    def _keep_tail(self, sample: SampleState) -> tuple[list[int], list[int]]:
+        """Indexes the last page of a sample that ends: ``(page to pin, pages to unpin)``."""
+        begin = len(sample.chain) * self.page_size
+        tail = tuple(sample.tokens[begin : sample.num_computed])
+        possible = sample.indexed and sample.slot is not None and sample.borrowed is None and self._shares_tails
+        if not possible or not tail or len(tail) >= self.page_size or not self._keeps(sample.request):
+            return [], []
+        parent = sample.chain[-1] if sample.chain else None
+        superseded: list[int] = []
+        for other in self.index.beginning_with(sample.root, parent, tail[0]):
+            if other.tokens[: len(tail)] == tail:
+                return [], []
+            if other.tokens == tail[: len(other.tokens)]:
+                superseded += self.index.give_up(other)
+        page = int(self.device.view.pages[sample.slot, len(sample.chain)])
+        node, _ = self.index.insert(sample.root, parent, tail, page)
+        return self.index.release([node]), superseded
+
+    def preempt(self, sample: SampleState) -> None:
+        assert sample.slot is not None
+        self.counts.preemptions += 1
+        cache = self.device.cache
+        num_bytes = self.pages_for_text(sample.num_computed) * cache.bytes_per_page
+        fits = self.swapped_bytes + num_bytes <= self._swap_bytes
+        # What was forgotten cannot be computed again as it was.
+        if fits and (sample.num_forgotten or self.costs.swap_is_cheaper(sample.num_computed, num_bytes)):
+            begin = time.monotonic()
+            sample.swapped = self.device.swap_out(sample.slot, sample.num_computed)
+            self.costs.observe_copy(sample.swapped.num_bytes, time.monotonic() - begin)
+            self.swapped_bytes += sample.swapped.num_bytes
+            self.counts.swaps += 1
+        self.device.edit(pinned=self._let_go(sample), removed=[sample.slot])
+        sample.slot, sample.num_computed = None, 0
+        sample.indexed = sample.swapped is None and not sample.num_forgotten
+
+    def forget(self, sample: SampleState) -> None:
+        if sample.swapped is not None:
+            self.swapped_bytes -= sample.swapped.num_bytes
+            sample.swapped = None
+
+
+def _goes_on(other: SampleState, root: bytes, nodes: tuple[Node, ...]) -> bool:
+    """Whether a running sample begins with the pages ``nodes``, and its next page is not yet whole."""
+    if other.slot is None or not other.indexed or other.root != root or len(other.chain) != len(nodes):
+        return False
+    return not nodes or other.chain[-1] is nodes[-1]

@@ -1,0 +1,307 @@
+"""The engine's device programs: a step of the model with sampling, edits of the block table, pages to and from the host.
+
+Pure functions of arrays with a handful of static sizes, so that an engine compiles all that it will ever run when it
+starts. The cache is donated to each of them and comes back; a program is queued behind the one before it by the cache
+that it takes, so no page is read or handed on before the step that writes it is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxpaged import sequences as seqs
+from jaxpaged.adoption import (
+    PagesOfLayers,
+    pin_pages,
+    read_pages,
+    seq_adopt,
+    seq_place,
+    unpin_pages,
+    write_pages,
+)
+from jaxpaged.block_table import BlockTable
+from jaxpaged.cache import PagedKVCache, room_in_last_page
+from jaxpaged.engine.request import MAX_LOGPROBS
+from jaxpaged.generation import Cache, Model
+from jaxpaged.sampling import SamplingParams, push_recent, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotParams:
+    """What stays the same of each of the S sequences while it runs."""
+
+    sampling: SamplingParams
+    """S rows."""
+    stop_ids: Array
+    """i32[S, MAX_STOP_IDS]: tokens that end it; -1 in padding."""
+    bias_ids: Array
+    """i32[S, B]: tokens whose logits are changed; V and more in padding."""
+    bias: Array
+    """f32[S, B]: by how much."""
+    wants_logprobs: Array
+    """bool[S]"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepInput:
+    """What one run computes. T = its rows; S sequences."""
+
+    num_new: Array
+    """i32[S]: tokens of each sequence that are computed."""
+    tokens: Array
+    """i32[T]: they, sequence after sequence."""
+    samples: Array
+    """bool[S]: whether the last of them is followed by a token that is to be drawn."""
+    left: Array
+    """i32[S]: tokens that may still be drawn."""
+    position: Array
+    """i32[S]: of the first token that is drawn, counted from the beginning of the text, whatever was forgotten."""
+    recent: Array
+    """i32[S, W]: the tokens that penalties look at, newest last; -1 in padding."""
+    steps: Array
+    """i32[]: how many tokens to draw for each, one after the other; at most the program's K."""
+    stop_early: Array
+    """bool[]: come back as soon as a sequence ends."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """K = most steps of the program."""
+
+    tokens: Array
+    """i32[K, S]: what was drawn, a stop token included; -1 = nothing."""
+    logprobs: Array
+    """f32[K, S]: of these tokens, where they were wanted."""
+    top_tokens: Array
+    """i32[K, S, MAX_LOGPROBS]: the likeliest."""
+    top_logprobs: Array
+    """f32[K, S, MAX_LOGPROBS]"""
+    num_steps: Array
+    """i32[]: how often the model ran."""
+    ok: Array
+    """bool[]: False: pages ran out at the step behind the last one, which changed nothing."""
+    table: Any
+    """``TableView`` of the cache afterwards."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """All that a compiled step depends on, beside the model and the cache."""
+
+    rows: int
+    """T"""
+    decode: bool
+    """Each sequence computes one token at most: as many sequences as rows, several steps in one program."""
+    max_steps: int
+    """K"""
+
+
+def step(
+    model: Model, shape: StepShape, params: Any, cache: Cache, slots: SlotParams, given: StepInput
+) -> tuple[Cache, StepOutput]:
+    """Runs the model, draws tokens and, where the shape decodes, goes on with them.
+
+    A sequence that drew a stop token, or all that it may draw, idles until the others are done.
+    """
+    s, k = given.num_new.shape[0], shape.max_steps
+    drawn = StepOutput(
+        tokens=jnp.full((k, s), -1, jnp.int32),
+        logprobs=jnp.zeros((k, s), jnp.float32),
+        top_tokens=jnp.full((k, s, MAX_LOGPROBS), -1, jnp.int32),
+        top_logprobs=jnp.zeros((k, s, MAX_LOGPROBS), jnp.float32),
+        num_steps=jnp.int32(0),
+        ok=jnp.bool_(True),
+        table=None,
+    )
+
+    def once(carry: tuple[Cache, StepOutput, StepInput, Array]) -> tuple[Cache, StepOutput, StepInput, Array]:
+        cache, drawn, given, _ = carry
+        cache, batch, ok = cache.reserve(
+            given.num_new, num_tokens=shape.rows, max_new=1 if shape.decode else shape.rows
+        )
+        if shape.decode:  # one token a row: as many logits as rows, however many sequences there might be
+            rows, owner = jnp.arange(shape.rows), batch.sequence
+        else:
+            rows, owner = batch.last_rows, jnp.arange(s)
+        logits, cache = model(params, given.tokens, cache, batch, rows)
+        tokens, logprobs, top_tokens, top_logprobs = _draw(logits, slots, given, owner)
+        samples = given.samples & (given.num_new > 0) & ok
+        i = drawn.num_steps
+        drawn = replace(
+            drawn,
+            tokens=drawn.tokens.at[i].set(jnp.where(samples, tokens, -1)),
+            logprobs=drawn.logprobs.at[i].set(logprobs),
+            top_tokens=drawn.top_tokens.at[i].set(top_tokens),
+            top_logprobs=drawn.top_logprobs.at[i].set(top_logprobs),
+            num_steps=i + ok,
+            ok=ok,
+        )
+        left = given.left - samples
+        stopped = jnp.any(tokens[:, None] == slots.stop_ids, axis=1)
+        goes_on = samples & ~stopped & (left > 0)
+        num_new = goes_on.astype(jnp.int32)
+        if shape.decode:
+            place = jnp.where(goes_on, jnp.cumsum(num_new) - 1, shape.rows)
+            given = replace(
+                given,
+                num_new=num_new,
+                tokens=jnp.zeros_like(given.tokens).at[place].set(tokens, mode="drop"),
+                left=left,
+                position=given.position + samples,
+                recent=push_recent(given.recent, tokens, samples),
+            )
+        return cache, drawn, given, jnp.any(samples & ~goes_on)
+
+    def goes_on(carry: tuple[Cache, StepOutput, StepInput, Array]) -> Array:
+        _, drawn, given, ended = carry
+        more = drawn.ok & (drawn.num_steps < given.steps) & jnp.any(given.num_new > 0)
+        return more & ~(ended & given.stop_early)
+
+    carry = (cache, drawn, given, jnp.bool_(False))
+    cache, drawn, _, _ = lax.while_loop(goes_on, once, carry) if shape.decode else once(carry)
+    return cache, replace(drawn, table=view(cache))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TableView:
+    """What the host follows of a cache; P = 0 where it is contiguous."""
+
+    num_free: Array
+    """i32[]: free pages."""
+    room: Array
+    """i32[S]: tokens that still go into each sequence's last page."""
+    pages: Array
+    """i32[S, P]: page of each entry; N = no entry."""
+    page_tokens: Array
+    """i32[S, P]: tokens of each entry."""
+
+
+def view(cache: Any) -> TableView:
+    """The view of a cache as it is now."""
+    if isinstance(cache, PagedKVCache):
+        table = cache.table
+        return TableView(cache.allocator.num_free, room_in_last_page(cache), table.pages, table.num_tokens)
+    s = cache.max_seqs
+    none = jnp.zeros((s, 0), jnp.int32)
+    return TableView(jnp.int32(0), jnp.zeros(s, jnp.int32), none, none)
+
+
+def _draw(
+    logits: Array, slots: SlotParams, given: StepInput, owner: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Draws a token for the sequence ``owner i32[R]`` of each row of ``logits f32[R, V]``; S = nobody's row.
+
+    Returns:
+      ``(tokens, logprobs, top_tokens, top_logprobs)``, a row a sequence.
+    """
+    s = given.num_new.shape[0]
+    row = jnp.minimum(owner, s - 1)
+    mine = jax.tree.map(lambda field: field[row], slots)
+    wants = mine.wants_logprobs & (owner < s)
+
+    def biased(z: Array) -> Array:
+        return z.at[jnp.arange(z.shape[0])[:, None], mine.bias_ids].add(mine.bias, mode="drop")
+
+    vocab_size = logits.shape[1]
+    has_bias = jnp.any(mine.bias_ids < vocab_size)
+    tokens = sample(
+        lax.cond(has_bias, biased, lambda z: z, logits), mine.sampling, given.position[row], given.recent[row]
+    )
+    count = min(MAX_LOGPROBS, vocab_size)
+
+    def likeliest(z: Array) -> tuple[Array, Array, Array]:
+        z = jax.nn.log_softmax(z, axis=-1)
+        values, ids = lax.top_k(z, count)
+        return jnp.take_along_axis(z, tokens[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
+
+    def nothing(z: Array) -> tuple[Array, Array, Array]:
+        shape = z.shape[0], count
+        return jnp.zeros(z.shape[0]), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)
+
+    logprobs, ids, values = lax.cond(jnp.any(wants), likeliest, nothing, logits)
+    wide = ((0, 0), (0, MAX_LOGPROBS - count))
+    ids, values = jnp.pad(ids, wide, constant_values=-1), jnp.pad(values, wide)
+
+    def of_sequences(values: Array, fill: int) -> Array:
+        return jnp.full((s, *values.shape[1:]), fill, values.dtype).at[owner].set(values, mode="drop")
+
+    return (
+        of_sequences(tokens, -1),
+        of_sequences(logprobs, 0),
+        of_sequences(ids, -1),
+        of_sequences(values, 0),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Edit:
+    """Changes between two steps, in this order; M = the most pages of one edit."""
+
+    pinned: Array
+    """i32[M]: pages that the prefix cache keeps; N in padding."""
+    removed: Array
+    """bool[S]: sequences that end."""
+    adopted_pages: Array
+    """i32[S, P]: pages that sequences begin with."""
+    adopted_tokens: Array
+    """i32[S]: and how many tokens of them; 0 = none."""
+    unpinned: Array
+    """i32[M]: pages that the prefix cache gives up; N in padding."""
+
+
+def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableView]:
+    """``(cache, ok bool[], view)``. Not ok: sequences could not adopt their pages; the rest is done."""
+    cache = pin_pages(cache, given.pinned)
+    cache, _ = seqs.seq_remove(cache, given.removed)
+    cache, ok = seq_adopt(cache, given.adopted_pages, given.adopted_tokens)
+    cache = unpin_pages(cache, given.unpinned)
+    return cache, ok, view(cache)
+
+
+def remove(cache: Cache, removed: Array) -> Cache:
+    """``edit`` of a contiguous cache: the sequences marked ``bool[S]`` end."""
+    return cache.seq_remove(removed)[0]
+
+
+def shift(
+    cache: PagedKVCache, which: Array, keep: Array, discard: Array
+) -> tuple[PagedKVCache, Array, TableView]:
+    """Forgets ``discard i32[S]`` tokens behind the first ``keep i32[S]`` of the sequences marked ``bool[S]``."""
+    # Ranges are positions, and a sequence that was shifted before begins at 0 still.
+    before, end = cache, keep + discard
+    cache, removed = seqs.seq_remove(cache, which, keep, end)
+    cache, shifted = seqs.seq_shift(cache, which, end, -1, -discard)
+    ok = removed & shifted
+    allocator, table = jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old), (cache.allocator, cache.table), (before.allocator, before.table)
+    )
+    cache = replace(cache, allocator=allocator, table=table)
+    return cache, ok, view(cache)
+
+
+def take_out(cache: PagedKVCache, pages: Array) -> tuple[PagedKVCache, PagesOfLayers]:
+    """A few pages on their way to host memory; the cache is unchanged."""
+    return cache, read_pages(cache, pages)
+
+
+def place(
+    cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
+) -> tuple[PagedKVCache, Array, TableView]:
+    """Fresh pages for a sequence that comes back."""
+    cache, ok = seq_place(cache, seq, row, count)
+    return cache, ok, view(cache)
+
+
+def put_back(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:
+    """A few pages on their way back."""
+    return write_pages(cache, pages, data)

@@ -1,0 +1,73 @@
+"""SlotTable: the parameters of the running sequences, kept on the host and sent to the device when one changes."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jaxpaged.engine.programs import SlotParams
+from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, EngineRequest
+from jaxpaged.sampling import SamplingParams
+
+_NO_TOKEN = np.iinfo(np.int32).max
+
+
+class SlotTable:
+    """S rows; row i are the parameters of sequence i of the cache."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.params = SlotParams(
+            sampling=jax.tree.map(np.array, SamplingParams.greedy(num_slots)),
+            stop_ids=np.full((num_slots, MAX_STOP_IDS), -1, np.int32),  # type: ignore[arg-type]
+            bias_ids=np.full((num_slots, MAX_LOGIT_BIAS), _NO_TOKEN, np.int32),  # type: ignore[arg-type]
+            bias=np.zeros((num_slots, MAX_LOGIT_BIAS), np.float32),  # type: ignore[arg-type]
+            wants_logprobs=np.zeros(num_slots, bool),  # type: ignore[arg-type]
+        )
+        self._sent: SlotParams | None = None
+
+    def on_device(self) -> SlotParams:
+        """The rows as the programs take them."""
+        if self._sent is None:
+            # Copied: on a CPU the device may read the very memory that is written to below.
+            self._sent = jax.device_put(jax.tree.map(np.copy, self.params))
+        return self._sent
+
+    def set(self, slot: int, request: EngineRequest, index: int) -> None:
+        """The parameters of sample ``index`` of a request."""
+        params, sampling = self.params, self.params.sampling
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repeat_penalty",
+            "repeat_last_n",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
+            getattr(sampling, name)[slot] = getattr(request, name)
+        sampling.seed[slot] = (request.seed + index) % 2**32  # type: ignore[index]
+        _fill(params.stop_ids, slot, list(request.stop_ids), -1)
+        _fill(params.bias_ids, slot, list(request.logit_bias), _NO_TOKEN)
+        _fill(params.bias, slot, list(request.logit_bias.values()), 0)
+        params.wants_logprobs[slot] = request.num_logprobs is not None  # type: ignore[index]
+        self._sent = None
+
+    def clear(self, slot: int) -> None:
+        """A sequence that nobody has switches off what costs a step time: drawing, penalties, biases, logprobs."""
+        params, sampling = self.params, self.params.sampling
+        params.wants_logprobs[slot] = False  # type: ignore[index]
+        params.bias_ids[slot] = _NO_TOKEN  # type: ignore[index]
+        for name, off in (
+            ("temperature", 0.0),
+            ("repeat_penalty", 1.0),
+            ("presence_penalty", 0.0),
+            ("frequency_penalty", 0.0),
+        ):
+            getattr(sampling, name)[slot] = off
+        self._sent = None
+
+
+def _fill(table: np.ndarray, slot: int, values: list[float], padding: float) -> None:
+    table[slot] = padding
+    table[slot, : len(values)] = values
