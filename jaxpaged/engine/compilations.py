@@ -1,7 +1,8 @@
-"""How many programs XLA has compiled in this process: what proves that none is compiled behind the start."""
+"""How many programs XLA has compiled: what proves that none is compiled behind the start."""
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import jax
@@ -9,24 +10,20 @@ import jax
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-class _Counter:
-    def __init__(self) -> None:
-        self.count = 0
-        self._lock = threading.Lock()
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
-
-    def _hear(self, event: str, _seconds: float, **_: object) -> None:
-        if event == _EVENT:
-            with self._lock:
-                self.count += 1
+_counts = threading.local()
 
 
-_counter: _Counter | None = None
+def _hear(event: str, _seconds: float, **_: object) -> None:
+    if event == _EVENT:  # told on the thread that waits for the program
+        _counts.value = getattr(_counts, "value", 0) + 1
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_duration_secs_listener(_hear)
 
 
 def num_compilations() -> int:
-    """Programs compiled, or read from the compilation cache, since the first call."""
-    global _counter
-    if _counter is None:
-        _counter = _Counter()
-    return _counter.count
+    """Programs that this thread had compiled, or read from the compilation cache, since it first asked."""
+    _listen()
+    return getattr(_counts, "value", 0)

@@ -16,7 +16,6 @@ from jaxpaged.block_table import BlockTable
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.engine import programs
-from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, TableView
 from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
@@ -76,15 +75,9 @@ class Device:
         self._shapes += [StepShape(rows, False, 1) for rows in prompt_rows]
         self._steps: dict[StepShape, Any] = {}
         self._programs: dict[str, Any] = {}
-        self._compilations = 0
         self._no_recent = jax.device_put(np.full((cache.max_seqs, num_recent), -1, np.int32))
         self.num_recent = num_recent
         self.view = HostView(jax.tree.map(np.asarray, programs.view(cache)))
-
-    @property
-    def compiled_late(self) -> int:
-        """Programs that XLA compiled in this process since ``compile``."""
-        return num_compilations() - self._compilations
 
     @property
     def swaps(self) -> bool:
@@ -93,7 +86,6 @@ class Device:
 
     def compile(self, progress: Progress | None = None) -> None:
         """Compiles every program there is, once; what comes later is an error in this room."""
-        num_compilations()
         start = time.monotonic()
         todo = list(self._to_compile())
         for i, (name, keep, function, donated, arguments) in enumerate(todo):
@@ -104,7 +96,6 @@ class Device:
             progress(len(todo), len(todo), "")
         self.compiled = len(todo)
         self.compile_seconds = time.monotonic() - start
-        self._compilations = num_compilations()
 
     def _to_compile(self) -> Iterator[tuple[str, Callable[[Any], None], Callable[..., Any], int, tuple[Any, ...]]]:
         cache, s = self.cache, self.cache.max_seqs

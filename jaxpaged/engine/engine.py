@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Device, Progress
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.programs import StepOutput
@@ -127,7 +128,7 @@ class Engine:
         self._samples: dict[str, list[SampleState]] = {}
         self._ended: list[SampleState] = []
         self._last: list[SampleState | None] = [None] * slots
-        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = self._compiled_late = 0
         self._step_seconds: deque[float] = deque(maxlen=8)
         self._use: tuple[Any, PoolUse] | None = None
 
@@ -255,6 +256,12 @@ class Engine:
 
     def step(self) -> list[SampleOutput]:
         """Computes some tokens of those that run, lets others in, and tells what came of it."""
+        before = num_compilations()
+        outputs = self._step()
+        self._compiled_late += num_compilations() - before
+        return outputs
+
+    def _step(self) -> list[SampleOutput]:
         self._end()
         self._shift_full_contexts()
         plan = self.scheduler.plan()
@@ -429,7 +436,7 @@ class Engine:
             evictions=evictions,
             shifts=counts.shifts,
             compiled=self.device.compiled,
-            compiled_late=self.device.compiled_late,
+            compiled_late=self._compiled_late,
         )
 
     def _page_use(self) -> PoolUse:

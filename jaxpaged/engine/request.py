@@ -226,4 +226,4 @@ class EngineStats:
     compiled: int
     """Programs compiled at the start."""
     compiled_late: int
-    """Programs that XLA compiled after that: 0, unless something is wrong."""
+    """Programs that a step had to compile all the same: 0, unless something is wrong."""
