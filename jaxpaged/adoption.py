@@ -1,4 +1,4 @@
-"""Pages named by their numbers: sequences that take up pages that lie in the pool, pins, and pages to and from the host.
+"""Pages named by their numbers: sequences that take up pages of the pool, pins, and pages to and from the host.
 
 What a prefix cache and a scheduler need beside ``seq_*``: the host remembers which page holds which tokens, pins the
 page so that it outlives its sequence, and hands it to the next sequence that begins the same. As everywhere, operations
@@ -100,7 +100,13 @@ def seq_place(cache: PagedKVCache, seq: Array, row: BlockTable, count: Array) ->
 
 
 def read_pages(cache: PagedKVCache, pages: Array) -> PagesOfLayers:
-    """What ``pages i32[M]`` hold, in all layers; arbitrary pages for N. Formats that seal pages are not served."""
+    """What ``pages i32[M]`` hold, in all layers; arbitrary pages for N.
+
+    Raises:
+      ValueError: a format seals pages: what is still open lies apart from the pool.
+    """
+    if cache.open_pages is not None:
+        raise ValueError(f"pages of {cache.k_format.title} and {cache.v_format.title} are read by snapshots alone")
     return jax.tree.map(lambda pool: pool.at[pages].get(mode="clip"), (cache.k_pages, cache.v_pages))
 
 

@@ -140,6 +140,8 @@ def _kind(pages: Pages, head_dim: int) -> int:
       NotImplementedError: the kernel does not read it, or not with heads of this size.
     """
     if isinstance(pages, BlockPages):
+        if type(pages) not in (BlockPages, SealedPages):  # another subclass's parts lie otherwise
+            raise NotImplementedError(f"does not read {pages.format.name} pages laid out for a TPU")
         kind, multiple = pages.format.name, BLOCK
         if isinstance(pages, SealedPages) and getattr(pages.format.code, "by_channel", True) is False:
             kind += "_by_token"

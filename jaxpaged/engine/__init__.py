@@ -11,6 +11,7 @@ from jaxpaged.engine.request import (
     RefusedError,
     RequestTimes,
     SampleOutput,
+    SlotBusyError,
     TokenLogprobs,
 )
 from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
@@ -28,6 +29,7 @@ __all__ = [
     "RefusedError",
     "RequestTimes",
     "SampleOutput",
+    "SlotBusyError",
     "SlotTransfer",
     "SlotView",
     "TokenLogprobs",

@@ -13,7 +13,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _counts = threading.local()
 
 
-def _hear(event: str, _seconds: float, **_: object) -> None:
+def _hear(event: str, duration_secs: float, **_: str | int) -> None:
     if event == _EVENT:  # told on the thread that waits for the program
         _counts.value = getattr(_counts, "value", 0) + 1
 

@@ -1,4 +1,4 @@
-"""Device: the cache, the weights and the compiled programs of an engine, behind methods that take and give host data."""
+"""Device: the cache, the weights and the compiled programs of an engine, behind methods that take host data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged import block_table as tables
@@ -97,7 +98,9 @@ class Device:
         self.compiled = len(todo)
         self.compile_seconds = time.monotonic() - start
 
-    def _to_compile(self) -> Iterator[tuple[str, Callable[[Any], None], Callable[..., Any], int, tuple[Any, ...]]]:
+    def _to_compile(
+        self,
+    ) -> Iterator[tuple[str, Callable[[Any], None], Callable[..., Any], int, tuple[Any, ...]]]:
         cache, s = self.cache, self.cache.max_seqs
 
         def step_arguments(shape: StepShape) -> tuple[Any, ...]:
@@ -123,11 +126,17 @@ class Device:
             pages = np.zeros(_PAGES_AT_ONCE, np.int32)
             yield named("take_out", programs.take_out, pages)
             data = jax.tree.map(
-                lambda pool: np.zeros((_PAGES_AT_ONCE, *pool.shape[1:]), pool.dtype), (cache.k_pages, cache.v_pages)
+                lambda pool: np.zeros((_PAGES_AT_ONCE, *pool.shape[1:]), pool.dtype),
+                (cache.k_pages, cache.v_pages),
             )
             yield named("put_back", programs.put_back, pages, data)
-            row = jax.tree.map(np.asarray, tables.get_row(cache.table, np.int32(0)))
+            row = jax.tree.map(np.asarray, tables.get_row(cache.table, jnp.int32(0)))
             yield named("place", programs.place, np.int32(0), row, np.int32(0))
+
+    def replace_cache(self, cache: PagedKVCache) -> None:
+        """Goes on with a cache that was edited elsewhere."""
+        self.cache = cache
+        self.view = HostView(jax.tree.map(np.asarray, programs.view(cache)))
 
     # Steps
 
@@ -156,14 +165,14 @@ class Device:
         s = self.cache.max_seqs
         none = np.zeros(s, np.int32)
         return StepInput(
-            num_new=num_new,  # type: ignore[arg-type]
-            tokens=tokens,  # type: ignore[arg-type]
-            samples=np.zeros(s, bool) if samples is None else samples,  # type: ignore[arg-type]
-            left=none if left is None else left,  # type: ignore[arg-type]
-            position=none if position is None else position,  # type: ignore[arg-type]
-            recent=self._no_recent if recent is None else recent,  # type: ignore[arg-type]
-            steps=np.int32(steps),  # type: ignore[arg-type]
-            stop_early=np.bool_(stop_early),  # type: ignore[arg-type]
+            num_new=num_new,
+            tokens=tokens,
+            samples=np.zeros(s, bool) if samples is None else samples,
+            left=none if left is None else left,
+            position=none if position is None else position,
+            recent=self._no_recent if recent is None else recent,
+            steps=np.int32(steps),
+            stop_early=np.bool_(stop_early),
         )
 
     def step(self, shape: StepShape, given: StepInput) -> StepOutput:
@@ -179,11 +188,11 @@ class Device:
         assert isinstance(cache, PagedKVCache)
         s, p, n = cache.max_seqs, cache.max_entries, cache.num_pages
         return Edit(
-            pinned=np.full(p, n, np.int32),  # type: ignore[arg-type]
-            removed=np.zeros(s, bool),  # type: ignore[arg-type]
-            adopted_pages=np.full((s, p), n, np.int32),  # type: ignore[arg-type]
-            adopted_tokens=np.zeros(s, np.int32),  # type: ignore[arg-type]
-            unpinned=np.full(p, n, np.int32),  # type: ignore[arg-type]
+            pinned=np.full(p, n, np.int32),
+            removed=np.zeros(s, bool),
+            adopted_pages=np.full((s, p), n, np.int32),
+            adopted_tokens=np.zeros(s, np.int32),
+            unpinned=np.full(p, n, np.int32),
         )
 
     def edit(
@@ -212,10 +221,10 @@ class Device:
             self.edit(pinned=pinned[i : i + width])
         _put(given.pinned, pinned[:width])
         _put(given.unpinned, unpinned[:width])
-        given.removed[list(removed)] = True  # type: ignore[index]
+        given.removed[list(removed)] = True
         for slot, pages, count in adopted:
             _put(given.adopted_pages[slot], pages)
-            given.adopted_tokens[slot] = count  # type: ignore[index]
+            given.adopted_tokens[slot] = count
         self.cache, ok, view = self._programs["edit"](self.cache, given)
         self.view = HostView(view)
         assert ok, f"sequences {[slot for slot, _, _ in adopted]} could not take up their pages"

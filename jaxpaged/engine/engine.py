@@ -14,6 +14,7 @@ what it drew is handed out. Everything that a step needs is compiled by ``compil
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy as np
 
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.engine import slot_files
 from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Device, Progress
 from jaxpaged.engine.pool import PagedPool, Pool
@@ -37,11 +39,12 @@ from jaxpaged.engine.request import (
     RefusedError,
     RequestTimes,
     SampleOutput,
+    SlotBusyError,
     TokenLogprobs,
 )
 from jaxpaged.engine.sample_state import SampleState
 from jaxpaged.engine.scheduler import Plan, Scheduler
-from jaxpaged.engine.views import PoolUse, PoolView, SlotView, page_use, pool_view
+from jaxpaged.engine.views import PoolUse, PoolView, SlotTransfer, SlotView, page_use, pool_view
 from jaxpaged.generation import Model
 from jaxpaged.invariants import check_invariants
 
@@ -71,6 +74,8 @@ class EngineConfig:
     """Whether a full context forgets and goes on; otherwise the text ends there."""
     swap_bytes: int = 2**30
     """Host memory for preempted sequences; 0 = they are always computed again."""
+    fingerprint: str = ""
+    """Tells the model from others in files of slots."""
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "vocab_size", "max_batch_tokens", "decode_steps", "max_waiting"):
@@ -111,10 +116,10 @@ class Engine:
         )
         self.pool: Pool
         if isinstance(cache, PagedKVCache):
-            self.pool = PagedPool(
-                self.device, prefix_cache=config.prefix_cache, swap_bytes=config.swap_bytes
+            self.pool = PagedPool(self.device, prefix_cache=config.prefix_cache, swap_bytes=config.swap_bytes)
+            room = cache.page_size * min(
+                cache.num_pages - _SHIFT_PAGES * config.context_shift, cache.max_entries
             )
-            room = cache.page_size * min(cache.num_pages - _SHIFT_PAGES * config.context_shift, cache.max_entries)
         else:
             if config.context_shift:
                 raise ValueError("a context shift needs a paged cache")
@@ -171,7 +176,9 @@ class Engine:
         for what, tokens in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
             for token in tokens:
                 if not 0 <= token < vocab_size:
-                    raise RefusedError(f"{what}: token {token} is not one of the model's, 0 to {vocab_size - 1}")
+                    raise RefusedError(
+                        f"{what}: token {token} is not one of the model's, 0 to {vocab_size - 1}"
+                    )
         if request.request_id in self._samples:
             raise RefusedError(f"a request {request.request_id!r} is being served already")
         if request.n > self.max_seqs:
@@ -203,7 +210,8 @@ class Engine:
         if waiting >= self.config.max_waiting:
             raise QueueFullError(self.config.max_waiting)
         arrival, times = next(self._arrivals), RequestTimes(arrived=time.monotonic())
-        root, samples = self.pool.root(request), []
+        root = self.pool.root(request)
+        samples: list[SampleState] = []
         for index in range(request.n):
             samples.append(
                 SampleState(
@@ -501,6 +509,71 @@ class Engine:
         pages = self.pool.index.evict(self.pool.index.num_unused)
         self.device.edit(unpinned=pages)
         return len(pages)
+
+    # Slots and files
+
+    def _idle(self, slot: int) -> SampleState | None:
+        """The last sample of a slot that nobody has now.
+
+        Raises:
+          RefusedError: there is no such slot, or it is busy.
+        """
+        if not 0 <= slot < self.max_seqs:
+            raise RefusedError(f"slot {slot}: there are slots 0 to {self.max_seqs - 1}")
+        if any(sample.slot == slot for sample in self.scheduler.running):
+            raise SlotBusyError(slot)
+        return self._last[slot]
+
+    def save_slot(self, slot: int, path: str | os.PathLike[str]) -> SlotTransfer:
+        """Writes what the pool has of a slot's last text to a file, between two steps.
+
+        Raises:
+          RefusedError: there is no such slot, it is busy (``SlotBusyError``), or nothing of its text is there.
+          OSError: the file cannot be written.
+        """
+        last = self._idle(slot)
+        if last is None:
+            raise RefusedError(f"slot {slot} has nothing in the pool that could be saved")
+        tokens = last.tokens[: last.num_computed]
+        return slot_files.save(self.device, self.pool, slot, last.root, tokens, path, self.config.fingerprint)
+
+    def restore_slot(self, slot: int, path: str | os.PathLike[str]) -> SlotTransfer:
+        """Takes a file's text into the prefix cache, and makes it the slot's last one.
+
+        Raises:
+          RefusedError: there is no such slot, or it is busy (``SlotBusyError``).
+          SnapshotError: the file does not fit; nothing was changed.
+          OutOfPages: running requests leave too few pages.
+          OSError: the file cannot be read.
+        """
+        self._idle(slot)
+        transfer, tokens = slot_files.load(self.device, self.pool, slot, path, self.config.fingerprint)
+        request = EngineRequest(f"restored into slot {slot}", tuple(tokens), max_new_tokens=0)
+        self._last[slot] = SampleState(
+            request,
+            0,
+            next(self._arrivals),
+            limit=0,
+            root=self.pool.root(request),
+            leader=None,
+            tokens=tokens,
+            times=RequestTimes(),
+            num_computed=len(tokens),
+            finish_reason="stop",
+        )
+        return transfer
+
+    def erase_slot(self, slot: int) -> int:
+        """Gives up the cached pages of a slot's last text that no other text shares; how many tokens those held.
+
+        Raises:
+          RefusedError: there is no such slot, or it is busy (``SlotBusyError``).
+        """
+        last = self._idle(slot)
+        if last is None:
+            return 0
+        self._last[slot] = None
+        return slot_files.erase(self.device, self.pool, last.root, last.tokens[: last.num_computed])
 
 
 class _Logprobs:

@@ -1,8 +1,8 @@
 """The pages of an engine as the host sees them: who holds them, what may be shared, what must give way.
 
-``Pool`` is that of a contiguous cache, whose sequences have all their memory from the start. ``PagedPool`` counts pages,
-finds what a text shares with others, and moves pages between sequences, prefix cache and host memory. Counts come from
-the device with every program, and only what is planned since is added to them here.
+``Pool`` is that of a contiguous cache, whose sequences have all their memory from the start. ``PagedPool`` counts
+pages, finds what a text shares with others, and moves pages between sequences, prefix cache and host memory. Counts
+come from the device with every program.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from jaxpaged.cache import PagedKVCache
 from jaxpaged.engine.device import Device
 from jaxpaged.engine.prefix_index import Node, PrefixIndex, common_prefix, root_key
 from jaxpaged.engine.request import EngineRequest
@@ -113,12 +114,13 @@ class PagedPool(Pool):
     def __init__(self, device: Device, *, prefix_cache: bool, swap_bytes: int) -> None:
         super().__init__(device)
         cache = device.cache
-        self.page_size: int = cache.page_size  # type: ignore[union-attr]
+        assert isinstance(cache, PagedKVCache)
+        self.page_size = cache.page_size
         self.index = PrefixIndex(self.page_size)
         self._prefix_cache = prefix_cache
         self._swap_bytes = swap_bytes if device.swaps else 0
         # Of an open page, which lies apart from the pool, there are as many as sequences, and none to keep.
-        self._shares_tails = cache.open_pages is None  # type: ignore[union-attr]
+        self._shares_tails = cache.open_pages is None
 
     @property
     def available(self) -> int:
@@ -128,8 +130,8 @@ class PagedPool(Pool):
         return -(-num_tokens // self.page_size)
 
     def pages_for(self, sample: SampleState, count: int) -> int:
-        room = int(self.device.view.room[sample.slot])  # type: ignore[index]
-        return self.pages_for_text(max(0, count - room)) + (sample.copies and 0 < room and count > 0)
+        room = int(self.device.view.room[sample.slot])
+        return self.pages_for_text(max(0, count - room)) + (sample.copies and room > 0 and count > 0)
 
     def ensure(self, count: int) -> None:
         missing = count - self.device.view.num_free
@@ -255,7 +257,9 @@ class PagedPool(Pool):
         """Indexes the last page of a sample that ends: ``(page to pin, pages to unpin)``."""
         begin = len(sample.chain) * self.page_size
         tail = tuple(sample.tokens[begin : sample.num_computed])
-        possible = sample.indexed and sample.slot is not None and sample.borrowed is None and self._shares_tails
+        possible = (
+            sample.indexed and sample.slot is not None and sample.borrowed is None and self._shares_tails
+        )
         if not possible or not tail or len(tail) >= self.page_size or not self._keeps(sample.request):
             return [], []
         parent = sample.chain[-1] if sample.chain else None

@@ -120,7 +120,8 @@ class PrefixIndex:
           limit: at most so many tokens; one less than the text, where its last token must be computed.
           tails: whether the last page may be matched in part.
         """
-        ps, nodes, key = self.page_size, [], root
+        ps, key = self.page_size, root
+        nodes: list[Node] = []
         while (len(nodes) + 1) * ps <= limit:
             page = tuple(tokens[len(nodes) * ps : (len(nodes) + 1) * ps])
             key = child_key(key, page)
@@ -201,7 +202,7 @@ class PrefixIndex:
 
     def evict(self, count: int) -> list[int]:
         """Gives up the ``count`` pages least recently used, or all that nobody uses; they are to be unpinned."""
-        pages = []
+        pages: list[int] = []
         while self._unused and len(pages) < count:
             _, node = self._unused.popitem(last=False)
             assert not node.children, "a chain is let go from its end"

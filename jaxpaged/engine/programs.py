@@ -1,4 +1,4 @@
-"""The engine's device programs: a step of the model with sampling, edits of the block table, pages to and from the host.
+"""The engine's device programs: a step of the model with sampling, edits of the block table, pages to the host.
 
 Pure functions of arrays with a handful of static sizes, so that an engine compiles all that it will ever run when it
 starts. The cache is donated to each of them and comes back; a program is queued behind the one before it by the cache
@@ -30,6 +30,9 @@ from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation import Cache, Model
 from jaxpaged.sampling import SamplingParams, push_recent, sample
 
+Given = Any
+"""An array: numpy when the host gives it, a JAX array inside a program."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class SlotParams:
 
     sampling: SamplingParams
     """S rows."""
-    stop_ids: Array
+    stop_ids: Given
     """i32[S, MAX_STOP_IDS]: tokens that end it; -1 in padding."""
-    bias_ids: Array
+    bias_ids: Given
     """i32[S, B]: tokens whose logits are changed; V and more in padding."""
-    bias: Array
+    bias: Given
     """f32[S, B]: by how much."""
-    wants_logprobs: Array
+    wants_logprobs: Given
     """bool[S]"""
 
 
@@ -53,21 +56,21 @@ class SlotParams:
 class StepInput:
     """What one run computes. T = its rows; S sequences."""
 
-    num_new: Array
+    num_new: Given
     """i32[S]: tokens of each sequence that are computed."""
-    tokens: Array
+    tokens: Given
     """i32[T]: they, sequence after sequence."""
-    samples: Array
+    samples: Given
     """bool[S]: whether the last of them is followed by a token that is to be drawn."""
-    left: Array
+    left: Given
     """i32[S]: tokens that may still be drawn."""
-    position: Array
+    position: Given
     """i32[S]: of the first token that is drawn, counted from the beginning of the text, whatever was forgotten."""
-    recent: Array
+    recent: Given
     """i32[S, W]: the tokens that penalties look at, newest last; -1 in padding."""
-    steps: Array
+    steps: Given
     """i32[]: how many tokens to draw for each, one after the other; at most the program's K."""
-    stop_early: Array
+    stop_early: Given
     """bool[]: come back as soon as a sequence ends."""
 
 
@@ -247,15 +250,15 @@ def _draw(
 class Edit:
     """Changes between two steps, in this order; M = the most pages of one edit."""
 
-    pinned: Array
+    pinned: Given
     """i32[M]: pages that the prefix cache keeps; N in padding."""
-    removed: Array
+    removed: Given
     """bool[S]: sequences that end."""
-    adopted_pages: Array
+    adopted_pages: Given
     """i32[S, P]: pages that sequences begin with."""
-    adopted_tokens: Array
+    adopted_tokens: Given
     """i32[S]: and how many tokens of them; 0 = none."""
-    unpinned: Array
+    unpinned: Given
     """i32[M]: pages that the prefix cache gives up; N in padding."""
 
 
@@ -283,7 +286,9 @@ def shift(
     cache, shifted = seqs.seq_shift(cache, which, end, -1, -discard)
     ok = removed & shifted
     allocator, table = jax.tree.map(
-        lambda new, old: jnp.where(ok, new, old), (cache.allocator, cache.table), (before.allocator, before.table)
+        lambda new, old: jnp.where(ok, new, old),
+        (cache.allocator, cache.table),
+        (before.allocator, before.table),
     )
     cache = replace(cache, allocator=allocator, table=table)
     return cache, ok, view(cache)

@@ -53,6 +53,13 @@ class QueueFullError(RefusedError):
         super().__init__(f"{limit} requests wait already; try again later")
 
 
+class SlotBusyError(RefusedError):
+    """A slot that a request runs in; a later try may succeed."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__(f"slot {slot} is busy; try again when its request is done")
+
+
 @dataclass(frozen=True)
 class EngineRequest:
     """One prompt and how to continue it. Sampling parameters mean what they mean in ``sampling.SamplingParams``.
@@ -136,7 +143,9 @@ class EngineRequest:
         if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
             refuse("num_logprobs", f"must be 0 to {MAX_LOGPROBS}")
         if len(self.cache_salt) > MAX_SALT:
-            raise RefusedError(f"cache_salt has {len(self.cache_salt)} characters: at most {MAX_SALT} are allowed")
+            raise RefusedError(
+                f"cache_salt has {len(self.cache_salt)} characters: at most {MAX_SALT} are allowed"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ class SlotTable:
     def __init__(self, num_slots: int) -> None:
         self.params = SlotParams(
             sampling=jax.tree.map(np.array, SamplingParams.greedy(num_slots)),
-            stop_ids=np.full((num_slots, MAX_STOP_IDS), -1, np.int32),  # type: ignore[arg-type]
-            bias_ids=np.full((num_slots, MAX_LOGIT_BIAS), _NO_TOKEN, np.int32),  # type: ignore[arg-type]
-            bias=np.zeros((num_slots, MAX_LOGIT_BIAS), np.float32),  # type: ignore[arg-type]
-            wants_logprobs=np.zeros(num_slots, bool),  # type: ignore[arg-type]
+            stop_ids=np.full((num_slots, MAX_STOP_IDS), -1, np.int32),
+            bias_ids=np.full((num_slots, MAX_LOGIT_BIAS), _NO_TOKEN, np.int32),
+            bias=np.zeros((num_slots, MAX_LOGIT_BIAS), np.float32),
+            wants_logprobs=np.zeros(num_slots, bool),
         )
         self._sent: SlotParams | None = None
 
@@ -46,18 +46,18 @@ class SlotTable:
             "frequency_penalty",
         ):
             getattr(sampling, name)[slot] = getattr(request, name)
-        sampling.seed[slot] = (request.seed + index) % 2**32  # type: ignore[index]
+        sampling.seed[slot] = (request.seed + index) % 2**32
         _fill(params.stop_ids, slot, list(request.stop_ids), -1)
         _fill(params.bias_ids, slot, list(request.logit_bias), _NO_TOKEN)
         _fill(params.bias, slot, list(request.logit_bias.values()), 0)
-        params.wants_logprobs[slot] = request.num_logprobs is not None  # type: ignore[index]
+        params.wants_logprobs[slot] = request.num_logprobs is not None
         self._sent = None
 
     def clear(self, slot: int) -> None:
         """A sequence that nobody has switches off what costs a step time: drawing, penalties, biases, logprobs."""
         params, sampling = self.params, self.params.sampling
-        params.wants_logprobs[slot] = False  # type: ignore[index]
-        params.bias_ids[slot] = _NO_TOKEN  # type: ignore[index]
+        params.wants_logprobs[slot] = False
+        params.bias_ids[slot] = _NO_TOKEN
         for name, off in (
             ("temperature", 0.0),
             ("repeat_penalty", 1.0),

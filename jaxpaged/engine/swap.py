@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ class SwappedPages:
     """One sequence's entries, and what its pages hold."""
 
     row: BlockTable
-    """``[P]`` fields, numpy; its pages are numbered from 0, in the order of ``chunks``; what is behind them is padding."""
+    """``[P]`` fields, numpy; its pages are numbered from 0, in the order of ``chunks``."""
     num_pages: int
     chunks: list[Any]
     """Pages as ``adoption.read_pages`` gives them, so many at a time."""
@@ -26,7 +26,7 @@ class SwappedPages:
 
 @dataclass
 class SwapCosts:
-    """What was measured, and what follows for the next preemption. Rates are moving averages; 0.0 = not yet measured."""
+    """What was measured, and what follows for the next preemption. Rates are moving averages; 0.0 = not yet."""
 
     tokens_per_second: float = 0.0
     """At which prompts are computed."""
@@ -64,7 +64,4 @@ def numbered(row: BlockTable) -> tuple[BlockTable, np.ndarray]:
     rank = np.argsort(np.argsort(first))
     numbers = np.full(row.max_entries, row.max_entries, np.int32)
     numbers[:used] = rank[inverse]
-    return (
-        BlockTable(numbers, row.first_slot, row.num_tokens, row.position, row.rotation, row.num_entries),
-        pages[np.argsort(first)].astype(np.int32),
-    )
+    return replace(row, pages=numbers), pages[np.argsort(first)].astype(np.int32)  # type: ignore[arg-type]

@@ -88,6 +88,4 @@ def pool_view(
     state = np.minimum(holders, SHARED).astype(np.uint8)
     kept = np.asarray(cached, np.int64)
     state[kept[state[kept] == FREE]] = CACHED
-    return PoolView(
-        num_pages, page_size, state[:num_pages].tobytes(), owner[:num_pages].tolist(), sequences
-    )
+    return PoolView(num_pages, page_size, state[:num_pages].tobytes(), owner[:num_pages].tolist(), sequences)

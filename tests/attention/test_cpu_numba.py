@@ -59,6 +59,23 @@ def test_pages_laid_out_for_a_tpu_are_read_where_they_are_the_same_bytes():
     np.testing.assert_allclose(out, built.out, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_quantized_pages_laid_out_for_a_tpu_are_left_to_another(dtype):
+    def attended(layout):
+        cache = PagedKVCache.create(
+            num_layers=1, num_kv_heads=2, head_dim=64, num_pages=4, max_seqs=2, dtype=dtype, layout=layout
+        )
+        cache, batch, _ = cache.reserve(jnp.array([40, 9]), num_tokens=49)
+        q, k, v = (jax.random.normal(jax.random.key(i), (49, heads, 64)) for i, heads in enumerate((4, 2, 2)))
+        return cache.attend(0, q, k, v, batch)
+
+    out, cache = attended("lanes")
+    np.testing.assert_allclose(out, attended("plain")[0], rtol=2e-5, atol=2e-5)
+    batch = cache.reserve(jnp.array([1, 1]), num_tokens=2)[1]
+    with pytest.raises(NotImplementedError, match=f"{dtype} pages laid out for a TPU"):
+        kernel(jnp.ones((2, 4, 64)), *cache.pages(0), cache.table, batch)
+
+
 def step(cache, num_new, num_tokens, kernel_name):
     cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens)
     k, q = jnp.ones((num_tokens, 3, 64)), jnp.ones((num_tokens, 9, 64))

@@ -240,6 +240,14 @@ def test_what_the_kernel_cannot_serve_is_refused_with_the_reason(change, message
         )
 
 
+def test_keys_and_values_of_two_dtypes_are_left_to_another():
+    built = build_case(CASES[0])
+    k_pages, v_pages = built.k_pages.astype(jnp.bfloat16), built.v_pages.astype(jnp.float16)
+    config = make_config(built.q.shape[-1], None, None, None)
+    with pytest.raises(NotImplementedError, match="keys of bfloat16 and values of float16; reads one dtype"):
+        mosaic_gpu.paged_attention(built.q, k_pages, v_pages, built.table, built.batch, config, None, None)
+
+
 @pytest.mark.parametrize(("capability", "served"), [("8.0", False), ("9.0", True), ("10.0", False)])
 def test_other_gpus_than_hopper_are_refused(capability, served, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -30,7 +30,13 @@ def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> 
         )
     else:
         cache = ContiguousKVCache.create(**MODEL, max_seqs=SLOTS, max_length=N_CTX)
-    settings = {"n_ctx": N_CTX, "vocab_size": VOCAB, "max_batch_tokens": 16, "decode_steps": 4, "max_waiting": 8}
+    settings = {
+        "n_ctx": N_CTX,
+        "vocab_size": VOCAB,
+        "max_batch_tokens": 16,
+        "decode_steps": 4,
+        "max_waiting": 8,
+    }
     engine = Engine(toy, params(), cache, EngineConfig(**(settings | config)))
     engine.compile()
     return engine

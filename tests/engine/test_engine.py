@@ -28,7 +28,9 @@ def test_requests_of_all_lengths_get_the_text_they_would_get_alone(engine):
 def test_samples_share_the_prompt_and_draw_by_themselves(engine):
     text = prompt(1, 21)
     before = engine.stats()
-    request = EngineRequest("n", text, max_new_tokens=6, n=3, temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=5)
+    request = EngineRequest(
+        "n", text, max_new_tokens=6, n=3, temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=5
+    )
     results = finish(engine, request)
     assert len({tuple(results["n", i].tokens) for i in range(3)}) > 1
     after = engine.stats()
@@ -89,7 +91,9 @@ def test_a_bias_changes_the_choice(engine):
 
 def test_penalties_see_the_text_so_far(engine):
     text, bias = prompt(8, 12), {11: 40.0, 12: 40.0, 13: 40.0}
-    request = greedy("f", text, 12, frequency_penalty=2.0, presence_penalty=1.0, repeat_last_n=9, logit_bias=bias)
+    request = greedy(
+        "f", text, 12, frequency_penalty=2.0, presence_penalty=1.0, repeat_last_n=9, logit_bias=bias
+    )
     tokens = list(text)
     for _ in range(12):
         z = toy_log_probabilities(params(), tokens)

@@ -42,7 +42,9 @@ def test_those_who_gave_way_get_the_text_they_would_get_alone(tight, swaps, monk
     assert tight.pool.swapped_bytes == after.swapped == 0
     assert after.compiled_late == 0
     # The oldest never gave way: it ended first.
-    assert results["r0", 0].outputs[-1].times.finished == min(r.outputs[-1].times.finished for r in results.values())
+    assert results["r0", 0].outputs[-1].times.finished == min(
+        r.outputs[-1].times.finished for r in results.values()
+    )
 
 
 @pytest.mark.parametrize("swaps", [False, True])

@@ -37,12 +37,11 @@ def test_texts_share_what_they_have_in_common_to_the_token(engine, shared):
 
 
 def test_a_conversation_goes_on_where_it_ended(engine):
-    text = prompt(3, 13)
+    text, held = prompt(3, 13), 0
     for turn in range(3):
         results = finish(engine, greedy(f"turn{turn}", text, 5))
         assert results[f"turn{turn}", 0].tokens == alone(text, 5)
-        if turn:
-            assert hits(results, f"turn{turn}") == held
+        assert hits(results, f"turn{turn}") == held
         # The newest token is never computed.
         held = len(text) + 4
         text = (*text, *results[f"turn{turn}", 0].tokens, *prompt(turn, 3))
@@ -73,7 +72,14 @@ def test_a_salt_parts_tenants(engine):
 
 
 def test_extras_are_tagged():
-    keys = {root_key(), root_key(a="b"), root_key(b="a"), root_key(a="", b=""), root_key(a="b", c=""), root_key(ab="")}
+    keys = {
+        root_key(),
+        root_key(a="b"),
+        root_key(b="a"),
+        root_key(a="", b=""),
+        root_key(a="b", c=""),
+        root_key(ab=""),
+    }
     assert len(keys) == 6
 
 

@@ -1,0 +1,160 @@
+"""From flags and a loaded model to an engine: how large the pool is, and how long a context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxpaged.app.cache_type import CacheType, check_hadamard
+from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
+from jaxpaged.app.kv_report import readable
+from jaxpaged.app.loading import ReadyModel
+from jaxpaged.app.memory import free_memory
+from jaxpaged.app.server.options import ServeOptions
+from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.engine import Engine, EngineConfig
+
+_SPARE_ENTRIES = 4
+"""Entries of a sequence beyond those that its tokens fill: context shifts split some."""
+_SHIFT_PAGES = 2
+_SMALLEST_CONTEXT = 8
+_SHARE_OF_CPU, _SHARE_OF_DEVICE = 0.25, 0.8
+"""Of the free memory, what a pool takes at most if it is not said: a CPU's memory is others' as well."""
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Sizes of a cache that serves."""
+
+    context: int
+    """Tokens of a sequence."""
+    num_seqs: int
+    num_pages: int
+    """0 = contiguous."""
+    num_bytes: int
+
+    def line(self, options: ServeOptions, cache_type: CacheType) -> str:
+        """For people."""
+        size = f"{readable(self.num_bytes)} of {cache_type}"
+        if not self.num_pages:
+            return f"KV cache = contiguous, {self.num_seqs} slots of {self.context} tokens, {size}"
+        tokens = self.num_pages * options.page_size
+        return (
+            f"KV cache = paged, {self.num_pages} pages of {options.page_size} tokens, {size}: {tokens} tokens "
+            f"for up to {self.num_seqs} sequences of up to {self.context}"
+        )
+
+
+def build_engine(options: ServeOptions, ready: ReadyModel) -> Engine:
+    """An engine for the model, not yet compiled; tells of its cache on stderr.
+
+    Raises:
+      InputError: sizes that do not go together, or that memory does not suffice for.
+    """
+    check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
+    cache_type = CacheType.of(
+        options.cache_type_k or ready.dtype, options.cache_type_v or ready.dtype, options.hadamard
+    )
+    config = ready.loaded.config
+    plan = plan_pool(options, cache_type, config)
+    if options.log:
+        say(plan.line(options, cache_type))
+        if plan.context > config.context_length:
+            say(
+                f"warning: -c {plan.context} is more than the {config.context_length} tokens the model was trained for"
+            )
+    cache: Any
+    with out_of_memory_is_input("choose fewer --kv-pages, or less --kv-memory"):
+        if plan.num_pages:
+            cache = cache_type.paged(
+                config,
+                num_pages=plan.num_pages,
+                max_seqs=plan.num_seqs,
+                page_size=options.page_size,
+                max_entries=-(-plan.context // options.page_size) + _SPARE_ENTRIES,
+            )
+        else:
+            cache = cache_type.contiguous(config, max_seqs=plan.num_seqs, max_length=plan.context)
+        jax.block_until_ready(cache)
+    return Engine(
+        ready.call,
+        ready.loaded.params,
+        cache,
+        EngineConfig(
+            n_ctx=plan.context,
+            vocab_size=config.vocab_size,
+            max_batch_tokens=options.step_tokens,
+            decode_steps=options.decode_steps,
+            max_waiting=options.max_queue,
+            prefix_cache=options.prefix_cache,
+            context_shift=options.context_shift,
+            swap_bytes=options.swap_space,
+            fingerprint=ready.loaded.fingerprint,
+        ),
+    )
+
+
+def plan_pool(options: ServeOptions, cache_type: CacheType, config: Any) -> PoolPlan:
+    """Sizes that follow from the flags and the memory that is free.
+
+    Raises:
+      InputError: a context that the memory, or the pool asked for, has no room for.
+    """
+    context = options.ctx_size or config.context_length
+    if context < _SMALLEST_CONTEXT:
+        raise InputError(f"-c {context}: a context has at least {_SMALLEST_CONTEXT} tokens")
+    if not options.paged:
+        return _contiguous(options, cache_type, config, context)
+    abstract = jax.eval_shape(
+        lambda: cache_type.paged(config, num_pages=1, max_seqs=1, page_size=options.page_size, max_entries=1)
+    )
+    page_bytes = abstract.bytes_per_page
+    extra = options.parallel * abstract.bytes_of_open_pages
+    ps, spare = options.page_size, _SHIFT_PAGES if options.context_shift else 0
+    fills = options.parallel * (-(-context // ps) + spare)
+    if options.kv_pages is not None:
+        pages = options.kv_pages
+    else:
+        budget = _budget(options.kv_memory) - extra
+        pages = budget // page_bytes
+        if options.kv_memory is None:
+            pages = min(pages, fills)
+    room = (pages - spare) * ps
+    if room < (context if options.ctx_size else _SMALLEST_CONTEXT):
+        raise InputError(
+            f"{max(pages, 0)} pages of {ps} tokens ({readable(page_bytes)} each) have no room for one sequence of "
+            f"{options.ctx_size or _SMALLEST_CONTEXT} tokens; choose a shorter context (-c), more --kv-memory or "
+            "smaller -ctk and -ctv"
+        )
+    if room < context:
+        say(f"context = {room} tokens, what the pool has room for; the model was trained for {context}")
+        context = room
+    return PoolPlan(context, options.parallel, pages, pages * page_bytes + extra)
+
+
+def _contiguous(options: ServeOptions, cache_type: CacheType, config: Any, context: int) -> PoolPlan:
+    def num_bytes(rows: int) -> int:
+        cache = jax.eval_shape(lambda: cache_type.contiguous(config, max_seqs=rows, max_length=context))
+        assert isinstance(cache, ContiguousKVCache)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.k, cache.v)))
+
+    each = num_bytes(1)
+    rows = min(options.parallel, _budget(options.kv_memory) // each)
+    if rows < 1:
+        raise InputError(
+            f"one slot of {context} tokens takes {readable(each)}, and there is memory for none; "
+            "choose a shorter context (-c) or more --kv-memory"
+        )
+    if rows < options.parallel:
+        say(f"slots = {rows}, what the memory has room for; -np asks for {options.parallel}")
+    return PoolPlan(context, rows, 0, rows * each)
+
+
+def _budget(kv_memory: float | int | None) -> int:
+    """Bytes for keys and values: as asked for, a share of what is free, or a careful one."""
+    if isinstance(kv_memory, int):
+        return kv_memory
+    usual = _SHARE_OF_CPU if jax.default_backend() == "cpu" else _SHARE_OF_DEVICE
+    return int((usual if kv_memory is None else kv_memory) * free_memory())

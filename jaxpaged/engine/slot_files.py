@@ -1,0 +1,126 @@
+"""Slots to and from files: what the last request of a slot left in the pool, and pages for the requests to come.
+
+A slot's pages are in the prefix cache when its request is done. Saving lets the slot hold them once more while they are
+written; restoring hands what the file has to the prefix cache, where any request that begins so finds it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.engine.device import Device
+from jaxpaged.engine.pool import PagedPool, Pool
+from jaxpaged.engine.prefix_index import Node, root_key
+from jaxpaged.engine.request import RefusedError
+from jaxpaged.engine.views import SlotTransfer
+from jaxpaged.snapshot_file import read_snapshot
+from jaxpaged.snapshots import restore, snapshot
+
+_ROOT = root_key(cache_salt="")
+
+
+def _paged(device: Device, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
+    if not isinstance(device.cache, PagedKVCache) or not isinstance(pool, PagedPool):
+        raise RefusedError("slots are saved and restored by pages; this cache is contiguous")
+    return device.cache, pool
+
+
+def save(
+    device: Device,
+    pool: Pool,
+    slot: int,
+    root: bytes,
+    tokens: list[int],
+    path: str | os.PathLike[str],
+    fingerprint: str,
+) -> SlotTransfer:
+    """Writes what the pool still has of ``tokens`` to a file; the slot is idle.
+
+    Raises:
+      RefusedError: the pool has nothing of them, or has no pages.
+      OSError: the file cannot be written.
+    """
+    begin = time.monotonic()
+    cache, paged = _paged(device, pool)
+    match = paged.index.match(root, tokens, len(tokens), tails=cache.open_pages is None)
+    if not match.num_tokens:
+        raise RefusedError(f"slot {slot} has nothing in the pool that could be saved")
+    pages = [node.page for node in match.nodes] + ([] if match.tail is None else [match.tail.page])
+    device.edit(adopted=[(slot, pages, match.num_tokens)])
+    try:
+        held = device.cache
+        assert isinstance(held, PagedKVCache)
+        snapshot(held, path, seq=slot, token_ids=tokens[: match.num_tokens], fingerprint=fingerprint)
+    finally:
+        device.edit(removed=[slot])
+    return SlotTransfer(match.num_tokens, os.path.getsize(path), time.monotonic() - begin)
+
+
+def load(
+    device: Device, pool: Pool, slot: int, path: str | os.PathLike[str], fingerprint: str
+) -> tuple[SlotTransfer, list[int]]:
+    """Hands a file's tokens to the prefix cache, by way of an idle slot: ``(what it took, the tokens)``.
+
+    Raises:
+      RefusedError: the cache has no pages.
+      SnapshotError: no snapshot, another model's, or one whose pages do not go into this pool.
+      OutOfPages: running requests leave too few pages.
+      OSError: the file cannot be read.
+    """
+    begin = time.monotonic()
+    cache, paged = _paged(device, pool)
+    saved = read_snapshot(path, fingerprint=fingerprint)
+    if len(saved.sequences) != 1:
+        raise RefusedError(f"{os.path.basename(path)} has {len(saved.sequences)} sequences; a slot holds one")
+    tokens = [int(token) for token in saved.tokens]
+    paged.ensure(paged.pages_for_text(len(tokens)))
+    cache = device.cache  # type: ignore[assignment]
+    device.replace_cache(restore(cache, saved, seq=slot))
+    kept = _indexed(device, paged, slot, tokens)
+    device.edit(pinned=kept, removed=[slot])
+    return SlotTransfer(len(tokens), os.path.getsize(path), time.monotonic() - begin), tokens
+
+
+def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> list[int]:
+    """Puts the pages of a sequence into the index; those that must be pinned before the sequence ends."""
+    cache, ps = device.cache, pool.page_size
+    assert isinstance(cache, PagedKVCache)
+    table = cache.table
+    used = int(table.num_entries[slot])
+    rows = {
+        name: np.asarray(getattr(table, name)[slot, :used]) for name in ("position", "first_slot", "rotation")
+    }
+    # A sequence that was shifted or cut lies otherwise, and cannot serve as the beginning of others.
+    if (rows["position"] != np.arange(used) * ps).any() or rows["first_slot"].any() or rows["rotation"].any():
+        return []
+    pages = np.asarray(table.pages[slot, :used])
+    chain: list[Node] = []
+    for i in range(0, len(tokens), ps):
+        if len(tokens) - i < ps and cache.open_pages is not None:
+            break
+        node, _ = pool.index.insert(
+            _ROOT, chain[-1] if chain else None, tokens[i : i + ps], int(pages[i // ps])
+        )
+        chain.append(node)
+    return pool.index.release(chain)
+
+
+def erase(device: Device, pool: Pool, root: bytes, tokens: list[int]) -> int:
+    """Gives up the cached pages of ``tokens`` that nobody uses and nothing follows; how many tokens those held."""
+    if not isinstance(pool, PagedPool):
+        return 0
+    match = pool.index.match(root, tokens, len(tokens))
+    unpinned: list[int] = []
+    erased = 0
+    chain = [*match.nodes, *([] if match.tail is None else [match.tail])]
+    for node in reversed(chain):
+        if node.users or node.children:
+            break
+        erased += len(node.tokens)
+        unpinned += pool.index.give_up(node)
+    device.edit(unpinned=unpinned)
+    return erased

@@ -1,0 +1,144 @@
+"""Pages named by their numbers: adopted, pinned, taken to the host and put back."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpaged import PagedKVCache, check_invariants, reserve, seq_remove
+from jaxpaged.adoption import pin_pages, read_pages, seq_adopt, seq_place, unpin_pages, write_pages
+from jaxpaged.engine.swap import numbered
+
+S, N, P, PS = 3, 12, 6, 8
+
+
+def filled(dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8)) -> PagedKVCache:
+    """Sequences with random keys and values in two layers."""
+    cache = PagedKVCache.create(
+        num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_entries=P,
+        dtype=dtype, layout=layout,
+    )  # fmt: skip
+    cache, batch, ok = reserve(cache, np.array(lengths))
+    assert ok
+    rng = np.random.default_rng(0)
+    for layer in range(2):
+        k, v = (jnp.asarray(rng.normal(size=(batch.num_tokens, 2, 64)), jnp.float32) for _ in range(2))
+        cache = cache.write(layer, k, v, batch)
+    return cache
+
+
+def adopt(cache: PagedKVCache, seq: int, pages: list[int], tokens: int):
+    rows, counts = np.full((S, P), N, np.int32), np.zeros(S, np.int32)
+    rows[seq, : len(pages)], counts[seq] = pages, tokens
+    return seq_adopt(cache, jnp.asarray(rows), jnp.asarray(counts))
+
+
+def attended(cache: PagedKVCache, seq: int) -> np.ndarray:
+    """What one more token of the sequence sees."""
+    cache, batch, ok = reserve(cache, np.eye(S, dtype=np.int32)[seq])
+    assert ok
+    q = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 64)), jnp.float32)
+    k = jnp.ones((1, 2, 64), jnp.float32)
+    return np.asarray(cache.attend(1, q, k, k, batch)[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 13, 16, 19])
+def test_an_adopted_sequence_sees_what_the_other_holds(tokens):
+    cache = filled()
+    pages = np.asarray(cache.table.pages[0, : -(-tokens // PS)]).tolist()
+    adopted, ok = adopt(cache, 1, pages, tokens)
+    assert ok
+    check_invariants(adopted)
+    copied, ok = seq_remove(adopted, 0, tokens, -1)
+    assert ok
+    np.testing.assert_array_equal(attended(adopted, 1), attended(copied, 0))
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(adopted.k_pages), jax.tree.leaves(cache.k_pages), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("seq", "pages", "tokens"),
+    [
+        (0, [0], 8),  # not empty
+        (1, [11], 8),  # a free page
+        (1, [N], 8),
+        (1, [-1], 8),
+        (1, [0, 11], 9),
+        (1, [0, 1, 2, 0, 1, 2], 49),  # more than a row
+        (1, [0], -1),
+    ],
+)
+def test_what_cannot_be_adopted_changes_nothing(seq, pages, tokens):
+    cache = filled()
+    after, ok = adopt(cache, seq, pages, tokens)
+    assert not ok
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_pinned_pages_outlive_their_sequence():
+    cache = filled()
+    pages = cache.table.pages[0, :3]
+    cache = pin_pages(cache, jnp.concatenate([pages, jnp.array([N])]))
+    pins = np.bincount(np.asarray(pages), minlength=N)
+    cache, _ = seq_remove(cache, 0)
+    check_invariants(cache, pins)
+    assert int(cache.pages_free) == N - 4
+    cache, ok = adopt(cache, 1, np.asarray(pages).tolist(), 19)
+    assert ok
+    cache = unpin_pages(cache, pages)
+    check_invariants(cache)
+    cache, _ = seq_remove(cache, 1)
+    assert int(cache.pages_free) == N - 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [("f32", "plain"), ("bf16", "lanes"), ("q8_0", "plain"), ("q8_0", "lanes"), ("q4_0", "plain")],
+)
+def test_pages_go_to_the_host_and_back(dtype, layout):
+    cache = filled(dtype, layout)
+    before = attended(cache, 0)
+    row, pages = numbered(jax.tree.map(lambda field: np.asarray(field)[0], cache.table))
+    data = jax.tree.map(np.array, read_pages(cache, jnp.asarray(pages)))
+    cache, _ = seq_remove(cache, 0)
+    cache = write_pages(cache, jnp.arange(N), jax.tree.map(jnp.zeros_like, read_pages(cache, jnp.arange(N))))
+    cache, ok = seq_place(cache, jnp.int32(1), row, jnp.int32(len(pages)))
+    assert ok
+    check_invariants(cache)
+    cache = write_pages(cache, cache.table.pages[1, : len(pages)], data)
+    np.testing.assert_array_equal(attended(cache, 1), before)
+
+
+def test_a_sequence_is_placed_whole_or_not_at_all():
+    cache = filled(lengths=(19, 0, 40))
+    row, pages = numbered(jax.tree.map(lambda field: np.asarray(field)[2], cache.table))
+    for seq, count in ((1, 5), (0, 1)):  # four pages are free; a sequence is not empty
+        after, ok = seq_place(cache, jnp.int32(seq), row, jnp.int32(count))
+        assert not ok
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
+            np.testing.assert_array_equal(new, old)
+
+
+def test_entries_that_share_a_page_share_it_again():
+    cache = filled()
+    cache, ok = seq_remove(cache, 0, 3, 5)  # cuts the first page in two entries
+    assert ok
+    row, pages = numbered(jax.tree.map(lambda field: np.asarray(field)[0], cache.table))
+    assert len(pages) == 3
+    assert row.pages[:4].tolist() == [0, 0, 1, 2]
+    cache, _ = seq_remove(cache, 0)
+    cache, ok = seq_place(cache, jnp.int32(1), row, jnp.int32(3))
+    assert ok
+    check_invariants(cache)
+    cache, _ = seq_remove(cache, 1)
+    check_invariants(cache)
+
+
+def test_open_pages_are_not_read_as_if_they_lay_in_the_pool():
+    cache = filled("kivi4", lengths=(8, 0, 3))
+    with pytest.raises(ValueError, match="kivi4"):
+        read_pages(cache, jnp.arange(2))
