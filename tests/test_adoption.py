@@ -115,7 +115,7 @@ def test_pages_go_to_the_host_and_back(dtype, layout):
 
 def test_a_sequence_is_placed_whole_or_not_at_all():
     cache = filled(lengths=(19, 0, 40))
-    row, pages = numbered(jax.tree.map(lambda field: np.asarray(field)[2], cache.table))
+    row, _ = numbered(jax.tree.map(lambda field: np.asarray(field)[2], cache.table))
     for seq, count in ((1, 5), (0, 1)):  # four pages are free; a sequence is not empty
         after, ok = seq_place(cache, jnp.int32(seq), row, jnp.int32(count))
         assert not ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxpaged.app.options import (
     option,
     page_options,
 )
+from jaxpaged.app.server.options import SERVE_OPTIONS, ServeOptions
 from jaxpaged.version import __version__
 
 _BROKEN_PIPE = 141
@@ -68,6 +70,7 @@ def application(context: click.Context) -> None:
     \b
     jaxpaged generate -p "def read_lines(path):" -n 64     the embedded model
     jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
+    jaxpaged serve -m model.gguf                           the same for many, over HTTP
     jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
     jaxpaged explain -m model.gguf --platform tpu          what attention it gets, and why
     jaxpaged perplexity -ctk q8_0 -ctv q8_0 -ub 1          what a page format costs in quality
@@ -230,6 +233,56 @@ def perplexity(threads: int | None, **flags: Any) -> None:
     from jaxpaged.app.perplexity import PerplexityOptions, run
 
     run(PerplexityOptions(**flags))
+
+
+_SERVE_EPILOG = f"""\b
+Examples:
+  jaxpaged serve -m model.gguf
+  jaxpaged serve -m model.gguf -np 32 -c 8192 --kv-memory 50% --metrics
+  JAXPAGED_API_KEY=a-long-secret jaxpaged serve -m model.gguf --host 0.0.0.0 --port 80
+  jaxpaged serve -m model.gguf -ctk q8_0 -ctv q8_0 --slot-save-path slots/
+
+\b
+A client, and what the pool does:
+  curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+       -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
+  OPENAI_BASE_URL=http://localhost:8080/v1 OPENAI_API_KEY=none python my_openai_program.py
+  curl localhost:8080/metrics
+
+-np sequences run at once and share one pool of pages. A sequence takes pages as it grows, so the pool
+(--kv-memory) may be much smaller than -np contexts; when it is full, the newest sequence makes room and goes on
+later. Requests beyond --max-queue get 429, those that can never fit 400.
+
+SIGTERM and Ctrl-C let running requests end (--drain-seconds); the second one stops at once. Exit status: 0, 2 for
+bad input.
+
+\b
+{_filled("Flags of llama.cpp that are accepted and have no effect: " + ", ".join(ignored_flags()))}
+"""
+
+
+@application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_SERVE_EPILOG)
+@SERVE_OPTIONS
+def serve(api_key_file: Path | None, **flags: Any) -> None:
+    """Serve a model to many clients at once: OpenAI's API, llama-server's, and a page in the browser.
+
+    \b
+    /v1/chat/completions, /v1/completions, /v1/models      any OpenAI client
+    /completion, /tokenize, /slots, /props, /health ...    llama-server's clients
+    /                                                      chat, and the pool as it fills
+    """
+    options = ServeOptions.of_flags(api_key_file=api_key_file, environment=os.environ, **flags)
+    _prepare(options.threads)
+    try:
+        from jaxpaged.app.server.serve import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"):
+            raise
+        raise InputError(
+            f"the server needs the package {error.name!r}: pip install 'jaxpaged[serve]'"
+        ) from None
+
+    click.get_current_context().exit(run(options))
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)

@@ -11,8 +11,13 @@ from jaxpaged.app.errors import say
 _PLACEMENT = "JAX places the whole model on its default device (JAX_PLATFORMS chooses another)"
 _LOADING = "weights are read once and handed to JAX"
 _ONE_POOL = "all sequences share one pool of pages anyway"
+_ONE_BATCH = "there is one batch anyway, which sequences join and leave"
 _THREADS = "XLA uses one pool of threads, see -t"
 _TERMINAL = "the output is plain text"
+_SLOTS = "every request finds the prompts of all others in the one prefix cache"
+_PAGE = "the page in the browser has no settings on the command line"
+_DRAFTS = "the server drafts no tokens"
+_HTTP = "one thread serves HTTP, another computes"
 
 # name -> (number of values, why it has nothing to do); -1 = a value only if the next word looks like a switch
 _IGNORED: dict[str, tuple[int, str]] = {
@@ -36,7 +41,7 @@ _IGNORED: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("-fa", "--flash-attn"), (-1, "attention never builds the whole score matrix anyway")),
     "--jinja": (0, "chat templates are always rendered as Jinja"),
     **dict.fromkeys(("-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified"), (0, _ONE_POOL)),
-    **dict.fromkeys(("-cb", "--cont-batching", "-nocb", "--no-cont-batching"), (0, "one run is one batch")),
+    **dict.fromkeys(("-cb", "--cont-batching", "-nocb", "--no-cont-batching"), (0, _ONE_BATCH)),
     "--swa-full": (0, "every layer keeps all of its tokens"),
     **dict.fromkeys(("-dt", "--defrag-thold"), (1, "pages do not fragment")),
     **dict.fromkeys(("-tb", "--threads-batch"), (1, _THREADS)),
@@ -51,7 +56,22 @@ _IGNORED: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("-ptc", "--print-token-count"), (1, _TERMINAL)),
     **dict.fromkeys(("--in-prefix", "--in-suffix"), (1, "the chat template frames what is typed")),
     **dict.fromkeys(("--in-prefix-bos", "--in-prompt"), (0, "the chat template frames what is typed")),
-    "--no-mmproj": (0, "models here read text only"),
+    **dict.fromkeys(("--no-mmproj", "--no-mmproj-auto"), (0, "models here read text only")),
+    **dict.fromkeys(("-sps", "--slot-prompt-similarity"), (1, _SLOTS)),
+    **dict.fromkeys(("--cache-reuse", "-cram", "--cache-ram", "-cms", "--checkpoint-min-step"), (1, _SLOTS)),
+    **dict.fromkeys(("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints"), (1, _SLOTS)),
+    **dict.fromkeys(("--cache-idle-slots", "--no-cache-idle-slots"), (0, _SLOTS)),
+    **dict.fromkeys(("--ui-config", "--webui-config", "--ui-config-file", "--webui-config-file"), (1, _PAGE)),
+    **dict.fromkeys(("--no-ui-mcp-proxy", "--no-webui-mcp-proxy"), (0, _PAGE)),
+    **dict.fromkeys(("--threads-http", "-to", "--timeout", "--sse-ping-interval"), (1, _HTTP)),
+    "--reuse-port": (0, _HTTP),
+    "--sleep-idle-seconds": (1, "a server that waits computes nothing"),
+    "--tags": (1, "tags change nothing that the server does"),
+    **dict.fromkeys(("-no-ag", "--no-agent"), (0, "the server has no tools")),
+    **dict.fromkeys(("-td", "--threads-draft", "-tbd", "--threads-batch-draft"), (1, _DRAFTS)),
+    **dict.fromkeys(("-ctkd", "--cache-type-k-draft", "-ctvd", "--cache-type-v-draft"), (1, _DRAFTS)),
+    **dict.fromkeys(("--draft-min", "--draft-n-min", "--draft-p-min", "--draft-p-split"), (1, _DRAFTS)),
+    "--reasoning-format": (1, "answers are text as the model writes it"),
 }
 _SWITCH_VALUES = {"on", "off", "auto", "enabled", "disabled", "true", "false", "0", "1", "-1"}
 

@@ -1,0 +1,148 @@
+"""An engine on its thread, behind coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from engine_kit import NUM_PAGES, alone, greedy, make_engine, prompt
+
+from jaxpaged.app.server.runner import EngineFailedError, EngineRunner
+from jaxpaged.engine import ContextError, Engine, QueueFullError, RefusedError
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+def run(engine: Engine, use) -> None:
+    """Lets ``use(runner)`` happen, and checks that nothing is left of it."""
+
+    async def go() -> None:
+        runner = EngineRunner(engine)
+        runner.start()
+        try:
+            await asyncio.wait_for(use(runner), 120)
+        finally:
+            await runner.close()
+        assert runner.num_open == 0
+
+    asyncio.run(go())
+    while engine.has_work:
+        engine.step()
+    engine.check_state()
+    assert engine.stats().pages_used == 0
+
+
+async def text_of(stream) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    async for output in stream:
+        tokens.setdefault(output.index, []).extend(output.tokens)
+    return tokens
+
+
+def test_many_coroutines_share_an_engine(engine):
+    async def use(runner):
+        async def one(i):
+            request = greedy(f"r{i}", prompt(i, 5 + i), 6, n=1 + i % 2)
+            tokens = await text_of(await runner.submit(request))
+            assert tokens == dict.fromkeys(range(request.n), alone(request.prompt, 6))
+
+        await asyncio.gather(*(one(i) for i in range(8)))
+
+    run(engine, use)
+
+
+def test_refusals_reach_who_asked_and_nobody_else(engine):
+    async def use(runner):
+        stream = await runner.submit(greedy("a", prompt(1, 8), 20))
+        with pytest.raises(ContextError):
+            await runner.submit(greedy("b", prompt(1, 200), 1))
+        with pytest.raises(RefusedError, match="'a'"):
+            await runner.submit(greedy("a", prompt(1, 8), 1))
+        assert (await text_of(stream))[0] == alone(prompt(1, 8), 20)
+        streams = [await runner.submit(greedy(f"c{i}", prompt(i, 30), 30)) for i in range(4)]
+        while runner.stats().running < 4:
+            await asyncio.sleep(0.01)
+        with pytest.raises(QueueFullError):
+            for i in range(20):
+                streams.append(await runner.submit(greedy(f"d{i}", prompt(i, 30), 30)))
+        for stream in streams:
+            await stream.abort()
+
+    run(engine, use)
+
+
+def test_an_aborted_stream_ends_and_its_pages_come_back(engine):
+    async def use(runner):
+        stream = await runner.submit(greedy("a", prompt(2, 8), 50, n=2))
+        async for output in stream:
+            if output.index == 0:
+                await stream.abort(0)
+                await stream.abort(0)
+                break
+        rest = await text_of(stream)
+        assert set(rest) <= {1}
+        assert runner.num_open == 0
+        other = await runner.submit(greedy("b", prompt(3, 8), 50))
+        await anext(other)
+        await other.abort()
+        with pytest.raises(StopAsyncIteration):
+            await anext(other)
+        while runner.stats().pages_used:
+            await asyncio.sleep(0.01)
+
+    run(engine, use)
+
+
+def test_a_cancelled_caller_leaves_nothing_behind(engine):
+    async def use(runner):
+        task = asyncio.create_task(runner.submit(greedy("a", prompt(2, 8), 50)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await runner.call(lambda _: None)
+        while runner.stats().running or runner.stats().waiting:
+            await asyncio.sleep(0.01)
+
+    run(engine, use)
+
+
+def test_calls_run_between_steps(engine):
+    async def use(runner):
+        stream = await runner.submit(greedy("a", prompt(2, 8), 30))
+        await anext(stream)
+        assert await runner.call(lambda e: (e.check_state(), e.max_seqs)[1]) == 4
+        with pytest.raises(RefusedError):
+            await runner.call(lambda e: e.save_slot(99, "x"))
+        await text_of(stream)
+        assert runner.pool_view().num_pages == NUM_PAGES
+        assert len(runner.slot_views()) == 4
+
+    run(engine, use)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_engine_is_told_to_everybody(monkeypatch):
+    engine = make_engine()
+
+    async def use():
+        runner = EngineRunner(engine)
+        runner.start()
+        stream = await runner.submit(greedy("a", prompt(2, 8), 30))
+        await anext(stream)
+
+        def fail():
+            raise KeyError("broken")
+
+        monkeypatch.setattr(engine, "step", fail)
+        with pytest.raises(EngineFailedError, match="KeyError: 'broken'"):
+            await text_of(stream)
+        assert not runner.healthy
+        with pytest.raises(EngineFailedError):
+            await runner.submit(greedy("b", prompt(2, 8), 3))
+        await runner.close()
+
+    asyncio.run(asyncio.wait_for(use(), 60))
