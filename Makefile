@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo test lint format types contracts check peers test-newest test-kernels train-tiny bench bench-attention measure-quality compile-check clean
+.PHONY: help demo test lint format types contracts check peers test-newest test-kernels soak train-tiny bench bench-attention measure-quality compile-check clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The peers' torch. This name takes a CPU build where pip is offered one.
@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # What is built on the core, or compiles for minutes, is tested with one jax alone.
-NOT_CORE := $(addprefix --ignore=tests/,model app test_attending_machine.py test_cache_state_machine.py test_generation.py test_beams.py test_lookup.py test_snapshots.py test_snapshots_quantized.py test_quantized_formats.py test_sealed_pages.py test_lane_blocks.py test_page_map.py test_tpu_scripts.py)
+NOT_CORE := $(addprefix --ignore=tests/,model app server engine test_attending_machine.py test_cache_state_machine.py test_generation.py test_beams.py test_lookup.py test_snapshots.py test_snapshots_quantized.py test_quantized_formats.py test_sealed_pages.py test_lane_blocks.py test_page_map.py test_tpu_scripts.py)
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.
@@ -68,6 +68,10 @@ test-newest: ## Run the core's tests on the newest jax, where there is a Python 
 test-kernels: ## Every case of the kernels' conformance, in their interpreters; minutes
 	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test ARGS="tests/attention $(ARGS)"
 	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test-newest ARGS="tests/attention $(ARGS)"
+
+soak: .venv/.extra-test ## Thousands of requests against the server, every answer checked; minutes
+	JAX_PLATFORMS=cpu .venv/bin/python tests/server/soak.py $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python tests/server/soak.py --swap --pages 24 --seed 1 $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m model.tiny.train $(ARGS)

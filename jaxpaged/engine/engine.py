@@ -183,6 +183,8 @@ class Engine:
             raise RefusedError(f"a request {request.request_id!r} is being served already")
         if request.n > self.max_seqs:
             raise RefusedError(f"n = {request.n}: {self.max_seqs} sequences run at once")
+        if request.slot is not None and not 0 <= request.slot < self.max_seqs:
+            raise RefusedError(f"slot {request.slot}: there are slots 0 to {self.max_seqs - 1}")
         if len(request.prompt) >= self.n_ctx:
             raise ContextError(len(request.prompt), self.n_ctx)
         longest = min(len(request.prompt) + self._limit(request), self.n_ctx)
@@ -380,6 +382,7 @@ class Engine:
                     rows,
                     sample.finish_reason,
                     stop,
+                    slot,
                     sample.num_cached or 0,
                     self._truncated(sample),
                     sample.times,

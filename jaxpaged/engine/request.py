@@ -99,6 +99,8 @@ class EngineRequest:
     """Requests share cached pages only with requests of the same salt."""
     cache_prompt: bool = True
     """Whether the prompt may be taken from pages that are in the pool already."""
+    slot: int | None = None
+    """The slot that its first sample has to have, as ``/slots`` counts them; it waits until that is free."""
     n_keep: int = 0
     """Tokens at the beginning that a context shift keeps; negative: the whole prompt."""
     n_discard: int = 0
@@ -184,6 +186,8 @@ class SampleOutput:
     """None: it goes on."""
     stop_token: int | None
     """The stop token that ended it."""
+    slot: int
+    """The slot that it ran in."""
     num_cached: int
     """Tokens of the prompt that were in the pool already when the sample was first admitted."""
     truncated: bool

@@ -47,7 +47,8 @@ class Scheduler:
         self.pool = pool
         self.running: list[SampleState] = []
         self._waiting: list[SampleState] = []
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        # The one that was free longest comes next, so that what a slot held last can be asked for as long as may be.
+        self._free_slots = list(range(num_slots))
         self._budget = budget
         self._decode_steps = decode_steps
         self.wanted_steps = decode_steps
@@ -123,7 +124,8 @@ class Scheduler:
             budget = self._budget - sum(work.values())
             if not self._free_slots or budget == 0:
                 break
-            if not sample.ready:
+            wanted = sample.request.slot if sample.index == 0 else None
+            if not sample.ready or (wanted is not None and wanted not in self._free_slots):
                 continue
             start = self.pool.start(sample, self.running)
             # Whoever decodes will want a page soon: to admit, and to preempt at once, helps nobody.
@@ -132,7 +134,8 @@ class Scheduler:
                 self.pool.cancel(start)
                 break
             self.drop(sample)
-            sample.slot = self._free_slots.pop()
+            sample.slot = self._free_slots[0] if wanted is None else wanted
+            self._free_slots.remove(sample.slot)
             admitted.append((sample, start))
             promised += start.num_pages
             work[sample] = min(len(sample.tokens) - start.num_tokens, budget)

@@ -111,6 +111,17 @@ def test_priorities_go_first_and_equal_ones_in_order(engine):
     assert [r.request_id for r in ended[:3]] == ["r0", "r2", "r4"]
 
 
+def test_a_slot_may_be_asked_for_and_is_waited_for(engine):
+    requests = [greedy(f"r{i}", prompt(i, 6), 6 + i, slot=2) for i in range(3)]
+    requests += [greedy(f"any{i}", prompt(i, 7), 5) for i in range(3)]
+    results = finish(engine, *requests)
+    assert all(results[f"r{i}", 0].outputs[0].slot == 2 for i in range(3))
+    assert {results[f"any{i}", 0].outputs[0].slot for i in range(3)} == {0, 1, 3}
+    assert results["r2", 0].tokens == alone(prompt(2, 6), 8)
+    with pytest.raises(RefusedError, match="slots 0 to 3"):
+        engine.add_request(greedy("x", (1,), 1, slot=SLOTS))
+
+
 def test_aborting_gives_pages_back_within_a_step(engine):
     for i in range(6):
         engine.add_request(greedy(f"r{i}", prompt(i, 20), 40))

@@ -18,8 +18,8 @@ def engine() -> Engine:
 def test_a_saved_slot_serves_again(engine, tmp_path, length):
     engine.drop_prefix_cache()
     text = prompt(1, length)
-    tokens = finish(engine, greedy("a", text, 6))["a", 0].tokens
-    slot = next(view.id for view in engine.slot_views() if view.request_id == "a")
+    result = finish(engine, greedy("a", text, 6))["a", 0]
+    tokens, slot = result.tokens, result.outputs[0].slot
     saved = engine.save_slot(slot, tmp_path / "a.kv")
     assert saved.num_tokens == length + 5
     engine.check_state()
@@ -37,8 +37,8 @@ def test_a_saved_slot_serves_again(engine, tmp_path, length):
 def test_an_erased_slot_is_computed_again(engine):
     engine.drop_prefix_cache()
     text = prompt(2, 20)
-    finish(engine, greedy("a", text, 6), greedy("other", text[:8] + prompt(3, 5), 2))
-    slot = next(view.id for view in engine.slot_views() if view.request_id == "a")
+    results = finish(engine, greedy("a", text, 6), greedy("other", text[:8] + prompt(3, 5), 2))
+    slot = results["a", 0].outputs[0].slot
     assert engine.erase_slot(slot) == 25 - 8
     engine.check_state()
     assert engine.erase_slot(slot) == 0
@@ -47,8 +47,7 @@ def test_an_erased_slot_is_computed_again(engine):
 
 def test_what_does_not_fit_changes_nothing(engine, tmp_path):
     engine.drop_prefix_cache()
-    finish(engine, greedy("a", prompt(4, 20), 4))
-    slot = next(view.id for view in engine.slot_views() if view.request_id == "a")
+    slot = finish(engine, greedy("a", prompt(4, 20), 4))["a", 0].outputs[0].slot
     engine.save_slot(slot, tmp_path / "a.kv")
     before = engine.stats()
     with pytest.raises(RefusedError, match=f"slots 0 to {SLOTS - 1}"):
