@@ -360,7 +360,7 @@ def room_in_last_page(cache: PagedKVCache) -> Array:
 
 
 def _plan(cache: PagedKVCache, num_new: Array) -> _Plan:
-    n, table = cache.num_pages, cache.table
+    table = cache.table
     num_new = jnp.asarray(num_new, jnp.int32)
     last = _last_entry(cache)
     room = _room(cache, last)

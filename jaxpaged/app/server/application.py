@@ -1,0 +1,57 @@
+"""The application: routes, errors and middlewares put together."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from jaxpaged.app.server import errors, info_routes, native_routes, openai_routes, security, slot_routes
+from jaxpaged.app.server.page_routes import page_routes
+from jaxpaged.app.server.runner import EngineFailedError
+from jaxpaged.app.server.state import ServerState
+from jaxpaged.engine.request import RefusedError
+from jaxpaged.version import __version__
+
+
+def create_application(state: ServerState) -> FastAPI:
+    """The ASGI application of one server. It answers 503 until ``state`` has a model and a runner.
+
+    Other sites' pages may not use it unless ``--cors-origins`` names them: a server on one's own machine, often
+    without a key, is within reach of every page that one opens.
+    """
+    options = state.options
+    app = FastAPI(
+        title="jaxpaged",
+        version=__version__,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.server = state
+    public = set(security.PUBLIC_PATHS)
+    for module in (openai_routes, native_routes, slot_routes, info_routes):
+        app.include_router(module.router)
+    if options.webui:
+        pages = page_routes()
+        app.router.routes.extend(pages)
+        public |= {route.path for route in pages}
+    app.add_exception_handler(RefusedError, errors.handle_refused)
+    app.add_exception_handler(EngineFailedError, errors.handle_refused)
+    app.add_exception_handler(RequestValidationError, errors.handle_validation)
+    app.add_exception_handler(HTTPException, errors.handle_http)
+    app.add_exception_handler(Exception, errors.handle_bug)
+    # The one added last is the first to see a request.
+    app.add_middleware(security.LimitBody, limit=options.max_body)
+    app.add_middleware(security.RequireKey, keys=options.api_keys, public=public)
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
+        )
+    app.add_middleware(security.LimitHeaders)
+    app.add_middleware(security.CountErrors, metrics=state.metrics)
+    return app

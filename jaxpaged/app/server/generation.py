@@ -1,0 +1,252 @@
+"""The samples of one HTTP request: into the engine, and out of it as text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxpaged.app.server.errors import ApiError, as_api_error
+from jaxpaged.app.server.interfaces import Runner, Stream
+from jaxpaged.app.server.runner import EngineFailedError
+from jaxpaged.app.server.state import ServerState
+from jaxpaged.app.server.text import SampleText, TextPart
+from jaxpaged.engine.request import EngineRequest, RefusedError, RequestTimes, SampleOutput
+from model.tokenizer import Tokenizer
+
+StopType = Literal["eos", "limit", "word"]
+MAX_CHOICES = 128
+"""Samples of all prompts of a request together."""
+_background: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request asks for, whichever API it came by."""
+
+    prompts: Sequence[Sequence[int]]
+    n: int
+    """Samples of each prompt; the choices of a prompt stand together."""
+    request: Callable[[str, Sequence[int]], EngineRequest]
+    """The engine's request for an id and a prompt."""
+    stops: Sequence[str] = ()
+    seconds: float | None = None
+    """A sample that has a line break ends at its first token after this time."""
+
+
+@dataclass
+class Choice:
+    """One sample, as far as it is."""
+
+    index: int
+    prompt: int
+    """Which of the prompts it continues."""
+    num_prompt: int
+    text: SampleText
+    num_tokens: int = 0
+    """All that were generated, those of a stop string too."""
+    slot: int = -1
+    """The one it ran in; -1 = none yet."""
+    num_cached: int = 0
+    truncated: bool = False
+    has_new_line: bool = False
+    times: RequestTimes = field(default_factory=RequestTimes)
+    last_token: float = 0.0
+    stop_type: StopType | None = None
+    """None: it goes on."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's word for it."""
+        return {None: None, "eos": "stop", "word": "stop", "limit": "length"}[self.stop_type]
+
+    def timings(self) -> dict[str, float]:
+        """llama-server's ``timings``."""
+        prompt_n = self.num_prompt - self.num_cached
+        prompt_ms = 1e3 * max(0.0, self.times.first_token - self.times.scheduled)
+        predicted_ms = 1e3 * max(0.0, self.last_token - self.times.first_token)
+        return {
+            "cache_n": self.num_cached,
+            **_rate("prompt", prompt_n, prompt_ms),
+            **_rate("predicted", self.num_tokens, predicted_ms),
+        }
+
+
+def _rate(name: str, count: int, milliseconds: float) -> dict[str, float]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": milliseconds,
+        f"{name}_per_token_ms": milliseconds / count if count else 0.0,
+        f"{name}_per_second": 1e3 * count / milliseconds if milliseconds else 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of a choice; with ``choice.stop_type`` set, the last."""
+
+    choice: Choice
+    part: TextPart
+
+
+class Generation:
+    """A job in the engine. ``start`` it, iterate over its updates, and ``close`` it whatever happens."""
+
+    def __init__(self, state: ServerState, tokenizer: Tokenizer, runner: Runner, job: Job) -> None:
+        if len(job.prompts) * job.n > MAX_CHOICES:
+            raise ApiError(
+                400, f"{len(job.prompts)} prompts with n = {job.n}: at most {MAX_CHOICES} choices", param="n"
+            )
+        self._state, self._runner, self._job = state, runner, job
+        self._streams: dict[int, Stream] = {}
+        self._pumps: list[asyncio.Task[None]] = []
+        self._news: asyncio.Queue[tuple[int, SampleOutput] | ApiError] = asyncio.Queue()
+        self.choices = [
+            Choice(
+                prompt * job.n + i, prompt, len(ids), SampleText(tokenizer.stream(at_start=False), job.stops)
+            )
+            for prompt, ids in enumerate(job.prompts)
+            for i in range(job.n)
+        ]
+        self.requests: list[EngineRequest] = []
+
+    async def start(self) -> None:
+        """Hands all prompts to the engine, or none.
+
+        Raises:
+          RefusedError: the engine refuses one; those it had taken are aborted.
+          EngineFailedError: there is no engine any more.
+        """
+        ids = [f"{next(self._state.numbers)}" for _ in self._job.prompts]
+        self.requests = [self._job.request(*pair) for pair in zip(ids, self._job.prompts, strict=True)]
+        self._state.generations.add(self)
+        tasks = [asyncio.create_task(self._submit(*pair)) for pair in enumerate(self.requests)]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            # The others must have ended before close can abort what they started.
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            self.close()
+            raise
+        self._pumps = [
+            asyncio.create_task(self._pump(prompt, stream)) for prompt, stream in self._streams.items()
+        ]
+        for pump in self._pumps:
+            pump.add_done_callback(self._look)
+
+    async def _submit(self, prompt: int, request: EngineRequest) -> None:
+        self._streams[prompt] = await self._runner.submit(request)
+
+    async def _pump(self, prompt: int, stream: Stream) -> None:
+        try:
+            async for output in stream:
+                self._news.put_nowait((prompt, output))
+        except (EngineFailedError, RefusedError) as error:
+            self._news.put_nowait(as_api_error(error))
+
+    def _look(self, pump: asyncio.Task[None]) -> None:
+        """A pump that broke is a bug; who waits for its news must not wait for ever."""
+        if not pump.cancelled() and (bug := pump.exception()) is not None:
+            self.fail(ApiError(500, "internal error"))
+            pump.get_loop().call_exception_handler(
+                {"message": "a request's outputs broke off", "exception": bug}
+            )
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """News of the choices, as they come, until the last is at its end.
+
+        Raises:
+          ApiError: the engine failed, or the server must end.
+        """
+        open_choices = len(self.choices)
+        while open_choices:
+            news = await self._news.get()
+            if isinstance(news, ApiError):
+                raise news
+            prompt, output = news
+            choice = self.choices[prompt * self._job.n + output.index]
+            if choice.stop_type is not None:  # on its way while the choice was ended
+                continue
+            update = await self._take(choice, output)
+            open_choices -= choice.stop_type is not None
+            yield update
+
+    async def _take(self, choice: Choice, output: SampleOutput) -> Update:
+        now = time.monotonic()
+        self._measure(choice, output, now)
+        choice.num_tokens += len(output.tokens)
+        choice.slot, choice.num_cached, choice.times = output.slot, output.num_cached, output.times
+        choice.truncated = choice.truncated or output.truncated
+        part = choice.text.push(output.tokens, output.logprobs)
+        choice.has_new_line = choice.has_new_line or "\n" in part.text
+        if choice.text.stopped_by is not None:
+            choice.stop_type = "word"
+        elif output.finish_reason == "abort":
+            raise ApiError(503, "the request was aborted")
+        elif output.finish_reason is not None:
+            choice.stop_type = "eos" if output.finish_reason == "stop" else "limit"
+        elif self._is_late(choice, now):
+            choice.stop_type = "limit"
+        if choice.stop_type is not None:
+            if choice.stop_type != "word":
+                rest = choice.text.finish()
+                part = TextPart(
+                    part.text + rest.text, part.tokens + rest.tokens, part.logprobs + rest.logprobs
+                )
+                if choice.text.stopped_by is not None:  # a last character, never completed, was a stop string
+                    choice.stop_type = "word"
+            if output.finish_reason is None:
+                await self._streams[choice.prompt].abort(output.index)
+            self._state.metrics.ended(
+                choice.times,
+                reason=choice.stop_type,
+                prompt=choice.num_prompt - choice.num_cached if output.index == 0 else 0,
+                generated=choice.num_tokens,
+                now=now,
+            )
+        return Update(choice, part)
+
+    def _measure(self, choice: Choice, output: SampleOutput, now: float) -> None:
+        if not output.tokens:
+            return
+        count = len(output.tokens)
+        if not choice.num_tokens:
+            self._state.metrics.began(output.times)
+        else:
+            # Tokens of one look at the engine come together; the time between two looks is theirs in equal parts.
+            for _ in range(count):
+                self._state.metrics.inter_token.observe((now - choice.last_token) / count)
+        choice.last_token = now
+
+    def _is_late(self, choice: Choice, now: float) -> bool:
+        limit = self._job.seconds
+        return limit is not None and choice.has_new_line and now - choice.times.first_token > limit
+
+    def fail(self, error: ApiError) -> None:
+        """Ends it with an error: the server cannot wait any longer."""
+        self._news.put_nowait(error)
+
+    def close(self) -> None:
+        """Takes what still runs out of the engine; idempotent.
+
+        On a task of its own, for the one that calls may be cancelled, and again at its next await.
+        """
+        self._state.generations.discard(self)
+        for pump in self._pumps:
+            pump.cancel()
+        streams, self._streams = list(self._streams.values()), {}
+        if streams:
+            aborted = sum(choice.stop_type is None for choice in self.choices)
+            self._state.metrics.finished.labels("abort").inc(aborted)
+            task = asyncio.get_running_loop().create_task(_abort_all(streams))
+            _background.add(task)
+            task.add_done_callback(_background.discard)
+
+
+async def _abort_all(streams: Iterable[Stream]) -> None:
+    for stream in streams:
+        await stream.abort()

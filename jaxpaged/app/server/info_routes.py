@@ -1,0 +1,150 @@
+"""What the server tells of itself: health, models, properties, slots, the pool, metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxpaged.app.server.answering import json_response
+from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.metrics import CONTENT_TYPE
+from jaxpaged.app.server.native_answers import settings
+from jaxpaged.app.server.routing import StrictRoute
+from jaxpaged.app.server.sampling_schema import SamplingFields, engine_request
+from jaxpaged.app.server.state import ServedModel, ServerState, state_of
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.get("/health")
+@router.get("/v1/health")
+async def health(request: Request) -> Response:
+    """Whether requests are served; the only path besides the page that no key is asked for."""
+    state_of(request).accepting()
+    return json_response({"status": "ok"})
+
+
+@router.get("/v1/models")
+@router.get("/models")
+async def models(request: Request) -> Response:
+    """The model, as a list of one."""
+    state = state_of(request)
+    model, _ = state.ready()
+    return json_response({"object": "list", "data": [_model(state, model)]})
+
+
+@router.get("/v1/models/{model_id:path}")
+async def one_model(request: Request, model_id: str) -> Response:
+    """The model by one of its names."""
+    state = state_of(request)
+    model, _ = state.ready()
+    if model_id not in model.names:
+        raise ApiError(
+            404, f"there is no model of that name; this server has {model.names[0]!r}", param="model"
+        )
+    return json_response(_model(state, model))
+
+
+def _model(state: ServerState, model: ServedModel) -> dict[str, Any]:
+    _, runner = state.ready()
+    return {
+        "id": model.names[0],
+        "object": "model",
+        "created": int(state.started),
+        "owned_by": "jaxpaged",
+        "aliases": list(model.names),
+        "max_model_len": runner.n_ctx,
+        "meta": {
+            "n_vocab": model.tokenizer.vocab_size,
+            "n_ctx_train": model.trained_context,
+            "n_ctx": runner.n_ctx,
+            "size": model.size_bytes,
+            "description": model.description,
+        },
+    }
+
+
+@router.get("/props")
+async def props(request: Request) -> Response:
+    """The server's properties."""
+    state = state_of(request)
+    model, runner = state.ready()
+    o = state.options
+    # The defaults are those of a request that says nothing.
+    nothing = engine_request(
+        "props", (0,), SamplingFields(), o, model.tokenizer,
+        max_new_tokens=None, n=1, seed=0, num_logprobs=None, logit_bias={},
+    )  # fmt: skip
+    params = settings(nothing) | {"seed": o.seed % 2**32, "n_keep": o.keep, "ignore_eos": o.ignore_eos}
+    return json_response(
+        {
+            "default_generation_settings": {
+                "id": 0,
+                "id_task": -1,
+                "n_ctx": runner.n_ctx,
+                "speculative": False,
+                "is_processing": False,
+                "params": params,
+            },
+            "total_slots": runner.max_seqs,
+            "model_path": model.path,
+            "model_alias": model.names[0],
+            "chat_template": model.chat_template,
+            "modalities": {"vision": False, "audio": False},
+            "build_info": state.build,
+            "is_sleeping": False,
+        }
+    )
+
+
+@router.post("/props")
+async def change_props(request: Request) -> Response:
+    """llama-server's way to change properties: there are none yet, here as there."""
+    if not state_of(request).options.props:
+        raise ApiError(
+            501, "This server does not support changing global properties. Start it with `--props`"
+        )
+    return json_response({"success": True})
+
+
+@router.get("/pool")
+async def pool(request: Request) -> Response:
+    """The pool page by page, for the page in the browser."""
+    state = state_of(request)
+    _, runner = state.ready()
+    view, stats = runner.pool_view(), runner.stats()
+    generated, prompt = state.rates.update(time.monotonic(), stats.generated_tokens, stats.prompt_tokens)
+    return json_response(
+        {
+            "num_pages": view.num_pages,
+            "page_size": view.page_size,
+            "bytes_per_page": stats.bytes_per_page,
+            "state": "".join(map(str, view.state)),
+            "owner": view.owner,
+            "sequences": view.sequences,
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "pages_used": stats.pages_used,
+            "pages_cached": stats.pages_cached,
+            "pages_free": stats.pages_free,
+            "waste": stats.waste,
+            "tokens_per_second": generated,
+            "prompt_tokens_per_second": prompt,
+            "prefix_hit_rate": stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
+            "preemptions": stats.preemptions,
+            "uptime": time.time() - state.started,
+        }
+    )
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    state = state_of(request)
+    if not state.options.metrics:
+        raise ApiError(501, "This server does not support metrics endpoint. Start it with `--metrics`")
+    return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE})

@@ -1,0 +1,38 @@
+"""What the HTTP layer asks of the engine's thread: ``runner.EngineRunner``, as protocols.
+
+Protocols, so that the routes can be tested without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
+
+from jaxpaged.engine.request import EngineRequest, EngineStats, SampleOutput
+from jaxpaged.engine.views import PoolView, SlotView
+
+T = TypeVar("T")
+
+
+class Stream(Protocol):
+    """The outputs of one request, until all its samples are finished or aborted."""
+
+    def __aiter__(self) -> AsyncIterator[SampleOutput]: ...
+    async def abort(self, index: int | None = None) -> None: ...
+
+
+class Runner(Protocol):
+    """An engine on a thread of its own."""
+
+    n_ctx: int
+    max_seqs: int
+    draining: bool
+
+    @property
+    def healthy(self) -> bool: ...
+    async def submit(self, request: EngineRequest) -> Stream: ...
+    def stats(self) -> EngineStats: ...
+    def pool_view(self) -> PoolView: ...
+    def slot_views(self) -> list[SlotView]: ...
+    async def call(self, function: Callable[[Any], T]) -> T: ...
+    async def close(self) -> None: ...

@@ -1,0 +1,148 @@
+"""llama-server's own API: completion, and the tools around tokens and templates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxpaged.app.server.answering import EventStream, event, json_response, while_connected
+from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.generation import Generation, Job, Update
+from jaxpaged.app.server.native_answers import NativeAnswer
+from jaxpaged.app.server.native_schema import (
+    DetokenizeRequest,
+    NativeRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from jaxpaged.app.server.prompts import chat_text, check_prompt, encode_mixed
+from jaxpaged.app.server.routing import StrictRoute
+from jaxpaged.app.server.sampling_schema import bias_of, engine_request, seed_of
+from jaxpaged.app.server.state import ServedModel, ServerState, state_of
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/completion")
+@router.post("/completions", include_in_schema=False)
+async def completion(request: Request, body: NativeRequest) -> Response:
+    """Continues a prompt; several prompts or samples make a list of answers."""
+    state = state_of(request)
+    model, runner = state.accepting()
+    prompts = await _prompts(model, body.prompt)
+    seed = seed_of(body, state.options)
+    job = Job(
+        prompts,
+        body.samples,
+        lambda request_id, ids: engine_request(
+            request_id,
+            ids,
+            body,
+            state.options,
+            model.tokenizer,
+            max_new_tokens=body.limit,
+            n=body.samples,
+            seed=seed,
+            num_logprobs=body.n_probs or None,
+            logit_bias=bias_of(body.biases, model.tokenizer, text=True),
+        ),
+        body.stops,
+        body.t_max_predict_ms / 1e3 if body.t_max_predict_ms > 0 else None,
+    )
+    generation = Generation(state, model.tokenizer, runner, job)
+    answer = NativeAnswer(state, model, generation, body)
+    if not body.stream:
+        return await while_connected(request, _whole(generation, answer))
+    await generation.start()
+    return EventStream(_events(state, generation, answer), generation.close)
+
+
+async def _prompts(model: ServedModel, given: Any) -> list[list[int]]:
+    """Token ids of each prompt. A list of texts is several prompts, one that has a token in it a mixed one."""
+    if isinstance(given, str):
+        given = [[given]]
+    elif any(isinstance(part, int) for part in given):
+        given = [given]
+    prompts = [await encode_mixed(model, [one] if isinstance(one, str) else one) for one in given]
+    for ids in prompts:
+        check_prompt(model, ids)
+    return prompts
+
+
+async def _whole(generation: Generation, answer: NativeAnswer) -> Response:
+    try:
+        await generation.start()
+        updates: Sequence[Update] = [update async for update in generation.updates()]
+        return json_response(answer.whole(updates))
+    finally:
+        generation.close()
+
+
+async def _events(state: ServerState, generation: Generation, answer: NativeAnswer) -> AsyncIterator[bytes]:
+    try:
+        async for update in generation.updates():
+            for chunk in answer.chunks(update):
+                yield event(chunk)
+    except ApiError as error:  # the status is sent already
+        state.metrics.errors.labels(str(error.status_code)).inc()
+        yield event(error.body())
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """The tokens of a text."""
+    model, _ = state_of(request).ready()
+    ids: list[int] = []
+    parts = [body.content] if isinstance(body.content, str) else body.content
+    for i, part in enumerate(parts):
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += await asyncio.to_thread(
+                model.tokenizer.encode,
+                part,
+                add_special=body.add_special and i == 0,
+                parse_special=body.parse_special,
+            )
+    if ids:
+        check_prompt(model, ids)
+    if not body.with_pieces:
+        return json_response({"tokens": ids})
+    return json_response({"tokens": [{"id": token, "piece": _piece(model, token)} for token in ids]})
+
+
+def _piece(model: ServedModel, token: int) -> str | list[int]:
+    data = model.tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """The text of tokens, special ones by their names."""
+    model, _ = state_of(request).ready()
+    if body.tokens:
+        check_prompt(model, body.tokens)
+    text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, skip_special=False)
+    return json_response({"content": text})
+
+
+@router.post("/apply-template")
+async def apply_template(request: Request, body: TemplateRequest) -> Response:
+    """The prompt that a conversation becomes."""
+    model, _ = state_of(request).ready()
+    messages = [message.plain() for message in body.messages]
+    text = await chat_text(
+        model,
+        messages,
+        add_generation_prompt=body.add_generation_prompt,
+        arguments=body.chat_template_kwargs,
+    )
+    return json_response({"prompt": text})

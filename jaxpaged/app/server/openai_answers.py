@@ -1,0 +1,208 @@
+"""The shapes of OpenAI's answers, whole and in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxpaged.app.server.generation import Choice, Generation, Update
+from jaxpaged.app.server.state import ServedModel, ServerState
+from jaxpaged.app.server.text import TextPart
+from jaxpaged.engine.request import TokenLogprobs
+
+_FORBIDDEN = -9999.0
+"""OpenAI's log-probability of what cannot be; JSON has no infinity."""
+
+
+@dataclass
+class Answer:
+    """What the answers to both paths have in common."""
+
+    state: ServerState
+    model: ServedModel
+    generation: Generation
+    id: str
+    created: int
+    kind: str = ""
+    chunk_kind: str = ""
+
+    def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
+        """All in one object."""
+        parts = [TextPart() for _ in self.generation.choices]
+        for update in updates:
+            part = parts[update.choice.index]
+            part.text += update.part.text
+            part.tokens += update.part.tokens
+            part.logprobs += update.part.logprobs
+        choices = [
+            self.choice(choice, part) for choice, part in zip(self.generation.choices, parts, strict=True)
+        ]
+        timings = self.generation.choices[0].timings()
+        return self.frame(self.kind, choices) | {"usage": self.usage(), "timings": timings}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The chunks before the first token."""
+        return []
+
+    def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
+        """The chunks of one update."""
+        raise NotImplementedError
+
+    def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
+        """A whole choice."""
+        raise NotImplementedError
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk of a stream that was asked to count."""
+        timings = self.generation.choices[0].timings()
+        return self.frame(self.chunk_kind, []) | {"usage": self.usage(), "timings": timings}
+
+    def frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """An answer or a chunk around choices."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model.names[0],
+            "system_fingerprint": self.state.build,
+            "choices": choices,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens; those of a prompt count once for all its samples."""
+        firsts = {choice.prompt: choice for choice in reversed(self.generation.choices)}.values()
+        prompt = sum(choice.num_prompt for choice in firsts)
+        completion = sum(choice.num_tokens for choice in self.generation.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached for choice in firsts)},
+        }
+
+    def token_text(self, token: int) -> str:
+        """A token as text; bytes that are no character on their own are U+FFFD."""
+        return self.model.tokenizer.token_bytes(token).decode(errors="replace")
+
+
+@dataclass
+class CompletionAnswer(Answer):
+    """``text_completion``."""
+
+    echoes: list[str] = field(default_factory=list)
+    """The prompts' texts, where they are to be repeated."""
+    kind: str = "text_completion"
+    chunk_kind: str = "text_completion"
+    offsets: dict[int, int] = field(default_factory=dict)
+    """Characters of each choice that its chunks have had."""
+
+    def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
+        return self._choice(choice, self._echo(choice) + part.text, self._logprobs(choice, part))
+
+    def opening(self) -> list[dict[str, Any]]:
+        if not self.echoes:
+            return []
+        choices = self.generation.choices
+        return [
+            self.frame(self.chunk_kind, [self._choice(choice, self._echo(choice), None)])
+            for choice in choices
+        ]
+
+    def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
+        choice, part = update.choice, update.part
+        if part.text or part.logprobs:
+            delta = self._choice(choice, part.text, self._logprobs(choice, part))
+            yield self.frame(self.chunk_kind, [delta | {"finish_reason": None}])
+        if choice.stop_type is not None:
+            yield self.frame(self.chunk_kind, [self._choice(choice, "", None)])
+
+    def _choice(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _echo(self, choice: Choice) -> str:
+        return self.echoes[choice.prompt] if self.echoes else ""
+
+    def _logprobs(self, choice: Choice, part: TextPart) -> dict[str, Any] | None:
+        if not part.logprobs:
+            return None
+        texts = [self.token_text(entry.token) for entry in part.logprobs]
+        offset, offsets = self.offsets.get(choice.index, 0), []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self.offsets[choice.index] = offset
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(entry.logprob) for entry in part.logprobs],
+            "top_logprobs": [
+                {self.token_text(token): _finite(value) for token, value in entry.top}
+                | {text: _finite(entry.logprob)}
+                for text, entry in zip(texts, part.logprobs, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+
+@dataclass
+class ChatAnswer(Answer):
+    """``chat.completion``."""
+
+    kind: str = "chat.completion"
+    chunk_kind: str = "chat.completion.chunk"
+
+    def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": part.text, "refusal": None},
+            "logprobs": self._logprobs(part),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [
+            self._chunk(choice, {"role": "assistant", "content": None}) for choice in self.generation.choices
+        ]
+
+    def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
+        choice, part = update.choice, update.part
+        if part.text or part.logprobs:
+            yield self._chunk(choice, {"content": part.text}, self._logprobs(part))
+        if choice.stop_type is not None:
+            yield self._chunk(choice, {}, finish=choice.finish_reason)
+
+    def _chunk(
+        self,
+        choice: Choice,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
+    ) -> dict[str, Any]:
+        one = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self.frame(self.chunk_kind, [one])
+
+    def _logprobs(self, part: TextPart) -> dict[str, Any] | None:
+        if not part.logprobs:
+            return None
+        return {"content": [self._entry(entry) for entry in part.logprobs], "refusal": None}
+
+    def _entry(self, entry: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token(token, value) for token, value in entry.top]
+        return self._token(entry.token, entry.logprob) | {"top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.model.tokenizer.token_bytes(token)
+        return {
+            "token": data.decode(errors="replace"),
+            "logprob": _finite(logprob),
+            "bytes": list(data),
+        }
+
+
+def _finite(logprob: float) -> float:
+    return max(float(logprob), _FORBIDDEN)

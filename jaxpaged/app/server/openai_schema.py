@@ -1,0 +1,215 @@
+"""OpenAI's requests: ``/v1/completions`` and ``/v1/chat/completions``.
+
+Every parameter of OpenAI's own is known here. Those that cannot be served are refused where they ask for something,
+and accepted where they say nothing, as clients write them out; those that change no text are accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from jaxpaged.app.server.prompts import TEMPLATE_ARGUMENTS
+from jaxpaged.app.server.sampling_schema import (
+    MAX_STOPS,
+    Count,
+    SamplingFields,
+    StopString,
+    StrictModel,
+    TokenId,
+)
+from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
+
+MAX_PROMPTS = 128
+MAX_MESSAGES = 4096
+_MAX_NAMES = 16
+
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+class StreamOptions(StrictModel):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class OpenAIFields(SamplingFields):
+    """What both paths share."""
+
+    # name -> the values that ask for nothing
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: Annotated[str | None, Field(max_length=1024)] = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
+    max_tokens: Count | None = None
+    n_predict: Annotated[int | None, Field(ge=-1, le=2**31 - 1)] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=1e6, allow_inf_nan=False)] = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    logit_bias: Annotated[dict[str, Bias] | None, Field(max_length=MAX_LOGIT_BIAS)] = None
+    stream: bool | None = None  # type: ignore[assignment]  # clients write null where they mean false
+    stream_options: StreamOptions | None = None
+    user: Annotated[str | None, Field(max_length=1024)] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OpenAIFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.repeat_penalty is not None and self.repetition_penalty is not None:
+            raise ValueError("repeat_penalty and repetition_penalty are one parameter; give one of them")
+        for name, neutral in self.unserved.items():
+            value = getattr(self, name)
+            if not any(value == nothing and type(value) is type(nothing) for nothing in (None, *neutral)):
+                allowed = " or ".join(map(repr, neutral))
+                raise ValueError(f"{name} is not supported here" + (f", except {allowed}" if allowed else ""))
+        self.repeat_penalty = self.repeat_penalty or self.repetition_penalty
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate at most; None = as many as fit."""
+        if self.max_tokens is None and self.n_predict is not None and self.n_predict >= 0:
+            return self.n_predict
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(OpenAIFields):
+    """``POST /v1/completions``."""
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
+        ]
+    )
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
+    suffix: Any = None
+
+    @model_validator(mode="after")
+    def _servable(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(
+                "best_of other than n is not supported; ask for n samples with logprobs and choose"
+            )
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not supported: a prompt has no log-probabilities here")
+        return self
+
+
+class TextPart(StrictModel):
+    """A part of a message; images and sound are not understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(StrictModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: Annotated[str | None, Field(max_length=256)] = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any] | None, Field(max_length=0)] = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as a chat template reads it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class TemplateFields(StrictModel):
+    """What a chat template is given."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    add_generation_prompt: bool = True
+    chat_template_kwargs: Annotated[dict[str, bool] | None, Field(max_length=_MAX_NAMES)] = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _known(cls, arguments: dict[str, bool] | None) -> dict[str, bool] | None:
+        for name in arguments or {}:
+            if name not in TEMPLATE_ARGUMENTS:
+                allowed = ", ".join(TEMPLATE_ARGUMENTS)
+                raise ValueError(f"chat_template_kwargs: {name[:100]!r} is not one of {allowed}")
+        return arguments
+
+
+class ChatRequest(OpenAIFields, TemplateFields):
+    """``POST /v1/chat/completions``."""
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "service_tier": ("auto", "default"),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "moderation": (),
+    }
+
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    tools: Any = None
+    functions: Any = None
+    tool_choice: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    service_tier: Any = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    moderation: Any = None
+    parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    metadata: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
+        Field(max_length=_MAX_NAMES),
+    ] = None
+    safety_identifier: Annotated[str | None, Field(max_length=1024)] = None
+    prompt_cache_key: Annotated[str | None, Field(max_length=1024)] = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: None = None
+
+    @model_validator(mode="after")
+    def _servable(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return super().limit if self.max_completion_tokens is None else self.max_completion_tokens

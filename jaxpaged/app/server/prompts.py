@@ -1,0 +1,103 @@
+"""From what a client sends to token ids: texts, lists of tokens, conversations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.state import ServedModel
+from model.chat import ChatTemplateError, render_chat
+
+TEMPLATE_ARGUMENTS = ("enable_thinking", "add_generation_prompt")
+"""What a request may hand to a chat template: a template is a program, and not every variable is the client's."""
+
+
+async def encode(
+    model: ServedModel, text: str, *, add_special: bool = True, parse_special: bool = True
+) -> list[int]:
+    """Token ids of a prompt, computed on a thread: a long text takes seconds."""
+    tokenizer = model.tokenizer
+    ids = await asyncio.to_thread(
+        tokenizer.encode, text, add_special=add_special, parse_special=parse_special
+    )
+    # The end of the text is the model's to say.
+    return ids[:-1] if add_special and tokenizer.add_eos and ids else ids
+
+
+async def encode_mixed(
+    model: ServedModel, parts: Sequence[str | int], *, add_special: bool = True
+) -> list[int]:
+    """llama-server's mixed lists: texts and tokens in turn; only a text at the beginning gets what begins a text."""
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += await encode(model, part, add_special=add_special and i == 0)
+    return ids
+
+
+def check_prompt(model: ServedModel, ids: Sequence[int]) -> None:
+    """Refuses a prompt that is empty, or that names tokens which are not there.
+
+    Raises:
+      ApiError: as said.
+    """
+    if not ids:
+        raise ApiError(
+            400, "the prompt is empty, and this model has no token that begins a text", param="prompt"
+        )
+    size = model.tokenizer.vocab_size
+    if max(ids) >= size or min(ids) < 0:
+        wrong = next(token for token in ids if not 0 <= token < size)
+        raise ApiError(
+            400, f"prompt: token {wrong} is outside the vocabulary of {size} tokens", param="prompt"
+        )
+
+
+async def chat_text(
+    model: ServedModel,
+    messages: Sequence[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    arguments: dict[str, bool] | None = None,
+) -> str:
+    """The text of a conversation. An assistant's message at the end is an answer that is to be continued.
+
+    Raises:
+      ApiError: the chat template refuses the messages.
+    """
+    arguments = dict(arguments or {})
+    add_generation_prompt = arguments.pop("add_generation_prompt", add_generation_prompt)
+    messages, begun = list(messages), ""
+    if add_generation_prompt and messages[-1]["role"] == "assistant":
+        begun = messages.pop()["content"]
+        if not messages or messages[-1]["role"] == "assistant":
+            raise ApiError(
+                400, "messages: two answers of the assistant at the end, or nothing else", param="messages"
+            )
+    try:
+        text = await asyncio.to_thread(
+            render_chat,
+            model.chat_template,
+            messages,
+            bos_token=_name(model, model.tokenizer.bos_id),
+            eos_token=_name(model, model.tokenizer.eos_id),
+            add_generation_prompt=add_generation_prompt,
+            **arguments,
+        )
+    except ChatTemplateError as error:
+        raise ApiError(400, str(error)[:500], param="messages") from None
+    return text + begun
+
+
+async def encode_chat(model: ServedModel, text: str) -> list[int]:
+    """Token ids of ``chat_text``; a template may have written what begins a text already."""
+    bos = _name(model, model.tokenizer.bos_id)
+    return await encode(model, text, add_special=not (bos and text.startswith(bos)))
+
+
+def _name(model: ServedModel, token: int | None) -> str:
+    return "" if token is None else model.tokenizer.token_bytes(token).decode(errors="replace")

@@ -1,0 +1,152 @@
+"""The parameters that all generating requests share, and what the engine makes of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.options import ServeOptions
+from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, EngineRequest
+from model.tokenizer import Tokenizer
+
+_INT32 = 2**31 - 1
+_SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 512
+
+TokenId = Annotated[int, Field(ge=0, le=_INT32)]
+Count = Annotated[int, Field(ge=0, le=_INT32)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Penalty = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
+class StrictModel(BaseModel):
+    """Names and types to the letter: "5", 5.0 and true are no whole numbers, and an unknown name is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class SamplingFields(StrictModel):
+    """Parameters that mean the same on every path; None = the server's default."""
+
+    stream: bool = False
+    temperature: Annotated[float | None, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=_INT32)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    repeat_penalty: Annotated[float | None, Field(gt=0, le=1e6, allow_inf_nan=False)] = None
+    repeat_last_n: Annotated[int | None, Field(ge=-1, le=_INT32)] = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int | None, Field(ge=-(2**63), le=2**64 - 1)] = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_IDS)] = None
+    cache_salt: Annotated[str | None, Field(max_length=MAX_SALT)] = None
+    cache_prompt: bool | None = None
+    priority: Annotated[int, Field(ge=-_INT32, le=_INT32)] = 0
+    n_keep: Annotated[int | None, Field(ge=-1, le=_INT32)] = None
+    n_discard: Count = 0
+    id_slot: Annotated[int, Field(ge=-1, le=_INT32)] = -1
+    timings_per_token: bool = False
+
+
+def engine_request(
+    request_id: str,
+    prompt: Sequence[int],
+    fields: SamplingFields,
+    options: ServeOptions,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int | None,
+    n: int,
+    seed: int,
+    num_logprobs: int | None,
+    logit_bias: dict[int, float],
+) -> EngineRequest:
+    """The engine's request.
+
+    Raises:
+      RefusedError: a value that the engine refuses.
+      ApiError: a token that the vocabulary does not have.
+    """
+    ignore_eos = options.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
+    stop_ids = frozenset(fields.stop_token_ids or ()) | (frozenset() if ignore_eos else tokenizer.stop_ids)
+    _check_tokens("stop_token_ids", stop_ids, tokenizer)
+    _check_tokens("logit_bias", logit_bias, tokenizer)
+    if max_new_tokens is None and options.predict >= 0:
+        max_new_tokens = options.predict
+    keep = options.keep if fields.n_keep is None else fields.n_keep
+    begins = tokenizer.bos_id is not None and prompt[0] == tokenizer.bos_id
+    return EngineRequest(
+        request_id=request_id,
+        prompt=tuple(prompt),
+        max_new_tokens=max_new_tokens,
+        n=n,
+        temperature=_or(fields.temperature, options.temp),
+        top_k=_or(fields.top_k, options.top_k),
+        top_p=max(_or(fields.top_p, options.top_p), _SMALLEST_TOP_P),
+        min_p=_or(fields.min_p, options.min_p),
+        repeat_penalty=_or(fields.repeat_penalty, options.repeat_penalty),
+        repeat_last_n=_or(fields.repeat_last_n, options.repeat_last_n),
+        presence_penalty=_or(fields.presence_penalty, options.presence_penalty),
+        frequency_penalty=_or(fields.frequency_penalty, options.frequency_penalty),
+        seed=seed,
+        stop_ids=stop_ids,
+        logit_bias=logit_bias,
+        num_logprobs=num_logprobs,
+        priority=fields.priority,
+        cache_salt=fields.cache_salt or "",
+        cache_prompt=fields.cache_prompt is not False and options.prefix_cache,
+        # As llama-server counts: the token that begins a text is kept beside those that were asked for.
+        n_keep=keep if keep < 0 else keep + begins,
+        n_discard=fields.n_discard,
+        slot=fields.id_slot if fields.id_slot >= 0 else None,
+    )
+
+
+def seed_of(fields: SamplingFields, options: ServeOptions) -> int:
+    """The seed of a request's first sample; llama.cpp's -1 and OpenAI's nothing draw one."""
+    seed = fields.seed if fields.seed is not None else options.seed
+    return secrets.randbits(32) if seed == -1 else seed % 2**32
+
+
+def bias_of(
+    pairs: Iterable[tuple[str | int, float]], tokenizer: Tokenizer, *, text: bool
+) -> dict[int, float]:
+    """Biases by token; a name that is no number is a text, whose tokens all get it, where that is allowed.
+
+    Raises:
+      ApiError: a name that means nothing here, or too many tokens.
+    """
+    bias: dict[int, float] = {}
+    for name, value in pairs:
+        if isinstance(name, int):
+            bias[name] = value
+        elif name.isascii() and name.isdecimal() and len(name) <= 10:
+            bias[int(name)] = value
+        elif text:
+            bias.update(dict.fromkeys(tokenizer.encode(name, add_special=False), value))
+        else:
+            raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise ApiError(
+            400,
+            f"logit_bias names {len(bias)} tokens; at most {MAX_LOGIT_BIAS} are allowed",
+            param="logit_bias",
+        )
+    return bias
+
+
+def _check_tokens(name: str, tokens: Collection[int], tokenizer: Tokenizer) -> None:
+    for token in tokens:
+        if not 0 <= token < tokenizer.vocab_size:
+            message = f"{name}: token {token} is outside the vocabulary of {tokenizer.vocab_size} tokens"
+            raise ApiError(400, message, param=name)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

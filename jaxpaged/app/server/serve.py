@@ -1,0 +1,229 @@
+"""``jaxpaged serve``: the process, from the open port to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+import uvicorn
+
+from jaxpaged.app import interrupt
+from jaxpaged.app.chat import template_of
+from jaxpaged.app.errors import InputError, say
+from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.server.application import create_application
+from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.options import ServeOptions
+from jaxpaged.app.server.runner import EngineRunner
+from jaxpaged.app.server.state import ServedModel, ServerState
+from model.chat import BUILTIN_TEMPLATES
+
+_LAST_SECONDS = 3
+"""Time for answers to leave after everything was told to end."""
+_LARGEST_HEADERS = 128 * 1024
+"""Bytes that the HTTP parser takes; the application refuses fewer, with an error of the right kind."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own handling of signals: ours lets running requests end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(options: ServeOptions) -> int:
+    """Serves until a signal; the exit status.
+
+    Raises:
+      InputError: the port is taken, or the model cannot be loaded.
+    """
+    sock = _listen(options.host, options.port)
+    try:
+        return asyncio.run(_serve(options, sock))
+    finally:
+        sock.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """An open port, before anything that takes long."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--host {host}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    sock.setblocking(False)
+    return sock
+
+
+async def _serve(options: ServeOptions, sock: socket.socket) -> int:
+    state = ServerState(options)
+    config = uvicorn.Config(
+        create_application(state),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=_LARGEST_HEADERS,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING if options.log else logging.CRITICAL)
+    server = _Server(config)
+    asked = _watch_signals()
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    runner = None
+    try:
+        runner = await _load(options, state, asked)
+        if runner is not None:
+            _announce(options, sock)
+            await _until(asked, runner)
+            if options.log and not asked.is_set():
+                say("error: the engine has failed")
+            await _drain(state, runner)
+    finally:
+        server.should_exit = True
+        await asyncio.wait((serving,))
+        if runner is not None:
+            await runner.close()
+    return 0 if asked.is_set() else 1
+
+
+def _watch_signals() -> asyncio.Event:
+    """The first SIGTERM or SIGINT is told; the second one ends the process."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def hear(status: int) -> None:
+        if asked.is_set():
+            os._exit(status)
+        asked.set()
+
+    for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, interrupt.STATUS)):
+        # Started in the background, a process is meant to pass over Ctrl-C.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, hear, status)
+    return asked
+
+
+async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event) -> EngineRunner | None:
+    """The running engine; None where a signal came first. Meanwhile /health says that the model is loading."""
+    if options.log:
+        say("loading; requests are answered 503 until the model is ready")
+    loading = asyncio.create_task(asyncio.to_thread(_build, options))
+    signalled = asyncio.create_task(asked.wait())
+    await asyncio.wait((loading, signalled), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        if sys.stderr.isatty():
+            click.echo("\033[?25h", err=True)  # the bars hide the cursor
+        os._exit(0)  # what compiles on the thread cannot be stopped, and nobody waits for an answer
+    signalled.cancel()
+    runner, model = await loading
+    runner.start()
+    state.metrics.watch(runner.stats)
+    state.model, state.runner = model, runner
+    return runner
+
+
+def _build(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
+    from jaxpaged.app.server.building import build_engine
+
+    ready = open_model(
+        options.model, options.hf, dtype=options.dtype, offline=options.offline, show_progress=options.log
+    )
+    model = _served(options, ready)
+    if options.log:
+        say(f"model = {ready.loaded.path}, {ready.loaded.description}, computing in {ready.dtype}")
+    engine = build_engine(options, ready)
+    with _compiling(options.log) as report:
+        engine.compile(report)
+    return EngineRunner(engine), model
+
+
+@contextlib.contextmanager
+def _compiling(show: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on stderr, where that is a terminal."""
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("compiling {task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
+    loaded = ready.loaded
+    # It reads the two options that name a template, which are the same here.
+    template = template_of(options, loaded.tokenizer.chat_template)  # type: ignore[arg-type]
+    if template is None:  # as llama-server does: a model that was not trained to chat still answers
+        template = BUILTIN_TEMPLATES["chatml"]
+        if options.log:
+            say("the model has no chat template; chats are written as chatml (--chat-template names another)")
+    return ServedModel(
+        loaded.tokenizer,
+        template,
+        options.alias or (options.hf or loaded.path.name.removesuffix(".gguf"),),
+        str(loaded.path),
+        loaded.config.context_length,
+        loaded.description,
+        loaded.size_bytes,
+        loaded.fingerprint,
+    )
+
+
+def _announce(options: ServeOptions, sock: socket.socket) -> None:
+    """The address, also with --log-disable: with --port 0 nobody else knows it."""
+    host, port = sock.getsockname()[:2]
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
+    click.echo(f"listening on {url}", err=True)
+    if not options.log:
+        return
+    if host in ("0.0.0.0", "::") and not options.api_keys:
+        say("warning: everyone who reaches this machine may use the server; --api-key closes it")
+    key = ' -H "Authorization: Bearer $KEY"' if options.api_keys else ""
+    path, body = "/v1/completions", '{"prompt": "def main():", "max_tokens": 32}'
+    click.echo(
+        f"try: curl {url}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
+        + (f"\n     or open {url}/ in a browser" if options.webui else ""),
+        err=True,
+    )
+    sys.stderr.flush()
+
+
+async def _until(asked: asyncio.Event, runner: EngineRunner) -> None:
+    """Returns on a signal, or when the engine has failed."""
+    while not asked.is_set() and runner.healthy:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), 0.5)
+
+
+async def _drain(state: ServerState, runner: EngineRunner) -> None:
+    """New requests are turned away; those that run may end, in a bounded time."""
+    state.draining = runner.draining = True
+    if state.options.log and state.generations:
+        say(f"{len(state.generations)} requests end; again to stop at once")
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + state.options.drain_seconds
+    while state.generations and loop.time() < deadline:
+        await asyncio.sleep(0.05)
+    for generation in list(state.generations):
+        generation.fail(ApiError(503, "the server is shutting down"))

@@ -1,0 +1,121 @@
+"""From a sample's tokens to text that may be shown: whole characters, and nothing that may be a stop string."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxpaged.engine.request import TokenLogprobs
+
+
+class Decoder(Protocol):
+    """``model.detokenize.StreamDecoder``, or what stands in for it."""
+
+    def push(self, token_id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+class StopFinder:
+    """Finds the first of some strings in a text that arrives in parts; holds back what may be its beginning.
+
+    Of several, the one that is complete first, and of those the longest: the same however the text is cut in parts.
+
+    Example:
+        >>> finder = StopFinder(["END"])
+        >>> finder.feed("the E"), finder.feed("N"), finder.feed("T E"), finder.feed("ND."), finder.found
+        ('the ', '', 'ENT ', '', 'END')
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, part: str) -> str:
+        """The text that is certain now; nothing more once a stop string was found."""
+        if self.found is not None:
+            return ""
+        if not self._stops:
+            return part
+        text = self._held + part
+        ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if ends:
+            end, length, self.found = min(ends)
+            self._held = ""
+            return text[: end + length]
+        held = self._may_begin(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+@dataclass
+class TextPart:
+    """A part of a sample's text with the tokens that end in it."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class SampleText:
+    """The text of one sample. Tokens come out with the text they belong to; those of a stop string never do."""
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._finder = StopFinder(stops)
+        self._waiting: deque[tuple[int, int, int, TokenLogprobs | None]] = deque()
+        self._seen = self._shown = 0
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it."""
+        return self._finder.found
+
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> TextPart:
+        """What may be shown after these tokens; tokens behind a stop string are dropped."""
+        text = ""
+        for i, token in enumerate(tokens):
+            if self.stopped_by is not None:
+                break
+            piece = self._decoder.push(token)
+            start, self._seen = self._seen, self._seen + len(piece)
+            self._waiting.append((start, self._seen, token, logprobs[i] if logprobs else None))
+            text += self._finder.feed(piece)
+        return self._released(text, ended=self.stopped_by is not None)
+
+    def finish(self) -> TextPart:
+        """The rest, at the end of the sample."""
+        text = self._finder.feed(self._decoder.flush()) + self._finder.flush()
+        return self._released(text, ended=True)
+
+    def _released(self, text: str, *, ended: bool) -> TextPart:
+        self._shown += len(text)
+        part = TextPart(text)
+        # At the end a token counts that has a share in the text; one without text counts where the text goes on.
+        while self._waiting and (
+            self._waiting[0][1] <= self._shown
+            or (ended and (self._waiting[0][0] < self._shown or self.stopped_by is None))
+        ):
+            _, _, token, logprobs = self._waiting.popleft()
+            part.tokens.append(token)
+            if logprobs is not None:
+                part.logprobs.append(logprobs)
+        if ended:
+            self._waiting.clear()
+        return part

@@ -1,0 +1,239 @@
+"""llama-server's API: what its clients and its own tests rely on."""
+
+from __future__ import annotations
+
+import pytest
+from http_server import TOKENIZER, check_error
+
+from jaxpaged.app.server.page_routes import page_routes
+from jaxpaged.version import __version__
+
+PROMPT = "def main(path):\n    return path"
+IDS = TOKENIZER.encode(PROMPT)
+
+
+def test_a_completion_has_all_fields(server):
+    server.runner.cached = 2
+    body = server.post(
+        "/completion", {"prompt": PROMPT, "n_predict": 4, "return_tokens": True, "seed": 9}
+    ).json()
+    assert body["content"] == TOKENIZER.decode(IDS[:4]) and body["tokens"] == IDS[:4]
+    assert body["stop"] is True and body["stop_type"] == "limit" and body["stopping_word"] == ""
+    assert (
+        body["tokens_predicted"] == 4 and body["tokens_evaluated"] == len(IDS) and body["tokens_cached"] == 2
+    )
+    assert body["truncated"] is False and body["model"] == "tiny"
+    assert body["has_new_line"] is ("\n" in body["content"])
+    assert body["prompt"] == PROMPT and body["index"] == 0
+    assert body["generation_settings"]["n_predict"] == 4 and body["generation_settings"]["seed"] == 9
+    timings = body["timings"]
+    assert timings["cache_n"] == 2 and timings["prompt_n"] == len(IDS) - 2 and timings["predicted_n"] == 4
+    assert timings["prompt_ms"] == pytest.approx(1, abs=0.1)
+    assert {
+        f"{name}_{what}" for name in ("prompt", "predicted") for what in ("per_second", "per_token_ms")
+    } <= set(timings)
+    assert server.post("/completions", {"prompt": PROMPT, "n_predict": 4}).json()["tokens"] == []
+
+
+def test_how_it_ended(server):
+    def end(**body):
+        answer = server.post("/completion", {"prompt": PROMPT} | body).json()
+        return answer["stop_type"], answer["stopping_word"], answer["content"]
+
+    assert end() == ("eos", "", PROMPT)
+    assert end(stop=["path", ""]) == ("word", "path", "def main(")
+    assert end(n_predict=0) == ("limit", "", "")
+    assert end(n_predict=-1, max_tokens=2)[0] == "eos"
+
+
+def test_a_stream_equals_the_whole(server):
+    whole = server.post("/completion", {"prompt": PROMPT, "stop": ["return"]}).json()
+    *chunks, last = server.stream("/completion", {"prompt": PROMPT, "stop": ["return"]})
+    assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
+    assert all(chunk["stop"] is False and chunk["tokens"] for chunk in chunks)
+    assert last["stop"] is True and last["content"] == "" and last["stopping_word"] == "return"
+    assert last["generation_settings"]["stream"] is True
+
+
+def test_prompts_of_every_shape(server):
+    def contents(prompt):
+        body = server.post("/completion", {"prompt": prompt}).json()
+        return [one["content"] for one in body] if isinstance(body, list) else body["content"]
+
+    assert contents(IDS) == PROMPT
+    assert contents([IDS[0], PROMPT, IDS[0]]) == TOKENIZER.decode([IDS[0], *IDS, IDS[0]])
+    assert contents(["a", "b"]) == ["a", "b"]
+    assert contents([IDS, "b", [IDS[0], "c"]]) == [PROMPT, "b", TOKENIZER.decode([IDS[0]]) + "c"]
+    assert len(server.post("/completion", {"prompt": "a", "n_cmpl": 3}).json()) == 3
+
+
+def test_probabilities(server):
+    body = server.post("/completion", {"prompt": PROMPT, "n_probs": 3, "n_predict": 5}).json()
+    assert len(body["completion_probabilities"]) == 5
+    for entry in body["completion_probabilities"]:
+        assert entry["logprob"] <= 0 and isinstance(entry["token"], str) and isinstance(entry["bytes"], list)
+        assert [set(top) for top in entry["top_logprobs"]] == [{"id", "token", "bytes", "logprob"}] * 3
+    for chunk in server.stream("/completion", {"prompt": PROMPT, "n_probs": 3, "n_predict": 5})[:-1]:
+        assert len(chunk["completion_probabilities"]) == 1
+
+
+def test_biases_of_every_shape(server):
+    def bias(given):
+        assert server.post("/completion", {"prompt": "a", "logit_bias": given}).status_code == 200
+        return dict(server.runner.requests[-1].logit_bias)
+
+    word = TOKENIZER.encode("return", add_special=False)
+    assert bias([[5, 1.5], [6, False]]) == {5: 1.5, 6: float("-inf")}
+    assert bias([["return", -1]]) == dict.fromkeys(word, -1.0)
+    assert bias({"5": 2, "return": False}) == {5: 2.0} | dict.fromkeys(word, float("-inf"))
+    for wrong in ([[5]], [[5, "x"]], [[5, True]], [[-1, 1]], {"5": True}, [[99999, 1]]):
+        check_error(server.post("/completion", {"prompt": "a", "logit_bias": wrong}), 400)
+
+
+def test_chosen_fields(server):
+    body = {
+        "prompt": PROMPT,
+        "response_fields": ["content", "generation_settings/n_predict", "nothing"],
+        "n_predict": 2,
+    }
+    assert set(server.post("/completion", body).json()) == {"content", "generation_settings/n_predict"}
+
+
+def test_neutral_settings_are_accepted_and_others_are_not(server):
+    neutral = {
+        "mirostat": 0,
+        "typical_p": 1.0,
+        "dry_multiplier": 0.0,
+        "grammar": "",
+        "min_keep": 0,
+        "id_slot": 1,
+    }
+    assert (
+        server.post("/completion", {"prompt": "a"} | neutral | {"temperature": -1, "top_p": 0}).status_code
+        == 200
+    )
+    for extra in (
+        {"mirostat": 2},
+        {"grammar": "root ::= x"},
+        {"json_schema": {}},
+        {"lora": [{"id": 0}]},
+        {"what": 1},
+    ):
+        error = check_error(server.post("/completion", {"prompt": "a"} | extra), 400)
+        assert next(iter(extra)) in error["message"]
+
+
+def test_tokens_and_back(server):
+    text = "hé 🤗"
+    ids = server.post("/tokenize", {"content": text}).json()["tokens"]
+    assert ids == TOKENIZER.encode(text, add_special=False)
+    assert server.post("/detokenize", {"tokens": ids}).json() == {"content": text}
+    pieces = server.post("/tokenize", {"content": text, "with_pieces": True}).json()["tokens"]
+    data = b"".join(p["piece"].encode() if isinstance(p["piece"], str) else bytes(p["piece"]) for p in pieces)
+    assert data.decode() == text
+    assert server.post("/detokenize", {"tokens": []}).json() == {"content": ""}
+    check_error(server.post("/detokenize", {"tokens": [4096]}), 400)
+    check_error(server.post("/tokenize", {"content": 5}), 400)
+
+
+def test_a_template_applied(server):
+    body = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]}
+    prompt = server.post("/apply-template", body).json()["prompt"]
+    assert prompt == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    prompt = server.post("/apply-template", body | {"add_generation_prompt": False}).json()["prompt"]
+    assert prompt.endswith("U<|im_end|>\n")
+
+
+def test_props_and_health(server):
+    props = server.get("/props").json()
+    assert props["total_slots"] == 2 and props["model_path"].endswith(".gguf")
+    assert props["default_generation_settings"]["n_ctx"] == 512
+    assert props["default_generation_settings"]["params"]["temperature"] == 0.8
+    assert __version__ in props["build_info"] and "im_start" in props["chat_template"]
+    assert server.get("/health").json() == server.get("/v1/health").json() == {"status": "ok"}
+    check_error(server.post("/props", {}), 501)
+
+
+def test_503_until_the_model_is_there_and_when_the_server_ends(server):
+    model, server.state.model = server.state.model, None
+    for path in ("/health", "/v1/models", "/props", "/slots"):
+        assert check_error(server.get(path), 503)["message"] == "Loading model"
+    check_error(server.post("/v1/completions", {"prompt": "a"}), 503)
+    server.state.model, server.state.draining = model, True
+    check_error(server.get("/health"), 503)
+    check_error(server.post("/completion", {"prompt": "a"}), 503)
+
+
+def test_slots(server):
+    busy, idle = server.get("/slots").json()
+    assert busy["is_processing"] and busy["next_token"]["n_decoded"] == 2 and busy["n_ctx"] == 512
+    assert "params" not in idle and not idle["is_processing"]
+    assert "prompt" not in busy  # another client's
+    assert server.get("/slots?fail_on_no_slot=1").status_code == 200
+    server.runner.busy = True
+    check_error(server.get("/slots?fail_on_no_slot=1"), 503)
+    check_error(server.with_options(slots=False).get("/slots"), 501)
+
+
+def test_slots_in_files(server, slots_folder):
+    check_error(server.post("/slots/0?action=save", {"filename": "a"}), 501)
+    server = server.with_options(slot_save_path=slots_folder)
+    body = server.post("/slots/0?action=save", {"filename": "a.bin"}).json()
+    assert body["n_saved"] == 7 and body["n_written"] == 70 and body["timings"]["save_ms"] >= 0
+    assert (slots_folder / "a.bin").exists()
+    assert server.post("/slots/1?action=restore", {"filename": "a.bin"}).json()["n_restored"] == 7
+    assert server.post("/slots/1?action=erase").json() == {"id_slot": 1, "n_erased": 7}
+    (slots_folder / "b.bin").write_text("1")
+    for slot, action, body in (
+        (0, "restore", {"filename": "b.bin"}),
+        (0, "restore", {"filename": "none"}),
+        (0, "save", None),
+        (2, "erase", None),
+        (-1, "erase", None),
+        (10**30, "erase", None),
+        (0, "burn", None),
+    ):
+        check_error(server.post(f"/slots/{slot}?action={action}", body), 400)
+    check_error(server.post("/slots/0"), 400)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a", "..", ".", "a/b", "/etc/passwd", "a\\b", "", "a" * 129, ".a", "a\n", "a\0", "é"]
+)
+def test_a_file_name_is_no_path(server, slots_folder, name):
+    server = server.with_options(slot_save_path=slots_folder)
+    check_error(server.post("/slots/0?action=save", {"filename": name}), 400)
+    assert not list(slots_folder.iterdir())
+
+
+def test_metrics(server):
+    check_error(server.get("/metrics"), 501)
+    server = server.with_options(metrics=True)
+    server.post("/completion", {"prompt": PROMPT, "n_predict": 3})
+    server.get("/nowhere")
+    text = server.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    for name in ("prompt_tokens_total", "prompt_seconds_total", "tokens_predicted_total", "n_decode_total"):
+        assert float(values[f"llamacpp:{name}"]) >= 0
+    assert float(values["jaxpaged_kv_pages_used"]) == 1 and float(values["jaxpaged_kv_usage_ratio"]) == 0.25
+    assert float(values["jaxpaged_time_to_first_token_seconds_count"]) == 1
+    assert float(values["jaxpaged_inter_token_seconds_count"]) == 2
+    assert float(values['jaxpaged_finished_total{reason="limit"}']) == 1
+    assert float(values['jaxpaged_http_errors_total{status="404"}']) == 1
+
+
+def test_the_pool(server):
+    pool = server.get("/pool").json()
+    assert pool["state"] == "1300" and pool["owner"] == [0, -1, -1, -1] and pool["prefix_hit_rate"] == 0.5
+    assert pool["sequences"] == [{"slot": 0, "request_id": "1", "tokens": 16, "state": "decode"}]
+
+
+def test_the_page_and_its_headers(server):
+    if not any(route.path == "/" for route in page_routes()):
+        pytest.skip("the page is not there yet")
+    response = server.get("/")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert server.get("/", headers={"If-None-Match": response.headers["etag"]}).status_code == 304
+    check_error(server.with_options(webui=False).get("/"), 404)
+    check_error(server.get("/../options.py"), 404)
