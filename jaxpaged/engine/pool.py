@@ -7,6 +7,7 @@ come from the device with every program.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class Pool:
 
     @property
     def available(self) -> int:
-        """Pages that are free, or could be."""
-        return 0
+        """Pages that are free, or could be; there is never a want of them where there are none."""
+        return sys.maxsize
 
     def pages_for_text(self, num_tokens: int) -> int:
         """Pages that a text takes at most."""

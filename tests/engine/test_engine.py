@@ -196,6 +196,11 @@ def test_a_full_queue_is_told(engine):
 
 def test_contiguous_slots_give_the_same_texts():
     engine = make_engine(paged=False)
+    for i in range(SLOTS + 1):
+        engine.add_request(greedy(f"at once {i}", prompt(i, 2), 8))
+    engine.step()
+    assert (engine.stats().running, engine.stats().waiting) == (SLOTS, 1)
+    finish(engine)
     requests = [greedy(f"r{i}", prompt(i, 1 + 5 * i), 3 + 4 * (i % 3), n=1 + i % 2) for i in range(8)]
     results = finish(engine, *requests)
     for request in requests:
