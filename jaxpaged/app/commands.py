@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from jaxpaged.app import interrupt
+from jaxpaged.app.bench_serve.options import BENCH_SERVE_OPTIONS, BenchServeOptions
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
 from jaxpaged.app.options import (
@@ -72,6 +73,7 @@ def application(context: click.Context) -> None:
     jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
     jaxpaged serve -m model.gguf                           the same for many, over HTTP
     jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
+    jaxpaged bench-serve -m model.gguf --kv-memory 256M    measure it as a server, paged and contiguous
     jaxpaged explain -m model.gguf --platform tpu          what attention it gets, and why
     jaxpaged perplexity -ctk q8_0 -ctv q8_0 -ub 1          what a page format costs in quality
     """
@@ -293,6 +295,47 @@ def devices() -> None:
 
     for line in describe():
         click.echo(line)
+
+
+_BENCH_SERVE_EPILOG = """\b
+Examples:
+  jaxpaged bench-serve --kv-memory 8M -c 1024
+  jaxpaged bench-serve -m model.gguf --kv-memory 256M -c 2048 -r 3 -o serve.json --plot serve.svg
+  jaxpaged bench-serve -m model.gguf --compare prefix,no-prefix --shared-prefix 512 --lengths fixed:64:64
+  jaxpaged bench-serve --url http://127.0.0.1:8080 --rate 0.5,1,2,4 --goodput 'ttft:500 tpot:50'
+  jaxpaged bench-serve --url http://127.0.0.1:8000 --vocab 32000 --clients 1,8,32 --lengths uniform:16:256
+
+Prompts are random token ids with no common beginning but --shared-prefix; every request generates exactly as
+many tokens as were drawn for it (ignore_eos, temperature 0): the work is the same for all servers.
+
+TTFT counts from when a client wanted the request, waiting and retries included. TPOT is (last token - first) /
+(tokens - 1) of a request. ITL: k tokens that come together g ms after the ones before are k times g / k.
+Throughput is over the whole level, its ragged end included. KV waste is the share of the token slots in used pages
+(of a contiguous cache: in used slots) that hold no token, sampled from /pool 5 times a second.
+
+Without --goodput, throughput at equal latency is taken within the p95 TTFT and TPOT that the second server has at its
+own largest throughput.
+"""
+
+
+@application.command("bench-serve", cls=LlamaCommand, context_settings=_CONTEXT, epilog=_BENCH_SERVE_EPILOG)
+@BENCH_SERVE_OPTIONS
+def bench_serve(**flags: Any) -> None:
+    """Measure servers under load: throughput, latencies, goodput, memory.
+
+    \b
+    Starts jaxpaged serve itself, paged and contiguous in turns, or measures any OpenAI-compatible server (--url).
+      jaxpaged bench-serve -m model.gguf --kv-memory 256M -c 2048 --plot serve.svg
+    """
+    options = BenchServeOptions.of_flags(written=_written, **flags)
+    try:
+        from jaxpaged.app.bench_serve.run import run
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise InputError("bench-serve needs the package 'httpx': pip install 'jaxpaged[serve]'") from None
+
+    run(options)
 
 
 def _written(group: str) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""``jaxpaged bench-serve``: load on a server, and what its clients see."""

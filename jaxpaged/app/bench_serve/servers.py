@@ -1,0 +1,158 @@
+"""``jaxpaged serve`` as a process of one's own, on a free port of the loopback interface, ended whatever happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
+
+import httpx
+
+from jaxpaged.app import interrupt
+from jaxpaged.app.errors import InputError
+
+HOST = "127.0.0.1"
+_KEYS = ("JAXPAGED_API_KEY", "LLAMA_API_KEY")
+_LISTENING = re.compile(r"^listening on (http://\S+)\n", re.MULTILINE)
+_LOOK_SECONDS = 0.2
+_DRAIN_SECONDS, _KILL_SECONDS = 2, 15
+_TERMINATED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to start the server."""
+
+    name: str
+    flags: tuple[str, ...]
+
+
+class OwnServer:
+    """A server's process. ``stop`` ends it by its own number and nothing else, and may be called from any thread."""
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self._command = [
+            sys.executable, "-m", "jaxpaged.app.cli", "serve", *flags,
+            "--host", HOST, "--port", "0", "--drain-seconds", str(_DRAIN_SECONDS),
+        ]  # fmt: skip
+        # What it says goes to a file: nobody reads a pipe while the load runs, and a full one would stop the server.
+        # To its end, for the two processes share a place in it.
+        self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 # closed by stop
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the process, unless ``stop`` came first."""
+        with self._lock:
+            if self._log.closed:
+                return
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                # The keys of this process are for other servers; this one listens to nobody but us.
+                env={name: value for name, value in os.environ.items() if name not in _KEYS},
+                # A terminal's Ctrl-C is for us; we end the server.
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, seconds: float) -> str:
+        """The server's address, once it serves.
+
+        Raises:
+          InputError: it ended, or does not serve within ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            status = self._process.poll() if self._process else 0
+            said = self.said()
+            if status is not None:
+                raise InputError(f"the server ended with status {status}: {_last_line(said)}")
+            if (match := _LISTENING.search(said)) and _is_healthy(match[1]):
+                return match[1]
+            time.sleep(_LOOK_SECONDS)
+        raise InputError(
+            f"the server did not start within {seconds:g} s (--start-timeout): {_last_line(self.said())}"
+        )
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL where that does not suffice; idempotent."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
+                try:
+                    self._process.wait(_DRAIN_SECONDS + _KILL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
+            self._log.close()
+
+    def said(self) -> str:
+        """All that it said."""
+        with self._lock:
+            if self._log.closed:
+                return ""
+            self._log.seek(0)
+            return self._log.read().decode(errors="replace")
+
+
+def _last_line(said: str) -> str:
+    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", trust_env=False, timeout=5.0).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def serving(variant: Variant, start_seconds: float) -> Iterator[str]:
+    """The address of a server that is there inside the ``with``, and surely not afterwards.
+
+    Ctrl-C and SIGTERM end the server before they end this process.
+
+    Raises:
+      InputError: it does not start.
+    """
+    server = OwnServer(variant.flags)
+    with _before_the_end(server):
+        try:
+            server.start()
+            yield server.wait_until_ready(start_seconds)
+        finally:
+            server.stop()
+
+
+@contextmanager
+def _before_the_end(server: OwnServer) -> Iterator[None]:
+    """In here Ctrl-C and SIGTERM stop the server before they end the process."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        # On a thread, because the main one may hold the lock that stopping takes.
+        threading.Thread(target=end).start()
+
+    def end() -> None:
+        server.stop()
+        os._exit(_TERMINATED)
+
+    on_main = threading.current_thread() is threading.main_thread()  # others must not set handlers
+    before = signal.signal(signal.SIGTERM, leave) if on_main else None
+    try:
+        with interrupt.last_words(server.stop):
+            yield
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, before)
