@@ -109,7 +109,8 @@ class Engine:
             model,
             params,
             cache,
-            decode_rows=_sizes(slots, 4),
+            # Rows that are not needed cost a CPU as much as those that are; two sequences are too few to compile for.
+            decode_rows=[rows for rows in _sizes(slots, 2) if rows != 2 or slots == 2],
             prompt_rows=_sizes(budget, 4)[-3:],
             decode_steps=config.decode_steps,
             num_recent=min(config.n_ctx, _MOST_RECENT),
