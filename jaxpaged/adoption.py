@@ -106,7 +106,9 @@ def read_pages(cache: PagedKVCache, pages: Array) -> PagesOfLayers:
       ValueError: a format seals pages: what is still open lies apart from the pool.
     """
     if cache.open_pages is not None:
-        raise ValueError(f"pages of {cache.k_format.title} and {cache.v_format.title} are read by snapshots alone")
+        raise ValueError(
+            f"pages of {cache.k_format.title} and {cache.v_format.title} are read by snapshots alone"
+        )
     return jax.tree.map(lambda pool: pool.at[pages].get(mode="clip"), (cache.k_pages, cache.v_pages))
 
 

@@ -274,10 +274,10 @@ class Engine:
 
     def _step(self) -> list[SampleOutput]:
         self._end()
-        self._shift_full_contexts()
+        outputs = self._shift_full_contexts()
         plan = self.scheduler.plan()
         if not plan.work:
-            return []
+            return outputs
         for sample in plan.work:
             assert sample.slot is not None
             if self._last[sample.slot] is not sample:
@@ -291,8 +291,8 @@ class Engine:
         self._observe(plan, num_steps, time.monotonic() - begin)
         if num_steps == 0:  # the pool was fuller than the host believed; nothing was computed
             self.scheduler.preempt_newest()
-            return []
-        outputs = self._take(plan, out, tokens)
+            return outputs
+        outputs += self._take(plan, out, tokens)
         self._end()
         return outputs
 
@@ -375,28 +375,38 @@ class Engine:
             rows = None
             if logprobs is not None and sample.request.num_logprobs is not None:
                 rows = logprobs.rows(slot, drawn, sample.request.num_logprobs)
-            outputs.append(
-                SampleOutput(
-                    sample.request.request_id,
-                    sample.index,
-                    tuple(drawn),
-                    rows,
-                    sample.finish_reason,
-                    stop,
-                    slot,
-                    sample.num_cached or 0,
-                    self._truncated(sample),
-                    sample.times,
-                )
-            )
+            outputs.append(self._output(sample, slot, drawn, rows, stop))
         return outputs
+
+    def _output(
+        self,
+        sample: SampleState,
+        slot: int,
+        drawn: list[int],
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        stop: int | None = None,
+    ) -> SampleOutput:
+        return SampleOutput(
+            sample.request.request_id,
+            sample.index,
+            tuple(drawn),
+            logprobs,
+            sample.finish_reason,
+            stop,
+            slot,
+            sample.num_cached or 0,
+            self._truncated(sample),
+            sample.times,
+        )
 
     def _truncated(self, sample: SampleState) -> bool:
         wanted = sample.request.max_new_tokens
         cut = sample.finish_reason == "length" and (wanted is None or sample.num_generated < wanted)
         return bool(sample.num_forgotten) or cut
 
-    def _shift_full_contexts(self) -> None:
+    def _shift_full_contexts(self) -> list[SampleOutput]:
+        """Makes room where the newest token has none; the last outputs of those whose table row is too narrow."""
+        outputs = []
         for sample in [s for s in self.scheduler.running if len(s.tokens) > self.n_ctx]:
             request = sample.request
             keep = sample.prompt_len if request.n_keep < 0 else min(request.n_keep, sample.prompt_len)
@@ -405,12 +415,15 @@ class Engine:
             discard = min(request.n_discard or (held - keep) // 2, held - keep)
             discard = max(1, discard)
             if not self.pool.shift(sample, keep, discard):
+                assert sample.slot is not None
                 self._finish(sample, "length")
+                outputs.append(self._output(sample, sample.slot, []))
                 continue
             del sample.tokens[keep : keep + discard]
             sample.num_computed -= discard
             sample.num_forgotten += discard
         self._end()
+        return outputs
 
     # What it shows
 

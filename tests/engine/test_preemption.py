@@ -145,6 +145,14 @@ def test_shifted_texts_share_a_pool_and_survive_preemption_in_host_memory(shifti
     assert all(result.tokens == expected for result in results.values())
 
 
+def test_a_context_that_cannot_be_shifted_ends_the_text_and_says_so(shifting, monkeypatch):
+    monkeypatch.setattr(shifting.device, "shift", lambda *_: False)
+    shifting.drop_prefix_cache()
+    result = finish(shifting, greedy("x", prompt(6, 10), 80))["x", 0]
+    assert len(result.tokens) == 31
+    assert (result.finish_reason, result.outputs[-1].truncated) == ("length", True)
+
+
 def test_a_bounded_context_is_not_shifted_by_default(engine):
     result = finish(engine, greedy("x", prompt(5, 60), 100))["x", 0]
     assert len(result.tokens) == N_CTX - 60

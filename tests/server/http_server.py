@@ -28,7 +28,7 @@ class Server:
         self.state = ServerState(ServeOptions(**options))
         names = self.state.options.alias or ("tiny",)
         self.state.model = ServedModel(
-            TOKENIZER, BUILTIN_TEMPLATES["chatml"], names, str(tiny.PATH), 1024, fingerprint="f" * 64
+            TOKENIZER, BUILTIN_TEMPLATES["chatml"], True, names, str(tiny.PATH), 1024, fingerprint="f" * 64
         )
         self.runner = FakeRunner()
         self.state.runner = self.runner

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-pytest.importorskip("selenium", reason="selenium is not installed: pip install jaxpaged[test-browser]")
+pytest.importorskip("selenium", reason="selenium is not installed: pip install jaxpaged[test-clients]")
 
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException

@@ -14,11 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
-
-openai = pytest.importorskip("openai")
-requests = pytest.importorskip("requests")
-pytest.importorskip("uvicorn")
+import requests
 
 KEY = "a-very-secret-key"
 PROMPT = "def main(path):\n    "

@@ -94,6 +94,7 @@ async def props(request: Request) -> Response:
             "model_path": model.path,
             "model_alias": model.names[0],
             "chat_template": model.chat_template,
+            "chat_template_is_fallback": not model.template_is_its_own,
             "modalities": {"vision": False, "audio": False},
             "build_info": state.build,
             "is_sleeping": False,

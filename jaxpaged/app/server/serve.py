@@ -173,6 +173,7 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
     loaded = ready.loaded
     # It reads the two options that name a template, which are the same here.
     template = template_of(options, loaded.tokenizer.chat_template)  # type: ignore[arg-type]
+    own = template is not None
     if template is None:  # as llama-server does: a model that was not trained to chat still answers
         template = BUILTIN_TEMPLATES["chatml"]
         if options.log:
@@ -180,6 +181,7 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
     return ServedModel(
         loaded.tokenizer,
         template,
+        own,
         options.alias or (options.hf or loaded.path.name.removesuffix(".gguf"),),
         str(loaded.path),
         loaded.config.context_length,

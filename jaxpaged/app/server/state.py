@@ -27,6 +27,8 @@ class ServedModel:
 
     tokenizer: Tokenizer
     chat_template: str
+    template_is_its_own: bool
+    """False: the model has none, was most likely not trained to chat, and chats are written in a usual form."""
     names: tuple[str, ...]
     """The first one is the model's id, the others are accepted beside it."""
     path: str

@@ -29,7 +29,7 @@ async function readModel() {
     byId("model").title = chat.model;
     known = true;
     const props = await getJson("props");
-    if (props.chat_template === "" || props.chat_template === null) defaultMode = "text";
+    if (!props.chat_template || props.chat_template_is_fallback) defaultMode = "text";
     if (!chat.conversation.messages.length) chat.setMode(defaultMode);
   } catch {
     // The pool asks for the key and tells what is wrong; a message that is sent gets its own answer.
