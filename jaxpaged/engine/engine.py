@@ -103,7 +103,7 @@ class Engine:
         self, model: Model, params: Any, cache: PagedKVCache | ContiguousKVCache, config: EngineConfig
     ) -> None:
         slots = cache.max_seqs
-        budget = max(config.max_batch_tokens, slots)
+        sizes = [size for size in _sizes(max(config.max_batch_tokens, slots), 2) if size >= slots][-4:]
         self.config = config
         self.device = Device(
             model,
@@ -111,7 +111,7 @@ class Engine:
             cache,
             # Rows that are not needed cost a CPU as much as those that are; two sequences are too few to compile for.
             decode_rows=[rows for rows in _sizes(slots, 2) if rows != 2 or slots == 2],
-            prompt_rows=_sizes(budget, 4)[-3:],
+            prompt_rows=sizes,
             decode_steps=config.decode_steps,
             num_recent=min(config.n_ctx, _MOST_RECENT),
         )
@@ -127,9 +127,7 @@ class Engine:
             self.pool, room = Pool(self.device), cache.max_length
         if config.n_ctx > room:
             raise ValueError(f"n_ctx = {config.n_ctx} tokens: the cache has room for {room}")
-        self.scheduler = Scheduler(
-            self.pool, num_slots=slots, budget=budget, decode_steps=config.decode_steps
-        )
+        self.scheduler = Scheduler(self.pool, num_slots=slots, sizes=sizes, decode_steps=config.decode_steps)
         self._arrivals = itertools.count()
         self._samples: dict[str, list[SampleState]] = {}
         self._ended: list[SampleState] = []

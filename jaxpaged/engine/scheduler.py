@@ -9,11 +9,16 @@ Reference: Orca (iteration-level scheduling), Sarathi-Serve (chunked prompts), v
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jaxpaged.engine.pool import Pool, Start
 from jaxpaged.engine.sample_state import SampleState
+
+_LEAST_FILLED = 0.7
+"""Of a step's size: below that a smaller step is taken."""
+_LEAST_READ = 16
+"""Tokens of prompts that a step reads beside those that decode, if there are as many."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,17 @@ class Scheduler:
     Args:
       pool: the pages.
       num_slots: sequences of the cache.
-      budget: tokens of a step, at least ``num_slots``.
+      sizes: tokens that steps are compiled for, ascending; the last one, at least ``num_slots``, is the budget.
       decode_steps: most tokens of each sample between two looks at those who wait.
     """
 
-    def __init__(self, pool: Pool, *, num_slots: int, budget: int, decode_steps: int) -> None:
+    def __init__(self, pool: Pool, *, num_slots: int, sizes: Sequence[int], decode_steps: int) -> None:
         self.pool = pool
         self.running: list[SampleState] = []
         self._waiting: list[SampleState] = []
         # The one that was free longest comes next, so that what a slot held last can be asked for as long as may be.
         self._free_slots = list(range(num_slots))
-        self._budget = budget
+        self._sizes = sizes
         self._decode_steps = decode_steps
         self.wanted_steps = decode_steps
         """Steps of a round trip that its user would not notice."""
@@ -90,10 +95,11 @@ class Scheduler:
         work: dict[SampleState, int] = {}
         pages: dict[SampleState, int] = {}
         preempted = False
+        budget = self._budget()
         for sample in sorted(self.running, key=lambda sample: sample.order):
             if sample.slot is None:
                 continue
-            count = min(sample.num_uncomputed, self._budget - sum(work.values()))
+            count = min(sample.num_uncomputed, budget - sum(work.values()))
             if count == 0:
                 continue
             needed = self.pool.pages_for(sample, count)
@@ -107,12 +113,30 @@ class Scheduler:
             else:
                 work[sample], pages[sample] = count, needed
         if not preempted:
-            self._admit(work, pages)
+            self._admit(work, pages, budget)
         plan = self._plan_of(work, preempted)
         self.pool.ensure(self._pages_of(work, plan.steps))
         return plan
 
-    def _admit(self, work: dict[SampleState, int], pages: dict[SampleState, int]) -> None:
+    def _budget(self) -> int:
+        """Tokens of the next step.
+
+        A step costs what it was compiled for, not what is in it. So rather than fill half of a large one, a smaller one
+        is filled now, and what is left goes into the next.
+        """
+        wanted = sum(sample.num_uncomputed for sample in self.running)
+        decoding = len(self.running)
+        for sample, _ in zip(self._waiting, self._free_slots, strict=False):
+            wanted += sample.num_uncomputed
+        smaller = 0
+        for size in self._sizes:
+            if wanted <= size:
+                enough = max(_LEAST_FILLED * size, decoding + _LEAST_READ)
+                return size if wanted >= enough or smaller < decoding + _LEAST_READ else smaller
+            smaller = size
+        return self._sizes[-1]
+
+    def _admit(self, work: dict[SampleState, int], pages: dict[SampleState, int], most: int) -> None:
         """Lets samples in while there are slots, budget, and pages for all that is still to be read."""
         admitted: list[tuple[SampleState, Start]] = []
         promised = sum(pages.values()) + sum(
@@ -121,7 +145,7 @@ class Scheduler:
             if sample.num_uncomputed > 1
         )
         for sample in list(self._waiting):
-            budget = self._budget - sum(work.values())
+            budget = most - sum(work.values())
             if not self._free_slots or budget == 0:
                 break
             wanted = sample.request.slot if sample.index == 0 else None
