@@ -113,7 +113,7 @@ class Engine:
             decode_rows=[rows for rows in _sizes(slots, 2) if rows != 2 or slots == 2],
             prompt_rows=sizes,
             decode_steps=config.decode_steps,
-            num_recent=min(config.n_ctx, _MOST_RECENT),
+            num_recent=min(1 << (config.n_ctx - 1).bit_length(), _MOST_RECENT),  # few sizes, few programs
         )
         self.pool: Pool
         if isinstance(cache, PagedKVCache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from engine_kit import N_CTX, alone, collect, greedy, make_engine, prompt
+from engine_kit import FEW_PAGES, N_CTX, alone, collect, greedy, make_engine, prompt
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -22,7 +22,7 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         if not _engine:
-            _engine.append(make_engine(num_pages=14))
+            _engine.append(make_engine(num_pages=FEW_PAGES))
         self.engine = _engine[0]
         self.requests: dict = {}
         self.results: dict = {}

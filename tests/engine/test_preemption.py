@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_kit import MODEL, N_CTX, alone, collect, finish, greedy, make_engine, params, prompt
+from engine_kit import FEW_PAGES, MODEL, N_CTX, alone, collect, finish, greedy, make_engine, params, prompt
 from toy_transformer import PAGE_SIZE, toy
 
 from jaxpaged import PagedKVCache
@@ -15,8 +15,8 @@ from jaxpaged.generation_request import ContextShift
 
 @pytest.fixture(scope="module")
 def small() -> Engine:
-    """Ten pages for four sequences of up to eight pages."""
-    return make_engine(num_pages=10)
+    """Twelve pages for four sequences of up to eight pages."""
+    return make_engine(num_pages=FEW_PAGES)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_one_who_gave_way_can_be_aborted(tight, monkeypatch):
 
 def test_host_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(SwapCosts, "swap_is_cheaper", lambda *_: True)
-    engine = make_engine(num_pages=10, swap_bytes=0)
+    engine = make_engine(num_pages=FEW_PAGES, swap_bytes=0)
     requests = [greedy(f"r{i}", prompt(i, 12), 40) for i in range(4)]
     results = finish(engine, *requests)
     assert engine.stats().swaps == 0
@@ -105,7 +105,7 @@ def test_samples_of_one_prompt_give_way_and_come_back(tight):
 
 @pytest.fixture(scope="module")
 def shifting() -> Engine:
-    return make_engine(num_pages=14, n_ctx=40, context_shift=True)
+    return make_engine(num_pages=FEW_PAGES, n_ctx=40, context_shift=True)
 
 
 def shifted(engine: Engine, request: EngineRequest) -> list[int]:
