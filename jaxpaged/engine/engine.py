@@ -430,8 +430,9 @@ class Engine:
         cache, view, scheduler, counts = self.device.cache, self.device.view, self.scheduler, self.pool.counts
         waiting = scheduler.waiting
         if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
-            total, free, cached = cache.num_pages, view.num_free, self.pool.index.num_unused
+            total, free = cache.num_pages, view.num_free
             use, evictions = self._page_use(), self.pool.index.evictions
+            cached = total - free - use.used
         else:
             total, evictions, cached = self.max_seqs, 0, 0
             live = sum(sample.num_computed for sample in scheduler.running)
@@ -481,7 +482,7 @@ class Engine:
             for sample in sorted(self.scheduler.running, key=lambda sample: sample.slot or 0)
         ]
         if isinstance(self.pool, PagedPool):
-            pages, cached = self.device.view.pages, self.pool.index.unused_pages()
+            pages, cached = self.device.view.pages, self.pool.index.pinned_pages()
             return pool_view(pages, self.device.cache.num_pages, self.page_size, cached, sequences)
         pages = np.full((self.max_seqs, 1), self.max_seqs, np.int32)
         for sample in self.scheduler.running:

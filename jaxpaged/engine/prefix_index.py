@@ -107,10 +107,6 @@ class PrefixIndex:
         """Pages that the index keeps in the pool."""
         return [node.page for node in self._nodes.values() if node.pinned]
 
-    def unused_pages(self) -> list[int]:
-        """Pages that nobody uses, the first to go first."""
-        return [node.page for node in self._unused.values()]
-
     def match(self, root: bytes, tokens: Sequence[int], limit: int, *, tails: bool = True) -> Match:
         """The longest beginning of ``tokens`` that the index has, ``limit`` tokens at most.
 

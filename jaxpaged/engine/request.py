@@ -211,7 +211,8 @@ class EngineStats:
     pages_used: int
     """Pages that running sequences hold."""
     pages_cached: int
-    """Pages that none holds and the prefix cache keeps until they are needed."""
+    """Pages that none holds and the prefix cache keeps: until they are needed, or for a text that computed the same
+    meanwhile, until that ends."""
     pages_free: int
     page_size: int
     tokens_live: int

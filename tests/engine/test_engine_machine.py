@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jaxpaged.engine import Engine, QueueFullError
 from jaxpaged.engine.swap import SwapCosts
+from jaxpaged.engine.views import CACHED, FREE
 
 _engine: list[Engine] = []
 
@@ -77,7 +78,10 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self):
         stats = self.engine.stats()
-        assert stats.pages_used + stats.pages_cached + stats.pages_free <= stats.pages_total
+        assert stats.pages_used + stats.pages_cached + stats.pages_free == stats.pages_total
+        view = self.engine.pool_view()
+        assert view.state.count(FREE) == stats.pages_free
+        assert view.state.count(CACHED) == stats.pages_cached
         assert stats.waste < 1
         assert self.engine.pool.swapped_bytes >= 0
 
