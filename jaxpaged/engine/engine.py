@@ -27,6 +27,7 @@ from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.engine import slot_files
 from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Device, Progress
+from jaxpaged.engine.monitor import Monitor, StepCounts, slot_view
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.programs import StepOutput
 from jaxpaged.engine.request import (
@@ -44,7 +45,7 @@ from jaxpaged.engine.request import (
 )
 from jaxpaged.engine.sample_state import SampleState
 from jaxpaged.engine.scheduler import Plan, Scheduler
-from jaxpaged.engine.views import PoolUse, PoolView, SlotTransfer, SlotView, page_use, pool_view
+from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
 from jaxpaged.generation import Model
 from jaxpaged.invariants import check_invariants
 
@@ -132,9 +133,9 @@ class Engine:
         self._samples: dict[str, list[SampleState]] = {}
         self._ended: list[SampleState] = []
         self._last: list[SampleState | None] = [None] * slots
-        self._steps = self._prompt_tokens = self._generated_tokens = self._compiled_late = 0
+        self._counts = StepCounts()
+        self._monitor = Monitor(self.device, self.pool, self.scheduler)
         self._step_seconds: deque[float] = deque(maxlen=8)
-        self._use: tuple[Any, PoolUse] | None = None
 
     # What it is
 
@@ -267,7 +268,7 @@ class Engine:
         """Computes some tokens of those that run, lets others in, and tells what came of it."""
         before = num_compilations()
         outputs = self._step()
-        self._compiled_late += num_compilations() - before
+        self._counts.compiled_late += num_compilations() - before
         return outputs
 
     def _step(self) -> list[SampleOutput]:
@@ -336,7 +337,7 @@ class Engine:
         return max(0, min(sample.limit - sample.num_generated, room))
 
     def _observe(self, plan: Plan, num_steps: int, seconds: float) -> None:
-        self._steps += num_steps
+        self._counts.steps += num_steps
         if plan.decodes and num_steps:
             self._step_seconds.append(seconds / num_steps)
             usual = sorted(self._step_seconds)[len(self._step_seconds) // 2]
@@ -354,13 +355,13 @@ class Engine:
             slot = sample.slot
             assert slot is not None
             drawn = [int(token) for token in tokens[:, slot] if token >= 0]
-            self._prompt_tokens += max(0, min(count, sample.prompt_len - sample.num_computed))
+            self._counts.prompt_tokens += max(0, min(count, sample.prompt_len - sample.num_computed))
             # Of what was drawn, all but the last was computed in turn.
             sample.num_computed += count + max(0, len(drawn) - 1)
             stop = drawn.pop() if drawn and drawn[-1] in sample.request.stop_ids else None
             sample.tokens += drawn
             sample.num_generated += len(drawn)
-            self._generated_tokens += len(drawn)
+            self._counts.generated_tokens += len(drawn)
             self.pool.computed(sample)
             read = sample.num_uncomputed == 0 or bool(drawn)
             if stop is not None:
@@ -427,85 +428,15 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges and counters, now."""
-        cache, view, scheduler, counts = self.device.cache, self.device.view, self.scheduler, self.pool.counts
-        waiting = scheduler.waiting
-        if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
-            total, free = cache.num_pages, view.num_free
-            use, evictions = self._page_use(), self.pool.index.evictions
-            cached = total - free - use.used
-        else:
-            total, evictions, cached = self.max_seqs, 0, 0
-            live = sum(sample.num_computed for sample in scheduler.running)
-            use, free = PoolUse(len(scheduler.running), live), total - len(scheduler.running)
-        slots_used = use.used * self.page_size
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(waiting),
-            swapped=sum(sample.swapped is not None for sample in waiting),
-            pages_total=total,
-            pages_used=use.used,
-            pages_cached=cached,
-            pages_free=free,
-            page_size=self.page_size,
-            tokens_live=use.live,
-            waste=1 - use.live / slots_used if slots_used else 0.0,
-            bytes_per_page=cache.bytes_per_page,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            prefix_queries=counts.prefix_queries,
-            prefix_hits=counts.prefix_hits,
-            preemptions=counts.preemptions,
-            swaps=counts.swaps,
-            evictions=evictions,
-            shifts=counts.shifts,
-            compiled=self.device.compiled,
-            compiled_late=self._compiled_late,
-        )
-
-    def _page_use(self) -> PoolUse:
-        view = self.device.view
-        if self._use is None or self._use[0] is not view:
-            num_pages = self.device.cache.num_pages
-            self._use = view, page_use(view.pages, view.page_tokens, num_pages)
-        return self._use[1]
+        return self._monitor.stats(self._counts)
 
     def pool_view(self) -> PoolView:
         """A picture of the pool; of a contiguous cache each sequence is a page."""
-        sequences = [
-            {
-                "slot": sample.slot,
-                "request_id": sample.request.request_id,
-                "tokens": sample.num_computed,
-                "state": "prefill" if sample.num_uncomputed > 1 else "decode",
-            }
-            for sample in sorted(self.scheduler.running, key=lambda sample: sample.slot or 0)
-        ]
-        if isinstance(self.pool, PagedPool):
-            pages, cached = self.device.view.pages, self.pool.index.pinned_pages()
-            return pool_view(pages, self.device.cache.num_pages, self.page_size, cached, sequences)
-        pages = np.full((self.max_seqs, 1), self.max_seqs, np.int32)
-        for sample in self.scheduler.running:
-            pages[sample.slot] = sample.slot
-        return pool_view(pages, self.max_seqs, self.page_size, [], sequences)
+        return self._monitor.pool_view()
 
     def slot_views(self) -> list[SlotView]:
         """The slots, in order."""
-        return [self._slot_view(slot, sample) for slot, sample in enumerate(self._last)]
-
-    def _slot_view(self, slot: int, sample: SampleState | None) -> SlotView:
-        if sample is None:
-            return SlotView(slot, None, False, 0, 0, 0, self.n_ctx, None)
-        return SlotView(
-            slot,
-            sample.request.request_id,
-            sample.slot == slot and sample.finish_reason is None,
-            sample.prompt_len,
-            sample.num_computed,
-            sample.num_generated,
-            self.n_ctx,
-            sample.request,
-        )
+        return [slot_view(slot, sample, self.n_ctx) for slot, sample in enumerate(self._last)]
 
     def check_state(self) -> None:
         """Checks cache and prefix index against each other (slow: for tests, and a look at a live server).
