@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo test lint format types contracts check peers test-newest test-kernels soak train-tiny bench bench-attention measure-quality compile-check clean
+.PHONY: help demo test lint format types contracts check peers peers-llama-server test-newest test-kernels soak train-tiny bench bench-attention measure-quality compile-check clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The peers' torch. This name takes a CPU build where pip is offered one.
@@ -46,6 +46,9 @@ check: lint types contracts ## lint, types and contracts
 
 peers: .venv-peers/.extra-$(PEERS) ## Compare with other people's software (torch, transformers)
 	JAX_PLATFORMS=cpu .venv-peers/bin/python -m pytest -q tests/peers $(ARGS)
+
+peers-llama-server: .venv/.extra-dev ## llama.cpp's own tests of llama-server, of the sources in LLAMA_CPP=...; minutes
+	JAX_PLATFORMS=cpu .venv/bin/python tests/peers/llama_server_suite.py "$(LLAMA_CPP)" $(ARGS)
 
 test-newest: ## Run the core's tests on the newest jax, where there is a Python >= 3.12
 	@root="$${PYENV_ROOT:-$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv")}/versions"; \

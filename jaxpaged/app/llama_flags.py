@@ -39,7 +39,7 @@ _IGNORED: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("--check-tensors",), (0, _LOADING)),
     "--numa": (1, _LOADING),
     **dict.fromkeys(("-fa", "--flash-attn"), (-1, "attention never builds the whole score matrix anyway")),
-    "--jinja": (0, "chat templates are always rendered as Jinja"),
+    **dict.fromkeys(("--jinja", "--no-jinja"), (0, "chat templates are always rendered as Jinja")),
     **dict.fromkeys(("-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified"), (0, _ONE_POOL)),
     **dict.fromkeys(("-cb", "--cont-batching", "-nocb", "--no-cont-batching"), (0, _ONE_BATCH)),
     "--swa-full": (0, "every layer keeps all of its tokens"),

@@ -1,4 +1,4 @@
-"""An engine's thread without an engine: it says a prompt's tokens back, one an output."""
+"""An engine's thread without an engine: it says a prompt's tokens back, one or several an output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FakeStream:
         limit = len(request.prompt) + 1 if request.max_new_tokens is None else request.max_new_tokens
         said = [token for token in request.prompt if token not in request.stop_ids]
         arrived = time.monotonic()
-        for i in range(max(limit, 1)):
+        for i in range(0, max(limit, 1), runner.burst):
             for index in sorted(self.open):
                 await asyncio.sleep(runner.delay)
                 if runner.failed:
@@ -46,7 +46,9 @@ class FakeStream:
                 if i >= len(said) or limit == 0:
                     yield self._output(index, (), "length" if limit == 0 else "stop", arrived)
                 else:
-                    yield self._output(index, (said[i],), "length" if i + 1 == limit else None, arrived)
+                    tokens = tuple(said[i : min(i + runner.burst, limit)])
+                    reason = "length" if i + len(tokens) == limit else None
+                    yield self._output(index, tokens, reason, arrived)
         self.runner.streams.pop(request.request_id, None)
 
     def _output(self, index: int, tokens: tuple[int, ...], reason: Any, arrived: float) -> SampleOutput:
@@ -104,6 +106,8 @@ class FakeRunner:
         self.draining = self.failed = False
         self.full: int | None = None
         self.delay = 0.0
+        self.burst = 1
+        """Tokens of an output."""
         self.cached = 0
         self.streams: dict[str, FakeStream] = {}
         self.requests: list[EngineRequest] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from http_server import TOKENIZER, check_error
 
+from jaxpaged.app.server.native_schema import NativeRequest
 from jaxpaged.version import __version__
 
 PROMPT = "def main(path):\n    return path"
@@ -64,6 +65,15 @@ def test_prompts_of_every_shape(server):
     assert contents(["a", "b"]) == ["a", "b"]
     assert contents([IDS, "b", [IDS[0], "c"]]) == [PROMPT, "b", TOKENIZER.decode([IDS[0]]) + "c"]
     assert len(server.post("/completion", {"prompt": "a", "n_cmpl": 3}).json()) == 3
+    assert (
+        contents({"prompt_string": PROMPT})
+        == contents({"prompt_string": PROMPT, "multimodal_data": []})
+        == PROMPT
+    )
+    assert contents([IDS, {"prompt_string": "b"}]) == [PROMPT, "b"]
+    image = {"prompt_string": "a <__media__>", "multimodal_data": ["iVBORw0KGgo="]}
+    for prompt in (image, [IDS, image], {}, {"prompt_string": 5}, [5, {"prompt_string": "a"}]):
+        check_error(server.post("/completion", {"prompt": prompt}), 400)
 
 
 def test_probabilities(server):
@@ -74,6 +84,26 @@ def test_probabilities(server):
         assert [set(top) for top in entry["top_logprobs"]] == [{"id", "token", "bytes", "logprob"}] * 3
     for chunk in server.stream("/completion", {"prompt": PROMPT, "n_probs": 3, "n_predict": 5})[:-1]:
         assert len(chunk["completion_probabilities"]) == 1
+
+
+@pytest.mark.parametrize("stop", [[], ["return"], ["path"]])
+def test_each_token_has_its_chunk_where_probabilities_are_asked_for(server, stop):
+    body = {"prompt": PROMPT, "stop": stop, "n_predict": 9}
+    whole = server.post("/completion", body | {"return_tokens": True}).json()
+    server.runner.burst = 4
+    assert (
+        server.post("/completion", body | {"n_probs": 1, "return_tokens": True}).json()["tokens"]
+        == whole["tokens"]
+    )
+    *chunks, last = server.stream("/completion", body | {"n_probs": 1})
+    assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
+    assert [chunk["tokens"] for chunk in chunks if not stop] == [
+        [token] for token in whole["tokens"] if not stop
+    ]
+    assert all(len(chunk["completion_probabilities"]) == len(chunk["tokens"]) for chunk in chunks)
+    assert last["stop_type"] == whole["stop_type"]
+    *chunks, _ = server.stream("/completion", body)
+    assert len(chunks) < len(whole["tokens"]) and "".join(c["content"] for c in chunks) == whole["content"]
 
 
 def test_biases_of_every_shape(server):
@@ -87,6 +117,42 @@ def test_biases_of_every_shape(server):
     assert bias({"5": 2, "return": False}) == {5: 2.0} | dict.fromkeys(word, float("-inf"))
     for wrong in ([[5]], [[5, "x"]], [[5, True]], [[-1, 1]], {"5": True}, [[99999, 1]]):
         check_error(server.post("/completion", {"prompt": "a", "logit_bias": wrong}), 400)
+
+
+def test_ignored_ends_are_not_drawn(server):
+    def biases(**body):
+        return server.post("/completion", {"prompt": "a"} | body).json()["generation_settings"]["logit_bias"]
+
+    ends = TOKENIZER.stop_ids
+    assert biases(ignore_eos=True) == [{"token": token, "bias": None} for token in ends]
+    assert server.runner.requests[-1].stop_ids == frozenset()
+    assert biases(ignore_eos=False) == [] and server.runner.requests[-1].stop_ids == ends
+    one = min(ends)
+    assert {"token": one, "bias": None} not in biases(ignore_eos=True, stop_token_ids=[one])
+    assert biases(logit_bias=[[5, 1.5], [6, False]]) == [
+        {"token": 5, "bias": 1.5},
+        {"token": 6, "bias": None},
+    ]
+
+
+def test_settings_name_what_is_off(server):
+    chosen = server.post("/completion", {"prompt": "a"}).json()["generation_settings"]
+    shown = server.get("/props").json()["default_generation_settings"]["params"]
+    for params in (chosen, shown):
+        assert params["mirostat"] == 0 and params["typical_p"] == 1 and params["adaptive_target"] == -1
+    # and may be sent back as they are
+    names = set(NativeRequest.model_fields) - {"max_tokens", "logit_bias"}
+    again = {name: value for name, value in chosen.items() if name in names}
+    assert server.post("/completion", {"prompt": "a"} | again).status_code == 200
+
+
+def test_the_rate_is_that_of_the_tokens_behind_the_first(server):
+    timings = server.post("/completion", {"prompt": PROMPT, "n_predict": 1}).json()["timings"]
+    assert timings["predicted_n"] == 1
+    assert timings["predicted_per_second"] == timings["predicted_per_token_ms"] == 0
+    timings = server.post("/completion", {"prompt": PROMPT, "n_predict": 4}).json()["timings"]
+    if timings["predicted_ms"]:
+        assert timings["predicted_per_second"] == pytest.approx(3e3 / timings["predicted_ms"])
 
 
 def test_chosen_fields(server):
@@ -141,6 +207,53 @@ def test_a_template_applied(server):
     assert prompt == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     prompt = server.post("/apply-template", body | {"add_generation_prompt": False}).json()["prompt"]
     assert prompt.endswith("U<|im_end|>\n")
+    assert server.post("/apply-template", body | {"tools": None}).status_code == 200
+    assert server.post("/apply-template", body | {"tools": []}).status_code == 200
+    check_error(server.post("/apply-template", body | {"tools": [{"type": "function"}]}), 400)
+
+
+def test_an_answer_is_continued_or_not(server):
+    def prompt(*messages, **body):
+        body["messages"] = [{"role": role, "content": content} for role, content in messages]
+        return server.post("/apply-template", body)
+
+    begun = [("user", "U"), ("assistant", "A")]
+    opened = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    for body in (
+        {},
+        {"add_generation_prompt": True},
+        {"continue_final_message": True},
+        {"continue_final_message": True, "add_generation_prompt": False},
+    ):
+        assert prompt(*begun, **body).json()["prompt"] == opened + "A", body
+    closed = opened + "A<|im_end|>\n"
+    assert prompt(*begun, add_generation_prompt=False).json()["prompt"] == closed
+    assert prompt(*begun, continue_final_message=False).json()["prompt"] == closed + "<|im_start|>assistant\n"
+    both = prompt(*begun, continue_final_message=True, add_generation_prompt=True)
+    assert "exclude each other" in check_error(both, 400)["message"]
+    check_error(prompt(("user", "U"), continue_final_message=True), 400)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/infill",
+        "/embedding",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/lora-adapters",
+        "/cors-proxy",
+        "/predict",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/responses",
+        "/v1/audio/transcriptions",
+        "/v1/stream",
+    ],
+)
+def test_what_is_not_offered_is_not_there(server, path):
+    for answer in (server.post(path, {"input": "a", "prompt": "a"}), server.get(path)):
+        assert "no such path" in check_error(answer, 404)["message"]
 
 
 def test_props_and_health(server):
@@ -165,7 +278,7 @@ def test_503_until_the_model_is_there_and_when_the_server_ends(server):
 
 def test_slots(server):
     busy, idle = server.get("/slots").json()
-    assert busy["is_processing"] and busy["next_token"]["n_decoded"] == 2 and busy["n_ctx"] == 512
+    assert busy["is_processing"] and busy["next_token"][0]["n_decoded"] == 2 and busy["n_ctx"] == 512
     assert "params" not in idle and not idle["is_processing"]
     assert "prompt" not in busy  # another client's
     assert server.get("/slots?fail_on_no_slot=1").status_code == 200
@@ -210,9 +323,17 @@ def test_metrics(server):
     server = server.with_options(metrics=True)
     server.post("/completion", {"prompt": PROMPT, "n_predict": 3})
     server.get("/nowhere")
-    text = server.get("/metrics").text
+    response = server.get("/metrics")
+    assert int(response.headers["process-start-time-unix"]) <= server.state.started
+    text = response.text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    for name in ("prompt_tokens_total", "prompt_seconds_total", "tokens_predicted_total", "n_decode_total"):
+    for name in (
+        "prompt_tokens_total",
+        "prompt_tokens_cached_total",
+        "prompt_seconds_total",
+        "tokens_predicted_total",
+        "n_decode_total",
+    ):
         assert float(values[f"llamacpp:{name}"]) >= 0
     assert float(values["jaxpaged_kv_pages_used"]) == 1 and float(values["jaxpaged_kv_usage_ratio"]) == 0.25
     assert float(values["jaxpaged_time_to_first_token_seconds_count"]) == 1

@@ -83,8 +83,40 @@ def test_parts_of_text_and_an_answer_that_is_begun(server):
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Good"}]
     body = server.post("/v1/chat/completions", {"messages": messages}).json()
     assert body["choices"][0]["message"]["content"].endswith(
-        "user\nHello<|im_end|>\n<|im_start|>assistant\nGood"
+        "user\nHel\nlo<|im_end|>\n<|im_start|>assistant\nGood"
     )
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+def test_what_llama_servers_clients_always_send(server, path):
+    body = CHAT if "chat" in path else {"prompt": PROMPT}
+    off = {
+        "dynatemp_range": 0, "dynatemp_exponent": 1, "typical_p": 1, "xtc_probability": 0, "xtc_threshold": 0.1,
+        "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1, "mirostat": 0,
+        "return_progress": True, "timings_per_token": True, "min_keep": 0, "grammar": "", "adaptive_target": -1,
+    }  # fmt: skip
+    assert server.post(path, body | off).status_code == 200
+    for name, value in {
+        "xtc_probability": 0.5,
+        "dry_multiplier": 0.8,
+        "mirostat": 2,
+        "json_schema": {},
+    }.items():
+        assert name in check_error(server.post(path, body | {name: value}), 400)["message"]
+
+
+def test_tokens_of_a_conversation_are_counted(server):
+    answer = server.post("/v1/chat/completions", CHAT | {"max_tokens": 1}).json()
+    for path in ("/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"):
+        assert server.post(path, CHAT).json()["input_tokens"] == answer["usage"]["prompt_tokens"]
+    check_error(server.post("/v1/chat/completions/input_tokens", {"messages": []}), 400)
+
+
+def test_the_prompt_is_shown_to_whoever_asks(server):
+    answer = server.post("/v1/chat/completions", CHAT | {"verbose": True, "max_tokens": 3}).json()
+    assert answer["__verbose"]["prompt"] == server.post("/apply-template", CHAT).json()["prompt"]
+    assert answer["__verbose"]["generation_settings"]["n_predict"] == 3
+    assert "__verbose" not in server.post("/v1/chat/completions", CHAT | {"verbose": False}).json()
 
 
 def test_logprobs_add_up_to_the_text(server):
@@ -113,7 +145,8 @@ def test_parameters_reach_the_engine(server):
     assert request.temperature == 0.5 and 0 < request.top_p < 1e-20 and request.top_k == 3
     assert request.min_p == 0.1 and request.seed == 5 and request.repeat_penalty == 1.25
     assert request.presence_penalty == 1.0 and request.frequency_penalty == -1.0
-    assert request.logit_bias == {5: -100.0} and request.stop_ids == {7}
+    ends = dict.fromkeys(TOKENIZER.stop_ids, float("-inf"))  # ignored, so they must not be drawn
+    assert request.logit_bias == {5: -100.0} | ends and request.stop_ids == {7}
     assert request.cache_salt == "mine" and request.priority == -3
     assert request.max_new_tokens == 4 and request.n == 2
 

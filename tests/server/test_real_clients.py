@@ -19,6 +19,7 @@ import pytest
 import requests
 
 KEY = "a-very-secret-key"
+HOSTS = "127.0.0.1,127.0.0.2" if sys.platform == "linux" else "127.0.0.1"  # elsewhere there is only the first
 PROMPT = "def main(path):\n    "
 
 
@@ -71,7 +72,9 @@ class Process:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "slots").mkdir()
-    process = Process(folder, "--metrics", "--slot-save-path", str(folder / "slots"), "--max-queue", "8")
+    process = Process(
+        folder, "--metrics", "--slot-save-path", str(folder / "slots"), "--max-queue", "8", "--host", HOSTS
+    )
     yield process
     process.popen.send_signal(signal.SIGTERM)
     assert process.popen.wait(30) == 0, process.log.read_text()
@@ -81,6 +84,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 @pytest.fixture(scope="module")
 def client(server: Process):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+def test_every_address_is_listened_on(server):
+    addresses = re.findall(r"listening on (\S+)", server.log.read_text())
+    assert len(addresses) == len(HOSTS.split(",")) and addresses[0] == server.url
+    for address in addresses:
+        assert requests.get(f"{address}/health", timeout=60).json() == {"status": "ok"}
 
 
 def test_openai_completions(client):

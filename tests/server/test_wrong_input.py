@@ -194,6 +194,29 @@ def test_other_sites_may_use_it_only_where_they_are_named():
     assert response.headers["access-control-allow-origin"] == "https://a.example"
 
 
+def test_localhost_stands_for_the_pages_of_this_machine():
+    def allowed(origin):
+        preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        response = server.ask("OPTIONS", "/completion", headers=preflight)
+        return response.headers.get("access-control-allow-origin")
+
+    server = Server(cors_origins=("localhost", "https://a.example"))
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        for origin in (f"http://{host}", f"http://{host}:3000", f"https://{host}"):
+            assert allowed(origin) == origin
+    assert allowed("https://a.example") == "https://a.example"
+    for host in (
+        "evil.example",
+        "notlocalhost",
+        "localhost.evil.example",
+        "localhost:1.evil.example",
+        "localhost@evil",
+    ):
+        assert allowed(f"http://{host}") is None
+    server = Server(cors_origins=("https://a.example",))
+    assert allowed("http://localhost") is None
+
+
 _VALUES = st.recursive(
     st.none()
     | st.booleans()

@@ -14,6 +14,9 @@ from jaxpaged.app.server.state import ServerState
 from jaxpaged.engine.request import RefusedError
 from jaxpaged.version import __version__
 
+_LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
+"""Origins that ``--cors-origins localhost`` stands for, as in llama-server."""
+
 
 def create_application(state: ServerState) -> FastAPI:
     """The ASGI application of one server. It answers 503 until ``state`` has a model and a runner.
@@ -48,7 +51,8 @@ def create_application(state: ServerState) -> FastAPI:
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(options.cors_origins),
+            allow_origins=[origin for origin in options.cors_origins if origin != "localhost"],
+            allow_origin_regex=_LOCAL if "localhost" in options.cors_origins else None,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
         )

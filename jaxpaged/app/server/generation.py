@@ -70,16 +70,18 @@ class Choice:
         return {
             "cache_n": self.num_cached,
             **_rate("prompt", prompt_n, prompt_ms),
-            **_rate("predicted", self.num_tokens, predicted_ms),
+            # The prompt's last step gives the first token: the time is that of the others.
+            **_rate("predicted", self.num_tokens, predicted_ms, timed=max(0, self.num_tokens - 1)),
         }
 
 
-def _rate(name: str, count: int, milliseconds: float) -> dict[str, float]:
+def _rate(name: str, count: int, milliseconds: float, *, timed: int | None = None) -> dict[str, float]:
+    timed = count if timed is None else timed
     return {
         f"{name}_n": count,
         f"{name}_ms": milliseconds,
-        f"{name}_per_token_ms": milliseconds / count if count else 0.0,
-        f"{name}_per_second": 1e3 * count / milliseconds if milliseconds else 0.0,
+        f"{name}_per_token_ms": milliseconds / timed if timed else 0.0,
+        f"{name}_per_second": 1e3 * timed / milliseconds if milliseconds else 0.0,
     }
 
 
@@ -171,20 +173,29 @@ class Generation:
             choice = self.choices[prompt * self._job.n + output.index]
             if choice.stop_type is not None:  # on its way while the choice was ended
                 continue
-            update = await self._take(choice, output)
-            open_choices -= choice.stop_type is not None
-            yield update
+            now = time.monotonic()
+            self._measure(choice, output, now)
+            choice.num_tokens += len(output.tokens)
+            choice.slot, choice.num_cached, choice.times = output.slot, output.num_cached, output.times
+            choice.truncated = choice.truncated or output.truncated
+            # Who asks for log-probabilities gets each token's with its own text, as from llama-server.
+            step = 1 if output.logprobs else max(1, len(output.tokens))
+            for start in range(0, max(1, len(output.tokens)), step):
+                update = await self._take(choice, output, start, start + step, now)
+                yield update
+                if choice.stop_type is not None:
+                    open_choices -= 1
+                    break
 
-    async def _take(self, choice: Choice, output: SampleOutput) -> Update:
-        now = time.monotonic()
-        self._measure(choice, output, now)
-        choice.num_tokens += len(output.tokens)
-        choice.slot, choice.num_cached, choice.times = output.slot, output.num_cached, output.times
-        choice.truncated = choice.truncated or output.truncated
-        part = choice.text.push(output.tokens, output.logprobs)
+    async def _take(self, choice: Choice, output: SampleOutput, start: int, end: int, now: float) -> Update:
+        """The output's tokens from ``start`` to ``end``."""
+        logprobs = output.logprobs[start:end] if output.logprobs else None
+        part = choice.text.push(output.tokens[start:end], logprobs)
         choice.has_new_line = choice.has_new_line or "\n" in part.text
         if choice.text.stopped_by is not None:
             choice.stop_type = "word"
+        elif end < len(output.tokens):
+            return Update(choice, part)
         elif output.finish_reason == "abort":
             raise ApiError(503, "the request was aborted")
         elif output.finish_reason is not None:

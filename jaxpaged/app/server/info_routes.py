@@ -148,4 +148,5 @@ async def metrics(request: Request) -> Response:
     state = state_of(request)
     if not state.options.metrics:
         raise ApiError(501, "This server does not support metrics endpoint. Start it with `--metrics`")
-    return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    headers = {"Content-Type": CONTENT_TYPE, "Process-Start-Time-Unix": str(int(state.started))}
+    return Response(state.metrics.text(), headers=headers)

@@ -72,6 +72,10 @@ class _EngineCollector(Collector):
                 "Programs compiled after the start; 0 unless something is wrong.",
             ),
             "llamacpp:prompt_tokens": (stats.prompt_tokens, "Number of prompt tokens processed."),
+            "llamacpp:prompt_tokens_cached": (
+                stats.prefix_hits,
+                "Number of prompt tokens that were in the cache.",
+            ),
             "llamacpp:prompt_seconds": (seen.prompt_seconds, "Prompt process time."),
             "llamacpp:tokens_predicted": (stats.generated_tokens, "Number of generation tokens processed."),
             "llamacpp:tokens_predicted_seconds": (seen.predicted_seconds, "Predict process time."),
@@ -127,7 +131,7 @@ class Metrics:
         self.finished.labels(reason).inc()
         self.end_to_end.observe(max(0.0, now - times.arrived))
         self.prompt_tokens += prompt
-        self.predicted_tokens += generated
+        self.predicted_tokens += max(0, generated - 1)  # the first comes with the prompt, and costs no time
         if times.first_token:
             self.prompt_seconds += max(0.0, times.first_token - times.scheduled)
             self.predicted_seconds += max(0.0, now - times.first_token)

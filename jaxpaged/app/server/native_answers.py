@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged.app.server.generation import Choice, Generation, Update
-from jaxpaged.app.server.native_schema import DEFAULT_SAMPLERS, NativeRequest
+from jaxpaged.app.server.native_schema import NativeRequest
+from jaxpaged.app.server.sampling_schema import DEFAULT_SAMPLERS
 from jaxpaged.app.server.state import ServedModel, ServerState
 from jaxpaged.app.server.text import TextPart
 from jaxpaged.engine.request import EngineRequest, TokenLogprobs
 
 _SMALLEST = -1e30
 """llama-server writes the lowest float where JSON has no infinity."""
+_NOT_SERVED: dict[str, Any] = {
+    "dynatemp_range": 0.0,
+    "dynatemp_exponent": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
+    "typical_p": 1.0,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": [],
+    "mirostat": 0,
+    "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+    "adaptive_target": -1.0,
+    "adaptive_decay": 0.9,
+    "min_keep": 0,
+    "grammar": "",
+    "lora": [],
+    "post_sampling_probs": False,
+}
+"""What is not served, at the values that say so: llama-server's clients read these names too."""
 
 
 def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool = False) -> dict[str, Any]:
@@ -36,9 +61,14 @@ def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool 
         "n_discard": request.n_discard,
         "ignore_eos": not request.stop_ids,
         "stream": stream,
-        "logit_bias": [[token, max(bias, _SMALLEST)] for token, bias in request.logit_bias.items()],
+        # null is llama-server's word for a token that is forbidden
+        "logit_bias": [
+            {"token": token, "bias": bias if math.isfinite(bias) else None}
+            for token, bias in request.logit_bias.items()
+        ],
         "n_probs": request.num_logprobs or 0,
         "samplers": list(DEFAULT_SAMPLERS),
+        **_NOT_SERVED,
     }
 
 

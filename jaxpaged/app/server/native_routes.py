@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -34,7 +33,9 @@ async def completion(request: Request, body: NativeRequest) -> Response:
     """Continues a prompt; several prompts or samples make a list of answers."""
     state = state_of(request)
     model, runner = state.accepting()
-    prompts = await _prompts(model, body.prompt)
+    prompts = [await encode_mixed(model, prompt) for prompt in body.prompts]
+    for ids in prompts:
+        check_prompt(model, ids)
     seed = seed_of(body, state.options)
     job = Job(
         prompts,
@@ -60,18 +61,6 @@ async def completion(request: Request, body: NativeRequest) -> Response:
         return await while_connected(request, _whole(generation, answer))
     await generation.start()
     return EventStream(_events(state, generation, answer), generation.close)
-
-
-async def _prompts(model: ServedModel, given: Any) -> list[list[int]]:
-    """Token ids of each prompt. A list of texts is several prompts, one that has a token in it a mixed one."""
-    if isinstance(given, str):
-        given = [[given]]
-    elif any(isinstance(part, int) for part in given):
-        given = [given]
-    prompts = [await encode_mixed(model, [one] if isinstance(one, str) else one) for one in given]
-    for ids in prompts:
-        check_prompt(model, ids)
-    return prompts
 
 
 async def _whole(generation: Generation, answer: NativeAnswer) -> Response:
@@ -138,11 +127,4 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 async def apply_template(request: Request, body: TemplateRequest) -> Response:
     """The prompt that a conversation becomes."""
     model, _ = state_of(request).ready()
-    messages = [message.plain() for message in body.messages]
-    text = await chat_text(
-        model,
-        messages,
-        add_generation_prompt=body.add_generation_prompt,
-        arguments=body.chat_template_kwargs,
-    )
-    return json_response({"prompt": text})
+    return json_response({"prompt": await chat_text(model, body)})

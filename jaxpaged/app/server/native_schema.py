@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -17,39 +18,29 @@ from jaxpaged.app.server.sampling_schema import (
 )
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
 
-DEFAULT_SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
-"""What there is, in the order it is applied in."""
-
 Mixed = list[str | TokenId]
+
+
+class PromptObject(StrictModel):
+    """A prompt as llama-server's multimodal clients write it; there may be no media in it."""
+
+    prompt_string: str
+    multimodal_data: Annotated[list[str] | None, Field(max_length=0)] = None
+
+
 _Bias = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | bool
 
 
 class NativeRequest(SamplingFields):
     """``POST /completion``."""
 
-    # name -> the values that ask for nothing; anything else would change the text in a way that is not offered
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "dynatemp_range": (0,),
-        "typical_p": (1,),
-        "top_n_sigma": (-1, 0),
-        "xtc_probability": (0,),
-        "dry_multiplier": (0,),
-        "mirostat": (0,),
-        "n_indent": (0,),
-        "min_keep": (0, 1),
-        "grammar": ("",),
-        "json_schema": (),
-        "lora": ([],),
-        "post_sampling_probs": (False,),
-        "return_progress": (False,),
-        "samplers": ([], list(DEFAULT_SAMPLERS)),
-    }
-
     prompt: (
         str
+        | PromptObject
         | Annotated[Mixed, Field(min_length=1)]
         | Annotated[
-            list[str | Annotated[Mixed, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
+            list[str | PromptObject | Annotated[Mixed, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS),
         ]
     )
     model: Annotated[str | None, Field(max_length=1024)] = None
@@ -76,38 +67,9 @@ class NativeRequest(SamplingFields):
     response_fields: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=64)] | None = (
         None
     )
-    # Settings of what is off, and hints: llama.cpp's clients send them always.
-    dynatemp_exponent: float | None = None
-    xtc_threshold: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: Annotated[list[str] | None, Field(max_length=64)] = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    n_cache_reuse: int | None = None
-    sse_ping_interval: int | None = None
-    dynatemp_range: Any = None
-    typical_p: Any = None
-    top_n_sigma: Any = None
-    xtc_probability: Any = None
-    dry_multiplier: Any = None
-    mirostat: Any = None
-    n_indent: Any = None
-    min_keep: Any = None
-    grammar: Any = None
-    json_schema: Any = None
-    lora: Any = None
-    post_sampling_probs: Any = None
-    return_progress: Any = None
-    samplers: Any = None
 
     @model_validator(mode="after")
     def _servable(self) -> NativeRequest:
-        for name, neutral in self.unserved.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                raise ValueError(f"{name} is not supported here")
         for pair in self.logit_bias if isinstance(self.logit_bias, list) else ():
             if not isinstance(pair[0], int | str) or isinstance(pair[0], bool) or isinstance(pair[1], str):
                 raise ValueError("logit_bias: each entry is [token or text, number or false]")
@@ -118,6 +80,15 @@ class NativeRequest(SamplingFields):
         ):
             raise ValueError("logit_bias: true means nothing; false forbids a token")
         return self
+
+    @property
+    def prompts(self) -> list[Mixed]:
+        """The prompts. A list of texts is several of them, one that has a token in it a mixed one."""
+        several: Sequence[Any] = [self.prompt] if isinstance(self.prompt, str | PromptObject) else self.prompt
+        if any(isinstance(part, int) for part in several):
+            several = [several]
+        texts = [part.prompt_string if isinstance(part, PromptObject) else part for part in several]
+        return [[part] if isinstance(part, str) else part for part in texts]
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -162,6 +133,7 @@ class TemplateRequest(TemplateFields):
     """``POST /apply-template``."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
+    tools: Annotated[list[Any] | None, Field(max_length=0)] = None
 
 
 class SlotFile(StrictModel):

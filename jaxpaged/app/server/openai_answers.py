@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpaged.app.server.generation import Choice, Generation, Update
+from jaxpaged.app.server.native_answers import settings
+from jaxpaged.app.server.openai_schema import OpenAIFields
 from jaxpaged.app.server.state import ServedModel, ServerState
 from jaxpaged.app.server.text import TextPart
 from jaxpaged.engine.request import TokenLogprobs
@@ -24,6 +26,7 @@ class Answer:
     generation: Generation
     id: str
     created: int
+    body: OpenAIFields
     kind: str = ""
     chunk_kind: str = ""
 
@@ -39,7 +42,16 @@ class Answer:
             self.choice(choice, part) for choice, part in zip(self.generation.choices, parts, strict=True)
         ]
         timings = self.generation.choices[0].timings()
-        return self.frame(self.kind, choices) | {"usage": self.usage(), "timings": timings}
+        answer = self.frame(self.kind, choices) | {"usage": self.usage(), "timings": timings}
+        return answer | ({"__verbose": self._verbose()} if self.body.verbose else {})
+
+    def _verbose(self) -> dict[str, Any]:
+        """What llama-server shows beside an answer to whoever looks for a mistake in a chat template."""
+        request = self.generation.requests[0]
+        return {
+            "prompt": self.model.tokenizer.decode(request.prompt, skip_special=False),
+            "generation_settings": settings(request, stops=self.body.stops, stream=False),
+        }
 
     def opening(self) -> list[dict[str, Any]]:
         """The chunks before the first token."""

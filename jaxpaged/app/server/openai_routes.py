@@ -44,7 +44,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         prompts,
         num_logprobs=body.logprobs,
         answer=lambda generation: CompletionAnswer(
-            state, model, generation, f"cmpl-{secrets.token_hex(16)}", int(time.time()), echoes=echoes
+            state, model, generation, f"cmpl-{secrets.token_hex(16)}", int(time.time()), body, echoes=echoes
         ),
     )
 
@@ -55,23 +55,32 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answers a conversation."""
     state = state_of(request)
     model, _ = state.accepting()
-    text = await chat_text(
-        model,
-        [message.plain() for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt,
-        arguments=body.chat_template_kwargs,
-    )
-    ids = await encode_chat(model, text)
-    check_prompt(model, ids)
+    ids = await _chat_prompt(model, body)
     return await _answer(
         request,
         body,
         [ids],
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         answer=lambda generation: ChatAnswer(
-            state, model, generation, f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
+            state, model, generation, f"chatcmpl-{secrets.token_hex(16)}", int(time.time()), body
         ),
     )
+
+
+@router.post("/v1/chat/completions/input_tokens")
+@router.post("/chat/completions/input_tokens", include_in_schema=False)
+async def input_tokens(request: Request, body: ChatRequest) -> Response:
+    """Counts the tokens of a conversation, which is not answered."""
+    model, _ = state_of(request).ready()
+    return json_response(
+        {"object": "response.input_tokens", "input_tokens": len(await _chat_prompt(model, body))}
+    )
+
+
+async def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
+    ids = await encode_chat(model, await chat_text(model, body))
+    check_prompt(model, ids)
+    return ids
 
 
 async def _prompts(model: ServedModel, given: Any) -> list[list[int]]:

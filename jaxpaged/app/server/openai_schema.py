@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxpaged.app.server.prompts import TEMPLATE_ARGUMENTS
 from jaxpaged.app.server.sampling_schema import (
     MAX_STOPS,
     Count,
@@ -21,6 +20,8 @@ from jaxpaged.app.server.sampling_schema import (
 )
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
 
+TEMPLATE_ARGUMENTS = ("enable_thinking", "add_generation_prompt")
+"""What a request may hand to a chat template: a template is a program, and not every variable is the client's."""
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 _MAX_NAMES = 16
@@ -52,6 +53,7 @@ class OpenAIFields(SamplingFields):
     stream: bool | None = None  # type: ignore[assignment]  # clients write null where they mean false
     stream_options: StreamOptions | None = None
     user: Annotated[str | None, Field(max_length=1024)] = None
+    verbose: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> OpenAIFields:
@@ -133,8 +135,10 @@ class Message(StrictModel):
     tool_calls: Annotated[list[Any] | None, Field(max_length=0)] = None
 
     def plain(self) -> dict[str, str]:
-        """The message as a chat template reads it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The message as a chat template reads it; parts on lines of their own, as in llama.cpp and vLLM."""
+        text = (
+            self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        )
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
         return message if self.name is None else message | {"name": self.name}
 
@@ -143,8 +147,19 @@ class TemplateFields(StrictModel):
     """What a chat template is given."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    """False: nothing behind the messages; otherwise what makes the model answer, or continue its answer."""
+    continue_final_message: bool | None = None
+    """Whether the last message is to be continued; None: if it is the assistant's."""
     chat_template_kwargs: Annotated[dict[str, bool] | None, Field(max_length=_MAX_NAMES)] = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> TemplateFields:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message: the last message is not the assistant's")
+        return self
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -192,6 +207,8 @@ class ChatRequest(OpenAIFields, TemplateFields):
     verbosity: Any = None
     moderation: Any = None
     parallel_tool_calls: bool | None = None
+    reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
+    """Without effect, as the flag of that name: answers are text as the model writes it."""
     store: bool | None = None
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,

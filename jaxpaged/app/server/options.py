@@ -206,7 +206,7 @@ SERVE_OPTIONS = chain(
     option("Model", "--chat-template-file", type=click.Path(path_type=Path), metavar="FILE",
            help="A file with Jinja source."),
     option("Server", "--host", default="127.0.0.1", show_default=True,
-           help="Address to listen on; 0.0.0.0 = every one, to be used with --api-key."),
+           help="Address to listen on, or several with commas; 0.0.0.0 = every one, to be used with --api-key."),
     option("Server", "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N",
            help="0 = any free one, printed."),
     option("Server", "--api-key", "api_keys", type=Words(), multiple=True, callback=_joined, metavar="KEY,...",
@@ -216,7 +216,8 @@ SERVE_OPTIONS = chain(
            help="A file with keys, one a line."),
     option("Server", "--cors-origins", "--cors-origin", "cors_origins", type=Words(), multiple=True, callback=_joined,
            metavar="URL,...",
-           help="Sites whose pages may use the server from a browser.  [default: none but its own page]"),
+           help="Sites whose pages may use the server from a browser; localhost = this machine's, on any port.  "
+                "[default: none but its own page]"),
     option("Server", "--max-body", type=ByteSize(), default="8M", show_default=True, metavar="SIZE",
            help="Largest body of a request."),
     option("Server", "--drain-seconds", type=FiniteFloat(0), default=30.0, show_default=True, metavar="S",

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.openai_schema import TemplateFields
 from jaxpaged.app.server.state import ServedModel
 from model.chat import ChatTemplateError, render_chat
-
-TEMPLATE_ARGUMENTS = ("enable_thinking", "add_generation_prompt")
-"""What a request may hand to a chat template: a template is a program, and not every variable is the client's."""
 
 
 async def encode(
@@ -57,22 +55,20 @@ def check_prompt(model: ServedModel, ids: Sequence[int]) -> None:
         )
 
 
-async def chat_text(
-    model: ServedModel,
-    messages: Sequence[dict[str, Any]],
-    *,
-    add_generation_prompt: bool = True,
-    arguments: dict[str, bool] | None = None,
-) -> str:
+async def chat_text(model: ServedModel, body: TemplateFields) -> str:
     """The text of a conversation. An assistant's message at the end is an answer that is to be continued.
 
     Raises:
       ApiError: the chat template refuses the messages.
     """
-    arguments = dict(arguments or {})
-    add_generation_prompt = arguments.pop("add_generation_prompt", add_generation_prompt)
-    messages, begun = list(messages), ""
-    if add_generation_prompt and messages[-1]["role"] == "assistant":
+    arguments: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    add_generation_prompt = arguments.pop("add_generation_prompt", body.add_generation_prompt is not False)
+    messages, begun = [message.plain() for message in body.messages], ""
+    continues = body.continue_final_message
+    if continues is None:
+        continues = add_generation_prompt and messages[-1]["role"] == "assistant"
+    if continues:
+        add_generation_prompt = True
         begun = messages.pop()["content"]
         if not messages or messages[-1]["role"] == "assistant":
             raise ApiError(

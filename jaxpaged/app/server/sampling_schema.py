@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.options import ServeOptions
@@ -15,6 +15,8 @@ from model.tokenizer import Tokenizer
 
 _INT32 = 2**31 - 1
 _SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
+DEFAULT_SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
+"""What there is, in the order it is applied in."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512
 
@@ -32,6 +34,24 @@ class StrictModel(BaseModel):
 
 class SamplingFields(StrictModel):
     """Parameters that mean the same on every path; None = the server's default."""
+
+    # name -> the values that ask for nothing; anything else would change the text in a way that is not offered
+    off: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "dynatemp_range": (0,),
+        "typical_p": (1,),
+        "top_n_sigma": (-1, 0),
+        "xtc_probability": (0,),
+        "dry_multiplier": (0,),
+        "mirostat": (0,),
+        "n_indent": (0,),
+        "min_keep": (0, 1),
+        "adaptive_target": (-1,),
+        "grammar": ("",),
+        "json_schema": (),
+        "lora": ([],),
+        "post_sampling_probs": (False,),
+        "samplers": ([], list(DEFAULT_SAMPLERS)),
+    }
 
     stream: bool = False
     temperature: Annotated[float | None, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] = None
@@ -52,6 +72,41 @@ class SamplingFields(StrictModel):
     n_discard: Count = 0
     id_slot: Annotated[int, Field(ge=-1, le=_INT32)] = -1
     timings_per_token: bool = False
+    # llama-server's clients send these always, on all paths: settings of what is off, and hints.
+    dynatemp_exponent: float | None = None
+    xtc_threshold: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: Annotated[list[str] | None, Field(max_length=64)] = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    adaptive_decay: float | None = None
+    n_cache_reuse: int | None = None
+    sse_ping_interval: int | None = None
+    return_progress: bool | None = None
+    dynatemp_range: Any = None
+    typical_p: Any = None
+    top_n_sigma: Any = None
+    xtc_probability: Any = None
+    dry_multiplier: Any = None
+    mirostat: Any = None
+    n_indent: Any = None
+    min_keep: Any = None
+    adaptive_target: Any = None
+    grammar: Any = None
+    json_schema: Any = None
+    lora: Any = None
+    post_sampling_probs: Any = None
+    samplers: Any = None
+
+    @model_validator(mode="after")
+    def _nothing_that_is_off(self) -> Self:
+        for name, neutral in self.off.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name} is not supported here")
+        return self
 
 
 def engine_request(
@@ -74,7 +129,11 @@ def engine_request(
       ApiError: a token that the vocabulary does not have.
     """
     ignore_eos = options.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
-    stop_ids = frozenset(fields.stop_token_ids or ()) | (frozenset() if ignore_eos else tokenizer.stop_ids)
+    stop_ids = frozenset(fields.stop_token_ids or ())
+    if ignore_eos:  # as in llama.cpp, what would end the text is not drawn
+        logit_bias = logit_bias | dict.fromkeys(tokenizer.stop_ids - stop_ids, float("-inf"))
+    else:
+        stop_ids |= tokenizer.stop_ids
     _check_tokens("stop_token_ids", stop_ids, tokenizer)
     _check_tokens("logit_bias", logit_bias, tokenizer)
     if max_new_tokens is None and options.predict >= 0:

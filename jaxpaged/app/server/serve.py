@@ -45,11 +45,12 @@ def run(options: ServeOptions) -> int:
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
     """
-    sock = _listen(options.host, options.port)
-    try:
-        return asyncio.run(_serve(options, sock))
-    finally:
-        sock.close()
+    with contextlib.ExitStack() as open_sockets:
+        sockets: list[socket.socket] = []
+        for host in options.host.split(","):
+            port = sockets[0].getsockname()[1] if sockets else options.port
+            sockets.append(open_sockets.enter_context(_listen(host.strip(), port)))
+        return asyncio.run(_serve(options, sockets))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -69,7 +70,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _serve(options: ServeOptions, sock: socket.socket) -> int:
+async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
     state = ServerState(options)
     config = uvicorn.Config(
         create_application(state),
@@ -85,12 +86,12 @@ async def _serve(options: ServeOptions, sock: socket.socket) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING if options.log else logging.CRITICAL)
     server = _Server(config)
     asked = _watch_signals()
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    serving = asyncio.create_task(server.serve(sockets=sockets))
     runner = None
     try:
         runner = await _load(options, state, asked)
         if runner is not None:
-            _announce(options, sock)
+            _announce(options, sockets)
             await _until(asked, runner)
             if options.log and not asked.is_set():
                 say("error: the engine has failed")
@@ -191,21 +192,23 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
     )
 
 
-def _announce(options: ServeOptions, sock: socket.socket) -> None:
-    """The address, also with --log-disable: with --port 0 nobody else knows it."""
-    host, port = sock.getsockname()[:2]
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
-    click.echo(f"listening on {url}", err=True)
+def _announce(options: ServeOptions, sockets: list[socket.socket]) -> None:
+    """The addresses, also with --log-disable: with --port 0 nobody else knows them."""
+    urls = []
+    for sock in sockets:
+        host, port = sock.getsockname()[:2]
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        urls.append(f"http://{f'[{reached}]' if ':' in reached else reached}:{port}")
+        click.echo(f"listening on {urls[-1]}", err=True)
     if not options.log:
         return
-    if host in ("0.0.0.0", "::") and not options.api_keys:
+    if {sock.getsockname()[0] for sock in sockets} & {"0.0.0.0", "::"} and not options.api_keys:
         say("warning: everyone who reaches this machine may use the server; --api-key closes it")
     key = ' -H "Authorization: Bearer $KEY"' if options.api_keys else ""
     path, body = "/v1/completions", '{"prompt": "def main():", "max_tokens": 32}'
     click.echo(
-        f"try: curl {url}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
-        + (f"\n     or open {url}/ in a browser" if options.webui else ""),
+        f"try: curl {urls[0]}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
+        + (f"\n     or open {urls[0]}/ in a browser" if options.webui else ""),
         err=True,
     )
     sys.stderr.flush()

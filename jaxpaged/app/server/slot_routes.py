@@ -57,11 +57,13 @@ def _slot(view: SlotView) -> dict[str, Any]:
     if view.is_processing and view.params is not None:
         limit = view.params.max_new_tokens
         slot["params"] = settings(view.params)
-        slot["next_token"] = {
-            "has_next_token": True,
-            "n_remain": -1 if limit is None else max(0, limit - view.num_generated),
-            "n_decoded": view.num_generated,
-        }
+        slot["next_token"] = [
+            {
+                "has_next_token": True,
+                "n_remain": -1 if limit is None else max(0, limit - view.num_generated),
+                "n_decoded": view.num_generated,
+            }
+        ]
     return slot
 
 

@@ -1,0 +1,336 @@
+"""llama.cpp's own tests of llama-server (``tools/server/tests``), run against ``jaxpaged serve``.
+
+    make peers-llama-server LLAMA_CPP=/path/to/llama.cpp
+
+A plugin of pytest, and the program that runs pytest with it on a copy of the tests. Nothing of them is in this
+repository. What is changed: the server is ``llama_server_shim.py`` with its stand-in model, the words that a model is
+expected to say are not looked at, numbers of tokens that depend on the vocabulary (``NUMBERS``) may be any, each the
+same wherever it stands in a test, and some words are others (``CHANGED``). ``FILES`` and ``LEFT_OUT`` say what is not
+run, and why.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import types
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+_TOOLS = "tools are not offered"
+_MODEL = "needs a model that is not here"
+
+FILES: dict[str, str] = {
+    "test_compat_anthropic.py": "Anthropic's API (/v1/messages) is not offered",
+    "test_compat_gcp.py": "Google's API (/predict) is not offered",
+    "test_compat_oai_responses.py": "/v1/responses is not offered",
+    "test_embedding.py": "embeddings are not offered",
+    "test_infill.py": "/infill is not offered",
+    "test_kv_keep_only_active.py": "reads llama-server's log; slots have no cells of their own here",
+    "test_lora.py": "LoRA is not offered",
+    "test_mcp_servers.py": _TOOLS,
+    "test_proxy.py": "a proxy for the page in the browser is not offered",
+    "test_rerank.py": "reranking is not offered",
+    "test_router.py": "several models behind one server are not offered",
+    "test_sleep.py": "there is no sleeping: a server that waits computes nothing",
+    "test_speculative.py": "the server drafts no tokens",
+    "test_stream.py": "resuming a stream (through the router of models) is not offered",
+    "test_tool_call.py": _TOOLS,
+    "test_tools_builtin.py": _TOOLS,
+    "test_vision_api.py": "images are not offered",
+}
+"""Files of which nothing is run -> why."""
+
+_STRUCTURED = "structured output (json_schema, grammar, json_object) is not offered"
+_AFTER_SAMPLING = "probabilities after sampling are not offered"
+_PROGRESS = "progress of a prompt is not offered"
+_IMAGES = "images are not offered"
+_CORS = "decided otherwise: other sites' pages may use the server only where --cors-origins names them"
+
+LEFT_OUT: dict[str, str] = {
+    "test_basic.py::test_load_split_model": _MODEL,
+    "test_basic.py::test_server_model_aliases_and_tags": (
+        "decided otherwise: a model's id is the first --alias as given, not the first of the alphabet; no tags"
+    ),
+    "test_completion.py::test_completion_stream_with_openai_library_stops": _MODEL,
+    "test_completion.py::test_n_probs_post_sampling": _AFTER_SAMPLING,
+    "test_completion.py::test_n_probs_post_backend_sampling": _AFTER_SAMPLING,
+    "test_chat_completion.py::test_chat_completion[None-Book-What is the best book-8-^ blue": (
+        "decided otherwise: a --chat-template that is neither a name nor Jinja source is a mistake"
+    ),
+    "test_chat_completion.py::test_chat_template_assistant_prefill[prefill1": (
+        "decided otherwise: parts of a text are joined with one line break, also those of the assistant"
+    ),
+    "test_chat_completion.py::test_completion_with_response_format[response_format0": _STRUCTURED,
+    "test_chat_completion.py::test_completion_with_response_format[response_format1": _STRUCTURED,
+    "test_chat_completion.py::test_completion_with_response_format[response_format2": _STRUCTURED,
+    "test_chat_completion.py::test_completion_with_response_format[response_format3": _STRUCTURED,
+    "test_chat_completion.py::test_completion_with_json_schema": _STRUCTURED,
+    "test_chat_completion.py::test_completion_with_grammar": _STRUCTURED,
+    "test_chat_completion.py::test_return_progress": _PROGRESS,
+    "test_metrics.py::test_metrics_timings_on_prompt_progress": _PROGRESS,
+    "test_metrics.py::test_metrics_embedding_prompt_is_counted": "embeddings are not offered",
+    "test_security.py::test_cors_options": _CORS,
+    "test_security.py::test_cors_origins_defaults_to_localhost_with_tools_enabled": _TOOLS,
+    "test_security.py::test_cors_proxy_only_forwards_explicit_proxy_headers": (
+        "a proxy for the page in the browser is not offered"
+    ),
+    "test_security.py::test_local_media_file[../../../tools-file://mtmd/test-1.jpeg": _IMAGES,
+    "test_security.py::test_local_media_file[../../../tools-file:////mtmd//test-1.jpeg": _IMAGES,
+    "test_slot_save.py::test_slot_restore_legacy_token_list": "the files are not llama.cpp's",
+    "test_slot_save.py::test_slot_save_restore_text_only_on_multimodal": _MODEL,
+    "test_slot_save.py::test_slot_save_restore_with_image": _IMAGES,
+    "test_slot_save.py::test_slot_save_restore_with_two_images": _IMAGES,
+    "test_slot_save.py::test_slot_save_restore_with_image_across_restart": _IMAGES,
+    "test_slot_save.py::test_slot_save_restore_image_payload_larger_than_context": _IMAGES,
+    "test_slot_save.py::test_slot_restore_media_file_without_mmproj": _IMAGES,
+    "test_template.py::test_reasoning[tools2]": _TOOLS,
+    "test_template.py::test_date_inside_prompt": (
+        "decided otherwise: a template is told the date where it asks for it (strftime_now), as in transformers"
+    ),
+}
+"""A test, or ``test[part of its parameters`` -> why it is not run."""
+
+NUMBERS: dict[str, tuple[int, ...]] = {
+    "test_completion": (18, 46),
+    "test_completion_stream": (18, 46),
+    "test_chat_completion": (69, 77, 23, 104, 79),
+    "test_chat_completion_stream": (77, 104),
+    "test_chat_completion_cached_tokens": (77, 76, 51, 47),
+    "test_ctx_shift_enabled": (226,),
+    "test_ctx_shift_disabled_short_prompt": (248,),
+    "test_slot_save_restore": (21, 84),
+    "test_slot_erase": (21,),
+}
+"""Numbers of tokens of the suite's model, by test."""
+
+FALLING: dict[str, tuple[int, ...]] = {
+    "test_slot_save_restore": (6,),  # the slots share one cache: a prompt is found that another slot had
+}
+"""Numbers of tokens that may also become fewer in the course of a test."""
+
+_METRIC = "llamacpp:n_decode_total"
+CHANGED: dict[str, dict[int | str, int | str]] = {
+    "test_no_ui": {"<!doctype html>": "<!DOCTYPE html>"},
+    "test_completion_prompt_cache": {5: 8},  # tokens of " Hello 1"
+    "test_access_static_assets_without_api_key": {  # the page has files of its own
+        "/sw.js": "/",
+        "/manifest.webmanifest": "/",
+        "/_app/version.json": "/",
+    },
+    "test_cors_origins_localhost_rejects": {200: 400},  # a browser heeds the header alone
+    "test_metrics_prometheus_format": dict.fromkeys(  # of what is not offered, or not counted
+        (
+            "llamacpp:n_tokens_max",
+            "llamacpp:spec_decode_num_draft_tokens_total",
+            "llamacpp:spec_decode_num_accepted_tokens_total",
+            "llamacpp:spec_decode_num_drafts_total",
+        ),
+        _METRIC,
+    )
+    | {"llamacpp:n_busy_slots_per_decode": "llamacpp:requests_processing"},
+}
+"""What else is written otherwise, by test: for the same thing another word."""
+
+
+class Same(int):
+    """A number of tokens: any above 0, but the same one wherever it is compared in a test."""
+
+    bound: ClassVar[dict[int, int]] = {}
+
+    def __eq__(self, other: object) -> bool:
+        number = int(self)
+        return isinstance(other, int) and other > 0 and self.bound.setdefault(number, int(other)) == other
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+
+class Falling(Same):
+    """The same number as before in a test, or a smaller one."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, int) or not 0 < other <= self.bound.get(int(self), other):
+            return False
+        self.bound[int(self)] = other
+        return True
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+
+class _Rewrite(ast.NodeTransformer):
+    """Writes ``Same(number)`` for what ``NUMBERS`` names, ``Falling`` likewise, and what ``CHANGED`` says."""
+
+    def __init__(self) -> None:
+        self._test = ""
+        tables: tuple[Mapping[str, Iterable[int | str]], ...] = (NUMBERS, FALLING, CHANGED)
+        self.left = {(test, old) for table in tables for test in table for old in table[test]}
+        """Those that were not found yet."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        outer, self._test = self._test, self._test or node.name
+        self.generic_visit(node)
+        self._test = outer
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        value = node.value
+        for kind, table in ((Same, NUMBERS), (Falling, FALLING)):
+            if type(value) is int and value in table.get(self._test, ()):
+                self.left.discard((self._test, value))
+                return ast.Call(ast.Name(kind.__name__, ast.Load()), [node], [])
+        if type(value) in (int, str) and value in CHANGED.get(self._test, {}):
+            self.left.discard((self._test, value))
+            return ast.Constant(CHANGED[self._test][value])
+        return node
+
+
+def run(llama_cpp: Path, arguments: list[str]) -> int:
+    """Runs the suite of a folder of llama.cpp's sources; pytest's exit status."""
+    source = llama_cpp / "tools" / "server" / "tests"
+    if not (source / "utils.py").is_file():
+        print(
+            f"{llama_cpp}: no tools/server/tests in it; LLAMA_CPP=... names a folder of llama.cpp's sources"
+        )
+        return 2
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        tests = root / "tools" / "server" / "tests"
+        shutil.copytree(source, tests)
+        (tests / "tmp").mkdir(exist_ok=True)
+        if (llama_cpp / "models").is_dir():
+            (root / "models").symlink_to((llama_cpp / "models").resolve())
+        rewrite = _Rewrite()
+        for file in (tests / "unit").glob("test_*.py"):
+            if file.name not in FILES:
+                tree = ast.fix_missing_locations(rewrite.visit(ast.parse(file.read_text())))
+                file.write_text(ast.unparse(tree))
+        if rewrite.left:
+            print(f"the suite has changed; these are not in it any more: {sorted(map(str, rewrite.left))}")
+            return 1
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "llama_server_suite",
+                "-p",
+                "no:cacheprovider",
+                *arguments,
+            ],
+            cwd=tests,
+            env=_environment(root),
+        ).returncode
+
+
+def _environment(root: Path) -> dict[str, str]:
+    sys.path.insert(0, str(HERE))
+    from llama_server_shim import STAND_IN, write_stand_in
+
+    model = write_stand_in(root / "stand-in.gguf", (HERE.parents[1] / "LICENSE").read_text())
+    shim = root / "llama-server"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "llama_server_shim.py"}" "$@"\n')
+    shim.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        **os.environ,
+        "LLAMA_SERVER_BIN_PATH": str(shim),
+        "PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+        STAND_IN: str(model),
+    }
+
+
+# What follows is the plugin.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    """Before the suite's conftest is read."""
+    import builtins
+
+    vars(builtins).update(Same=Same, Falling=Falling)
+    sys.path.insert(0, str(Path.cwd()))
+    sys.modules.setdefault("wget", types.ModuleType("wget"))  # nothing is downloaded
+    import utils
+    from requests.structures import CaseInsensitiveDict
+
+    ask = utils.ServerProcess.make_request
+
+    def make_request(server: Any, method: str, path: str, data: Any = None, *rest: Any, **more: Any) -> Any:
+        if server.debug and path == "/chat/completions":  # llama-server's --verbose, for each request
+            data = data | {"verbose": True}
+        if (
+            server.reasoning and path == "/apply-template"
+        ):  # its --reasoning, likewise; it says "on" by default
+            data = data | {"chat_template_kwargs": {"enable_thinking": server.reasoning != "off"}}
+        answer = ask(server, method, path, data, *rest, **more)
+        answer.headers = CaseInsensitiveDict(answer.headers)  # as HTTP has it
+        return answer
+
+    utils.ServerProcess.make_request = make_request
+    utils.match_regex = lambda regex, text: isinstance(text, str)
+    utils.ServerPreset.load_all = staticmethod(lambda: None)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Files of which nothing is run."""
+    return True if collection_path.name in FILES else None
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    """A test's numbers are its own."""
+    Same.bound.clear()
+
+
+_reasons: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Leaves out what ``LEFT_OUT`` says; every line of it must name something."""
+    unused = set(LEFT_OUT)
+    out = []
+    for item in items:
+        name, _, parameters = f"{item.path.name}::{item.name}".partition("[")
+        for key, reason in LEFT_OUT.items():
+            test, _, part = key.partition("[")
+            if name == test and part in parameters:
+                unused.discard(key)
+                _reasons[reason] += 1
+                out.append(item)
+                break
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+    if unused and not config.args_source.name == "ARGS":
+        raise SystemExit(f"the suite has changed; LEFT_OUT names what is not there: {sorted(unused)}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was left out, and why."""
+    terminalreporter.section("left out")
+    for reason, count in _reasons.most_common():
+        terminalreporter.line(f"{count:4} tests: {reason}")
+    for file, reason in sorted(FILES.items()):
+        terminalreporter.line(f"{file}: {reason}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: llama_server_suite.py LLAMA_CPP [pytest's arguments]")
+    raise SystemExit(run(Path(sys.argv[1]), sys.argv[2:]))
