@@ -84,6 +84,8 @@ async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING if options.log else logging.CRITICAL)
+    # It warns of each part of an answer that was on its way when its client left, which is no news.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = _Server(config)
     asked = _watch_signals()
     serving = asyncio.create_task(server.serve(sockets=sockets))
