@@ -264,10 +264,11 @@ class PagedPool(Pool):
         if not possible or not tail or len(tail) >= self.page_size or not self._keeps(sample.request):
             return [], []
         parent = sample.chain[-1] if sample.chain else None
+        others = self.index.beginning_with(sample.root, parent, tail[0])
+        if any(other.tokens[: len(tail)] == tail for other in others):
+            return [], []
         superseded: list[int] = []
-        for other in self.index.beginning_with(sample.root, parent, tail[0]):
-            if other.tokens[: len(tail)] == tail:
-                return [], []
+        for other in others:
             if other.tokens == tail[: len(other.tokens)]:
                 superseded += self.index.give_up(other)
         page = int(self.device.view.pages[sample.slot, len(sample.chain)])
