@@ -65,7 +65,12 @@ def test_pages_of_busy_requests_are_shared_and_the_one_being_written_too(engine)
 
 def test_a_part_of_a_page_gives_way_to_a_longer_one_and_to_none_that_is_not(engine):
     text = prompt(21, 20)
-    for length, cached in ((4, 1), (20, 4), (6, 4), (7, 4)):  # the part, then the page, then what the page covers
+    for length, cached in (
+        (4, 1),
+        (20, 4),
+        (6, 4),
+        (7, 4),
+    ):  # the part, then the page, then what the page covers
         finish(engine, greedy(f"r{length}", text[:length], 1))
         assert engine.stats().pages_cached == cached
     other = prompt(22, 20)
