@@ -9,7 +9,7 @@ Reference: Orca (iteration-level scheduling), Sarathi-Serve (chunked prompts), v
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxpaged.engine.pool import Pool, Start
@@ -63,10 +63,6 @@ class Scheduler:
     def waiting(self) -> tuple[SampleState, ...]:
         """Who waits, the next one first."""
         return tuple(self._waiting)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     def add(self, sample: SampleState) -> None:
         """The sample waits, among those of its priority at the place of its arrival."""
@@ -166,8 +162,6 @@ class Scheduler:
         if admitted:
             self.pool.admit(admitted)
             self.running += [sample for sample, _ in admitted]
-            for sample, _ in admitted:
-                pages[sample] = self.pool.pages_for(sample, work[sample])
 
     def _plan_of(self, work: dict[SampleState, int], preempted: bool) -> Plan:
         plan = Plan(work)
@@ -183,8 +177,3 @@ class Scheduler:
 
     def _pages_of(self, work: dict[SampleState, int], steps: int) -> int:
         return sum(self.pool.pages_for(sample, max(count, steps)) for sample, count in work.items())
-
-    def all_samples(self) -> Iterator[SampleState]:
-        """Running, then waiting."""
-        yield from self.running
-        yield from self._waiting

@@ -93,6 +93,17 @@ class Update:
     part: TextPart
 
 
+def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextPart]:
+    """All that the updates bring of each choice, in their order."""
+    parts = [TextPart() for _ in choices]
+    for update in updates:
+        part = parts[update.choice.index]
+        part.text += update.part.text
+        part.tokens += update.part.tokens
+        part.logprobs += update.part.logprobs
+    return parts
+
+
 class Generation:
     """A job in the engine. ``start`` it, iterate over its updates, and ``close`` it whatever happens."""
 

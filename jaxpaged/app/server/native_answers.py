@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpaged.app.server.generation import Choice, Generation, Update
+from jaxpaged.app.server.generation import Choice, Generation, Update, gathered
 from jaxpaged.app.server.native_schema import NativeRequest
 from jaxpaged.app.server.sampling_schema import DEFAULT_SAMPLERS
 from jaxpaged.app.server.state import ServedModel, ServerState
-from jaxpaged.app.server.text import TextPart
 from jaxpaged.engine.request import EngineRequest, TokenLogprobs
 
 _SMALLEST = -1e30
@@ -83,12 +82,7 @@ class NativeAnswer:
 
     def whole(self, updates: Sequence[Update]) -> Any:
         """One object, or a list where there are several choices."""
-        parts = [TextPart() for _ in self.generation.choices]
-        for update in updates:
-            part = parts[update.choice.index]
-            part.text += update.part.text
-            part.tokens += update.part.tokens
-            part.logprobs += update.part.logprobs
+        parts = gathered(self.generation.choices, updates)
         answers = [
             self._final(choice, part.text, part.tokens if self.body.return_tokens else [], part.logprobs)
             for choice, part in zip(self.generation.choices, parts, strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxpaged.app.server.generation import Choice, Generation, Update
+from jaxpaged.app.server.generation import Choice, Generation, Update, gathered
 from jaxpaged.app.server.native_answers import settings
 from jaxpaged.app.server.openai_schema import OpenAIFields
 from jaxpaged.app.server.state import ServedModel, ServerState
@@ -32,12 +32,7 @@ class Answer:
 
     def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
         """All in one object."""
-        parts = [TextPart() for _ in self.generation.choices]
-        for update in updates:
-            part = parts[update.choice.index]
-            part.text += update.part.text
-            part.tokens += update.part.tokens
-            part.logprobs += update.part.logprobs
+        parts = gathered(self.generation.choices, updates)
         choices = [
             self.choice(choice, part) for choice, part in zip(self.generation.choices, parts, strict=True)
         ]
