@@ -44,7 +44,17 @@ def write_gguf(
       quantization: type of the matrices.
       tokenizer_metadata: keys ``tokenizer.*`` with plain values: texts, booleans, numbers (whole ones are
         written as uint32), lists of one of these (whole numbers as int32).
+
+    Raises:
+      ValueError: weights are quantized already; nothing is written.
     """
+    weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
+    places = placements(config, "gguf")
+    if missing := [place.path for place in places.values() if place.path not in weights]:
+        raise ValueError(
+            f"{missing[0]} is not among the params, or it is quantized in memory; dense weights are needed: "
+            'load_model(path, weights="dequantized")'
+        )
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -53,8 +63,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in tokenizer_metadata.items():
             _add(writer, key, value)
-        weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
-        for name, placement in placements(config, "gguf").items():
+        for name, placement in places.items():
             value = to_file(np.asarray(weights[placement.path][...], np.float32), placement)
             kind = _type_of(value, quantization)
             writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)

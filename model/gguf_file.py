@@ -11,6 +11,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import mmap
 import re
 import struct
 from collections.abc import Mapping
@@ -127,17 +128,33 @@ class GGUFFile:
         data = self._parts[tensor.part]
         return b"".join(data[start : min(start + 1024, end)].tobytes() for start in starts)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor's values in float32, or in float16 or bfloat16 where stored so; a copy of the file's."""
+    def raw(self, name: str) -> np.ndarray:
+        """One tensor's bytes as they stand in the file, u8 ``[rows, bytes of a row]``, mapped and not copied."""
         tensor = self.tensors[name]
         raw = self._parts[tensor.part][tensor.offset : tensor.offset + tensor.num_bytes]
+        return np.asarray(raw).reshape(*tensor.shape[:-1], -1)
+
+    def forget(self, name: str) -> None:
+        """Gives the memory that a tensor's mapped bytes take back to the system; reading them again brings it back."""
+        tensor = self.tensors[name]
+        mapped = getattr(self._parts[tensor.part], "_mmap", None)
+        if mapped is None or not hasattr(mapped, "madvise"):  # Windows has no such call
+            return
+        # Whole pages inside the tensor: its neighbours may not have been read yet.
+        begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.offset + tensor.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor's values in float32, or in float16 or bfloat16 where stored so; a copy of the file's."""
+        tensor, raw = self.tensors[name], self.raw(name)
         kind = GGMLType[tensor.dtype]
         if kind in _RAW:
             return np.array(raw).view(_RAW[kind]).reshape(tensor.shape)
-        byte_shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
         # A damaged scale may be infinite; what comes of it is the reader's to judge, not a warning.
         with np.errstate(all="ignore"):
-            return gguf.dequantize(np.asarray(raw).reshape(byte_shape), kind)
+            return gguf.dequantize(raw, kind)
 
 
 def _part_names(path: Path, count: int, number: Any) -> list[Path]:

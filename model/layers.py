@@ -12,6 +12,7 @@ from jax import Array
 from jaxpaged.batch import Batch
 from jaxpaged.rope import Rope
 from model.config import ModelConfig
+from model.quantized.linear import QuantizedLinear, WeightPlan
 
 
 class RMSNorm(nnx.Module):
@@ -47,63 +48,122 @@ class Rotation(NamedTuple):
         return self.rope.turn(x, self.cos, self.sin)
 
 
+class Layers:
+    """Makes the linear layers of one block, dense or quantized as the plan says."""
+
+    def __init__(self, path: str, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.path, self.plan, self.dtype, self.rngs = path, plan, dtype, rngs
+
+    def linear(
+        self, name: str, dim_in: int, dim_out: int, bias: bool = False
+    ) -> nnx.Linear | QuantizedLinear:
+        made = self.quantized(name, dim_in, dim_out, use_bias=bias)
+        return made or nnx.Linear(
+            dim_in, dim_out, use_bias=bias, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs
+        )
+
+    def quantized(self, name: str, dim_in: int, dim_out: int, **options: Any) -> QuantizedLinear | None:
+        """None where the plan has no such layer."""
+        kind = self.plan.of(self.path + name)
+        if kind is None:
+            return None
+        return QuantizedLinear(kind, dim_in, dim_out, dtype=self.dtype, exact=self.plan.exact, **options)
+
+
+def normed_product(layer: nnx.Linear | QuantizedLinear, norm: RMSNorm, x: Array) -> Array:
+    """``layer(norm(x))``; a quantized layer norms by itself."""
+    if isinstance(layer, QuantizedLinear):
+        return layer(x, norm=(norm.scale[...], norm.eps))
+    return layer(norm(x))
+
+
+def added_product(layer: nnx.Linear | QuantizedLinear, x: Array, residual: Array) -> Array:
+    """``residual + layer(x)``; a quantized layer adds by itself."""
+    return layer(x, add=residual) if isinstance(layer, QuantizedLinear) else residual + layer(x)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention; keys and values live in the cache, which also does the attending."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer: int, layers: Layers) -> None:
         c = config
         self.layer, self.window = layer, c.window(layer)
         self.num_q_heads, self.num_kv_heads, self.head_dim = c.num_q_heads, c.num_kv_heads, c.head_dim
+        q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        # Quantized alike, the three are one matrix.
+        self.qkv = nnx.data(
+            layers.quantized("attention.qkv", c.hidden_size, q_dim + 2 * kv_dim, use_bias=c.qkv_bias)
+        )
+        self.q, self.k, self.v = (
+            nnx.data(
+                None
+                if self.qkv is not None
+                else layers.linear(f"attention.{name}", c.hidden_size, dim, c.qkv_bias)
+            )
+            for name, dim in (("q", q_dim), ("k", kv_dim), ("v", kv_dim))
+        )
+        self.out = layers.linear("attention.out", q_dim, c.hidden_size, c.attention_out_bias)
+        self.q_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, layers.dtype) if c.qk_norm else None)
+        self.k_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, layers.dtype) if c.qk_norm else None)
 
-        def linear(dim_in: int, dim_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(dim_in, dim_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    def _projections(self, x: Array, norm: RMSNorm) -> tuple[Array, Array, Array]:
+        if self.qkv is None:
+            parts = (self.q, self.k, self.v)
+            q, k, v = (normed_product(layer, norm, x) for layer in parts if layer is not None)
+            return q, k, v
+        q_dim, kv_dim = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = jnp.split(normed_product(self.qkv, norm, x), [q_dim, q_dim + kv_dim], axis=-1)
+        return q, k, v
 
-        self.q = linear(c.hidden_size, c.num_q_heads * c.head_dim, c.qkv_bias)
-        self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.out = linear(c.num_q_heads * c.head_dim, c.hidden_size, c.attention_out_bias)
-        self.q_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None)
-        self.k_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None)
-
-    def __call__(self, x: Array, rotation: Rotation, cache: Any, batch: Batch) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, norm: RMSNorm, rotation: Rotation, cache: Any, batch: Batch
+    ) -> tuple[Array, Any]:
+        """``x + out(attend(norm(x)))``, and the cache."""
         tokens = x.shape[0]
-        q = self.q(x).reshape(tokens, self.num_q_heads, self.head_dim)
-        k = self.k(x).reshape(tokens, self.num_kv_heads, self.head_dim)
-        v = self.v(x).reshape(tokens, self.num_kv_heads, self.head_dim)
+        q, k, v = (part.reshape(tokens, -1, self.head_dim) for part in self._projections(x, norm))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotation(q), rotation(k)
         out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window, rope=rotation.rope)
-        return self.out(out.reshape(tokens, -1)), cache
+        return added_product(self.out, out.reshape(tokens, -1).astype(x.dtype), x), cache
 
 
 class MLP(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        def linear(dim_in: int, dim_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                dim_in, dim_out, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        # Quantized alike, gate and up are one matrix, which is read in one pass.
+        self.gate_up = nnx.data(layers.quantized("mlp.gate_up", hidden, inner, gated=True))
+        self.gate, self.up = (
+            nnx.data(None if self.gate_up is not None else layers.linear(f"mlp.{name}", hidden, inner, bias))
+            for name in ("gate", "up")
+        )
+        self.down = layers.linear("mlp.down", inner, hidden, bias)
 
-        self.gate = linear(config.hidden_size, config.intermediate_size)
-        self.up = linear(config.hidden_size, config.intermediate_size)
-        self.down = linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Array, norm: RMSNorm) -> Array:
+        """``x + mlp(norm(x))``."""
+        if self.gate_up is not None:
+            inner = normed_product(self.gate_up, norm, x)
+        else:
+            parts = (self.gate, self.up)
+            gate, up = (normed_product(layer, norm, x) for layer in parts if layer is not None)
+            inner = jax.nn.silu(gate) * up
+        return added_product(self.down, inner, x)
 
 
 class Block(nnx.Module):
     """One transformer layer: attention, then MLP, each on a normed residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, *, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        layers = Layers(f"blocks.{layer}.", plan, dtype, rngs)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, layer, layers)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, layers)
 
     def __call__(self, x: Array, rotation: Rotation, cache: Any, batch: Batch) -> tuple[Array, Any]:
-        attended, cache = self.attention(self.attention_norm(x), rotation, cache, batch)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x, cache = self.attention(x, self.attention_norm, rotation, cache, batch)
+        return self.mlp(x, self.mlp_norm), cache

@@ -15,7 +15,10 @@ from jax import Array
 from jaxpaged.batch import Batch
 from jaxpaged.rope import Rope
 from model.config import ModelConfig, rope_frequencies
-from model.layers import Block, RMSNorm, Rotation
+from model.layers import Block, Layers, RMSNorm, Rotation, normed_product
+from model.quantized.linear import QuantizedEmbedding, WeightPlan
+
+_DENSE = WeightPlan()
 
 
 class Llama(nnx.Module):
@@ -24,19 +27,26 @@ class Llama(nnx.Module):
     The module is made once, split once (``nnx.split``) and then used as a pure function; see ``functional``.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        plan: WeightPlan = _DENSE,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
         c = config
         self.config = c
-        self.embedding = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(c, i, dtype=dtype, rngs=rngs) for i in range(c.num_layers)])
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.head = nnx.data(
-            None
-            if c.tie_embeddings
-            else nnx.Linear(
-                c.hidden_size, c.vocab_size, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
+        kind = plan.of("embedding")
+        self.embedding = (
+            nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+            if kind is None
+            else QuantizedEmbedding(kind, c.vocab_size, c.hidden_size, dtype=dtype, exact=plan.exact)
         )
+        self.blocks = nnx.List([Block(c, i, plan=plan, dtype=dtype, rngs=rngs) for i in range(c.num_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        layers = Layers("", plan, dtype, rngs)
+        self.head = nnx.data(None if c.tie_embeddings else layers.linear("head", c.hidden_size, c.vocab_size))
 
     def __call__(self, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
         """One step.
@@ -55,8 +65,13 @@ class Llama(nnx.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x, cache = block(x, rotation, cache, batch)
-        x = self.norm(x[rows])
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        x = x[rows]
+        if self.head is not None:
+            logits = normed_product(self.head, self.norm, x)
+        elif isinstance(self.embedding, QuantizedEmbedding):
+            logits = self.embedding.attend(x, norm=(self.norm.scale[...], self.norm.eps))
+        else:
+            logits = self.embedding.attend(self.norm(x))
         return logits.astype(jnp.float32), cache
 
 
@@ -77,33 +92,45 @@ class _Keys:
         return jax.random.fold_in(self._key, next(self._counter))
 
 
-def _draw(config: ModelConfig, dtype: Any, key: Array) -> Llama:
-    return Llama(config, dtype=dtype, rngs=cast(nnx.Rngs, _Keys(key)))
+def _draw(config: ModelConfig, dtype: Any, plan: WeightPlan, key: Array) -> Llama:
+    return Llama(config, plan=plan, dtype=dtype, rngs=cast(nnx.Rngs, _Keys(key)))
 
 
 @functools.cache
-def _skeleton(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef[Llama], Params]:
+def _skeleton(config: ModelConfig, dtype: Any, plan: WeightPlan) -> tuple[nnx.GraphDef[Llama], Params]:
     """The module without its weights, and their shapes and dtypes."""
-    module = nnx.eval_shape(lambda: _draw(config, dtype, jax.random.key(0)))
+    module = nnx.eval_shape(lambda: _draw(config, dtype, plan, jax.random.key(0)))
     return nnx.split(module, nnx.Param)
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE) -> Params:
     """Shapes and dtypes of the weights, without memory behind them."""
-    return jax.tree.map(lambda x: x, _skeleton(config, dtype)[1])  # copied: a Variable can be written to
+    found = _skeleton(config, dtype, plan)[1]
+    return jax.tree.map(lambda x: x, found)  # copied: a Variable can be written to
 
 
 @functools.cache
-def functional(config: ModelConfig, dtype: Any = jnp.float32) -> ModelFn:
-    """The model as a pure function of its weights: the module is split here, once, and never traced again."""
-    graph, _ = _skeleton(config, dtype)
+def functional(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE) -> ModelFn:
+    """The model as a pure function of its weights: the module is split here, once, and never traced again.
+
+    Args:
+      config: the model.
+      dtype: what it computes in.
+      plan: which of its layers have quantized weights.
+    """
+    graph, wanted = _skeleton(config, dtype, plan)
 
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
+        if len(jax.tree.leaves(params)) != len(jax.tree.leaves(wanted)):
+            raise ValueError(
+                "the params are those of another model or of other quantized weights; "
+                "load_model's result has the function that takes its params"
+            )
         return nnx.merge(graph, params)(tokens, cache, batch, rows)
 
     return apply
 
 
 def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Params:
-    """Freshly drawn weights, for tests, training and benchmarks."""
-    return jax.jit(lambda key: nnx.state(_draw(config, dtype, key), nnx.Param))(jax.random.key(seed))
+    """Freshly drawn dense weights, for tests, training and benchmarks."""
+    return jax.jit(lambda key: nnx.state(_draw(config, dtype, _DENSE, key), nnx.Param))(jax.random.key(seed))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig, ModelError
 from model.llama import Params
+from model.quantized import panels
+from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.linear import WeightPlan
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor."""
@@ -192,12 +196,56 @@ def _sizes(c: ModelConfig) -> str:
     )
 
 
+class QuantizedSource(TensorSource, Protocol):
+    """A file whose tensors can be had as they stand in it."""
+
+    def raw(self, name: str) -> np.ndarray: ...
+    def forget(self, name: str) -> None: ...
+
+
+_TOGETHER: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("attention.qkv", ("attention.q", "attention.k", "attention.v")),
+    ("mlp.gate_up", ("mlp.gate", "mlp.up")),
+)
+"""Layers that are one where they are quantized alike."""
+
+
+def weight_plan(
+    config: ModelConfig, source: TensorSource, naming: Naming, *, exact: bool = False
+) -> WeightPlan:
+    """Which layers stay quantized as the file has them.
+
+    Args:
+      config, source, naming: as for ``load_params``.
+      exact: see ``quantized.product.product``.
+    """
+    kinds, rows = {}, {}
+    for name, placement in placements(config, naming).items():
+        path, _, weight = placement.path.rpartition(".")
+        if weight in ("kernel", "embedding") and name in source.tensors:
+            rows[path] = placement.shape[0]
+            if source.tensors[name].dtype in WEIGHT_FORMATS:
+                kinds[path] = source.tensors[name].dtype
+    for i in range(config.num_layers):
+        for together, parts in _TOGETHER:
+            paths = [f"blocks.{i}.{part}" for part in parts]
+            found = {kinds.get(path) for path in paths}
+            whole_panels = all(rows.get(path, 1) % panels.ROWS == 0 for path in paths)
+            biased = together == "mlp.gate_up" and config.mlp_bias
+            if len(found) == 1 and None not in found and whole_panels and not biased:
+                kinds[f"blocks.{i}.{together}"] = kinds[paths[0]]
+                for path in paths:
+                    del kinds[path]
+    return WeightPlan(tuple(sorted(kinds.items())), exact and bool(kinds))
+
+
 def load_params(
     config: ModelConfig,
-    source: TensorSource,
+    source: TensorSource | QuantizedSource,
     naming: Naming,
     *,
     dtype: Any = jnp.float32,
+    plan: WeightPlan | None = None,
     progress: Progress | None = None,
 ) -> Params:
     """Reads every weight, one tensor at a time: beside the params, memory for one tensor is needed.
@@ -206,28 +254,85 @@ def load_params(
       config: what the file's model is.
       source: the file or folder.
       naming: how its tensors are called.
-      dtype: of the params.
+      dtype: of the dense params.
+      plan: what stays quantized; None = nothing.
       progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
       ModelError: see ``check_tensors``; or a tensor cannot be read.
     """
-    plan = placements(config, naming)
-    check_tensors(config, source, plan)
-    weights: list[tuple[tuple[str | int, ...], nnx.Param]] = []
-    done, total = 0, sum(source.tensors[name].num_bytes for name in plan)
+    places = placements(config, naming)
+    check_tensors(config, source, places)
+    loader = _Loader(config, dtype, plan or WeightPlan())
+    done, total = 0, sum(source.tensors[name].num_bytes for name in places)
     for name, info in source.tensors.items():
-        if (placement := plan.get(name)) is None:
+        if (placement := places.get(name)) is None:
             continue
-        value = from_file(source.read(name), placement)
-        # Cast before it moves: half the bytes go to an accelerator.
-        value = value.astype(dtype, order="C", copy=False)
-        path = tuple(int(key) if key.isdigit() else key for key in placement.path.split("."))
-        weights.append((path, nnx.Param(jnp.asarray(value))))
+        loader.add(source, name, placement)
         done += info.num_bytes
         if progress is not None:
             progress(done, total)
-    return nnx.from_flat_state(weights)
+    return loader.params()
+
+
+class _Loader:
+    """The params of a model, as its tensors come."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, plan: WeightPlan) -> None:
+        self._dtype, self._plan = dtype, plan
+        self._params: list[tuple[tuple[str | int, ...], nnx.Param]] = []
+        self._matrices: dict[str, panels.Parts] = {}
+        self._biases: dict[str, dict[str, np.ndarray]] = {}
+        self._rows = {
+            "q": config.num_q_heads * config.head_dim,
+            "k": config.num_kv_heads * config.head_dim,
+            "v": config.num_kv_heads * config.head_dim,
+            "gate": config.intermediate_size,
+            "up": config.intermediate_size,
+        }
+
+    def add(self, source: TensorSource | QuantizedSource, name: str, placement: Placement) -> None:
+        path, _, weight = placement.path.rpartition(".")
+        together, before, rows = self._joined(path, placement.shape[0])
+        kind = self._plan.of(together)
+        if kind is None:
+            # Cast before it moves: half the bytes go to an accelerator.
+            value = from_file(source.read(name), placement).astype(self._dtype, order="C", copy=False)
+            self._put(placement.path, value)
+        elif weight == "bias":
+            self._biases.setdefault(together, {})[path] = from_file(source.read(name), placement)
+        else:
+            file, fmt = cast(QuantizedSource, source), WEIGHT_FORMATS[kind]
+            if together not in self._matrices:
+                self._matrices[together] = panels.empty_parts(fmt, rows, placement.shape[1])
+            raw = from_file(file.raw(name), replace(placement, transpose=False))
+            panels.pack(fmt, raw, self._matrices[together], before)
+            file.forget(name)
+
+    def _joined(self, path: str, rows: int) -> tuple[str, int, int]:
+        """The layer that holds ``path``, the rows before it there, and all rows."""
+        for together, parts in _TOGETHER:
+            for part in parts:
+                whole = path.removesuffix(part) + together
+                if path.endswith(part) and self._plan.of(whole) is not None:
+                    sizes = [self._rows[one.rpartition(".")[2]] for one in parts]
+                    return whole, sum(sizes[: parts.index(part)]), sum(sizes)
+        return path, 0, rows
+
+    def _put(self, path: str, value: np.ndarray) -> None:
+        keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+        self._params.append((keys, nnx.Param(jax.device_put(value))))  # which copies nothing that is aligned
+
+    def params(self) -> Params:
+        for path, parts in self._matrices.items():
+            for name, part in parts.items():
+                self._put(f"{path}.{name}", part)
+        for path, biases in self._biases.items():
+            joined = [part for together, parts in _TOGETHER if path.endswith(together) for part in parts]
+            ordered = [biases[path.removesuffix("attention.qkv") + part] for part in joined]
+            value = np.concatenate(ordered or list(biases.values()))
+            self._put(f"{path}.bias", value.astype(self._dtype))
+        return nnx.from_flat_state(self._params)
 
 
 def from_file(x: np.ndarray, placement: Placement) -> np.ndarray:

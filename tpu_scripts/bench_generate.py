@@ -30,7 +30,7 @@ from jaxpaged import GenerateStream, generate_stream
 from jaxpaged.attention.api import VARIABLE
 from jaxpaged.page_format import PAGE_FORMATS, check_page_size
 from model.config import ModelConfig, ModelError
-from model.llama import abstract_params, functional, random_params
+from model.llama import ModelFn, abstract_params, functional, random_params
 from model.loading import load_model, read_config
 from tpu_scripts.bench_paged_attention import line
 from tpu_scripts.common import (
@@ -90,17 +90,20 @@ class Model:
         except ModelError as error:
             parser.error(str(error))
         self.params: Any = None
+        self.function: ModelFn = functional(self.config, self.dtype)
 
     @property
     def bytes(self) -> int:
-        leaves = jax.tree.leaves(abstract_params(self.config, self.dtype))
+        known = abstract_params(self.config, self.dtype) if self.params is None else self.params
+        leaves = jax.tree.leaves(known)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     def load(self) -> None:
         if self.path is None:
             self.params = random_params(self.config, dtype=self.dtype)
         else:
-            self.params = load_model(self.path, dtype=self.dtype).params
+            loaded = load_model(self.path, dtype=self.dtype)
+            self.params, self.function = loaded.params, loaded.function
 
 
 def compile_streams(
@@ -110,8 +113,7 @@ def compile_streams(
     streams = {}
     for name in names:
         with forced(name):
-            function = functional(model.config, model.dtype)
-            stream = generate_stream(function, model.params, cache, prompts, **options)
+            stream = generate_stream(model.function, model.params, cache, prompts, **options)
             try:
                 stream.compile()
             except NotImplementedError as reason:

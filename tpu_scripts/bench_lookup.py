@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxpaged import PagedKVCache, generate_stream, lookup_stream
 from model import tiny
-from model.llama import functional
 from model.loading import LoadedModel, load_model
 from model.tiny.corpus import read_corpus
 
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("-r", "--repeat", type=int, default=15)
     args = parser.parse_args()
     loaded = load_model(args.model)
-    model = functional(loaded.config)
+    model = loaded.function
     print("| prompt | K | drafted | accepted | steps | plain t/s | lookup t/s | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, ids in texts(loaded).items():

@@ -50,10 +50,10 @@ def main() -> None:
 
     if args.model is None:
         config, params = SMOLLM2_135M, random_params(SMOLLM2_135M)
+        model = functional(config)
     else:
         loaded = load_model(args.model)
-        config, params = loaded.config, loaded.params
-    model = functional(config)
+        config, params, model = loaded.config, loaded.params, loaded.function
 
     def rate_of(
         measure: Callable[[GenerateStream, int], float],

@@ -22,7 +22,6 @@ import numpy as np
 
 from jaxpaged import PagedKVCache, generate
 from model import tiny
-from model.llama import functional
 from model.loading import LoadedModel, load_model
 
 _PAGE_SIZE = 32
@@ -40,7 +39,7 @@ class Workload:
     def __init__(self, loaded: LoadedModel, args: argparse.Namespace) -> None:
         rng = np.random.default_rng(args.seed)
         vocab = loaded.config.vocab_size
-        self.model, self.params = functional(loaded.config), loaded.params
+        self.model, self.params = loaded.function, loaded.params
         self.slots, self.batch_size = args.slots, args.batch_size
         self.outputs = lengths(rng, args.output, 4, args.prompts)
         self.prompts = [

@@ -24,7 +24,6 @@ import numpy as np
 
 from jaxpaged import PagedKVCache, beam_search, reserve, seq_remove, seq_reorder
 from model import tiny
-from model.llama import functional
 from model.loading import LoadedModel, load_model
 from model.tiny.corpus import read_corpus
 
@@ -94,7 +93,7 @@ def beams(loaded: LoadedModel, name: str, prompts: int, width: int, page_size: i
         page_size=page_size,
     )
     result, _ = beam_search(
-        functional(config),
+        loaded.function,
         loaded.params,
         cache,
         draw_prompts(loaded, lengths),

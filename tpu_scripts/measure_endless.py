@@ -22,7 +22,6 @@ import numpy as np
 
 from jaxpaged import PagedKVCache, check_invariants, seq_remove, seq_shift
 from model import tiny
-from model.llama import functional
 from model.loading import load_model
 from model.tiny.corpus import read_corpus
 
@@ -76,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_model(args.model)
     config, params = loaded.config, loaded.params
-    model = functional(config)
+    model = loaded.function
     pages = -(-args.n_ctx // _PAGE_SIZE) + 2
 
     def empty() -> PagedKVCache:

@@ -48,7 +48,7 @@ import numpy as np
 from jaxpaged.app.cache_type import CacheType, bits_per_value, check_formats
 from jaxpaged.app.divergence import Divergence, Estimate
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.loading import ModelChoice, ReadyModel, open_model
 from jaxpaged.app.perplexity import BASE, HELD_OUT, chunks_of, context_of, read_text, tokens_of
 from jaxpaged.app.scoring import Scores, default_parallel, score
 from jaxpaged.page_format import PAGE_FORMATS, check_page_size
@@ -296,7 +296,7 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
       InputError: anything about the arguments that cannot be used.
     """
     text = read_text(args.file)
-    ready = open_model(args.model, None, dtype=args.dtype, offline=True)
+    ready = open_model(ModelChoice(args.model, args.dtype, exact=True))  # pages alone are to differ
     config, tokenizer = ready.loaded.config, ready.loaded.tokenizer
     n_ctx = context_of(config.context_length, args.context)
     for distance in args.distances:

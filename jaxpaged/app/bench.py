@@ -24,6 +24,7 @@ from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.options import Weights
 
 _SEED = 0
 
@@ -36,6 +37,8 @@ class BenchOptions:
     hf: str | None
     offline: bool
     dtype: str
+    weights: Weights
+    exact: bool
     n_prompt: tuple[int, ...]
     n_gen: tuple[int, ...]
     batch: tuple[int, ...]
@@ -202,7 +205,7 @@ def run(options: BenchOptions) -> None:
     if not tests:
         raise InputError("nothing to measure: -p and -n are both 0")
     check_hadamard(options.hadamard, *(options.cache_type_k or ()), *(options.cache_type_v or ()))
-    ready = open_model(options.model, options.hf, dtype=options.dtype, offline=options.offline)
+    ready = open_model(options)
     caches = caches_of(options, ready.dtype)
     longest = max(map(sum, tests)) + max(options.depth)
     trained = ready.loaded.config.context_length

@@ -195,9 +195,9 @@ The text is cut into chunks of -c tokens, and the second half of each is scored:
 scores. Where the model begins texts with a token, each chunk has it in the place of its first one. Errors (+/-) are
 one standard error over tokens.
 
-With --kl-divergence every chunk is read twice, through f32 pages and through those of -ctk and -ctv, and their
-predictions are compared over the whole vocabulary; no file of logits is needed. A divergence is seen long before a
-change of perplexity is.
+With --kl-divergence every chunk is read twice, with exact products through f32 pages, and as asked through those of
+-ctk and -ctv, and their predictions are compared over the whole vocabulary; no file of logits is needed. A divergence
+is seen long before a change of perplexity is. With --exact pages alone make it, with f32 pages products alone.
 
 -ub is a part of the question: some formats keep the newest page of a sequence in 16 bits until it is full, so
 what a token sees depends on how many come at once. -ub 512 reads as a prompt is read, -ub 1 as decoding does.
@@ -219,7 +219,7 @@ what a token sees depends on how many come at once. -ub 512 reads as a prompt is
     option("Steps", "-np", "--parallel", type=_AT_LEAST_1, metavar="N",
            help="Chunks side by side.  [default: what makes 512 tokens a step, 32 at most]"),
     page_options(),
-    option("Output", "--kl-divergence", is_flag=True, help="Compare with a cache of f32, token by token."),
+    option("Output", "--kl-divergence", is_flag=True, help="Compare with exact products and f32 pages, by token."),
     option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
     option("Output", "--log-disable", "log", is_flag=True, flag_value=False, default=True,
            help="Print nothing but errors on stderr."),

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
-from model.llama import ModelFn, functional
-from model.loading import LoadedModel, load_model
+from model.llama import ModelFn
+from model.loading import LoadedModel, Weights, load_model
 
 _DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 
@@ -31,28 +31,60 @@ class ReadyModel:
     load_ms: float
 
 
-def open_model(
-    path: Path | None, hf: str | None, *, dtype: str, offline: bool, show_progress: bool = True
-) -> ReadyModel:
+class ModelOptions(Protocol):
+    """The flags that say which model, and how it is to be in memory."""
+
+    @property
+    def model(self) -> Path | None: ...
+    @property
+    def hf(self) -> str | None: ...
+    @property
+    def offline(self) -> bool: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def weights(self) -> Weights: ...
+    @property
+    def exact(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """``ModelOptions`` of a program that has not all of those flags."""
+
+    model: Path | None
+    dtype: str
+    hf: str | None = None
+    offline: bool = True
+    weights: Weights = "auto"
+    exact: bool = False
+
+
+def open_model(options: ModelOptions, *, show_progress: bool = True) -> ReadyModel:
     """Loads the model that ``-m`` or ``-hf`` names, else the embedded one.
 
     Raises:
       InputError: no such file, not a model, a model that cannot be used, or a download that fails.
     """
+    dtype = options.dtype
     if dtype == "auto":
         dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
     start = time.perf_counter()
     try:
-        file = model_file(path, hf, offline)
+        file = model_file(options.model, options.hf, options.offline)
         with _progress(show_progress, file.name) as report:
-            loaded = load_model(file, dtype=_DTYPES[dtype], progress=report)
+            loaded = load_model(
+                file, dtype=_DTYPES[dtype], weights=options.weights, exact=options.exact, progress=report
+            )
     except OSError as error:
-        raise InputError(f"{error.filename or path or hf}: {error.strerror or error}") from error
+        raise InputError(
+            f"{error.filename or options.model or options.hf}: {error.strerror or error}"
+        ) from error
     except ValueError as error:  # ModelError and the tokenizer's errors: one line that names the file
         raise InputError(str(error)) from error
     jax.block_until_ready(loaded.params)
     load_ms = 1e3 * (time.perf_counter() - start)
-    return ReadyModel(loaded, functional(loaded.config, _DTYPES[dtype]), dtype, load_ms)
+    return ReadyModel(loaded, loaded.function, dtype, load_ms)
 
 
 def model_file(path: Path | None, hf: str | None, offline: bool) -> Path:

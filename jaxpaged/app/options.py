@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 
 from jaxpaged.app.llama_flags import GroupedOption
 
 DTYPES = ("f32", "bf16", "f16")
+Weights = Literal["auto", "stored", "dequantized"]
+"""The names of ``model.loading.Weights``, which is built on JAX."""
 CACHE_TYPES = (
     *DTYPES, "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",
 )  # fmt: skip
@@ -28,6 +30,8 @@ class GenerateOptions:
     hf: str | None
     offline: bool
     dtype: str
+    weights: Weights
+    exact: bool
     threads: int | None
     prompt: str | None
     file: str | None
@@ -204,6 +208,12 @@ MODEL_OPTIONS = (
     *WHICH_MODEL,
     option("Model", "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True,
            help="Numbers to compute in; auto is f32 on CPU and bf16 elsewhere."),
+    option("Model", "--weights", type=click.Choice(get_args(Weights)), default="auto", show_default=True,
+           help="Quantized weights of a GGUF file stay as stored in memory, or become --dtype; auto: stored where a "
+                "kernel reads them so (CPUs with numba)."),
+    option("Model", "--exact/--no-exact", default=False, show_default="off",
+           help="Products with stored weights take activations as they are, not as 16-bit numbers: as exact as "
+                "dequantized weights, and slower."),
     option("Model", "-t", "--threads", type=_AT_LEAST_1, metavar="N",
            help="CPU threads.  [default: one for each core]"),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.divergence import Divergence, pair, percent, perplexity, running_perplexity
 from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.options import Weights
 from jaxpaged.app.prompt import read_file
 from jaxpaged.app.scoring import Scores, cut, default_parallel, score
 from model.tokenizer import Tokenizer
@@ -41,6 +42,8 @@ class PerplexityOptions:
     hf: str | None
     offline: bool
     dtype: str
+    weights: Weights
+    exact: bool
     file: str | None
     ctx_size: int | None
     """None = 512, or the model's context where that is shorter; 0 = the model's."""
@@ -74,7 +77,7 @@ def run(options: PerplexityOptions) -> None:
         raise InputError("--chunks 0: there is nothing to measure")
     check_hadamard(o.hadamard, o.cache_type_k, o.cache_type_v)  # before a model is loaded for nothing
     text = read_text(o.file)
-    ready = open_model(o.model, o.hf, dtype=o.dtype, offline=o.offline, show_progress=o.log)
+    ready = open_model(o, show_progress=o.log)
     kind = CacheType.of(o.cache_type_k or ready.dtype, o.cache_type_v or ready.dtype, o.hadamard)
     n_ctx = context_of(ready.loaded.config.context_length, o.ctx_size)
     tokens = tokens_of(ready.loaded.tokenizer, text)
@@ -101,6 +104,7 @@ def run(options: PerplexityOptions) -> None:
     result: dict[str, Any] = {
         "model": ready.loaded.description,
         "dtype": ready.dtype,
+        "exact": ready.loaded.function is ready.loaded.exact_function,
         "n_ctx": n_ctx,
         "chunks": len(chunks),
         "step": step,
@@ -168,7 +172,15 @@ def _measured(
     """The scores of each cache over all chunks; the estimates up to each chunk are printed as they come."""
     loaded = ready.loaded
     parallel = caches[0].max_seqs
-    groups = score(ready.call, loaded.params, loaded.config.vocab_size, caches, chunks, step=options.step)
+    groups = score(
+        ready.call,
+        loaded.params,
+        loaded.config.vocab_size,
+        caches,
+        chunks,
+        step=options.step,
+        base=loaded.exact_function if options.kl_divergence else None,
+    )
     found: list[Scores] = []
     printed, start = 0, 0.0
     for number, group in enumerate(groups):

@@ -179,6 +179,7 @@ def score(
     chunks: np.ndarray,
     *,
     step: int,
+    base: ModelFn | None = None,
 ) -> Iterator[list[Scores]]:
     """Reads chunks through caches and scores their second halves, ``max_seqs`` chunks at a time.
 
@@ -190,6 +191,7 @@ def score(
         tokens of each sequence; they are donated.
       chunks: i32[C, n_ctx], see ``cut``.
       step: tokens of each chunk that one step computes; 1 feeds them as decoding does.
+      base: the model as the first cache has it; None = ``model``.
 
     Yields:
       For each group of chunks, in order: the scores of each cache.
@@ -216,17 +218,17 @@ def score(
         caches = [_clear(cache) for cache in caches]
         found: list[list[tuple[Array, ...]]] = [[] for _ in caches]
         for piece in pieces:
-            base = None
+            compared_with = None
             places = np.resize(piece.targets, (room[piece.shape], piece.shape.scored))
             targets = jnp.asarray(padded[:, places].swapaxes(0, 1))
             for i, cache in enumerate(caches):
                 caches[i], logits = _read(
-                    model, vocab_size, piece.shape, room[piece.shape], params, cache, padded,
-                    len(group), piece.start, piece.steps,
+                    model if i or base is None else base, vocab_size, piece.shape, room[piece.shape], params, cache,
+                    padded, len(group), piece.start, piece.steps,
                 )  # fmt: skip
                 if piece.shape.scored:
-                    found[i].append(_compare(base, logits, targets))
-                    base = logits if base is None else base
+                    found[i].append(_compare(compared_with, logits, targets))
+                    compared_with = logits if compared_with is None else compared_with
         scored = [piece for piece in pieces if piece.shape.scored]
         yield [_gathered(scored, parts, len(group)) for parts in found]
 

@@ -57,13 +57,7 @@ class Session:
             raise InputError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
         check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
         film = PageFilm.open(options)
-        ready = open_model(
-            options.model,
-            options.hf,
-            dtype=options.dtype,
-            offline=options.offline,
-            show_progress=options.log,
-        )
+        ready = open_model(options, show_progress=options.log)
         trained = ready.loaded.config.context_length
         session = cls(
             options,

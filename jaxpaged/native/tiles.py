@@ -312,7 +312,7 @@ def transpose(source: int, lds: int, target: int, ldt: int, m: int, n: int) -> N
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _write_exp(c: Code, x: Any) -> Any:
+def write_exp(c: Code, x: Any) -> Any:
     """e ** x for x <= 0, to 1e-7 of it; 0 below -87, where float32 ends.
 
     x = n ln 2 + r, and e ** r by a polynomial (Cephes, S. Moshier 1992); 2 ** n is made of exponent bits.
@@ -336,7 +336,7 @@ def _write_row_exp(c: Code, row: Any, n: Any, maximum: Any) -> Any:
     top = c.spread(maximum)
     with c.loop(n, WIDTH) as i:
         where = c.at(row, i)
-        value = _write_exp(c, c.b.fsub(c.load(where), top))
+        value = write_exp(c, c.b.fsub(c.load(where), top))
         c.store(value, where)
         c.b.store(c.add(c.get(total), value), total)
     return c.b.extract_element(c.halves(c.get(total), c.add, 1), _I32(0))
@@ -365,7 +365,7 @@ def _write_row_cap(c: Code, row: Any, n: Any, cap: Any) -> None:
     bound, one = c.spread(cap), c.constant(1.0)
     with c.loop(n, WIDTH) as i:
         y = c.b.fdiv(c.load(c.at(row, i)), bound)
-        e = _write_exp(c, c.b.fmul(c.call("fabs", y), c.constant(-2.0)))
+        e = write_exp(c, c.b.fmul(c.call("fabs", y), c.constant(-2.0)))
         size = c.b.fdiv(c.b.fsub(one, e), c.add(one, e))
         c.store(c.b.fmul(bound, c.call("copysign", size, y)), c.at(row, i))
 

@@ -85,7 +85,7 @@ def main() -> None:
     print(f"steps {log[-1]['step']}, tokens {log[-1]['tokens']}, seconds {log[-1]['seconds']:.0f}")
     print(f"held out: {len(held_out)} files, {num_bytes} bytes, {sum(map(len, held_out))} tokens")
     print(f"bits per byte: float32 {evaluate(params, held_out, num_bytes, end).bits_per_byte:.4f}")
-    quantized = load_model(PATH).params
+    quantized = load_model(PATH, weights="dequantized").params
     print(f"bits per byte: Q8_0 file {evaluate(quantized, held_out, num_bytes, end).bits_per_byte:.4f}")
     print(f"bits per byte: xz -9 {together:.4f} in one stream, {alone:.4f} file by file")
     print(f"{PATH.name}: {PATH.stat().st_size} bytes")

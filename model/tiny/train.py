@@ -123,7 +123,7 @@ def starting_params(init: Path | None, tokenizer: Tokenizer, seed: int) -> Any:
     """
     if init is None:
         return random_params(CONFIG, seed=seed)
-    loaded = load_model(init)
+    loaded = load_model(init, weights="dequantized")
     same_sizes = (loaded.config.num_layers, loaded.config.hidden_size) == (
         CONFIG.num_layers,
         CONFIG.hidden_size,

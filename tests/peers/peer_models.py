@@ -22,7 +22,6 @@ from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.generation import generate
 from model.config import ModelConfig
-from model.llama import functional
 from model.loading import LoadedModel
 
 VOCAB_SIZE = 300
@@ -183,7 +182,7 @@ class Run:
     """Sequences side by side: ragged prefill in steps, then a token each at a time."""
 
     def __init__(self, loaded: LoadedModel, kind: str, count: int) -> None:
-        self.model, self.params = functional(loaded.config), loaded.params
+        self.model, self.params = loaded.function, loaded.params
         self.cache = empty_cache(loaded.config, kind, count)
         self.rows: list[list[np.ndarray]] = [[] for _ in range(count)]
 
@@ -245,7 +244,7 @@ def greedy_by_steps(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[in
 def our_greedy(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[int]]) -> list[list[int]]:
     """``GREEDY_STEPS`` tokens behind each prompt, by ``jaxpaged.generate``."""
     result, _ = generate(
-        functional(loaded.config),
+        loaded.function,
         loaded.params,
         empty_cache(loaded.config, kind, len(starts)),
         starts,

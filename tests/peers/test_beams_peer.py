@@ -18,7 +18,6 @@ from conftest import Measured
 from jaxpaged.beams import beam_search
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.invariants import check_invariants
-from model.llama import functional
 from model.loading import load_model
 
 LIMIT = 24
@@ -91,7 +90,7 @@ def test_sequences_and_scores_are_those_of_transformers(
             "early_stopping": early_stopping,
         }
         result, cache = beam_search(
-            functional(config),
+            loaded.function,
             loaded.params,
             cache,
             starts,

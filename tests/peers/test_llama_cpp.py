@@ -225,7 +225,7 @@ def test_weights_that_llama_cpp_quantized_are_what_it_dequantizes_them_to(
 def test_a_file_that_llama_cpp_quantized_gives_the_logits_of_its_weights(
     llama_cpp: LlamaCpp, unquantized: np.ndarray, quantized: Quantized, measured: Measured
 ) -> None:
-    loaded = load_model(quantized.path)
+    loaded = load_model(quantized.path, exact=True)
     assert loaded.description.endswith(f" {quantized.file_type}")
     ours = np.concatenate(peer.our_logits(loaded, "paged", peer.texts_to_score()))
     # The same weights as float32, where llama.cpp rounds nothing.
@@ -272,7 +272,7 @@ def test_the_embedded_model_as_q4_k_m_gives_the_logits_and_greedy_tokens_of_its_
     quantized = quantize(llama_cpp, tiny.PATH, "Q4_K_M", tmp_path)
     types = {tensor.dtype for tensor in GGUFFile(quantized.path).tensors.values()}
     assert types == {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}
-    loaded = load_model(quantized.path)
+    loaded = load_model(quantized.path, exact=True)
     ours = np.concatenate(peer.our_logits(loaded, "paged", peer.texts_to_score()))
     same_weights = evaluated(llama_cpp, quantized.dequantized, steps=peer.GREEDY_STEPS)
     theirs = evaluated(llama_cpp, quantized.path)["logits"]

@@ -143,6 +143,7 @@ def _words(server_args: str) -> list[str]:
 
 _PASSED = {
     "model": "--model", "hf": "--hf-repo", "offline": "--offline", "dtype": "--dtype", "threads": "--threads",
+    "weights": "--weights", "exact": "--exact",
     "batch_size": "--batch-size", "page_size": "--page-size", "cache_type_k": "--cache-type-k",
     "cache_type_v": "--cache-type-v", "hadamard": "--hadamard",
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.options import MODEL_OPTIONS, FiniteFloat, chain, option, page_options
+from jaxpaged.app.options import MODEL_OPTIONS, FiniteFloat, Weights, chain, option, page_options
 
 _AT_LEAST_1 = click.IntRange(min=1)
 _LONGEST_CONTEXT = 2**24
@@ -29,6 +29,8 @@ class ServeOptions:
     hf: str | None = None
     offline: bool = False
     dtype: str = "auto"
+    weights: Weights = "auto"
+    exact: bool = False
     threads: int | None = None
     alias: tuple[str, ...] = ()
     """Names of the model; none: the file's."""

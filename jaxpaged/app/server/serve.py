@@ -145,9 +145,7 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
 def _build(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     from jaxpaged.app.server.building import build_engine
 
-    ready = open_model(
-        options.model, options.hf, dtype=options.dtype, offline=options.offline, show_progress=options.log
-    )
+    ready = open_model(options, show_progress=options.log)
     model = _served(options, ready)
     if options.log:
         say(f"model = {ready.loaded.path}, {ready.loaded.description}, computing in {ready.dtype}")

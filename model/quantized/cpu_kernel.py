@@ -1,0 +1,282 @@
+"""The kernel of products with quantized matrices on CPUs: what a call does before, between and after the products.
+
+A call computes ``f(norm(x) @ W.T)`` whole, so that a layer is a few calls: rows of ``x`` may be normed first (RMSNorm),
+and of a matrix that holds two, gate and up, ``silu(gate) * up`` is what leaves; else something may be added. Pieces are
+a run of panels times some rows. Each weight is read once for all rows of a piece.
+
+The file is loaded once for each format and exactness, see ``cpu.py``: numba compiles what the module's name asks for.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxpaged.native.ffi import (
+    JOB,
+    answers_query,
+    argument,
+    data,
+    new_job,
+    next_piece,
+    num_threads,
+    piece_done,
+    release,
+    result,
+    run_pieces,
+    size,
+)
+from jaxpaged.native.memory import (
+    free,
+    load_f32,
+    load_i32,
+    load_i64,
+    malloc,
+    store_f32,
+    store_i64,
+    symbol,
+)
+from jaxpaged.native.tiles import f32, i64, inlined, njit
+from model.quantized.cpu_vectors import (
+    ROW_SIZES,
+    added,
+    copied,
+    gated,
+    group_sums,
+    panel_product,
+    quantize_row,
+    scaled,
+    square_sum,
+)
+from model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS
+from model.quantized.panels import ROWS
+
+_VARIANT = __name__.rpartition(".")[2].removeprefix("cpu_kernel_").split("__")
+FORMAT = WEIGHT_FORMATS.get(_VARIANT[0], WEIGHT_FORMATS["Q8_0"])
+EXACT = _VARIANT[-1] == "exact"
+NAME = f"jaxpaged_product_{FORMAT.name}{'_exact' if EXACT else ''}"
+_TASK = f"{NAME}_task"
+
+_PIECE_ROWS = 64
+"""Rows of a piece: with 2,000 columns, they and a panel stay in the second-level cache."""
+_SHARED_ROWS = 16
+"""Up to so many rows, the thread of the call prepares them alone: the others would start later than it ends."""
+_PIECES_A_THREAD = 4
+_SMALL = 1 << 18
+"""Bytes of codes, times rows, below which one thread does all: another one takes some microseconds to begin."""
+
+# What a job holds, by index: addresses of inputs, then the rest.
+INPUTS = 10
+(X, NORM, ADD, CODES, SCALES, STEPS, MINIMA, MIN_STEPS, NUMBERS, OPTIONS) = range(JOB, JOB + INPUTS)
+(
+    OUT, TOKENS, COLUMNS, OUTPUTS, PANELS, GATED, NORMED, ADDED, STAGE, RUN, RUNS, ACTIVATIONS, WIDTH_A, FACTORS,
+    STARTS, SUMS,
+) = range(JOB + INPUTS, JOB + INPUTS + 16)  # fmt: skip
+JOB_SIZE = INPUTS + 16
+_PREPARE, _MULTIPLY = 0, 1
+
+_CODE_BYTES = 4 * ROWS * FORMAT.bits
+_GROUP, _HAS_MINIMA, _HAS_STEPS = FORMAT.group, FORMAT.has_minima, FORMAT.has_steps
+_MOST_ROWS = ROW_SIZES[-1]
+_products = [panel_product(FORMAT, rows, EXACT) for rows in ROW_SIZES]
+_one, _two, _four = _products[:3]
+_most = _products[-1]
+_quantize = quantize_row(FORMAT)
+_group_sums = group_sums(FORMAT)
+
+
+@njit
+def _prepare(job: int, first: int, count: int) -> None:
+    """Norms and quantizes rows of ``x``."""
+    columns = load_i64(job, COLUMNS)
+    blocks, groups = columns // BLOCK, columns // _GROUP
+    for t in range(first, first + count):
+        row = load_i64(job, X) + 4 * t * columns
+        into = load_i64(job, ACTIVATIONS) + t * load_i64(job, WIDTH_A)
+        sums = load_i64(job, SUMS) + 4 * t * groups
+        space = i64(0)
+        if load_i64(job, NORMED) != 0:
+            mean = square_sum((row, columns)) / f32(columns)
+            factor = f32(1) / f32(math.sqrt(mean + load_f32(load_i64(job, NUMBERS), 0)))
+            if EXACT:
+                scaled((row, load_i64(job, NORM), factor, into, columns))
+                row = into
+            else:
+                space = malloc(4 * columns)
+                scaled((row, load_i64(job, NORM), factor, space, columns))
+                row = space
+        if EXACT:
+            if _HAS_MINIMA:
+                _group_sums((row, blocks, sums))
+        else:
+            factors, starts = load_i64(job, FACTORS) + 4 * t * blocks, load_i64(job, STARTS) + 4 * t * groups
+            _quantize((row, blocks, into, factors, starts, sums))
+            if space != 0:
+                free(space)
+
+
+@njit
+def _times_panel(job: int, panel: int, first: int, rows: int, out: int) -> None:
+    """``out[rows, 16]``: some rows times one panel."""
+    columns = load_i64(job, COLUMNS)
+    blocks, groups = columns // BLOCK, columns // _GROUP
+    scales_in_row = columns // SUPER_BLOCK if _HAS_STEPS else groups
+    args = (
+        load_i64(job, CODES) + panel * blocks * _CODE_BYTES,
+        load_i64(job, SCALES) + panel * scales_in_row * 2 * ROWS,
+        load_i64(job, STEPS) + panel * groups * ROWS,
+        load_i64(job, MINIMA) + panel * scales_in_row * 2 * ROWS,
+        load_i64(job, MIN_STEPS) + panel * groups * ROWS,
+        blocks,
+        load_i64(job, ACTIVATIONS) + first * load_i64(job, WIDTH_A),
+        load_i64(job, WIDTH_A),
+        load_i64(job, FACTORS) + 4 * first * blocks,
+        load_i64(job, STARTS) + 4 * first * groups,
+        load_i64(job, SUMS) + 4 * first * groups,
+        groups,
+        out,
+    )
+    if rows >= 8:
+        _most(args)
+    elif rows >= 4:
+        _four(args)
+    elif rows >= 2:
+        _two(args)
+    else:
+        _one(args)
+
+
+@njit
+def _taken(rows: int) -> int:
+    """How many of ``rows`` rows one product takes."""
+    if rows >= _MOST_ROWS:
+        return _MOST_ROWS
+    return 4 if rows >= 4 else (2 if rows >= 2 else 1)
+
+
+@njit
+def _write(job: int, panel: int, first: int, rows: int, sums: int) -> None:
+    """What becomes of a tile's sums, those of up behind those of gate."""
+    outputs = load_i64(job, OUTPUTS)
+    here = min(outputs - panel * ROWS, ROWS)
+    is_gated, is_added = load_i64(job, GATED) != 0, load_i64(job, ADDED) != 0
+    for r in range(rows):
+        at = (first + r) * outputs + panel * ROWS
+        mine, out = sums + 4 * ROWS * r, load_i64(job, OUT) + 4 * at
+        if is_gated:
+            gated((mine, sums + 4 * ROWS * (_MOST_ROWS + r), mine))
+        if here < ROWS:
+            for i in range(here):
+                value = load_f32(mine, i)
+                if is_added:
+                    value += load_f32(load_i64(job, ADD), at + i)
+                store_f32(out, i, value)
+        elif is_added:
+            added((mine, load_i64(job, ADD) + 4 * at, out))
+        else:
+            copied((mine, out))
+
+
+@inlined
+def _multiply(job: int, index: int, sums: int) -> None:
+    """One piece: a run of panels, some rows."""
+    runs, run = load_i64(job, RUNS), load_i64(job, RUN)
+    panels, tokens = load_i64(job, PANELS), load_i64(job, TOKENS)
+    begin = index // runs * _PIECE_ROWS
+    end = min(begin + _PIECE_ROWS, tokens)
+    for panel in range(index % runs * run, min((index % runs + 1) * run, panels)):
+        row = begin
+        while row < end:
+            rows = _taken(end - row)
+            _times_panel(job, panel, row, rows, sums)
+            if load_i64(job, GATED) != 0:
+                _times_panel(job, panels + panel, row, rows, sums + 4 * ROWS * _MOST_ROWS)
+            _write(job, panel, row, rows, sums)
+            row += rows
+
+
+def task(job: int) -> int:
+    """Does pieces until there is none left."""
+    index = next_piece(job)
+    if index >= 0:
+        memory = malloc(8 * ROWS * _MOST_ROWS + 64)
+        sums = (memory + 63) // 64 * 64
+        while index >= 0:
+            if load_i64(job, STAGE) == _PREPARE:
+                first = index * _SHARED_ROWS
+                _prepare(job, first, min(load_i64(job, TOKENS) - first, _SHARED_ROWS))
+            else:
+                _multiply(job, index, sums)
+            piece_done(job)
+            index = next_piece(job)
+        free(memory)
+    release(job)
+    return 0
+
+
+@inlined
+def _read_call(call: int, job: int) -> None:
+    for i in range(INPUTS):
+        store_i64(job, JOB + i, data(argument(call, i)))
+    x, codes, out = argument(call, X - JOB), argument(call, CODES - JOB), result(call, 0)
+    is_gated = i64(load_i32(load_i64(job, OPTIONS), 0))
+    store_i64(job, OUT, data(out))
+    store_i64(job, TOKENS, size(x, 0))
+    store_i64(job, COLUMNS, size(x, 1))
+    store_i64(job, OUTPUTS, size(out, 1))
+    store_i64(job, GATED, is_gated)
+    store_i64(job, PANELS, size(codes, 0) // 2 if is_gated != 0 else size(codes, 0))
+    store_i64(job, NORMED, size(argument(call, NORM - JOB), 0))
+    store_i64(job, ADDED, size(argument(call, ADD - JOB), 0))
+
+
+@inlined
+def _take_memory(job: int) -> int:
+    """What activations become; the address to be freed."""
+    tokens, columns = load_i64(job, TOKENS), load_i64(job, COLUMNS)
+    groups = columns // _GROUP
+    own = not EXACT or load_i64(job, NORMED) != 0
+    store_i64(job, WIDTH_A, (4 if EXACT else 2) * columns)
+    width = load_i64(job, WIDTH_A) if own else 0
+    memory = malloc(tokens * (width + 4 * (columns // BLOCK) + 8 * groups) + 64)
+    place = (memory + 63) // 64 * 64
+    store_i64(job, ACTIVATIONS, place if own else load_i64(job, X))
+    place += tokens * width
+    store_i64(job, FACTORS, place)
+    place += 4 * tokens * (columns // BLOCK)
+    store_i64(job, STARTS, place)
+    store_i64(job, SUMS, place + 4 * tokens * groups)
+    return memory
+
+
+def handler(call: int) -> int:
+    """What XLA calls."""
+    if answers_query(call):
+        return 0
+    job = new_job(JOB_SIZE)
+    _read_call(call, job)
+    memory = _take_memory(job)
+    tokens, panels, columns = load_i64(job, TOKENS), load_i64(job, PANELS), load_i64(job, COLUMNS)
+    threads = num_threads(call)
+    if tokens <= _SHARED_ROWS:
+        _prepare(job, 0, tokens)
+    else:
+        # A job of its own: a thread that comes late may still hold it when the next one has begun.
+        first = new_job(JOB_SIZE)
+        for i in range(JOB, JOB + JOB_SIZE):
+            store_i64(first, i, load_i64(job, i))
+        store_i64(first, STAGE, _PREPARE)
+        run_pieces(call, first, -(-tokens // _SHARED_ROWS), threads, symbol(_TASK))
+        release(first)
+    if panels * (columns // BLOCK) * _CODE_BYTES * tokens < _SMALL:
+        threads = 1
+    blocks_of_rows = -(-tokens // _PIECE_ROWS)
+    wanted = max(threads * _PIECES_A_THREAD // blocks_of_rows, 1) if threads > 1 else 1
+    run = -(-panels // wanted)
+    runs = -(-panels // run)
+    store_i64(job, STAGE, _MULTIPLY)
+    store_i64(job, RUN, run)
+    store_i64(job, RUNS, runs)
+    run_pieces(call, job, runs * blocks_of_rows, threads, symbol(_TASK))
+    free(memory)
+    release(job)
+    return 0

@@ -1,0 +1,475 @@
+"""Products of a panel's block with rows of activations, as vector instructions for numba functions.
+
+Sixteen lanes are sixteen rows of the matrix, see ``panels.py``. Activations become whole numbers of 16 bits, with a
+scale for each block of 32, and four columns at a time go into a sum of whole numbers: two instructions where the CPU
+has AVX-512 VNNI or Arm's dot product. (ggml's kernels take activations of 8 bits, one instruction; a small model's
+predictions are off by a mean KL divergence of 2e-4 then, docs/performance.md, and with 16 bits by 1e-8.) A group's
+sum starts at ``-zero`` times the sum of the activations, so that codes need not be moved to signed numbers. Exact
+products take activations as float32, and codes are widened in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import config, types
+
+from jaxpaged.native.memory import pointer
+from jaxpaged.native.tiles import WIDTH, Code, instructions, write_exp
+from model.quantized.formats import BLOCK, WeightFormat
+from model.quantized.panels import QUADS, ROWS
+
+_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+_F16, _F32 = ir.HalfType(), ir.FloatType()
+_WORDS, _FLOATS = ir.VectorType(_I32, ROWS), ir.VectorType(_F32, ROWS)
+_BYTES, _PAIRS = ir.VectorType(_I8, 4 * ROWS), ir.VectorType(_I16, 2 * ROWS)
+_QUAD = 4
+
+
+def _host_has(*features: str) -> bool:
+    """Whether code is compiled for a CPU that has all of them; NUMBA_CPU_FEATURES speaks for another."""
+    if config.CPU_NAME:
+        return {f"+{feature}" for feature in features} <= set((config.CPU_FEATURES or "").split(","))
+    return all(llvm.get_host_cpu_features().get(feature) for feature in features)
+
+
+def _instruction_set() -> str:
+    machine = llvm.get_process_triple().split("-")[0]
+    if machine == "x86_64":
+        if _host_has("avx512f", "avx512bw", "avx512vnni"):
+            return "avx512vnni"
+        return "avx2" if _host_has("avx2") else "any"
+    return "neon" if machine in ("aarch64", "arm64") and _host_has("dotprod") else "any"
+
+
+INSTRUCTIONS = _instruction_set()
+"""Which instructions multiply whole numbers: "avx512vnni", "avx2", "neon" or "any"."""
+_AHEAD = 4096
+"""How far before they are read codes are asked for, in bytes: with 8 rows of activations, a CPU looks less than two
+blocks ahead by itself, and waits for memory instead of computing meanwhile; 8 rows of Q8_0 take 0.73 of the time."""
+ROW_SIZES = (1, 2, 4, 8) if _host_has("avx512f") else (1, 2, 4)
+"""Rows of activations that a product takes at once: their sums stay in registers."""
+
+
+def _load(c: Code, address: Any, kind: Any) -> Any:
+    return c.b.load(pointer(c.b, address, kind), align=1, typ=kind)
+
+
+def _offset(c: Code, address: Any, index: Any, size: int) -> Any:
+    return c.b.add(address, c.b.mul(index, _I64(size)))
+
+
+def _prefetch(c: Code, address: Any, lines: int) -> None:
+    """Asks for lines of 64 bytes that are read soon; any address may be named."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
+    name = "llvm.prefetch.p0"
+    function = c.b.module.globals.get(name) or ir.Function(c.b.module, kind, name)
+    for i in range(lines):
+        place = pointer(c.b, c.b.add(address, _I64(64 * i)), _I8)
+        c.b.call(function, [place, _I32(0), _I32(3), _I32(1)])
+
+
+def _split(value: Any, c: Code, parts: int) -> list[Any]:
+    width = value.type.count // parts
+    return [c.shuffle(value, value, list(range(i * width, (i + 1) * width))) for i in range(parts)]
+
+
+def _join(c: Code, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        count = parts[0].type.count
+        parts = [
+            c.shuffle(a, b, list(range(2 * count))) for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
+
+
+def _intrinsic(c: Code, name: str, result: Any, *args: Any) -> Any:
+    kind = ir.FunctionType(result, [value.type for value in args])
+    function = c.b.module.globals.get(name) or ir.Function(c.b.module, kind, name)
+    return c.b.call(function, args)
+
+
+# --- sums of four products --------------------------------------------------------------------------------------
+#
+# Activations are whole numbers of 16 bits. The four of a quad take two words: what is multiplied with the even and with
+# the odd bytes of a code's word; on Arm, whose instruction multiplies bytes, their high and their low bytes.
+
+SIXTEEN_BITS = 127 * 256
+"""What a block's largest activation becomes: its high byte is at most 127, when the low one has a sign of its own."""
+
+
+def _madd_vnni(c: Code, total: Any, codes: Any, factors: Any) -> Any:
+    # Until LLVM 21 the intrinsic had pairs as words; LLVM reads that form from text in later versions, too.
+    name = "llvm.x86.avx512.vpdpwssd.512"
+    if llvm.llvm_version_info[0] < 22:
+        return _intrinsic(c, name, _WORDS, total, codes, factors)
+    return _intrinsic(c, name, _WORDS, total, c.b.bitcast(codes, _PAIRS), c.b.bitcast(factors, _PAIRS))
+
+
+def _madd_avx2(c: Code, total: Any, codes: Any, factors: Any) -> Any:
+    name, half = "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, 8)
+    pairs = (_split(c.b.bitcast(x, _PAIRS), c, 2) for x in (codes, factors))
+    sums = [_intrinsic(c, name, half, a, b) for a, b in zip(*pairs, strict=True)]
+    return c.b.add(total, _join(c, sums))
+
+
+def _madd_any(c: Code, total: Any, codes: Any, factors: Any) -> Any:
+    sixteen = ir.Constant(_WORDS, [16] * ROWS)
+    high = c.b.mul(c.b.lshr(codes, sixteen), c.b.ashr(factors, sixteen))
+    low = c.b.mul(
+        c.b.and_(codes, ir.Constant(_WORDS, [0xFFFF] * ROWS)), c.b.ashr(c.b.shl(factors, sixteen), sixteen)
+    )
+    return c.b.add(total, c.b.add(high, low))
+
+
+class _OfPairs:
+    """Even and odd bytes of codes, as 16-bit numbers that are not negative."""
+
+    order = (0, 2, 1, 3)
+    signed = False
+
+    def __init__(self, madd: Callable[..., Any]) -> None:
+        self._madd = madd
+
+    def words(self, c: Code, whole: Any) -> Any:
+        """16 whole numbers as they are stored, bytes."""
+        pairs = c.b.trunc(whole, ir.VectorType(_I16, ROWS))
+        return c.shuffle(pairs, pairs, [4 * q + i for q in range(ROWS // 4) for i in self.order])
+
+    def codes(self, c: Code, quad: Any) -> list[Any]:
+        """What the two words of activations are multiplied with."""
+        low = ir.Constant(_WORDS, [0x00FF00FF] * ROWS)
+        return [c.b.and_(quad, low), c.b.and_(c.b.lshr(quad, ir.Constant(_WORDS, [8] * ROWS)), low)]
+
+    def begin(self, c: Code, start: Any) -> list[Any]:
+        """Sums of whole numbers that start at ``start``."""
+        return [start]
+
+    def add(self, c: Code, sums: list[Any], codes: list[Any], factors: list[Any]) -> list[Any]:
+        """``sums`` and the products of a quad."""
+        total = sums[0]
+        for code, factor in zip(codes, factors, strict=True):
+            total = self._madd(c, total, code, factor)
+        return [total]
+
+    def end(self, c: Code, sums: list[Any]) -> Any:
+        """The sum."""
+        return sums[0]
+
+
+class _OfBytes:
+    """High and low bytes of activations, each with a sum of its own: Arm's product of bytes, both signed."""
+
+    signed = True
+
+    def words(self, c: Code, whole: Any) -> Any:
+        eight, narrow = ir.Constant(_WORDS, [8] * ROWS), ir.VectorType(_I8, ROWS)
+        high = c.b.ashr(c.b.add(whole, ir.Constant(_WORDS, [128] * ROWS)), eight)
+        low = c.b.sub(whole, c.b.shl(high, eight))
+        order = [part + 4 * q + i for q in range(ROWS // 4) for part in (0, ROWS) for i in range(4)]
+        return c.shuffle(c.b.trunc(high, narrow), c.b.trunc(low, narrow), order)
+
+    def codes(self, c: Code, quad: Any) -> list[Any]:
+        return [quad]
+
+    def begin(self, c: Code, start: Any) -> list[Any]:
+        return [ir.Constant(_WORDS, [0] * ROWS), start]
+
+    def add(self, c: Code, sums: list[Any], codes: list[Any], factors: list[Any]) -> list[Any]:
+        return [self._dot(c, total, codes[0], factor) for total, factor in zip(sums, factors, strict=True)]
+
+    def end(self, c: Code, sums: list[Any]) -> Any:
+        high, low = sums
+        return c.b.add(c.b.shl(high, ir.Constant(_WORDS, [8] * ROWS)), low)
+
+    def _dot(self, c: Code, total: Any, codes: Any, factors: Any) -> Any:
+        four, sixteen = ir.VectorType(_I32, 4), ir.VectorType(_I8, 16)
+        sums = []
+        for into, a, b in zip(*(_split(x, c, 4) for x in (total, codes, factors)), strict=True):
+            a, b = c.b.bitcast(a, sixteen), c.b.bitcast(b, sixteen)
+            sums.append(_intrinsic(c, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, into, a, b))
+        return _join(c, sums)
+
+
+_MADD = {"avx512vnni": _madd_vnni, "avx2": _madd_avx2, "any": _madd_any}
+_PRODUCTS: _OfPairs | _OfBytes = _OfBytes() if INSTRUCTIONS == "neon" else _OfPairs(_MADD[INSTRUCTIONS])
+
+
+def code_of_zero(fmt: WeightFormat) -> int:
+    """What a group's sum has to be corrected by, times the activations' sum; signed codes of 8 bits are less 128."""
+    return fmt.zero - 128 if _PRODUCTS.signed and _has_8_bits(fmt) else fmt.zero
+
+
+def _has_8_bits(fmt: WeightFormat) -> bool:
+    return fmt.bits == 8 or fmt.table is not None
+
+
+def _byte_vector(value: int) -> Any:
+    word = value * 0x01010101
+    return ir.Constant(_WORDS, [word - (1 << 32) if word >> 31 else word] * ROWS)
+
+
+def _looked_up(c: Code, table: tuple[int, ...], index: Any) -> Any:
+    """``table[index]``, 64 bytes, index below 16."""
+    if INSTRUCTIONS == "any":
+        found = ir.Constant(_WORDS, [0] * ROWS)
+        for code, value in enumerate(table):
+            same = c.b.icmp_unsigned("==", c.b.bitcast(index, _BYTES), ir.Constant(_BYTES, [code] * 4 * ROWS))
+            chosen = c.b.select(
+                same, ir.Constant(_BYTES, [value] * 4 * ROWS), ir.Constant(_BYTES, [0] * 4 * ROWS)
+            )
+            found = c.b.or_(found, c.b.bitcast(chosen, _WORDS))
+        return found
+    name, parts = {
+        "avx512vnni": ("llvm.x86.avx512.pshuf.b.512", 1),
+        "avx2": ("llvm.x86.avx2.pshuf.b", 2),
+        "neon": ("llvm.aarch64.neon.tbl1.v16i8", 4),
+    }[INSTRUCTIONS]
+    width = 4 * ROWS // parts
+    values = ir.Constant(ir.VectorType(_I8, width), list(table) * (width // 16))
+    pieces = [
+        _intrinsic(c, name, values.type, values, piece)
+        for piece in _split(c.b.bitcast(index, _BYTES), c, parts)
+    ]
+    return c.b.bitcast(_join(c, pieces), _WORDS)
+
+
+def _quads(c: Code, fmt: WeightFormat, codes: Any) -> list[Any]:
+    """The eight quads of a block, a byte each code, as 16 words; table formats give what is looked up."""
+    vectors = [_load(c, c.b.add(codes, _I64(4 * ROWS * i)), _WORDS) for i in range(fmt.bits)]
+    quads: list[Any] = []
+    for q in range(QUADS):
+        code, done = None, 0
+        for bits in fmt.planes:
+            part, shift = vectors[done + q % bits], bits * (q // bits) - done
+            # Shifted at once to where the plane belongs in a code; what else comes along is masked.
+            if shift > 0:
+                part = c.b.lshr(part, ir.Constant(_WORDS, [shift] * ROWS))
+            elif shift < 0:
+                part = c.b.shl(part, ir.Constant(_WORDS, [-shift] * ROWS))
+            if bits < 8:
+                part = c.b.and_(part, _byte_vector(((1 << bits) - 1) << done))
+            code = part if code is None else c.b.or_(code, part)
+            done += bits
+        quads.append(code if fmt.table is None else _looked_up(c, fmt.table, code))
+    return quads
+
+
+# --- a panel times some rows ------------------------------------------------------------------------------------
+
+PANEL_ARGUMENTS = 13
+"""``(codes, scales, steps, minima, min_steps, blocks, a, lda, factors, starts, sums, groups, out)``: addresses of a
+panel's parts; its blocks; activations, the distance of their rows in bytes; of each row and block its scale, of each
+row and group where its sum of whole numbers starts, and the sum of its activations; groups of a row; where 16 sums a
+row go, row after row."""
+
+
+def panel_product(fmt: WeightFormat, rows: int, exact: bool) -> Any:
+    """``out[rows, 16] = a[rows] @ panel.T``, a function for numba of one tuple, see ``PANEL_ARGUMENTS``."""
+    in_block = BLOCK // fmt.group
+
+    def lanes(c: Code, address: Any, index: Any, kind: Any) -> Any:
+        """Sixteen numbers of any type, as float32."""
+        value = _load(
+            c, _offset(c, address, index, ROWS * (2 if kind is _F16 else 1)), ir.VectorType(kind, ROWS)
+        )
+        return c.b.fpext(value, _FLOATS) if kind is _F16 else value
+
+    def scale(c: Code, scales: Any, steps: Any, block: Any, group: Any, signed: bool) -> Any:
+        if not fmt.has_steps:
+            return lanes(c, scales, group, _F16)
+        big = lanes(c, scales, c.b.lshr(block, _I64(3)), _F16)
+        small = lanes(c, steps, group, _I8)
+        wide = c.b.sext(small, _WORDS) if signed else c.b.zext(small, _WORDS)
+        return c.b.fmul(big, c.b.sitofp(wide, _FLOATS))
+
+    def number(c: Code, address: Any, row: Any, index: Any, kind: Any) -> Any:
+        """One of a row's numbers, in all lanes."""
+        value = c.b.load(pointer(c.b, _offset(c, address, c.b.add(row, index), 4), kind), align=4, typ=kind)
+        return c.spread(value, _WORDS if kind is _I32 else _FLOATS)
+
+    def write(
+        c: Code, codes: Any, scales: Any, steps: Any, minima: Any, min_steps: Any, blocks: Any, a: Any, lda: Any,
+        factors: Any, starts: Any, sums: Any, groups: Any, out: Any,
+    ) -> None:  # fmt: skip
+        totals = c.variables(rows, ir.Constant(_FLOATS, [0.0] * ROWS))
+        row_of = [c.b.add(a, c.b.mul(lda, _I64(r))) for r in range(rows)]
+        of_blocks, of_groups = ([c.b.mul(n, _I64(r)) for r in range(rows)] for n in (blocks, groups))
+        with c.loop(blocks, 1) as block:
+            here = _offset(c, codes, block, 4 * ROWS * fmt.bits)
+            _prefetch(c, c.b.add(here, _I64(_AHEAD)), fmt.bits)
+            quads = _quads(c, fmt, here)
+            for part in range(in_block):
+                group = c.b.add(c.b.mul(block, _I64(in_block)), _I64(part))
+                mine = range(part * QUADS // in_block, (part + 1) * QUADS // in_block)
+                if exact:
+                    products = float_products(c, quads, mine, row_of, block)
+                else:
+                    products = whole_products(c, quads, mine, row_of, block, starts, of_groups, group)
+                factor = scale(c, scales, steps, block, group, True)
+                for r in range(rows):
+                    own = factor if exact else c.b.fmul(factor, number(c, factors, of_blocks[r], block, _F32))
+                    c.b.store(c.fma(products[r], own, c.get(totals[r])), totals[r])
+                if fmt.has_minima:
+                    least = c.b.fneg(scale(c, minima, min_steps, block, group, False))
+                    for r in range(rows):
+                        own = number(c, sums, of_groups[r], group, _F32)
+                        c.b.store(c.fma(least, own, c.get(totals[r])), totals[r])
+        for r in range(rows):
+            c.store(c.get(totals[r]), c.at(out, ROWS * r))
+
+    def whole_products(
+        c: Code, quads: list[Any], mine: range, row_of: list[Any], block: Any, starts: Any, of_groups: list[Any],
+        group: Any,
+    ) -> list[Any]:  # fmt: skip
+        sums = [_PRODUCTS.begin(c, number(c, starts, of_groups[r], group, _I32)) for r in range(rows)]
+        for q in mine:
+            quad = quads[q]
+            if _PRODUCTS.signed and _has_8_bits(fmt):
+                quad = c.b.xor(quad, _byte_vector(128))
+            codes = _PRODUCTS.codes(c, quad)
+            for r in range(rows):
+                place = c.b.add(_offset(c, row_of[r], block, 2 * BLOCK), _I64(2 * _QUAD * q))
+                words = [_load(c, c.b.add(place, _I64(4 * i)), _I32) for i in (0, 1)]
+                sums[r] = _PRODUCTS.add(c, sums[r], codes, [c.spread(word, _WORDS) for word in words])
+        return [c.b.sitofp(_PRODUCTS.end(c, parts), _FLOATS) for parts in sums]
+
+    def float_products(c: Code, quads: list[Any], mine: range, row_of: list[Any], block: Any) -> list[Any]:
+        zero = ir.Constant(_FLOATS, [float(fmt.zero)] * ROWS)
+        sums: list[Any] = [None] * rows
+        for q in mine:
+            for j in range(_QUAD):
+                code = c.b.lshr(quads[q], ir.Constant(_WORDS, [8 * j] * ROWS)) if j else quads[q]
+                numbers = c.b.sitofp(c.b.and_(code, ir.Constant(_WORDS, [255] * ROWS)), _FLOATS)
+                if fmt.zero:
+                    numbers = c.b.fsub(numbers, zero)
+                for r in range(rows):
+                    place = c.b.add(_offset(c, row_of[r], block, 4 * BLOCK), _I64(4 * (_QUAD * q + j)))
+                    own = c.spread(_load(c, place, _F32), _FLOATS)
+                    sums[r] = c.b.fmul(numbers, own) if sums[r] is None else c.fma(numbers, own, sums[r])
+        return sums
+
+    return instructions(write, types.void, *(types.int64,) * PANEL_ARGUMENTS)
+
+
+# --- rows of activations ----------------------------------------------------------------------------------------
+
+
+def _sum_of_lanes(c: Code, value: Any) -> Any:
+    add: Callable[[Any, Any], Any] = c.b.fadd if value.type.element == _F32 else c.b.add
+    return c.b.extract_element(c.halves(value, add, 1), _I32(0))
+
+
+def _write_square_sum(c: Code, row: Any, count: Any) -> Any:
+    """The sum of squares of ``count`` float32, a multiple of 32."""
+    sums = c.variables(2, ir.Constant(_FLOATS, [0.0] * ROWS))
+    with c.loop(count, 2 * ROWS) as i:
+        for half in (0, 1):
+            x = c.load(c.at(row, i, ROWS * half), _FLOATS)
+            c.b.store(c.fma(x, x, c.get(sums[half])), sums[half])
+    return _sum_of_lanes(c, c.b.fadd(c.get(sums[0]), c.get(sums[1])))
+
+
+square_sum = instructions(_write_square_sum, types.float32, types.int64, types.int64)
+"""``((row, count)) -> sum``"""
+
+
+def _write_scaled(c: Code, row: Any, scale: Any, factor: Any, out: Any, count: Any) -> None:
+    by = c.spread(factor, _FLOATS)
+    with c.loop(count, ROWS) as i:
+        x = c.b.fmul(c.b.fmul(c.load(c.at(row, i), _FLOATS), by), c.load(c.at(scale, i), _FLOATS))
+        c.store(x, c.at(out, i))
+
+
+scaled = instructions(
+    _write_scaled, types.void, types.int64, types.int64, types.float32, types.int64, types.int64
+)
+"""``((row, scale, factor, out, count))``: ``out = row * factor * scale``."""
+
+
+def quantize_row(fmt: WeightFormat) -> Any:
+    """``((row, blocks, out, factors, starts, sums))``: a row as whole numbers, and what ``panel_product`` wants beside.
+
+    One that is not finite makes all sums with it NaN, as it would unquantized.
+    """
+    in_block, zero = BLOCK // fmt.group, code_of_zero(fmt)
+
+    def write(c: Code, row: Any, blocks: Any, out: Any, factors: Any, starts: Any, sums: Any) -> None:
+        with c.loop(blocks, 1) as block:
+            halves = [c.load(c.at(row, c.b.mul(block, _I64(BLOCK)), ROWS * half), _FLOATS) for half in (0, 1)]
+            top = c.largest(*(c.call("fabs", x) for x in halves))
+            largest = c.b.extract_element(c.halves(top, c.largest, 1), _I32(0))
+            some = c.b.fcmp_ordered(">", largest, _F32(0.0))
+            inverse = c.b.select(some, c.b.fdiv(_F32(SIXTEEN_BITS), largest), _F32(0.0))
+            wholes = []
+            for half, x in enumerate(halves):
+                near = c.call("nearbyint", c.b.fmul(x, c.spread(inverse, _FLOATS)))
+                whole = c.b.fptosi(near, _WORDS)
+                wholes.append(whole)
+                words = _PRODUCTS.words(c, whole)
+                place = c.b.add(_offset(c, out, block, 2 * BLOCK), _I64(2 * ROWS * half))
+                c.b.store(words, pointer(c.b, place, words.type), align=1)
+            # 0 * x is NaN where x is none or infinite.
+            nothing = [c.b.fmul(x, ir.Constant(_FLOATS, [0.0] * ROWS)) for x in halves]
+            check = _sum_of_lanes(c, c.b.fadd(*nothing))
+            factor = c.b.fadd(c.b.fdiv(largest, _F32(SIXTEEN_BITS)), check)
+            c.store(factor, c.at(factors, block))
+            parts = wholes if in_block == 2 else [c.b.add(*wholes)]
+            for part, whole in enumerate(parts):
+                total = _sum_of_lanes(c, whole)
+                group = c.b.add(c.b.mul(block, _I64(in_block)), _I64(part))
+                c.store(c.b.mul(total, _I32(-zero)), c.at(starts, group))
+                if fmt.has_minima:
+                    c.store(c.b.fmul(c.b.sitofp(total, _F32), factor), c.at(sums, group))
+
+    return instructions(write, types.void, *(types.int64,) * 6)
+
+
+def group_sums(fmt: WeightFormat) -> Any:
+    """``((row, blocks, sums))``: the sum of each group of float32."""
+
+    def write(c: Code, row: Any, blocks: Any, sums: Any) -> None:
+        with c.loop(blocks, 1) as block:
+            parts = [c.load(c.at(row, c.b.mul(block, _I64(BLOCK)), ROWS * half), _FLOATS) for half in (0, 1)]
+            if fmt.group == BLOCK:
+                parts = [c.b.fadd(*parts)]
+            for part, values in enumerate(parts):
+                group = c.b.add(c.b.mul(block, _I64(len(parts))), _I64(part))
+                c.store(_sum_of_lanes(c, values), c.at(sums, group))
+
+    return instructions(write, types.void, *(types.int64,) * 3)
+
+
+# --- what becomes of the sums -----------------------------------------------------------------------------------
+
+
+def _write_gated(c: Code, gate: Any, up: Any, out: Any) -> None:
+    """``silu(gate) * up`` of 16 numbers, silu(x) = x / (1 + exp(-x)), with no exponential of a positive number."""
+    one = c.constant(1.0)
+    for i in range(0, ROWS, WIDTH):
+        x = c.load(c.at(gate, i))
+        e = write_exp(c, c.b.fneg(c.call("fabs", x)))
+        positive = c.b.fcmp_unordered(">=", x, c.constant(0.0))
+        share = c.b.fdiv(c.b.select(positive, one, e), c.b.fadd(one, e))
+        c.store(c.b.fmul(c.b.fmul(x, share), c.load(c.at(up, i))), c.at(out, i))
+
+
+gated = instructions(_write_gated, types.void, *(types.int64,) * 3)
+"""``((gate, up, out))``: 16 numbers each."""
+
+
+def _write_added(c: Code, a: Any, b: Any, out: Any) -> None:
+    c.store(c.b.fadd(c.load(a, _FLOATS), c.load(b, _FLOATS)), out)
+
+
+def _write_copied(c: Code, a: Any, out: Any) -> None:
+    c.store(c.load(a, _FLOATS), out)
+
+
+added = instructions(_write_added, types.void, *(types.int64,) * 3)
+"""``((a, b, out))``: 16 numbers each."""
+copied = instructions(_write_copied, types.void, *(types.int64,) * 2)
+"""``((a, out))``: 16 numbers."""

@@ -1,0 +1,192 @@
+"""What the quantized types of GGUF files are: small codes, and for each group of them a scale and perhaps a minimum.
+
+A number is ``scale * (code - zero)``, or ``scale * code - minimum``. Where scales and minima are whole numbers of a few
+bits, a super-block of 256 has one float16 that they are multiplied by.
+
+Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (github.com/ggml-org/llama.cpp). The bytes are read here, not by
+the ``gguf`` package, because that gives float32 alone; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BLOCK = 32
+"""Numbers that share what is computed at once; every group is a block or half of one."""
+SUPER_BLOCK = 256
+_HALF_FLOAT = np.dtype("<f2")
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """The parts of ``n`` blocks of a file.
+
+    Attributes:
+      codes: u8 ``[n, numbers]``.
+      scales: f16 ``[n, 1]``, one a block of the file.
+      minima: as ``scales``, where the format has them.
+      steps: i8 ``[n, groups]``, which the scale is multiplied by; None where groups have their own scales.
+      min_steps: u8 ``[n, groups]``, the same of minima.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    minima: np.ndarray | None = None
+    steps: np.ndarray | None = None
+    min_steps: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A quantized type of GGUF.
+
+    Attributes:
+      name: as GGUF calls it.
+      planes: the bits of a code, split as they are kept: ``(4, 2)`` are four low bits and two high ones.
+      zero: the code that stands for 0 (of ``table``'s numbers where there is one).
+      group: numbers with one scale, 32 or 16.
+      file_block: numbers of a block of the file, 32 or 256.
+      file_bytes: bytes of such a block.
+      has_minima: whether groups have minima.
+      table: what codes are looked up in, moved to 0 .. 255; None where they count by themselves.
+    """
+
+    name: str
+    planes: tuple[int, ...]
+    zero: int
+    group: int
+    file_block: int
+    file_bytes: int
+    has_minima: bool = False
+    table: tuple[int, ...] | None = None
+    unpack_blocks: Callable[[np.ndarray], Unpacked] = field(repr=False, compare=False, kw_only=True)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether scales are whole numbers, times one float16 for 256 numbers."""
+        return self.file_block == SUPER_BLOCK
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return sum(self.planes)
+
+    def unpack(self, raw: np.ndarray) -> Unpacked:
+        """The parts of a matrix's rows: ``raw`` u8 ``[rows, bytes]``; parts are ``[rows, all of a row]``."""
+        rows = len(raw)
+        found = self.unpack_blocks(raw.reshape(-1, self.file_bytes))
+
+        def by_row(part: np.ndarray | None) -> np.ndarray | None:
+            return None if part is None else part.reshape(rows, -1)
+
+        codes, scales = found.codes.reshape(rows, -1), found.scales.reshape(rows, -1)
+        return Unpacked(codes, scales, by_row(found.minima), by_row(found.steps), by_row(found.min_steps))
+
+
+# --- the bytes of each type -------------------------------------------------------------------------------------
+
+
+def _f16(raw: np.ndarray, start: int) -> np.ndarray:
+    return np.ascontiguousarray(raw[:, start : start + 2]).view(_HALF_FLOAT)
+
+
+def _split(raw: np.ndarray, bits: int, run: int) -> np.ndarray:
+    """Codes of ``bits`` bits; ``run`` bytes hold the first of each byte, then the second of each, and so on."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    parts = raw.reshape(len(raw), -1, 1, run) >> shifts
+    return (parts & np.uint8((1 << bits) - 1)).reshape(len(raw), -1)
+
+
+def _q8_0(raw: np.ndarray) -> Unpacked:
+    return Unpacked(raw[:, 2:] ^ np.uint8(128), _f16(raw, 0))
+
+
+def _nibbles(minima: bool) -> Callable[[np.ndarray], Unpacked]:
+    def unpack(raw: np.ndarray) -> Unpacked:
+        codes = _split(raw[:, 4 if minima else 2 :], 4, 16)
+        return Unpacked(codes, _f16(raw, 0), -_f16(raw, 2) if minima else None)
+
+    return unpack
+
+
+def _fives(minima: bool) -> Callable[[np.ndarray], Unpacked]:
+    def unpack(raw: np.ndarray) -> Unpacked:
+        start = 4 if minima else 2
+        bits = np.unpackbits(raw[:, start : start + 4], axis=1, bitorder="little")
+        codes = _split(raw[:, start + 4 :], 4, 16) | bits << 4
+        return Unpacked(codes, _f16(raw, 0), -_f16(raw, 2) if minima else None)
+
+    return unpack
+
+
+def _six_bit_pairs(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eight scales and eight minima of 6 bits in 12 bytes."""
+    head, middle, tail = raw[:, :4], raw[:, 4:8], raw[:, 8:]
+    scales = np.concatenate([head & 63, tail & 15 | head >> 6 << 4], axis=1)
+    minima = np.concatenate([middle & 63, tail >> 4 | middle >> 6 << 4], axis=1)
+    return scales.view(np.int8), minima
+
+
+def _q4_k(raw: np.ndarray) -> Unpacked:
+    steps, min_steps = _six_bit_pairs(raw[:, 4:16])
+    return Unpacked(_split(raw[:, 16:], 4, 32), _f16(raw, 0), _f16(raw, 2), steps, min_steps)
+
+
+def _q5_k(raw: np.ndarray) -> Unpacked:
+    steps, min_steps = _six_bit_pairs(raw[:, 4:16])
+    codes = _split(raw[:, 48:], 4, 32) | _split(raw[:, 16:48], 1, 32) << 4
+    return Unpacked(codes, _f16(raw, 0), _f16(raw, 2), steps, min_steps)
+
+
+def _q6_k(raw: np.ndarray) -> Unpacked:
+    codes = _split(raw[:, :128], 4, 64) | _split(raw[:, 128:192], 2, 32) << 4
+    return Unpacked(codes, _f16(raw, 208), steps=np.ascontiguousarray(raw[:, 192:208]).view(np.int8))
+
+
+def _q2_k(raw: np.ndarray) -> Unpacked:
+    steps = raw[:, :16]
+    return Unpacked(
+        _split(raw[:, 16:80], 2, 32), _f16(raw, 80), _f16(raw, 82), (steps & 15).view(np.int8), steps >> 4
+    )
+
+
+def _less_32(steps: np.ndarray) -> np.ndarray:
+    """Codes of 6 bits as the signed numbers that they stand for."""
+    return steps.astype(np.int8) - np.int8(32)
+
+
+def _q3_k(raw: np.ndarray) -> Unpacked:
+    codes = _split(raw[:, 32:96], 2, 32) | _split(raw[:, :32], 1, 32) << 2
+    steps = _split(raw[:, 96:104], 4, 8) | _split(raw[:, 104:108], 2, 4) << 4
+    return Unpacked(codes, _f16(raw, 108), steps=_less_32(steps))
+
+
+def _iq4_xs(raw: np.ndarray) -> Unpacked:
+    low = np.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], axis=-1).reshape(len(raw), 8)
+    high = _split(raw[:, 2:4], 2, 1)
+    return Unpacked(_split(raw[:, 8:], 4, 16), _f16(raw, 0), steps=_less_32(low | high << 4))
+
+
+_IQ4_TABLE = tuple(
+    128 + x for x in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+)
+
+_FORMATS = (
+    WeightFormat("Q8_0", (8,), 128, 32, 32, 34, unpack_blocks=_q8_0),
+    WeightFormat("Q4_0", (4,), 8, 32, 32, 18, unpack_blocks=_nibbles(False)),
+    WeightFormat("Q4_1", (4,), 0, 32, 32, 20, True, unpack_blocks=_nibbles(True)),
+    WeightFormat("Q5_0", (4, 1), 16, 32, 32, 22, unpack_blocks=_fives(False)),
+    WeightFormat("Q5_1", (4, 1), 0, 32, 32, 24, True, unpack_blocks=_fives(True)),
+    WeightFormat("Q2_K", (2,), 0, 16, 256, 84, True, unpack_blocks=_q2_k),
+    WeightFormat("Q3_K", (2, 1), 4, 16, 256, 110, unpack_blocks=_q3_k),
+    WeightFormat("Q4_K", (4,), 0, 32, 256, 144, True, unpack_blocks=_q4_k),
+    WeightFormat("Q5_K", (4, 1), 0, 32, 256, 176, True, unpack_blocks=_q5_k),
+    WeightFormat("Q6_K", (4, 2), 32, 16, 256, 210, unpack_blocks=_q6_k),
+    WeightFormat("IQ4_NL", (4,), 128, 32, 32, 18, table=_IQ4_TABLE, unpack_blocks=_nibbles(False)),
+    WeightFormat("IQ4_XS", (4,), 128, 32, 256, 136, table=_IQ4_TABLE, unpack_blocks=_iq4_xs),
+)
+WEIGHT_FORMATS: dict[str, WeightFormat] = {one.name: one for one in _FORMATS}
+"""Every format by its name."""

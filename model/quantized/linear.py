@@ -1,0 +1,106 @@
+"""Layers whose weights stay quantized, in Flax NNX, and the plan that says which layers of a model those are."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from model.quantized import panels
+from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.product import product
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Which layers are quantized, and how; all others have dense weights.
+
+    Attributes:
+      formats: pairs of a layer's path in the model, such as ``"blocks.0.attention.qkv"``, and its format.
+      exact: see ``product.product``.
+    """
+
+    formats: tuple[tuple[str, str], ...] = ()
+    exact: bool = False
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, str]:
+        return dict(self.formats)
+
+    def exactly(self) -> WeightPlan:
+        """The same layers, with exact products."""
+        return WeightPlan(self.formats, exact=True) if self.formats else self
+
+    def of(self, path: str) -> str | None:
+        """The format of a layer; None where it is dense."""
+        return self._by_path.get(path)
+
+
+class _Quantized(nnx.Module):
+    """A matrix in panels: each part is a parameter of its name."""
+
+    def __init__(self, name: str, rows: int, columns: int, *, exact: bool) -> None:
+        self.format, self.rows, self.exact = name, rows, exact
+        self.part_names = tuple(panels.part_shapes(WEIGHT_FORMATS[name], rows, columns))
+        for part, shape in panels.part_shapes(WEIGHT_FORMATS[name], rows, columns).items():
+            setattr(self, part, nnx.Param(jnp.zeros(shape.shape, shape.dtype)))
+
+    def parts(self) -> dict[str, Array]:
+        """See ``panels.Parts``."""
+        return {name: getattr(self, name)[...] for name in self.part_names}
+
+    def _product(self, x: Array, outputs: int, **around: Any) -> Array:
+        return product(x, self.format, self.parts(), outputs, exact=self.exact, **around)
+
+
+class QuantizedLinear(_Quantized):
+    """``norm(x) @ W.T + bias + add``, or of a gated one ``silu(gate) * up``.
+
+    Args:
+      name: the format of the weights.
+      dim_in, dim_out: columns and rows; of a gated layer, rows of each of its two matrices.
+      use_bias: whether there is one.
+      gated: see ``product.product``.
+      dtype: of the bias.
+      exact: see ``product.product``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dim_in: int,
+        dim_out: int,
+        *,
+        use_bias: bool = False,
+        gated: bool = False,
+        dtype: Any = jnp.float32,
+        exact: bool = False,
+    ) -> None:
+        super().__init__(name, 2 * dim_out if gated else dim_out, dim_in, exact=exact)
+        self.outputs, self.gated = dim_out, gated
+        self.bias = nnx.data(nnx.Param(jnp.zeros(dim_out, dtype)) if use_bias else None)
+
+    def __call__(
+        self, x: Array, *, norm: tuple[Array, float] | None = None, add: Array | None = None
+    ) -> Array:
+        out = self._product(x, self.outputs, norm=norm, add=add, gated=self.gated)
+        return out if self.bias is None else out + self.bias[...]
+
+
+class QuantizedEmbedding(_Quantized):
+    """A row for each token; with tied embeddings, the model's last layer as well."""
+
+    def __init__(self, name: str, num_tokens: int, dim: int, *, dtype: Any, exact: bool) -> None:
+        super().__init__(name, num_tokens, dim, exact=exact)
+        self.dtype = dtype
+
+    def __call__(self, tokens: Array) -> Array:
+        return panels.rows_of(self.format, self.parts(), tokens).astype(self.dtype)
+
+    def attend(self, x: Array, *, norm: tuple[Array, float] | None = None) -> Array:
+        """``norm(x) @ W.T``: a number for each token."""
+        return self._product(x, self.rows, norm=norm)

@@ -1,0 +1,46 @@
+"""Matrices in the bytes of GGUF's quantized types, with any codes and steps that a file may hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+
+from model.quantized import panels
+from model.quantized.formats import WEIGHT_FORMATS
+
+HALF_FLOATS = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+"""Where blocks have their float16 numbers; 0 where not named."""
+
+
+def random_raw(name: str, rows: int, columns: int, seed: int = 0, scale: float = 0.01) -> np.ndarray:
+    """u8 ``[rows, bytes]``: every bit drawn, but scales and minima, which are normal and around ``scale``."""
+    fmt, rng = WEIGHT_FORMATS[name], np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, columns // fmt.file_block, fmt.file_bytes), dtype=np.uint8)
+    for start in HALF_FLOATS.get(name, (0,)):
+        numbers = scale * rng.standard_normal((*raw.shape[:2], 1))
+        raw[..., start : start + 2] = numbers.astype(np.float16).view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def random_weights_raw(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """The same, of numbers as large as a model's weights are: products keep the size of activations."""
+    size = numbers(name, random_raw(name, rows, columns, seed)).std()
+    return random_raw(name, rows, columns, seed, scale=0.01 * columns**-0.5 / size)
+
+
+def numbers(name: str, raw: np.ndarray) -> np.ndarray:
+    """What the bytes stand for by gguf, f32 ``[rows, columns]``."""
+    return gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
+
+
+def packed(name: str, raw: np.ndarray, columns: int) -> dict[str, Any]:
+    """The same in panels."""
+    fmt = WEIGHT_FORMATS[name]
+    parts = panels.empty_parts(fmt, len(raw), columns)
+    panels.pack(fmt, raw, parts)
+    return {key: jnp.asarray(part) for key, part in parts.items()}

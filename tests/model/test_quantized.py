@@ -1,0 +1,190 @@
+"""Quantized matrices: what is in memory is what the file says, and products read it there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quantized_matrices import numbers, packed, random_raw
+
+from model.quantized import cpu_vectors, panels, product
+from model.quantized.formats import WEIGHT_FORMATS
+
+NAMES = tuple(WEIGHT_FORMATS)
+COLUMNS = 512
+ROUNDED = 1e-4
+"""What activations of 16 bits may change: at most 1/65024 of a block's largest number is lost of each."""
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Activations as the kernel takes them: whole numbers up to 127 * 256, with a scale for each 32."""
+    blocks, most = x.reshape(len(x), -1, 32), np.float32(127 * 256)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    return (np.rint(blocks * (most / largest)) * (largest / most)).reshape(x.shape)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+# --- what is in memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_those_of_the_file_to_the_bit(name: str) -> None:
+    raw = random_raw(name, 40, COLUMNS)
+    wanted, parts = numbers(name, raw), packed(name, raw, COLUMNS)
+    np.testing.assert_array_equal(panels.dequantized(name, parts, 40), wanted)
+    index = jnp.array([3, 39, 17, 0, 3])
+    np.testing.assert_array_equal(panels.rows_of(name, parts, index), wanted[np.asarray(index)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_that_of_the_file(name: str) -> None:
+    fmt = WEIGHT_FORMATS[name]
+    in_file = 8 * fmt.file_bytes / fmt.file_block
+    # Steps of six bits, and of four, take a byte each.
+    assert in_file <= panels.bits_per_weight(name) <= in_file + (1.1 if fmt.has_steps else 0)
+
+
+def test_parts_that_follow_one_another_are_one_matrix() -> None:
+    fmt, raw = WEIGHT_FORMATS["Q6_K"], random_raw("Q6_K", 80, COLUMNS)
+    parts = panels.empty_parts(fmt, 80, COLUMNS)
+    for begin, end in ((48, 80), (0, 32), (32, 48)):
+        panels.pack(fmt, raw[begin:end], parts, begin)
+    for key, part in packed("Q6_K", raw, COLUMNS).items():
+        np.testing.assert_array_equal(parts[key], part)
+    with pytest.raises(ValueError, match="first_row must be a multiple of 16, got 8"):
+        panels.pack(fmt, raw[:16], parts, 8)
+
+
+def test_xla_takes_parts_as_they_lie() -> None:
+    for part in panels.empty_parts(WEIGHT_FORMATS["Q5_K"], 33, COLUMNS).values():
+        assert part.ctypes.data % panels.ALIGNMENT == 0
+        assert jax.device_put(part).unsafe_buffer_pointer() == part.ctypes.data
+
+
+# --- products ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "whole"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_product_reads_numbers_where_they_lie(name: str, exact: bool) -> None:
+    """72 rows are four panels and a half; of 70 tokens the products take 8, 4 and 2 at once, in two pieces."""
+    raw, rng = random_raw(name, 72, COLUMNS), np.random.default_rng(1)
+    parts, wanted = packed(name, raw, COLUMNS), numbers(name, raw).astype(np.float64)
+    for tokens in (1, 70):
+        x = rng.standard_normal((tokens, COLUMNS)).astype(np.float32)
+        found = np.asarray(product.product(x, name, parts, 72, exact=exact))
+        taken = x if exact else rounded(x)
+        assert relative(found, taken @ wanted.T) < 1e-6
+        assert relative(found, x @ wanted.T) < ROUNDED
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "whole"])
+@pytest.mark.parametrize("tokens", [1, 3, 23])
+def test_what_stands_around_a_product(tokens: int, exact: bool) -> None:
+    raw, rng = random_raw("Q8_0", 96, COLUMNS), np.random.default_rng(tokens)
+    parts, matrix = packed("Q8_0", raw, COLUMNS), numbers("Q8_0", raw).astype(np.float64)
+    x, add = (rng.standard_normal((tokens, n)).astype(np.float32) for n in (COLUMNS, 48))
+    scale, eps = rng.random(COLUMNS).astype(np.float32), 1e-2
+    normed = (x / np.sqrt(np.mean(np.square(x, dtype=np.float64), -1, keepdims=True) + eps) * scale).astype(
+        "f4"
+    )
+    taken = normed if exact else rounded(normed)
+    both = taken @ matrix.T
+    top = {key: part[:3] for key, part in parts.items()}
+    for implementation in ("cpu", "xla"):
+        around: dict[str, Any] = {"norm": (scale, eps), "exact": exact, "implementation": implementation}
+        gated = product.product(x, "Q8_0", parts, 48, gated=True, **around)
+        added = product.product(x, "Q8_0", top, 48, add=add, **around)
+        bound = 2e-6 if exact or implementation == "cpu" else ROUNDED
+        assert relative(np.asarray(gated), silu(both[:, :48]) * both[:, 48:]) < max(
+            bound, 1e-5 if not exact else 0
+        )
+        assert relative(np.asarray(added), both[:, :48] + add) < max(bound, 1e-5 if not exact else 0)
+
+
+def test_a_token_is_the_same_alone_and_among_others() -> None:
+    """Bit by bit: what a batch computes does not depend on who else is in it."""
+    raw, rng = random_raw("Q4_K", 64, COLUMNS), np.random.default_rng(2)
+    parts = packed("Q4_K", raw, COLUMNS)
+    x = rng.standard_normal((21, COLUMNS)).astype(np.float32)
+    for exact in (True, False):
+        together = np.asarray(product.product(x, "Q4_K", parts, 64, exact=exact))
+        alone = [np.asarray(product.product(row[None], "Q4_K", parts, 64, exact=exact))[0] for row in x]
+        np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "whole"])
+def test_a_number_that_is_none_stays_in_its_row(exact: bool, bad: float) -> None:
+    parts = packed("Q4_1", random_raw("Q4_1", 32, COLUMNS), COLUMNS)
+    x = np.random.default_rng(3).standard_normal((3, COLUMNS)).astype(np.float32)
+    clean = np.asarray(product.product(x, "Q4_1", parts, 32, exact=exact))
+    x[1, 40] = bad
+    found = np.asarray(product.product(x, "Q4_1", parts, 32, exact=exact))
+    np.testing.assert_array_equal(found[[0, 2]], clean[[0, 2]])
+    assert not np.isfinite(found[1]).any()
+
+
+def test_zeros_give_zeros() -> None:
+    parts = packed("Q5_1", random_raw("Q5_1", 32, COLUMNS), COLUMNS)
+    for exact in (True, False):
+        assert not np.asarray(product.product(jnp.zeros((2, COLUMNS)), "Q5_1", parts, 32, exact=exact)).any()
+
+
+def test_other_dtypes_come_back_as_they_came() -> None:
+    raw = random_raw("Q8_0", 32, COLUMNS)
+    parts, wanted = packed("Q8_0", raw, COLUMNS), numbers("Q8_0", raw)
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, COLUMNS)), jnp.bfloat16)
+    for implementation in ("cpu", "xla"):
+        found = product.product(x, "Q8_0", parts, 32, exact=True, implementation=implementation)  # type: ignore[arg-type]
+        assert found.dtype == jnp.bfloat16
+        assert relative(np.asarray(found, np.float32), np.asarray(x, np.float32) @ wanted.T) < 1e-2
+
+
+# --- CPUs that this one is not ----------------------------------------------------------------------------------
+
+OTHER_CPUS = {"avx2": ("haswell", "+avx2,+fma,+f16c"), "any": ("ivybridge", "+avx,+f16c")}
+CHECK = """
+import numpy as np
+from quantized_matrices import numbers, packed, random_raw
+from model.quantized import cpu_vectors, product
+from test_quantized import relative, rounded
+assert cpu_vectors.INSTRUCTIONS == {instructions!r}, cpu_vectors.INSTRUCTIONS
+for name, exact in (("Q6_K", False), ("IQ4_XS", False), ("Q5_1", True)):
+    raw = random_raw(name, 32, 256)
+    x = np.random.default_rng(0).standard_normal((7, 256)).astype(np.float32)
+    found = np.asarray(product.product(x, name, packed(name, raw, 256), 32, exact=exact))
+    assert relative(found, (x if exact else rounded(x)) @ numbers(name, raw).T) < 1e-6, name
+"""
+
+
+@pytest.mark.skipif(cpu_vectors.INSTRUCTIONS not in ("avx512vnni", "avx2"), reason="no x86-64 CPU with AVX2")
+@pytest.mark.parametrize("instructions", OTHER_CPUS)
+def test_lesser_cpus_compute_the_same(instructions: str, tmp_path: Path) -> None:
+    name, features = OTHER_CPUS[instructions]
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": features,
+        "JAXPAGED_CACHE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK.format(instructions=instructions)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

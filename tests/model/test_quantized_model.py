@@ -1,0 +1,166 @@
+"""Models whose weights stay as the file has them say what their dequantized weights say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from quantized_matrices import numbers, random_weights_raw
+from small_models import VOCAB, logits, random_params, tokenizer_metadata
+
+from model.config import ModelConfig
+from model.export import write_gguf
+from model.llama import functional
+from model.loading import load_model
+from model.quantized import panels
+from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.linear import WeightPlan
+from model.weights import Placement, load_params, placements, weight_plan
+
+
+class Drawn:
+    """Stands for a GGUF file: each matrix of random blocks of the type that ``kind`` says, the rest float32."""
+
+    path = Path("drawn.gguf")
+
+    def __init__(self, config: ModelConfig, kind: Callable[[Placement], str]) -> None:
+        self._numbers: dict[str, np.ndarray] = {}
+        self._raw: dict[str, np.ndarray] = {}
+        self.tensors: dict[str, Any] = {}
+        self.forgotten: list[str] = []
+        rng = np.random.default_rng(0)
+        for name, place in placements(config, "gguf").items():
+            dtype = "F32" if len(place.shape) == 1 else kind(place)
+            if dtype == "F32":
+                self._numbers[name] = rng.standard_normal(place.shape).astype(np.float32)
+            else:
+                self._raw[name] = random_weights_raw(dtype, *place.shape, seed=len(self._raw))
+                self._numbers[name] = numbers(dtype, self._raw[name])
+            size = self._raw.get(name, self._numbers[name]).nbytes
+            self.tensors[name] = SimpleNamespace(shape=place.shape, dtype=dtype, num_bytes=size)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._numbers[name]
+
+    def raw(self, name: str) -> np.ndarray:
+        return self._raw[name]
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
+
+
+def small(architecture: str, **changes: Any) -> ModelConfig:
+    """Of whole super-blocks, and a vocabulary that ends inside a panel."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_layers": 2,
+        "num_q_heads": 4,
+    }
+    sizes |= {"num_kv_heads": 2, "head_dim": 64, "context_length": 128}
+    return ModelConfig(architecture=architecture, **(sizes | changes))  # type: ignore[arg-type]
+
+
+def as_q4_k_m(place: Placement) -> str:
+    """llama.cpp's mixture: values and the head finer than the rest."""
+    return "Q6_K" if place.path.endswith(("attention.v.kernel", "mlp.down.kernel", "head.kernel")) else "Q4_K"
+
+
+MODELS: dict[str, tuple[ModelConfig, Callable[[Placement], str]]] = {
+    "llama, tied": (small("llama", tie_embeddings=True), lambda _: "Q8_0"),
+    "llama, as Q4_K_M": (small("llama"), as_q4_k_m),
+    "qwen2, biases": (small("qwen2", qkv_bias=True), lambda _: "Q5_0"),
+    "qwen3": (small("qwen3", qk_norm=True), lambda _: "IQ4_XS"),
+    "all biases": (small("llama", qkv_bias=True, attention_out_bias=True, mlp_bias=True), lambda _: "Q4_1"),
+    "half a panel": (small("llama", num_kv_heads=1, head_dim=8, num_q_heads=32), lambda _: "Q3_K"),
+    "head alone": (small("llama"), lambda place: "Q6_K" if "head" in place.path else "F32"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_dequantized_weights(name: str) -> None:
+    config, kind = MODELS[name]
+    file = Drawn(config, kind)
+    wanted = logits(config, load_params(config, file, "gguf"))
+    for exact, bound in ((True, 1e-4), (False, 1e-3)):
+        plan = weight_plan(config, file, "gguf", exact=exact)
+        params = load_params(config, file, "gguf", plan=plan)
+        found = logits(config, params, function=functional(config, plan=plan))
+        assert np.linalg.norm(found - wanted) < bound * np.linalg.norm(wanted), exact
+
+
+def test_layers_that_are_quantized_alike_are_one() -> None:
+    def layers(name: str) -> dict[str, str]:
+        config, kind = MODELS[name]
+        found = weight_plan(config, Drawn(config, kind), "gguf").formats
+        return {
+            path.removeprefix("blocks.1."): kind for path, kind in found if not path.startswith("blocks.0.")
+        }
+
+    assert layers("llama, tied") == dict.fromkeys(
+        ("attention.out", "attention.qkv", "embedding", "mlp.down", "mlp.gate_up"), "Q8_0"
+    )
+    assert layers("llama, as Q4_K_M") == {
+        "attention.k": "Q4_K", "attention.out": "Q4_K", "attention.q": "Q4_K", "attention.v": "Q6_K",
+        "embedding": "Q4_K", "head": "Q6_K", "mlp.down": "Q6_K", "mlp.gate_up": "Q4_K",
+    }  # fmt: skip
+    # Silu(gate + bias) is no product's end; keys of 8 rows end inside a panel.
+    assert {"mlp.gate", "mlp.up"} <= layers("all biases").keys()
+    assert {"attention.k", "attention.q", "attention.v"} <= layers("half a panel").keys()
+    assert layers("head alone") == {"head": "Q6_K"}
+
+
+def test_the_files_memory_is_given_back_tensor_by_tensor() -> None:
+    config, kind = MODELS["llama, as Q4_K_M"]
+    file = Drawn(config, kind)
+    load_params(config, file, "gguf", plan=weight_plan(config, file, "gguf"))
+    assert file.forgotten == [name for name, tensor in file.tensors.items() if tensor.dtype != "F32"]
+
+
+def test_params_take_what_the_file_takes() -> None:
+    config, kind = MODELS["llama, tied"]
+    file = Drawn(config, kind)
+    params = load_params(config, file, "gguf", plan=weight_plan(config, file, "gguf"))
+    inside = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    in_file = sum(tensor.num_bytes for tensor in file.tensors.values())
+    filled = 12 * config.hidden_size * panels.bits_per_weight("Q8_0") / 8  # the last panel of the embedding
+    assert inside == in_file + filled
+
+
+def test_a_file_opens_stored_or_dequantized(tmp_path: Path) -> None:
+    config = small("llama", tie_embeddings=True)
+    path = tmp_path / "m.gguf"
+    write_gguf(
+        path, config, random_params(config), quantization="Q8_0", tokenizer_metadata=tokenizer_metadata()
+    )
+    stored, exact, dense = (
+        load_model(path, weights="stored"),
+        load_model(path, weights="stored", exact=True),
+        load_model(path, weights="dequantized"),
+    )
+    wanted = logits(config, dense.params)
+    for model, bound in ((exact, 1e-5), (stored, 1e-3)):
+        found = logits(config, model.params, function=model.function)
+        assert 0 < np.linalg.norm(found - wanted) < bound * np.linalg.norm(wanted)
+    with pytest.raises(ValueError, match="weights must be one of auto, stored, dequantized, got 'q8'"):
+        load_model(path, weights="q8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="load_model's result has the function that takes its params"):
+        logits(config, stored.params)
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r'dense weights are needed: load_model\(path, weights="dequantized"\)'
+    ):
+        write_gguf(path, config, stored.params, tokenizer_metadata=tokenizer_metadata())
+    assert path.read_bytes() == before
+
+
+def test_a_plan_names_formats() -> None:
+    plan = WeightPlan((("head", "Q6_K"),), exact=True)
+    assert plan.of("head") == "Q6_K" and plan.of("embedding") is None
+    assert hash(plan) == hash(WeightPlan((("head", "Q6_K"),), exact=True)) and set(WEIGHT_FORMATS) >= {"Q6_K"}
