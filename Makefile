@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # What is built on the core, or compiles for minutes, is tested with one jax alone.
-NOT_CORE := $(addprefix --ignore=tests/,model app server engine test_attending_machine.py test_cache_state_machine.py test_generation.py test_beams.py test_lookup.py test_snapshots.py test_snapshots_quantized.py test_quantized_formats.py test_sealed_pages.py test_lane_blocks.py test_page_format.py test_adoption.py test_bugs_others_had.py test_conformance_docs.py test_fork_laws.py test_page_map.py test_tpu_scripts.py)
+NOT_CORE := $(addprefix --ignore=tests/,model app server engine test_attending_machine.py test_cache_state_machine.py test_generation.py test_beams.py test_lookup.py test_snapshots.py test_snapshots_quantized.py test_quantized_formats.py test_sealed_pages.py test_lane_blocks.py test_page_format.py test_adoption.py test_bugs_others_had.py test_conformance_docs.py test_fork_laws.py test_page_map.py test_tpu_scripts.py test_bench_against_llama_cpp.py)
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.

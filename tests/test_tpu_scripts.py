@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from script_kit import run, table
 
 from jaxpaged.attention import api, candidates, paged_attention, tuning
 from jaxpaged.attention.tuning import Key, trial, tuned
@@ -28,24 +29,9 @@ SCRIPTS = (
     "tune_paged_attention",
     "compile_check",
     "measure_quality",
+    "bench_against_llama_cpp",
 )
 TOY = ModelConfig("llama", 32, 16, 16, 1, 2, 1, 8, 64, name="toy")
-
-
-def run(monkeypatch, script, *arguments):
-    """The exit status of a script, run in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-    try:
-        return importlib.import_module(f"tpu_scripts.{script}").main() or 0
-    except SystemExit as end:
-        return end.code
-
-
-def table(text):
-    """The cells of a markdown table, a dictionary a row."""
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    head, _, *rows = lines
-    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
