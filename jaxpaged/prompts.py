@@ -27,9 +27,9 @@ class Prompts:
         return self.tokens[jnp.arange(self.lens.shape[0]), jnp.maximum(self.lens - 1, 0)]
 
 
-def bucket(count: int) -> int:
+def bucket(count: int, smallest: int = 8) -> int:
     """The next power of two, or one and a half of one: few compiled shapes, a third of padding at most."""
-    size = 8
+    size = smallest
     while size < count:
         if size * 3 // 2 >= count:
             return size * 3 // 2

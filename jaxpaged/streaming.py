@@ -19,6 +19,7 @@ from jaxpaged.generation import (
     begin_jitted,
 )
 from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
+from jaxpaged.kept_programs import compiled
 from jaxpaged.sampling import SamplingParams
 
 
@@ -49,16 +50,25 @@ class GenerateStream:
     every: int
     result: GenerateResult | None = None
     """After each chunk, all that was generated so far."""
+    found: bool = False
+    """Whether the programs were found on disk; see ``kept_programs``."""
     _begin: Any = field(default=None, repr=False)
     _advance: Any = field(default=None, repr=False)
 
     def compile(self) -> None:
         """Compiles the programs, without running them."""
-        if self._advance is None:
-            lowered = begin_jitted.lower(self.cache, self.request, self.shape)
-            arguments = (self.params, self.cache, lowered.out_info, self.request, jnp.int32(0))
-            self._advance = advance_donating.lower(self.model, self.shape, *arguments).compile()
-            self._begin = lowered.compile()
+        if self._advance is not None:
+            return
+        static, given = (self.model, self.shape), (self.cache, self.request)
+        begin = compiled(
+            lambda: begin_jitted.lower(*given, self.shape), "generation.begin", (self.shape,), given
+        )
+        arguments = (self.params, self.cache, begin.program.out_info, self.request, jnp.int32(0))
+        advance = compiled(
+            lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
+        )
+        self._begin, self._advance = begin.program, advance.program
+        self.found = begin.found and advance.found
 
     def __iter__(self) -> Iterator[StreamChunk]:
         self.compile()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged.batch import Batch
+from jaxpaged.kept_programs import digest_of
 from jaxpaged.rope import Rope
 from model.config import ModelConfig, rope_frequencies
 from model.layers import Block, Layers, RMSNorm, Rotation, normed_product
@@ -111,16 +113,16 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightP
 
 @functools.cache
 def functional(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE) -> ModelFn:
-    """The model as a pure function of its weights: the module is split here, once, and never traced again.
+    """The model as a pure function of its weights: the module is made when this is first traced, once, and split.
 
     Args:
       config: the model.
       dtype: what it computes in.
       plan: which of its layers have quantized weights.
     """
-    graph, wanted = _skeleton(config, dtype, plan)
 
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
+        graph, wanted = _skeleton(config, dtype, plan)
         if len(jax.tree.leaves(params)) != len(jax.tree.leaves(wanted)):
             raise ValueError(
                 "the params are those of another model or of other quantized weights; "
@@ -128,6 +130,7 @@ def functional(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan =
             )
         return nnx.merge(graph, params)(tokens, cache, batch, rows)
 
+    vars(apply)["program_key"] = f"{digest_of(Path(__file__).parent)} {config!r} {jnp.dtype(dtype)} {plan!r}"
     return apply
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import gguf
+import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig, ModelError
@@ -35,6 +38,7 @@ class LoadedModel:
       path: the file or folder it came from.
       size_bytes: bytes of the weight files.
       description: such as ``"llama 135M Q8_0"``.
+      seconds: what loading took, by its parts.
       fingerprint: 64 hexadecimal digits that no other model has; see ``model.fingerprint``.
     """
 
@@ -47,6 +51,7 @@ class LoadedModel:
     size_bytes: int
     description: str
     fingerprint: str
+    seconds: Mapping[str, float]
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -138,11 +143,17 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
 
 
 def _load_gguf(path: Path, wanted: _Wanted) -> LoadedModel:
+    clock = _Clock()
     file = GGUFFile(path)
     config = read_gguf_config(file)
+    clock.lap("metadata")
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_gguf(file.metadata))
+    clock.lap("tokenizer")
     plan = weight_plan(config, file, "gguf", exact=wanted.exact) if wanted.stored else WeightPlan()
-    params = load_params(config, file, "gguf", dtype=wanted.dtype, plan=plan, progress=wanted.progress)
+    params = jax.block_until_ready(
+        load_params(config, file, "gguf", dtype=wanted.dtype, plan=plan, progress=wanted.progress)
+    )
+    clock.lap("weights")
     return LoadedModel(
         config=config,
         params=params,
@@ -153,16 +164,24 @@ def _load_gguf(path: Path, wanted: _Wanted) -> LoadedModel:
         size_bytes=file.size_bytes,
         description=_describe(config, _file_type(file)),
         fingerprint=fingerprint(config, file),
+        seconds=clock.laps,
     )
 
 
 def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
+    clock = _Clock()
     folder = SafetensorsFolder(_with_config(path))
     config = _naming_the_file(path / "config.json", lambda: config_from_huggingface(folder.config))
+    clock.lap("metadata")
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
+    clock.lap("tokenizer")
+    params = jax.block_until_ready(
+        load_params(config, folder, "huggingface", dtype=wanted.dtype, progress=wanted.progress)
+    )
+    clock.lap("weights")
     return LoadedModel(
         config=config,
-        params=load_params(config, folder, "huggingface", dtype=wanted.dtype, progress=wanted.progress),
+        params=params,
         function=functional(config, wanted.dtype),
         exact_function=functional(config, wanted.dtype),
         tokenizer=tokenizer,
@@ -170,7 +189,21 @@ def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
         size_bytes=folder.size_bytes,
         description=_describe(config, _commonest(folder)),
         fingerprint=fingerprint(config, folder),
+        seconds=clock.laps,
     )
+
+
+class _Clock:
+    """Seconds of the parts of what is done, one after the other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a part."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
 
 
 def _naming_the_file(path: Path, read: Any) -> Any:

@@ -139,7 +139,9 @@ def test_no_llama_cpp_is_one_line(monkeypatch, capsys):
 def test_a_child_that_fails_is_one_line():
     child = bench_against_llama_cpp.Child(PAGED, Path(__file__), 1, None)
     try:
-        with pytest.raises(Failure, match=r"jaxpaged paged failed: .*test_bench_against_llama_cpp.py: not a GGUF file"):
+        with pytest.raises(
+            Failure, match=r"jaxpaged paged failed: .*test_bench_against_llama_cpp.py: not a GGUF file"
+        ):
             child.load()
     finally:
         child.close()

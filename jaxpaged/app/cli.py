@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NoReturn
 
-from jaxpaged.app import interrupt
+from jaxpaged.app import interrupt, timings
 
 
 def main() -> NoReturn:
@@ -14,6 +14,7 @@ def main() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller; else the next file opened takes its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    timings.mark_start()
     interrupt.listen()  # before the first import that takes long
     from jaxpaged.app.commands import application
 

@@ -45,6 +45,9 @@ def _use_compilation_cache() -> None:
         return
     import jax
 
+    from jaxpaged import kept_programs
+
+    kept_programs.keep_in(cache_folder() / "programs")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small models are made of many small programs; JAX's own thresholds would keep none of them.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -12,7 +12,11 @@ from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.prompts import bucket
 from model.config import ModelConfig
+
+_FEWEST_PAGES = 4
+"""Of a pool that nobody bounds."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class CachePlan:
     ) -> CachePlan:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
 
-        A paged pool has the pages that these tokens fill, or ``kv_pages`` where that is fewer; a contiguous
-        cache has ``context`` tokens a sequence, whatever the run needs. The first ``shared`` tokens are the same in
-        all sequences; ``spare`` pages a sequence are for tokens that do not fill their pages, as shifts leave them, and
-        ``unused`` slots of every page may stay empty.
+        A paged pool has the pages that these tokens fill, rounded up so that runs share compiled programs, or
+        ``kv_pages`` where that is fewer; a contiguous cache has ``context`` tokens a sequence, whatever the run
+        needs. The first ``shared`` tokens are the same in all sequences; ``spare`` pages a sequence are for tokens that
+        do not fill their pages, as shifts leave them, and ``unused`` slots of every page may stay empty.
 
         Raises:
           InputError: the page formats do not go with the model's heads, the page size or the kind of cache.
@@ -59,9 +63,11 @@ class CachePlan:
         pages = -(-tokens // max(1, page_size - unused)) + spare
         common = 0 if num_seqs == 1 else shared // page_size
         wanted = common + num_seqs * (pages - common)
-        num_pages = wanted if kv_pages is None else min(kv_pages, wanted)
+        num_pages = bucket(wanted, _FEWEST_PAGES) if kv_pages is None else min(kv_pages, wanted)
         kind = "paged" if paged else "contiguous"
-        plan = cls(config, kind, cache_type, num_seqs, context, page_size, pages, num_pages)
+        plan = cls(
+            config, kind, cache_type, num_seqs, context, page_size, bucket(pages, _FEWEST_PAGES), num_pages
+        )
         _ = plan._arrays  # refuses now what cannot be created
         return plan
 

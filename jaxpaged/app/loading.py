@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
+from jaxpaged.app.timings import since_start
 from model.llama import ModelFn
 from model.loading import LoadedModel, Weights, load_model
 
@@ -29,6 +30,8 @@ class ReadyModel:
     call: ModelFn
     dtype: str
     load_ms: float
+    opened: float
+    """Seconds from the process's begin until loading began."""
 
 
 class ModelOptions(Protocol):
@@ -69,7 +72,7 @@ def open_model(options: ModelOptions, *, show_progress: bool = True) -> ReadyMod
     dtype = options.dtype
     if dtype == "auto":
         dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
-    start = time.perf_counter()
+    start, opened = time.perf_counter(), since_start()
     try:
         file = model_file(options.model, options.hf, options.offline)
         with _progress(show_progress, file.name) as report:
@@ -84,7 +87,7 @@ def open_model(options: ModelOptions, *, show_progress: bool = True) -> ReadyMod
         raise InputError(str(error)) from error
     jax.block_until_ready(loaded.params)
     load_ms = 1e3 * (time.perf_counter() - start)
-    return ReadyModel(loaded, loaded.function, dtype, load_ms)
+    return ReadyModel(loaded, loaded.function, dtype, load_ms, opened)
 
 
 def model_file(path: Path | None, hf: str | None, offline: bool) -> Path:

@@ -79,6 +79,7 @@ class GenerateOptions:
     as_json: bool
     warmup: bool
     perf: bool
+    verbose: bool
     log: bool
 
     @property
@@ -324,6 +325,8 @@ GENERATE_OPTIONS = chain(
            help="Compile before the clock starts."),
     option("Output", "--perf/--no-perf", default=True, show_default="on",
            help="Print timings and KV memory on stderr."),
+    option("Output", "-v", "--verbose", is_flag=True,
+           help="Print what the start was spent on, up to the first token, on stderr."),
     option("Output", "--log-disable", "log", is_flag=True, flag_value=False, default=True,
            help="Print nothing but errors on stderr."),
 )  # fmt: skip

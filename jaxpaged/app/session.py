@@ -17,7 +17,7 @@ from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.page_film import PageFilm
 from jaxpaged.app.run import Run, generate
-from jaxpaged.app.timings import Timings
+from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.generation_request import ContextShift
 from jaxpaged.sampling import SamplingParams
 
@@ -39,6 +39,10 @@ class Session:
     """Of the first sequence."""
     timings: Timings = field(default_factory=Timings)
     pages_peak: int = 0
+    first_token: float | None = None
+    """Seconds from the process's begin to the first token of the first run."""
+    start: list[str] = field(default_factory=list)
+    """What the time up to then was spent on, for people."""
     film: PageFilm | None = None
     """The pictures of the pool, if they were asked for."""
 
@@ -228,6 +232,11 @@ class Session:
                 film.add(label, cache, film.every if read else None)
             read = True
 
+        def tell(tokens: list[list[int]]) -> None:
+            if self.first_token is None:
+                self.first_token = since_start()
+            on_tokens(tokens)
+
         run = generate(
             self.ready.call,
             loaded.params,
@@ -247,8 +256,13 @@ class Session:
             every=None if film is None else lambda: film.every,
             on_start=start,
             on_cache=look,
-            on_tokens=on_tokens,
+            on_tokens=tell,
         )
+        if not self.timings.prompt_n:
+            self.start = start_lines(
+                self.ready.opened, loaded.seconds, run.timings.compile_ms, run.found_programs,
+                run.timings.prompt_ms, self.first_token or since_start(),
+            )  # fmt: skip
         self.timings.add(run.timings)
         self.pages_peak = max(self.pages_peak, run.pages_peak)
         return run
@@ -276,6 +290,8 @@ class Session:
                 f"out of pages: the text{which} ends after {counts} tokens, all {plan.num_pages} pages of "
                 f"{plan.page_size} tokens are in use (--kv-pages)"
             )
+        for line in self.start if self.options.verbose and self.options.log else ():
+            click.echo(line, err=True)
         if self.options.perf and self.options.log:
             drafts = [] if run is None or not run.drafted else [run.drafts_line()]
             for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:

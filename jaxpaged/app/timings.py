@@ -2,7 +2,56 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+_started = time.perf_counter()
+
+
+def mark_start() -> None:
+    """Tells when the process began: from the system where it says so, else now."""
+    global _started
+    try:
+        # The 22nd field is ticks from the machine's start to the process's; the second one may hold spaces.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        age = up - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        age = 0.0
+    _started = time.perf_counter() - age
+
+
+def since_start() -> float:
+    """Seconds since the process began."""
+    return time.perf_counter() - _started
+
+
+def start_lines(
+    opened: float, load: Mapping[str, float], compile_ms: float, found: bool, prompt_ms: float, first: float
+) -> list[str]:
+    """What the time up to the first token was spent on.
+
+    Args:
+      opened: seconds from the process's begin until the model's file was opened.
+      load: seconds of the parts of loading.
+      compile_ms, found: how long programs took, and whether they were on disk.
+      prompt_ms: the first step, or steps.
+      first: seconds from the process's begin to the first token.
+    """
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in load.items())
+    how = "found on disk" if found else "compiled"
+    known = opened + sum(load.values()) + (compile_ms + prompt_ms) / 1e3
+    return [
+        f"{'start':>16} = {first:10.2f} s to the first token",
+        f"{'imports':>16} = {opened:10.2f} s",
+        f"{'load':>16} = {sum(load.values()):10.2f} s: {parts}",
+        f"{'programs':>16} = {compile_ms / 1e3:10.2f} s: {how}",
+        f"{'first step':>16} = {prompt_ms / 1e3:10.2f} s",
+        f"{'the rest':>16} = {max(first - known, 0):10.2f} s: tokenizing, the cache, arguments",
+    ]
 
 
 @dataclass

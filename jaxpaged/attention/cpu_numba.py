@@ -20,6 +20,7 @@ from jaxpaged.attention.cpu_kernel import FEW_ROWS, TILE, scratch_bytes
 from jaxpaged.attention.cpu_pages import KINDS
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
+from jaxpaged.kept_programs import remember_target
 from jaxpaged.native.ffi import register
 from jaxpaged.native.tiles import WIDTH, padded
 from jaxpaged.page_format import BlockPages, SealedPages
@@ -44,6 +45,7 @@ def _target(quantized: bool) -> str:
         kernel.task,
         [Path(str(room.__file__)) for room in (cpu_job, cpu_kernel, cpu_pages)],
     )
+    remember_target(kernel.NAME, _target, quantized)
     return kernel.NAME
 
 

@@ -21,6 +21,7 @@ from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, Tab
 from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
 from jaxpaged.generation import Model
+from jaxpaged.kept_programs import compiled
 
 _PAGES_AT_ONCE = 8
 """Pages of one copy to or from the host."""
@@ -92,7 +93,19 @@ class Device:
         for i, (name, keep, function, donated, arguments) in enumerate(todo):
             if progress is not None:
                 progress(i, len(todo), name)
-            keep(jax.jit(function, donate_argnums=donated).lower(*arguments).compile())
+            closed = (
+                (function.func.__qualname__, *function.args)
+                if isinstance(function, functools.partial)
+                else ()
+            )
+            keep(
+                compiled(
+                    functools.partial(jax.jit(function, donate_argnums=donated).lower, *arguments),
+                    f"engine.{name}",
+                    closed,
+                    arguments,
+                ).program
+            )
         if progress is not None:
             progress(len(todo), len(todo), "")
         self.compiled = len(todo)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.kept_programs import remember_target
 from jaxpaged.native.ffi import register
 from model.quantized import cpu_kernel, cpu_vectors, formats, panels
 
@@ -30,6 +31,7 @@ def _target(name: str, exact: bool) -> str:
     spec.loader.exec_module(kernel)
     sources = [Path(str(room.__file__)) for room in (cpu_kernel, cpu_vectors, formats, panels)]
     register(kernel.NAME, kernel.handler, kernel.task, sources)
+    remember_target(kernel.NAME, _target, name, exact)
     return kernel.NAME
 
 

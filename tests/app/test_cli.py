@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_pool_is_what_the_run_can_fill(paged):
         "type_v": "f32",
         "hadamard": None,
         "page_size": 8,
-        "pages_total": 7,  # 9 + 40 tokens
+        "pages_total": 8,  # for 9 + 40 tokens 7, rounded up
         "pages_peak": 6,  # the newest token is never fed back
         "bytes_peak": 6 * 8 * token,
         "bytes_contiguous": CONTEXT * token,
@@ -139,7 +140,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged)
         "prompt eval time =",
         "  eval time =",
         "total time =",
-        "KV cache = paged, 6 of 7 pages of 8 tokens",
+        "KV cache = paged, 6 of 8 pages of 8 tokens",
     ):
         assert line in done.stderr
     assert f"for {CONTEXT} tokens)" in done.stderr
@@ -260,3 +261,18 @@ def test_foreign_files_are_one_line(refused, tmp_path, content):
 
 def test_escapes():
     assert unescape(r"a\nb\t\\n\x41\'\"\q\x4") == "a\nb\t\\nA'\"" + r"\q\x4"
+
+
+def test_the_second_start_compiles_nothing(jaxpaged: Callable) -> None:
+    """Another process finds the programs and the kernels that they call; -v says so."""
+    flags = ("-p", "def f(x):", "-n", "5", "--temp", "0", "--page-size", "64", "-v")
+    first, second = (jaxpaged("generate", *flags) for _ in range(2))
+    assert first.returncode == second.returncode == 0 and first.stdout == second.stdout
+    for done, how in ((first, "compiled"), (second, "found on disk")):
+        said = dict(re.findall(r"^ *(\w[\w ]*) = +([\d.]+ s.*)$", done.stderr, re.M))
+        assert re.fullmatch(rf"[\d.]+ s: {how}", said["programs"])
+        parts = sum(
+            float(said[name].split()[0]) for name in ("imports", "load", "programs", "first step", "the rest")
+        )
+        assert float(said["start"].split()[0]) == pytest.approx(parts, abs=0.1)
+        assert re.fullmatch(r"[\d.]+ s: metadata [\d.]+, tokenizer [\d.]+, weights [\d.]+", said["load"])

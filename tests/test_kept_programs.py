@@ -1,0 +1,137 @@
+"""Programs on disk: found by what they depend on, and never when that has changed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpaged import kept_programs
+from jaxpaged.kept_programs import compiled, keep_in
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    keep_in(tmp_path / "programs")
+    yield tmp_path / "programs"
+    keep_in(None)
+
+
+def times(factor):
+    """A jitted function that donates its argument."""
+    return jax.jit(lambda x: {"product": x * factor, "sum": x.sum()}, donate_argnums=0)
+
+
+def ask(factor=3, shape=(4,), dtype=jnp.float32, static=None, name="times"):
+    given = (jax.ShapeDtypeStruct(shape, dtype),)
+    return compiled(lambda: times(factor).lower(*given), name, (factor,) if static is None else static, given)
+
+
+def test_a_program_is_found_and_is_the_same():
+    first, second = ask(), ask()
+    assert (first.found, second.found) == (False, True)
+    for kept in (first, second):
+        x = jnp.arange(4.0)
+        out = kept.program(x)
+        np.testing.assert_array_equal(out["product"], [0, 3, 6, 9])
+        assert out["sum"] == 6 and x.is_deleted()
+        assert kept.program.out_info["product"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"factor": 4}, {"shape": (5,)}, {"dtype": jnp.int32}, {"name": "other"}, {"static": (3, "more")}],
+)
+def test_another_program_is_another(other):
+    ask()
+    assert not ask(**other).found
+    assert ask(**other).found and ask().found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setenv("XLA_FLAGS_LIKE", "1"),
+        lambda patch: patch.setattr(kept_programs, "_installed", lambda: "another version"),
+        lambda patch: patch.setattr(kept_programs, "_surroundings", lambda: "another machine"),
+    ],
+)
+def test_what_is_around_counts(monkeypatch, change):
+    ask()
+    change(monkeypatch)
+    assert not ask().found
+
+
+def test_sources_count(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("x = 1")
+    digests = [kept_programs.digest_of.__wrapped__(package)]
+    (package / "a.py").write_text("x = 2")
+    digests.append(kept_programs.digest_of.__wrapped__(package))
+    (package / "a.py").rename(package / "b.py")
+    digests.append(kept_programs.digest_of.__wrapped__(package))
+    assert len(set(digests)) == 3
+
+
+def test_what_cannot_be_described_is_not_kept(folder):
+    """An address is another one in the next process, where it may be anything's."""
+    for static in ((lambda: 0,), (object(),)):
+        assert not ask(static=static).found and not ask(static=static).found
+    assert not list(folder.iterdir())
+
+
+def test_a_function_says_what_it_is():
+    def model():
+        """Closes over everything that its key says."""
+
+    model.program_key = "a model"
+    assert not ask(static=(model,)).found and ask(static=(model,)).found
+    model.program_key = "another model"
+    assert not ask(static=(model,)).found
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda old: b"", lambda old: old[:-9], lambda old: old[:99] + b"x" + old[100:]]
+)
+def test_a_damaged_file_is_compiled_again(folder, damage):
+    ask()
+    (path,) = folder.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert not ask().found
+    assert ask().found
+
+
+def test_what_was_not_used_for_longest_goes(folder, monkeypatch):
+    monkeypatch.setattr(kept_programs, "MOST_PROGRAMS", 2)
+    for factor in (1, 2):
+        ask(factor)
+    for age, path in zip((200, 100), sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime), strict=True):
+        kept_programs.os.utime(path, (1e9 - age, 1e9 - age))
+    assert ask(1).found
+    ask(3)
+    assert ask(1).found and ask(3).found and not ask(2).found
+
+
+def test_nothing_is_kept_unless_asked_for(folder):
+    keep_in(None)
+    assert not ask().found and not ask().found
+    assert not list(folder.iterdir())
+
+
+def test_the_folder_is_its_users_alone(folder, tmp_path):
+    assert folder.stat().st_mode & 0o077 == 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        keep_in(tmp_path / "file" / "programs")
+
+
+def test_jaxs_own_cache_goes_on(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    try:
+        ask()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
