@@ -67,7 +67,10 @@ class Layers:
         kind = self.plan.of(self.path + name)
         if kind is None:
             return None
-        return QuantizedLinear(kind, dim_in, dim_out, dtype=self.dtype, exact=self.plan.exact, **options)
+        plan = self.plan
+        return QuantizedLinear(
+            kind, dim_in, dim_out, dtype=self.dtype, exact=plan.exact, layout=plan.layout, **options
+        )
 
 
 def normed_product(layer: nnx.Linear | QuantizedLinear, norm: RMSNorm, x: Array) -> Array:

@@ -43,7 +43,9 @@ class Llama(nnx.Module):
         self.embedding = (
             nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
             if kind is None
-            else QuantizedEmbedding(kind, c.vocab_size, c.hidden_size, dtype=dtype, exact=plan.exact)
+            else QuantizedEmbedding(
+                kind, c.vocab_size, c.hidden_size, dtype=dtype, exact=plan.exact, layout=plan.layout
+            )
         )
         self.blocks = nnx.List([Block(c, i, plan=plan, dtype=dtype, rngs=rngs) for i in range(c.num_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)

@@ -149,7 +149,9 @@ def _load_gguf(path: Path, wanted: _Wanted) -> LoadedModel:
     clock.lap("metadata")
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_gguf(file.metadata))
     clock.lap("tokenizer")
-    plan = weight_plan(config, file, "gguf", exact=wanted.exact) if wanted.stored else WeightPlan()
+    plan = WeightPlan()
+    if wanted.stored:
+        plan = weight_plan(config, file, "gguf", exact=wanted.exact, layout=product.layout_for())
     params = jax.block_until_ready(
         load_params(config, file, "gguf", dtype=wanted.dtype, plan=plan, progress=wanted.progress)
     )

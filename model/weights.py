@@ -16,6 +16,7 @@ from model.config import ModelConfig, ModelError
 from model.llama import Params
 from model.quantized import panels
 from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.layouts import LAYOUTS, Layout
 from model.quantized.linear import WeightPlan
 
 Progress = Callable[[int, int], None]
@@ -211,13 +212,18 @@ _TOGETHER: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def weight_plan(
-    config: ModelConfig, source: TensorSource, naming: Naming, *, exact: bool = False
+    config: ModelConfig,
+    source: TensorSource,
+    naming: Naming,
+    *,
+    exact: bool = False,
+    layout: Layout = "panels",
 ) -> WeightPlan:
     """Which layers stay quantized as the file has them.
 
     Args:
       config, source, naming: as for ``load_params``.
-      exact: see ``quantized.product.product``.
+      exact, layout: see ``quantized.product.product``.
     """
     kinds, rows = {}, {}
     for name, placement in placements(config, naming).items():
@@ -230,13 +236,13 @@ def weight_plan(
         for together, parts in _TOGETHER:
             paths = [f"blocks.{i}.{part}" for part in parts]
             found = {kinds.get(path) for path in paths}
-            whole_panels = all(rows.get(path, 1) % panels.ROWS == 0 for path in paths)
+            whole_panels = layout != "panels" or all(rows.get(path, 1) % panels.ROWS == 0 for path in paths)
             biased = together == "mlp.gate_up" and config.mlp_bias
             if len(found) == 1 and None not in found and whole_panels and not biased:
                 kinds[f"blocks.{i}.{together}"] = kinds[paths[0]]
                 for path in paths:
                     del kinds[path]
-    return WeightPlan(tuple(sorted(kinds.items())), exact and bool(kinds))
+    return WeightPlan(tuple(sorted(kinds.items())), exact and bool(kinds), layout)
 
 
 def load_params(
@@ -279,7 +285,7 @@ class _Loader:
     """The params of a model, as its tensors come."""
 
     def __init__(self, config: ModelConfig, dtype: Any, plan: WeightPlan) -> None:
-        self._dtype, self._plan = dtype, plan
+        self._dtype, self._plan, self._layout = dtype, plan, LAYOUTS[plan.layout]
         self._params: list[tuple[tuple[str | int, ...], nnx.Param]] = []
         self._matrices: dict[str, panels.Parts] = {}
         self._biases: dict[str, dict[str, np.ndarray]] = {}
@@ -304,9 +310,9 @@ class _Loader:
         else:
             file, fmt = cast(QuantizedSource, source), WEIGHT_FORMATS[kind]
             if together not in self._matrices:
-                self._matrices[together] = panels.empty_parts(fmt, rows, placement.shape[1])
+                self._matrices[together] = self._layout.empty_parts(fmt, rows, placement.shape[1])
             raw = from_file(file.raw(name), replace(placement, transpose=False))
-            panels.pack(fmt, raw, self._matrices[together], before)
+            self._layout.pack(fmt, raw, self._matrices[together], before)
             file.forget(name)
 
     def _joined(self, path: str, rows: int) -> tuple[str, int, int]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from model.quantized import panels
 from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.layouts import LAYOUTS, Layout
 from model.quantized.product import product
 
 
@@ -22,10 +22,12 @@ class WeightPlan:
     Attributes:
       formats: pairs of a layer's path in the model, such as ``"blocks.0.attention.qkv"``, and its format.
       exact: see ``product.product``.
+      layout: how their matrices lie in memory.
     """
 
     formats: tuple[tuple[str, str], ...] = ()
     exact: bool = False
+    layout: Layout = "panels"
 
     @functools.cached_property
     def _by_path(self) -> dict[str, str]:
@@ -33,7 +35,7 @@ class WeightPlan:
 
     def exactly(self) -> WeightPlan:
         """The same layers, with exact products."""
-        return WeightPlan(self.formats, exact=True) if self.formats else self
+        return replace(self, exact=True) if self.formats else self
 
     def of(self, path: str) -> str | None:
         """The format of a layer; None where it is dense."""
@@ -41,20 +43,21 @@ class WeightPlan:
 
 
 class _Quantized(nnx.Module):
-    """A matrix in panels: each part is a parameter of its name."""
+    """A matrix: each part is a parameter of its name."""
 
-    def __init__(self, name: str, rows: int, columns: int, *, exact: bool) -> None:
-        self.format, self.rows, self.exact = name, rows, exact
-        self.part_names = tuple(panels.part_shapes(WEIGHT_FORMATS[name], rows, columns))
-        for part, shape in panels.part_shapes(WEIGHT_FORMATS[name], rows, columns).items():
+    def __init__(self, name: str, rows: int, columns: int, *, exact: bool, layout: Layout) -> None:
+        self.format, self.rows, self.columns, self.exact, self.layout = name, rows, columns, exact, layout
+        shapes = LAYOUTS[layout].part_shapes(WEIGHT_FORMATS[name], rows, columns)
+        self.part_names = tuple(shapes)
+        for part, shape in shapes.items():
             setattr(self, part, nnx.Param(jnp.zeros(shape.shape, shape.dtype)))
 
     def parts(self) -> dict[str, Array]:
-        """See ``panels.Parts``."""
+        """See ``panels.Parts`` and ``lanes.Parts``."""
         return {name: getattr(self, name)[...] for name in self.part_names}
 
     def _product(self, x: Array, outputs: int, **around: Any) -> Array:
-        return product(x, self.format, self.parts(), outputs, exact=self.exact, **around)
+        return product(x, self.format, self.parts(), outputs, exact=self.exact, layout=self.layout, **around)
 
 
 class QuantizedLinear(_Quantized):
@@ -66,7 +69,7 @@ class QuantizedLinear(_Quantized):
       use_bias: whether there is one.
       gated: see ``product.product``.
       dtype: of the bias.
-      exact: see ``product.product``.
+      exact, layout: see ``product.product``.
     """
 
     def __init__(
@@ -79,8 +82,9 @@ class QuantizedLinear(_Quantized):
         gated: bool = False,
         dtype: Any = jnp.float32,
         exact: bool = False,
+        layout: Layout = "panels",
     ) -> None:
-        super().__init__(name, 2 * dim_out if gated else dim_out, dim_in, exact=exact)
+        super().__init__(name, 2 * dim_out if gated else dim_out, dim_in, exact=exact, layout=layout)
         self.outputs, self.gated = dim_out, gated
         self.bias = nnx.data(nnx.Param(jnp.zeros(dim_out, dtype)) if use_bias else None)
 
@@ -94,12 +98,15 @@ class QuantizedLinear(_Quantized):
 class QuantizedEmbedding(_Quantized):
     """A row for each token; with tied embeddings, the model's last layer as well."""
 
-    def __init__(self, name: str, num_tokens: int, dim: int, *, dtype: Any, exact: bool) -> None:
-        super().__init__(name, num_tokens, dim, exact=exact)
+    def __init__(
+        self, name: str, num_tokens: int, dim: int, *, dtype: Any, exact: bool, layout: Layout
+    ) -> None:
+        super().__init__(name, num_tokens, dim, exact=exact, layout=layout)
         self.dtype = dtype
 
     def __call__(self, tokens: Array) -> Array:
-        return panels.rows_of(self.format, self.parts(), tokens).astype(self.dtype)
+        rows = LAYOUTS[self.layout].rows_of(self.format, self.parts(), tokens, self.columns)
+        return rows.astype(self.dtype)
 
     def attend(self, x: Array, *, norm: tuple[Array, float] | None = None) -> Array:
         """``norm(x) @ W.T``: a number for each token."""

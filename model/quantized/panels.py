@@ -126,15 +126,14 @@ def _pack_codes(fmt: WeightFormat, codes: np.ndarray, out: np.ndarray) -> None:
 # --- back to numbers, on any platform ---------------------------------------------------------------------------
 
 
-def dequantized(name: str, parts: Mapping[str, Array], rows: int) -> Array:
+def dequantized(name: str, parts: Mapping[str, Array], rows: int, columns: int) -> Array:
     """f32 ``[rows, columns]`` of a matrix's parts."""
     fmt = WEIGHT_FORMATS[name]
     numbers = _numbers(fmt, parts)
-    panels, columns = numbers.shape[0], numbers.shape[1]
-    return numbers.swapaxes(1, 2).reshape(panels * ROWS, columns)[:rows]
+    return numbers.swapaxes(1, 2).reshape(-1, numbers.shape[1])[:rows, :columns]
 
 
-def rows_of(name: str, parts: Mapping[str, Array], index: Array) -> Array:
+def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -> Array:
     """f32 ``[n, columns]``: the rows at ``index`` i32[n], which is inside the matrix."""
     fmt = WEIGHT_FORMATS[name]
     panel, lane = index // ROWS, index % ROWS
@@ -145,7 +144,7 @@ def rows_of(name: str, parts: Mapping[str, Array], index: Array) -> Array:
             taken[key] = quads[panel, :, :, lane].reshape(len(index), part.shape[1], -1)
         else:
             taken[key] = part[panel, :, lane][..., None]
-    return _numbers(fmt, taken)[..., 0]
+    return _numbers(fmt, taken)[:, :columns, 0]
 
 
 def _numbers(fmt: WeightFormat, parts: Mapping[str, Array]) -> Array:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.quantized import panels
+from model.quantized.around import finished, normed
+from model.quantized.layouts import LAYOUTS, Layout
 
-Implementation = Literal["cpu", "xla"]
+Implementation = Literal["cpu", "tpu", "xla"]
 
 
 def choose(platform: str | None = None) -> Implementation:
     """Who computes products on a platform, by default the one that JAX uses."""
-    has_numba = importlib.util.find_spec("numba") is not None
-    return "cpu" if (platform or jax.default_backend()) == "cpu" and has_numba else "xla"
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
+        return "cpu" if importlib.util.find_spec("numba") is not None else "xla"
+    return "tpu" if platform == "tpu" else "xla"
+
+
+def layout_for(platform: str | None = None) -> Layout:
+    """How matrices have to lie for it."""
+    return "panels" if choose(platform) == "cpu" else "lanes"
 
 
 def product(
@@ -31,6 +40,7 @@ def product(
     add: Array | None = None,
     gated: bool = False,
     exact: bool = False,
+    layout: Layout = "panels",
     implementation: Implementation | None = None,
 ) -> Array:
     """``x @ W.T``, with what stands around it in a transformer's layer.
@@ -38,7 +48,7 @@ def product(
     Args:
       x: ``[T, columns]``, any floating dtype.
       name: the format, one of ``WEIGHT_FORMATS``.
-      parts: the matrix, see ``panels.Parts``.
+      parts: the matrix, see ``panels.Parts`` and ``lanes.Parts``.
       outputs: its rows; where it is ``gated``, half of them.
       norm: ``(scale [columns], eps)``: ``x`` is normed first (RMSNorm).
       add: ``[T, outputs]``, added in the end.
@@ -46,38 +56,27 @@ def product(
         leaves is ``silu(gate) * up``.
       exact: activations stay float32; else kernels may take them as whole numbers of 16 bits, with a scale for each
         32 of them, which is off by less than 1e-4 of what a product is.
-      implementation: None = as ``choose`` says.
+      layout: how it lies there.
+      implementation: None = as ``choose`` says; what cannot serve a layout or a dtype leaves it to XLA.
 
     Returns:
       ``[T, outputs]`` of ``x``'s dtype.
     """
-    if (implementation or choose()) == "cpu":
+    wanted = implementation or choose()
+    if wanted == "cpu" and layout == "panels":
         from model.quantized import cpu
 
-        return cpu.product(
-            x.astype(jnp.float32), name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact
-        ).astype(x.dtype)
-    return _by_xla(x, name, parts, outputs, norm, add, gated)
+        wide = x.astype(jnp.float32)
+        return cpu.product(wide, name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact).astype(
+            x.dtype
+        )
+    if wanted == "tpu" and layout == "lanes":
+        from model.quantized import tpu
 
-
-def _by_xla(
-    x: Array,
-    name: str,
-    parts: Mapping[str, Array],
-    outputs: int,
-    norm: tuple[Array, float] | None,
-    add: Array | None,
-    gated: bool,
-) -> Array:
-    """The same by operations of XLA, which makes numbers of all of the matrix first."""
-    dtype: Any = x.dtype
-    if norm is not None:
-        scale, eps = norm
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-        x = normed.astype(dtype) * scale.astype(dtype)
-    matrix = panels.dequantized(name, parts, 2 * outputs if gated else outputs).astype(dtype)
-    out = jnp.einsum("tk,ok->to", x, matrix)
-    if gated:
-        out = jax.nn.silu(out[:, :outputs]) * out[:, outputs:]
-    return out if add is None else out + add
+        with contextlib.suppress(NotImplementedError):
+            return tpu.product(x, name, parts, outputs, norm=norm, add=add, gated=gated)
+    # XLA makes numbers of all of the matrix first.
+    rows, columns = (2 * outputs if gated else outputs), x.shape[1]
+    matrix = LAYOUTS[layout].dequantized(name, parts, rows, columns).astype(x.dtype)
+    x = x if norm is None else normed(x, *norm)
+    return finished(jnp.einsum("tk,ok->to", x, matrix), outputs, add, gated)

@@ -45,9 +45,9 @@ def silu(x: np.ndarray) -> np.ndarray:
 def test_numbers_are_those_of_the_file_to_the_bit(name: str) -> None:
     raw = random_raw(name, 40, COLUMNS)
     wanted, parts = numbers(name, raw), packed(name, raw, COLUMNS)
-    np.testing.assert_array_equal(panels.dequantized(name, parts, 40), wanted)
+    np.testing.assert_array_equal(panels.dequantized(name, parts, 40, COLUMNS), wanted)
     index = jnp.array([3, 39, 17, 0, 3])
-    np.testing.assert_array_equal(panels.rows_of(name, parts, index), wanted[np.asarray(index)])
+    np.testing.assert_array_equal(panels.rows_of(name, parts, index, COLUMNS), wanted[np.asarray(index)])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,6 +95,20 @@ def test_logits_are_those_of_dequantized_weights(name: str) -> None:
         assert np.linalg.norm(found - wanted) < bound * np.linalg.norm(wanted), exact
 
 
+@pytest.mark.parametrize("name", ["llama, as Q4_K_M", "qwen2, biases", "half a panel"])
+def test_logits_are_those_of_dequantized_weights_on_accelerators_too(name: str) -> None:
+    """By XLA here; keys of 8 rows are part of one matrix there."""
+    config, kind = MODELS[name]
+    file = Drawn(config, kind)
+    plan = weight_plan(config, file, "gguf", layout="lanes")
+    assert any(path.endswith("attention.qkv") for path, _ in plan.formats) == (name != "llama, as Q4_K_M")
+    found = logits(
+        config, load_params(config, file, "gguf", plan=plan), function=functional(config, plan=plan)
+    )
+    wanted = logits(config, load_params(config, file, "gguf"))
+    assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
 def test_layers_that_are_quantized_alike_are_one() -> None:
     def layers(name: str) -> dict[str, str]:
         config, kind = MODELS[name]

@@ -1,0 +1,11 @@
+"""The two ways in which a quantized matrix lies in memory; their modules have the same functions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from model.quantized import lanes, panels
+
+Layout = Literal["panels", "lanes"]
+""""panels" for CPUs, "lanes" for accelerators."""
+LAYOUTS: dict[Layout, Any] = {"panels": panels, "lanes": lanes}
