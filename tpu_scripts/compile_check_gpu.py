@@ -7,7 +7,8 @@ Every model of ``jaxpaged.attention.cases.MODELS``, decode steps of 1, 8 and 64 
 tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotations that a model passes. Models of head_dim 64, 128 and
 256 also with quantized pages, of 32 and 64 tokens. It goes all the way to machine code for sm_90a, so what does not fit
 a block's shared memory or its registers shows as on hardware; times do not. More rows compile a whole donated step of
-one layer, the write of its keys and values and the attention, and check that XLA works on the pool in place.
+one layer, the write of its keys and values and the attention, and check that XLA works on the pool in place. The last
+ones compile products with quantized weights, of each type that a GGUF file may have.
 
 Exit status: 0, all compiled and nothing spilled; 1, something did not; 2, a package is missing.
 """
@@ -144,6 +145,7 @@ def compile_all(quick: bool, target: Path | None, dump: Path) -> None:
             for head_dim in (64, 128)
             for pages in ("bf16", "q8_0", "q4_0")
         ),
+        *(functools.partial(compile_product, dump, *case) for case in product_cases(quick)),
     ):
         rows.append(compile_case())
         if rows[0].get("registers") == "as above":
@@ -314,6 +316,34 @@ def compile_step(dump: Path, head_dim: int, pages: str) -> dict[str, Any]:
         copies = re.findall(rf"= \w+\[{NUM_PAGES},\S* (?:copy|transpose)", compiled.as_text())
         if row["alias_bytes"] < pool or row["temp_bytes"] * 8 > pool or copies:
             row["ok"] = f"not in place: {row['alias_bytes']} of {pool} bytes aliased, {len(copies)} copies"
+    return row
+
+
+def product_cases(quick: bool) -> list[tuple[str, int, int]]:
+    """``(format, rows, columns)``: Llama-3-8B's queries, keys and values as one matrix, and the last of its MLP."""
+    from model.quantized.formats import WEIGHT_FORMATS
+
+    sizes = ((6144, 4096),) if quick else ((6144, 4096), (4096, 14336))
+    return [(name, *size) for name in WEIGHT_FORMATS for size in sizes]
+
+
+def compile_product(dump: Path, name: str, rows: int, columns: int) -> dict[str, Any]:
+    """One row: eight rows of activations times a matrix."""
+    import jax
+    import jax.numpy as jnp
+
+    from model.quantized import gpu_kernel, lanes
+    from model.quantized.formats import WEIGHT_FORMATS
+
+    mesh, sharding = describe_device()
+    fmt = WEIGHT_FORMATS[name]
+    parts = {
+        part: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        for part, shape in lanes.part_shapes(fmt, rows, columns).items()
+    }
+    x = jax.ShapeDtypeStruct((8, columns), jnp.bfloat16, sharding=sharding)
+    row: dict[str, Any] = {"models": f"{name} weights, {rows} x {columns}", "kind": "product 8"}
+    compile_and_report(jax.jit(functools.partial(gpu_kernel.matmul, fmt)), (x, parts), mesh, dump, row)
     return row
 
 

@@ -1,4 +1,4 @@
-"""Compiles the TPU kernel for every TPU, without one: `pip install "jax[tpu]"` is all it needs.
+"""Compiles the TPU kernels for every TPU, without one: `pip install "jax[tpu]"` is all it needs.
 
     python -m tpu_scripts.compile_check_tpu [--quick] [--bundles] [--target v5e:2x2] [--json FILE]
 
@@ -10,6 +10,7 @@ aligned, or has no instruction fails here as it fails there. Nothing runs, so th
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,8 @@ def work(target: str, quick: bool, bundles: bool) -> None:
     ):
         for row in compiler.layout(layout, dtype):
             print(json.dumps(row), flush=True)
+    for row in compiler.products(quick):
+        print(json.dumps(row), flush=True)
 
 
 def same_program(models: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -195,6 +199,30 @@ class Compiler:
             "alias_bytes": memory.alias_size_in_bytes,
             "accessed_bytes": int(cost.get("bytes accessed", 0)),
         }
+
+    def products(self, quick: bool) -> Iterator[dict[str, Any]]:
+        """Activations times quantized weights of each type: Llama-3-8B's, and of whole blocks alone SmolLM2-135M's."""
+        import jax.numpy as jnp
+
+        from model.quantized import lanes, tpu_kernel
+        from model.quantized.formats import WEIGHT_FORMATS
+
+        for name, fmt in WEIGHT_FORMATS.items():
+            sizes = [(6144, 4096)] if quick else [(6144, 4096), (4096, 14336)]
+            sizes += [] if fmt.has_steps else [(960, 576)]
+            for rows, columns in sizes:
+                shapes = lanes.part_shapes(fmt, rows, columns).items()
+                parts = {part: self.array(shape.shape, shape.dtype) for part, shape in shapes}
+                for tokens, dtype in ((8, jnp.bfloat16), (8, jnp.float32), (512, jnp.bfloat16)):
+                    function = functools.partial(tpu_kernel.matmul, fmt)
+                    compiled = self.compile(function, self.array((tokens, columns), dtype), parts)
+                    yield {
+                        "table": "products",
+                        "target": self.target,
+                        "weights": f"{name} {rows} x {columns}",
+                        "kind": f"{tokens} {jnp.dtype(dtype).name}",
+                        **compiled,
+                    }
 
     def pages(self, heads: dict[str, Any], page_size: int, dtype: str, layout: str) -> tuple[Any, Any]:
         """The format, and a pool of one layer. Quantized rows are turned first, which makes the longer programs."""
@@ -496,6 +524,19 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             mib(row, "alias_bytes"),
             mib(row, "accessed_bytes"),
             mib(row, "code_bytes"),
+            row["reason"] or "ok",
+        ),
+    )
+    table(
+        "products",
+        "target | weights | rows of activations | temp MiB | code MiB | s | result",
+        lambda row: (
+            row["target"],
+            row["weights"],
+            row["kind"],
+            mib(row, "temp_bytes"),
+            mib(row, "code_bytes"),
+            row["seconds"],
             row["reason"] or "ok",
         ),
     )

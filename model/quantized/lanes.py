@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,6 @@ Parts = dict[str, Any]
 f16[super-blocks, rows]; ``minima`` like ``scales``; ``steps`` i8[groups, rows]; ``min_steps`` likewise, u8."""
 
 
-class Run(NamedTuple):
-    """Columns whose codes come out of the planes by one shift of each."""
-
-    start: int
-    """The first column."""
-    planes: tuple[tuple[int, int, int, int], ...]
-    """Of each plane: the first row of ``codes``, bits to shift right by, bits to keep, bits to shift left by then."""
-
-
 def filled(fmt: WeightFormat, columns: int) -> int:
     """Columns in memory."""
     unit = SUBLANES * 8 // min(fmt.planes)
@@ -50,16 +41,24 @@ def run_length(fmt: WeightFormat, columns: int) -> int:
     return filled(fmt, columns) * min(fmt.planes) // 8
 
 
-def runs(fmt: WeightFormat, columns: int) -> Iterator[Run]:
-    """All of a matrix's runs, by their columns."""
-    full, length = filled(fmt, columns), run_length(fmt, columns)
-    for start in range(0, full, length):
-        found, top, done = [], 0, 0
-        for bits in fmt.planes:
-            height = full * bits // 8
-            found.append((top + start % height, bits * (start // height), bits, done))
-            top, done = top + height, done + bits
-        yield Run(start, tuple(found))
+def num_runs(fmt: WeightFormat) -> int:
+    """Runs of a matrix: columns whose codes come out of the planes by one shift of each; run i has the columns from
+    ``i * run_length`` on."""
+    return 8 // min(fmt.planes)
+
+
+def places(fmt: WeightFormat, run: Any) -> Iterator[tuple[Any, Any, int, int]]:
+    """Where a run's codes are, the run a number or an array.
+
+    Yields:
+      Of each plane ``(segment, shift, bits, done)``: which piece of ``codes``, ``run_length`` high; by how many bits
+      they are shifted there; their bits; and to which bit of a code they belong.
+    """
+    first, done = 0, 0
+    for bits in fmt.planes:
+        segments = bits // min(fmt.planes)  # a power of two
+        yield first + (run & (segments - 1)), bits * (run >> (segments.bit_length() - 1)), bits, done
+        first, done = first + segments, done + bits
 
 
 def part_shapes(fmt: WeightFormat, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -97,22 +96,19 @@ def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> 
         columns = len(given)
         codes = np.zeros((filled(fmt, columns), len(raw)), np.uint8)
         codes[:columns] = given
-        for run in runs(fmt, columns):
-            mine = codes[run.start : run.start + run_length(fmt, columns)]
-            for top, shift, bits, done in run.planes:
+        length = run_length(fmt, columns)
+        for run in range(num_runs(fmt)):
+            mine = codes[run * length : (run + 1) * length]
+            for segment, shift, bits, done in places(fmt, run):
                 plane = mine >> np.uint8(done) & np.uint8((1 << bits) - 1)
-                part[top : top + len(mine), lanes] |= plane << np.uint8(shift)
+                part[segment * length : (segment + 1) * length, lanes] |= plane << np.uint8(shift)
 
 
-def codes_of(fmt: WeightFormat, segments: Sequence[Array], run: Run, length: int) -> Array:
-    """i32: what a run's codes stand for before ``zero`` is taken.
-
-    Args:
-      segments: i32 each: the planes of ``codes`` in pieces of ``length``, or the same part of every piece.
-    """
+def codes_of(fmt: WeightFormat, load: Callable[[Any], Array], run: Any) -> Array:
+    """i32: what a run's codes stand for before ``zero`` is taken; ``load`` gives a segment, or a part of it, as i32."""
     found: Array | None = None
-    for top, shift, bits, done in run.planes:
-        part = segments[top // length]
+    for segment, shift, bits, done in places(fmt, run):
+        part = load(segment)
         if bits < 8:
             part = (part >> shift & ((1 << bits) - 1)) << done
         found = part if found is None else found | part
@@ -141,8 +137,8 @@ def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -
 def _numbers(fmt: WeightFormat, parts: Mapping[str, Array], columns: int) -> Array:
     """f32[columns, n]"""
     length = run_length(fmt, columns)
-    segments = list(parts["codes"].astype(jnp.int32).reshape(-1, length, parts["codes"].shape[1]))
-    codes = jnp.concatenate([codes_of(fmt, segments, run, length) for run in runs(fmt, columns)])
+    segments = parts["codes"].astype(jnp.int32).reshape(-1, length, parts["codes"].shape[1])
+    codes = jnp.concatenate([codes_of(fmt, segments.__getitem__, run) for run in range(num_runs(fmt))])
     numbers = (codes - fmt.zero).astype(jnp.float32).reshape(-1, fmt.group, codes.shape[1])
     numbers = numbers * _scale(parts["scales"], parts.get("steps"))
     if fmt.has_minima:

@@ -14,7 +14,7 @@ from jax import Array
 from model.quantized.around import finished, normed
 from model.quantized.layouts import LAYOUTS, Layout
 
-Implementation = Literal["cpu", "tpu", "xla"]
+Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
 
 def choose(platform: str | None = None) -> Implementation:
@@ -22,7 +22,7 @@ def choose(platform: str | None = None) -> Implementation:
     platform = platform or jax.default_backend()
     if platform == "cpu":
         return "cpu" if importlib.util.find_spec("numba") is not None else "xla"
-    return "tpu" if platform == "tpu" else "xla"
+    return "tpu" if platform == "tpu" else "gpu" if platform in ("gpu", "cuda") else "xla"
 
 
 def layout_for(platform: str | None = None) -> Layout:
@@ -75,6 +75,11 @@ def product(
 
         with contextlib.suppress(NotImplementedError):
             return tpu.product(x, name, parts, outputs, norm=norm, add=add, gated=gated)
+    if wanted == "gpu" and layout == "lanes":
+        from model.quantized import gpu
+
+        with contextlib.suppress(NotImplementedError):
+            return gpu.product(x, name, parts, outputs, norm=norm, add=add, gated=gated)
     # XLA makes numbers of all of the matrix first.
     rows, columns = (2 * outputs if gated else outputs), x.shape[1]
     matrix = LAYOUTS[layout].dequantized(name, parts, rows, columns).astype(x.dtype)

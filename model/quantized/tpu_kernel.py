@@ -1,7 +1,7 @@
 """The TPU kernel of products with quantized matrices: a tile of codes becomes numbers in VMEM, where they are used.
 
 A program takes ``bn`` rows of the matrix and, step by step, the codes of all its columns. Of every run of columns
-(``lanes.Run``) a step has the same piece, because one byte holds codes of several runs; activations come ordered so.
+(see ``lanes``) a step has the same piece, because one byte holds codes of several runs; activations come ordered so.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def _kernel(fmt: WeightFormat, cut: Cut, columns: int, num_segments: int, *refs:
 
     total = sums_ref[...]
     codes = [segment[...].astype(jnp.int32) & 255 for segment in segments]
-    for i, run in enumerate(lanes.runs(fmt, columns)):
-        first = run.start // fmt.group
+    for i in range(lanes.num_runs(fmt)):
+        first = i * length // fmt.group
         here = pl.ds(first, groups)
         if cut.steps > 1:
             here = pl.ds(pl.multiple_of(first + step * groups, 8), groups)
         numbers = (
-            (lanes.codes_of(fmt, codes, run, length) - fmt.zero)
+            (lanes.codes_of(fmt, codes.__getitem__, i) - fmt.zero)
             .astype(jnp.float32)
             .reshape(groups, fmt.group, -1)
         )
@@ -124,7 +124,7 @@ def _ordered(fmt: WeightFormat, cut: Cut, x: Array, columns: int) -> Array:
     """Activations ``[T, columns]`` with those of a step side by side, filled up with zeros."""
     full = lanes.filled(fmt, columns)
     x = jnp.pad(x, ((0, -x.shape[0] % cut.bt), (0, full - columns)))
-    runs = full // lanes.run_length(fmt, columns)
+    runs = lanes.num_runs(fmt)
     if runs == 1 or cut.steps == 1:
         return x
     return x.reshape(x.shape[0], runs, cut.steps, cut.piece).swapaxes(1, 2).reshape(x.shape)
@@ -138,7 +138,6 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: b
     cut = Cut.of(fmt, rows, columns, tokens, x.dtype)
     ordered, length = _ordered(fmt, cut, x, columns), lanes.run_length(fmt, columns)
     num_segments = parts["codes"].shape[0] // length
-    runs = lanes.filled(fmt, columns) // length
     grid = (-(-rows // cut.bn), ordered.shape[0] // cut.bt, cut.steps)
 
     def segment(i: int) -> Any:
@@ -152,7 +151,7 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: b
         functools.partial(_kernel, fmt, cut, columns, num_segments),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((cut.bt, runs * cut.piece), lambda n, t, c: (t, c)),
+            pl.BlockSpec((cut.bt, lanes.num_runs(fmt) * cut.piece), lambda n, t, c: (t, c)),
             *map(segment, range(num_segments)),
             *(pl.BlockSpec((part.shape[0], cut.bn), lambda n, t, c: (0, n)) for part in others),
         ],
