@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpaged.app import interrupt
+from jaxpaged.app.memory import give_back
 from jaxpaged.app.timings import Timings
 from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation_request import ContextShift
@@ -166,4 +167,5 @@ def _compile(stream: GenerateStream | LookupStream) -> None:
     pool.shutdown(wait=False)
     while not interrupt.asked():
         if wait([compiled], timeout=_POLL_SECONDS).done:
-            return compiled.result()
+            compiled.result()
+            return give_back()

@@ -188,3 +188,72 @@ def test_lesser_cpus_compute_the_same(instructions: str, tmp_path: Path) -> None
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+AS_ON_ARM = """
+from llvmlite import ir
+from model.quantized import cpu_vectors
+
+def dot(self, c, total, codes, factors):
+    '''What sdot computes: products of signed bytes, four summed up in each lane.'''
+    words = cpu_vectors._WORDS
+    down = ir.Constant(words, [24] * 16)
+    for j in range(4):
+        up = ir.Constant(words, [24 - 8 * j] * 16)
+        a, b = (c.b.ashr(c.b.shl(x, up), down) for x in (codes, factors))
+        total = c.b.add(total, c.b.mul(a, b))
+    return total
+
+cpu_vectors._OfBytes._dot = dot
+cpu_vectors._PRODUCTS = cpu_vectors._OfBytes()
+"""
+
+
+def test_high_and_low_bytes_make_the_same_sums_as_pairs(tmp_path: Path) -> None:
+    """Arm's way, with another instruction in the place of its own."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parents[1])])
+    environment = os.environ | {"JAXPAGED_CACHE": str(tmp_path), "PYTHONPATH": path}
+    script = AS_ON_ARM + CHECK.format(instructions=cpu_vectors.INSTRUCTIONS)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+ASSEMBLY = """
+import re
+import llvmlite.binding as llvm
+from llvmlite import ir
+from jaxpaged.native.tiles import Code
+from model.quantized import cpu_vectors
+from model.quantized.formats import WEIGHT_FORMATS
+
+cpu_vectors.INSTRUCTIONS, cpu_vectors._PRODUCTS = "neon", cpu_vectors._OfBytes()
+cpu_vectors.instructions = lambda write, *_: write
+module = ir.Module()
+for name in ("Q8_0", "Q4_K", "IQ4_NL"):
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * cpu_vectors.PANEL_ARGUMENTS)
+    function = ir.Function(module, kind, name)
+    builder = ir.IRBuilder(function.append_basic_block())
+    cpu_vectors.panel_product(WEIGHT_FORMATS[name], 4, False)(Code(builder), *function.args)
+    builder.ret_void()
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+machine = target.create_target_machine(cpu="neoverse-n1", features="+dotprod", opt=3)
+parsed = llvm.parse_assembly(str(module))
+options = llvm.create_pipeline_tuning_options(speed_level=3)
+passes = llvm.create_pass_builder(machine, options)
+passes.getModulePassManager().run(parsed, passes)
+text = machine.emit_assembly(parsed)
+print(len(re.findall(r"\\bsdot\\b", text)), len(re.findall(r"\\btbl\\b", text)))
+"""
+
+
+def test_arms_instructions_are_what_llvm_has() -> None:
+    """Compiled for a CPU that is not here; four rows, 64 bytes of codes a quad, high and low bytes of activations."""
+    done = subprocess.run([sys.executable, "-c", ASSEMBLY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    dots, lookups = map(int, done.stdout.split())
+    assert dots == 3 * 8 * 4 * 4 * 2 and lookups >= 8 * 4

@@ -18,6 +18,7 @@ from jaxpaged.app import interrupt
 from jaxpaged.app.chat import template_of
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.memory import give_back
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.options import ServeOptions
@@ -152,6 +153,7 @@ def _build(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     engine = build_engine(options, ready)
     with _compiling(options.log) as report:
         engine.compile(report)
+    give_back()
     return EngineRunner(engine), model
 
 
