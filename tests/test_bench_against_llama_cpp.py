@@ -11,8 +11,10 @@ import pytest
 from script_kit import run, table
 
 from model.tiny import PATH as TINY
-from tpu_scripts import bench_against_llama_cpp
-from tpu_scripts.bench_against_llama_cpp import CONTIGUOUS, LLAMA_CPP, LLAMA_CPP_PAGED, PAGED, Cell, Failure
+from tpu_scripts import bench_against_llama_cpp, llama_cpp_side, turns
+from tpu_scripts.bench_against_llama_cpp import CONTIGUOUS, PAGED
+from tpu_scripts.llama_cpp_side import LLAMA_CPP, LLAMA_CPP_PAGED
+from tpu_scripts.turns import Cell, Failure
 
 PROGRAM = """#!{python} -SE
 import json, sys
@@ -74,7 +76,7 @@ def test_bad_input_is_one_line(monkeypatch, capsys, arguments, complaint):
 
 
 def test_no_row_is_favoured_by_its_turn():
-    orders = bench_against_llama_cpp.turns(4, 8)
+    orders = turns.turns(4, 8)
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
     for place in range(4):
         assert sorted(order[place] for order in orders) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -93,9 +95,7 @@ def test_what_is_counted_is_what_llama_cpp_counts():
 @pytest.mark.parametrize("cell", [Cell(1, 0, 30, 6), Cell(1, 9, 30, 0), Cell(3, 0, 30, 6), Cell(3, 20, 0, 6)])
 def test_llama_cpp_is_asked_for_each_cell(llama_cpp, cell):
     for name, paged, rate in ((LLAMA_CPP, False, 100), (LLAMA_CPP_PAGED, True, 50)):
-        side = bench_against_llama_cpp.Programs(
-            name, llama_cpp(help="--kv-cache-paged"), TINY, 2, None, paged
-        )
+        side = llama_cpp_side.Programs(name, llama_cpp(help="--kv-cache-paged"), TINY, 2, None, paged)
         assert side.prepare(cell) is None
         found = side.measure(cell)
         rates = {"prompt": rate, "generation": rate if cell.batch == 1 else 2 * rate}
@@ -106,16 +106,16 @@ def test_llama_cpp_is_asked_for_each_cell(llama_cpp, cell):
 
 
 def test_paged_memory_that_a_build_does_not_know_is_said(llama_cpp):
-    side = bench_against_llama_cpp.Programs(LLAMA_CPP_PAGED, llama_cpp(), TINY, 2, None, True)
+    side = llama_cpp_side.Programs(LLAMA_CPP_PAGED, llama_cpp(), TINY, 2, None, True)
     assert side.prepare(Cell(1, 0, 1, 1)) == side.prepare(Cell(2, 0, 1, 1)) == "not known to this build"
 
 
 @pytest.mark.parametrize("text", ["", "no json", "[]", "[1]", "{}", '[{"n_prompt": 1}]', "null"])
 def test_what_is_no_measurement_is_refused(text):
     with pytest.raises(Failure, match="llama-bench printed no tests: "):
-        bench_against_llama_cpp.read_llama_bench(text)
+        llama_cpp_side.read_llama_bench(text)
     with pytest.raises(Failure, match="llama-batched-bench printed no test: "):
-        bench_against_llama_cpp.read_batched_bench(text)
+        llama_cpp_side.read_batched_bench(text)
 
 
 def test_a_llama_cpp_that_fails_is_one_line(monkeypatch, capsys, llama_cpp):
@@ -169,7 +169,7 @@ def test_the_table_has_a_row_a_side():
         Told(LLAMA_CPP_PAGED, [], asked, "not known to this build"),
         Told(PAGED, [1, 1, 4], asked),
     ]
-    row = bench_against_llama_cpp.measure(sides, Cell(1, 9, 40, 10), 3, lambda _: None)
+    row = turns.measure(sides, Cell(1, 9, 40, 10), 3, lambda _: None)
     assert asked == [LLAMA_CPP, PAGED, PAGED, LLAMA_CPP, LLAMA_CPP, PAGED]
     assert json.loads(json.dumps(row)) == row
     names = [LLAMA_CPP, LLAMA_CPP_PAGED, PAGED]
@@ -229,7 +229,7 @@ class Library:
 def test_the_library_reads_what_its_programs_read(monkeypatch, cell, calls):
     library = Library()
     monkeypatch.setitem(sys.modules, "llama_cpp", library)
-    side = bench_against_llama_cpp.OnLlamaCpp({"model": "m.gguf", "threads": 1, "cache_type": None})
+    side = llama_cpp_side.OnLlamaCpp({"model": "m.gguf", "threads": 1, "cache_type": None})
     side.prepare(cell)
     library.calls.clear()
     assert side.measure(cell).keys() == cell.tokens.keys()

@@ -41,18 +41,17 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,255 +77,23 @@ from tpu_scripts.common import (
     with_noise,
     write_json,
 )
+from tpu_scripts.llama_cpp_side import (
+    CACHE_TYPES,
+    LLAMA_CPP,
+    LLAMA_CPP_PAGED,
+    OnLlamaCpp,
+    Programs,
+    Unknown,
+    batched_bench,
+    last_line,
+)
+from tpu_scripts.turns import Cell, Failure, measure
 
-LLAMA_CPP, LLAMA_CPP_PAGED = "llama.cpp", "llama.cpp paged"
 CONTIGUOUS, PAGED = "jaxpaged contiguous", "jaxpaged paged"
-PAGED_FLAG = "--kv-cache-paged"
 PAGE_SIZE = 32
-CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
-"""Those that all rows know, with their numbers in ggml."""
 
 SERVE = "--serve"
 """How this file is started as a child; not for people."""
-
-
-class Failure(Exception):
-    """A program that cannot be measured; one line."""
-
-
-# --- what is measured ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One batch and depth: two tests, or one where ``prompt`` or ``steps`` is 0."""
-
-    batch: int
-    depth: int
-    prompt: int
-    steps: int
-
-    @property
-    def read(self) -> tuple[int, int]:
-        """Of the prompt's test: tokens that lie in each sequence already, and tokens that are read into it."""
-        return (self.depth, self.prompt) if self.batch == 1 else (0, self.depth or self.prompt)
-
-    @property
-    def behind(self) -> int:
-        """Tokens that lie in each sequence when generation starts."""
-        return max(self.depth, 1)
-
-    @property
-    def longest(self) -> int:
-        """The tokens that a sequence must have room for."""
-        prompt = sum(self.read) if self.prompt else 0
-        return max(prompt, self.behind + self.steps if self.steps else 0)
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Tests, and the tokens that each computes in all sequences."""
-        found = {"prompt": self.batch * self.read[1] if self.prompt else 0}
-        found["generation"] = self.batch * self.steps
-        return {test: count for test, count in found.items() if count}
-
-    def name(self, test: str) -> str:
-        """As llama-bench would call it, such as "pp712 @ d4000"; "8 x pp4000" for eight sequences."""
-        start, count = self.read
-        text, depth = (f"pp{count}", start) if test == "prompt" else (f"tg{self.steps}", self.depth)
-        text += f" @ d{depth}" if depth else ""
-        return text if self.batch == 1 else f"{self.batch} x {text}"
-
-
-def turns(count: int, repeat: int) -> list[list[int]]:
-    """The order of ``count`` rows in each repetition: each starts one further, so that none always follows another's
-    heat."""
-    return [[(turn + i) % count for i in range(count)] for turn in range(repeat)]
-
-
-class Side(Protocol):
-    """A row of the table."""
-
-    name: str
-
-    def prepare(self, cell: Cell) -> str | None:
-        """What is done once before a cell's repetitions; why the cell cannot be measured, or None."""
-
-    def measure(self, cell: Cell) -> dict[str, float]:
-        """One repetition: seconds of each of the cell's tests."""
-
-
-def measure(
-    sides: Sequence[Side], cell: Cell, repeat: int, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """One batch and depth: seconds of each test by row, and why a row has none."""
-    missing: dict[str, str] = {}
-    for side in sides:
-        progress(f"{side.name}, getting ready")
-        if reason := side.prepare(cell):
-            missing[side.name] = reason
-    served = [side for side in sides if side.name not in missing]
-    seconds: dict[str, dict[str, list[float]]] = {
-        test: {side.name: [] for side in served} for test in cell.tokens
-    }
-    for turn, order in enumerate(turns(len(served), repeat), 1):
-        for side in (served[i] for i in order):
-            progress(f"{turn} of {repeat}, {side.name}")
-            found = side.measure(cell)
-            for test, by_side in seconds.items():
-                by_side[side.name].append(found[test])
-    return {**asdict(cell), "tokens": cell.tokens, "seconds": seconds, "missing": missing}
-
-
-# --- llama.cpp's programs -----------------------------------------------------------------------------------
-
-
-def run_program(arguments: Sequence[Any]) -> str:
-    """What a program prints on stdout.
-
-    Raises:
-      Failure: it does not start, or fails; with the last line it wrote to stderr.
-    """
-    name = Path(arguments[0]).name
-    try:
-        done = subprocess.run(
-            [str(a) for a in arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except OSError as error:
-        raise Failure(f"{arguments[0]} does not start: {error.strerror or error}") from None
-    if done.returncode:
-        raise Failure(f"{name} failed: {last_line(done.stderr) or f'exit status {done.returncode}'}")
-    return done.stdout
-
-
-def last_line(text: str) -> str:
-    return next((row.strip() for row in reversed(text.splitlines()) if row.strip()), "")
-
-
-def knows_paged(program: Path) -> bool:
-    """Whether ``--help`` tells of ``--kv-cache-paged``; some builds end their help with a status other than 0."""
-    try:
-        done = subprocess.run(
-            [program, "--help"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except OSError as error:
-        raise Failure(f"{program} does not start: {error.strerror or error}") from None
-    return PAGED_FLAG in done.stdout + done.stderr
-
-
-def read_llama_bench(text: str) -> list[dict[str, Any]]:
-    """The tests in what ``llama-bench -o json`` prints.
-
-    Raises:
-      Failure: it is something else.
-    """
-    try:
-        rows = json.loads(text)
-        for row in rows:
-            _ = row["n_prompt"] + row["n_gen"] + row["samples_ns"][0]
-        _ = rows[0]
-    except (ValueError, TypeError, LookupError):
-        raise Failure(f"llama-bench printed no tests: {last_line(text)[:80]!r}") from None
-    return rows
-
-
-def read_batched_bench(text: str) -> dict[str, Any]:
-    """The one test in what ``llama-batched-bench --output-format jsonl`` prints.
-
-    Raises:
-      Failure: it is something else.
-    """
-    try:
-        (row,) = (json.loads(row) for row in text.splitlines() if row.startswith("{"))
-        _ = row["t_pp"] + row["t_tg"]
-    except (ValueError, TypeError, LookupError):
-        raise Failure(f"llama-batched-bench printed no test: {last_line(text)[:80]!r}") from None
-    return row
-
-
-class Programs:
-    """llama-bench for one sequence, llama-batched-bench for more; a process for each repetition."""
-
-    def __init__(
-        self, name: str, llama_bench: Path, model: Path, threads: int, cache_type: str | None, paged: bool
-    ) -> None:
-        self.name = name
-        self._bench = llama_bench
-        self._batched = batched_bench(llama_bench)
-        self._common: list[Any] = ["-m", model, "-t", threads, "-ngl", 0]
-        if cache_type:
-            self._common += ["-ctk", cache_type, "-ctv", cache_type]
-        self._paged = paged
-        self._unknown: dict[Path, bool] = {}
-
-    def prepare(self, cell: Cell) -> str | None:
-        program = self._bench if cell.batch == 1 else self._batched
-        if not self._paged:
-            return None
-        if program not in self._unknown:
-            self._unknown[program] = not knows_paged(program)
-        return "not known to this build" if self._unknown[program] else None
-
-    def probe(self) -> dict[str, Any]:
-        """One token: what llama-bench says of itself; it fails now where it would fail later."""
-        arguments = [self._bench, *self._common, "-p", 1, "-n", 0, "-r", 1, "-o", "json"]
-        return read_llama_bench(run_program(arguments))[0]
-
-    def measure(self, cell: Cell) -> dict[str, float]:
-        return self._measure_one(cell) if cell.batch == 1 else self._measure_many(cell)
-
-    def _flag(self) -> list[str]:
-        return [PAGED_FLAG] if self._paged else []
-
-    def _measure_one(self, cell: Cell) -> dict[str, float]:
-        sizes = ["-p", cell.prompt, "-n", cell.steps, "-d", cell.depth, "-r", 1, "-o", "json"]
-        rows = read_llama_bench(run_program([self._bench, *self._common, *self._flag(), *sizes]))
-        found = {"prompt" if row["n_prompt"] else "generation": row["samples_ns"][0] / 1e9 for row in rows}
-        if missing := cell.tokens.keys() - found:
-            raise Failure(f"llama-bench measured no {' and no '.join(sorted(missing))}")
-        return found
-
-    def _measure_many(self, cell: Cell) -> dict[str, float]:
-        if cell.depth:  # what is read as the prompt is what generation needs
-            row = self._batched_bench(cell.batch, cell.depth, cell.steps or 1)
-            return {"prompt": row["t_pp"], "generation": row["t_tg"]}
-        found = {}
-        if cell.prompt:
-            found["prompt"] = self._batched_bench(cell.batch, cell.prompt, 1)["t_pp"]
-        if cell.steps:
-            found["generation"] = self._batched_bench(cell.batch, cell.behind, cell.steps)["t_tg"]
-        return found
-
-    def _batched_bench(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
-        context = batch * -(-(prompt + steps) // 256) * 256  # of a sequence, llama.cpp rounds up to 256
-        sizes = ["-c", context, "-npp", prompt, "-ntg", steps, "-npl", batch, "--output-format", "jsonl"]
-        return read_batched_bench(run_program([self._batched, *self._common, *self._flag(), *sizes]))
-
-
-def batched_bench(llama_bench: Path) -> Path:
-    """llama-batched-bench, beside llama-bench."""
-    return llama_bench.with_name(f"llama-batched-bench{llama_bench.suffix}")
-
-
-class Unknown:
-    """llama.cpp's paged cache, where llama-cpp-python stands for llama.cpp: its bindings have no switch for it."""
-
-    name = LLAMA_CPP_PAGED
-
-    def prepare(self, cell: Cell) -> str | None:
-        return "not known to this build"
-
-    def measure(self, cell: Cell) -> dict[str, float]:
-        raise AssertionError("never asked for")
 
 
 # --- children that stay -------------------------------------------------------------------------------------
@@ -461,82 +228,6 @@ class OnJaxpaged:
         context = -(-(needed + 1) // PAGE_SIZE) * PAGE_SIZE
         cache = make_cache(self._kind, self._config, cell.batch, context, PAGE_SIZE, self._dtype)
         return jax.block_until_ready(with_noise(cache))
-
-
-class OnLlamaCpp:
-    """llama.cpp by the functions of its library, as llama-cpp-python has them; timed as its own programs are."""
-
-    def __init__(self, task: Mapping[str, Any]) -> None:
-        import llama_cpp
-
-        self._lib = lib = llama_cpp
-        self._threads = task["threads"]
-        self._type = CACHE_TYPES[task["cache_type"] or "f16"]
-        lib.llama_backend_init()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self._model = lib.llama_model_load_from_file(task["model"].encode(), params)
-        if not self._model:
-            sys.exit(f"llama.cpp does not load {task['model']}")
-        self._vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
-        self._context: Any = None
-
-    def about(self) -> dict[str, Any]:
-        return {"version": self._lib.__version__}
-
-    def prepare(self, cell: Cell) -> None:
-        """Room for the cell, and one run."""
-        if self._context is not None:
-            self._lib.llama_free(self._context)
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = cell.batch * -(-cell.longest // 256) * 256
-        params.n_batch, params.n_ubatch, params.n_seq_max = 2048, 512, cell.batch
-        params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = self._type
-        self._context = self._lib.llama_init_from_model(self._model, params)
-        if not self._context:
-            sys.exit(f"llama.cpp has no context for {cell.batch} x {cell.longest} tokens")
-        self.measure(cell)
-
-    def measure(self, cell: Cell) -> dict[str, float]:
-        lib = self._lib
-        memory = lib.llama_get_memory(self._context)
-        lib.llama_memory_clear(memory, False)
-        seconds, held = {}, 0
-        if cell.prompt:
-            start, count = cell.read
-            self._read(cell.batch, 0, start)
-            begin = time.perf_counter()
-            self._read(cell.batch, start, count)
-            seconds["prompt"] = time.perf_counter() - begin
-            held = start + count
-        if cell.steps:
-            for row in range(cell.batch):
-                lib.llama_memory_seq_rm(memory, row, cell.behind, -1)
-            self._read(cell.batch, held, max(0, cell.behind - held))
-            begin = time.perf_counter()
-            for step in range(cell.steps):
-                self._read(cell.batch, cell.behind + step, 1)
-            seconds["generation"] = time.perf_counter() - begin
-        return seconds
-
-    def _read(self, batch: int, start: int, count: int) -> None:
-        """``count`` random tokens of every sequence, sequence after sequence, 2048 a call; the last has logits."""
-        lib = self._lib
-        places = [(row, start + i, i == count - 1) for row in range(batch) for i in range(count)]
-        for first in range(0, len(places), 2048):
-            part = places[first : first + 2048]
-            made = lib.llama_batch_init(len(part), 0, 1)
-            made.n_tokens = len(part)
-            for i, (row, position, last) in enumerate(part):
-                made.token[i] = random.randrange(self._vocab_size)
-                made.pos[i], made.n_seq_id[i], made.logits[i] = position, 1, last
-                made.seq_id[i][0] = row
-            status = lib.llama_decode(self._context, made)
-            lib.llama_batch_free(made)
-            if status:
-                sys.exit(f"llama_decode gave {status}")
-        lib.llama_synchronize(self._context)
 
 
 # --- what is printed ----------------------------------------------------------------------------------------
