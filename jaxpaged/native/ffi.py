@@ -24,7 +24,7 @@ import numba
 from numba import types
 
 from jaxpaged.folders import cache_folder
-from jaxpaged.native.memory import call_address, fetch_add, free, load_i64, malloc, store_i64
+from jaxpaged.native.memory import call_address, fetch_add, free, load_i64, malloc, store_i64, yield_thread
 from jaxpaged.native.tiles import inlined, njit
 
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -175,6 +175,8 @@ def answers_query(call: int) -> bool:
 # --- a job: counters, then what the kernel keeps there ------------------------------------------------------
 
 _HOLDERS, _NEXT, _DONE, _PIECES = range(4)
+_LOOKS = 1024
+"""How often a thread looks whether the others are done before it lets them run: some microseconds."""
 JOB = 4
 """The first of a job's 64-bit numbers that belongs to the kernel."""
 
@@ -223,8 +225,12 @@ def run_pieces(call: int, job: int, pieces: int, threads: int, task: int) -> Non
             break
     fetch_add(job + 8 * _HOLDERS, 1)
     call_address(task, job)
+    looks = 0
     while fetch_add(job + 8 * _DONE, 0) < pieces:
-        pass
+        looks += 1
+        # Who has the last piece may be waiting for this very core.
+        if looks % _LOOKS == 0:
+            yield_thread()
 
 
 # --- compiling ----------------------------------------------------------------------------------------------

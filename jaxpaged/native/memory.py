@@ -6,6 +6,7 @@ index say as much as an array does and compile to one instruction.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,21 @@ malloc = _library("malloc", types.int64, types.int64)
 """``(bytes) -> address``; 0 when there is no memory."""
 free = _library("free", types.void, types.int64)
 """``(address)``"""
+
+
+@intrinsic
+def yield_thread(typing: Any) -> Any:
+    """Lets another thread run that waits for this core, where the system has such a call (POSIX); else nothing."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if sys.platform != "win32":
+            kind = ir.FunctionType(ir.IntType(32), [])
+            name = "sched_yield"
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
