@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -74,16 +74,13 @@ def digest_of(folder: Path) -> str:
     return content.hexdigest()
 
 
-class Kept:
-    """A program from ``compiled``, and whether it was found.
+class Kept(NamedTuple):
+    """A program from ``compiled``."""
 
-    Attributes:
-      program: ``jax.stages.Compiled``.
-      found: False = it was compiled now.
-    """
-
-    def __init__(self, program: Any, found: bool) -> None:
-        self.program, self.found = program, found
+    program: Any
+    """``jax.stages.Compiled``."""
+    found: bool
+    """Whether it was on disk; else it was compiled now."""
 
 
 def compiled(
@@ -212,14 +209,11 @@ def _write(path: Path, program: Any) -> None:
         return
     targets = [how for name, how in _targets.items() if name.encode() in serialized]
     content = pickle.dumps((serialized, inputs, outputs, targets))
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(file.name, path)
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        whole = Path(aside) / path.name
+        whole.write_bytes(hashlib.sha256(content).digest() + content)
+        os.replace(whole, path)
         _forget_oldest(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError, NameError):
-            os.unlink(file.name)
 
 
 def _forget_oldest(folder: Path) -> None:

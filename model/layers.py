@@ -13,6 +13,7 @@ from jaxpaged.batch import Batch
 from jaxpaged.rope import Rope
 from model.config import ModelConfig
 from model.quantized.linear import QuantizedLinear, WeightPlan
+from model.quantized.norm import normed
 
 
 class RMSNorm(nnx.Module):
@@ -23,9 +24,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...]
+        return normed(x, self.scale[...], self.eps)
 
 
 class Rotation(NamedTuple):

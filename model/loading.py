@@ -22,7 +22,7 @@ from model.quantized.linear import WeightPlan
 from model.read_config import config_from_gguf, config_from_huggingface
 from model.safetensors_folder import SafetensorsFolder
 from model.tokenizer import Tokenizer, TokenizerError
-from model.weights import Progress, TensorSource, load_params, weight_plan
+from model.weights import Naming, Progress, TensorSource, load_params, weight_plan
 
 
 @dataclass(frozen=True)
@@ -152,22 +152,7 @@ def _load_gguf(path: Path, wanted: _Wanted) -> LoadedModel:
     plan = WeightPlan()
     if wanted.stored:
         plan = weight_plan(config, file, "gguf", exact=wanted.exact, layout=product.layout_for())
-    params = jax.block_until_ready(
-        load_params(config, file, "gguf", dtype=wanted.dtype, plan=plan, progress=wanted.progress)
-    )
-    clock.lap("weights")
-    return LoadedModel(
-        config=config,
-        params=params,
-        function=functional(config, wanted.dtype, plan),
-        exact_function=functional(config, wanted.dtype, plan.exactly()),
-        tokenizer=tokenizer,
-        path=path,
-        size_bytes=file.size_bytes,
-        description=_describe(config, _file_type(file)),
-        fingerprint=fingerprint(config, file),
-        seconds=clock.laps,
-    )
+    return _with_weights(file, "gguf", config, tokenizer, _file_type(file), plan, wanted, clock)
 
 
 def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
@@ -177,20 +162,34 @@ def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
     clock.lap("metadata")
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
     clock.lap("tokenizer")
-    params = jax.block_until_ready(
-        load_params(config, folder, "huggingface", dtype=wanted.dtype, progress=wanted.progress)
-    )
+    kind = _commonest(folder)
+    return _with_weights(folder, "huggingface", config, tokenizer, kind, WeightPlan(), wanted, clock)
+
+
+def _with_weights(
+    source: GGUFFile | SafetensorsFolder,
+    naming: Naming,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    kind: str,
+    plan: WeightPlan,
+    wanted: _Wanted,
+    clock: _Clock,
+) -> LoadedModel:
+    """Reads the weights, which is the last thing that is missing."""
+    params = load_params(config, source, naming, dtype=wanted.dtype, plan=plan, progress=wanted.progress)
+    jax.block_until_ready(params)
     clock.lap("weights")
     return LoadedModel(
         config=config,
         params=params,
-        function=functional(config, wanted.dtype),
-        exact_function=functional(config, wanted.dtype),
+        function=functional(config, wanted.dtype, plan),
+        exact_function=functional(config, wanted.dtype, plan.exactly()),
         tokenizer=tokenizer,
-        path=path,
-        size_bytes=folder.size_bytes,
-        description=_describe(config, _commonest(folder)),
-        fingerprint=fingerprint(config, folder),
+        path=source.path,
+        size_bytes=source.size_bytes,
+        description=_describe(config, kind),
+        fingerprint=fingerprint(config, source),
         seconds=clock.laps,
     )
 

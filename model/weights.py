@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -14,7 +14,6 @@ from flax import nnx
 
 from model.config import ModelConfig, ModelError
 from model.llama import Params
-from model.quantized import panels
 from model.quantized.formats import WEIGHT_FORMATS
 from model.quantized.layouts import LAYOUTS, Layout
 from model.quantized.linear import WeightPlan
@@ -236,9 +235,9 @@ def weight_plan(
         for together, parts in _TOGETHER:
             paths = [f"blocks.{i}.{part}" for part in parts]
             found = {kinds.get(path) for path in paths}
-            whole_panels = layout != "panels" or all(rows.get(path, 1) % panels.ROWS == 0 for path in paths)
+            fitting = all(rows.get(path, 1) % LAYOUTS[layout].ROWS == 0 for path in paths)
             biased = together == "mlp.gate_up" and config.mlp_bias
-            if len(found) == 1 and None not in found and whole_panels and not biased:
+            if len(found) == 1 and None not in found and fitting and not biased:
                 kinds[f"blocks.{i}.{together}"] = kinds[paths[0]]
                 for path in paths:
                     del kinds[path]
@@ -269,7 +268,7 @@ def load_params(
     """
     places = placements(config, naming)
     check_tensors(config, source, places)
-    loader = _Loader(config, dtype, plan or WeightPlan())
+    loader = _Loader(places.values(), dtype, plan or WeightPlan())
     done, total = 0, sum(source.tensors[name].num_bytes for name in places)
     for name, info in source.tensors.items():
         if (placement := places.get(name)) is None:
@@ -284,29 +283,24 @@ def load_params(
 class _Loader:
     """The params of a model, as its tensors come."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, plan: WeightPlan) -> None:
+    def __init__(self, places: Iterable[Placement], dtype: Any, plan: WeightPlan) -> None:
         self._dtype, self._plan, self._layout = dtype, plan, LAYOUTS[plan.layout]
         self._params: list[tuple[tuple[str | int, ...], nnx.Param]] = []
-        self._matrices: dict[str, panels.Parts] = {}
-        self._biases: dict[str, dict[str, np.ndarray]] = {}
-        self._rows = {
-            "q": config.num_q_heads * config.head_dim,
-            "k": config.num_kv_heads * config.head_dim,
-            "v": config.num_kv_heads * config.head_dim,
-            "gate": config.intermediate_size,
-            "up": config.intermediate_size,
-        }
+        self._matrices: dict[str, dict[str, Any]] = {}
+        self._biases: dict[str, dict[int, np.ndarray]] = {}
+        """Of a quantized layer, by the first of its rows that each is for."""
+        self._rows = {place.path.rpartition(".")[0]: place.shape[0] for place in places}
 
     def add(self, source: TensorSource | QuantizedSource, name: str, placement: Placement) -> None:
         path, _, weight = placement.path.rpartition(".")
-        together, before, rows = self._joined(path, placement.shape[0])
+        together, before, rows = self._joined(path)
         kind = self._plan.of(together)
         if kind is None:
             # Cast before it moves: half the bytes go to an accelerator.
             value = from_file(source.read(name), placement).astype(self._dtype, order="C", copy=False)
             self._put(placement.path, value)
         elif weight == "bias":
-            self._biases.setdefault(together, {})[path] = from_file(source.read(name), placement)
+            self._biases.setdefault(together, {})[before] = from_file(source.read(name), placement)
         else:
             file, fmt = cast(QuantizedSource, source), WEIGHT_FORMATS[kind]
             if together not in self._matrices:
@@ -315,15 +309,15 @@ class _Loader:
             self._layout.pack(fmt, raw, self._matrices[together], before)
             file.forget(name)
 
-    def _joined(self, path: str, rows: int) -> tuple[str, int, int]:
+    def _joined(self, path: str) -> tuple[str, int, int]:
         """The layer that holds ``path``, the rows before it there, and all rows."""
         for together, parts in _TOGETHER:
             for part in parts:
-                whole = path.removesuffix(part) + together
-                if path.endswith(part) and self._plan.of(whole) is not None:
-                    sizes = [self._rows[one.rpartition(".")[2]] for one in parts]
-                    return whole, sum(sizes[: parts.index(part)]), sum(sizes)
-        return path, 0, rows
+                block = path.removesuffix(part)
+                if path.endswith(part) and self._plan.of(block + together) is not None:
+                    sizes = [self._rows[block + one] for one in parts]
+                    return block + together, sum(sizes[: parts.index(part)]), sum(sizes)
+        return path, 0, self._rows[path]
 
     def _put(self, path: str, value: np.ndarray) -> None:
         keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
@@ -334,9 +328,7 @@ class _Loader:
             for name, part in parts.items():
                 self._put(f"{path}.{name}", part)
         for path, biases in self._biases.items():
-            joined = [part for together, parts in _TOGETHER if path.endswith(together) for part in parts]
-            ordered = [biases[path.removesuffix("attention.qkv") + part] for part in joined]
-            value = np.concatenate(ordered or list(biases.values()))
+            value = np.concatenate([biases[first] for first in sorted(biases)])
             self._put(f"{path}.bias", value.astype(self._dtype))
         return nnx.from_flat_state(self._params)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from model.quantized import gpu, gpu_kernel, lanes, product
+from model.quantized import gpu_kernel, lanes, product
 from model.quantized.formats import WEIGHT_FORMATS
 
 needs_interpreter = pytest.mark.skipif(
@@ -59,12 +59,15 @@ def test_the_copy_engine_and_readers_do_not_race():
 
 
 @needs_interpreter
-def test_what_stands_around_a_product():
+def test_what_stands_around_a_product(monkeypatch):
     parts, x = drawn("Q8_0", 128, 256), activations(5, 256)
-    given = {"norm": (jnp.ones(256), 1e-5), "interpret": plgpu.InterpretGPUParams()}
-    gated = gpu.product(x, "Q8_0", parts, 64, add=None, gated=True, **given)
-    wanted = product.product(
-        x, "Q8_0", parts, 64, norm=given["norm"], gated=True, layout="lanes", implementation="xla"
+    kernel = gpu_kernel.matmul
+    monkeypatch.setattr(
+        gpu_kernel, "matmul", lambda *given: kernel(*given, interpret=plgpu.InterpretGPUParams())
+    )
+    given = {"norm": (jnp.ones(256), 1e-5), "gated": True, "layout": "lanes"}
+    gated, wanted = (
+        product.product(x, "Q8_0", parts, 64, implementation=how, **given) for how in ("gpu", "xla")
     )
     assert relative(gated, np.asarray(wanted, np.float64)) < 2.0**-6
 
@@ -82,7 +85,7 @@ def test_what_it_cannot_take_is_said_and_left_to_xla(x, rows, columns, complaint
     tokens, dtype = (x, jnp.bfloat16) if isinstance(x, int) else (2, x)
     parts, x = drawn("Q8_0", rows, columns), jnp.ones((tokens, columns), dtype)
     with pytest.raises(NotImplementedError, match=complaint):
-        gpu.product(x, "Q8_0", parts, rows, norm=None, add=None, gated=False)
+        gpu_kernel.matmul(WEIGHT_FORMATS["Q8_0"], x, parts)
     found = product.product(x, "Q8_0", parts, rows, layout="lanes", implementation="gpu")
     matrix = np.asarray(lanes.dequantized("Q8_0", parts, rows, columns), np.float64)
     assert relative(found, np.ones((tokens, columns)) @ matrix.T) < 2.0**-6

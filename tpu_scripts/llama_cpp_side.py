@@ -19,15 +19,14 @@ CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
 """Those that all rows know, with their numbers in ggml."""
 
 
-def run_program(arguments: Sequence[Any]) -> str:
-    """What a program prints on stdout.
+def _ended(arguments: Sequence[Any]) -> subprocess.CompletedProcess[str]:
+    """A program that has ended, however.
 
     Raises:
-      Failure: it does not start, or fails; with the last line it wrote to stderr.
+      Failure: it does not start.
     """
-    name = Path(arguments[0]).name
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [str(a) for a in arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -37,8 +36,18 @@ def run_program(arguments: Sequence[Any]) -> str:
         )
     except OSError as error:
         raise Failure(f"{arguments[0]} does not start: {error.strerror or error}") from None
+
+
+def run_program(arguments: Sequence[Any]) -> str:
+    """What a program prints on stdout.
+
+    Raises:
+      Failure: it does not start, or fails; with the last line it wrote to stderr.
+    """
+    done = _ended(arguments)
     if done.returncode:
-        raise Failure(f"{name} failed: {last_line(done.stderr) or f'exit status {done.returncode}'}")
+        reason = last_line(done.stderr) or f"exit status {done.returncode}"
+        raise Failure(f"{Path(arguments[0]).name} failed: {reason}")
     return done.stdout
 
 
@@ -48,17 +57,7 @@ def last_line(text: str) -> str:
 
 def knows_paged(program: Path) -> bool:
     """Whether ``--help`` tells of ``--kv-cache-paged``; some builds end their help with a status other than 0."""
-    try:
-        done = subprocess.run(
-            [program, "--help"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except OSError as error:
-        raise Failure(f"{program} does not start: {error.strerror or error}") from None
+    done = _ended([program, "--help"])
     return PAGED_FLAG in done.stdout + done.stderr
 
 

@@ -34,10 +34,13 @@ def prepare(threads: int | None = None) -> None:
 def _use_compilation_cache() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
+    from jaxpaged import kept_programs
+
     folder = cache_folder() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "not writable"
+        kept_programs.keep_in(cache_folder() / "programs")
     except OSError as error:
         reason = error.strerror or str(error)
     if reason is not None:
@@ -45,9 +48,6 @@ def _use_compilation_cache() -> None:
         return
     import jax
 
-    from jaxpaged import kept_programs
-
-    kept_programs.keep_in(cache_folder() / "programs")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small models are made of many small programs; JAX's own thresholds would keep none of them.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -258,14 +258,22 @@ class Session:
             on_cache=look,
             on_tokens=tell,
         )
-        if not self.timings.prompt_n:
-            self.start = start_lines(
-                self.ready.opened, loaded.seconds, run.timings.compile_ms, run.found_programs,
-                run.timings.prompt_ms, self.first_token or since_start(),
-            )  # fmt: skip
+        if not self.start:
+            self.end_start(run.timings, run.found_programs)
         self.timings.add(run.timings)
         self.pages_peak = max(self.pages_peak, run.pages_peak)
         return run
+
+    def end_start(self, timings: Timings, found_programs: bool) -> None:
+        """Notes what the time up to now, or to the first token, was spent on; ``timings`` are the first run's."""
+        self.start = start_lines(
+            self.ready.opened,
+            self.ready.loaded.seconds,
+            timings.compile_ms,
+            found_programs,
+            timings.prompt_ms,
+            self.first_token or since_start(),
+        )
 
     def end_film(self) -> None:
         """Writes the pictures that were asked for."""

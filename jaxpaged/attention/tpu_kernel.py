@@ -20,7 +20,7 @@ from jaxpaged.attention.base import NOWHERE, Config
 from jaxpaged.attention.tpu_blocks import SLOTS_SHIFT, Heads, Items, Storage, Stored
 from jaxpaged.page_format import LANES
 from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.lane_blocks import LaneBlockFormat
+from jaxpaged.page_format.lane_blocks import LaneBlockFormat, half_to_float
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
@@ -532,7 +532,7 @@ def _gather_scales(pages: Any, scales: Any, column: Array, cut: Cut) -> None:
                     rows[k + step] = jnp.where(right, b, pltpu.roll(a, LANES - width, 1))
             step *= 2
         bits = jnp.concatenate(rows, axis=0)
-    found = _half_to_float(bits)
+    found = half_to_float(bits)
     columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
     if cut.split:
         scales[: len(found), columns] = found
@@ -540,14 +540,6 @@ def _gather_scales(pages: Any, scales: Any, column: Array, cut: Cut) -> None:
     found = jnp.pad(found, ((0, scales.shape[0] * LANES - len(found)), (0, 0)))
     for i in range(scales.shape[0]):
         scales[i, columns] = found[i * LANES : (i + 1) * LANES].T
-
-
-def _half_to_float(bits: Array) -> Array:
-    """f32 of the bits of float16, in i32; what float16 has no number for becomes one, so that zero times it is zero."""
-    magnitude = bits & 0x7FFF
-    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
-    x = jnp.where(magnitude < 1 << 10, magnitude.astype(jnp.float32) * 2.0**-24, normal)
-    return jnp.where(bits & 0x8000 != 0, -x, x)
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

@@ -90,22 +90,12 @@ class Device:
         """Compiles every program there is, once; what comes later is an error in this room."""
         start = time.monotonic()
         todo = list(self._to_compile())
-        for i, (name, keep, function, donated, arguments) in enumerate(todo):
+        for i, (name, keep, function, static, donated, arguments) in enumerate(todo):
             if progress is not None:
                 progress(i, len(todo), name)
-            closed = (
-                (function.func.__qualname__, *function.args)
-                if isinstance(function, functools.partial)
-                else ()
-            )
-            keep(
-                compiled(
-                    functools.partial(jax.jit(function, donate_argnums=donated).lower, *arguments),
-                    f"engine.{name}",
-                    closed,
-                    arguments,
-                ).program
-            )
+            lower = jax.jit(functools.partial(function, *static), donate_argnums=donated).lower
+            kept = compiled(functools.partial(lower, *arguments), f"engine.{name}", static, arguments)
+            keep(kept.program)
         if progress is not None:
             progress(len(todo), len(todo), "")
         self.compiled = len(todo)
@@ -113,7 +103,11 @@ class Device:
 
     def _to_compile(
         self,
-    ) -> Iterator[tuple[str, Callable[[Any], None], Callable[..., Any], int, tuple[Any, ...]]]:
+    ) -> Iterator[
+        tuple[str, Callable[[Any], None], Callable[..., Any], tuple[Any, ...], int, tuple[Any, ...]]
+    ]:
+        """``(name, keep, function, static, donated, arguments)`` of each: ``function(*static, *arguments)``, whose
+        donated argument is counted behind ``static``; ``keep`` takes the program."""
         cache, s = self.cache, self.cache.max_seqs
 
         def step_arguments(shape: StepShape) -> tuple[Any, ...]:
@@ -123,11 +117,11 @@ class Device:
         for shape in self._shapes:
             name = f"{'decode' if shape.decode else 'prompt'} {shape.rows}"
             keep = functools.partial(self._steps.__setitem__, shape)
-            function = functools.partial(programs.step, self._model, shape)
-            yield name, keep, function, 1, step_arguments(shape)
+            yield name, keep, programs.step, (self._model, shape), 1, step_arguments(shape)
 
         def named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-            return name, functools.partial(self._programs.__setitem__, name), function, 0, (cache, *arguments)
+            keep = functools.partial(self._programs.__setitem__, name)
+            return name, keep, function, (), 0, (cache, *arguments)
 
         none, counts = np.zeros(s, bool), np.zeros(s, np.int32)
         if not isinstance(cache, PagedKVCache):

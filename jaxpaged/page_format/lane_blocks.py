@@ -205,6 +205,14 @@ class PackedBlockFormat(BlockFormat):
         return LaneBlockFormat.of(self, head_dim)
 
 
+def half_to_float(bits: Array) -> Array:
+    """f32 of the bits of float16, in i32; what float16 has no number for becomes one, so that zero times it is zero."""
+    magnitude = bits & 0x7FFF
+    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
+    x = jnp.where(magnitude < 1 << 10, magnitude.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(bits & 0x8000 != 0, -x, x)
+
+
 def _rows(tokens: Array, width: int) -> Array:
     """``tokens [..., tokens, n]`` in rows of ``width``: what ``plain.token_rows`` takes apart."""
     n = tokens.shape[-1]

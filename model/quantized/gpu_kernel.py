@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxpaged.attention.gpu_quantized import load
 from model.quantized import lanes
 from model.quantized.formats import SUPER_BLOCK, WeightFormat
 
@@ -27,8 +28,8 @@ TOKENS = 64
 _PIECE = 64
 """Columns of a run that a step takes."""
 _SWIZZLE = 128
-_WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
-"""jax 0.10 wants the index of a load apart from its reference; later versions warn of that."""
+_CAPABILITY = "9.0"
+"""Hopper's: of wgmma."""
 
 
 class Cut(NamedTuple):
@@ -81,10 +82,6 @@ def cut_of(fmt: WeightFormat, rows: int, columns: int, tokens: int) -> Cut:
     return Cut(fmt, columns, 128 if few and rows % 128 == 0 else 64, 4 if few else 2)
 
 
-def _load(ref: Any, layout: Any) -> Array:
-    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
-
-
 def _block(cut: Cut, *refs: Any, **scratch: Any) -> None:
     """The body of the kernel; arguments are references."""
     x, codes, *factors, out = refs
@@ -117,7 +114,7 @@ def _block(cut: Cut, *refs: Any, **scratch: Any) -> None:
         row = lax.broadcast_in_dim(row, (_PIECE, cut.bn), [0])
 
         def number(name: str, group: int) -> Array:
-            one = _load(scratch[name].at[slot, i, group], columns_of).astype(jnp.float32)
+            one = load(scratch[name].at[slot, i, group], columns_of).astype(jnp.float32)
             return lax.broadcast_in_dim(one, (_PIECE, cut.bn), [1])
 
         found: Any = None
@@ -137,7 +134,7 @@ def _block(cut: Cut, *refs: Any, **scratch: Any) -> None:
 
         def add_run(i: Array, sums: Array) -> Array:
             def piece(segment: Array) -> Array:
-                return _load(code_ring.at[slot, segment], wgmma).astype(jnp.int32) & 255
+                return load(code_ring.at[slot, segment], wgmma).astype(jnp.int32) & 255
 
             numbers = (lanes.codes_of(fmt, piece, i) - fmt.zero).astype(jnp.float32)
             numbers = numbers * factor(slot, i, "scales", "steps")
@@ -166,25 +163,32 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: A
     """``x @ W.T``: bf16 ``[T, rows]`` of ``x`` bf16 ``[T, columns]`` and the parts of ``lanes``.
 
     Raises:
-      NotImplementedError: see ``cut_of``.
+      NotImplementedError: ``x`` is of another dtype, this GPU is no Hopper, or see ``cut_of``.
     """
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the GPU kernel multiplies bfloat16, not {x.dtype}")
+    if interpret is None and jax.default_backend() == "gpu":
+        capability = str(jax.devices()[0].compute_capability)
+        if capability != _CAPABILITY:
+            raise NotImplementedError(
+                f"the GPU kernel is for compute capability {_CAPABILITY} (Hopper), not {capability}"
+            )
     tokens, columns = x.shape
     rows = parts["codes"].shape[1]
     cut = cut_of(fmt, rows, columns, tokens)
     x = jnp.pad(x, ((0, TOKENS - tokens), (0, lanes.filled(fmt, columns) - columns)))
     tiled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
-    num_runs = cut.runs
     scratch: dict[str, Any] = {
-        "x": plgpu.SMEM((cut.stages, num_runs, TOKENS, _PIECE), x.dtype, transforms=tiled),
+        "x": plgpu.SMEM((cut.stages, cut.runs, TOKENS, _PIECE), x.dtype, transforms=tiled),
         "codes": plgpu.SMEM((cut.stages, cut.segments, _PIECE, cut.bn), jnp.uint8),
         "tile": plgpu.SMEM((_PIECE, cut.bn), x.dtype, transforms=tiled),
         "out": plgpu.SMEM((TOKENS, cut.bn), x.dtype, transforms=tiled),
         "barrier": plgpu.Barrier(
-            num_arrivals=cut.segments + num_runs * (1 + len(cut.factors)), num_barriers=cut.stages
+            num_arrivals=cut.segments + cut.runs * (1 + len(cut.factors)), num_barriers=cut.stages
         ),
     }
     for name, of in cut.factors:
-        shape = (cut.stages, num_runs, max(_PIECE // of, 1), cut.bn)
+        shape = (cut.stages, cut.runs, max(_PIECE // of, 1), cut.bn)
         scratch[name] = plgpu.SMEM(shape, parts[name].dtype)
     kernel = plgpu.kernel(
         functools.partial(_block, cut),

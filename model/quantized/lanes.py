@@ -10,8 +10,6 @@ Columns are filled up with zeros to a multiple that makes every run whole tiles 
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +22,9 @@ from model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
 
 SUBLANES = 32
 """Rows of a TPU's tile of bytes: what runs of columns are a multiple of."""
+
+ROWS = 1
+"""What a matrix that follows another in memory begins at a multiple of."""
 
 Parts = dict[str, Any]
 """``codes`` u8[bits / 8 * columns, rows], plane below plane; ``scales`` f16[groups, rows], or with steps
@@ -152,10 +153,3 @@ def _scale(scales: Array, steps: Array | None) -> Array:
     if steps is not None:
         wide = jnp.repeat(wide, steps.shape[0] // wide.shape[0], axis=0) * steps.astype(jnp.float32)
     return wide[:, None]
-
-
-@functools.cache
-def bits_per_weight(name: str) -> float:
-    """Bits that a number takes in memory, where nothing is filled up."""
-    shapes = part_shapes(WEIGHT_FORMATS[name], 1, SUPER_BLOCK).values()
-    return 8 * sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes) / SUPER_BLOCK

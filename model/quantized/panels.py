@@ -11,7 +11,6 @@ repacked types (``ggml-cpu/repack.cpp``).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from jax import Array
 from model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
 
 ROWS = 16
-"""Rows of a panel."""
+"""Rows of a panel: a matrix that follows another in memory begins at a multiple of it."""
 QUADS = 8
 """Of a block: four columns each."""
 _QUAD = 4
@@ -176,10 +175,3 @@ def _scale(scales: Array, steps: Array | None) -> Array:
     if steps is not None:
         wide = jnp.repeat(wide, steps.shape[1] // wide.shape[1], axis=1) * steps.astype(jnp.float32)
     return wide[:, :, None]
-
-
-@functools.cache
-def bits_per_weight(name: str) -> float:
-    """Bits that a number takes in memory."""
-    shapes = part_shapes(WEIGHT_FORMATS[name], ROWS, SUPER_BLOCK).values()
-    return 8 * sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes) / (ROWS * SUPER_BLOCK)

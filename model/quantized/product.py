@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.quantized.around import finished, normed
+from model.quantized.formats import WEIGHT_FORMATS
 from model.quantized.layouts import LAYOUTS, Layout
+from model.quantized.norm import normed
 
 Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
@@ -22,7 +23,8 @@ def choose(platform: str | None = None) -> Implementation:
     platform = platform or jax.default_backend()
     if platform == "cpu":
         return "cpu" if importlib.util.find_spec("numba") is not None else "xla"
-    return "tpu" if platform == "tpu" else "gpu" if platform in ("gpu", "cuda") else "xla"
+    kernels: dict[str, Implementation] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+    return kernels.get(platform, "xla")
 
 
 def layout_for(platform: str | None = None) -> Layout:
@@ -67,21 +69,32 @@ def product(
         from model.quantized import cpu
 
         wide = x.astype(jnp.float32)
-        return cpu.product(wide, name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact).astype(
-            x.dtype
-        )
-    if wanted == "tpu" and layout == "lanes":
-        from model.quantized import tpu
-
-        with contextlib.suppress(NotImplementedError):
-            return tpu.product(x, name, parts, outputs, norm=norm, add=add, gated=gated)
-    if wanted == "gpu" and layout == "lanes":
-        from model.quantized import gpu
-
-        with contextlib.suppress(NotImplementedError):
-            return gpu.product(x, name, parts, outputs, norm=norm, add=add, gated=gated)
-    # XLA makes numbers of all of the matrix first.
-    rows, columns = (2 * outputs if gated else outputs), x.shape[1]
-    matrix = LAYOUTS[layout].dequantized(name, parts, rows, columns).astype(x.dtype)
+        out = cpu.product(wide, name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact)
+        return out.astype(x.dtype)
     x = x if norm is None else normed(x, *norm)
-    return finished(jnp.einsum("tk,ok->to", x, matrix), outputs, add, gated)
+    out = _matmul(wanted, x, name, parts, 2 * outputs if gated else outputs, layout)
+    if gated:
+        out = jax.nn.silu(out[:, :outputs]) * out[:, outputs:]
+    return out if add is None else out + add
+
+
+def _kernel(wanted: Implementation) -> Any:
+    """Imported when it is needed: no platform has the libraries of both."""
+    if wanted == "tpu":
+        from model.quantized import tpu_kernel
+
+        return tpu_kernel
+    from model.quantized import gpu_kernel
+
+    return gpu_kernel
+
+
+def _matmul(
+    wanted: Implementation, x: Array, name: str, parts: Mapping[str, Array], rows: int, layout: Layout
+) -> Array:
+    """``x @ W.T`` by a kernel that reads the matrix, or by XLA, which makes numbers of all of it first."""
+    if layout == "lanes" and wanted in ("gpu", "tpu"):
+        with contextlib.suppress(NotImplementedError):
+            return _kernel(wanted).matmul(WEIGHT_FORMATS[name], x, dict(parts))
+    matrix = LAYOUTS[layout].dequantized(name, parts, rows, x.shape[1])
+    return jnp.einsum("tk,ok->to", x, matrix.astype(x.dtype))

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxpaged.page_format.lane_blocks import half_to_float
 from model.quantized import lanes
 from model.quantized.formats import WeightFormat
 
@@ -49,15 +50,6 @@ class Cut(NamedTuple):
         return cls(piece, length // piece, bn, bt)
 
 
-def as_float32(bits: Array) -> Array:
-    """float16 by its bits, exact where it is finite; not every TPU has the type."""
-    wide = bits.astype(jnp.int32)
-    size = wide & 0x7FFF
-    normal = lax.bitcast_convert_type((size << 13) + (112 << 23), jnp.float32)
-    magnitude = jnp.where(size < 1 << 10, size.astype(jnp.float32) * 2.0**-24, normal)
-    return jnp.where(wide < 0, -magnitude, magnitude)
-
-
 def _spread(super_scales: Array, groups: int) -> Array:
     """f32[groups, n] of f32[super-blocks, n]."""
     each = groups // super_scales.shape[0]
@@ -83,7 +75,7 @@ def _kernel(fmt: WeightFormat, cut: Cut, columns: int, num_segments: int, *refs:
         for factor, (scales, steps) in zip(
             factors, (("scales", "steps"), ("minima", "min_steps")), strict=False
         ):
-            wide = as_float32(given[scales][...])
+            wide = half_to_float(given[scales][...].astype(jnp.int32))
             if fmt.has_steps:
                 small = given[steps][...].astype(jnp.int32)
                 small = small & 255 if steps == "min_steps" else small
@@ -97,11 +89,8 @@ def _kernel(fmt: WeightFormat, cut: Cut, columns: int, num_segments: int, *refs:
         here = pl.ds(first, groups)
         if cut.steps > 1:
             here = pl.ds(pl.multiple_of(first + step * groups, 8), groups)
-        numbers = (
-            (lanes.codes_of(fmt, codes.__getitem__, i) - fmt.zero)
-            .astype(jnp.float32)
-            .reshape(groups, fmt.group, -1)
-        )
+        whole = lanes.codes_of(fmt, codes.__getitem__, i) - fmt.zero
+        numbers = whole.astype(jnp.float32).reshape(groups, fmt.group, -1)
         numbers = numbers * factors[0][here][:, None]
         if fmt.has_minima:
             numbers = numbers - factors[1][here][:, None]
@@ -132,7 +121,13 @@ def _ordered(fmt: WeightFormat, cut: Cut, x: Array, columns: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("fmt", "interpret"))
 def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: bool = False) -> Array:
-    """``x @ W.T``: ``[T, rows]`` of ``x [T, columns]``, float32 or bfloat16, and the parts of ``lanes``."""
+    """``x @ W.T``: ``[T, rows]`` of ``x [T, columns]``, float32 or bfloat16, and the parts of ``lanes``.
+
+    Raises:
+      NotImplementedError: ``x`` is of another dtype.
+    """
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"the TPU kernel multiplies float32 and bfloat16, not {x.dtype}")
     tokens, columns = x.shape
     rows = parts["codes"].shape[1]
     cut = Cut.of(fmt, rows, columns, tokens, x.dtype)

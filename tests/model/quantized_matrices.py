@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gguf
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.quantized import panels
-from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS
 
 HALF_FLOATS = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
@@ -38,9 +39,15 @@ def numbers(name: str, raw: np.ndarray) -> np.ndarray:
     return gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
 
 
-def packed(name: str, raw: np.ndarray, columns: int) -> dict[str, Any]:
-    """The same in panels."""
+def packed(name: str, raw: np.ndarray, columns: int, layout: Any = panels) -> dict[str, Any]:
+    """The same as a layout has it."""
     fmt = WEIGHT_FORMATS[name]
-    parts = panels.empty_parts(fmt, len(raw), columns)
-    panels.pack(fmt, raw, parts)
+    parts = layout.empty_parts(fmt, len(raw), columns)
+    layout.pack(fmt, raw, parts)
     return {key: jnp.asarray(part) for key, part in parts.items()}
+
+
+def bits_per_weight(name: str, layout: Any = panels) -> float:
+    """Bits that a number takes in memory, where nothing is filled up."""
+    shapes = layout.part_shapes(WEIGHT_FORMATS[name], layout.ROWS, SUPER_BLOCK).values()
+    return 8 * sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes) / (layout.ROWS * SUPER_BLOCK)

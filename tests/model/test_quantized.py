@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantized_matrices import numbers, packed, random_raw
+from quantized_matrices import bits_per_weight, numbers, packed, random_raw
 
 from model.quantized import cpu_vectors, panels, product
 from model.quantized.formats import WEIGHT_FORMATS
+from model.quantized.layouts import LAYOUTS, Layout
 
 NAMES = tuple(WEIGHT_FORMATS)
 ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
@@ -43,21 +44,25 @@ def silu(x: np.ndarray) -> np.ndarray:
 # --- what is in memory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_numbers_are_those_of_the_file_to_the_bit(name: str) -> None:
-    raw = random_raw(name, 40, COLUMNS)
-    wanted, parts = numbers(name, raw), packed(name, raw, COLUMNS)
-    np.testing.assert_array_equal(panels.dequantized(name, parts, 40, COLUMNS), wanted)
-    index = jnp.array([3, 39, 17, 0, 3])
-    np.testing.assert_array_equal(panels.rows_of(name, parts, index, COLUMNS), wanted[np.asarray(index)])
+def test_numbers_are_those_of_the_file_to_the_bit(name: str, layout: Layout) -> None:
+    room = LAYOUTS[layout]
+    for columns in (COLUMNS,) if WEIGHT_FORMATS[name].has_steps else (COLUMNS, 160):
+        raw = random_raw(name, 40, columns)
+        wanted, parts = numbers(name, raw), packed(name, raw, columns, room)
+        np.testing.assert_array_equal(room.dequantized(name, parts, 40, columns), wanted)
+        index = jnp.array([3, 39, 17, 0, 3])
+        np.testing.assert_array_equal(room.rows_of(name, parts, index, columns), wanted[np.asarray(index)])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_memory_is_that_of_the_file(name: str) -> None:
+def test_memory_is_that_of_the_file(name: str, layout: Layout) -> None:
     fmt = WEIGHT_FORMATS[name]
     in_file = 8 * fmt.file_bytes / fmt.file_block
     # Steps of six bits, and of four, take a byte each.
-    assert in_file <= panels.bits_per_weight(name) <= in_file + (1.1 if fmt.has_steps else 0)
+    assert in_file <= bits_per_weight(name, LAYOUTS[layout]) <= in_file + (1.1 if fmt.has_steps else 0)
 
 
 def test_parts_that_follow_one_another_are_one_matrix() -> None:

@@ -7,41 +7,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantized_matrices import numbers, random_raw, random_weights_raw
+from quantized_matrices import numbers, packed, random_raw, random_weights_raw
 
-from model.quantized import lanes, product, tpu, tpu_kernel
+from jaxpaged.page_format.lane_blocks import half_to_float
+from model.quantized import lanes, product, tpu_kernel
 from model.quantized.formats import WEIGHT_FORMATS
 
-NAMES = tuple(WEIGHT_FORMATS)
 ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
 """One plane, two planes with minima, groups of 16 with steps, a table."""
 
 
-def packed(name: str, raw: np.ndarray, columns: int) -> dict[str, Any]:
-    parts = lanes.empty_parts(WEIGHT_FORMATS[name], len(raw), columns)
-    lanes.pack(WEIGHT_FORMATS[name], raw, parts)
-    return {key: jnp.asarray(part) for key, part in parts.items()}
-
-
 def relative(found: Any, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_numbers_are_those_of_the_file_to_the_bit(name: str) -> None:
-    for columns in (512,) if WEIGHT_FORMATS[name].has_steps else (512, 160):
-        raw = random_raw(name, 40, columns)
-        wanted, parts = numbers(name, raw), packed(name, raw, columns)
-        np.testing.assert_array_equal(lanes.dequantized(name, parts, 40, columns), wanted)
-        index = jnp.array([3, 39, 17, 0, 3])
-        np.testing.assert_array_equal(lanes.rows_of(name, parts, index, columns), wanted[np.asarray(index)])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_memory_is_that_of_the_file(name: str) -> None:
-    fmt = WEIGHT_FORMATS[name]
-    in_file = 8 * fmt.file_bytes / fmt.file_block
-    assert in_file <= lanes.bits_per_weight(name) <= in_file + (1.1 if fmt.has_steps else 0)
 
 
 def test_parts_that_follow_one_another_are_one_matrix() -> None:
@@ -49,7 +26,7 @@ def test_parts_that_follow_one_another_are_one_matrix() -> None:
     parts = lanes.empty_parts(fmt, 30, 512)
     for begin, end in ((7, 30), (0, 7)):
         lanes.pack(fmt, raw[begin:end], parts, begin)
-    for key, part in packed("Q5_K", raw, 512).items():
+    for key, part in packed("Q5_K", raw, 512, lanes).items():
         np.testing.assert_array_equal(parts[key], part)
 
 
@@ -66,7 +43,7 @@ def test_the_tpu_kernel_reads_numbers_where_they_lie(name: str, rows: int, colum
     raw = random_weights_raw(name, rows, columns)
     x = np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32)
     wanted = x.astype(np.float64) @ numbers(name, raw).T
-    parts = packed(name, raw, columns)
+    parts = packed(name, raw, columns, lanes)
     for dtype, bound in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
         found = tpu_kernel.matmul(WEIGHT_FORMATS[name], jnp.asarray(x, dtype), parts, interpret=True)
         assert found.shape == (tokens, rows) and found.dtype == dtype
@@ -76,14 +53,14 @@ def test_the_tpu_kernel_reads_numbers_where_they_lie(name: str, rows: int, colum
 def test_scales_that_float16_has_few_bits_for() -> None:
     """Subnormal ones, zeros of both signs, the largest and the smallest."""
     given = np.array([0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x3C00], np.uint16)
-    found = tpu_kernel.as_float32(jnp.asarray(given.view(np.int16)))
+    found = half_to_float(jnp.asarray(given.view(np.int16), jnp.int32))
     np.testing.assert_array_equal(found, given.view(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("how", ["xla", "tpu"])
 def test_what_stands_around_a_product(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, rng = random_weights_raw("Q4_1", 96, 256), np.random.default_rng(2)
-    parts, matrix = packed("Q4_1", raw, 256), numbers("Q4_1", raw).astype(np.float64)
+    parts, matrix = packed("Q4_1", raw, 256, lanes), numbers("Q4_1", raw).astype(np.float64)
     x, add = (rng.standard_normal((5, n)).astype(np.float32) for n in (256, 96))
     scale, eps = rng.random(256).astype(np.float32), 1e-2
     normed = x / np.sqrt(np.mean(np.square(x, dtype=np.float64), -1, keepdims=True) + eps) * scale
@@ -101,9 +78,9 @@ def test_what_stands_around_a_product(how: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_the_kernel_cannot_take_is_said_and_left_to_xla() -> None:
     raw = random_weights_raw("Q8_0", 32, 64)
-    x, parts = jnp.ones((2, 64), jnp.float16), packed("Q8_0", raw, 64)
+    x, parts = jnp.ones((2, 64), jnp.float16), packed("Q8_0", raw, 64, lanes)
     with pytest.raises(NotImplementedError, match="multiplies float32 and bfloat16, not float16"):
-        tpu.product(x, "Q8_0", parts, 32, norm=None, add=None, gated=False)
+        tpu_kernel.matmul(WEIGHT_FORMATS["Q8_0"], x, parts)
     found = product.product(x, "Q8_0", parts, 32, layout="lanes", implementation="tpu")
     assert relative(found, np.ones((2, 64)) @ numbers("Q8_0", raw).T) < 1e-2
 

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from quantized_matrices import numbers, random_weights_raw
+from quantized_matrices import bits_per_weight, numbers, random_weights_raw
 from small_models import VOCAB, logits, random_params, tokenizer_metadata
 
 from model.config import ModelConfig
 from model.export import write_gguf
 from model.llama import functional
 from model.loading import load_model
-from model.quantized import panels
 from model.quantized.formats import WEIGHT_FORMATS
 from model.quantized.linear import WeightPlan
 from model.weights import Placement, load_params, placements, weight_plan
@@ -143,7 +142,7 @@ def test_params_take_what_the_file_takes() -> None:
     params = load_params(config, file, "gguf", plan=weight_plan(config, file, "gguf"))
     inside = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     in_file = sum(tensor.num_bytes for tensor in file.tensors.values())
-    filled = 12 * config.hidden_size * panels.bits_per_weight("Q8_0") / 8  # the last panel of the embedding
+    filled = 12 * config.hidden_size * bits_per_weight("Q8_0") / 8  # the last panel of the embedding
     assert inside == in_file + filled
 
 
