@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxpaged.batch import Batch
 from jaxpaged.cache import PagedKVCache
@@ -30,6 +31,18 @@ from jaxpaged.generation import (
 )
 from jaxpaged.prefill import prefill
 from jaxpaged.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
+from jaxpaged.sharding import (
+    CACHE,
+    PARAMS,
+    RESULT,
+    ROWS,
+    STATIC,
+    Deal,
+    mesh_of,
+    num_shards,
+    over_mesh,
+    put_rows,
+)
 
 EarlyStopping = Literal[False, True, "never"]
 _EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
@@ -185,8 +198,11 @@ def _request(
     stop_ids: Sequence[int],
     batch_size: int,
 ) -> tuple[_Request, _Shape]:
-    if not 1 <= num_beams <= cache.max_seqs:
-        raise ValueError(f"num_beams must be 1 to {cache.max_seqs} (the cache's max_seqs), got {num_beams}")
+    mesh = mesh_of(cache)
+    shards = num_shards(mesh)
+    max_seqs = cache.max_seqs // shards  # of one data shard
+    if not 1 <= num_beams <= max_seqs:
+        raise ValueError(f"num_beams must be 1 to {max_seqs} (the cache's max_seqs), got {num_beams}")
     if not 1 <= num_return_sequences <= num_beams:
         raise ValueError(
             f"num_return_sequences must be 1 to {num_beams} (num_beams), got {num_return_sequences}"
@@ -195,16 +211,34 @@ def _request(
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     if early_stopping not in _EARLY_STOPPING:
         raise ValueError(f'early_stopping must be False, True or "never", got {early_stopping!r}')
-    packed, chunk = pack_prompts(prompts, max_seqs=cache.max_seqs, stride=num_beams, batch_size=batch_size)
-    limits = pack_limits(max_new_tokens, len(prompts), cache.max_seqs // num_beams)
+    packed, chunk = pack_prompts(
+        prompts, max_seqs=max_seqs, stride=num_beams, batch_size=batch_size, shards=shards
+    )
+    limits = pack_limits(max_new_tokens, len(prompts), max_seqs // num_beams, shards)
+    deal = Deal(shards, 1)
     request = _Request(
         prompts=packed,
-        max_new_tokens=jnp.asarray(limits),
-        stop_ids=pack_stop_ids(stop_ids),
-        length_penalty=jnp.float32(length_penalty),
-        early_stopping=jnp.int32(_EARLY_STOPPING.index(early_stopping)),
+        max_new_tokens=limits,
+        stop_ids=deal.same(pack_stop_ids(stop_ids)),
+        length_penalty=deal.same(np.float32(length_penalty)),
+        early_stopping=deal.same(np.int32(_EARLY_STOPPING.index(early_stopping))),
     )
-    return request, _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), chunk)
+    shape = _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), chunk)
+    return put_rows(mesh, request), shape
+
+
+def _in_order(result: BeamResult, mesh: Mesh | None) -> BeamResult:
+    """What the data shards of a mesh found, in the order of the prompts, on the host; pages are summed up."""
+    if mesh is None:
+        return result
+    return Deal.of(mesh, 1).gathered_result(
+        result,
+        num_steps=np.max,
+        pages_peak=np.sum,
+        unshared_peak=np.sum,
+        pages_mean=np.sum,
+        unshared_mean=np.sum,
+    )
 
 
 def _by_sequence(values: Array, others: Array) -> Array:
@@ -426,9 +460,16 @@ def _beam_search(
     return _search(model, shape, params, cache, state, request)
 
 
-_beam_search_donating = jax.jit(_beam_search, static_argnums=(0, 1), donate_argnums=3)
-_start_donating = jax.jit(_start, static_argnums=(0, 1), donate_argnums=3)
-_search_donating = jax.jit(_search, static_argnums=(0, 1), donate_argnums=3)
+_ARGUMENTS = STATIC, STATIC, PARAMS, CACHE, ROWS
+_beam_search_donating = jax.jit(
+    over_mesh(_beam_search, _ARGUMENTS, (RESULT, CACHE)), static_argnums=(0, 1), donate_argnums=3
+)
+_start_donating = jax.jit(
+    over_mesh(_start, _ARGUMENTS, (CACHE, ROWS)), static_argnums=(0, 1), donate_argnums=3
+)
+_search_donating = jax.jit(
+    over_mesh(_search, (*_ARGUMENTS, ROWS), (RESULT, CACHE)), static_argnums=(0, 1), donate_argnums=3
+)
 
 
 def beam_search(
@@ -457,7 +498,8 @@ def beam_search(
       params: the model's weights, a pytree.
       cache: paged or contiguous; **donated**. Prompt i uses the sequences ``i * num_beams .. (i + 1) * num_beams``: it
         continues what the first of them holds, what the others hold is given up, and all are empty at the end.
-        Sequences behind the last prompt's stay as they are.
+        Sequences behind the last prompt's stay as they are. A ``ShardedCache`` searches on its mesh: prompts are dealt
+        to its data shards.
       prompts: token ids, 1 to ``max_seqs // num_beams`` prompts of any lengths, none empty.
       num_beams: W, the width of the search.
       max_new_tokens: tokens to generate at most, for all or one number a prompt.
@@ -490,7 +532,8 @@ def beam_search(
         stop_ids,
         batch_size,
     )
-    return _beam_search_donating(model, shape, params, cache, request)
+    result, cache = _beam_search_donating(model, shape, params, cache, request)
+    return _in_order(result, mesh_of(cache)), cache
 
 
 @dataclass
@@ -528,7 +571,7 @@ class BeamSearch:
     def search(self) -> BeamResult:
         """All the rest."""
         result, self.cache = self._programs[1](self.params, self.cache, self._state, self.request)
-        return jax.block_until_ready(result)
+        return _in_order(jax.block_until_ready(result), mesh_of(self.cache))
 
 
 def prepare_beam_search(

@@ -22,6 +22,7 @@ from jaxpaged.batch import Batch
 from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
 from jaxpaged.rope import Rope
 from jaxpaged.sampling import SamplingParams, push_recent, sample
+from jaxpaged.sharding import CACHE, PARAMS, RESULT, ROWS, SAME, STATIC, Deal, mesh_of, over_mesh
 
 RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES = 0, 1, 2, 3
 """Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of pages."""
@@ -410,9 +411,22 @@ def _generate(
     return state.result(), cache
 
 
-_generate_donating = jax.jit(_generate, static_argnums=(0, 1), donate_argnums=3)
-begin_jitted = jax.jit(begin, static_argnames="shape")
-advance_donating = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(3, 4))
+_generate_donating = jax.jit(
+    over_mesh(_generate, (STATIC, STATIC, PARAMS, CACHE, ROWS), (RESULT, CACHE)),
+    static_argnums=(0, 1),
+    donate_argnums=3,
+)
+begin_jitted = jax.jit(over_mesh(begin, (CACHE, ROWS, STATIC), ROWS), static_argnums=2)
+advance_donating = jax.jit(
+    over_mesh(_advance, (STATIC, STATIC, PARAMS, CACHE, ROWS, ROWS, SAME), (CACHE, ROWS)),
+    static_argnums=(0, 1),
+    donate_argnums=(3, 4),
+)
+
+
+def in_order(result: GenerateResult, deal: Deal) -> GenerateResult:
+    """What the data shards of a mesh came to as rows of the caller's order, on the host; pages are summed up."""
+    return deal.gathered_result(result, pages_peak=np.sum, num_steps=np.max)
 
 
 def generate(
@@ -441,7 +455,9 @@ def generate(
       model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
       params: the model's weights, a pytree.
       cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues what sequence i of the
-        cache holds; with fewer, all of them should be empty.
+        cache holds; with fewer, all of them should be empty. A ``ShardedCache`` runs all of it on its mesh, in one
+        program still: prompts are dealt to its data shards, or the samples of a few prompts are; ``model`` and
+        ``params`` are then those of a mesh (``model.loading.load_model(mesh=...)``).
       prompts: token ids, any number of prompts of any lengths, none empty.
       max_new_tokens: tokens to generate at most, for all or one number a prompt.
       n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, and copy on write.
@@ -464,6 +480,7 @@ def generate(
       ValueError: no prompt, an empty prompt, a negative id or count, sampling of another size, a prompt that fills the
         shifted context, ``keep`` with more rows than sequences.
     """
+    mesh = mesh_of(cache)
     request, shape = make_request(
         cache.max_seqs,
         prompts,
@@ -476,5 +493,7 @@ def generate(
         context_shift,
         window,
         history,
+        mesh,
     )
-    return _generate_donating(model, shape, params, cache, request)
+    result, cache = _generate_donating(model, shape, params, cache, request)
+    return (result if mesh is None else in_order(result, Deal.of(mesh, len(prompts), n))), cache

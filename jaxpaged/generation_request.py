@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxpaged.prompts import bucket, check_prompts, pack_stop_ids
 from jaxpaged.sampling import SamplingParams
+from jaxpaged.sharding import Deal, put_rows
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,17 @@ def make_request(
     context_shift: ContextShift | None,
     window: int | None,
     history: Sequence[Sequence[int]] = (),
+    mesh: Mesh | None = None,
 ) -> tuple[Request, Shape]:
     """Arguments as ``generation.generate`` has them; ``max_seqs`` is S, the sequences of the cache.
+
+    On a mesh all arrays have one axis more in front: what each data shard is asked for.
 
     Raises:
       ValueError: as ``generate``.
     """
-    s, n = max_seqs, num_samples
+    deal = Deal.of(mesh, len(prompts), num_samples)
+    s, n = max_seqs // deal.shards, deal.samples_each  # of one data shard
     if not prompts:
         raise ValueError("prompts must be at least 1, got 0")
     check_prompts(prompts, batch_size)
@@ -113,14 +118,17 @@ def make_request(
         raise ValueError(f"window must be at least 1 token, got {window}")
     if history and len(history) != len(prompts):
         raise ValueError(f"history must be of each of {len(prompts)} prompts, got {len(history)}")
-    count = len(prompts) * n
-    queue = count > s
+    counts = deal.count_each(len(prompts))
+    most = int(counts.max())
+    queue = most * n > s
     if keep and queue:
-        raise ValueError(f"keep needs a sequence for each of {count} rows, the cache has {s}")
-    num_prompts = bucket(len(prompts)) if queue else -(-s // n)
-    rows = num_prompts * n
+        raise ValueError(f"keep needs a sequence for each of {most * n} rows, the cache has {s}")
+    count = len(prompts) * num_samples
+    num_prompts = bucket(most) if queue else -(-s // n)
+    num_prompts *= 1 if deal.splits else deal.shards
+    rows = num_prompts * num_samples
     limits = np.zeros(rows, np.int32)
-    limits[:count] = np.repeat(np.broadcast_to(max_new_tokens, len(prompts)), n)
+    limits[:count] = np.repeat(np.broadcast_to(max_new_tokens, len(prompts)), num_samples)
     if limits.min() < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {limits.min()}")
     lens = np.zeros(num_prompts, np.int32)
@@ -128,7 +136,7 @@ def make_request(
     padded = np.zeros((num_prompts, bucket(int(lens.max()))), np.int32)
     for i, prompt in enumerate(prompts):
         padded[i, : len(prompt)] = prompt
-    sampling = _sampling_rows(sampling, count, s, rows)
+    sampling = _sampling_rows(sampling, count, max_seqs, rows)
     texts = (
         [[*before, *prompt] for before, prompt in zip(history, prompts, strict=True)] if history else prompts
     )
@@ -145,22 +153,23 @@ def make_request(
         wanted = np.where(context_shift.n_keep < 0, whole, np.minimum(context_shift.n_keep, whole))
         keeps = np.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
     # Chunks of one size, none of them mostly padding, with room for the sequences that already decode.
-    total = int(lens.sum())
+    dealt_lens = deal.prompts(lens)
+    total = int(dealt_lens.sum(axis=1).max())
     chunk = min(bucket(-(-total // -(-total // batch_size))), max(batch_size, 8))
     chunk = chunk if s == 1 else max(chunk, s + 1)
     bounds = [context_shift.n_ctx] if context_shift is not None else []
     bounds += [window + chunk] if window is not None else []
     request = Request(
-        prompts=jnp.asarray(padded),
-        prompt_lens=jnp.asarray(lens),
-        num_prompts=jnp.int32(len(prompts)),
-        max_new_tokens=jnp.asarray(limits),
-        stop_ids=pack_stop_ids(stop_ids),
-        sampling=sampling,
-        recent=jnp.asarray(recent),
-        n_ctx=jnp.int32(0 if context_shift is None else context_shift.n_ctx),
-        n_keep=jnp.asarray(keeps),
-        n_discard=jnp.int32(0 if context_shift is None else context_shift.n_discard),
+        prompts=deal.prompts(padded),
+        prompt_lens=dealt_lens,
+        num_prompts=counts,
+        max_new_tokens=deal.rows(limits),
+        stop_ids=deal.same(pack_stop_ids(stop_ids)),
+        sampling=jax.tree.map(deal.rows, sampling),
+        recent=deal.prompts(recent),
+        n_ctx=deal.same(np.int32(0 if context_shift is None else context_shift.n_ctx)),
+        n_keep=deal.prompts(keeps),
+        n_discard=deal.same(np.int32(0 if context_shift is None else context_shift.n_discard)),
     )
     shape = Shape(
         chunk=chunk,
@@ -172,7 +181,7 @@ def make_request(
         window=window,
         limit=min(bounds, default=None),
     )
-    return request, shape
+    return put_rows(mesh, request), shape
 
 
 def _sampling_rows(sampling: SamplingParams | None, count: int, max_seqs: int, rows: int) -> SamplingParams:

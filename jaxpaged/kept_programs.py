@@ -115,9 +115,9 @@ def _key(name: str, static: tuple[Any, ...], arguments: tuple[Any, ...]) -> str 
     leaves, structure = jax.tree.flatten(arguments)
     parts.append(str(structure))
     for leaf in leaves:
-        sharding = getattr(leaf, "sharding", None)
-        spread = sharding if sharding is not None and len(sharding.device_set) > 1 else ""
-        parts.append(f"{leaf.dtype}{leaf.shape}{getattr(leaf, 'weak_type', False)}{spread}")
+        if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding):
+            return None  # a program of a mesh names its devices, which are no pickles
+        parts.append(f"{leaf.dtype}{leaf.shape}{getattr(leaf, 'weak_type', False)}")
     # An address says nothing to another process.
     if any(part is None or " at 0x" in part for part in parts):
         return None

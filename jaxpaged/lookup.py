@@ -7,6 +7,7 @@ as greedy decoding agrees, and rolls the rest back with ``seq_remove``. The text
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxpaged.generation import (
     FINISH_LENGTH,
@@ -28,6 +30,20 @@ from jaxpaged.generation import (
 from jaxpaged.prefill import prefill
 from jaxpaged.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
 from jaxpaged.sampling import SamplingParams, sample
+from jaxpaged.sharding import (
+    CACHE,
+    PARAMS,
+    RESULT,
+    ROWS,
+    SAME,
+    STATIC,
+    Deal,
+    fetch,
+    mesh_of,
+    num_shards,
+    over_mesh,
+    put_rows,
+)
 from jaxpaged.streaming import StreamChunk
 
 
@@ -144,10 +160,13 @@ def _request(
     for name, value in (("num_draft", num_draft), ("ngram", ngram)):
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
-    packed, chunk = pack_prompts(prompts, max_seqs=cache.max_seqs, batch_size=batch_size)
-    limits = pack_limits(max_new_tokens, len(prompts), cache.max_seqs)
-    request = _Request(packed, jnp.asarray(limits), pack_stop_ids(stop_ids))
-    return request, _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
+    mesh = mesh_of(cache)
+    shards = num_shards(mesh)
+    max_seqs = cache.max_seqs // shards  # of one data shard
+    packed, chunk = pack_prompts(prompts, max_seqs=max_seqs, batch_size=batch_size, shards=shards)
+    limits = pack_limits(max_new_tokens, len(prompts), max_seqs, shards)
+    request = _Request(packed, limits, Deal(shards, 1).same(pack_stop_ids(stop_ids)))
+    return put_rows(mesh, request), _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
@@ -337,10 +356,28 @@ def _generate(
     return _result(shape, state, request), cache
 
 
-_generate_donating = jax.jit(_generate, static_argnums=(0, 1), donate_argnums=3)
-_start_donating = jax.jit(_start, static_argnums=(0, 1), donate_argnums=3)
-_advance_donating = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(3, 4))
+_ARGUMENTS = STATIC, STATIC, PARAMS, CACHE, ROWS
+_generate_donating = jax.jit(
+    over_mesh(_generate, _ARGUMENTS, (RESULT, CACHE)), static_argnums=(0, 1), donate_argnums=3
+)
+_start_donating = jax.jit(
+    over_mesh(_start, _ARGUMENTS, (CACHE, ROWS)), static_argnums=(0, 1), donate_argnums=3
+)
+_advance_donating = jax.jit(
+    over_mesh(_advance, (*_ARGUMENTS, ROWS, SAME), (CACHE, ROWS)),
+    static_argnums=(0, 1),
+    donate_argnums=(3, 4),
+)
 _result_jitted = jax.jit(_result, static_argnums=0)
+_results_jitted = jax.jit(
+    lambda shape, state, request: jax.vmap(functools.partial(_result, shape))(state, request),
+    static_argnums=0,
+)
+
+
+def _in_order(result: LookupResult, mesh: Mesh | None) -> LookupResult:
+    """What the data shards of a mesh made, in the order of the prompts, on the host; pages are summed up."""
+    return result if mesh is None else Deal.of(mesh, 1).gathered_result(result, pages_peak=np.sum)
 
 
 def generate_lookup(
@@ -385,7 +422,8 @@ def generate_lookup(
     Reference: Saxena, "Prompt Lookup Decoding" (2023); transformers' ``prompt_lookup_num_tokens``.
     """
     request, shape = _request(cache, prompts, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep)
-    return _generate_donating(model, shape, params, cache, request)
+    result, cache = _generate_donating(model, shape, params, cache, request)
+    return _in_order(result, mesh_of(cache)), cache
 
 
 @dataclass
@@ -412,7 +450,7 @@ class LookupStream:
         if self._programs is None:
             start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
             advance = _advance_donating.lower(
-                self.model, self.shape, self.params, *start.out_info, self.request, jnp.int32(0)
+                self.model, self.shape, self.params, *start.out_info, self.request, np.int32(0)
             )
             # Side by side: XLA compiles much of a program on one thread.
             with ThreadPoolExecutor(2) as pool:
@@ -424,9 +462,11 @@ class LookupStream:
         self.cache, state = start(self.params, self.cache, self.request)
         seen, steps, running = [0] * self.num_prompts, 1, True
         while running:
-            self.cache, state = advance(self.params, self.cache, state, self.request, jnp.int32(steps))
+            self.cache, state = advance(self.params, self.cache, state, self.request, np.int32(steps))
             # Copied: the arrays of `state` are donated to the next call.
-            self.result = jax.tree.map(np.array, _result_jitted(self.shape, state, self.request))
+            mesh = mesh_of(self.cache)
+            result = (_result_jitted if mesh is None else _results_jitted)(self.shape, state, self.request)
+            self.result = _in_order(fetch(result), mesh)
             counts = self.result.num_tokens
             new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_prompts)]
             seen = [int(counts[i]) for i in range(self.num_prompts)]

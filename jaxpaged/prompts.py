@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,46 +54,58 @@ def check_prompts(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
 
 
 def pack_prompts(
-    prompts: Sequence[Sequence[int]], *, max_seqs: int, stride: int = 1, batch_size: int
+    prompts: Sequence[Sequence[int]], *, max_seqs: int, stride: int = 1, batch_size: int, shards: int = 1
 ) -> tuple[Prompts, int]:
-    """Prompts as arrays, checked on the host, and the static number of tokens of a prefill step; 0 = no step.
+    """Prompts as host arrays, and the static number of tokens of a prefill step; 0 = no step.
 
     Args:
       prompts: token ids, none empty.
-      max_seqs: S.
+      max_seqs: S, of each data shard.
       stride: prompt i is for sequence ``i * stride``.
       batch_size: tokens of a prefill step at most.
+      shards: D. Prompts are dealt to so many: prompt i is for sequence ``i // D * stride`` of shard ``i % D``.
+
+    Returns:
+      ``(prompts, chunk)``; the arrays of the prompts have one more axis in front, ``[D, ...]``.
 
     Raises:
       ValueError: no prompt or too many, an empty prompt, a negative id, a ``batch_size`` below 1.
     """
-    most = max_seqs // stride
+    most = max_seqs // stride * shards
     if not 1 <= len(prompts) <= most:
         each = "" if stride == 1 else f" / {stride} sequences each"
-        raise ValueError(f"prompts must be 1 to {most} (max_seqs = {max_seqs}{each}), got {len(prompts)}")
+        where = "" if shards == 1 else f", on each of {shards} data shards"
+        raise ValueError(
+            f"prompts must be 1 to {most} (max_seqs = {max_seqs}{each}{where}), got {len(prompts)}"
+        )
     check_prompts(prompts, batch_size)
-    lens = np.zeros(max_seqs, np.int32)
-    tokens = np.zeros((max_seqs, bucket(max(map(len, prompts)))), np.int32)
+    lens = np.zeros((shards, max_seqs), np.int32)
+    tokens = np.zeros((shards, max_seqs, bucket(max(map(len, prompts)))), np.int32)
     for i, prompt in enumerate(prompts):
-        lens[i * stride] = len(prompt)
-        tokens[i * stride, : len(prompt)] = prompt
-    total = int(lens.sum()) - len(prompts)
+        place = i % shards, i // shards * stride
+        lens[place] = len(prompt)
+        tokens[(*place, slice(len(prompt)))] = prompt
+    total = int(np.maximum(lens - 1, 0).sum(axis=1).max())
     # Steps of one size, as few as there must be: another size would compile the model once more.
     chunk = min(bucket(-(-total // -(-total // batch_size))), batch_size) if total else 0
-    return Prompts(jnp.asarray(tokens), jnp.asarray(lens)), chunk
+    arrays: Any = (tokens, lens)
+    return Prompts(*arrays), chunk
 
 
-def pack_limits(max_new_tokens: int | Sequence[int], num_prompts: int, max_seqs: int) -> np.ndarray:
-    """i32[S]: tokens that may be generated after each prompt; 0 where there is none.
+def pack_limits(
+    max_new_tokens: int | Sequence[int], num_prompts: int, max_prompts: int, shards: int = 1
+) -> Any:
+    """i32[D, max_prompts]: tokens that may be generated after each prompt; 0 where there is none. Dealt to D shards as
+    ``pack_prompts`` deals prompts.
 
     Raises:
       ValueError: a limit below 1.
     """
-    limits = np.zeros(max_seqs, np.int32)
+    limits = np.zeros(max_prompts * shards, np.int32)
     limits[:num_prompts] = max_new_tokens
     if limits[:num_prompts].min() < 1:
         raise ValueError(f"max_new_tokens must be positive, got {limits[:num_prompts].min()}")
-    return limits
+    return limits.reshape(max_prompts, shards).T
 
 
 def pack_stop_ids(stop_ids: Sequence[int]) -> Array:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.generation import (
@@ -17,10 +15,12 @@ from jaxpaged.generation import (
     Model,
     advance_donating,
     begin_jitted,
+    in_order,
 )
 from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
 from jaxpaged.kept_programs import compiled
 from jaxpaged.sampling import SamplingParams
+from jaxpaged.sharding import Deal, fetch, mesh_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class GenerateStream:
     request: Request
     shape: Shape
     every: int
+    deal: Deal | None = None
+    """How rows were dealt to the data shards of a mesh; None = there is none."""
     result: GenerateResult | None = None
     """After each chunk, all that was generated so far."""
     found: bool = False
@@ -63,7 +65,7 @@ class GenerateStream:
         begin = compiled(
             lambda: begin_jitted.lower(*given, self.shape), "generation.begin", (self.shape,), given
         )
-        arguments = (self.params, self.cache, begin.program.out_info, self.request, jnp.int32(0))
+        arguments = (self.params, self.cache, begin.program.out_info, self.request, np.int32(0))
         advance = compiled(
             lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
         )
@@ -75,9 +77,11 @@ class GenerateStream:
         state = self._begin(self.cache, self.request)
         seen, steps, running = [0] * self.num_samples, 0, True
         while running:
-            self.cache, state = self._advance(self.params, self.cache, state, self.request, jnp.int32(steps))
+            self.cache, state = self._advance(self.params, self.cache, state, self.request, np.int32(steps))
             # Copied: the arrays of `state` are donated to the next call.
-            self.result = jax.tree.map(np.array, state.result())
+            self.result = fetch(state.result())
+            if self.deal is not None:
+                self.result = in_order(self.result, self.deal)
             counts = self.result.num_tokens
             new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_samples)]
             seen = [int(counts[i]) for i in range(self.num_samples)]
@@ -113,6 +117,7 @@ def generate_stream(
     """
     if every < 1:
         raise ValueError(f"every must be positive, got {every}")
+    mesh = mesh_of(cache)
     request, shape = make_request(
         cache.max_seqs,
         prompts,
@@ -125,5 +130,7 @@ def generate_stream(
         context_shift,
         window,
         history,
+        mesh,
     )
-    return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every)
+    deal = None if mesh is None else Deal.of(mesh, len(prompts), n)
+    return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every, deal)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from jaxpaged.sharding import MeshError, check_heads, local_kv_heads
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -103,6 +105,26 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens, None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    def shard(self, tensor: int) -> ModelConfig:
+        """The model of one of ``tensor`` devices that split each layer: fewer heads, a narrower MLP.
+
+        Raises:
+          MeshError: heads or the MLP cannot be dealt to so many.
+        """
+        check_heads(self.num_q_heads, self.num_kv_heads, tensor)
+        if self.intermediate_size % tensor:
+            raise MeshError(
+                f"tensor={tensor} does not divide the {self.intermediate_size} inner values of the MLP"
+            )
+        if tensor == 1:
+            return self
+        return replace(
+            self,
+            num_q_heads=self.num_q_heads // tensor,
+            num_kv_heads=local_kv_heads(self.num_kv_heads, tensor),
+            intermediate_size=self.intermediate_size // tensor,
+        )
 
     def num_parameters(self) -> int:
         """Weights of the model, norms and biases included."""

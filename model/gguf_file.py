@@ -128,11 +128,21 @@ class GGUFFile:
         data = self._parts[tensor.part]
         return b"".join(data[start : min(start + 1024, end)].tobytes() for start in starts)
 
-    def raw(self, name: str) -> np.ndarray:
-        """One tensor's bytes as they stand in the file, u8 ``[rows, bytes of a row]``, mapped and not copied."""
+    def raw(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor's bytes as they stand in the file, u8 ``[rows, bytes of a row]``, mapped and not copied.
+
+        ``part`` are slices of its axes; in the last one they begin and end with blocks of numbers.
+        """
         tensor = self.tensors[name]
-        raw = self._parts[tensor.part][tensor.offset : tensor.offset + tensor.num_bytes]
-        return np.asarray(raw).reshape(*tensor.shape[:-1], -1)
+        raw = np.asarray(self._parts[tensor.part][tensor.offset : tensor.offset + tensor.num_bytes])
+        raw = raw.reshape(*tensor.shape[:-1], -1)
+        if part is None:
+            return raw
+        block, block_bytes = gguf.GGML_QUANT_SIZES[GGMLType[tensor.dtype]]
+        begin, end, _ = part[-1].indices(tensor.shape[-1])
+        if begin % block or end % block:
+            raise ValueError(f"{name}: {begin} to {end} are no whole blocks of {block} numbers")
+        return raw[(*part[:-1], slice(begin // block * block_bytes, end // block * block_bytes))]
 
     def forget(self, name: str) -> None:
         """Gives the memory that a tensor's mapped bytes take back to the system; reading them again brings it back."""
@@ -146,15 +156,21 @@ class GGUFFile:
         if end > begin:
             mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor's values in float32, or in float16 or bfloat16 where stored so; a copy of the file's."""
-        tensor, raw = self.tensors[name], self.raw(name)
-        kind = GGMLType[tensor.dtype]
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor's values, or those of a part, in float32, or in float16 or bfloat16 where stored so; a copy."""
+        tensor, kind = self.tensors[name], GGMLType[self.tensors[name].dtype]
+        cut = slice(None)
+        if part is not None:  # whole blocks are read, and what is too much is cut off
+            block = gguf.GGML_QUANT_SIZES[kind][0]
+            begin, end, _ = part[-1].indices(tensor.shape[-1])
+            before, behind = begin // block * block, -(-end // block) * block
+            cut, part = slice(begin - before, end - before), (*part[:-1], slice(before, behind))
+        raw = self.raw(name, part)
         if kind in _RAW:
-            return np.array(raw).view(_RAW[kind]).reshape(tensor.shape)
+            return np.array(raw).view(_RAW[kind])
         # A damaged scale may be infinite; what comes of it is the reader's to judge, not a warning.
         with np.errstate(all="ignore"):
-            return gguf.dequantize(raw, kind)
+            return gguf.dequantize(np.ascontiguousarray(raw), kind)[..., cut]
 
 
 def _part_names(path: Path, count: int, number: Any) -> list[Path]:

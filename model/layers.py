@@ -50,8 +50,10 @@ class Rotation(NamedTuple):
 class Layers:
     """Makes the linear layers of one block, dense or quantized as the plan says."""
 
-    def __init__(self, path: str, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.path, self.plan, self.dtype, self.rngs = path, plan, dtype, rngs
+    def __init__(
+        self, path: str, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs, axis: str | None = None
+    ) -> None:
+        self.path, self.plan, self.dtype, self.rngs, self.axis = path, plan, dtype, rngs, axis
 
     def linear(
         self, name: str, dim_in: int, dim_out: int, bias: bool = False
@@ -79,8 +81,15 @@ def normed_product(layer: nnx.Linear | QuantizedLinear, norm: RMSNorm, x: Array)
     return layer(norm(x))
 
 
-def added_product(layer: nnx.Linear | QuantizedLinear, x: Array, residual: Array) -> Array:
-    """``residual + layer(x)``; a quantized layer adds by itself."""
+def added_product(
+    layer: nnx.Linear | QuantizedLinear, x: Array, residual: Array, axis: str | None = None
+) -> Array:
+    """``residual + layer(x)``; a quantized layer adds by itself.
+
+    With ``axis`` the layer's inputs are split over that mesh axis, and its results are summed over it.
+    """
+    if axis is not None:
+        return residual + jax.lax.psum(layer(x), axis)
     return layer(x, add=residual) if isinstance(layer, QuantizedLinear) else residual + layer(x)
 
 
@@ -89,7 +98,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, layers: Layers) -> None:
         c = config
-        self.layer, self.window = layer, c.window(layer)
+        self.layer, self.window, self.axis = layer, c.window(layer), layers.axis
         self.num_q_heads, self.num_kv_heads, self.head_dim = c.num_q_heads, c.num_kv_heads, c.head_dim
         q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
         # Quantized alike, the three are one matrix.
@@ -127,7 +136,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotation(q), rotation(k)
         out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window, rope=rotation.rope)
-        return added_product(self.out, out.reshape(tokens, -1).astype(x.dtype), x), cache
+        return added_product(self.out, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
 
 
 class MLP(nnx.Module):
@@ -135,6 +144,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.axis = layers.axis
         # Quantized alike, gate and up are one matrix, which is read in one pass.
         self.gate_up = nnx.data(layers.quantized("mlp.gate_up", hidden, inner, gated=True))
         self.gate, self.up = (
@@ -151,16 +161,23 @@ class MLP(nnx.Module):
             parts = (self.gate, self.up)
             gate, up = (normed_product(layer, norm, x) for layer in parts if layer is not None)
             inner = jax.nn.silu(gate) * up
-        return added_product(self.down, inner, x)
+        return added_product(self.down, inner, x, self.axis)
 
 
 class Block(nnx.Module):
     """One transformer layer: attention, then MLP, each on a normed residual stream."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, *, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        plan: WeightPlan,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        axis: str | None = None,
     ) -> None:
-        layers = Layers(f"blocks.{layer}.", plan, dtype, rngs)
+        layers = Layers(f"blocks.{layer}.", plan, dtype, rngs, axis)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.attention = Attention(config, layer, layers)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)

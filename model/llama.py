@@ -36,6 +36,7 @@ class Llama(nnx.Module):
         plan: WeightPlan = _DENSE,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        axis: str | None = None,
     ) -> None:
         c = config
         self.config = c
@@ -47,7 +48,9 @@ class Llama(nnx.Module):
                 kind, c.vocab_size, c.hidden_size, dtype=dtype, exact=plan.exact, layout=plan.layout
             )
         )
-        self.blocks = nnx.List([Block(c, i, plan=plan, dtype=dtype, rngs=rngs) for i in range(c.num_layers)])
+        self.blocks = nnx.List(
+            [Block(c, i, plan=plan, dtype=dtype, rngs=rngs, axis=axis) for i in range(c.num_layers)]
+        )
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         layers = Layers("", plan, dtype, rngs)
         self.head = nnx.data(None if c.tie_embeddings else layers.linear("head", c.hidden_size, c.vocab_size))
@@ -96,14 +99,16 @@ class _Keys:
         return jax.random.fold_in(self._key, next(self._counter))
 
 
-def _draw(config: ModelConfig, dtype: Any, plan: WeightPlan, key: Array) -> Llama:
-    return Llama(config, plan=plan, dtype=dtype, rngs=cast(nnx.Rngs, _Keys(key)))
+def _draw(config: ModelConfig, dtype: Any, plan: WeightPlan, key: Array, axis: str | None = None) -> Llama:
+    return Llama(config, plan=plan, dtype=dtype, rngs=cast(nnx.Rngs, _Keys(key)), axis=axis)
 
 
 @functools.cache
-def _skeleton(config: ModelConfig, dtype: Any, plan: WeightPlan) -> tuple[nnx.GraphDef[Llama], Params]:
+def _skeleton(
+    config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | None = None
+) -> tuple[nnx.GraphDef[Llama], Params]:
     """The module without its weights, and their shapes and dtypes."""
-    module = nnx.eval_shape(lambda: _draw(config, dtype, plan, jax.random.key(0)))
+    module = nnx.eval_shape(lambda: _draw(config, dtype, plan, jax.random.key(0), axis))
     return nnx.split(module, nnx.Param)
 
 
@@ -114,17 +119,22 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightP
 
 
 @functools.cache
-def functional(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE) -> ModelFn:
+def functional(
+    config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE, axis: str | None = None
+) -> ModelFn:
     """The model as a pure function of its weights: the module is made when this is first traced, once, and split.
 
     Args:
       config: the model.
       dtype: what it computes in.
       plan: which of its layers have quantized weights.
+      axis: the mesh axis over which each layer is split, where ``config`` is what one device has of it
+        (``ModelConfig.shard``). The partial products of attention and MLP are summed over it, twice a layer; each
+        device has the whole residual stream, embedding and head.
     """
 
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
-        graph, wanted = _skeleton(config, dtype, plan)
+        graph, wanted = _skeleton(config, dtype, plan, axis)
         if len(jax.tree.leaves(params)) != len(jax.tree.leaves(wanted)):
             raise ValueError(
                 "the params are those of another model or of other quantized weights; "
@@ -132,7 +142,9 @@ def functional(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan =
             )
         return nnx.merge(graph, params)(tokens, cache, batch, rows)
 
-    vars(apply)["program_key"] = f"{digest_of(Path(__file__).parent)} {config!r} {jnp.dtype(dtype)} {plan!r}"
+    vars(apply)["program_key"] = (
+        f"{digest_of(Path(__file__).parent)} {config!r} {jnp.dtype(dtype)} {plan!r} {axis}"
+    )
     return apply
 
 

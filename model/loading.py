@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 import gguf
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxpaged.sharding import TENSOR
 from model.config import ModelConfig, ModelError
 from model.fingerprint import fingerprint
 from model.gguf_file import GGUFFile
@@ -21,6 +23,7 @@ from model.quantized import product
 from model.quantized.linear import WeightPlan
 from model.read_config import config_from_gguf, config_from_huggingface
 from model.safetensors_folder import SafetensorsFolder
+from model.shards import load_shards
 from model.tokenizer import Tokenizer, TokenizerError
 from model.weights import Naming, Progress, TensorSource, load_params, weight_plan
 
@@ -40,6 +43,8 @@ class LoadedModel:
       description: such as ``"llama 135M Q8_0"``.
       seconds: what loading took, by its parts.
       fingerprint: 64 hexadecimal digits that no other model has; see ``model.fingerprint``.
+      mesh: the devices that it is spread over; None = one. ``function`` is then what each of them runs, see
+        ``jaxpaged.sharding``.
     """
 
     config: ModelConfig
@@ -52,6 +57,12 @@ class LoadedModel:
     description: str
     fingerprint: str
     seconds: Mapping[str, float]
+    mesh: Mesh | None = None
+
+    @property
+    def local_config(self) -> ModelConfig:
+        """What one device has of the model."""
+        return self.config if self.mesh is None else self.config.shard(self.mesh.shape[TENSOR])
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -78,6 +89,7 @@ class _Wanted:
     stored: bool
     exact: bool
     progress: Progress | None
+    mesh: Mesh | None
 
 
 def load_model(
@@ -87,6 +99,7 @@ def load_model(
     weights: Weights = "auto",
     exact: bool = False,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Loads a model of the Llama family.
 
@@ -99,8 +112,10 @@ def load_model(
       exact: products with stored weights take activations as they are. Else the CPU's take them as whole numbers of 16
         bits, with a scale for each 32 of them: about twice as fast, and off by less than 1e-4.
       progress: called with (bytes done, bytes in all) after each tensor.
+      mesh: devices to spread the model over (``jaxpaged.sharding.make_mesh``); each process reads the parts of its own.
 
     Raises:
+      MeshError: the model's heads cannot be dealt to the mesh's devices.
       ModelError: the file is missing or damaged, or its model is not supported; one line that says which.
       ValueError: ``weights`` is none of the three.
     """
@@ -109,7 +124,7 @@ def load_model(
     path = _existing(Path(path))
     stored = weights == "stored" or (weights == "auto" and product.choose() == "cpu")
     load = _load_folder if path.is_dir() else _load_gguf
-    return load(path, _Wanted(dtype, stored, exact, progress))
+    return load(path, _Wanted(dtype, stored, exact, progress, mesh))
 
 
 def _existing(path: Path) -> Path:
@@ -149,10 +164,7 @@ def _load_gguf(path: Path, wanted: _Wanted) -> LoadedModel:
     clock.lap("metadata")
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_gguf(file.metadata))
     clock.lap("tokenizer")
-    plan = WeightPlan()
-    if wanted.stored:
-        plan = weight_plan(config, file, "gguf", exact=wanted.exact, layout=product.layout_for())
-    return _with_weights(file, "gguf", config, tokenizer, _file_type(file), plan, wanted, clock)
+    return _with_weights(file, "gguf", config, tokenizer, _file_type(file), wanted, clock)
 
 
 def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
@@ -163,7 +175,7 @@ def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
     tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
     clock.lap("tokenizer")
     kind = _commonest(folder)
-    return _with_weights(folder, "huggingface", config, tokenizer, kind, WeightPlan(), wanted, clock)
+    return _with_weights(folder, "huggingface", config, tokenizer, kind, wanted, clock)
 
 
 def _with_weights(
@@ -172,25 +184,38 @@ def _with_weights(
     config: ModelConfig,
     tokenizer: Tokenizer,
     kind: str,
-    plan: WeightPlan,
     wanted: _Wanted,
     clock: _Clock,
 ) -> LoadedModel:
     """Reads the weights, which is the last thing that is missing."""
-    params = load_params(config, source, naming, dtype=wanted.dtype, plan=plan, progress=wanted.progress)
+
+    def planned(config: ModelConfig, source: TensorSource) -> WeightPlan:
+        if naming != "gguf" or not wanted.stored:
+            return WeightPlan()
+        return weight_plan(config, source, naming, exact=wanted.exact, layout=product.layout_for())
+
+    how: dict[str, Any] = {"dtype": wanted.dtype, "progress": wanted.progress}
+    local, axis, mesh = config, None, wanted.mesh
+    if mesh is None:
+        plan = planned(config, source)
+        params = load_params(config, source, naming, plan=plan, **how)
+    else:
+        local, axis = config.shard(mesh.shape[TENSOR]), TENSOR
+        params, plan = load_shards(config, source, naming, mesh, plan=planned, **how)
     jax.block_until_ready(params)
     clock.lap("weights")
     return LoadedModel(
         config=config,
         params=params,
-        function=functional(config, wanted.dtype, plan),
-        exact_function=functional(config, wanted.dtype, plan.exactly()),
+        function=functional(local, wanted.dtype, plan, axis),
+        exact_function=functional(local, wanted.dtype, plan.exactly(), axis),
         tokenizer=tokenizer,
         path=source.path,
         size_bytes=source.size_bytes,
         description=_describe(config, kind),
         fingerprint=fingerprint(config, source),
         seconds=clock.laps,
+        mesh=mesh,
     )
 
 

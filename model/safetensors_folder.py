@@ -62,9 +62,17 @@ class SafetensorsFolder:
                 )
         self.size_bytes = sum((self.path / name).stat().st_size for name in names)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor's values in the type in which they are stored."""
-        return self._open[self.tensors[name].file].get_tensor(name)
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor's values in the type in which they are stored; ``part`` are slices of its axes, read alone."""
+        file = self._open[self.tensors[name].file]
+        return file.get_tensor(name) if part is None else file.get_slice(name)[part]
+
+    def raw(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """There are no quantized tensors here, which alone are read so."""
+        raise NotImplementedError(f"{self.path}: {name} is not quantized")
+
+    def forget(self, name: str) -> None:
+        """Nothing stays."""
 
     def sample(self, name: str) -> bytes:
         """The tensor's first, middle and last row."""

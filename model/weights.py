@@ -23,6 +23,9 @@ Progress = Callable[[int, int], None]
 
 Naming = Literal["gguf", "huggingface"]
 
+Part = tuple[slice, ...]
+"""What is wanted of a tensor: a slice of each of its axes, of step 1."""
+
 
 class TensorInfo(Protocol):
     """What a file says about a tensor."""

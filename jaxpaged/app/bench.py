@@ -25,6 +25,7 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import Weights
+from jaxpaged.sharding import CACHE, PARAMS, ROWS, SAME, fetch, num_shards, over_mesh
 
 _SEED = 0
 
@@ -53,6 +54,7 @@ class BenchOptions:
     """None = as ``cache_type_k``."""
     hadamard: str
     output: str
+    mesh: str | None = None
 
     def cache_types(self, own: str) -> tuple[CacheType, ...]:
         """What to compare, for a model of ``own`` dtype.
@@ -111,8 +113,8 @@ class _Bench:
             test=_name(depth, n_prompt, n_gen),
             kind=plan.kind,
             cache_type=plan.cache_type,
-            batch=plan.num_seqs,
-            num_tokens=plan.num_seqs * (n_prompt + n_gen),
+            batch=plan.shards * plan.num_seqs,
+            num_tokens=plan.shards * plan.num_seqs * (n_prompt + n_gen),
         )
         self._params = ready.loaded.params
         self._vocab_size = ready.loaded.config.vocab_size
@@ -120,15 +122,15 @@ class _Bench:
         self._step = options.ubatch_size
         self._call = ready.call
         self._plan = plan
+        empty = plan.create()
         start = time.perf_counter()
-        empty = jax.eval_shape(plan.create)
         self._prefills = {
             n: self._compile_prefill(empty, n) for n in {*self._steps(depth), *self._steps(n_prompt)}
         }
         self._decode = self._compile_decode(empty) if n_gen else None
         self.measurement.compile_seconds = time.perf_counter() - start
         # Filled once by really reading that many tokens; each repetition starts from a copy.
-        self._filled = self._read(plan.create(), depth)
+        self._filled = self._read(empty, depth)
         jax.block_until_ready(self._filled)
 
     def _steps(self, num_tokens: int) -> list[int]:
@@ -143,7 +145,8 @@ class _Bench:
             return cache, logits
 
         shapes = (jax.ShapeDtypeStruct((size,), jnp.int32), jax.ShapeDtypeStruct((self._batch,), jnp.int32))
-        return jax.jit(prefill, donate_argnums=1).lower(self._params, cache, *shapes).compile()
+        spread = over_mesh(prefill, (PARAMS, CACHE, SAME, SAME), (CACHE, ROWS))
+        return jax.jit(spread, donate_argnums=1).lower(self._params, cache, *shapes).compile()
 
     def _compile_decode(self, cache: Any) -> Any:
         """``n_gen`` steps of one token a sequence, each the likeliest after the one before; one program."""
@@ -159,11 +162,12 @@ class _Bench:
             return jax.lax.fori_loop(0, self._n_gen, step, (cache, tokens))
 
         shape = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
-        return jax.jit(decode, donate_argnums=1).lower(self._params, cache, shape).compile()
+        spread = over_mesh(decode, (PARAMS, CACHE, SAME), (CACHE, ROWS))
+        return jax.jit(spread, donate_argnums=1).lower(self._params, cache, shape).compile()
 
-    def _tokens(self, count: int) -> jax.Array:
+    def _tokens(self, count: int) -> np.ndarray:
         rng = np.random.default_rng(_SEED)
-        return jnp.asarray(rng.integers(0, self._vocab_size, count, dtype=np.int32))
+        return rng.integers(0, self._vocab_size, count, dtype=np.int32)
 
     def _read(self, cache: Any, num_tokens: int) -> Any:
         """The cache after ``num_tokens`` more tokens of every sequence, sequence after sequence."""
@@ -176,7 +180,7 @@ class _Bench:
                 take[row] = min(room, left[row])
                 room -= take[row]
                 left[row] -= take[row]
-            arguments = (self._tokens(size), jnp.asarray(take, jnp.int32))
+            arguments = (self._tokens(size), np.asarray(take, np.int32))
             cache, logits = self._prefills[size](self._params, cache, *arguments)
         jax.block_until_ready(logits)
         return cache
@@ -196,7 +200,8 @@ class _Bench:
         if not record:
             return
         self.measurement.seconds.append(seconds)
-        self.measurement.kv_bytes = self._plan.bytes_in_use(int(cache.pages_used))
+        used = int(fetch(cache.pages_used).sum())
+        self.measurement.kv_bytes = self._plan.bytes_in_use(used)
 
 
 def run(options: BenchOptions) -> None:
@@ -205,7 +210,10 @@ def run(options: BenchOptions) -> None:
     if not tests:
         raise InputError("nothing to measure: -p and -n are both 0")
     check_hadamard(options.hadamard, *(options.cache_type_k or ()), *(options.cache_type_v or ()))
-    ready = open_model(options)
+    ready = open_model(options, mesh=options.mesh)
+    shards = num_shards(ready.loaded.mesh)
+    if uneven := [batch for batch in options.batch if batch % shards]:
+        raise InputError(f"-b {uneven[0]}: data={shards} of --mesh needs multiples of {shards}")
     caches = caches_of(options, ready.dtype)
     longest = max(map(sum, tests)) + max(options.depth)
     trained = ready.loaded.config.context_length
@@ -257,10 +265,11 @@ def measure(
     name, tokens = _name(depth, n_prompt, n_gen), depth + n_prompt + n_gen
     plans = [
         CachePlan.make(
-            ready.loaded.config,
+            ready.loaded.local_config,
+            mesh=ready.loaded.mesh,
             paged=kind == "paged",
             cache_type=cache_type,
-            num_seqs=batch,
+            num_seqs=batch // num_shards(ready.loaded.mesh),
             context=tokens,
             tokens=tokens,
             page_size=options.page_size,

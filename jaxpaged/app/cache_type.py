@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache import PagedKVCache
+from jaxpaged.context import ContextKVCache
 from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.page_format import PAGE_FORMATS, page_format
+from jaxpaged.sharding import CONTEXT
 from model.config import ModelConfig
 
 _HADAMARD: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
@@ -89,13 +93,19 @@ class CacheType:
             config, num_pages=num_seqs * pages, max_seqs=num_seqs, page_size=page_size, max_entries=pages + 1
         )
 
-    def paged(self, config: ModelConfig, **sizes: Any) -> PagedKVCache:
-        """An empty cache of pages; ``sizes`` as for ``PagedKVCache.create``.
+    def paged(self, config: ModelConfig, *, mesh: Mesh | None = None, **sizes: Any) -> Any:
+        """An empty cache of pages, of one device; ``sizes`` as for ``PagedKVCache.create``. On a mesh that spreads the
+        pages of a sequence it is a ``ContextKVCache``.
 
         Raises:
           InputError: these formats cannot keep heads of this size in pages of this size.
         """
+        spread = 1 if mesh is None else mesh.shape[CONTEXT]
         with _refusal_is_input():
+            if spread > 1:
+                return ContextKVCache.create(
+                    **self._arguments(config), **sizes, axis=CONTEXT, axis_size=spread
+                )
             return PagedKVCache.create(**self._arguments(config), **sizes)
 
     def contiguous(self, config: ModelConfig, **sizes: Any) -> ContiguousKVCache:

@@ -16,6 +16,7 @@ from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
 from jaxpaged.app.options import (
     GENERATE_OPTIONS,
+    MESH_OPTIONS,
     MODEL_OPTIONS,
     WHICH_MODEL,
     CountList,
@@ -24,6 +25,7 @@ from jaxpaged.app.options import (
     option,
     page_options,
 )
+from jaxpaged.app.processes import ProcessOptions, ending_together, start
 from jaxpaged.app.server.options import SERVE_OPTIONS, ServeOptions
 from jaxpaged.version import __version__
 
@@ -93,6 +95,7 @@ Examples:
   git diff | jaxpaged generate -m model.gguf -f - -np 4 --json
   jaxpaged generate -hf user/repo:Q8_0 -cnv -sys "You are brief."
   jaxpaged generate -m model.gguf -f book.txt -ctk q8_0 -ctv q8_0
+  jaxpaged generate -m model.gguf -p "Once" -np 8 --mesh data=2,tensor=4
 
 Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted.
 Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names another).
@@ -104,7 +107,9 @@ Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names anot
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_GENERATE_EPILOG)
 @GENERATE_OPTIONS
-def generate(**flags: Any) -> None:
+def generate(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, **flags: Any
+) -> None:
     """Continue a prompt, or chat. The flags are llama.cpp's.
 
     \b
@@ -112,15 +117,17 @@ def generate(**flags: Any) -> None:
     A pool of pages is as large as what this run can fill, not as the context.
     """
     options = GenerateOptions(**flags, sampling_flags=_written("Sampling"))
-    _prepare(options.threads)
+    _prepare(options.threads, ProcessOptions(coordinator, num_processes, process_id))
     from jaxpaged.app.generate import run
 
-    click.get_current_context().exit(run(options))
+    with ending_together():
+        click.get_current_context().exit(run(options))
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
 @chain(
     *MODEL_OPTIONS,
+    *MESH_OPTIONS,
     option("Tests", "-p", "--n-prompt", "n_prompt", type=CountList(0), default="512", show_default=True,
            help="Prompt tokens to read; 0 = no such test."),
     option("Tests", "-n", "--n-gen", "n_gen", type=CountList(0), default="128", show_default=True,
@@ -138,7 +145,12 @@ def generate(**flags: Any) -> None:
            show_default=True, help="Markdown, JSON or CSV."),
 )  # fmt: skip
 def bench(
-    model: Path | None, hf: str | None, offline: bool, threads: int | None, kv: str, **flags: Any
+    threads: int | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    kv: str,
+    **flags: Any,
 ) -> None:
     """Measure tokens a second, as llama-bench does: pp<N> reads a prompt, tg<N> generates, @ d<D> at a depth.
 
@@ -147,14 +159,16 @@ def bench(
     Lists of formats go in pairs: -ctk f16,q8_0 -ctv f16,q4_0 are two; a single -ctv goes with every -ctk.
       jaxpaged bench -m model.gguf -p 512 -n 128 -b 1,8 -d 0,2048 --kv paged,contiguous -r 5 -o json
       jaxpaged bench -m model.gguf -b 8 -d 2048 --kv paged -ctk f32,f16,q8_0,q4_0
+      jaxpaged bench -m model.gguf -b 64 --mesh data=2,tensor=4
     """
     kinds = tuple(dict.fromkeys(kv.split(",")))
     if unknown := [kind for kind in kinds if kind not in ("paged", "contiguous")]:
         raise InputError(f"--kv {kv}: {unknown[0]!r} is no kind of cache; there are paged and contiguous")
-    _prepare(threads)
+    _prepare(threads, ProcessOptions(coordinator, num_processes, process_id))
     from jaxpaged.app.bench import BenchOptions, run
 
-    run(BenchOptions(model=model, hf=hf, offline=offline, kinds=kinds, **flags))
+    with ending_together():
+        run(BenchOptions(kinds=kinds, **flags))
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
@@ -349,7 +363,9 @@ def _written(group: str) -> tuple[str, ...]:
     )
 
 
-def _prepare(threads: int | None) -> None:
+def _prepare(threads: int | None, processes: ProcessOptions | None = None) -> None:
     from jaxpaged.app.environment import prepare
 
     prepare(threads)
+    if processes is not None:
+        start(processes)

@@ -147,7 +147,11 @@ def _cache(config: ModelConfig, options: ExplainOptions, num_seqs: int) -> Paged
     """Pages for the context of each sequence, as the platform lays them out; shapes in the place of arrays."""
     lanes = options.platform == "tpu" and options.page_size * config.head_dim >= LANES
     entries = -(-options.context // options.page_size)
-    sizes = {"num_pages": num_seqs * entries, "max_seqs": num_seqs, "page_size": options.page_size}
+    sizes: dict[str, Any] = {
+        "num_pages": num_seqs * entries,
+        "max_seqs": num_seqs,
+        "page_size": options.page_size,
+    }
     layout = "lanes" if lanes else "plain"
     create = partial(options.cache_type.paged, config, **sizes, max_entries=entries, layout=layout)
     return jax.eval_shape(create)

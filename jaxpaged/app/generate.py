@@ -7,7 +7,7 @@ from functools import partial
 
 import click
 
-from jaxpaged.app import beams, chat, interrupt
+from jaxpaged.app import beams, chat, interrupt, processes
 from jaxpaged.app.errors import InputError, out_of_memory_is_input
 from jaxpaged.app.methods import check_methods
 from jaxpaged.app.options import GenerateOptions
@@ -25,7 +25,7 @@ def run(options: GenerateOptions) -> int:
     Raises:
       InputError: anything about the flags, the prompt or the model that cannot be used.
     """
-    prompt = read_prompt(options)
+    prompt = processes.agree(read_prompt(options) if processes.speaks() else None)
     wants_chat = options.conversation
     if wants_chat is None and (options.system is not None or options.single_turn):
         wants_chat = True
@@ -33,6 +33,10 @@ def run(options: GenerateOptions) -> int:
         wants_chat is False or options.as_json or (not wants_chat and not sys.stdin.isatty())
     ):
         raise InputError(_NO_PROMPT)
+    if wants_chat is not False and prompt is None and processes.count() > 1:
+        raise InputError(
+            "a run of several processes continues one prompt (-p, -f); to chat with it, serve it"
+        )
     if wants_chat and options.parallel > 1:
         raise InputError(f"-np {options.parallel}: a chat has one sequence")
     check_methods(options, prompted=prompt is not None and not wants_chat)

@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.errors import InputError
-from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.prompts import bucket
+from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, num_shards
 from model.config import ModelConfig
 
 _FEWEST_PAGES = 4
@@ -28,17 +29,21 @@ class CachePlan:
     """"paged" or "contiguous"."""
     cache_type: CacheType
     num_seqs: int
+    """Of each data shard of the mesh."""
     context: int
     """Tokens that a sequence may hold."""
     page_size: int
     pages_per_seq: int
     num_pages: int
+    """Of each data shard."""
+    mesh: Mesh | None = None
 
     @classmethod
     def make(
         cls,
         config: ModelConfig,
         *,
+        mesh: Mesh | None = None,
         paged: bool,
         cache_type: CacheType,
         num_seqs: int,
@@ -55,7 +60,8 @@ class CachePlan:
         A paged pool has the pages that these tokens fill, rounded up so that runs share compiled programs, or
         ``kv_pages`` where that is fewer; a contiguous cache has ``context`` tokens a sequence, whatever the run
         needs. The first ``shared`` tokens are the same in all sequences; ``spare`` pages a sequence are for tokens that
-        do not fill their pages, as shifts leave them, and ``unused`` slots of every page may stay empty.
+        do not fill their pages, as shifts leave them, and ``unused`` slots of every page may stay empty. On a mesh,
+        ``config`` is what one device has of the model, and sequences and pages are those of one data shard.
 
         Raises:
           InputError: the page formats do not go with the model's heads, the page size or the kind of cache.
@@ -65,9 +71,12 @@ class CachePlan:
         wanted = common + num_seqs * (pages - common)
         num_pages = bucket(wanted, _FEWEST_PAGES) if kv_pages is None else min(kv_pages, wanted)
         kind = "paged" if paged else "contiguous"
-        plan = cls(
-            config, kind, cache_type, num_seqs, context, page_size, bucket(pages, _FEWEST_PAGES), num_pages
-        )
+        spread = 1 if mesh is None else mesh.shape[CONTEXT]
+        if spread > 1 and not paged:
+            raise InputError("--mesh context=N spreads pages, and --no-kv-cache-paged asks for none")
+        num_pages = -(-num_pages // spread) * spread
+        pages = bucket(pages, _FEWEST_PAGES)
+        plan = cls(config, kind, cache_type, num_seqs, context, page_size, pages, num_pages, mesh)
         _ = plan._arrays  # refuses now what cannot be created
         return plan
 
@@ -84,8 +93,12 @@ class CachePlan:
                 f"{common + self.num_seqs * each} pages of {self.page_size} tokens, --kv-pages allows {self.num_pages}"
             )
 
-    def create(self) -> PagedKVCache | ContiguousKVCache:
-        """The empty cache."""
+    def create(self) -> Any:
+        """The empty cache: of one device, or a ``ShardedCache``."""
+        return self._local() if self.mesh is None else ShardedCache.create(self.mesh, self._local)
+
+    def _local(self) -> Any:
+        """The cache of one device."""
         if self.kind == "contiguous":
             return self.cache_type.contiguous(self.config, max_seqs=self.num_seqs, max_length=self.context)
         return self.cache_type.paged(
@@ -94,19 +107,28 @@ class CachePlan:
             max_seqs=self.num_seqs,
             page_size=self.page_size,
             max_entries=self.pages_per_seq + 1,
+            mesh=self.mesh,
         )
 
     @cached_property
-    def _arrays(self) -> PagedKVCache | ContiguousKVCache:
-        """The cache with shapes in the place of arrays."""
-        return jax.eval_shape(self.create)
+    def _arrays(self) -> Any:
+        """The cache of one device with shapes in the place of arrays."""
+        return jax.eval_shape(self._local)
+
+    @property
+    def shards(self) -> int:
+        """Data shards of the mesh."""
+        return num_shards(self.mesh)
 
     def bytes_in_use(self, pages: int) -> int:
-        """Bytes of ``pages`` pages and of those that wait to be sealed; of a contiguous cache all that it has."""
+        """Bytes of ``pages`` pages and of those that wait to be sealed; of a contiguous cache all that it has; on all
+        devices of the mesh together."""
         cache = self._arrays
+        copies = 1 if self.mesh is None else self.mesh.shape[TENSOR]
         if isinstance(cache, ContiguousKVCache):
-            return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
-        return pages * cache.bytes_per_page + cache.bytes_of_open_pages
+            each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
+            return each * copies * self.shards
+        return copies * (pages * cache.bytes_per_page + self.shards * cache.bytes_of_open_pages)
 
     @cached_property
     def bytes_contiguous(self) -> int | None:
@@ -138,11 +160,11 @@ class KVReport:
             kind=plan.kind,
             cache_type=plan.cache_type,
             page_size=plan.page_size if paged else plan.context,
-            pages_total=plan.num_pages if paged else plan.num_seqs,
+            pages_total=plan.shards * (plan.num_pages if paged else plan.num_seqs),
             pages_peak=pages_peak,
             bytes_peak=plan.bytes_in_use(pages_peak),
             bytes_contiguous=plan.bytes_contiguous,
-            num_seqs=plan.num_seqs,
+            num_seqs=plan.shards * plan.num_seqs,
             context=plan.context,
         )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
+from jaxpaged.app.processes import open_mesh
 from jaxpaged.app.timings import since_start
 from model.llama import ModelFn
 from model.loading import LoadedModel, Weights, load_model
@@ -63,21 +64,28 @@ class ModelChoice:
     exact: bool = False
 
 
-def open_model(options: ModelOptions, *, show_progress: bool = True) -> ReadyModel:
-    """Loads the model that ``-m`` or ``-hf`` names, else the embedded one.
+def open_model(options: ModelOptions, *, mesh: str | None = None, show_progress: bool = True) -> ReadyModel:
+    """Loads the model that ``-m`` or ``-hf`` names, else the embedded one, onto the devices that ``--mesh`` names.
 
     Raises:
-      InputError: no such file, not a model, a model that cannot be used, or a download that fails.
+      InputError: no such file, not a model, a model that cannot be used, a download that fails, or a mesh of other
+        devices than there are or that the model cannot be dealt to.
     """
     dtype = options.dtype
     if dtype == "auto":
         dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
     start, opened = time.perf_counter(), since_start()
+    devices = open_mesh(mesh)
     try:
         file = model_file(options.model, options.hf, options.offline)
         with _progress(show_progress, file.name) as report:
             loaded = load_model(
-                file, dtype=_DTYPES[dtype], weights=options.weights, exact=options.exact, progress=report
+                file,
+                dtype=_DTYPES[dtype],
+                weights=options.weights,
+                exact=options.exact,
+                progress=report,
+                mesh=devices,
             )
     except OSError as error:
         raise InputError(

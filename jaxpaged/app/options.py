@@ -81,6 +81,7 @@ class GenerateOptions:
     perf: bool
     verbose: bool
     log: bool
+    mesh: str | None = None
 
     @property
     def prefill_step(self) -> int:
@@ -219,6 +220,19 @@ MODEL_OPTIONS = (
            help="CPU threads.  [default: one for each core]"),
 )  # fmt: skip
 
+MESH_OPTIONS = (
+    option("Devices", "--mesh", metavar="AXIS=N,...",
+           help="Spread model and cache over N devices: data=2,tensor=4 are two pools of pages, each of 4 devices that "
+                "split every layer by heads; context=N spreads the pages of each sequence.  "
+                "[default: one device; of several processes, tensor over all]"),
+    option("Devices", "--coordinator", envvar="JAX_COORDINATOR_ADDRESS", metavar="HOST:PORT",
+           help="Run in several processes: where the first of them listens. Each is started with the same flags.  "
+                "[default: what SLURM, Open MPI, a TPU pod or GKE says]"),
+    option("Devices", "--num-processes", type=click.IntRange(min=1), metavar="N", help="With --coordinator: how many."),
+    option("Devices", "--process-id", type=click.IntRange(min=0), metavar="I",
+           help="With --coordinator: which of them this is, from 0; that one reads and writes."),
+)  # fmt: skip
+
 _WHICH_TYPE = (
     "q8_0 takes half of f16 and is near lossless, q4_0 or q4_k a quarter at some cost (docs/quantization.md, "
     "jaxpaged perplexity)."
@@ -246,6 +260,7 @@ def page_options(
 
 GENERATE_OPTIONS = chain(
     *MODEL_OPTIONS,
+    *MESH_OPTIONS,
     option("Prompt", "-p", "--prompt", metavar="TEXT",
            help="The text to continue; in a chat, the first message."),
     option("Prompt", "-f", "--file", metavar="FILE",

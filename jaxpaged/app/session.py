@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from jaxpaged.app import processes
 from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
@@ -20,6 +21,7 @@ from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.generation_request import ContextShift
 from jaxpaged.sampling import SamplingParams
+from jaxpaged.sharding import Deal
 
 _ENDLESS = 2**18
 """Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""
@@ -60,19 +62,22 @@ class Session:
         if options.prompt_cache is None and (options.prompt_cache_all or options.prompt_cache_ro):
             raise InputError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
         check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
+        _check_processes(options)
         film = PageFilm.open(options)
-        ready = open_model(options, show_progress=options.log)
+        ready = open_model(options, mesh=options.mesh, show_progress=options.log)
         trained = ready.loaded.config.context_length
         session = cls(
             options,
             ready,
             context=options.ctx_size or trained,
-            seed=secrets.randbits(32) if options.seed < 0 else options.seed,
+            seed=processes.agree(secrets.randbits(32)) if options.seed < 0 else options.seed,
             timings=Timings(load_ms=ready.load_ms),
             film=film,
         )
         loaded = ready.loaded
         session.note(f"model = {loaded.path}, {loaded.description}, computing in {ready.dtype}")
+        if loaded.mesh is not None:
+            session.note(f"mesh = {describe_mesh(loaded.mesh)}")
         if session.context > trained:
             session.note(
                 f"warning: -c {session.context} is more than the {trained} tokens the model was trained for"
@@ -83,7 +88,7 @@ class Session:
 
     def note(self, line: str) -> None:
         """A line on stderr, unless --log-disable."""
-        if self.options.log:
+        if self.options.log and processes.speaks():
             say(line)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -141,16 +146,19 @@ class Session:
 
     def plan(self, tokens: int, num_seqs: int, shared: int = 0) -> CachePlan:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens, the first ``shared`` the same in all."""
-        o, spare = self.options, 0
+        o, spare, loaded = self.options, 0, self.ready.loaded
+        # Samples are dealt to the shards of a mesh; the beams of a search stay together.
+        each = num_seqs if o.beams > 1 else Deal.of(loaded.mesh, 1, num_seqs).samples_each
         if o.context_shift:
             tokens, spare = min(tokens, self.context), 2
         if self.window is not None and self.window + o.prefill_step < tokens:
             tokens, spare = self.window + o.prefill_step, 2
         return CachePlan.make(
-            self.ready.loaded.config,
+            loaded.local_config,
+            mesh=loaded.mesh,
             paged=self.options.paged,
             cache_type=self.cache_type,
-            num_seqs=num_seqs,
+            num_seqs=each,
             context=self.context,
             tokens=max(1, tokens),
             page_size=self.options.page_size,
@@ -210,7 +218,9 @@ class Session:
             frequency_penalty=o.frequency_penalty,
             seed=[self.seed_of(row) for row in range(rows)],
         )
-        notice = "compiling ..." if o.log and o.warmup and sys.stderr.isatty() else ""
+        notice = ""
+        if o.log and o.warmup and sys.stderr.isatty() and processes.speaks():
+            notice = "compiling ..."
         click.echo(notice, nl=False, err=True)
 
         def start() -> None:
@@ -298,9 +308,25 @@ class Session:
                 f"out of pages: the text{which} ends after {counts} tokens, all {plan.num_pages} pages of "
                 f"{plan.page_size} tokens are in use (--kv-pages)"
             )
-        for line in self.start if self.options.verbose and self.options.log else ():
+        for line in self.start if self.options.verbose and self.options.log and processes.speaks() else ():
             click.echo(line, err=True)
-        if self.options.perf and self.options.log:
+        if self.options.perf and self.options.log and processes.speaks():
             drafts = [] if run is None or not run.drafted else [run.drafts_line()]
             for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:
                 click.echo(line, err=True)
+
+
+def describe_mesh(mesh: Any) -> str:
+    """For people."""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    devices = f"{mesh.size} of {mesh.devices.flat[0].device_kind}"
+    return f"{sizes}: {devices}" + (f" in {processes.count()} processes" if processes.count() > 1 else "")
+
+
+def _check_processes(options: GenerateOptions) -> None:
+    """Refuses what a mesh, or several processes, cannot do."""
+    mesh = processes.count() > 1 or options.mesh is not None
+    if mesh and options.page_map is not None:
+        raise InputError("--page-map draws the pool of one device, not of a --mesh")
+    if processes.count() > 1 and options.prompt_cache is not None:
+        raise InputError("--prompt-cache is one process's; this run has several")

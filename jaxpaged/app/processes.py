@@ -1,0 +1,204 @@
+"""The processes of a run on several hosts, and its mesh: who they are, what they agree on, and how a run ends.
+
+Every process runs the whole command; process 0 reads what users give and writes what they see. What the others could
+decide otherwise, a random seed or how long a step takes, they are told (``agree``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from jaxpaged.app.errors import InputError, say
+
+T = TypeVar("T")
+_STARTUP_SECONDS = 120
+"""How long processes wait for each other at the begin."""
+_HEARTBEAT_SECONDS = 20
+"""Silence after which a process is taken for dead, where its connections do not tell."""
+LOST = 3
+"""Exit status of a run that lost one of its processes."""
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """The flags that say which processes there are; None where the environment is to tell."""
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes; call it before JAX looks for devices. With a single process it does nothing.
+
+    ``--coordinator`` names process 0, by its host and a free port. Without it the environment of a cluster tells, where
+    it is of several processes: SLURM, Open MPI, Cloud TPU pods and GKE, as ``jax.distributed.initialize`` reads it.
+
+    Raises:
+      InputError: flags that do not go together, or processes that do not come.
+    """
+    o = options
+    if o.coordinator is None and (o.num_processes, o.process_id) != (None, None):
+        raise InputError(
+            "--num-processes and --process-id belong to --coordinator HOST:PORT, where process 0 listens"
+        )
+    if o.coordinator is None and not _in_cluster(environment):
+        return
+    if o.coordinator is not None:
+        _check(o)
+    import jax
+
+    _keep_stdout()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            o.coordinator,
+            o.num_processes,
+            o.process_id,
+            initialization_timeout=_STARTUP_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:  # jax.errors.JaxRuntimeError is one of the first
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = "the cluster's environment" if o.coordinator is None else f"--coordinator {o.coordinator}"
+        raise InputError(f"{where}: the processes of this run did not come together: {reason}") from error
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _keep_stdout() -> None:
+    """What libraries print to stdout, as Gloo does of each connection, goes nowhere: it is the place of the result."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+
+
+def _check(o: ProcessOptions) -> None:
+    host, _, port = (o.coordinator or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"--coordinator {o.coordinator}: write HOST:PORT, where process 0 listens")
+    if (o.num_processes is None) != (o.process_id is None):
+        raise InputError("--num-processes and --process-id go together")
+    if o.num_processes is not None and o.process_id is not None and o.process_id >= o.num_processes:
+        raise InputError(
+            f"--process-id {o.process_id}: there are processes 0 to {o.num_processes - 1} (--num-processes)"
+        )
+
+
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler has started several processes, of which this is one."""
+
+    def number(name: str) -> int:
+        value = environment.get(name, "")
+        return int(value) if value.isdecimal() else 1
+
+    several = max(number("SLURM_STEP_NUM_TASKS"), number("OMPI_COMM_WORLD_SIZE")) > 1
+    hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    return several or len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def count() -> int:
+    """Processes of this run."""
+    import jax
+
+    return jax.process_count()
+
+
+def speaks() -> bool:
+    """Whether this is the process that reads and writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def agree(value: T) -> T:
+    """What process 0 has for ``value``; every process has to ask, in the same order. With one, ``value``."""
+    if count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = pickle.dumps(value) if speaks() else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    # Few sizes, few programs.
+    padded = np.zeros(1 << max(8, (length - 1).bit_length()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    told: T = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:length].tobytes())
+    return told
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Turns the loss of another process into one line and the end of this one; around all that computes."""
+    import jax
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if count() == 1 or not _is_loss(error):
+            raise
+        leave(error)
+
+
+def leave(error: BaseException) -> None:
+    """Ends this process at once: what the lost one owes can never come, and JAX would wait for it at the end."""
+    reason = " ".join(str(error).split())
+    say(
+        f"error: process {_own_number()} of {count()} ends: another process of the run is gone "
+        f"({reason[:160]}{'...' if len(reason) > 160 else ''})"
+    )
+    sys.stderr.flush()
+    os._exit(LOST)
+
+
+def _own_number() -> int:
+    import jax
+
+    return jax.process_index()
+
+
+def _is_loss(error: BaseException) -> bool:
+    text = str(error)
+    words = (
+        "Gloo",
+        "gloo",
+        "onnection",
+        "UNAVAILABLE",
+        "DEADLINE_EXCEEDED",
+        "heartbeat",
+        "coordination",
+        "NCCL",
+    )
+    return any(word in text for word in words)
+
+
+def open_mesh(text: str | None) -> Any:
+    """The mesh that ``--mesh`` names; None where there is neither that nor another process.
+
+    Without the flag, several processes split the model over all their devices.
+
+    Raises:
+      InputError: it is none, or has other devices than there are.
+    """
+    if text is None and count() == 1:
+        return None
+    import jax
+
+    from jaxpaged.sharding import MeshError, make_mesh, parse_mesh
+
+    try:
+        return make_mesh(**(parse_mesh(text) if text is not None else {"tensor": len(jax.devices())}))
+    except MeshError as error:
+        hint = ""
+        if "there are" in str(error) and jax.default_backend() == "cpu" and count() == 1:
+            hint = "; to try it on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=8"
+        raise InputError(f"--{error}{hint}") from error

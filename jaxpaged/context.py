@@ -1,0 +1,410 @@
+"""ContextKVCache: the pages of one sequence spread over the devices of a mesh axis, for contexts that fit none of them.
+
+All of it runs inside ``jax.shard_map(..., check_vma=False)``, the same program on every device of the axis (a rank).
+Which pages there are, who holds them and where tokens go is one book, the same on all ranks and edited by the code
+that edits a ``PagedKVCache``. Of the N pages in it rank r of C keeps those with ``page % C == r``, page p at index
+``p // C`` of its arrays: fresh pages, taken in order, go round the ranks, and a sequence may use the whole pool
+wherever its pages lie. Each rank attends to the entries whose pages it keeps, and the parts are merged as those of
+disjoint sets of keys: two collectives a layer, which have the size of the step's queries and not of the context.
+
+Sources of the ideas: split-KV decoding (Flash-Decoding, Dao et al., 2023; the merge, arXiv:2501.01005), keys spread
+over devices (Ring Attention, arXiv:2310.01889; context parallelism, arXiv:2411.01783, which passes queries as here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from jaxpaged import allocator as pages_of
+from jaxpaged import block_table as tables
+from jaxpaged import sequences as seqs
+from jaxpaged.attention import paged_attention
+from jaxpaged.attention.base import Pages
+from jaxpaged.batch import Batch
+from jaxpaged.block_table import BlockTable
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.page_format import PageFormat, formats_of
+from jaxpaged.rope import Rope
+from jaxpaged.sequences import Sequences
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ContextKVCache(Sequences):
+    """One rank's part of S sequences in a pool of N pages over C ranks, for L layers; see the module.
+
+    ``allocator`` and ``table`` are the book, the same on every rank; their pages are those of the whole pool.
+    ``k_pages``, ``v_pages`` and ``local_table`` are this rank's own (``context_specs``).
+    """
+
+    k_pages: tuple[Pages, ...]
+    """L of them: this rank's pages, arrays ``[N / C, num_kv_heads, page_size, head_dim]`` or as the format has them."""
+    v_pages: tuple[Pages, ...]
+    """As ``k_pages``."""
+    local_table: BlockTable
+    """``[S, P]``: the entries of ``table`` whose pages are this rank's, moved together, with pages as this rank numbers
+    them (N / C = no entry). Made by ``reserve``, for the attention of its step; edits of sequences leave it behind."""
+    page_size: int = field(metadata={"static": True})
+    k_format: PageFormat = field(metadata={"static": True})
+    v_format: PageFormat = field(metadata={"static": True})
+    axis: str = field(metadata={"static": True})
+    """Name of the mesh axis."""
+    axis_size: int = field(metadata={"static": True})
+    """C."""
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        max_seqs: int,
+        axis_size: int,
+        axis: str = "context",
+        page_size: int = 32,
+        max_entries: int | None = None,
+        dtype: str = "f32",
+        k_dtype: str | None = None,
+        v_dtype: str | None = None,
+        hadamard: bool | None = None,
+        layout: str | None = None,
+    ) -> ContextKVCache:
+        """An empty cache, one rank's part of it; all ranks begin with the same. Needs no mesh around it.
+
+        Args:
+          num_layers, num_kv_heads, head_dim, page_size, dtype, k_dtype, v_dtype, hadamard, layout: as
+            ``PagedKVCache.create`` has them.
+          num_pages: N, pages of all ranks together, a multiple of C.
+          max_seqs: S.
+          axis_size: C, devices of the mesh axis.
+          axis: the name of the mesh axis.
+          max_entries: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
+
+        Raises:
+          ValueError: a size is impossible, N is no multiple of C, or a format seals pages: those wait for their last
+            token in places of their own, which are not spread.
+
+        Example:
+          >>> create = functools.partial(ContextKVCache.create, axis_size=8, **sizes)  # doctest: +SKIP
+          >>> specs = context_specs(jax.eval_shape(create))  # doctest: +SKIP
+          >>> start = jax.shard_map(create, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)  # doctest: +SKIP
+          >>> cache = jax.jit(start)()  # doctest: +SKIP
+        """
+        if axis_size < 1:
+            raise ValueError(f"axis_size must be positive, got {axis_size}")
+        if num_pages < 1 or num_pages % axis_size:
+            raise ValueError(
+                f"num_pages must be a positive multiple of axis_size, as each of {axis_size} ranks keeps as many; got "
+                f"{num_pages}"
+            )
+        k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
+        for storage in (k_format, v_format):
+            if storage.seals:
+                raise ValueError(
+                    f"pages of {storage.name} are sealed when they are full, which a context spread over devices "
+                    "cannot do; take a format that does not seal pages"
+                )
+        max_entries = num_pages if max_entries is None else max_entries
+        local = PagedKVCache.create(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_pages=num_pages // axis_size,
+            max_seqs=max_seqs,
+            page_size=page_size,
+            max_entries=max_entries,
+            dtype=dtype,
+            k_dtype=k_dtype,
+            v_dtype=v_dtype,
+            hadamard=hadamard,
+            layout=layout,
+        )
+        return cls(
+            pages_of.create(num_pages),
+            tables.create(max_seqs, max_entries, num_pages),
+            local.k_pages,
+            local.v_pages,
+            local.table,
+            page_size,
+            local.k_format,
+            local.v_format,
+            axis,
+            axis_size,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """L, static."""
+        return len(self.k_pages)
+
+    @property
+    def num_local_pages(self) -> int:
+        """N / C, static: pages of one rank; the number that no local page has."""
+        return self.num_pages // self.axis_size
+
+    @property
+    def book(self) -> PagedKVCache:
+        """Allocator and table as a cache of no layers: for ``check_invariants``, and what asks about room."""
+        return PagedKVCache(
+            self.allocator, self.table, (), (), None, self.page_size, self.k_format, self.v_format
+        )
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        batch: Batch,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Array | None = None,
+        rope: Rope | None = None,
+    ) -> tuple[Array, ContextKVCache]:
+        """Writes one layer's keys and values of a step to their pages, and attends to those of all ranks.
+
+        Arguments as ``PagedKVCache.attend`` has them, the same on every rank; ``batch`` is of the last ``reserve``.
+
+        Returns:
+          ``(out [T, num_q_heads, head_dim], cache)``, out in the dtype of q and the same on every rank. The parts of
+          the ranks are rounded to that dtype, and merged in float32.
+        """
+        cache = self.write(layer, k, v, batch)
+        out, lse = paged_attention(
+            q,
+            cache.k_pages[layer],
+            cache.v_pages[layer],
+            self.local_table,
+            batch,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            rope=rope,
+            return_lse=True,
+        )
+        return merge_over_axis(out, lse, self.axis, sinks), cache
+
+    def write(self, layer: int, k: Array, v: Array, batch: Batch) -> ContextKVCache:
+        """Writes one layer's keys and values of a step, those whose pages are this rank's; the others are dropped.
+
+        Args:
+          layer: which layer, from 0.
+          k: ``[T, num_kv_heads, head_dim]``, rotated at ``batch.rope_positions``.
+          v: ``[T, num_kv_heads, head_dim]``.
+          batch: what ``reserve`` gave for this step.
+        """
+        page = self._local(batch.page)
+        k_pages = self.k_format.write(self.k_pages[layer], page, batch.slot, k)  # type: ignore[arg-type]
+        v_pages = self.v_format.write(self.v_pages[layer], page, batch.slot, v)  # type: ignore[arg-type]
+        return replace(
+            self,
+            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
+            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
+        )
+
+    def reserve(
+        self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
+    ) -> tuple[ContextKVCache, Batch, Array]:
+        """See ``cache.reserve``: the same of the whole pool. Pages of ``batch`` are numbered as the book's.
+
+        A shared page that is written is copied to the rank that the new page lies on, with one collective a copy. The
+        rank's own table is made anew: work of the size of the table, S * P, once a step.
+
+        Raises:
+          ValueError: as ``cache.reserve``; or the mesh axis has another size than the cache was made for.
+        """
+        if (size := lax.axis_size(self.axis)) != self.axis_size:
+            raise ValueError(
+                f"the cache is made for {self.axis_size} ranks, the mesh axis {self.axis!r} has {size}"
+            )
+        book, batch, ok = self.book.reserve(num_new, num_tokens=num_tokens, max_new=max_new)
+        # Of an entry that was there, reserve changes the page only if it is the last one and its page is copied.
+        before = tables.last_entry(self.table).pages
+        last = jnp.maximum(self.table.num_entries - 1, 0)[:, None]
+        after = jnp.take_along_axis(book.table.pages, last, axis=1)[:, 0]
+        copied = (self.table.num_entries > 0) & (before != after)
+        cache = replace(self._copy_pages(before, after, copied), allocator=book.allocator, table=book.table)
+        return replace(cache, local_table=cache._make_local_table()), batch, ok
+
+    def fits(self, num_new: Array) -> Array:
+        """See ``PagedKVCache.fits``."""
+        return self.book.fits(num_new)
+
+    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
+        """See ``PagedKVCache.pages_needed``."""
+        return self.book.pages_needed(num_new, limit=limit)
+
+    def whole_pages(self, num_tokens: Array) -> Array:
+        """See ``PagedKVCache.whole_pages``."""
+        return self.book.whole_pages(num_tokens)
+
+    def seq_position_min(self) -> Array:
+        """See ``sequences.seq_position_min``."""
+        return seqs.seq_position_min(self)
+
+    def seq_drop_unseen(self, window: int) -> ContextKVCache:
+        """See ``sequences.seq_drop_unseen``."""
+        return seqs.seq_drop_unseen(self, window)
+
+    def seq_remove(
+        self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
+    ) -> tuple[ContextKVCache, Array]:
+        """See ``sequences.seq_remove``."""
+        return seqs.seq_remove(self, seq, p0, p1)
+
+    def seq_copy(
+        self, src: Array | int, dst: Array | int, p0: Array | int = 0, p1: Array | int = -1
+    ) -> tuple[ContextKVCache, Array]:
+        """See ``sequences.seq_copy``."""
+        return seqs.seq_copy(self, src, dst, p0, p1)
+
+    def seq_shift(
+        self, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
+    ) -> tuple[ContextKVCache, Array]:
+        """See ``sequences.seq_shift``."""
+        return seqs.seq_shift(self, seq, p0, p1, delta)
+
+    def seq_reorder(self, source: Array) -> ContextKVCache:
+        """See ``sequences.seq_reorder``."""
+        return seqs.seq_reorder(self, source)
+
+    def _is_local(self, page: Array) -> Array:
+        """Whether pages of the book are kept by this rank; "no page" may be."""
+        return page % self.axis_size == lax.axis_index(self.axis)
+
+    def _local(self, page: Array) -> Array:
+        """Pages of the book as this rank numbers them; N / C where they are another's, or no page."""
+        # "No page" is N, a multiple of C: it becomes N / C where it counts as local.
+        return jnp.where(self._is_local(page), page // self.axis_size, self.num_local_pages)
+
+    def _make_local_table(self) -> BlockTable:
+        """The entries of the book's table whose pages are this rank's."""
+        table = self.table
+        s, p = table.pages.shape
+        mine = self._is_local(table.pages) & (jnp.arange(p) < table.num_entries[:, None])
+        place = jnp.where(mine, jnp.cumsum(mine, axis=1, dtype=jnp.int32) - 1, p)
+        fields = (
+            self._local(table.pages),
+            table.first_slot,
+            table.num_tokens,
+            table.position,
+            table.rotation,
+        )
+        # One scatter of rows of fields: five of single numbers, as ``tables.keep`` has them, take longer.
+        padding = jnp.array([self.num_local_pages, 0, 0, 0, 0], jnp.int32)
+        kept = jnp.broadcast_to(padding, (s, p, len(fields)))
+        kept = kept.at[jnp.arange(s)[:, None], place].set(jnp.stack(fields, axis=-1), mode="drop")
+        pages, first_slot, num_tokens, position, rotation = jnp.moveaxis(kept, -1, 0)
+        num_entries = jnp.sum(mine, axis=1, dtype=jnp.int32)
+        return BlockTable(pages, first_slot, num_tokens, position, rotation, num_entries)
+
+    def _copy_pages(self, sources: Array, targets: Array, copied: Array) -> ContextKVCache:
+        """Copies pages ``sources i32[S]`` over ``targets i32[S]`` of the pool, where ``copied bool[S]``.
+
+        A loop, in every layer at once, so that a step without copies neither touches the pool nor talks to other ranks.
+        """
+        s = self.max_seqs
+        place = jnp.where(copied, jnp.cumsum(copied, dtype=jnp.int32) - 1, s)
+        order = jnp.zeros(s, jnp.int32).at[place].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
+
+        def copy_one(i: Array, pools: list[Array]) -> list[Array]:
+            source, target = sources[order[i]], targets[order[i]]
+            words = [_as_words(pool[source // self.axis_size]) for pool in pools]
+            # The page's own rank sends it, the others add zeros.
+            sent = jnp.where(self._is_local(source), jnp.concatenate(words), 0)
+            received = jnp.split(lax.psum(sent, self.axis), _ends([len(x) for x in words]))
+            return [
+                pool.at[self._local(target)].set(_from_words(x, pool.shape[1:], pool.dtype), mode="drop")
+                for pool, x in zip(pools, received, strict=True)
+            ]
+
+        pools, structure = jax.tree.flatten((self.k_pages, self.v_pages))
+        pools = lax.fori_loop(0, jnp.sum(copied, dtype=jnp.int32), copy_one, pools)
+        k_pages, v_pages = jax.tree.unflatten(structure, pools)
+        return replace(self, k_pages=k_pages, v_pages=v_pages)
+
+
+def context_specs(cache: ContextKVCache) -> Any:
+    """How the cache's fields lie over the mesh: what ``jax.shard_map`` takes as ``in_specs`` and ``out_specs``.
+
+    Pages and ``local_table`` differ from rank to rank, and are split along their first axis by the cache's mesh axis: a
+    global page array is ``[N, ...]``, with page p at index ``p % C * (N / C) + p // C``, and the table ``[C * S, P]``.
+    All else is the same on every rank, as a Batch is.
+
+    Args:
+      cache: one rank's, or the global one; arrays may be ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      A ContextKVCache with a ``PartitionSpec`` in the place of each array.
+    """
+    split, same = PartitionSpec(cache.axis), PartitionSpec()
+    local = {name: getattr(cache, name) for name in ("k_pages", "v_pages", "local_table")}
+    specs = jax.tree.map(lambda _: same, cache)
+    return replace(specs, **jax.tree.map(lambda _: split, local))
+
+
+def merge_over_axis(out: Array, lse: Array, axis: str, sinks: Array | None = None) -> Array:
+    """Attention over the keys of all ranks of a mesh axis, from each rank's attention over its own.
+
+    ``out = sum_r exp(lse_r) out_r / (sum_r exp(lse_r) + exp(sink))``, with the largest exponent taken out. That is two
+    collectives, a maximum and a sum. A rank that saw nothing (lse = -inf) changes nothing; where none did, out is zero.
+
+    Args:
+      out: [T, num_q_heads, head_dim], this rank's; zeros where it saw nothing.
+      lse: f32[T, num_q_heads], the logarithm of its softmax denominator, without sinks.
+      axis: name of the mesh axis.
+      sinks: f32[num_q_heads], one more score for each head, that joins the denominator once; none if left out.
+
+    Returns:
+      [T, num_q_heads, head_dim] in the dtype of ``out``, the same on every rank.
+
+    Raises:
+      ValueError: ``sinks`` are not one for each head.
+
+    Reference: FlashInfer's merge of attention states, arXiv:2501.01005.
+    """
+    tokens, num_q_heads, head_dim = out.shape
+    highest = lax.pmax(lse, axis)
+    if sinks is not None:
+        if sinks.shape != (num_q_heads,):
+            raise ValueError(
+                f"sinks must have shape {(num_q_heads,)}, one for each query head, got {sinks.shape}"
+            )
+        highest = jnp.maximum(highest, sinks.astype(jnp.float32))
+    base = jnp.where(jnp.isneginf(highest), 0, highest)  # -inf minus -inf would be NaN
+    weight = jnp.exp(lse - base)
+    weighted = weight[..., None] * out.astype(jnp.float32)
+    # Side by side in rows of one array: one collective.
+    sums = lax.psum(jnp.concatenate([weighted.reshape(tokens, -1), weight], axis=1), axis)
+    weighted = sums[:, : num_q_heads * head_dim].reshape(out.shape)
+    total = sums[:, num_q_heads * head_dim :]
+    if sinks is not None:
+        total = total + jnp.exp(sinks.astype(jnp.float32) - base)
+    return (weighted / jnp.where(total > 0, total, 1)[..., None]).astype(out.dtype)
+
+
+def _as_words(x: Array) -> Array:
+    """The bits of a page's part as u32[n]: added to zeros they stay what they are, NaN and -0.0 too, in every dtype."""
+    if x.dtype.itemsize == 4:
+        return lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    return lax.bitcast_convert_type(x.reshape(-1, 4 // x.dtype.itemsize), jnp.uint32)
+
+
+def _from_words(words: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """What ``_as_words`` was given."""
+    return lax.bitcast_convert_type(words, dtype).reshape(shape)
+
+
+def _ends(sizes: list[int]) -> list[int]:
+    """Where to split what was concatenated of these sizes."""
+    return [sum(sizes[:i]) for i in range(1, len(sizes))]
