@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from jaxpaged.cache import PagedKVCache
 from jaxpaged.context import ContextKVCache
 from jaxpaged.contiguous import ContiguousKVCache
 
+T = TypeVar("T")
 DATA, CONTEXT, TENSOR = "data", "context", "tensor"
 AXES = (DATA, CONTEXT, TENSOR)
 """The axes of every mesh made here, neighbours along "tensor", which talk most."""
@@ -40,12 +42,22 @@ Specs = Any
 _SHARD, _SAME = PartitionSpec(DATA), PartitionSpec()
 _PAGES, _BOOK = PartitionSpec(DATA, CONTEXT, TENSOR), PartitionSpec(DATA, CONTEXT)
 
-STATIC, PARAMS, CACHE, ROWS, SAME, RESULT = "static", "params", "cache", "rows", "same", "result"
-"""What an argument or a result of a program is: nothing of an array; weights; a cache; of each data shard its own;
-the same everywhere; and what each data shard came to, told to every device, so that every host can read it."""
-_SPECS: Mapping[str, Specs] = {
-    PARAMS: PartitionSpec(TENSOR), ROWS: _SHARD, SAME: _SAME, RESULT: _SHARD,
+STATIC, PARAMS, CACHE, ROWS, EACH, SAME, RESULT = (
+    "static",
+    "params",
+    "cache",
+    "rows",
+    "each",
+    "same",
+    "result",
+)
+"""What an argument or a result of a program is: nothing of an array; weights; a cache; of each data shard its own; of
+each device its own; the same everywhere; and what each data shard came to, told to every device, so that every host can
+read it."""
+SPECS: Mapping[str, Specs] = {
+    PARAMS: PartitionSpec(TENSOR), ROWS: _SHARD, EACH: _PAGES, SAME: _SAME, RESULT: _SHARD,
 }  # fmt: skip
+"""How values of these kinds are stacked; of a cache ``cache_specs`` says it."""
 
 
 class MeshError(ValueError):
@@ -177,20 +189,23 @@ class ShardedCache:
     parts: Any
     """A cache whose leaves are stacked as ``cache_specs`` says."""
     mesh: Mesh = field(metadata={"static": True})
+    num_kv_heads: int = field(default=0, metadata={"static": True})
+    """Of the model; 0: as many as the devices along "tensor" have together, none of them twice."""
 
     @classmethod
-    def create(cls, mesh: Mesh, make: Callable[[], Any]) -> ShardedCache:
+    def create(cls, mesh: Mesh, make: Callable[[], Any], num_kv_heads: int = 0) -> ShardedCache:
         """Empty caches, made where they are.
 
         Args:
           mesh: of ``make_mesh``.
           make: makes the cache of one device, of ``local_kv_heads`` heads; a pure function.
+          num_kv_heads: of the model; asked for by snapshots where several devices have the same head.
         """
         specs = cache_specs(jax.eval_shape(make))
         create = jax.shard_map(
             lambda: stacked(make(), specs), mesh=mesh, in_specs=(), out_specs=specs, check_vma=False
         )
-        return cls(jax.jit(create)(), mesh)
+        return cls(jax.jit(create)(), mesh, num_kv_heads)
 
     @property
     def num_shards(self) -> int:
@@ -249,6 +264,40 @@ def put_rows(mesh: Mesh | None, value: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x[0]), value) if mesh is None else put(mesh, value)
 
 
+def share(value: T) -> list[T]:
+    """What every process has for ``value``, by their numbers; all have to ask. It is pickled on the way."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(bucket_of(int(sizes.max())), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def agree(value: T) -> T:
+    """What process 0 has for ``value``; all have to ask, in the same order. It is pickled on the way."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value) if jax.process_index() == 0 else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros(bucket_of(size), np.uint8)
+    padded[: len(data)] = data
+    told = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    result: T = pickle.loads(told[:size].tobytes())
+    return result
+
+
+def bucket_of(size: int) -> int:
+    """Few sizes of messages, few programs."""
+    return 1 << max(8, (size - 1).bit_length())
+
+
 def fetch(value: Any) -> Any:
     """Arrays as numpy, whoever has them; every process has to ask for the same."""
     if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(value)):
@@ -278,17 +327,18 @@ def over_mesh(
         if cache is None:
             return function(*arguments)
         of_cache = cache_specs(cache.parts)
-        specs = [of_cache if kind == CACHE else _SPECS.get(kind) for kind in takes]
+        specs = [of_cache if kind == CACHE else SPECS.get(kind) for kind in takes]
         dynamic = [i for i, kind in enumerate(takes) if kind != STATIC]
         kinds = (gives,) if isinstance(gives, str) else gives
-        out_specs = tuple(of_cache if kind == CACHE else _SPECS[kind] for kind in kinds)
+        alone = len(kinds) == 1  # a function that returns one thing returns no tuple
+        out_specs = tuple(of_cache if kind == CACHE else SPECS[kind] for kind in kinds)
 
         def local(*given: Any) -> Any:
             own = list(arguments)
             for i, part in zip(dynamic, given, strict=True):
                 own[i] = unstacked(part, specs[i])
             out = function(*own)
-            outs = (out,) if isinstance(gives, str) else out
+            outs = (out,) if alone else out
             return tuple(map(stacked, outs, out_specs))
 
         given = [x.parts if isinstance(x, ShardedCache) else x for x in (arguments[i] for i in dynamic)]
@@ -307,7 +357,7 @@ def over_mesh(
             elif kind == RESULT:
                 out = jax.lax.with_sharding_constraint(out, everywhere)
             done.append(out)
-        return done[0] if isinstance(gives, str) else tuple(done)
+        return done[0] if alone else tuple(done)
 
     return spread
 

@@ -38,7 +38,7 @@ def snapshot(
     """Saves one sequence, or all, to a safetensors file: the rows of live tokens, and the entries that name them.
 
     Args:
-      cache: concrete, not traced; it is only read.
+      cache: concrete, not traced; it is only read. One that is spread over a mesh is saved by ``mesh_snapshots``.
       path: the file; one that is there is replaced, once the new one is complete.
       seq: an id, or ``ALL``.
       token_ids: a token id for each token the sequence holds, in order; for ``ALL`` one such list a sequence.
@@ -48,6 +48,21 @@ def snapshot(
       ValueError: an id that is not there, or as many token ids as the sequence has tokens are not given.
       ImportError: safetensors is not installed.
       OSError: the file cannot be written.
+    """
+    write_snapshot(path, take(cache, seq=seq, token_ids=token_ids, fingerprint=fingerprint))
+
+
+def take(
+    cache: PagedKVCache,
+    *,
+    seq: int = ALL,
+    token_ids: Sequence[int] | Sequence[Sequence[int]],
+    fingerprint: str,
+) -> Snapshot:
+    """What ``snapshot`` writes to a file.
+
+    Raises:
+      ValueError: as ``snapshot``.
     """
     if seq != ALL and not 0 <= seq < cache.max_seqs:
         raise ValueError(f"seq must be ALL or an id from 0 to {cache.max_seqs - 1}, got {seq}")
@@ -78,22 +93,19 @@ def snapshot(
 
     keys, values = stored(cache.k_format, cache.k_pages), stored(cache.v_format, cache.v_pages)
     _, num_kv_heads, head_dim = _sizes(cache)
-    write_snapshot(
-        path,
-        Snapshot(
-            fingerprint=fingerprint,
-            k_format=cache.k_format,
-            v_format=cache.v_format,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            page_size=cache.page_size,
-            sequences=tuple(ids),
-            entries=entries,
-            tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
-            keys=keys,
-            values=values,
-            open_pages=opened.astype(np.int32),
-        ),
+    return Snapshot(
+        fingerprint=fingerprint,
+        k_format=cache.k_format,
+        v_format=cache.v_format,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=cache.page_size,
+        sequences=tuple(ids),
+        entries=entries,
+        tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
+        keys=keys,
+        values=values,
+        open_pages=opened.astype(np.int32),
     )
 
 
@@ -120,6 +132,53 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
         sequences, or a sequence of more entries than the table's rows have.
       ValueError: ``seq`` is not there, or the snapshot has several sequences for it.
     """
+    place = _plan(cache, saved, seq, p1)
+    layout, pages, places = place.layout, place.pages, place.places
+    page, slot = divmod(layout.slot, cache.page_size)
+
+    def written(
+        storage: PageFormat, layers: tuple[Any, ...], saved_layers: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        if isinstance(storage, SealedFormat):
+            return tuple(
+                _write_pages(old, new, pages, layout.sources, places)
+                for old, new in zip(layers, saved_layers, strict=True)
+            )
+        rows = [jax.tree.map(lambda x: x[layout.rows], one) for one in saved_layers]
+        return _write_rows(storage, cache.num_pages, layers, pages[page], slot, rows)
+
+    k_pages = written(cache.k_format, cache.k_pages, saved.keys)
+    v_pages = written(cache.v_format, cache.v_pages, saved.values)
+    return replace(
+        cache,
+        allocator=place.allocator,
+        table=place.table,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        open_pages=place.open_pages,
+    )
+
+
+def check_restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> None:
+    """Raises what ``restore`` would; changes nothing."""
+    _plan(cache, saved, seq, p1)
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """Where a snapshot goes, and the tables afterwards."""
+
+    layout: _Layout
+    allocator: PageAllocator
+    table: BlockTable
+    open_pages: OpenPages | None
+    pages: np.ndarray
+    """The page taken for each of the layout's."""
+    places: np.ndarray
+    """The place of each open page."""
+
+
+def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Restored:
     _check_format(cache, saved)
     targets = _targets(cache, saved, seq)
     tokens = saved.expand()
@@ -140,27 +199,10 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
             f"a sequence needs {layout.widest} entries, a row of the table has {cache.max_entries} (max_entries)"
         )
     allocator, table, pages = _place(cache, layout, targets)
-    page, slot = divmod(layout.slot, cache.page_size)
     open_pages, places = cache.open_pages, np.zeros(0, np.int32)
     if open_pages is not None:
         open_pages, places = _place_open_pages(open_pages, allocator, layout, pages, saved.open_pages)
-
-    def written(
-        storage: PageFormat, layers: tuple[Any, ...], saved_layers: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        if isinstance(storage, SealedFormat):
-            return tuple(
-                _write_pages(old, new, pages, layout.sources, places)
-                for old, new in zip(layers, saved_layers, strict=True)
-            )
-        rows = [jax.tree.map(lambda x: x[layout.rows], one) for one in saved_layers]
-        return _write_rows(storage, cache.num_pages, layers, pages[page], slot, rows)
-
-    k_pages = written(cache.k_format, cache.k_pages, saved.keys)
-    v_pages = written(cache.v_format, cache.v_pages, saved.values)
-    return replace(
-        cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, open_pages=open_pages
-    )
+    return _Restored(layout, allocator, table, open_pages, pages, places)
 
 
 def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:

@@ -257,6 +257,7 @@ Examples:
   jaxpaged serve -m model.gguf -np 32 -c 8192 --kv-memory 50% --metrics
   JAXPAGED_API_KEY=a-long-secret jaxpaged serve -m model.gguf --host 0.0.0.0 --port 80
   jaxpaged serve -m model.gguf -ctk q8_0 -ctv q8_0 --slot-save-path slots/
+  jaxpaged serve -m model.gguf --mesh data=2,tensor=4
 
 \b
 A client, and what the pool does:
@@ -279,7 +280,13 @@ bad input.
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_SERVE_EPILOG)
 @SERVE_OPTIONS
-def serve(api_key_file: Path | None, **flags: Any) -> None:
+def serve(
+    api_key_file: Path | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    **flags: Any,
+) -> None:
     """Serve a model to many clients at once: OpenAI's API, llama-server's, and a page in the browser.
 
     \b
@@ -288,7 +295,7 @@ def serve(api_key_file: Path | None, **flags: Any) -> None:
     /                                                      chat, and the pool as it fills
     """
     options = ServeOptions.of_flags(api_key_file=api_key_file, environment=os.environ, **flags)
-    _prepare(options.threads)
+    _prepare(options.threads, ProcessOptions(coordinator, num_processes, process_id))
     try:
         from jaxpaged.app.server.serve import run
     except ModuleNotFoundError as error:
@@ -298,7 +305,8 @@ def serve(api_key_file: Path | None, **flags: Any) -> None:
             f"the server needs the package {error.name!r}: pip install 'jaxpaged[serve]'"
         ) from None
 
-    click.get_current_context().exit(run(options))
+    with ending_together():
+        click.get_current_context().exit(run(options))
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)

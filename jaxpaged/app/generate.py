@@ -15,6 +15,7 @@ from jaxpaged.app.output import print_json, text_of
 from jaxpaged.app.prompt import read_prompt
 from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
+from jaxpaged.sharding import agree
 
 _NO_PROMPT = "no prompt: give -p TEXT, -f FILE (-f - for stdin), or -cnv to chat"
 
@@ -25,7 +26,7 @@ def run(options: GenerateOptions) -> int:
     Raises:
       InputError: anything about the flags, the prompt or the model that cannot be used.
     """
-    prompt = processes.agree(read_prompt(options) if processes.speaks() else None)
+    prompt = agree(read_prompt(options) if processes.speaks() else None)
     wants_chat = options.conversation
     if wants_chat is None and (options.system is not None or options.single_turn):
         wants_chat = True

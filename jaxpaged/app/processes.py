@@ -1,22 +1,20 @@
 """The processes of a run on several hosts, and its mesh: who they are, what they agree on, and how a run ends.
 
 Every process runs the whole command; process 0 reads what users give and writes what they see. What the others could
-decide otherwise, a random seed or how long a step takes, they are told (``agree``).
+decide otherwise, a random seed or how long a step takes, they are told (``sharding.agree``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxpaged.app.errors import InputError, say
 
-T = TypeVar("T")
 _STARTUP_SECONDS = 120
 """How long processes wait for each other at the begin."""
 _HEARTBEAT_SECONDS = 20
@@ -120,22 +118,6 @@ def speaks() -> bool:
     return jax.process_index() == 0
 
 
-def agree(value: T) -> T:
-    """What process 0 has for ``value``; every process has to ask, in the same order. With one, ``value``."""
-    if count() == 1:
-        return value
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    data = pickle.dumps(value) if speaks() else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # Few sizes, few programs.
-    padded = np.zeros(1 << max(8, (length - 1).bit_length()), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    told: T = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:length].tobytes())
-    return told
-
-
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
     """Turns the loss of another process into one line and the end of this one; around all that computes."""
@@ -144,8 +126,13 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if count() == 1 or not _is_loss(error):
-            raise
+        leave_if_lost(error)
+        raise
+
+
+def leave_if_lost(error: BaseException) -> None:
+    """Ends this process where an error comes of the loss of another."""
+    if count() > 1 and _is_loss(error):
         leave(error)
 
 
@@ -202,3 +189,10 @@ def open_mesh(text: str | None) -> Any:
         if "there are" in str(error) and jax.default_backend() == "cpu" and count() == 1:
             hint = "; to try it on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=8"
         raise InputError(f"--{error}{hint}") from error
+
+
+def describe_mesh(mesh: Any) -> str:
+    """For people."""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    devices = f"{mesh.size} of {mesh.devices.flat[0].device_kind}"
+    return f"{sizes}: {devices}" + (f" in {count()} processes" if count() > 1 else "")

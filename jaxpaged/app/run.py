@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxpaged.app import interrupt, processes
+from jaxpaged.app import interrupt
 from jaxpaged.app.memory import give_back
 from jaxpaged.app.timings import Timings
 from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation_request import ContextShift
 from jaxpaged.lookup import LookupResult, LookupStream, lookup_stream
 from jaxpaged.sampling import SamplingParams
+from jaxpaged.sharding import agree
 from jaxpaged.streaming import GenerateStream, generate_stream
 
 _CHUNK_SECONDS = 0.1
@@ -144,7 +145,7 @@ def generate(
         elif last is not None:
             # Long enough that coming back costs nothing, short enough to read along and to stop.
             steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
-            stream.every = processes.agree(min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS))
+            stream.every = agree(min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS))
         on_tokens(chunk.tokens)
         if on_cache is not None:
             on_cache(stream.cache, max(map(len, run.tokens)))
@@ -152,7 +153,7 @@ def generate(
                 first = now = time.perf_counter()
         last = time.perf_counter()
         run.timings.predicted_ms = 1e3 * (now - first)
-        if processes.agree(interrupt.asked()):
+        if agree(interrupt.asked()):
             break
     run.interrupted = interrupt.asked()
     run.timings.predicted_n = sum(map(len, run.tokens))

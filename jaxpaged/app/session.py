@@ -21,7 +21,7 @@ from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.generation_request import ContextShift
 from jaxpaged.sampling import SamplingParams
-from jaxpaged.sharding import Deal
+from jaxpaged.sharding import Deal, agree
 
 _ENDLESS = 2**18
 """Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""
@@ -70,14 +70,14 @@ class Session:
             options,
             ready,
             context=options.ctx_size or trained,
-            seed=processes.agree(secrets.randbits(32)) if options.seed < 0 else options.seed,
+            seed=agree(secrets.randbits(32)) if options.seed < 0 else options.seed,
             timings=Timings(load_ms=ready.load_ms),
             film=film,
         )
         loaded = ready.loaded
         session.note(f"model = {loaded.path}, {loaded.description}, computing in {ready.dtype}")
         if loaded.mesh is not None:
-            session.note(f"mesh = {describe_mesh(loaded.mesh)}")
+            session.note(f"mesh = {processes.describe_mesh(loaded.mesh)}")
         if session.context > trained:
             session.note(
                 f"warning: -c {session.context} is more than the {trained} tokens the model was trained for"
@@ -314,13 +314,6 @@ class Session:
             drafts = [] if run is None or not run.drafted else [run.drafts_line()]
             for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:
                 click.echo(line, err=True)
-
-
-def describe_mesh(mesh: Any) -> str:
-    """For people."""
-    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
-    devices = f"{mesh.size} of {mesh.devices.flat[0].device_kind}"
-    return f"{sizes}: {devices}" + (f" in {processes.count()} processes" if processes.count() > 1 else "")
 
 
 def _check_processes(options: GenerateOptions) -> None:

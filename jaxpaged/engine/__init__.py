@@ -1,6 +1,7 @@
 """The host side of serving: requests, scheduling, pages and the prefix cache. It knows no model and no HTTP."""
 
 from jaxpaged.engine.engine import Engine, EngineConfig
+from jaxpaged.engine.mesh_engine import MeshEngine
 from jaxpaged.engine.prefix_index import PrefixIndex
 from jaxpaged.engine.request import (
     ContextError,
@@ -22,6 +23,7 @@ __all__ = [
     "EngineConfig",
     "EngineRequest",
     "EngineStats",
+    "MeshEngine",
     "PoolError",
     "PoolView",
     "PrefixIndex",

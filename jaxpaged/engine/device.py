@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import block_table as tables
+from jaxpaged import snapshots
 from jaxpaged.block_table import BlockTable
 from jaxpaged.cache import PagedKVCache
 from jaxpaged.contiguous import ContiguousKVCache
@@ -22,6 +22,8 @@ from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
 from jaxpaged.generation import Model
 from jaxpaged.kept_programs import compiled
+from jaxpaged.sharding import CACHE, EACH, PARAMS, RESULT, ROWS
+from jaxpaged.snapshot_file import Snapshot
 
 _PAGES_AT_ONCE = 8
 """Pages of one copy to or from the host."""
@@ -53,6 +55,27 @@ class HostView:
         return np.asarray(self.view.page_tokens)
 
 
+@dataclass(frozen=True)
+class Program:
+    """One of the programs that are compiled at the start: ``function(*static, [params,] cache, *arguments)``."""
+
+    name: str
+    function: Callable[..., Any]
+    static: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+    """Such that nothing happens."""
+    takes: tuple[str, ...]
+    """What the arguments are, of ``sharding``'s kinds."""
+    gives: tuple[str, ...]
+    """What it returns behind the cache, likewise."""
+    reads_params: bool = False
+
+    @property
+    def kinds(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the whole of it takes, behind the static part, and gives."""
+        return (*((PARAMS,) if self.reads_params else ()), CACHE, *self.takes), (CACHE, *self.gives)
+
+
 class Device:
     """What runs where the model is. ``view`` is what the table looks like after everything that was asked for."""
 
@@ -67,19 +90,48 @@ class Device:
         decode_steps: int,
         num_recent: int,
     ) -> None:
-        self.cache = cache
-        self.paged = isinstance(cache, PagedKVCache)
-        self.slots = SlotTable(cache.max_seqs)
+        self._cache = cache
+        self.paged = isinstance(self.cache, PagedKVCache)
+        self.slots = SlotTable(self.cache.max_seqs)
         self.compiled = 0
         self.compile_seconds = 0.0
         self._model, self._params = model, params
         self._shapes = [StepShape(rows, True, decode_steps) for rows in decode_rows]
         self._shapes += [StepShape(rows, False, 1) for rows in prompt_rows]
-        self._steps: dict[StepShape, Any] = {}
         self._programs: dict[str, Any] = {}
-        self._no_recent = jax.device_put(np.full((cache.max_seqs, num_recent), -1, np.int32))
+        self._no_recent = self._sent(np.full((self.cache.max_seqs, num_recent), -1, np.int32))
         self.num_recent = num_recent
-        self.view = HostView(jax.tree.map(np.asarray, programs.view(cache)))
+        self.view = self._look()
+
+    @property
+    def cache(self) -> Any:
+        """The cache; of a mesh, what one device has of it, with shapes in the place of arrays."""
+        return self._cache
+
+    def _sent(self, x: np.ndarray) -> Any:
+        return jax.device_put(x)
+
+    def _look(self) -> HostView:
+        return HostView(jax.tree.map(np.asarray, programs.view(self.cache)))
+
+    def table(self) -> BlockTable:
+        """The block table, on the host."""
+        return jax.tree.map(np.asarray, self.cache.table)
+
+    def book(self) -> Any:
+        """The cache with its tables; of a mesh, with shapes in the place of pages."""
+        return self.cache
+
+    def snapshot(
+        self, path: str | os.PathLike[str], slot: int, token_ids: Sequence[int], fingerprint: str
+    ) -> None:
+        """Writes what a sequence holds to a file."""
+        snapshots.snapshot(self.cache, path, seq=slot, token_ids=token_ids, fingerprint=fingerprint)
+
+    def restore(self, saved: Snapshot, slot: int) -> None:
+        """Lets a sequence hold what a file has; unchanged where it raises."""
+        self._cache = snapshots.restore(self.cache, saved, seq=slot)
+        self.view = self._look()
 
     @property
     def swaps(self) -> bool:
@@ -89,61 +141,68 @@ class Device:
     def compile(self, progress: Progress | None = None) -> None:
         """Compiles every program there is, once; what comes later is an error in this room."""
         start = time.monotonic()
-        todo = list(self._to_compile())
-        for i, (name, keep, function, static, donated, arguments) in enumerate(todo):
+        todo = list(self.to_compile())
+        for i, program in enumerate(todo):
             if progress is not None:
-                progress(i, len(todo), name)
-            lower = jax.jit(functools.partial(function, *static), donate_argnums=donated).lower
-            kept = compiled(functools.partial(lower, *arguments), f"engine.{name}", static, arguments)
-            keep(kept.program)
+                progress(i, len(todo), program.name)
+            self._programs[program.name] = self._compile(program)
         if progress is not None:
             progress(len(todo), len(todo), "")
         self.compiled = len(todo)
         self.compile_seconds = time.monotonic() - start
 
-    def _to_compile(
-        self,
-    ) -> Iterator[
-        tuple[str, Callable[[Any], None], Callable[..., Any], tuple[Any, ...], int, tuple[Any, ...]]
-    ]:
-        """``(name, keep, function, static, donated, arguments)`` of each: ``function(*static, *arguments)``, whose
-        donated argument is counted behind ``static``; ``keep`` takes the program."""
+    def _compile(self, program: Program) -> Any:
+        params = (self._params,) if program.reads_params else ()
+        arguments = (*params, self._cache, *program.arguments)
+        function = functools.partial(program.function, *program.static)
+        lower = jax.jit(function, donate_argnums=len(params)).lower
+        name = f"engine.{program.name}"
+        return compiled(functools.partial(lower, *arguments), name, program.static, arguments).program
+
+    def to_compile(self) -> Iterator[Program]:
+        """All that this engine will ever run."""
         cache, s = self.cache, self.cache.max_seqs
-
-        def step_arguments(shape: StepShape) -> tuple[Any, ...]:
-            empty = self.step_input(shape, np.zeros(s, np.int32), np.zeros(shape.rows, np.int32))
-            return self._params, cache, self.slots.on_device(), empty
-
         for shape in self._shapes:
-            name = f"{'decode' if shape.decode else 'prompt'} {shape.rows}"
-            keep = functools.partial(self._steps.__setitem__, shape)
-            yield name, keep, programs.step, (self._model, shape), 1, step_arguments(shape)
-
-        def named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-            keep = functools.partial(self._programs.__setitem__, name)
-            return name, keep, function, (), 0, (cache, *arguments)
-
+            empty = self.step_input(shape, np.zeros(s, np.int32), np.zeros(shape.rows, np.int32))
+            yield Program(
+                name_of(shape),
+                programs.step,
+                (self._model, shape),
+                (self.slots.on_device(), empty),
+                (ROWS, ROWS),
+                (RESULT,),
+                reads_params=True,
+            )
         none, counts = np.zeros(s, bool), np.zeros(s, np.int32)
         if not isinstance(cache, PagedKVCache):
-            yield named("remove", programs.remove, none)
+            yield Program("remove", programs.remove, (), (none,), (ROWS,), ())
             return
-        yield named("edit", programs.edit, self._empty_edit())
-        yield named("shift", programs.shift, none, counts, counts)
+        yield Program("edit", programs.edit, (), (self._empty_edit(),), (ROWS,), (RESULT, RESULT))
+        three = (ROWS, ROWS, ROWS)
+        yield Program("shift", programs.shift, (), (none, counts, counts), three, (RESULT, RESULT))
         if self.swaps:
-            pages = np.zeros(_PAGES_AT_ONCE, np.int32)
-            yield named("take_out", programs.take_out, pages)
-            data = jax.tree.map(
-                lambda pool: np.zeros((_PAGES_AT_ONCE, *pool.shape[1:]), pool.dtype),
-                (cache.k_pages, cache.v_pages),
-            )
-            yield named("put_back", programs.put_back, pages, data)
-            row = jax.tree.map(np.asarray, tables.get_row(cache.table, jnp.int32(0)))
-            yield named("place", programs.place, np.int32(0), row, np.int32(0))
+            no_pages = np.full(_PAGES_AT_ONCE, cache.num_pages, np.int32)
+            yield Program("take_out", programs.take_out, (), (no_pages,), (ROWS,), (EACH,))
+            data = jax.tree.map(self._no_data, (cache.k_pages, cache.v_pages))
+            yield Program("put_back", programs.put_back, (), (no_pages, data), (ROWS, EACH), ())
+            nowhere = (np.int32(s), self._empty_row(), np.int32(0))
+            yield Program("place", programs.place, (), nowhere, three, (RESULT, RESULT))
 
-    def replace_cache(self, cache: PagedKVCache) -> None:
-        """Goes on with a cache that was edited elsewhere."""
-        self.cache = cache
-        self.view = HostView(jax.tree.map(np.asarray, programs.view(cache)))
+    def _no_data(self, pool: Any) -> np.ndarray:
+        """Zeros like a few pages of a layer."""
+        return np.zeros((_PAGES_AT_ONCE, *pool.shape[1:]), pool.dtype)
+
+    def _empty_row(self) -> BlockTable:
+        cache = self.cache
+        row = np.zeros(cache.max_entries, np.int32)
+        given: Any = (np.full_like(row, cache.num_pages), row, row, row, row, np.int32(0))
+        return BlockTable(*given)
+
+    def _run(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """Runs a program on the cache; what it returns behind that."""
+        out = self._programs[name](self._cache, *arguments)
+        self._cache, *rest = out if isinstance(out, tuple) else (out,)
+        return tuple(rest)
 
     # Steps
 
@@ -184,7 +243,8 @@ class Device:
 
     def step(self, shape: StepShape, given: StepInput) -> StepOutput:
         """One run of a step's program; its output is still on the device."""
-        self.cache, out = self._steps[shape](self._params, self.cache, self.slots.on_device(), given)
+        program = self._programs[name_of(shape)]
+        self._cache, out = program(self._params, self._cache, self.slots.on_device(), given)
         self.view = HostView(out.table)
         return out
 
@@ -220,7 +280,7 @@ class Device:
         if not self.paged:
             marked = np.zeros(self.cache.max_seqs, bool)
             marked[list(removed)] = True
-            self.cache = self._programs["remove"](self.cache, marked)
+            self._run("remove", marked)
             return
         given = self._empty_edit()
         width = given.pinned.shape[0]
@@ -232,7 +292,7 @@ class Device:
         for slot, pages, count in adopted:
             _put(given.adopted_pages[slot], pages)
             given.adopted_tokens[slot] = count
-        self.cache, ok, view = self._programs["edit"](self.cache, given)
+        ok, view = self._run("edit", given)
         self.view = HostView(view)
         assert ok, f"sequences {[slot for slot, _, _ in adopted]} could not take up their pages"
         for i in range(width, len(unpinned), width):
@@ -243,7 +303,7 @@ class Device:
         s = self.cache.max_seqs
         which, keeps, discards = np.zeros(s, bool), np.zeros(s, np.int32), np.zeros(s, np.int32)
         which[slot], keeps[slot], discards[slot] = True, keep, discard
-        self.cache, ok, view = self._programs["shift"](self.cache, which, keeps, discards)
+        ok, view = self._run("shift", which, keeps, discards)
         self.view = HostView(view)
         return bool(ok)
 
@@ -251,23 +311,21 @@ class Device:
 
     def swap_out(self, slot: int, num_computed: int) -> SwappedPages:
         """Copies a sequence to host memory; it stays where it is."""
-        assert isinstance(self.cache, PagedKVCache)
-        table = jax.tree.map(np.asarray, self.cache.table)
+        table = self.table()
         row, pages = numbered(BlockTable(*(getattr(table, name)[slot] for name in _FIELDS)))
         chunks = []
         for i in range(0, len(pages), _PAGES_AT_ONCE):
             asked = np.zeros(_PAGES_AT_ONCE, np.int32)
             asked[: len(pages) - i] = pages[i : i + _PAGES_AT_ONCE]
-            self.cache, data = self._programs["take_out"](self.cache, asked)
+            (data,) = self._run("take_out", asked)
             chunks.append(jax.tree.map(np.array, data))
         num_bytes = sum(leaf.nbytes for chunk in chunks for leaf in jax.tree.leaves(chunk))
         return SwappedPages(row, len(pages), chunks, num_computed, num_bytes)
 
     def swap_in(self, slot: int, swapped: SwappedPages) -> None:
         """Gives an empty sequence what ``swap_out`` took; there are pages enough."""
-        assert isinstance(self.cache, PagedKVCache)
         count = np.int32(swapped.num_pages)
-        self.cache, ok, view = self._programs["place"](self.cache, np.int32(slot), swapped.row, count)
+        ok, view = self._run("place", np.int32(slot), swapped.row, count)
         self.view = HostView(view)
         assert ok, f"no room for a swapped sequence of {count} pages in sequence {slot}"
         numbers = np.full(swapped.num_pages, self.cache.num_pages, np.int32)
@@ -276,7 +334,12 @@ class Device:
         for i, chunk in enumerate(swapped.chunks):
             asked = np.full(_PAGES_AT_ONCE, self.cache.num_pages, np.int32)
             _put(asked, numbers[i * _PAGES_AT_ONCE : (i + 1) * _PAGES_AT_ONCE])
-            self.cache = self._programs["put_back"](self.cache, asked, chunk)
+            self._run("put_back", asked, chunk)
+
+
+def name_of(shape: StepShape) -> str:
+    """The name of a step's program."""
+    return f"{'decode' if shape.decode else 'prompt'} {shape.rows}"
 
 
 _FIELDS = ("pages", "first_slot", "num_tokens", "position", "rotation", "num_entries")

@@ -17,6 +17,7 @@ import itertools
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Device, Progress
 from jaxpaged.engine.monitor import Monitor, StepCounts, slot_view
 from jaxpaged.engine.pool import PagedPool, Pool
-from jaxpaged.engine.programs import StepOutput
+from jaxpaged.engine.programs import StepInput, StepOutput, StepShape
 from jaxpaged.engine.request import (
     ContextError,
     EngineRequest,
@@ -77,6 +78,8 @@ class EngineConfig:
     """Host memory for preempted sequences; 0 = they are always computed again."""
     fingerprint: str = ""
     """Tells the model from others in files of slots."""
+    lockstep: bool = False
+    """Nothing depends on how long things take: engines in several processes then decide alike."""
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "vocab_size", "max_batch_tokens", "decode_steps", "max_waiting"):
@@ -95,18 +98,25 @@ class Engine:
       cache: paged or contiguous, empty; the engine has it from now on. Its ``max_seqs`` are the sequences that run
         at once.
       config: see there.
+      device: makes what runs the programs; an engine that is one data shard of a mesh has its own.
 
     Raises:
       ValueError: a context that the cache cannot hold, or that shifts without pages.
     """
 
     def __init__(
-        self, model: Model, params: Any, cache: PagedKVCache | ContiguousKVCache, config: EngineConfig
+        self,
+        model: Model,
+        params: Any,
+        cache: PagedKVCache | ContiguousKVCache,
+        config: EngineConfig,
+        *,
+        device: Callable[..., Device] = Device,
     ) -> None:
         slots = cache.max_seqs
         sizes = [size for size in _sizes(max(config.max_batch_tokens, slots), 2) if size >= slots][-4:]
         self.config = config
-        self.device = Device(
+        self.device = device(
             model,
             params,
             cache,
@@ -118,7 +128,11 @@ class Engine:
         )
         self.pool: Pool
         if isinstance(cache, PagedKVCache):
-            self.pool = PagedPool(self.device, prefix_cache=config.prefix_cache, swap_bytes=config.swap_bytes)
+            self.pool = PagedPool(
+                self.device,
+                prefix_cache=config.prefix_cache,
+                swap_bytes=0 if config.lockstep else config.swap_bytes,
+            )
             room = cache.page_size * min(
                 cache.num_pages - _SHIFT_PAGES * config.context_shift, cache.max_entries
             )
@@ -129,6 +143,8 @@ class Engine:
         if config.n_ctx > room:
             raise ValueError(f"n_ctx = {config.n_ctx} tokens: the cache has room for {room}")
         self.scheduler = Scheduler(self.pool, num_slots=slots, sizes=sizes, decode_steps=config.decode_steps)
+        if config.lockstep:
+            self.scheduler.wanted_steps = config.decode_steps
         self._arrivals = itertools.count()
         self._samples: dict[str, list[SampleState]] = {}
         self._ended: list[SampleState] = []
@@ -157,6 +173,21 @@ class Engine:
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
         return bool(self._samples or self._ended)
+
+    @property
+    def load(self) -> int:
+        """Tokens that those who run and wait have still to compute before each draws its next one."""
+        samples = [*self.scheduler.running, *self.scheduler.waiting]
+        return sum(sample.num_uncomputed for sample in samples)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, with some of their samples or all."""
+        return len({sample.request.request_id for sample in self.scheduler.waiting})
+
+    def serves(self, request_id: str) -> bool:
+        """Whether a request is not done."""
+        return request_id in self._samples
 
     def compile(self, progress: Progress | None = None) -> None:
         """Compiles all that will ever run; ``progress`` is told of each program."""
@@ -208,8 +239,7 @@ class Engine:
           QueueFullError: too many wait.
         """
         self.check(request)
-        waiting = len({sample.request.request_id for sample in self.scheduler.waiting})
-        if waiting >= self.config.max_waiting:
+        if self.num_waiting >= self.config.max_waiting:
             raise QueueFullError(self.config.max_waiting)
         arrival, times = next(self._arrivals), RequestTimes(arrived=time.monotonic())
         root = self.pool.root(request)
@@ -272,35 +302,53 @@ class Engine:
         return outputs
 
     def _step(self) -> list[SampleOutput]:
+        outputs, plan = self.begin_step()
+        if not plan.work:
+            return outputs
+        shape = self.shape_of(plan)
+        begin = time.monotonic()
+        out = self.device.step(shape, self.step_input(plan, shape))
+        return outputs + self.end_step(plan, out, begin)
+
+    def begin_step(self) -> tuple[list[SampleOutput], Plan]:
+        """Decides on a step: ``(what came of it already, the plan)``. Where the plan has work, ``end_step`` follows."""
         self._end()
         outputs = self._shift_full_contexts()
         plan = self.scheduler.plan()
-        if not plan.work:
-            return outputs
         for sample in plan.work:
             assert sample.slot is not None
             if self._last[sample.slot] is not sample:
                 self._last[sample.slot] = sample
                 self.device.slots.set(sample.slot, sample.request, sample.index)
             sample.times.scheduled = sample.times.scheduled or time.monotonic()
-        begin = time.monotonic()
-        out = self._run(plan)
+        return outputs, plan
+
+    def end_step(
+        self, plan: Plan, out: StepOutput, begin: float, *, observed: bool = True
+    ) -> list[SampleOutput]:
+        """Takes what a step drew; it began at ``begin``, seconds. ``observed``: what it took tells of such plans."""
         tokens = np.asarray(out.tokens)
         num_steps = int(out.num_steps)
-        self._observe(plan, num_steps, time.monotonic() - begin)
+        self._counts.steps += num_steps
+        if observed and not self.config.lockstep:
+            self._observe(plan, num_steps, time.monotonic() - begin)
         if num_steps == 0:  # the pool was fuller than the host believed; nothing was computed
             self.scheduler.preempt_newest()
-            return outputs
-        outputs += self._take(plan, out, tokens)
+            return []
+        outputs = self._take(plan, out, tokens)
         self._end()
         return outputs
 
-    def _run(self, plan: Plan) -> StepOutput:
+    def shape_of(self, plan: Plan) -> StepShape:
+        """The smallest program that has room for a plan."""
+        total = sum(plan.work.values())
+        return self.device.decode_shape(total) if plan.decodes else self.device.prompt_shape(total)
+
+    def step_input(self, plan: Plan, shape: StepShape) -> StepInput:
+        """A plan as the program takes it; one without work for a shard that has none."""
         s = self.max_seqs
         num_new, left, position = (np.zeros(s, np.int32) for _ in range(3))
         samples = np.zeros(s, bool)
-        total = sum(plan.work.values())
-        shape = self.device.decode_shape(total) if plan.decodes else self.device.prompt_shape(total)
         tokens = np.zeros(shape.rows, np.int32)
         row = 0
         recent = None
@@ -318,7 +366,7 @@ class Engine:
                 recent = np.full((s, self.device.num_recent), -1, np.int32) if recent is None else recent
                 last = sample.tokens[-self.device.num_recent :]
                 recent[slot, self.device.num_recent - len(last) :] = last
-        given = self.device.step_input(
+        return self.device.step_input(
             shape,
             num_new,
             tokens,
@@ -329,7 +377,6 @@ class Engine:
             steps=plan.steps,
             stop_early=plan.stop_early,
         )
-        return self.device.step(shape, given)
 
     def _left(self, sample: SampleState) -> int:
         """Tokens that may be drawn before its text ends or its context is full."""
@@ -337,7 +384,6 @@ class Engine:
         return max(0, min(sample.limit - sample.num_generated, room))
 
     def _observe(self, plan: Plan, num_steps: int, seconds: float) -> None:
-        self._counts.steps += num_steps
         if plan.decodes and num_steps:
             self._step_seconds.append(seconds / num_steps)
             usual = sorted(self._step_seconds)[len(self._step_seconds) // 2]
@@ -447,7 +493,7 @@ class Engine:
         cache = self.device.cache
         if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
             pins = np.bincount(self.pool.index.pinned_pages(), minlength=cache.num_pages)
-            check_invariants(cache, pins)
+            check_invariants(self.device.book(), pins)
 
     def drop_prefix_cache(self) -> int:
         """Gives up every cached page that nobody uses; how many those were."""

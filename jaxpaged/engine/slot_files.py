@@ -18,15 +18,15 @@ from jaxpaged.engine.prefix_index import Node, root_key
 from jaxpaged.engine.request import RefusedError
 from jaxpaged.engine.views import SlotTransfer
 from jaxpaged.snapshot_file import read_snapshot
-from jaxpaged.snapshots import restore, snapshot
 
 _ROOT = root_key(cache_salt="")
 
 
 def _paged(device: Device, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
-    if not isinstance(device.cache, PagedKVCache) or not isinstance(pool, PagedPool):
+    cache = device.cache
+    if not isinstance(cache, PagedKVCache) or not isinstance(pool, PagedPool):
         raise RefusedError("slots are saved and restored by pages; this cache is contiguous")
-    return device.cache, pool
+    return cache, pool
 
 
 def save(
@@ -52,9 +52,7 @@ def save(
     pages = [node.page for node in match.nodes] + ([] if match.tail is None else [match.tail.page])
     device.edit(adopted=[(slot, pages, match.num_tokens)])
     try:
-        held = device.cache
-        assert isinstance(held, PagedKVCache)
-        snapshot(held, path, seq=slot, token_ids=tokens[: match.num_tokens], fingerprint=fingerprint)
+        device.snapshot(path, slot, tokens[: match.num_tokens], fingerprint)
     finally:
         device.edit(removed=[slot])
     return SlotTransfer(match.num_tokens, os.path.getsize(path), time.monotonic() - begin)
@@ -72,14 +70,13 @@ def load(
       OSError: the file cannot be read.
     """
     begin = time.monotonic()
-    cache, paged = _paged(device, pool)
+    _, paged = _paged(device, pool)
     saved = read_snapshot(path, fingerprint=fingerprint)
     if len(saved.sequences) != 1:
         raise RefusedError(f"{os.path.basename(path)} has {len(saved.sequences)} sequences; a slot holds one")
     tokens = [int(token) for token in saved.tokens]
     paged.ensure(paged.pages_for_text(len(tokens)))
-    cache = device.cache  # type: ignore[assignment]
-    device.replace_cache(restore(cache, saved, seq=slot))
+    device.restore(saved, slot)
     kept = _indexed(device, paged, slot, tokens)
     device.edit(pinned=kept, removed=[slot])
     return SlotTransfer(len(tokens), os.path.getsize(path), time.monotonic() - begin), tokens
@@ -88,8 +85,7 @@ def load(
 def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> list[int]:
     """Puts the pages of a sequence into the index; those that must be pinned before the sequence ends."""
     cache, ps = device.cache, pool.page_size
-    assert isinstance(cache, PagedKVCache)
-    table = cache.table
+    table = device.table()
     used = int(table.num_entries[slot])
     rows = {
         name: np.asarray(getattr(table, name)[slot, :used]) for name in ("position", "first_slot", "rotation")

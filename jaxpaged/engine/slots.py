@@ -24,6 +24,8 @@ class SlotTable:
             wants_logprobs=np.zeros(num_slots, bool),
         )
         self._sent: SlotParams | None = None
+        self.changed = True
+        """Since who looks at it last set it to False."""
 
     def on_device(self) -> SlotParams:
         """The rows as the programs take them."""
@@ -51,7 +53,7 @@ class SlotTable:
         _fill(params.bias_ids, slot, list(request.logit_bias), _NO_TOKEN)
         _fill(params.bias, slot, list(request.logit_bias.values()), 0)
         params.wants_logprobs[slot] = request.num_logprobs is not None
-        self._sent = None
+        self._sent, self.changed = None, True
 
     def clear(self, slot: int) -> None:
         """A sequence that nobody has switches off what costs a step time: drawing, penalties, biases, logprobs."""
@@ -65,7 +67,7 @@ class SlotTable:
             ("frequency_penalty", 0.0),
         ):
             getattr(sampling, name)[slot] = off
-        self._sent = None
+        self._sent, self.changed = None, True
 
 
 def _fill(table: np.ndarray, slot: int, values: list[float], padding: float) -> None:

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from jaxpaged.app import processes
 from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import ReadyModel
 from jaxpaged.app.memory import free_memory
+from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.contiguous import ContiguousKVCache
-from jaxpaged.engine import Engine, EngineConfig
+from jaxpaged.engine import Engine, EngineConfig, MeshEngine
+from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, agree, num_shards
+from model.config import ModelConfig
 
 _SPARE_ENTRIES = 4
 """Entries of a sequence beyond those that its tokens fill: context shifts split some."""
@@ -26,7 +31,7 @@ _SHARE_OF_CPU, _SHARE_OF_DEVICE = 0.25, 0.8
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """Sizes of a cache that serves."""
+    """Sizes of a cache that serves; of a mesh, of one of its data shards."""
 
     context: int
     """Tokens of a sequence."""
@@ -35,9 +40,11 @@ class PoolPlan:
     """0 = contiguous."""
     num_bytes: int
 
-    def line(self, options: ServeOptions, cache_type: CacheType) -> str:
+    def line(self, options: ServeOptions, cache_type: CacheType, shards: int = 1) -> str:
         """For people."""
         size = f"{readable(self.num_bytes)} of {cache_type}"
+        if shards > 1:
+            size += f", in each of {shards} data shards"
         if not self.num_pages:
             return f"KV cache = contiguous, {self.num_seqs} slots of {self.context} tokens, {size}"
         tokens = self.num_pages * options.page_size
@@ -47,7 +54,7 @@ class PoolPlan:
         )
 
 
-def build_engine(options: ServeOptions, ready: ReadyModel) -> Engine:
+def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
     """An engine for the model, not yet compiled; tells of its cache on stderr.
 
     Raises:
@@ -57,67 +64,84 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> Engine:
     cache_type = CacheType.of(
         options.cache_type_k or ready.dtype, options.cache_type_v or ready.dtype, options.hadamard
     )
-    config = ready.loaded.config
-    plan = plan_pool(options, cache_type, config)
+    config, mesh = ready.loaded.config, ready.loaded.mesh
+    if mesh is not None and mesh.shape[CONTEXT] > 1:
+        raise InputError(
+            "--mesh: the server knows the axes data and tensor; context is for generate and bench"
+        )
+    plan = plan_pool(options, cache_type, config, mesh)
     if options.log:
-        say(plan.line(options, cache_type))
+        say(plan.line(options, cache_type, num_shards(mesh)))
         if plan.context > config.context_length:
             say(
                 f"warning: -c {plan.context} is more than the {config.context_length} tokens the model was trained for"
             )
+
+    def create() -> Any:
+        """The cache of one device."""
+        local = ready.loaded.local_config
+        if not plan.num_pages:
+            return cache_type.contiguous(local, max_seqs=plan.num_seqs, max_length=plan.context)
+        return cache_type.paged(
+            local,
+            num_pages=plan.num_pages,
+            max_seqs=plan.num_seqs,
+            page_size=options.page_size,
+            max_entries=-(-plan.context // options.page_size) + _SPARE_ENTRIES,
+        )
+
     cache: Any
     with out_of_memory_is_input("choose fewer --kv-pages, or less --kv-memory"):
-        if plan.num_pages:
-            cache = cache_type.paged(
-                config,
-                num_pages=plan.num_pages,
-                max_seqs=plan.num_seqs,
-                page_size=options.page_size,
-                max_entries=-(-plan.context // options.page_size) + _SPARE_ENTRIES,
-            )
-        else:
-            cache = cache_type.contiguous(config, max_seqs=plan.num_seqs, max_length=plan.context)
+        cache = create() if mesh is None else ShardedCache.create(mesh, create, config.num_kv_heads)
         jax.block_until_ready(cache)
-    return Engine(
-        ready.call,
-        ready.loaded.params,
-        cache,
-        EngineConfig(
-            n_ctx=plan.context,
-            vocab_size=config.vocab_size,
-            max_batch_tokens=options.step_tokens,
-            decode_steps=options.decode_steps,
-            max_waiting=options.max_queue,
-            prefix_cache=options.prefix_cache,
-            context_shift=options.context_shift,
-            swap_bytes=options.swap_space,
-            fingerprint=ready.loaded.fingerprint,
-        ),
+    sizes = EngineConfig(
+        n_ctx=plan.context,
+        vocab_size=config.vocab_size,
+        max_batch_tokens=options.step_tokens,
+        decode_steps=options.decode_steps,
+        max_waiting=options.max_queue,
+        prefix_cache=options.prefix_cache,
+        context_shift=options.context_shift,
+        swap_bytes=options.swap_space,
+        fingerprint=ready.loaded.fingerprint,
+        lockstep=processes.count() > 1,
     )
+    if mesh is None:
+        return Engine(ready.call, ready.loaded.params, cache, sizes)
+    engine = MeshEngine(ready.call, ready.loaded.params, cache, sizes)
+    return engine if processes.count() == 1 else LockstepEngine(engine)
 
 
-def plan_pool(options: ServeOptions, cache_type: CacheType, config: Any) -> PoolPlan:
-    """Sizes that follow from the flags and the memory that is free.
+def plan_pool(
+    options: ServeOptions, cache_type: CacheType, config: ModelConfig, mesh: Mesh | None = None
+) -> PoolPlan:
+    """Sizes that follow from the flags and the memory that is free: of one data shard of the mesh, if there is one.
+
+    ``--kv-pages``, ``--kv-memory`` in bytes and ``-np`` are for all shards together, and dealt to them.
 
     Raises:
       InputError: a context that the memory, or the pool asked for, has no room for.
     """
+    shards = num_shards(mesh)
+    tensor = 1 if mesh is None else mesh.shape[TENSOR]
+    parallel = -(-options.parallel // shards)
+    config = config.shard(tensor)
     context = options.ctx_size or config.context_length
     if context < _SMALLEST_CONTEXT:
         raise InputError(f"-c {context}: a context has at least {_SMALLEST_CONTEXT} tokens")
     if not options.paged:
-        return _contiguous(options, cache_type, config, context)
+        return _contiguous(options, cache_type, config, context, mesh)
     abstract = jax.eval_shape(
         lambda: cache_type.paged(config, num_pages=1, max_seqs=1, page_size=options.page_size, max_entries=1)
     )
-    page_bytes = abstract.bytes_per_page
-    extra = options.parallel * abstract.bytes_of_open_pages
+    page_bytes = abstract.bytes_per_page * tensor  # on all devices of a shard
+    extra = parallel * abstract.bytes_of_open_pages * tensor
     ps, spare = options.page_size, _SHIFT_PAGES if options.context_shift else 0
-    fills = options.parallel * (-(-context // ps) + spare)
+    fills = parallel * (-(-context // ps) + spare)
     if options.kv_pages is not None:
-        pages = options.kv_pages
+        pages = options.kv_pages // shards
     else:
-        budget = _budget(options.kv_memory) - extra
+        budget = agree(_budget(options.kv_memory, mesh)) - extra
         pages = budget // page_bytes
         if options.kv_memory is None:
             pages = min(pages, fills)
@@ -131,30 +155,41 @@ def plan_pool(options: ServeOptions, cache_type: CacheType, config: Any) -> Pool
     if room < context:
         say(f"context = {room} tokens, what the pool has room for; the model was trained for {context}")
         context = room
-    return PoolPlan(context, options.parallel, pages, pages * page_bytes + extra)
+    return PoolPlan(context, parallel, pages, pages * page_bytes + extra)
 
 
-def _contiguous(options: ServeOptions, cache_type: CacheType, config: Any, context: int) -> PoolPlan:
+def _contiguous(
+    options: ServeOptions, cache_type: CacheType, config: ModelConfig, context: int, mesh: Mesh | None
+) -> PoolPlan:
+    shards = num_shards(mesh)
+    tensor = 1 if mesh is None else mesh.shape[TENSOR]
+    parallel = -(-options.parallel // shards)
+
     def num_bytes(rows: int) -> int:
         cache = jax.eval_shape(lambda: cache_type.contiguous(config, max_seqs=rows, max_length=context))
         assert isinstance(cache, ContiguousKVCache)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.k, cache.v)))
+        return tensor * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.k, cache.v)))
 
     each = num_bytes(1)
-    rows = min(options.parallel, _budget(options.kv_memory) // each)
+    rows = min(parallel, agree(_budget(options.kv_memory, mesh)) // each)
     if rows < 1:
         raise InputError(
             f"one slot of {context} tokens takes {readable(each)}, and there is memory for none; "
             "choose a shorter context (-c) or more --kv-memory"
         )
-    if rows < options.parallel:
-        say(f"slots = {rows}, what the memory has room for; -np asks for {options.parallel}")
+    if rows < parallel:
+        say(f"slots = {rows * shards}, what the memory has room for; -np asks for {options.parallel}")
     return PoolPlan(context, rows, 0, rows * each)
 
 
-def _budget(kv_memory: float | int | None) -> int:
-    """Bytes for keys and values: as asked for, a share of what is free, or a careful one."""
+def _budget(kv_memory: float | int | None, mesh: Mesh | None) -> int:
+    """Bytes for keys and values of one data shard: as asked for, a share of what is free, or a careful one."""
+    shards = num_shards(mesh)
     if isinstance(kv_memory, int):
-        return kv_memory
+        return kv_memory // shards
     usual = _SHARE_OF_CPU if jax.default_backend() == "cpu" else _SHARE_OF_DEVICE
-    return int((usual if kv_memory is None else kv_memory) * free_memory())
+    free = free_memory()
+    if mesh is not None:
+        # An accelerator's memory is its own; the devices of a CPU share one.
+        free = free // shards if jax.default_backend() == "cpu" else free * mesh.shape[TENSOR]
+    return int((usual if kv_memory is None else kv_memory) * free)

@@ -12,7 +12,15 @@ from typing import Any
 import click
 
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.options import MODEL_OPTIONS, FiniteFloat, Weights, chain, option, page_options
+from jaxpaged.app.options import (
+    MESH_OPTIONS,
+    MODEL_OPTIONS,
+    FiniteFloat,
+    Weights,
+    chain,
+    option,
+    page_options,
+)
 
 _AT_LEAST_1 = click.IntRange(min=1)
 _LONGEST_CONTEXT = 2**24
@@ -79,6 +87,7 @@ class ServeOptions:
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
     log: bool = True
+    mesh: str | None = None
 
     @property
     def step_tokens(self) -> int:
@@ -201,6 +210,7 @@ def _joined(_: click.Context, __: click.Parameter, value: tuple[tuple[str, ...],
 
 SERVE_OPTIONS = chain(
     *MODEL_OPTIONS,
+    *MESH_OPTIONS,
     option("Model", "-a", "--alias", type=Words(), multiple=True, callback=_joined, metavar="NAME,...",
            help="Names under which clients see the model.  [default: the file's]"),
     option("Model", "--chat-template", metavar="NAME",

@@ -14,7 +14,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
-from jaxpaged.engine import Engine, EngineRequest, EngineStats, PoolView, SampleOutput, SlotView
+from jaxpaged.app.server.lockstep import IDLE_SECONDS, AnyEngine, LockstepEngine
+from jaxpaged.engine import EngineRequest, EngineStats, PoolView, SampleOutput, SlotView
 
 T = TypeVar("T")
 _VIEW_SECONDS = 0.2
@@ -81,10 +82,10 @@ class EngineRunner:
       engine: compiled; nobody else may call it while the thread runs.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self._engine = engine
         self.n_ctx, self.max_seqs, self.page_size = engine.n_ctx, engine.max_seqs, engine.page_size
-        self._asked: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Callable[[AnyEngine], None]] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -117,6 +118,11 @@ class EngineRunner:
         return self._failure is None and self._thread.is_alive()
 
     @property
+    def failure(self) -> BaseException | None:
+        """What the engine could not go on from."""
+        return None if self._failure is None else self._failure.__cause__
+
+    @property
     def num_open(self) -> int:
         """Requests that are not done."""
         return len(self._streams)
@@ -140,7 +146,7 @@ class EngineRunner:
             raise
         return stream
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
+    async def call(self, function: Callable[[AnyEngine], T]) -> T:
         """What ``function`` returns, or raises, between two steps, on the engine's thread."""
         if self._failure is not None:
             raise self._failure
@@ -155,7 +161,7 @@ class EngineRunner:
             else:
                 answer.set_result(result)  # type: ignore[arg-type]
 
-        def run(engine: Engine) -> None:
+        def run(engine: AnyEngine) -> None:
             result: T | None = None
             failure: Exception | None = None
             try:
@@ -167,7 +173,7 @@ class EngineRunner:
         self.post(run)
         return await answer
 
-    def post(self, function: Callable[[Engine], None]) -> None:
+    def post(self, function: Callable[[AnyEngine], None]) -> None:
         """Has ``function`` called between two steps, on the engine's thread; from any thread."""
         self._asked.put(function)
 
@@ -200,6 +206,8 @@ class EngineRunner:
                 self._publish()
                 if outputs:
                     self._hand_out(outputs)
+            if isinstance(self._engine, LockstepEngine):
+                self._engine.close()
         # The thread has no caller: whatever it is, every request must hear of it, and /health.
         except BaseException as error:
             self._failure = EngineFailedError(f"the engine failed: {type(error).__name__}: {error}")
@@ -212,9 +220,18 @@ class EngineRunner:
         with contextlib.suppress(queue.Empty):
             if wait:
                 self._refresh_view()
-                self._asked.get()(self._engine)
+                self._await()(self._engine)
             while True:
                 self._asked.get_nowait()(self._engine)
+
+    def _await(self) -> Callable[[AnyEngine], None]:
+        """What is asked for next, whenever that is."""
+        if not isinstance(self._engine, LockstepEngine):
+            return self._asked.get()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._asked.get(timeout=IDLE_SECONDS)
+            self._engine.idle()
 
     def _publish(self) -> None:
         now = time.monotonic()

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 import click
 import uvicorn
 
-from jaxpaged.app import interrupt
+from jaxpaged.app import interrupt, processes
 from jaxpaged.app.chat import template_of
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.memory import give_back
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.lockstep import LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.runner import EngineRunner
 from jaxpaged.app.server.state import ServedModel, ServerState
@@ -46,12 +47,25 @@ def run(options: ServeOptions) -> int:
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
     """
+    if not processes.speaks():
+        return _follow(options)
     with contextlib.ExitStack() as open_sockets:
         sockets: list[socket.socket] = []
         for host in options.host.split(","):
             port = sockets[0].getsockname()[1] if sockets else options.port
             sockets.append(open_sockets.enter_context(_listen(host.strip(), port)))
         return asyncio.run(_serve(options, sockets))
+
+
+def _follow(options: ServeOptions) -> int:
+    """What the other processes of a run do: compute with the first one until that ends."""
+    from jaxpaged.app.server.building import build_engine
+
+    engine = build_engine(options, open_model(options, mesh=options.mesh, show_progress=False))
+    engine.compile()
+    assert isinstance(engine, LockstepEngine)
+    engine.follow()
+    return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -96,6 +110,8 @@ async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
         if runner is not None:
             _announce(options, sockets)
             await _until(asked, runner)
+            if runner.failure is not None:
+                processes.leave_if_lost(runner.failure)
             if options.log and not asked.is_set():
                 say("error: the engine has failed")
             await _drain(state, runner)
@@ -146,10 +162,12 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
 def _build(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     from jaxpaged.app.server.building import build_engine
 
-    ready = open_model(options, show_progress=options.log)
+    ready = open_model(options, mesh=options.mesh, show_progress=options.log)
     model = _served(options, ready)
     if options.log:
         say(f"model = {ready.loaded.path}, {ready.loaded.description}, computing in {ready.dtype}")
+        if ready.loaded.mesh is not None:
+            say(f"mesh = {processes.describe_mesh(ready.loaded.mesh)}")
     engine = build_engine(options, ready)
     with _compiling(options.log) as report:
         engine.compile(report)

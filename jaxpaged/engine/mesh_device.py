@@ -1,0 +1,178 @@
+"""The devices of an engine that serves from a mesh: one program for all data shards, and each shard's view of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpaged import mesh_snapshots
+from jaxpaged.block_table import BlockTable
+from jaxpaged.engine.device import Device, HostView, Program, Progress, name_of
+from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableView
+from jaxpaged.generation import Model
+from jaxpaged.sharding import (
+    CONTEXT,
+    SPECS,
+    TENSOR,
+    ShardedCache,
+    cache_specs,
+    fetch,
+    over_mesh,
+    put,
+    unstacked,
+)
+from jaxpaged.snapshot_file import Snapshot
+
+
+class MeshDevice:
+    """The cache on all devices, and the programs, which every data shard takes part in.
+
+    Args:
+      model, params: those of a mesh.
+      cache: empty.
+    """
+
+    def __init__(self, model: Model, params: Any, cache: ShardedCache) -> None:
+        self.cache = cache
+        self.shards: list[ShardDevice] = []
+        self._model, self._params = model, params
+        self._programs: dict[str, tuple[Program, Any]] = {}
+        self._slots: SlotParams | None = None
+
+    def shard(self, index: int) -> Any:
+        """A constructor of ``Device`` for data shard ``index``; they are made in order."""
+        assert index == len(self.shards)
+        return functools.partial(ShardDevice, self, index)
+
+    def compile(self, progress: Progress | None = None) -> None:
+        """As ``Device.compile``, for all shards."""
+        start = time.monotonic()
+        todo = list(self.shards[0].to_compile())
+        for i, program in enumerate(todo):
+            if progress is not None:
+                progress(i, len(todo), program.name)
+            takes, gives = program.kinds
+            function = over_mesh(functools.partial(program.function, *program.static), takes, gives)
+            params = (self._params,) if program.reads_params else ()
+            arguments = (*params, self.cache, *self._stacked(program, {}))
+            compiled = jax.jit(function, donate_argnums=len(params)).lower(*arguments).compile()
+            self._programs[program.name] = program, compiled
+        if progress is not None:
+            progress(len(todo), len(todo), "")
+        for shard in self.shards:
+            shard.compiled, shard.compile_seconds = len(todo), time.monotonic() - start
+
+    def _stacked(self, program: Program, given: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+        """Arguments of all shards: those given, and for the others such that nothing happens."""
+        rows = [given.get(d, program.arguments) for d in range(len(self.shards))]
+        values = (jax.tree.map(lambda *xs: np.stack(xs), *column) for column in zip(*rows, strict=True))
+        return tuple(
+            put(self.cache.mesh, x, SPECS[kind]) for x, kind in zip(values, program.takes, strict=True)
+        )
+
+    def run(self, name: str, shard: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Runs a program for one shard; what it gives behind the cache."""
+        program, compiled = self._programs[name]
+        out = compiled(self.cache, *self._stacked(program, {shard: arguments}))
+        self.cache, *rest = out if isinstance(out, tuple) else (out,)
+        return tuple(jax.tree.map(lambda x: x[shard], fetch(one)) for one in rest)
+
+    def step(self, shape: StepShape, inputs: Sequence[StepInput]) -> list[StepOutput]:
+        """One run of a step's program for all shards."""
+        _, compiled = self._programs[name_of(shape)]
+        if self._slots is None or any(shard.slots.changed for shard in self.shards):
+            params = [shard.slots.params for shard in self.shards]
+            self._slots = put(self.cache.mesh, jax.tree.map(lambda *xs: np.stack(xs), *params))
+            for shard in self.shards:
+                shard.slots.changed = False
+        given = put(self.cache.mesh, jax.tree.map(lambda *xs: np.stack(xs), *inputs))
+        self.cache, out = compiled(self._params, self.cache, self._slots, given)
+        outs = []
+        found = jax.tree.map(np.asarray, out)  # the same on every device
+        for d, shard in enumerate(self.shards):
+            mine = jax.tree.map(lambda x, d=d: x[d], found)
+            shard.view = HostView(mine.table)
+            outs.append(mine)
+        return outs
+
+
+class ShardDevice(Device):
+    """One data shard of a mesh, as its engine sees it."""
+
+    def __init__(self, whole: MeshDevice, index: int, *arguments: Any, **options: Any) -> None:
+        self._whole, self._index = whole, index
+        whole.shards.append(self)
+        self._local = whole.cache.local
+        super().__init__(*arguments, **options)
+
+    @property
+    def cache(self) -> Any:
+        return self._local
+
+    @property
+    def swaps(self) -> bool:
+        return super().swaps and jax.process_count() == 1
+
+    def _sent(self, x: np.ndarray) -> Any:
+        return x
+
+    def _no_data(self, pool: Any) -> np.ndarray:
+        sizes = self._whole.cache.mesh.shape
+        return np.zeros((sizes[CONTEXT], sizes[TENSOR], *super()._no_data(pool).shape), pool.dtype)
+
+    def _look(self) -> HostView:
+        s, p, n = self.cache.max_seqs, self._local.max_entries if self.paged else 0, 0
+        if self.paged:
+            n = self._local.num_pages
+        none: Any = (
+            np.int32(n),
+            np.zeros(s, np.int32),
+            np.full((s, p), n, np.int32),
+            np.zeros((s, p), np.int32),
+        )
+        return HostView(TableView(*none))
+
+    def _run(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        return self._whole.run(name, self._index, arguments)
+
+    def step(self, shape: StepShape, given: StepInput) -> StepOutput:
+        raise NotImplementedError("the shards of a mesh step together")
+
+    def table(self) -> BlockTable:
+        return self.book().table
+
+    def book(self) -> Any:
+        parts = self._whole.cache.parts
+        specs = cache_specs(parts)
+        tables = {}
+        for name in ("allocator", "table", "open_pages"):
+            if getattr(parts, name) is not None:
+                mine = jax.tree.map(lambda x: x[self._index :], fetch(getattr(parts, name)))
+                tables[name] = unstacked(mine, getattr(specs, name))
+        return replace(self._local, **tables)
+
+    def snapshot(
+        self, path: str | os.PathLike[str], slot: int, token_ids: Sequence[int], fingerprint: str
+    ) -> None:
+        mesh_snapshots.snapshot(
+            self._whole.cache, path, seq=self._number(slot), token_ids=token_ids, fingerprint=fingerprint
+        )
+
+    def restore(self, saved: Snapshot, slot: int) -> None:
+        self._whole.cache = mesh_snapshots.restore(self._whole.cache, saved, seq=self._number(slot))
+        table = self.book().table
+        view: Any = replace(self.view.view, num_free=self.book().allocator.num_free)
+        view = replace(
+            view, pages=table.pages, page_tokens=table.num_tokens, room=np.zeros_like(self.view.room)
+        )
+        self.view = HostView(view)
+
+    def _number(self, slot: int) -> int:
+        return slot * len(self._whole.shards) + self._index

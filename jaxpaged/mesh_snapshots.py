@@ -1,0 +1,167 @@
+"""Snapshots of caches that are spread over a mesh: files like any other, with all heads of a sequence.
+
+So what one mesh saved another restores, or a single device: heads are put together on the way out, and dealt on the way
+in. A sequence has the number that ``generate`` knows it by: sequence i is the ``i // data``-th of data shard
+``i % data``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpaged import snapshots
+from jaxpaged.cache import PagedKVCache
+from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, cache_specs, share, stacked, unstacked
+from jaxpaged.snapshot_file import Snapshot, SnapshotError, write_snapshot
+
+
+def snapshot(
+    cache: ShardedCache,
+    path: str | os.PathLike[str],
+    *,
+    seq: int,
+    token_ids: Sequence[int],
+    fingerprint: str,
+) -> None:
+    """Saves one sequence to a safetensors file; of several processes, all call it, and the first one writes.
+
+    Args:
+      cache: it is only read.
+      path, token_ids, fingerprint: as for ``snapshots.snapshot``.
+      seq: the sequence.
+
+    Raises:
+      ValueError: as ``snapshots.snapshot``; a cache without pages, or one that spreads the pages of a sequence.
+      OSError: the file cannot be written.
+    """
+    shard, local = _place(cache, seq)
+    taken = {
+        rank: snapshots.take(part, seq=local, token_ids=token_ids, fingerprint=fingerprint)
+        for rank, part in _parts(cache, shard)
+    }
+    ranks: dict[int, Snapshot] = {}
+    for others in share(taken):
+        ranks |= others
+    whole = [ranks[rank] for rank in _with_own_heads(cache)]
+    joined: Any = [
+        jax.tree.map(lambda *heads: np.concatenate(heads, axis=1), *layers)
+        for layers in (tuple(one.keys for one in whole), tuple(one.values for one in whole))
+    ]
+    if jax.process_index() == 0:
+        heads = sum(one.num_kv_heads for one in whole)
+        write_snapshot(path, replace(whole[0], num_kv_heads=heads, keys=joined[0], values=joined[1]))
+    share(None)  # the file is there when anybody goes on
+
+
+def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> ShardedCache:
+    """Puts the only sequence of a snapshot into a cache, in the place of sequence ``seq``.
+
+    Args:
+      cache: **donated** when it succeeds, untouched when it raises.
+      saved: what ``snapshot_file.read_snapshot`` gave, the same in every process.
+      seq: default: the number that it was saved with.
+
+    Raises:
+      OutOfPages, SnapshotError, ValueError: as ``snapshots.restore``; as ``snapshot``.
+    """
+    if len(saved.sequences) != 1:
+        raise ValueError(f"a mesh restores snapshots of one sequence; this one has {len(saved.sequences)}")
+    shard, local = _place(cache, saved.sequences[0] if seq is None else seq)
+    heads = _heads(cache)
+    each = _local_heads(cache)
+
+    def of_rank(rank: int) -> Snapshot:
+        begin = rank * heads // cache.mesh.shape[TENSOR]
+        mine = slice(begin, begin + each)
+        keys, values = jax.tree.map(lambda x: x[:, mine], (saved.keys, saved.values))
+        count = keys[0].shape[1] if isinstance(keys[0], np.ndarray) else saved.num_kv_heads * each // heads
+        return replace(saved, num_kv_heads=count, keys=keys, values=values)
+
+    if saved.num_kv_heads != heads:
+        raise SnapshotError(
+            f"the snapshot has {saved.num_kv_heads} KV heads; the cache has {heads} on {cache.mesh.shape[TENSOR]} "
+            "devices"
+        )
+    for rank, part in _parts(cache, shard):
+        snapshots.check_restore(part, of_rank(rank), seq=local)
+    specs = cache_specs(cache.parts)
+    leaves, structure = jax.tree.flatten(cache.parts)
+    devices = {device: place for place, device in np.ndenumerate(cache.mesh.devices)}
+    data = [{one.device: one.data for one in leaf.addressable_shards} for leaf in leaves]
+    unstack = jax.jit(lambda part: unstacked(part, specs), donate_argnums=0)
+    restack = jax.jit(lambda value: stacked(value, specs), donate_argnums=0)
+    for device in data[0]:
+        if devices[device][0] == shard:
+            part = unstack(jax.tree.unflatten(structure, [one[device] for one in data]))
+            part = restack(snapshots.restore(part, of_rank(devices[device][2]), seq=local))
+            for one, leaf in zip(data, jax.tree.leaves(part), strict=True):
+                one[device] = leaf
+    arrays = [
+        jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, list(one.values()))
+        for leaf, one in zip(leaves, data, strict=True)
+    ]
+    return cache.replaced(jax.tree.unflatten(structure, arrays))
+
+
+def _place(cache: ShardedCache, seq: int) -> tuple[int, int]:
+    """Data shard and number there of a sequence."""
+    if not isinstance(cache.parts, PagedKVCache) or cache.mesh.shape[CONTEXT] > 1:
+        raise ValueError("snapshots are of pages, and of sequences whose pages are not spread over devices")
+    if not 0 <= seq < cache.max_seqs:
+        raise ValueError(f"seq must be an id from 0 to {cache.max_seqs - 1}, got {seq}")
+    return seq % cache.num_shards, seq // cache.num_shards
+
+
+def _local_heads(cache: ShardedCache) -> int:
+    pages = cache.local.k_pages[0]
+    return int(pages.shape[1])
+
+
+def _heads(cache: ShardedCache) -> int:
+    return cache.num_kv_heads or _local_heads(cache) * cache.mesh.shape[TENSOR]
+
+
+def _with_own_heads(cache: ShardedCache) -> list[int]:
+    """Devices along "tensor" that have all heads together, each once."""
+    size = cache.mesh.shape[TENSOR]
+    first = {rank * _heads(cache) // size: rank for rank in reversed(range(size))}
+    return sorted(first.values())
+
+
+class _Layers(Sequence[Any]):
+    """Layers of one device, each taken out of its stack when it is asked for: a copy of one at a time."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return jax.tree.map(lambda x: x[0, 0, 0], self._layers[index])
+
+
+def _parts(cache: ShardedCache, shard: int) -> Iterator[tuple[int, Any]]:
+    """This process's parts of a data shard, by their place along "tensor"; to be read."""
+    leaves, structure = jax.tree.flatten(cache.parts)
+    data: list[dict[Any, Array]] = [{one.device: one.data for one in x.addressable_shards} for x in leaves]
+    specs = cache_specs(cache.parts)
+    for rank in range(cache.mesh.shape[TENSOR]):
+        device = cache.mesh.devices[shard, 0, rank]
+        if device in data[0]:
+            part = jax.tree.unflatten(structure, [one[device] for one in data])
+            lazy: dict[str, Any] = {"k_pages": _Layers(part.k_pages), "v_pages": _Layers(part.v_pages)}
+            book = ("allocator", "table", "open_pages")
+            tables = {
+                name: unstacked(getattr(part, name), getattr(specs, name))
+                for name in book
+                if getattr(part, name) is not None
+            }
+            yield rank, replace(part, **lazy, **tables)
