@@ -135,19 +135,6 @@ def _with_own_heads(cache: ShardedCache) -> list[int]:
     return sorted(first.values())
 
 
-class _Layers(Sequence[Any]):
-    """Layers of one device, each taken out of its stack when it is asked for: a copy of one at a time."""
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self._layers = layers
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        return jax.tree.map(lambda x: x[0, 0, 0], self._layers[index])
-
-
 def _parts(cache: ShardedCache, shard: int) -> Iterator[tuple[int, Any]]:
     """This process's parts of a data shard, by their place along "tensor"; to be read."""
     leaves, structure = jax.tree.flatten(cache.parts)
@@ -157,11 +144,4 @@ def _parts(cache: ShardedCache, shard: int) -> Iterator[tuple[int, Any]]:
         device = cache.mesh.devices[shard, 0, rank]
         if device in data[0]:
             part = jax.tree.unflatten(structure, [one[device] for one in data])
-            lazy: dict[str, Any] = {"k_pages": _Layers(part.k_pages), "v_pages": _Layers(part.v_pages)}
-            book = ("allocator", "table", "open_pages")
-            tables = {
-                name: unstacked(getattr(part, name), getattr(specs, name))
-                for name in book
-                if getattr(part, name) is not None
-            }
-            yield rank, replace(part, **lazy, **tables)
+            yield rank, unstacked(part, specs)

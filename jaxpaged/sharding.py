@@ -3,10 +3,13 @@
 Every device runs the program of one device, on values that are smaller: fewer heads, a pool of its own. What differs
 between devices is stacked: along the mesh axis "data" each shard has sequences, a block table and a pool of its own;
 along "tensor" devices have the same tables, and each the pages of its own KV heads and its own part of every matrix;
-along "context" the pages of one sequence lie on several devices. So tables are ``[data, ...]``, pages
-``[data, context, tensor, ...]`` and weights ``[tensor, ...]``, and whoever holds one part of a stack computes with it
-and knows nothing of the others. What devices tell each other is written down where it happens: the sums of partial
-products in the model, and the merge of ``context.py``. Nothing else is a collective, whatever runs in a program.
+along "context" the pages of one sequence lie on several devices. So tables are ``[data, ...]``, weights
+``[tensor, ...]``, and pages one behind the other, ``[data * context * tensor * N, ...]``: an axis in front of a large
+array that is written to can cost a copy of it.
+
+Whoever holds one part computes with it and knows nothing of the others. What devices tell each other is written down
+where it happens: the sums of partial products in the model, and the merge of ``context.py``. Nothing else is a
+collective, whatever runs in a program.
 
 Source of the ideas: Megatron-LM (arXiv:1909.08053) for the split of a layer with two sums; ``jax.shard_map`` for one
 program on many devices.
@@ -37,10 +40,11 @@ AXES = (DATA, CONTEXT, TENSOR)
 """The axes of every mesh made here, neighbours along "tensor", which talk most."""
 
 Specs = Any
-"""A ``PartitionSpec``, or a pytree of them that is a prefix of a value's; one name for each axis that is stacked."""
+"""A ``PartitionSpec``, or a pytree of them that is a prefix of a value's. It has a name for each axis in front of the
+value's own along which parts are stacked; or several names in one place: parts are joined along the first axis."""
 
 _SHARD, _SAME = PartitionSpec(DATA), PartitionSpec()
-_PAGES, _BOOK = PartitionSpec(DATA, CONTEXT, TENSOR), PartitionSpec(DATA, CONTEXT)
+_PAGES, _BOOK = PartitionSpec((DATA, CONTEXT, TENSOR)), PartitionSpec(DATA, CONTEXT)
 
 STATIC, PARAMS, CACHE, ROWS, EACH, SAME, RESULT = (
     "static",
@@ -168,14 +172,19 @@ def _by_spec(change: Callable[[Any, PartitionSpec], Any], specs: Specs, value: A
     )
 
 
+def _num_stacked(spec: PartitionSpec) -> int:
+    """Axes in front of a value's own."""
+    return sum(isinstance(name, str) for name in spec)
+
+
 def stacked(value: Any, specs: Specs) -> Any:
-    """One device's value as its part of the stack: with an axis of size 1 for each name in its spec."""
-    return _by_spec(lambda x, spec: x.reshape((1,) * len(spec) + x.shape), specs, value)
+    """One device's value as its part of the stack: with an axis of size 1 for each that is stacked."""
+    return _by_spec(lambda x, spec: x.reshape((1,) * _num_stacked(spec) + x.shape), specs, value)
 
 
 def unstacked(part: Any, specs: Specs) -> Any:
-    """The inverse of ``stacked``; of a whole stack, the first of its values."""
-    return _by_spec(lambda x, spec: x[(0,) * len(spec)], specs, part)
+    """The inverse of ``stacked``."""
+    return _by_spec(lambda x, spec: x.reshape(x.shape[_num_stacked(spec) :]), specs, part)
 
 
 @jax.tree_util.register_dataclass
@@ -215,10 +224,12 @@ class ShardedCache:
     @property
     def local(self) -> Any:
         """The cache of one device, with shapes in the place of arrays."""
-        specs = cache_specs(self.parts)
-        return _by_spec(
-            lambda x, spec: jax.ShapeDtypeStruct(x.shape[len(spec) :], x.dtype), specs, self.parts
-        )
+
+        def part(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            shape = NamedSharding(self.mesh, spec).shard_shape(x.shape)
+            return jax.ShapeDtypeStruct(shape[_num_stacked(spec) :], x.dtype)
+
+        return _by_spec(part, cache_specs(self.parts), self.parts)
 
     @property
     def max_seqs(self) -> int:
@@ -232,7 +243,12 @@ class ShardedCache:
     @property
     def pages_used(self) -> Array:
         """i32[data]: pages that are not free, of each shard."""
-        return jax.vmap(lambda cache: cache.pages_used)(self.parts)
+        axes = jax.tree.map(
+            lambda spec: 0 if _num_stacked(spec) else None,
+            cache_specs(self.parts),
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+        return jax.vmap(lambda cache: cache.pages_used, in_axes=(axes,))(self.parts)
 
     def replaced(self, parts: Any) -> ShardedCache:
         """Other parts on the same mesh."""

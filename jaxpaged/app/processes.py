@@ -132,7 +132,7 @@ def ending_together() -> Iterator[None]:
 
 def leave_if_lost(error: BaseException) -> None:
     """Ends this process where an error comes of the loss of another."""
-    if count() > 1 and _is_loss(error):
+    if is_loss(error):
         leave(error)
 
 
@@ -153,7 +153,8 @@ def _own_number() -> int:
     return jax.process_index()
 
 
-def _is_loss(error: BaseException) -> bool:
+def is_loss(error: BaseException) -> bool:
+    """Whether an error comes of the loss of another process."""
     text = str(error)
     words = (
         "Gloo",
@@ -165,7 +166,7 @@ def _is_loss(error: BaseException) -> bool:
         "coordination",
         "NCCL",
     )
-    return any(word in text for word in words)
+    return count() > 1 and any(word in text for word in words)
 
 
 def open_mesh(text: str | None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from jaxpaged.engine.device import Device, HostView, Program, Progress, name_of
 from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableView
 from jaxpaged.generation import Model
 from jaxpaged.sharding import (
-    CONTEXT,
+    EACH,
+    ROWS,
     SPECS,
-    TENSOR,
     ShardedCache,
     cache_specs,
     fetch,
@@ -29,6 +29,9 @@ from jaxpaged.sharding import (
     unstacked,
 )
 from jaxpaged.snapshot_file import Snapshot
+
+_JOINS: dict[str, Callable[..., np.ndarray]] = {ROWS: np.stack, EACH: np.concatenate}
+"""How what shards are given is put together."""
 
 
 class MeshDevice:
@@ -72,9 +75,9 @@ class MeshDevice:
     def _stacked(self, program: Program, given: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         """Arguments of all shards: those given, and for the others such that nothing happens."""
         rows = [given.get(d, program.arguments) for d in range(len(self.shards))]
-        values = (jax.tree.map(lambda *xs: np.stack(xs), *column) for column in zip(*rows, strict=True))
         return tuple(
-            put(self.cache.mesh, x, SPECS[kind]) for x, kind in zip(values, program.takes, strict=True)
+            put(self.cache.mesh, jax.tree.map(lambda *xs, kind=kind: _JOINS[kind](xs), *column), SPECS[kind])
+            for column, kind in zip(zip(*rows, strict=True), program.takes, strict=True)
         )
 
     def run(self, name: str, shard: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -82,7 +85,16 @@ class MeshDevice:
         program, compiled = self._programs[name]
         out = compiled(self.cache, *self._stacked(program, {shard: arguments}))
         self.cache, *rest = out if isinstance(out, tuple) else (out,)
-        return tuple(jax.tree.map(lambda x: x[shard], fetch(one)) for one in rest)
+        return tuple(self._own(one, shard, kind) for one, kind in zip(rest, program.gives, strict=True))
+
+    def _own(self, value: Any, shard: int, kind: str) -> Any:
+        """A shard's own part of what a program gave, on the host."""
+        count = len(self.shards)
+
+        def own(x: np.ndarray) -> np.ndarray:
+            return np.split(x, count)[shard] if kind == EACH else x[shard]
+
+        return jax.tree.map(own, fetch(value))
 
     def step(self, shape: StepShape, inputs: Sequence[StepInput]) -> list[StepOutput]:
         """One run of a step's program for all shards."""
@@ -124,8 +136,8 @@ class ShardDevice(Device):
         return x
 
     def _no_data(self, pool: Any) -> np.ndarray:
-        sizes = self._whole.cache.mesh.shape
-        return np.zeros((sizes[CONTEXT], sizes[TENSOR], *super()._no_data(pool).shape), pool.dtype)
+        one, devices = super()._no_data(pool), self._whole.cache.mesh.size // self._whole.cache.num_shards
+        return np.zeros((devices * one.shape[0], *one.shape[1:]), one.dtype)
 
     def _look(self) -> HostView:
         s, p, n = self.cache.max_seqs, self._local.max_entries if self.paged else 0, 0
@@ -154,7 +166,7 @@ class ShardDevice(Device):
         tables = {}
         for name in ("allocator", "table", "open_pages"):
             if getattr(parts, name) is not None:
-                mine = jax.tree.map(lambda x: x[self._index :], fetch(getattr(parts, name)))
+                mine = jax.tree.map(lambda x: x[self._index : self._index + 1], fetch(getattr(parts, name)))
                 tables[name] = unstacked(mine, getattr(specs, name))
         return replace(self._local, **tables)
 

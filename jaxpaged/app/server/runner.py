@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
+from jaxpaged.app import processes
 from jaxpaged.app.server.lockstep import IDLE_SECONDS, AnyEngine, LockstepEngine
 from jaxpaged.engine import EngineRequest, EngineStats, PoolView, SampleOutput, SlotView
 
@@ -213,7 +214,8 @@ class EngineRunner:
             self._failure = EngineFailedError(f"the engine failed: {type(error).__name__}: {error}")
             self._failure.__cause__ = error
             self._tell_failure()
-            raise
+            if not processes.is_loss(error):
+                raise
 
     def _answer(self, *, wait: bool) -> None:
         """Does what was asked for since the last step."""

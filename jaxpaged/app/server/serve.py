@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import click
 import uvicorn
@@ -61,7 +62,8 @@ def _follow(options: ServeOptions) -> int:
     """What the other processes of a run do: compute with the first one until that ends."""
     from jaxpaged.app.server.building import build_engine
 
-    engine = build_engine(options, open_model(options, mesh=options.mesh, show_progress=False))
+    quiet = replace(options, log=False)
+    engine = build_engine(quiet, open_model(quiet, mesh=options.mesh, show_progress=False))
     engine.compile()
     assert isinstance(engine, LockstepEngine)
     engine.follow()
