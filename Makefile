@@ -88,8 +88,8 @@ bench-attention: .venv/.extra-model ## Measure attention against the memory's ba
 measure-quality: .venv/.extra-model ## Measure what each page format costs in quality
 	.venv/bin/python -m tpu_scripts.measure_quality $(ARGS)
 
-compile-check: .venv/.extra-model ## Compile the TPU and GPU kernels without a TPU or GPU
-	.venv/bin/python -m tpu_scripts.compile_check $(ARGS)
+compile-check: .venv/.extra-model ## Compile the kernels, and steps over meshes, for TPU and GPU without either
+	.venv/bin/python -m tpu_scripts.compile_check --meshes $(ARGS)
 
 clean: ## Remove the environments and everything built
 	rm -rf .venv .venv-peers .venv-newest build dist

@@ -1,0 +1,220 @@
+"""Laws of meshes and of what is stacked over them; and which collectives programs have: those that are written down."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import mesh_kit
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxpaged import adoption, cache, sequences
+from jaxpaged.generation import generate
+from jaxpaged.sharding import (
+    CACHE,
+    PARAMS,
+    RESULT,
+    ROWS,
+    SAME,
+    Deal,
+    MeshError,
+    ShardedCache,
+    check_heads,
+    make_mesh,
+    over_mesh,
+    parse_mesh,
+    put,
+)
+
+_COLLECTIVE = re.compile(
+    r"= \S+ (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
+)
+DATA, TENSOR, S, N, T = 2, 4, 3, 16, 8
+
+
+def collectives(program) -> Counter[str]:
+    """Of a compiled program, by kind."""
+    return Counter(_COLLECTIVE.findall(program.as_text()))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mesh_kit.loaded("tiny", mesh_kit.mesh_of(DATA, TENSOR))
+
+
+def compiled(function, sharded: ShardedCache, takes, gives, *arguments, donate: int = 0):
+    return jax.jit(over_mesh(function, takes, gives), donate_argnums=donate).lower(*arguments).compile()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("data=2,tensor=4", {"data": 2, "tensor": 4}),
+        ("tensor=8", {"tensor": 8}),
+        (" context = 2 ", {"context": 2}),
+    ],
+)
+def test_a_mesh_is_written_as_axes_and_sizes(text: str, found: dict[str, int]):
+    assert parse_mesh(text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "data", "data=0", "data=-1", "data=2,data=2", "model=2", "data=2;tensor=4"]
+)
+def test_what_is_no_mesh_is_refused(text: str):
+    with pytest.raises(MeshError, match="data=2,tensor=4"):
+        parse_mesh(text)
+
+
+def test_a_mesh_takes_the_devices_that_it_needs():
+    assert make_mesh(data=2, tensor=2).size == 4
+    with pytest.raises(MeshError, match="mesh data=4,tensor=4 has 16 devices, and there are 8"):
+        make_mesh(data=4, tensor=4)
+    with pytest.raises(MeshError, match="tensor=0 must be at least 1"):
+        make_mesh(tensor=0)
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "allowed"),
+    [(4, 2, "1, 2, 4"), (9, 3, "1, 3, 9"), (32, 8, "1, 2, 4, 8, 16, 32"), (12, 4, "1, 2, 4, 12")],
+)
+def test_heads_are_dealt_evenly_or_refused_with_what_is_allowed(q_heads: int, kv_heads: int, allowed: str):
+    fitting = [int(size) for size in allowed.split(", ")]
+    for size in range(1, q_heads + 2):
+        if size in fitting:
+            check_heads(q_heads, kv_heads, size)
+        else:
+            with pytest.raises(MeshError, match=f"allowed are {allowed}$"):
+                check_heads(q_heads, kv_heads, size)
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8))
+def test_what_is_dealt_comes_back_in_order(shards: int, prompts: int, samples: int):
+    mesh = type("Mesh", (), {"shape": {"data": shards}})
+    deal = Deal.of(mesh, prompts, samples)
+    padded = prompts if deal.splits else -(-prompts // shards) * shards
+    rows = np.arange(padded * samples)
+    dealt = deal.rows(rows)
+    assert dealt.shape == (shards, len(rows) // shards)
+    np.testing.assert_array_equal(deal.gathered(dealt), rows)
+    # Each shard's rows are samples of the prompts that it has, in their order.
+    owned = deal.prompts(np.arange(padded))
+    for d in range(shards):
+        of_prompt = dealt[d] // samples
+        np.testing.assert_array_equal(of_prompt, np.repeat(owned[d], deal.samples_each))
+    assert deal.count_each(prompts).sum() == (prompts * shards if deal.splits else prompts)
+
+
+def test_nothing_that_edits_tables_talks(model):
+    """``reserve`` and every operation on sequences, of the cache and of the engine."""
+    sharded = mesh_kit.create_cache(model, S, N)
+    counts, marked = np.zeros((DATA, S), np.int32), np.zeros((DATA, S), bool)
+    pages = np.zeros((DATA, 4), np.int32)
+    one = np.int32(0)
+    programs = {
+        "reserve": (lambda c, n: c.reserve(n, num_tokens=T), (ROWS,), (CACHE, ROWS, ROWS), (counts,)),
+        "fits": (lambda c, n: (c, c.fits(n)), (ROWS,), (CACHE, ROWS), (counts,)),
+        "seq_remove": (sequences.seq_remove, (ROWS, SAME, SAME), (CACHE, ROWS), (marked, one, one)),
+        "seq_copy": (sequences.seq_copy, (SAME,) * 4, (CACHE, ROWS), (one, one, one, one)),
+        "seq_keep": (sequences.seq_keep, (SAME,), (CACHE, ROWS), (one,)),
+        "seq_shift": (sequences.seq_shift, (SAME,) * 4, (CACHE, ROWS), (one, one, one, one)),
+        "seq_reorder": (sequences.seq_reorder, (ROWS,), (CACHE,), (counts,)),
+        "seq_drop_unseen": (lambda c: sequences.seq_drop_unseen(c, 16), (), (CACHE,), ()),
+        "pin": (adoption.pin_pages, (ROWS,), (CACHE,), (pages,)),
+        "adopt": (adoption.seq_adopt, (ROWS, ROWS), (CACHE, ROWS), (np.zeros((DATA, S, N), np.int32), counts)),
+        "clear": (cache.clear, (), (CACHE,), ()),
+    }  # fmt: skip
+    for name, (function, takes, gives, arguments) in programs.items():
+        program = compiled(function, sharded, (CACHE, *takes), gives, sharded, *arguments)
+        assert not collectives(program), name
+
+
+@pytest.mark.parametrize("rows", [S, 16], ids=["decode", "prompt"])
+def test_a_step_sums_twice_a_layer_and_tells_nothing_else(model, rows: int):
+    sharded = mesh_kit.create_cache(model, S, N)
+
+    def step(params, cache, tokens, num_new):
+        cache, batch, _ = cache.reserve(num_new, num_tokens=rows, max_new=1 if rows == S else rows)
+        logits, cache = model.function(params, tokens, cache, batch, batch.last_rows)
+        return cache, jnp.argmax(logits, -1)
+
+    arguments = model.params, sharded, np.zeros((DATA, rows), np.int32), np.ones((DATA, S), np.int32)
+    program = compiled(step, sharded, (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS), *arguments, donate=1)
+    assert collectives(program) == {"all-reduce": 2 * model.config.num_layers}
+    # The devices of a data shard, and no others, are summed over.
+    groups = set(re.findall(r"replica_groups=(\S+)", program.as_text()))
+    assert groups <= {"{{0,1,2,3},{4,5,6,7}},", "[2,4]<=[8],"}
+
+
+def test_data_alone_needs_no_collective():
+    model = mesh_kit.loaded("tiny", mesh_kit.mesh_of(4, 1))
+    sharded = mesh_kit.create_cache(model, S, N)
+
+    def step(params, cache, tokens, num_new):
+        cache, batch, _ = cache.reserve(num_new, num_tokens=S, max_new=1)
+        return cache, model.function(params, tokens, cache, batch, batch.last_rows)[0]
+
+    arguments = model.params, sharded, np.zeros((4, S), np.int32), np.ones((4, S), np.int32)
+    program = compiled(step, sharded, (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS), *arguments, donate=1)
+    # What is left are sums over groups of one device.
+    assert set(re.findall(r"replica_groups=(\S+?),? ", program.as_text())) <= {
+        "{{0},{1},{2},{3}}",
+        "[4,1]<=[4]",
+    }
+
+
+def test_the_pool_is_not_copied(model):
+    """A step that is given a cache writes into its memory."""
+    sharded = mesh_kit.create_cache(model, S, 512)
+
+    def step(params, cache, tokens, num_new):
+        cache, batch, _ = cache.reserve(num_new, num_tokens=S, max_new=1)
+        return cache, model.function(params, tokens, cache, batch, batch.last_rows)[0]
+
+    arguments = model.params, sharded, np.zeros((DATA, S), np.int32), np.ones((DATA, S), np.int32)
+    program = compiled(step, sharded, (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS), *arguments, donate=1)
+    memory = program.memory_analysis()
+    pool = sharded.local.bytes_per_page * sharded.local.num_pages
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < 1.2 * pool  # XLA's CPU client copies once where a kernel reads beside a write
+
+
+def test_shards_have_tables_and_pools_of_their_own(model):
+    sharded = mesh_kit.create_cache(model, S, N)
+    assert (sharded.num_shards, sharded.max_seqs) == (DATA, DATA * S)
+    reserve = jax.jit(over_mesh(partial(cache.reserve, num_tokens=T), (CACHE, ROWS), (CACHE, ROWS, RESULT)))
+    wanted = np.asarray([[5, 0, 0], [1, 1, 1]], np.int32)
+    after, _, ok = reserve(sharded, put(sharded.mesh, wanted))
+    assert np.asarray(ok).all()
+    np.testing.assert_array_equal(np.asarray(after.parts.table.num_tokens).sum(-1), wanted)
+    np.testing.assert_array_equal(np.asarray(after.pages_used), [1, 3])
+    # Devices along "tensor" have the same tables, and each the pages of its own heads.
+    table = after.parts.table.pages
+    assert {tuple(piece.index) for piece in table.addressable_shards} == {
+        (slice(d, d + 1), slice(None), slice(None)) for d in range(DATA)
+    }
+    pages = after.parts.k_pages[0]
+    assert pages.shape[0] == DATA * TENSOR * N and len({str(p.index) for p in pages.addressable_shards}) == 8
+
+
+def test_a_pool_that_is_full_leaves_the_others_alone(model):
+    """Nothing is lost where one shard's reserve fails."""
+    sharded = mesh_kit.create_cache(model, S, 2)
+    reserve = jax.jit(over_mesh(partial(cache.reserve, num_tokens=32), (CACHE, ROWS), (CACHE, ROWS, RESULT)))
+    after, _, ok = reserve(sharded, put(sharded.mesh, np.asarray([[20, 0, 0], [8, 0, 0]], np.int32)))
+    np.testing.assert_array_equal(np.asarray(ok), [False, True])
+    np.testing.assert_array_equal(np.asarray(after.pages_used), [0, 1])
+
+
+def test_bad_requests_are_refused_before_anything_runs(model):
+    sharded = mesh_kit.create_cache(model, 1, N)
+    with pytest.raises(ValueError, match="n must be 1 to 1"):
+        generate(model.function, model.params, sharded, [[1]] * 3, n=3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="keep needs a sequence for each of 2 rows"):
+        generate(model.function, model.params, sharded, [[1]] * 3, keep=True, max_new_tokens=4)

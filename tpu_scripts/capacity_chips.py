@@ -1,0 +1,223 @@
+"""What a replica has and what a step takes there, calculated: data sheets, the model's shape, and a roofline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from jaxpaged import PagedKVCache
+from jaxpaged.page_format import LANES
+from model.config import ModelConfig, ModelError
+from model.loading import read_config
+from model.read_config import config_from_huggingface
+from tpu_scripts.common import MODEL_SHAPES
+
+_GB, _GIB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What its maker's data sheet says of one chip."""
+
+    name: str
+    platform: str
+    """ "tpu" or "gpu"."""
+    hbm: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes a second of its memory."""
+    flops: float
+    """bfloat16 operations a second, dense."""
+    links: float
+    """Bytes a second to other chips, both directions and all links together."""
+    most_linked: int
+    """Chips that reach each other at that speed."""
+    devices: int = 1
+    """JAX devices that a chip is; each has its part of everything above."""
+
+
+# TPUs: the specification tables of cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x; HBM is in GB or GiB as the
+# newest of them writes it, and where two pages differ the newest is taken. /tpu7x says that programs see a chip as two
+# devices, one for each of its chiplets. GPUs: NVIDIA's data sheets of H100 and H200, the SXM boards; 989 teraFLOPS are
+# without sparsity (the sheets' 1,979 are with it), and 8 GPUs share an NVLink switch in HGX boards.
+_CHIPS = (
+    Chip("v5e", "tpu", 16 * _GB, 819e9, 197e12, 400e9, 256),
+    Chip("v6e", "tpu", 32 * _GIB, 1638e9, 918e12, 800e9, 256),
+    Chip("v5p", "tpu", 95 * _GIB, 2765e9, 459e12, 1200e9, 6144),
+    Chip("tpu7x", "tpu", 192 * _GIB, 7380e9, 2307e12, 1200e9, 9216, devices=2),
+    Chip("h100", "gpu", 80 * _GB, 3350e9, 989e12, 900e9, 8),
+    Chip("h200", "gpu", 141 * _GB, 4800e9, 989e12, 900e9, 8),
+)
+CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in _CHIPS}
+
+_LLAMA_8B = replace(MODEL_SHAPES["Llama-3-8B"], name="llama-3.1-8b", context_length=131072)
+MODELS: Mapping[str, ModelConfig] = {
+    "llama-3.1-8b": _LLAMA_8B,
+    "llama-3.1-70b": replace(
+        _LLAMA_8B, name="llama-3.1-70b", hidden_size=8192, intermediate_size=28672, num_layers=80, num_q_heads=64
+    ),
+    "qwen3-8b": replace(MODEL_SHAPES["Qwen3-8B"], name="qwen3-8b"),
+    "smollm2-135m": replace(MODEL_SHAPES["SmolLM2-135M"], name="smollm2-135m"),
+}  # fmt: skip
+
+
+def model_shape(name: str) -> ModelConfig:
+    """A model by its name here, or of a GGUF file, a Hugging Face folder or a ``config.json``.
+
+    Raises:
+      ModelError: there is none, or it is not supported; one line.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    path = Path(name)
+    if not path.exists():
+        raise ModelError(f"unknown model {name!r}: no file of that name, and of shapes {', '.join(MODELS)}")
+    if path.suffix != ".json":
+        return replace(read_config(path), name=path.name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: an object is needed")
+    try:
+        return replace(config_from_huggingface(values), name=str(path))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def page_bytes(
+    config: ModelConfig, chip: Chip, *, k_format: str, v_format: str, page_size: int, slots: int
+) -> tuple[int, int]:
+    """``(bytes of a page, bytes that lie beside the pool)`` of one device, as the real cache has them there.
+
+    Args:
+      config: what one device has of the model (``ModelConfig.shard``).
+      chip: decides how pages lie in memory.
+      k_format, v_format: names of page formats.
+      page_size: tokens of a page.
+      slots: sequences; formats that seal pages keep an open page for each.
+
+    Raises:
+      ValueError: a format does not fit the model's heads.
+    """
+    lanes = chip.platform == "tpu" and page_size * config.head_dim >= LANES
+    # Shapes alone: nothing is allocated.
+    cache = jax.eval_shape(
+        lambda: PagedKVCache.create(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            num_pages=1,
+            max_seqs=slots,
+            page_size=page_size,
+            max_entries=1,
+            k_dtype=k_format,
+            v_dtype=v_format,
+            layout="lanes" if lanes else "plain",
+        )
+    )
+    return cache.bytes_per_page, cache.bytes_of_open_pages
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no data sheet says. The defaults are round numbers, measured nowhere."""
+
+    memory_efficiency: float = 0.7
+    """Share of the memory's bandwidth that a step reaches."""
+    compute_efficiency: float = 0.5
+    """Share of the peak of operations."""
+    link_efficiency: float = 0.5
+    """Share of the links' bandwidth that an all-reduce reaches; a ring on a torus does not use all links."""
+    reduce_seconds: float = 5e-6
+    """What an all-reduce of nothing takes."""
+    host_seconds: float = 1e-3
+    """Python and transfers of one look at the queue, in which the device waits."""
+    weight_bits: float = 16.0
+    """Of each parameter, in memory and when read."""
+    utilization: float = 0.9
+    """Share of the memory for weights and pages; the rest is for activations, logits and programs."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of the parts of a step on one device; the devices of a replica work side by side."""
+
+    weights: float
+    """Reading every weight once."""
+    kv_token: float
+    """Reading keys and values of one token, all layers."""
+    row: float
+    """Operations of one token outside attention and head."""
+    logits: float
+    """Operations of the head for one token; the head is whole on every device."""
+    pair: float
+    """Operations of one query with one key, all layers."""
+    reduce_row: float
+    """Moving one token's part of all all-reduces."""
+    reduce: float
+    """What the all-reduces of a step take beside that."""
+    host: float
+    """Of a look at the queue; the device waits."""
+
+    def step(self, rows: int, logit_rows: int, read: float, pairs: float) -> float:
+        """Seconds of one run of the model.
+
+        Args:
+          rows: tokens that the program was compiled for.
+          logit_rows: of how many there are logits.
+          read: tokens whose keys and values are read; a chunk of a prompt reads each once.
+          pairs: queries times the keys that they see.
+        """
+        memory = self.weights + read * self.kv_token
+        compute = rows * self.row + logit_rows * self.logits + pairs * self.pair
+        return max(memory, compute) + rows * self.reduce_row + self.reduce
+
+
+def step_times(
+    config: ModelConfig, chip: Chip, tensor: int, token_bytes: float, given: Assumptions
+) -> StepTimes:
+    """The roofline of a model on ``tensor`` devices.
+
+    Args:
+      config: the whole model.
+      chip: of which each device is one, or a part.
+      tensor: devices that split each layer. As ``model.shards`` has it, embedding, norms and head are whole everywhere.
+      token_bytes: keys and values of one token on one device.
+      given: efficiencies and the like.
+
+    Raises:
+      MeshError: the model cannot be dealt to so many devices.
+    """
+    local = config.shard(tensor)
+    table = config.vocab_size * config.hidden_size
+    embeddings = table * (1 if config.tie_embeddings else 2)
+    in_layers = local.num_parameters() - embeddings - config.hidden_size
+    # Of the embedding few rows are read; a tied one is the head as well.
+    read_each_step = in_layers + config.hidden_size + table
+    bandwidth = chip.bandwidth / chip.devices * given.memory_efficiency
+    flops = chip.flops / chip.devices * given.compute_efficiency
+    # A ring sends 2 (tp - 1) / tp times the sum's bytes, in one direction: half of what the sheet says.
+    link = chip.links / chip.devices / 2 * given.link_efficiency
+    reduces = 2 * config.num_layers if tensor > 1 else 0
+    sent = 2 * (tensor - 1) / tensor * 2 * config.hidden_size  # bfloat16
+    return StepTimes(
+        weights=read_each_step * given.weight_bits / 8 / bandwidth,
+        kv_token=token_bytes / bandwidth,
+        row=2 * in_layers / flops,
+        logits=2 * table / flops,
+        pair=4 * local.num_q_heads * local.head_dim * config.num_layers / flops,
+        reduce_row=reduces * sent / link,
+        reduce=reduces * given.reduce_seconds,
+        host=given.host_seconds,
+    )
+
+
+def weight_bytes(config: ModelConfig, tensor: int, weight_bits: float) -> float:
+    """Bytes of the weights that one of ``tensor`` devices holds."""
+    return config.shard(tensor).num_parameters() * weight_bits / 8

@@ -1,0 +1,592 @@
+"""One replica of the server, simulated step by step: its pool, whom it admits, and who gives way.
+
+What ``jaxpaged.engine.Scheduler`` decides of a step is decided here the same way: one budget of tokens, of the compiled
+sizes; those that run go first, oldest first; what is left of it admits who waits, in order, while there are sequences
+and pages for all that is still to be read and one more for each that runs; when pages run out the newest gives way and
+nobody is admitted; up to ``decode_steps`` tokens between two looks at the queue, fewer where they would take longer
+than a reader notices, and a look as soon as one ends that somebody waits for. As in ``PagedPool`` whole pages of a
+shared beginning are held once, its last tokens are copied, pages that nobody uses stay until they are needed, least
+recently used first, and who gave way finds those of its own that are still there.
+
+Because requests come one after the other, all that decode do so in lockstep: they are a few sums, a heap of ends and a
+count by place in the last page, and a step costs the same however many they are.
+
+Simpler than the engine:
+  * who gives way is always computed again; the server may copy its pages to host memory (``--swap-space``).
+  * a request ends after the tokens drawn for it, each has one sample, all have one priority, and none is cancelled.
+  * the queue has no end; the server turns requests away behind ``--max-queue``.
+  * of a page that is not full, tokens are shared where they end a shared beginning, and nowhere else.
+  * steps between two looks follow from the last step's time, not from the median of eight.
+  * a window of attention counts as full attention.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isnan
+
+import numpy as np
+
+from tpu_scripts.capacity_chips import StepTimes
+from tpu_scripts.capacity_load import Requests
+
+_LEAST_FILLED, _LEAST_READ = 0.7, 16
+_ROUND_TRIP_SECONDS = 0.04
+"""As the scheduler and the engine have them."""
+
+Watch = Callable[[float, float, int, int, int], None]
+"""Called for each look at the queue: when it began, how long until the next one, both in seconds, then how many wait,
+how many run meanwhile, and pages that these hold at its end."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Sizes of a server."""
+
+    times: StepTimes
+    num_pages: int
+    page_size: int = 32
+    slots: int = 256
+    batch_tokens: int = 512
+    """Tokens of a step, at most."""
+    decode_steps: int = 8
+    prefix_cache: bool = True
+    shares_tails: bool = True
+    """Whether pages are shared in part; formats that seal pages cannot."""
+
+
+@dataclass
+class Outcome:
+    """What came of R requests."""
+
+    first: np.ndarray
+    """f64[R]: seconds when the first token was handed out; nan: never, because the run was given up."""
+    finish: np.ndarray
+    """f64[R]: when the last one was."""
+    begun: np.ndarray
+    """f64[R]: when its first step began."""
+    generated: np.ndarray
+    """i64[R]: tokens handed out."""
+    begin: float
+    """Seconds of the first arrival; ``end`` of the last token."""
+    end: float
+    busy: float
+    """Seconds in which the device computed."""
+    steps: int
+    """Runs of the model."""
+    peak_pages: int
+    """Pages that running requests held at most."""
+    preemptions: int
+    evictions: int
+    """Cached pages given up for others."""
+    cached_tokens: int
+    """Tokens that were in the pool already when a request was first admitted."""
+    useful_tokens: int
+    """Computed of those that are done, each once and without what was found."""
+    given_up: bool
+    """Whether it ended because too many requests were too late."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Gives a run up as soon as more than ``most`` of the counted requests are later than this."""
+
+    ttft: float
+    """Seconds."""
+    tpot: float
+    most: int
+
+
+class _Pages:
+    """Counts of a pool: pages that running requests hold, and cached ones in the order in which they can leave."""
+
+    def __init__(self, replica: Replica, num_prefixes: int, prefix_pages: int) -> None:
+        self.num_pages = replica.num_pages
+        self.keeps = replica.prefix_cache
+        self.used = self.cached = self.peak = self.evictions = 0
+        # [pages] each, so that whoever comes back takes its own out of the middle.
+        self._order: deque[list[int]] = deque()
+        self._own: dict[int, list[int]] = {}
+        self.whole = prefix_pages
+        self._prefix = [[0] for _ in range(num_prefixes)]
+        self._users = [0] * num_prefixes
+
+    @property
+    def available(self) -> int:
+        return self.num_pages - self.used
+
+    def take(self, count: int) -> None:
+        self.ensure(count)
+        self.used += count
+        if self.used > self.peak:
+            self.peak = self.used
+
+    def ensure(self, count: int) -> None:
+        """Makes so many pages free; there are as many that nobody uses."""
+        missing = count + self.used + self.cached - self.num_pages
+        if missing > 0:
+            self._evict(missing)
+
+    def _evict(self, count: int) -> None:
+        self.evictions += count
+        self.cached -= count
+        while count:
+            oldest = self._order[0]
+            given = min(count, oldest[0])
+            oldest[0] -= given
+            count -= given
+            if not oldest[0]:
+                self._order.popleft()
+
+    def _keep(self, count: int) -> list[int]:
+        pages = [count if self.keeps else 0]
+        self.cached += pages[0]
+        if pages[0]:
+            self._order.append(pages)
+        return pages
+
+    def leave(self, count: int) -> None:
+        """Pages of a request that is done; nobody will ask for them, but the pool does not know."""
+        self.used -= count
+        self._keep(count)
+
+    def leave_for_now(self, request: int, count: int, whole: int) -> None:
+        """Pages of a request that gives way, of which ``whole`` are full."""
+        self.used -= count
+        self._own[request] = self._keep(whole)
+
+    def found(self, request: int, prefix: int) -> tuple[int, int, int]:
+        """What a waiting request could begin with: whole pages of the shared beginning, whole ones of its own behind
+        them, and how many of all these nobody uses now."""
+        shared = self._prefix[prefix][0] if prefix >= 0 else 0
+        idle = shared if prefix >= 0 and not self._users[prefix] else 0
+        own = self._own.get(request)
+        if own is None or (prefix >= 0 and shared < self.whole):
+            return shared, 0, idle
+        return shared, own[0], idle + own[0]
+
+    def acquire(self, request: int, prefix: int, shared: int, own: int) -> None:
+        """The request holds what was found."""
+        if shared:
+            if not self._users[prefix]:
+                self._take_out(self._prefix[prefix], shared)
+                self._prefix[prefix] = [shared]
+            self._users[prefix] += 1
+        if own:
+            self._take_out(self._own[request], own)
+        self._own.pop(request, None)
+
+    def _take_out(self, pages: list[int], count: int) -> None:
+        pages[0] = 0
+        self.cached -= count
+        self.used += count
+        if self.used > self.peak:
+            self.peak = self.used
+        while self._order and not self._order[0][0]:
+            self._order.popleft()
+
+    def read(self, prefix: int, shared: int, whole: int) -> int:
+        """A request that shared so many pages of its beginning read it up to ``whole`` pages: how many of its own can
+        be found there from now on, because they were the first."""
+        whole = min(whole, self.whole)
+        if not self.keeps or self._prefix[prefix][0] != shared or whole <= shared:
+            return 0
+        if not shared:
+            self._users[prefix] = 1
+        self._prefix[prefix] = [whole]
+        return whole - shared
+
+    def let_go(self, prefix: int) -> None:
+        """A request uses a shared beginning no more."""
+        self._users[prefix] -= 1
+        if not self._users[prefix]:
+            count = self._prefix[prefix][0]
+            self.used -= count
+            self._prefix[prefix] = self._keep(count)
+
+
+class _Run:
+    """The state of a simulation; requests are numbered in order of arrival."""
+
+    def __init__(
+        self, replica: Replica, requests: Requests, prefix_tokens: int, limits: Limits | None
+    ) -> None:
+        self.replica, self.times, self.limits = replica, replica.times, limits
+        self.arrival, self.prompt = requests.arrival.tolist(), requests.prompt.tolist()
+        self.output, self.prefix = requests.output.tolist(), requests.prefix.tolist()
+        self.counted = requests.counted.tolist()
+        count = len(requests)
+        longest = int((requests.prompt + requests.output).max(initial=0))
+        if (needed := -(-longest // replica.page_size)) > replica.num_pages:
+            raise ValueError(f"a request may need {needed} pages, the whole pool has {replica.num_pages}")
+        prefixes = int(requests.prefix.max(initial=-1)) + 1
+        self.prefix_tokens = prefix_tokens
+        self.pages = _Pages(replica, prefixes, prefix_tokens // replica.page_size)
+        sizes = _sizes(max(replica.batch_tokens, replica.slots))
+        self.sizes = [size for size in sizes if size >= replica.slots][-4:]
+        self.decode_sizes = [n for n in _sizes(replica.slots) if n != 2 or replica.slots == 2]
+
+        self.now = self.arrival[0] if count else 0.0
+        self.waiting: deque[int] = deque()
+        self.reading: tuple[int, int, int] | None = None
+        """The one request that a step read a part of: which, tokens computed, pages of its own."""
+        self.steps = 0
+        """Decode steps so far: the clock that all who decode share."""
+        self.decoding = 0
+        self.base = [0] * count
+        """Of who decodes: tokens computed minus ``steps``, which stays the same while it does."""
+        self.base_sum = 0
+        self.ends: list[tuple[int, int]] = []
+        """A heap of (``steps`` at the last token, request); stale where ``end_of`` says otherwise."""
+        self.latest = 0
+        """Of those ends that are not stale."""
+        self.end_of = [-1] * count
+        """-1: it does not decode."""
+        self.places = [0] * replica.page_size
+        """How many decode whose ``base`` is this, modulo the page size: they need a page when it meets the clock."""
+        self.stack: list[int] = []
+        """Who decodes, newest last; those that are done are still in it."""
+        self.generated = [0] * count
+        self.shared = [0] * count
+        """Whole pages of a shared beginning that a running request holds with others."""
+        self.wanted = replica.decode_steps
+        nan = float("nan")
+        self.first, self.finish, self.begun = [nan] * count, [nan] * count, [nan] * count
+        self.busy = 0.0
+        self.runs = self.preemptions = self.cached_tokens = self.useful_tokens = 0
+        self.late_first = self.late_tokens = 0
+
+    def run(self, watch: Watch | None) -> Outcome:
+        arrival, waiting, count = self.arrival, self.waiting, len(self.arrival)
+        come, begin, host = 0, self.now, self.times.host
+        limit = self.limits.most if self.limits else count
+        while self.late_first <= limit and self.late_tokens <= limit:
+            while come < count and arrival[come] <= self.now:
+                waiting.append(come)
+                come += 1
+            if not waiting and not self.decoding and self.reading is None:
+                if come == count:
+                    break
+                self.now = arrival[come]
+                continue
+            began = self.now
+            chunks, preempted = self._plan()
+            running = self.decoding + len(chunks)
+            steps = 1 if preempted else self.replica.decode_steps
+            if any(count > 1 or computed + 1 < self._length(r) for r, computed, count, _ in chunks):
+                ended = self._read(chunks)
+            else:  # of whom one token is to be read, that one decodes
+                self.reading = None
+                for request, computed, _, own in chunks:
+                    self._start_to_decode(
+                        request, computed, own, self.output[request] - self.generated[request]
+                    )
+                ended = self._decode(steps)
+                for request, *_ in chunks:
+                    self._first_token(request, self.now + host)
+            self.now += host
+            for request in ended:
+                self._end(request)
+            if watch is not None:
+                watch(began, self.now - began, len(waiting), running, self.pages.used)
+        pages = self.pages
+        return Outcome(
+            np.array(self.first),
+            np.array(self.finish),
+            np.array(self.begun),
+            np.array(self.generated, np.int64),
+            begin=begin,
+            end=self.now,
+            busy=self.busy,
+            steps=self.runs,
+            peak_pages=pages.peak,
+            preemptions=self.preemptions,
+            evictions=pages.evictions,
+            cached_tokens=self.cached_tokens,
+            useful_tokens=self.useful_tokens,
+            given_up=come < count or bool(waiting) or self.decoding > 0 or self.reading is not None,
+        )
+
+    # Planning
+
+    def _plan(self) -> tuple[list[tuple[int, int, int, int]], bool]:
+        """Admits and preempts: ``(prompts that the step reads, whether somebody gave way)``.
+
+        A prompt is (request, tokens computed, tokens to compute, pages of its own so far).
+        """
+        pages, page_size = self.pages, self.replica.page_size
+        preempted = False
+        budget = self._budget() if self.waiting or self.reading else self.sizes[-1]
+        needed = self.places[-self.steps % page_size]
+        chunk = None
+        if self.reading is not None:
+            request, computed, own = self.reading
+            count = min(self._length(request) - computed, budget - self.decoding)
+            if count > 0:
+                chunk = request, computed, count, own
+                needed += self._pages_to(request, computed + count, own)
+        while needed > pages.available:
+            preempted = True
+            if self.reading is not None:
+                if chunk is not None:
+                    needed -= self._pages_to(request, computed + count, own)
+                    chunk = None
+                self._preempt_reader()
+            else:
+                needed -= self._preempt_newest()
+        chunks = [] if chunk is None else [chunk]
+        if not preempted and self.waiting:
+            self._admit(chunks, needed, budget)
+        return chunks, preempted
+
+    def _budget(self) -> int:
+        wanted = decoding = self.decoding
+        if self.reading is not None:
+            wanted += self._length(self.reading[0]) - self.reading[1]
+            decoding += 1
+        largest = self.sizes[-1]
+        for request in self.waiting:
+            if wanted > largest or decoding >= self.replica.slots:
+                break
+            wanted += self._length(request)
+            decoding += 1
+        decoding = self.decoding + (self.reading is not None)
+        smaller = 0
+        for size in self.sizes:
+            if wanted <= size:
+                enough = max(_LEAST_FILLED * size, decoding + _LEAST_READ)
+                return size if wanted >= enough or smaller < decoding + _LEAST_READ else smaller
+            smaller = size
+        return largest
+
+    def _admit(self, chunks: list[tuple[int, int, int, int]], needed: int, budget: int) -> None:
+        pages, page_size = self.pages, self.replica.page_size
+        running = self.decoding + (self.reading is not None)
+        left = budget - self.decoding - sum(count for _, _, count, _ in chunks)
+        promised = needed
+        if self.reading is not None:
+            request, computed, own = self.reading
+            planned = computed + (chunks[0][2] if chunks else 0)
+            promised += self._pages_to(request, self._length(request), own)
+            promised -= self._pages_to(request, planned, own) if chunks else 0
+        while self.waiting and left > 0 and running < self.replica.slots:
+            request = self.waiting[0]
+            prefix, length = self.prefix[request], self._length(request)
+            shared, kept, idle = pages.found(request, prefix)
+            own = -(-length // page_size) - shared - kept
+            if promised + own + running > pages.available - idle and running:
+                break
+            self.waiting.popleft()
+            pages.acquire(request, prefix, shared, kept)
+            self.shared[request] = shared
+            computed = (shared + kept) * page_size
+            if shared and not kept and shared == pages.whole and self.replica.shares_tails:
+                computed = self.prefix_tokens
+            computed = min(computed, length - 1)
+            if isnan(self.begun[request]):
+                self.begun[request] = self.now
+                self.cached_tokens += computed
+                self.useful_tokens -= computed
+            count = min(length - computed, left)
+            chunks.append((request, computed, count, kept))
+            promised += own
+            running += 1
+            left -= count
+
+    def _length(self, request: int) -> int:
+        """Tokens of a request that waits or is read."""
+        return self.prompt[request] + self.generated[request]
+
+    def _pages_to(self, request: int, computed: int, own: int) -> int:
+        """Pages that a request takes to have so many tokens computed."""
+        return -(-computed // self.replica.page_size) - self.shared[request] - own
+
+    def _preempt_reader(self) -> None:
+        assert self.reading is not None
+        request, computed, own = self.reading
+        self.reading = None
+        self._wait_again(request, computed, own)
+
+    def _preempt_newest(self) -> int:
+        """The newest that decodes waits again; pages that it would have needed for the next token."""
+        while self.end_of[self.stack[-1]] < 0:
+            self.stack.pop()
+        request = self.stack.pop()
+        computed = self.base[request] + self.steps
+        self.generated[request] = self.output[request] - (self.end_of[request] - self.steps)
+        self._stop(request)
+        self.latest = max((end for end, other in self.ends if self.end_of[other] == end), default=0)
+        self._wait_again(request, computed, self._pages_to(request, computed, 0))
+        return int(computed % self.replica.page_size == 0)
+
+    def _wait_again(self, request: int, computed: int, own: int) -> None:
+        self.preemptions += 1
+        whole = computed // self.replica.page_size - self.shared[request]
+        self.pages.leave_for_now(request, own, max(0, whole))
+        self._let_go(request)
+        self.waiting.appendleft(request)
+
+    def _let_go(self, request: int) -> None:
+        if self.shared[request]:
+            self.pages.let_go(self.prefix[request])
+            self.shared[request] = 0
+
+    def _stop(self, request: int) -> None:
+        """The request decodes no more."""
+        self.end_of[request] = -1
+        self.decoding -= 1
+        self.base_sum -= self.base[request]
+        self.places[self.base[request] % self.replica.page_size] -= 1
+
+    # Computing
+
+    def _read(self, chunks: list[tuple[int, int, int, int]]) -> list[int]:
+        """A step that reads prompts, and computes a token of each that decodes; who is done."""
+        pages, page_size = self.pages, self.replica.page_size
+        pages.take(self.places[-self.steps % page_size])
+        rows, read = self.decoding, self.base_sum + self.decoding * (self.steps + 1)
+        pairs = read
+        self.steps += 1
+        for _, computed, count, _ in chunks:
+            rows += count
+            read += computed + count
+            pairs += computed * count + count * (count + 1) // 2
+        size = self.sizes[bisect.bisect_left(self.sizes, rows)]
+        seconds = self.times.step(size, self.replica.slots, read, pairs)
+        self.now += seconds
+        self.busy += seconds
+        self.runs += 1
+        ended = self._ended_now()
+        self.reading = None
+        handed_out = self.now + self.times.host
+        for request, computed, count, own in chunks:
+            computed += count
+            more = self._pages_to(request, computed, own)
+            pages.take(more)
+            own += more
+            if (prefix := self.prefix[request]) >= 0:
+                found = pages.read(prefix, self.shared[request], computed // page_size)
+                self.shared[request] += found
+                own -= found
+            if computed < self._length(request):
+                self.reading = request, computed, own
+                continue
+            self._first_token(request, handed_out)
+            left = self.output[request] - self.generated[request] - 1
+            if left:
+                self._start_to_decode(request, computed, own, left)
+            else:
+                ended.append(request)
+        return ended
+
+    def _first_token(self, request: int, when: float) -> None:
+        if isnan(self.first[request]):
+            self.first[request] = when
+            limits = self.limits
+            if limits and self.counted[request]:
+                self.late_first += when - self.arrival[request] > limits.ttft
+
+    def _start_to_decode(self, request: int, computed: int, own: int, left: int) -> None:
+        """The request joins those that decode, with so many tokens computed and so many to come."""
+        self.pages.take(self._pages_to(request, computed, own))  # a copy, where it shares a part of a page
+        base = self.base[request] = computed - self.steps
+        self.base_sum += base
+        self.places[base % self.replica.page_size] += 1
+        self.decoding += 1
+        end = self.end_of[request] = self.steps + left
+        self.latest = max(self.latest, end)
+        heapq.heappush(self.ends, (end, request))
+        self.stack.append(request)
+
+    def _decode(self, most: int) -> list[int]:
+        """Up to so many decode steps in one program; who is done."""
+        pages, places, page_size, times = self.pages, self.places, self.replica.page_size, self.times
+        steps = max(1, min(most, self.wanted, self.latest - self.steps))
+        while steps > 1 and self._pages_of(steps) > pages.available:
+            steps //= 2
+        pages.ensure(self._pages_of(steps))  # some may end, and not take theirs
+        blocked, ended = bool(self.waiting), []
+        rows = self.decode_sizes[bisect.bisect_left(self.decode_sizes, self.decoding)]
+        # Of a step: the larger of two straight lines in the tokens read.
+        fixed = rows * times.reduce_row + times.reduce
+        compute = rows * (times.row + times.logits)
+        weights, kv_token, pair = times.weights, times.kv_token, times.pair
+        total, done = 0.0, 0
+        while done < steps and self.decoding:
+            pages.take(places[-self.steps % page_size])
+            self.steps += 1
+            read = self.base_sum + self.decoding * self.steps
+            total += fixed + max(weights + read * kv_token, compute + read * pair)
+            done += 1
+            if self.ends[0][0] <= self.steps:
+                ended += self._ended_now()
+                if blocked and ended:
+                    break
+        self.wanted = max(1, int(_ROUND_TRIP_SECONDS / max(total / done, 1e-6)))
+        self.now += total
+        self.busy += total
+        self.runs += done
+        return ended
+
+    def _pages_of(self, steps: int) -> int:
+        """Pages that all who decode take in so many steps."""
+        size = self.replica.page_size
+        return sum(self.places[(-self.steps - i) % size] for i in range(steps))
+
+    def _ended_now(self) -> list[int]:
+        """Takes those from the lockstep that had their last token; their pages are theirs until they are handed out."""
+        ended, ends = [], self.ends
+        while ends and ends[0][0] <= self.steps:
+            end, request = heapq.heappop(ends)
+            if self.end_of[request] == end:
+                self._stop(request)
+                ended.append(request)
+        return ended
+
+    def _end(self, request: int) -> None:
+        """Hands out the last token, and takes the pages."""
+        output, now = self.output[request], self.now
+        self.generated[request] = output
+        self.finish[request] = now
+        limits = self.limits
+        if limits and output > 1 and self.counted[request]:
+            self.late_tokens += now - self.first[request] > limits.tpot * (output - 1)
+        computed = self.prompt[request] + output - 1
+        self.useful_tokens += computed
+        self.pages.leave(self._pages_to(request, computed, 0))
+        self._let_go(request)
+
+
+def _sizes(largest: int) -> list[int]:
+    """Sizes of programs, as the engine has them: ``largest``, and each half of the next, down to 1."""
+    sizes = [largest]
+    while sizes[0] > 1:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
+
+
+def simulate(
+    replica: Replica,
+    requests: Requests,
+    *,
+    prefix_tokens: int = 0,
+    limits: Limits | None = None,
+    watch: Watch | None = None,
+) -> Outcome:
+    """Serves the requests until all are done.
+
+    Args:
+      replica: the server.
+      requests: in order of arrival.
+      prefix_tokens: of each shared beginning.
+      limits: give up when it is certain that they are missed.
+      watch: is told of each look at the queue.
+
+    Raises:
+      ValueError: a request does not fit the pool, even alone.
+    """
+    return _Run(replica, requests, prefix_tokens, limits).run(watch)

@@ -1,0 +1,634 @@
+"""Compiles whole steps of a model for eight TPUs and four GPUs, without one, and counts what devices tell each other.
+
+    python -m tpu_scripts.compile_check_mesh [--quick] [--platform tpu] [--target v5e:2x4] [--mesh data=2,tensor=4]
+
+Needs: pip install -e ".[model,tpu]", or ".[model]" and jax-cuda13-plugin, jax-cuda13-pjrt (both of jax's version),
+nvidia-cuda-nvcc and absl-py. No driver and no device.
+
+The model has the sizes of Llama-3.1-8B and fewer layers, in bfloat16; pages of 32 tokens, 8 sequences of up to 8192 on
+each data shard. On each mesh: a step of one token a sequence, a step of 512 tokens of prompts, both with their reserve,
+attention by the platform's own kernel and the likeliest token; the reserve alone, and every operation on sequences. On
+the first mesh of a platform also the loop of ``generate``. Compilers are the real ones; nothing runs, so the times are
+those of compiling.
+
+Right is: every program compiles; a step sums twice a layer over "tensor", with a context that is spread it merges with
+two more over "context", and there is no other collective, but for the copy of a shared page between the devices of a
+context; operations on sequences have none; every layer has its kernel; and pools are written where they lie, without
+room for a copy. Exit status: 0, all of it is right; 1, something is not; 2, nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpu_scripts.compile_check_gpu import H200, ptxas_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+CHIPS_8 = ("data=2,tensor=4", "tensor=8", "data=8", "context=2,tensor=4")
+CHIPS_4 = ("data=2,tensor=2", "tensor=4", "data=4", "context=2,tensor=2")
+TARGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "v5e:2x4": ("tpu", CHIPS_8),
+    "v6e:2x4": ("tpu", CHIPS_8),
+    "H200:1x1x4": ("gpu", CHIPS_4),
+}
+"""Platform and meshes of each; of a GPU the numbers are slices, hosts of each, and GPUs of each: four on one host."""
+KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+PAGE_SIZE, CONTEXT, MAX_SEQS, PROMPT = 32, 8192, 8, 512
+POOL_TOKENS = 1 << 19
+"""Tokens of a pool: more than a chip's inner memory holds, where compilers would keep a small pool for a while."""
+STEPS = {"decode": MAX_SEQS, "prompt": PROMPT}
+"""Programs that run the model once, and the tokens of each."""
+QUERIES = ("seq_length", "seq_position_min", "seq_position_max")
+"""Programs that change nothing: the cache stays as it is."""
+WINDOW = 4096
+"""What a layer sees, where pages behind it are given back."""
+WORKER_SECONDS = 7200
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "ragged-all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+    "send",
+)
+"""Instructions that carry values to other devices; those that receive them are not counted again."""
+COLUMNS = {
+    "target": "target", "mesh": "mesh", "program": "program", "result": "result", "seconds": "s",
+    "collectives": "collectives", "payload": "bytes of each", "kernels": "kernels", "argument_bytes": "arguments MiB",
+    "pool_bytes": "of them pool", "temp_bytes": "temp MiB",
+}  # fmt: skip
+
+
+# --- what is in a compiled program ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An instruction that tells other devices something."""
+
+    kind: str
+    over: str
+    """Names of the mesh axes whose devices are grouped; "" where every device is alone; "?" where no axes fit."""
+    in_loop: bool
+    """Whether a loop repeats it."""
+    payload: int
+    """Bytes of its operands: what each device puts in."""
+
+
+@dataclass
+class _Computation:
+    collectives: list[Collective] = field(default_factory=list)
+    kernels: int = 0
+    calls: list[tuple[str, bool]] = field(default_factory=list)
+    """Other computations, and whether in a loop; one that is named twice runs twice."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a program has of collectives and of attention kernels, each as often as the program has it.
+
+    Of the sides of a branch both count, and of a loop one turn.
+    """
+
+    collectives: tuple[Collective, ...]
+    kernels: int
+
+
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
+_CALLS = re.compile(
+    r"\b(calls|body|condition|to_apply|true_computation|false_computation|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)".*op_name="[^"]*paged_attention')
+
+
+def contents_of(text: str, axes: Mapping[str, int]) -> Contents:
+    """Reads a compiled program.
+
+    Args:
+      text: of its optimised HLO.
+      axes: names and sizes of the mesh's axes; its devices are numbered along the last one first.
+    """
+    computations: dict[str, _Computation] = {}
+    entry, here = "", _Computation()
+    sizes: dict[str, int] = {}
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            if (head := _HEAD.match(line)) and not line.startswith("HloModule"):
+                here = computations[head[2]] = _Computation()
+                entry, sizes = (head[2] if head[1] else entry), {}
+            continue
+        if (found := _INSTRUCTION.match(line)) is None:
+            continue
+        name, shape, operation, rest = found.groups()
+        sizes[name] = bytes_of(shape)
+        if operation.endswith(("-done", "-update")):  # of what was counted when it was started
+            continue
+        kind = operation.removesuffix("-start")
+        if kind in KINDS:
+            payload = sum(sizes.get(operand, 0) for operand in _operands(rest))
+            here.collectives.append(Collective(kind, axes_of(groups_of(rest), axes), False, payload))
+        here.kernels += operation == "custom-call" and _KERNEL.search(rest) is not None
+        for role, names in _CALLS.findall(rest):
+            called = re.findall(r"[\w.\-]+", names)
+            here.calls += [(one, role in ("body", "condition")) for one in called]
+
+    @functools.cache
+    def whole(name: str) -> Contents:
+        own = computations[name]
+        collectives, kernels = list(own.collectives), own.kernels
+        for called, in_loop in own.calls:
+            if called in computations:
+                inner = whole(called)
+                kernels += inner.kernels
+                collectives += [
+                    Collective(one.kind, one.over, one.in_loop or in_loop, one.payload)
+                    for one in inner.collectives
+                ]
+        return Contents(tuple(collectives), kernels)
+
+    return whole(entry)
+
+
+def _operands(rest: str) -> list[str]:
+    """Names of the operands, of the text behind an instruction's parenthesis."""
+    depth, end = 1, 0
+    while depth and end < len(rest):
+        depth += {"(": 1, ")": -1}.get(rest[end], 0)
+        end += 1
+    return re.findall(r"%([\w.\-]+)", rest[:end])
+
+
+def bytes_of(shape: str) -> int:
+    """Bytes of an array, or of all in a tuple, as HLO writes their shapes: "(bf16[8,128]{1,0}, s32[])"."""
+    total = 0
+    for letters, bits, dims in _ARRAY.findall(shape):
+        count = math.prod(int(dim) for dim in dims.split(",") if dim)
+        total += math.ceil(count * (8 if letters == "pred" else int(bits or 0)) / 8)
+    return total
+
+
+def groups_of(attributes: str) -> list[list[int]] | None:
+    """The groups of devices of a collective in any of the ways in which HLO writes them; None: in another way.
+
+    ``{{0,1},{2,3}}``; ``[2,2]<=[4]`` and ``[2,2]<=[2,2]T(1,0)``, rows of an iota that may be transposed;
+    ``mesh['data'=2,'tensor'=2] {'tensor'}``, axes of a mesh. Pairs of a permutation are groups too. No group is ``[]``,
+    which stands for all devices in one.
+    """
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, dims, order = ([int(n) for n in (part or "").split(",") if n] for part in found.groups())
+        numbers = np.arange(math.prod(dims)).reshape(dims)
+        groups: list[list[int]] = numbers.transpose(order or range(len(dims))).reshape(shape).tolist()
+        return groups
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        named = re.findall(r"'?(\w+)'?=(\d+)", found[1])
+        grouped = {name.strip().strip("'") for name in found[2].split(",")}
+        axes = {name: int(size) for name, size in named}
+        return _along(grouped, axes) if grouped <= axes.keys() else None
+    return None
+
+
+def _along(names: set[str], axes: Mapping[str, int]) -> list[list[int]]:
+    """Groups of the devices that differ along these axes alone."""
+    numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+    kept = [i for i, name in enumerate(axes) if name not in names]
+    grouped = [i for i, name in enumerate(axes) if name in names]
+    size = math.prod(axes[name] for name in names)
+    groups: list[list[int]] = numbers.transpose(kept + grouped).reshape(-1, size).tolist()
+    return groups
+
+
+def axes_of(groups: list[list[int]] | None, axes: Mapping[str, int]) -> str:
+    """The axes that groups of devices lie along, joined by "+": see ``Collective.over``."""
+    if groups is None:
+        return "?"
+    found = {frozenset(group) for group in groups or _along(set(axes), axes)}
+    if all(len(group) == 1 for group in found):
+        return ""
+    wide = [name for name, size in axes.items() if size > 1]
+    for count in range(1, len(wide) + 1):
+        for names in itertools.combinations(wide, count):
+            if found == {frozenset(group) for group in _along(set(names), axes)}:
+                return "+".join(names)
+    return "?"
+
+
+# --- what has to be in it ---------------------------------------------------------------------------------------
+
+
+def expected(program: str, axes: Mapping[str, int], layers: int) -> Counter[tuple[str, str, bool]]:
+    """How many collectives a program should have: of ``(kind, over, in_loop)``.
+
+    Of ``generate`` those in its loops, which are two: one reads prompts, the other decodes.
+    """
+    counts: Counter[tuple[str, str, bool]] = Counter()
+    runs = {"generate": 2}.get(program, int(program in STEPS))
+    for axis in ("tensor", "context"):
+        if axes[axis] > 1 and runs:
+            counts["all-reduce", axis, program == "generate"] += runs * 2 * layers
+    if axes["context"] > 1 and (runs or program == "reserve"):
+        counts["all-reduce", "context", True] += runs or 1  # copies of shared pages
+    return counts
+
+
+def verdict(
+    program: str, axes: Mapping[str, int], layers: int, found: Contents, memory: Mapping[str, int]
+) -> str:
+    """ "ok", or what is wrong.
+
+    Args:
+      memory: ``alias_bytes``, ``temp_bytes`` and ``pool_bytes`` of one device.
+    """
+    # Sums over one device move nothing; compilers are free to leave them.
+    told = [one for one in found.collectives if one.over]
+    if program == "generate":  # behind its loops every device is told every shard's result
+        told = [one for one in told if one.in_loop or one.over != "data"]
+    counts = Counter((one.kind, one.over, one.in_loop) for one in told)
+    wanted = expected(program, axes, layers)
+    problems = []
+    if counts != wanted:
+        problems.append(f"collectives: {_listed(wanted)} expected, {_listed(counts)} found")
+    if (program in STEPS or program == "generate") and (found.kernels < layers or found.kernels % layers):
+        problems.append(f"{found.kernels} attention kernels in {layers} layers")
+    if program not in QUERIES and memory["alias_bytes"] < memory["pool_bytes"]:
+        problems.append(f"pool not in place: {memory['alias_bytes']} of {memory['pool_bytes']} bytes aliased")
+    # Keys or values of one layer; nothing else that is large has to be kept for a while.
+    if memory["temp_bytes"] >= memory["pool_bytes"] // (2 * layers):
+        problems.append(f"{memory['temp_bytes']} bytes of temporaries: room for a copy of a layer's pool")
+    return "; ".join(problems) or "ok"
+
+
+def _listed(counts: Mapping[tuple[str, str, bool], int]) -> str:
+    parts = [
+        f"{count} {kind} over {over or 'one device'}{' in a loop' * in_loop}"
+        for (kind, over, in_loop), count in sorted(counts.items())
+    ]
+    return ", ".join(parts) or "none"
+
+
+def row_of(found: Contents) -> dict[str, Any]:
+    """What a row of the table says of a program's contents."""
+    counts = Counter((one.kind, one.over, one.in_loop) for one in found.collectives)
+    payloads = {
+        key: sorted({one.payload for one in found.collectives if (one.kind, one.over, one.in_loop) == key})
+        for key in sorted(counts)
+    }
+    return {
+        "collectives": _listed(counts),
+        "payload": "; ".join(" or ".join(map(str, sizes)) for sizes in payloads.values()),
+        "each": [
+            {"kind": key[0], "over": key[1], "in_loop": key[2], "count": counts[key], "bytes": sizes}
+            for key, sizes in payloads.items()
+        ],
+        "kernels": found.kernels,
+    }
+
+
+# --- in the process of one mesh ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function, what it is given and gives, and shapes in the place of arrays."""
+
+    function: Callable[..., Any]
+    takes: tuple[str, ...]
+    gives: str | tuple[str, ...]
+    arguments: tuple[Any, ...]
+
+
+class MeshCompiler:
+    """Compiles programs for a mesh of devices that are not there."""
+
+    def __init__(self, target: str, mesh: str, layers: int) -> None:
+        import jax
+        import jax.numpy as jnp
+        from jax.experimental import topologies
+
+        from jaxpaged import PagedKVCache
+        from jaxpaged.context import ContextKVCache
+        from jaxpaged.sharding import CONTEXT as SPREAD
+        from jaxpaged.sharding import (
+            DATA,
+            PARAMS,
+            SPECS,
+            TENSOR,
+            ShardedCache,
+            cache_specs,
+            make_mesh,
+            parse_mesh,
+        )
+        from model.config import ModelConfig, RopeScaling
+        from model.llama import abstract_params, functional
+
+        self.platform = TARGETS[target][0]
+        if self.platform == "gpu":
+            topology = topologies.get_topology_desc(
+                platform="cuda", target_config=H200, topology=target.partition(":")[2]
+            )
+        else:
+            topology = topologies.get_topology_desc(target, platform="tpu")
+        self.mesh = make_mesh(**parse_mesh(mesh), devices=topology.devices)
+        self.axes = dict(self.mesh.shape)
+        scaling = RopeScaling("llama3", factor=8.0, original_context_length=8192)
+        config = ModelConfig(
+            "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=layers, num_q_heads=32,
+            num_kv_heads=8, head_dim=128, context_length=131072, rope_theta=500000.0, rope_scaling=scaling,
+        )  # fmt: skip
+        local = config.shard(self.axes[TENSOR])
+        self.layers = layers
+        self.model = functional(local, jnp.bfloat16, axis=TENSOR)
+        entries = CONTEXT // PAGE_SIZE
+        sizes: dict[str, Any] = {
+            "num_layers": layers, "num_kv_heads": local.num_kv_heads, "head_dim": local.head_dim,
+            "num_pages": POOL_TOKENS // PAGE_SIZE, "max_seqs": MAX_SEQS, "max_entries": entries, "page_size": PAGE_SIZE,
+            "dtype": "bf16", "layout": "lanes" if self.platform == "tpu" else "plain",
+        }  # fmt: skip
+
+        def make_cache() -> Any:
+            if self.axes[SPREAD] > 1:
+                return ContextKVCache.create(**sizes, axis_size=self.axes[SPREAD])
+            return PagedKVCache.create(**sizes)
+
+        def make_params() -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(local, jnp.bfloat16))
+
+        own = jax.eval_shape(make_cache)
+        self.pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((own.k_pages, own.v_pages)))
+        self.cache = ShardedCache(self.stack(make_cache, cache_specs(own)), self.mesh, config.num_kv_heads)
+        self.params = self.stack(make_params, SPECS[PARAMS])
+        self.shards = self.axes[DATA]
+
+    def stack(self, make: Callable[[], Any], specs: Any) -> Any:
+        """What ``make`` makes on each device, as it lies over the mesh: shapes and shardings."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        from jaxpaged.sharding import stacked
+
+        def placed(spec: Any, part: Any) -> Any:
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+        whole = jax.eval_shape(
+            jax.shard_map(
+                lambda: stacked(make(), specs), mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False
+            )
+        )
+        return jax.tree.map(placed, specs, whole, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+    def rows(self, *shape: int, dtype: Any = np.int32) -> Any:
+        """An argument that each data shard has of its own."""
+        import jax.numpy as jnp
+
+        from jaxpaged.sharding import ROWS, SPECS
+
+        return self.stack(lambda: jnp.zeros(shape, dtype), SPECS[ROWS])
+
+    def programs(self, quick: bool, whole: bool) -> Iterator[tuple[str, Program]]:
+        """All of them; ``whole``: the loop of ``generate`` too."""
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        from jaxpaged import sequences
+        from jaxpaged.sharding import CACHE, PARAMS, ROWS, SAME
+
+        same = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
+        counts, marked = self.rows(MAX_SEQS), self.rows(MAX_SEQS, dtype=bool)
+
+        def step(tokens: int, params: Any, cache: Any, ids: Any, num_new: Any) -> Any:
+            most = 1 if tokens == MAX_SEQS else tokens
+            cache, batch, _ = cache.reserve(num_new, num_tokens=tokens, max_new=most)
+            logits, cache = self.model(params, ids, cache, batch, batch.last_rows)
+            return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        for name, tokens in STEPS.items():
+            if quick and name != "decode":
+                continue
+            given = self.params, self.cache, self.rows(tokens), counts
+            takes, gives = (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS)
+            yield name, Program(functools.partial(step, tokens), takes, gives, given)
+
+        def edit(function: Any, gives: Any, *given: Any) -> Program:
+            takes = tuple(SAME if x is same else ROWS for x in given)
+            return Program(function, (CACHE, *takes), gives, (self.cache, *given))
+
+        def reserve(cache: Any, num_new: Any) -> Any:
+            return cache.reserve(num_new, num_tokens=PROMPT)
+
+        yield "reserve", edit(reserve, (CACHE, ROWS, ROWS), counts)
+        if quick:
+            return
+        pair = (CACHE, ROWS)
+        yield "seq_remove", edit(sequences.seq_remove, pair, marked, same, same)
+        yield "seq_copy", edit(sequences.seq_copy, pair, same, same, same, same)
+        yield "seq_keep", edit(sequences.seq_keep, pair, same)
+        yield "seq_shift", edit(sequences.seq_shift, pair, same, same, same, same)
+        yield "seq_reorder", edit(sequences.seq_reorder, CACHE, counts)
+        yield "seq_drop_unseen", edit(lambda c: sequences.seq_drop_unseen(c, WINDOW), CACHE)
+        for query in QUERIES:
+            yield query, edit(getattr(sequences, query), ROWS)
+        if whole:
+            yield "generate", self.generate()
+
+    def generate(self) -> Program:
+        """The whole loop, for a prompt for each sequence."""
+        import jax
+
+        from jaxpaged import generation
+        from jaxpaged.generation_request import make_request
+        from jaxpaged.sharding import CACHE, PARAMS, RESULT, ROWS, SPECS
+
+        prompts = [[1] * PROMPT] * MAX_SEQS
+        # As of one shard; on the mesh each has as much.
+        request, shape = make_request(
+            MAX_SEQS,
+            prompts,
+            64,
+            None,
+            (2,),
+            PROMPT,
+            keep=False,
+            num_samples=1,
+            context_shift=None,
+            window=None,
+        )
+        given = self.stack(
+            lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), request), SPECS[ROWS]
+        )
+        loop = functools.partial(generation._generate, self.model, shape)
+        return Program(loop, (PARAMS, CACHE, ROWS), (RESULT, CACHE), (self.params, self.cache, given))
+
+    def compile(self, name: str, program: Program) -> dict[str, Any]:
+        """The row of one program."""
+        import jax
+
+        from jaxpaged.sharding import CACHE, over_mesh
+
+        start = time.perf_counter()
+        lowered_for = {"gpu": "cuda"}.get(self.platform, self.platform)
+        function = over_mesh(program.function, program.takes, program.gives)
+        donated = () if name in QUERIES else program.takes.index(CACHE)
+        try:
+            traced = jax.jit(function, donate_argnums=donated).trace(*program.arguments)
+            compiled = traced.lower(lowering_platforms=(lowered_for,)).compile()
+        except Exception as error:  # compilers' have no public name, and whatever it is, it is the result
+            return {"result": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        seconds, sizes = time.perf_counter() - start, compiled.memory_analysis()
+        memory = {
+            "argument_bytes": sizes.argument_size_in_bytes,
+            "alias_bytes": sizes.alias_size_in_bytes,
+            "temp_bytes": sizes.temp_size_in_bytes,
+            "code_bytes": sizes.generated_code_size_in_bytes,
+            "pool_bytes": self.pool_bytes,
+        }
+        found = contents_of(compiled.as_text(), self.axes)
+        result = verdict(name, self.axes, self.layers, found, memory)
+        return {"result": result, "seconds": round(seconds, 1), **row_of(found), **memory}
+
+
+def work(target: str, mesh: str, layers: int, quick: bool, rows: Path) -> None:
+    """Compiles everything for one mesh: a line of the table and a line of JSON each."""
+    compiler = MeshCompiler(target, mesh, layers)
+    platform, meshes = TARGETS[target]
+    first = next(name for name, (other, _) in TARGETS.items() if other == platform)
+    whole = (target, mesh) == (first, meshes[0])
+    for name, program in compiler.programs(quick, whole):
+        row = {"target": target, "mesh": mesh, "program": name, "layers": layers}
+        row |= compiler.compile(name, program)
+        print_row(row)
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# --- all of them ------------------------------------------------------------------------------------------------
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    def cell(name: str) -> str:
+        value = row.get(name, "")
+        return f"{value / 2**20:.1f}" if name.endswith("_bytes") and value != "" else str(value)
+
+    print("| " + " | ".join(map(cell, COLUMNS)) + " |", flush=True)
+
+
+def environment_of(platform: str) -> dict[str, str] | None:
+    """What a worker's environment has more; None where the platform's compiler is not here, or what a model needs."""
+    if importlib.util.find_spec("flax") is None:
+        return None
+    shared = {"JAX_PLATFORMS": "cpu", "JAXPAGED_ATTENTION": KERNELS[platform]}
+    if platform == "tpu":
+        if importlib.util.find_spec("libtpu") is None:
+            return None
+        return shared | {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that exists; the topology is named when compiling
+            "TPU_LOG_DIR": "disabled",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+    folder = ptxas_folder()
+    if importlib.util.find_spec("jax_cuda13_plugin") is None or folder is None:
+        return None
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return shared | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PATH": path}
+
+
+def run_worker(
+    target: str, mesh: str, layers: int, quick: bool, environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Compiles for one mesh in a process of its own: a compiler that aborts takes no other mesh with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows, said = Path(folder) / "rows.jsonl", Path(folder) / "stderr"
+        command = [sys.executable, "-m", "tpu_scripts.compile_check_mesh", "--worker", str(rows)]
+        command += ["--target", target, "--mesh", mesh, "--layers", str(layers)] + ["--quick"] * quick
+        problem = ""
+        with said.open("w") as errors:
+            try:
+                done = subprocess.run(
+                    command, env={**os.environ, **environment}, cwd=ROOT, stderr=errors, check=False,
+                    timeout=WORKER_SECONDS,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                problem = f"not done after {WORKER_SECONDS} s"
+            else:
+                if done.returncode:
+                    problem = f"exit status {done.returncode}: {' '.join(said.read_text().split())[-300:]}"
+        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    if problem:
+        found.append({"target": target, "mesh": mesh, "program": "all others", "result": problem})
+        print_row(found[-1])
+    return found
+
+
+def main() -> int:
+    from jaxpaged.sharding import MeshError, parse_mesh
+    from tpu_scripts.common import Parser, add_json, check_writable, positive
+
+    parser = Parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="decode and reserve, on one mesh of a platform")
+    parser.add_argument("--platform", choices=KERNELS, help="this one alone")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="this one alone; may be repeated")
+    parser.add_argument("--mesh", action="append", metavar="AXES", help="this one alone; may be repeated")
+    parser.add_argument("--layers", type=positive, default=2, help="of the model (default: %(default)s)")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    add_json(parser)
+    args = parser.parse_args()
+    if args.worker is not None:
+        work(args.target[0], args.mesh[0], args.layers, args.quick, args.worker)
+        return 0
+    check_writable(parser, args.json)
+    for mesh in args.mesh or ():
+        try:
+            parse_mesh(mesh)
+        except MeshError as error:
+            parser.error(f"--mesh: {error}")
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for target in args.target or TARGETS:
+        platform, meshes = TARGETS[target]
+        environment = environment_of(platform)
+        if environment is None or args.platform not in (None, platform) or (args.quick and platform in seen):
+            continue
+        if not seen:
+            print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}", flush=True)
+        seen.add(platform)
+        for mesh in args.mesh or (meshes[:1] if args.quick else meshes):
+            rows += run_worker(target, mesh, args.layers, args.quick, environment)
+    failed = [row for row in rows if row["result"] != "ok"]
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if not rows:
+        print("needs flax, and libtpu or CUDA's compiler; --help says what to install", file=sys.stderr)
+        return 2
+    print(f"\n{len(rows) - len(failed)} programs are right, {len(failed)} are not")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
