@@ -1,7 +1,7 @@
 """Products with quantized matrices on a TPU or GPU: time, and the share of the memory's bandwidth.
 
     python -m tpu_scripts.bench_quantized_products
-    python -m tpu_scripts.bench_quantized_products --types Q4_0,Q8_0 --rows 14336 --columns 4096 --tokens 1,8 --json FILE
+    python -m tpu_scripts.bench_quantized_products --types Q4_0,Q8_0 --rows 14336 --columns 4096 --tokens 1,8
 
 Needs: a TPU or a GPU, and jax for it (pip install -e ".[model,tpu]" or ".[model,cuda13]").
 
@@ -109,7 +109,8 @@ def main() -> int:
         from model.quantized import gpu_kernel as kernel  # type: ignore[no-redef]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.rows} x {args.columns}\n")
     print(
-        "| type | tokens | us | GB/s of codes | bf16 by XLA, us | GB/s | bf16 / type |\n|---|---:|---:|---:|---:|---:|---:|"
+        "| type | tokens | us | GB/s of codes | bf16 by XLA, us | GB/s | bf16 / type |\n"
+        "|---|---:|---:|---:|---:|---:|---:|"
     )
     key = jax.random.key(1)
     plain = [jax.random.normal(key, (args.rows, args.columns), jnp.bfloat16) for _ in range(MATRICES)]

@@ -182,7 +182,9 @@ def test_the_pool_is_not_copied(model):
     memory = program.memory_analysis()
     pool = sharded.local.bytes_per_page * sharded.local.num_pages
     assert memory.alias_size_in_bytes >= pool
-    assert memory.temp_size_in_bytes < 1.2 * pool  # XLA's CPU client copies once where a kernel reads beside a write
+    assert (
+        memory.temp_size_in_bytes < 1.2 * pool
+    )  # XLA's CPU client copies once where a kernel reads beside a write
 
 
 def test_shards_have_tables_and_pools_of_their_own(model):
