@@ -169,6 +169,21 @@ class _Pages:
             return shared, 0, idle
         return shared, own[0], idle + own[0]
 
+    def touch(self, request: int, prefix: int, shared: int, own: int) -> None:
+        """The request, which waits on, has looked at what was found: of all that nobody uses, it leaves last."""
+        if own:
+            self._own[request] = self._moved_behind(self._own[request])
+        if shared and not self._users[prefix]:
+            self._prefix[prefix] = self._moved_behind(self._prefix[prefix])
+
+    def _moved_behind(self, pages: list[int]) -> list[int]:
+        moved = [pages[0]]
+        pages[0] = 0
+        while self._order and not self._order[0][0]:
+            self._order.popleft()
+        self._order.append(moved)
+        return moved
+
     def acquire(self, request: int, prefix: int, shared: int, own: int) -> None:
         """The request holds what was found."""
         if shared:
@@ -379,6 +394,7 @@ class _Run:
             shared, kept, idle = pages.found(request, prefix)
             own = -(-length // page_size) - shared - kept
             if promised + own + running > pages.available - idle and running:
+                pages.touch(request, prefix, shared, kept)
                 break
             self.waiting.popleft()
             pages.acquire(request, prefix, shared, kept)
