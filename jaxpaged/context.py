@@ -29,7 +29,7 @@ from jaxpaged.attention.base import Pages
 from jaxpaged.batch import Batch
 from jaxpaged.block_table import BlockTable
 from jaxpaged.cache import PagedKVCache
-from jaxpaged.page_format import PageFormat, formats_of
+from jaxpaged.page_format import BlockPages, PageFormat, formats_of
 from jaxpaged.rope import Rope
 from jaxpaged.sequences import Sequences
 
@@ -149,6 +149,17 @@ class ContextKVCache(Sequences):
     def num_local_pages(self) -> int:
         """N / C, static: pages of one rank; the number that no local page has."""
         return self.num_pages // self.axis_size
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page, which one rank has: keys and values, all layers."""
+        pools = [p.parts if isinstance(p, BlockPages) else p for p in self.k_pages + self.v_pages]
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_local_pages
+
+    @property
+    def bytes_of_open_pages(self) -> int:
+        """0: no format that seals pages can be spread."""
+        return 0
 
     @property
     def book(self) -> PagedKVCache:

@@ -244,7 +244,9 @@ def test_it_decides_as_the_engine_does(engine, prefix):
         )
         found = outcome.steps, outcome.preemptions, outcome.evictions, outcome.cached_tokens
         wanted = tuple(getattr(after, name) - getattr(before, name) for name in names)
-        if prefix:  # the engine also shares a page that somebody is about to fill, which saves a page and its tokens
+        if (
+            prefix
+        ):  # the engine also shares a page that somebody is about to fill, which saves a page and its tokens
             assert np.all(np.abs(np.subtract(found, wanted)) <= [0, 0, 1, PAGE_SIZE - 1])
         else:
             assert found == wanted

@@ -18,6 +18,7 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.cache_type import CacheType, check_hadamard
@@ -25,7 +26,7 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import Weights
-from jaxpaged.sharding import CACHE, PARAMS, ROWS, SAME, fetch, num_shards, over_mesh
+from jaxpaged.sharding import CACHE, CONTEXT, PARAMS, ROWS, SAME, fetch, num_shards, over_mesh
 
 _SEED = 0
 
@@ -214,7 +215,7 @@ def run(options: BenchOptions) -> None:
     shards = num_shards(ready.loaded.mesh)
     if uneven := [batch for batch in options.batch if batch % shards]:
         raise InputError(f"-b {uneven[0]}: data={shards} of --mesh needs multiples of {shards}")
-    caches = caches_of(options, ready.dtype)
+    caches = caches_of(options, ready.dtype, ready.loaded.mesh)
     longest = max(map(sum, tests)) + max(options.depth)
     trained = ready.loaded.config.context_length
     if longest > trained:
@@ -236,7 +237,7 @@ def run(options: BenchOptions) -> None:
         report()
 
 
-def caches_of(options: BenchOptions, own: str) -> list[tuple[str, CacheType]]:
+def caches_of(options: BenchOptions, own: str, mesh: Mesh | None) -> list[tuple[str, CacheType]]:
     """The caches to compare, kind and type, for a model of ``own`` dtype; what cannot be is left out, and said.
 
     Raises:
@@ -249,7 +250,13 @@ def caches_of(options: BenchOptions, own: str) -> list[tuple[str, CacheType]]:
         if len(sealing) == len(types) and "paged" not in options.kinds:
             raise InputError(f"--kv contiguous: {names} quantizes whole pages")
         say(f"contiguous {names} is left out: it quantizes whole pages")
-    return [(kind, one) for one in types for kind in options.kinds if kind == "paged" or not one.seals]
+    kinds = options.kinds
+    if mesh is not None and mesh.shape[CONTEXT] > 1 and "contiguous" in kinds:
+        if "paged" not in kinds:
+            raise InputError("--kv contiguous: --mesh context=N spreads pages")
+        say("contiguous is left out: --mesh context=N spreads pages")
+        kinds = ("paged",)
+    return [(kind, one) for one in types for kind in kinds if kind == "paged" or not one.seals]
 
 
 def measure(
