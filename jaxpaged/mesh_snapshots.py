@@ -55,8 +55,11 @@ def snapshot(
         for layers in (tuple(one.keys for one in whole), tuple(one.values for one in whole))
     ]
     if jax.process_index() == 0:
+        entries = whole[0].entries.copy()
+        entries[:, 0] = seq  # one device knows it by its number there
         heads = sum(one.num_kv_heads for one in whole)
-        write_snapshot(path, replace(whole[0], num_kv_heads=heads, keys=joined[0], values=joined[1]))
+        named = replace(whole[0], sequences=(seq,), entries=entries)
+        write_snapshot(path, replace(named, num_kv_heads=heads, keys=joined[0], values=joined[1]))
     share(None)  # the file is there when anybody goes on
 
 

@@ -282,7 +282,8 @@ def test_a_conversation_stays_where_its_pages_are(service):
 
 def test_texts_that_begin_differently_spread(service):
     counts = Counter(service.complete(f"# Example {i}\n{LONG}", 4).headers[HEADER] for i in range(8))
-    assert sorted(counts.values()) == [4, 4]
+    # Who has fewer texts to forget goes first; the conversations before may lie unevenly.
+    assert len(counts) == 2 and min(counts.values()) >= 2
 
 
 def test_a_beginning_that_all_share_does_not_keep_a_replica_idle(service):
