@@ -71,7 +71,11 @@ class PageFormat:
 
     def write(self, pages: Array, page: Array, slot: Array, rows: Array) -> Array:
         """Writes ``rows [T, num_kv_heads, head_dim]`` at ``(page i32[T], slot i32[T])``; page N is dropped."""
-        return pages.at[page, :, slot].set(self.round(rows), mode="drop")
+        # Rows of one matrix, because XLA:TPU turns the whole pool around to scatter into its third axis.
+        _, num_kv_heads, page_size, head_dim = pages.shape
+        index = (page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)) * page_size + slot[:, None]
+        matrix = pages.reshape(-1, head_dim).at[index].set(self.round(rows), mode="drop")
+        return matrix.reshape(pages.shape)
 
     def round(self, rows: Array) -> Array:
         """Numbers as they are stored."""
