@@ -43,7 +43,7 @@ def requests(count: int, *, begin: tuple[int, ...] = (), temperature: float = 0.
     return [
         EngineRequest(
             str(i), (*begin, *rng.integers(1, 200, int(rng.integers(2, 12))).tolist()),
-            max_new_tokens=int(rng.integers(3, 20)), temperature=temperature, seed=i,
+            max_new_tokens=int(rng.integers(3, 46)), temperature=temperature, seed=i,
         )
         for i in range(count)
     ]  # fmt: skip
