@@ -35,7 +35,7 @@ def single():
 @pytest.fixture(scope="module")
 def spread():
     """Two shards of two sequences, with pages for not much more than one."""
-    return engine_on(mesh_kit.mesh_of(2, 2), 10)
+    return engine_on(mesh_kit.mesh_of(2, 2), 8)
 
 
 def requests(count: int, *, begin: tuple[int, ...] = (), temperature: float = 0.0) -> list[EngineRequest]:
