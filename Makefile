@@ -82,6 +82,7 @@ test-kernels: ## Every case of the kernels' conformance, in their interpreters; 
 soak: .venv/.extra-test ## Thousands of requests against the server, every answer checked; minutes
 	JAX_PLATFORMS=cpu .venv/bin/python tests/server/soak.py $(ARGS)
 	JAX_PLATFORMS=cpu .venv/bin/python tests/server/soak.py --swap --pages 24 --seed 1 $(ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 .venv/bin/python tests/server/soak.py --mesh data=2,tensor=2 --seed 2 $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m model.tiny.train $(ARGS)

@@ -64,6 +64,8 @@ class Report:
     seconds: float = 0.0
     megabytes: list[float] = field(default_factory=list)
     """Resident memory after each round."""
+    alone: dict[str, list[int]] = field(default_factory=dict)
+    """The tokens that each prompt gives alone, from the same server."""
 
     @property
     def memory_growth(self) -> float:
@@ -217,7 +219,7 @@ class Client:
         self.report.outcomes["nonsense refused"] += 1
 
 
-async def _expected(http: httpx.AsyncClient, model: Any) -> dict[str, dict[str, Any]]:
+async def _expected(http: httpx.AsyncClient, model: Any, report: Report) -> dict[str, dict[str, Any]]:
     """What each prompt gives alone: asked for one by one, outside of the prefix cache."""
     expected = {}
     for prompt in prompts():
@@ -229,7 +231,7 @@ async def _expected(http: httpx.AsyncClient, model: Any) -> dict[str, dict[str, 
             "return_tokens": True,
         }
         answer = (await http.post("/completion", json=body)).raise_for_status().json()
-        ids = answer["tokens"]
+        ids = report.alone[prompt] = answer["tokens"]
         decoder = model.tokenizer.stream(at_start=False)
         prefixes, text = [""], ""
         for token in ids:
@@ -257,13 +259,14 @@ async def soak(
     pages: int,
     rounds: int = 10,
     swap: bool = False,
+    mesh: str | None = None,
     seed: int = 0,
     limit_seconds: float = 1200,
 ) -> Report:
     """Runs it; raises what the engine's own checks find."""
     options = ServeOptions(
         ctx_size=256, parallel=8, kv_pages=pages, page_size=16, max_queue=12, batch_size=128, swap_space=2**24,
-        api_keys=(KEY,), log=False,
+        api_keys=(KEY,), log=False, mesh=mesh,
     )  # fmt: skip
     state = ServerState(options)
     runner, model = await asyncio.to_thread(serve._build, options)
@@ -295,7 +298,7 @@ async def _soaked(
     while (await _status(url)) != 200:
         await asyncio.sleep(0.05)
     async with httpx.AsyncClient(base_url=url, headers={"X-Api-Key": KEY}, timeout=60) as http:
-        expected = await _expected(http, state.model)
+        expected = await _expected(http, state.model, report)
     begin = time.monotonic()
     for number in range(rounds):
         count = [requests // rounds]
@@ -344,8 +347,11 @@ def main() -> int:
     )
     parser.add_argument("--pages", type=int, default=40, help="of 16 tokens; 8 sequences may want 128")
     parser.add_argument("--swap", action="store_true", help="preempted sequences always go to host memory")
+    parser.add_argument("--mesh", help="as of jaxpaged serve; pages are those of all data shards")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.swap and options.mesh:
+        parser.error("--swap is for one device")
     report = asyncio.run(soak(**vars(options)))
     print(f"{options.requests} requests of {options.clients} clients in {report.seconds:.1f} s")
     print("outcomes:", dict(report.outcomes))
