@@ -405,15 +405,23 @@ def merge_over_axis(out: Array, lse: Array, axis: str, sinks: Array | None = Non
 
 
 def _as_words(x: Array) -> Array:
-    """The bits of a page's part as u32[n]: added to zeros they stay what they are, NaN and -0.0 too, in every dtype."""
-    if x.dtype.itemsize == 4:
-        return lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-    return lax.bitcast_convert_type(x.reshape(-1, 4 // x.dtype.itemsize), jnp.uint32)
+    """The bits of a page's part as u32[n]: added to zeros they stay what they are, NaN and -0.0 too, in every dtype.
+
+    Narrow numbers are joined far from each other, the first of the first half with the first of the second: as
+    neighbours, which is how ``bitcast_convert_type`` joins them, they are an array whose last axis is 2 wide, and XLA
+    for TPUs turns the whole pool into one before it takes the page.
+    """
+    width = 8 * x.dtype.itemsize
+    bits = lax.bitcast_convert_type(x, f"uint{width}").reshape(-1).astype(jnp.uint32)
+    parts = jnp.split(bits, 32 // width)
+    return sum((part << (width * i) for i, part in enumerate(parts[1:], 1)), parts[0])
 
 
 def _from_words(words: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """What ``_as_words`` was given."""
-    return lax.bitcast_convert_type(words, dtype).reshape(shape)
+    width = 8 * jnp.dtype(dtype).itemsize
+    parts = [(words >> (width * i)).astype(f"uint{width}") for i in range(32 // width)]
+    return lax.bitcast_convert_type(jnp.concatenate(parts).reshape(shape), dtype)
 
 
 def _ends(sizes: list[int]) -> list[int]:
