@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # Each a process of its own: programs over eight devices take memory and threads.
 MESH_TESTS := $(wildcard tests/mesh/test_*.py)
-MESH_TESTS_IN_BRIEF := tests/mesh/test_sharding.py tests/mesh/test_context.py
+MESH_TESTS_IN_BRIEF := tests/mesh/test_sharding.py tests/mesh/test_loading.py tests/mesh/test_context.py
 # What is built on the core, or compiles for minutes, is tested with one jax alone.
 NOT_CORE := $(addprefix --ignore=tests/,model app server engine test_attending_machine.py test_cache_state_machine.py test_generation.py test_beams.py test_lookup.py test_snapshots.py test_snapshots_quantized.py test_quantized_formats.py test_sealed_pages.py test_lane_blocks.py test_page_format.py test_adoption.py test_bugs_others_had.py test_conformance_docs.py test_fork_laws.py test_page_map.py test_tpu_scripts.py test_plan_capacity.py test_compile_check_mesh.py test_bench_against_llama_cpp.py)
 # Which extras of peers: make peers PEERS=peers,llama
