@@ -7,6 +7,7 @@ decide otherwise, a random seed or how long a step takes, they are told (``shard
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
     """Joins the other processes; call it before JAX looks for devices. With a single process it does nothing.
 
     ``--coordinator`` names process 0, by its host and a free port. Without it the environment of a cluster tells, where
-    it is of several processes: SLURM, Open MPI, Cloud TPU pods and GKE, as ``jax.distributed.initialize`` reads it.
+    it is of several processes: SLURM, Open MPI, GKE and Cloud TPU pods, as ``jax.distributed.initialize`` reads it.
 
     Raises:
       InputError: flags that do not go together, or processes that do not come.
@@ -46,7 +47,8 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
         raise InputError(
             "--num-processes and --process-id belong to --coordinator HOST:PORT, where process 0 listens"
         )
-    if o.coordinator is None and not _in_cluster(environment):
+    in_cluster = _in_cluster(environment)
+    if o.coordinator is None and not in_cluster and not _beside_tpus(environment):
         return
     if o.coordinator is not None:
         _check(o)
@@ -62,7 +64,13 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
             initialization_timeout=_STARTUP_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:  # jax.errors.JaxRuntimeError is one of the first
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # JaxRuntimeError is one of the first, a failed request a third
+        if o.coordinator is None and not in_cluster and not isinstance(error, RuntimeError):
+            return  # TPUs of no pod: nobody tells of other hosts
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "the cluster's environment" if o.coordinator is None else f"--coordinator {o.coordinator}"
         raise InputError(f"{where}: the processes of this run did not come together: {reason}") from error
@@ -102,6 +110,21 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     several = max(number("SLURM_STEP_NUM_TASKS"), number("OMPI_COMM_WORLD_SIZE")) > 1
     hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     return several or len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def _beside_tpus(environment: Mapping[str, str]) -> bool:
+    """Whether this host has TPU chips, and may so be one of a pod: JAX asks Google Cloud, which tells it of the others.
+
+    On GKE the environment has told already.
+    """
+    if "TPU_WORKER_HOSTNAMES" in environment or importlib.util.find_spec("libtpu") is None:
+        return False
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms:
+        return False
+    import jax  # noqa: F401  # which sets the variable where there are no chips
+
+    return "TPU_SKIP_MDS_QUERY" not in environment
 
 
 def count() -> int:

@@ -21,12 +21,22 @@ from model import tiny
 TEXT = "class Stack:\n    def __init__(self"
 GREEDY = ("-m", str(tiny.PATH), "--temp", "0")
 SECONDS = 240
+FIRST_PORT = 65536 - 4096
+"""Of those that JAX makes of the number of a cluster's job."""
 
 
-def free_port() -> int:
+def free_port(wanted: int = 0) -> int:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.bind(("127.0.0.1", wanted))
         return sock.getsockname()[1]
+
+
+def port_of_a_job() -> int:
+    """A free one of those that JAX makes of the number of a cluster's job."""
+    for port in range(FIRST_PORT + os.getpid() % 2048, 65536):
+        with suppress(OSError):
+            return free_port(port)
+    raise AssertionError("no port is free")
 
 
 def environment() -> dict[str, str]:
@@ -34,10 +44,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jaxpaged.app.cli", *arguments]
     return subprocess.Popen(
-        command, env=environment(), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, env=environment() | variables, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -46,7 +56,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def two(*arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
     """The command in two processes, which do not outlive the block."""
     ports = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
-    processes = [start(*arguments, *ports, str(i)) for i in range(2)]
+    with killed_at_the_end([start(*arguments, *ports, str(i)) for i in range(2)]) as processes:
+        yield processes
+
+
+@contextmanager
+def killed_at_the_end(processes: list[subprocess.Popen[str]]) -> Iterator[list[subprocess.Popen[str]]]:
     try:
         yield processes
     finally:
@@ -75,6 +90,35 @@ def test_the_text_is_that_of_one_device(flags):
         (first, out, complaint), (second, nothing, _) = ended(processes)
     assert (first, second, nothing) == (0, 0, ""), complaint
     assert json.loads(out)["tokens"] == json.loads(alone)["tokens"]
+
+
+def slurm(process: int, port: int) -> dict[str, str]:
+    """What ``srun --ntasks 2`` tells a task; JAX makes the port of the job's number."""
+    return {
+        "SLURM_JOB_ID": str(port - FIRST_PORT), "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": str(process), "SLURM_LOCALID": "0",
+    }  # fmt: skip
+
+
+def open_mpi(process: int, port: int) -> dict[str, str]:
+    """What ``mpirun -n 2`` tells a process."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{(port - FIRST_PORT) * 4096}.0;tcp://127.0.0.1,10.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(process), "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", [slurm, open_mpi])
+def test_a_cluster_tells_the_processes_of_each_other(cluster):
+    wanted = ("generate", *GREEDY, "-p", TEXT, "-n", "8", "--json", "--mesh", "tensor=2")
+    port = port_of_a_job()
+    started = [start(*wanted, **cluster(i, port)) for i in range(2)]
+    with killed_at_the_end(started) as processes:
+        (first, out, complaint), (second, nothing, _) = ended(processes)
+    assert (first, second, nothing) == (0, 0, ""), complaint
+    assert json.loads(out)["text"]
+    assert "in 2 processes" in complaint
 
 
 @contextmanager
