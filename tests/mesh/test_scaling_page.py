@@ -1,0 +1,25 @@
+"""The Python of docs/scaling.md runs as it stands there, on a smaller mesh."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mesh_kit import loaded
+
+from model import tiny
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+TEXTS = ("def f(", "class Stack:", "import os")
+
+
+def test_the_example_runs():
+    (code,) = (
+        code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "make_mesh" in code
+    )
+    assert '"model.gguf"' in code and "tensor=4" in code
+    code = code.replace('"model.gguf"', repr(str(tiny.PATH))).replace("tensor=4", "tensor=2")
+    tokenizer = loaded("tiny").tokenizer
+    names = {"prompts": [tokenizer.encode(text) for text in TEXTS]}
+    exec(code, names)
+    assert list(names["result"].num_tokens[:3]) == [64, 64, 64]
