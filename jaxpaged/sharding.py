@@ -351,20 +351,20 @@ def over_mesh(
 
         def local(*given: Any) -> Any:
             own = list(arguments)
-            for i, part in zip(dynamic, given, strict=True):
-                own[i] = unstacked(part, specs[i])
+            for i, part, whole in zip(dynamic, given, wholes, strict=True):
+                own[i] = unstacked(_with_empty(part, specs[i], whole, cache.mesh), specs[i])
             out = function(*own)
             outs = (out,) if alone else out
             return tuple(map(stacked, outs, out_specs))
 
-        given = [x.parts if isinstance(x, ShardedCache) else x for x in (arguments[i] for i in dynamic)]
+        wholes = [x.parts if isinstance(x, ShardedCache) else x for x in (arguments[i] for i in dynamic)]
         outs = jax.shard_map(
             local,
             mesh=cache.mesh,
             in_specs=tuple(specs[i] for i in dynamic),
             out_specs=out_specs,
             check_vma=False,
-        )(*given)
+        )(*map(_without_empty, wholes))
         everywhere = NamedSharding(cache.mesh, _SAME)
         done = []
         for kind, out in zip(kinds, outs, strict=True):
@@ -376,6 +376,23 @@ def over_mesh(
         return done[0] if alone else tuple(done)
 
     return spread
+
+
+def _without_empty(value: Any) -> Any:
+    """None in the place of arrays without elements: XLA of jax 0.11 dies of them as arguments of a ``shard_map``."""
+    return jax.tree.map(lambda x: x if np.size(x) else None, value)
+
+
+def _with_empty(part: Any, specs: Specs, whole: Any, mesh: Mesh) -> Any:
+    """One device's part of ``whole``, of which ``_without_empty`` is given."""
+
+    def local_shape(x: Any, spec: PartitionSpec) -> Any:
+        if np.size(x):
+            return x
+        return jax.ShapeDtypeStruct(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
+
+    shapes = _by_spec(local_shape, specs, whole)
+    return jax.tree.map(lambda like, x: jnp.zeros(like.shape, like.dtype) if x is None else x, shapes, part)
 
 
 # --- dealing ----------------------------------------------------------------------------------------------------

@@ -223,11 +223,11 @@ class Replica:
 
         prepare(options.threads)  # before anything imports jax
         from jaxpaged.app.server.application import create_application
-        from jaxpaged.app.server.serve import _build
+        from jaxpaged.app.server.serve import load_engine
         from jaxpaged.app.server.state import ServerState
 
         self._state = ServerState(options)
-        self._runner, self._state.model = _build(options)
+        self._runner, self._state.model = load_engine(options)
         self._runner.start()  # Ray calls this on the event loop of the requests
         self._state.metrics.watch(self._runner.stats)
         self._state.runner = self._runner

@@ -146,7 +146,7 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
     """The running engine; None where a signal came first. Meanwhile /health says that the model is loading."""
     if options.log:
         say("loading; requests are answered 503 until the model is ready")
-    loading = asyncio.create_task(asyncio.to_thread(_build, options))
+    loading = asyncio.create_task(asyncio.to_thread(load_engine, options))
     signalled = asyncio.create_task(asked.wait())
     await asyncio.wait((loading, signalled), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -161,7 +161,12 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
     return runner
 
 
-def _build(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
+def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
+    """The engine of a model, its programs compiled and not yet running, and what is said of the model.
+
+    Raises:
+      InputError: flags that the model, the mesh or the memory do not allow.
+    """
     from jaxpaged.app.server.building import build_engine
 
     ready = open_model(options, mesh=options.mesh, show_progress=options.log)
