@@ -13,7 +13,8 @@ import pytest
 from script_kit import run
 
 from tpu_scripts import compile_check_mesh as mesh
-from tpu_scripts.compile_check_mesh import Collective, Contents, axes_of, contents_of, groups_of, verdict
+from tpu_scripts.compile_check_mesh import verdict
+from tpu_scripts.compiled_contents import Collective, Contents, axes_of, bytes_of, contents_of, groups_of
 
 ROOT = Path(__file__).parent.parent
 AXES = {"data": 2, "context": 1, "tensor": 4}
@@ -125,7 +126,7 @@ def test_groups_of_devices_lie_along_axes(text: str, groups: list[list[int]] | N
     ],
 )
 def test_bytes_of_shapes(shape: str, size: int):
-    assert mesh.bytes_of(shape) == size
+    assert bytes_of(shape) == size
 
 
 def sums(count: int, over: str = "tensor", *, in_loop: bool = False) -> list[Collective]:

@@ -30,7 +30,7 @@ from jaxpaged.sharding import (
     parse_mesh,
     put,
 )
-from tpu_scripts.compile_check_mesh import contents_of
+from tpu_scripts.compiled_contents import contents_of
 
 DATA, TENSOR, S, N, T = 2, 4, 3, 16, 8
 
