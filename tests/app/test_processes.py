@@ -117,3 +117,8 @@ def test_flags_that_do_not_go_together_are_named(command, flags, said, refused):
 @pytest.mark.parametrize("command", [["generate", "-p", "x"], ["bench"], ["serve"]], ids=lambda c: c[0])
 def test_a_mesh_that_cannot_be_is_named(command, mesh, said, refused, model_path):
     assert said in refused(*command, "-m", model_path, "--mesh", mesh)
+
+
+def test_the_server_says_at_once_that_it_spreads_no_contexts(refused):
+    said = refused("serve", "-m", "there/is/none.gguf", "--mesh", "context=2")
+    assert "--mesh context=2: the server knows the axes data and tensor" in said

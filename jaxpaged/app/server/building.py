@@ -18,7 +18,7 @@ from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.engine import Engine, EngineConfig, MeshEngine
-from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, agree, num_shards
+from jaxpaged.sharding import CONTEXT, TENSOR, MeshError, ShardedCache, agree, num_shards, parse_mesh
 from model.config import ModelConfig
 
 _SPARE_ENTRIES = 4
@@ -54,6 +54,22 @@ class PoolPlan:
         )
 
 
+def check_mesh(text: str | None) -> None:
+    """Refuses a ``--mesh`` that the server cannot use, before a model is loaded.
+
+    Raises:
+      InputError: it is none, or has an axis that is not the server's.
+    """
+    try:
+        sizes = parse_mesh(text) if text is not None else {}
+    except MeshError as error:
+        raise InputError(f"--{error}") from error
+    if sizes.get(CONTEXT, 1) > 1:
+        raise InputError(
+            f"--mesh {text}: the server knows the axes data and tensor; context is for generate and bench"
+        )
+
+
 def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
     """An engine for the model, not yet compiled; tells of its cache on stderr.
 
@@ -65,10 +81,6 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
         options.cache_type_k or ready.dtype, options.cache_type_v or ready.dtype, options.hadamard
     )
     config, mesh = ready.loaded.config, ready.loaded.mesh
-    if mesh is not None and mesh.shape[CONTEXT] > 1:
-        raise InputError(
-            "--mesh: the server knows the axes data and tensor; context is for generate and bench"
-        )
     plan = plan_pool(options, cache_type, config, mesh)
     if options.log:
         say(plan.line(options, cache_type, num_shards(mesh)))

@@ -48,6 +48,9 @@ def run(options: ServeOptions) -> int:
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
     """
+    from jaxpaged.app.server.building import check_mesh
+
+    check_mesh(options.mesh)
     if not processes.speaks():
         return _follow(options)
     with contextlib.ExitStack() as open_sockets:
