@@ -269,7 +269,7 @@ async def soak(
         api_keys=(KEY,), log=False, mesh=mesh,
     )  # fmt: skip
     state = ServerState(options)
-    runner, model = await asyncio.to_thread(serve._build, options)
+    runner, model = await asyncio.to_thread(serve.load_engine, options)
     runner.start()
     if swap:
         await runner.call(_always_swap)
