@@ -223,7 +223,7 @@ MODEL_OPTIONS = (
 MESH_OPTIONS = (
     option("Devices", "--mesh", metavar="AXIS=N,...",
            help="Spread model and cache over N devices: data=2,tensor=4 are two pools of pages, each of 4 devices that "
-                "split every layer by heads; context=N spreads the pages of each sequence.  "
+                "split every layer by heads; context=N, of generate and bench, spreads the pages of each sequence.  "
                 "[default: one device; of several processes, tensor over all]"),
     option("Devices", "--coordinator", envvar="JAX_COORDINATOR_ADDRESS", metavar="HOST:PORT",
            help="Run in several processes: where the first of them listens. Each is started with the same flags.  "
