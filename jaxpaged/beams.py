@@ -243,7 +243,7 @@ def _in_order(result: BeamResult, mesh: Mesh | None) -> BeamResult:
 
 def _by_sequence(values: Array, others: Array) -> Array:
     """``[B, W]`` of beams as ``[S]`` of sequences; those that belong to no prompt get what ``others[S]`` says."""
-    return others.at[: values.size].set(values.reshape(-1))
+    return jnp.concatenate([values.reshape(-1), others[values.size :]])
 
 
 def _take(values: Array, index: Array) -> Array:

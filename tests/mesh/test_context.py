@@ -451,7 +451,16 @@ def generate_on(size: int, run: Callable[..., Any], params: Any, request: Any, n
         result, cache = jax.jit(run)(params, PagedKVCache.create(**sizes), request)
     else:
         cache, specs = create_spread(size, **sizes)
-        result, cache = sharded(run, size, (SAME, specs, SAME), (SAME, specs))(params, cache, request)
+        # XLA of jax 0.11 dies of arguments without elements: those of the request are made inside.
+        given = jax.tree.map(lambda x: x if x.size else None, request)
+
+        def run_given(params: Any, cache: Any, given: Any) -> Any:
+            whole = jax.tree.map(
+                lambda like, x: jnp.zeros(like.shape, like.dtype) if x is None else x, request, given
+            )
+            return run(params, cache, whole)
+
+        result, cache = sharded(run_given, size, (SAME, specs, SAME), (SAME, specs))(params, cache, given)
         check_invariants(cache.book)
     return jax.tree.map(np.asarray, (result, cache.allocator, cache.table))
 
