@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
     it is of several processes: SLURM, Open MPI, GKE and Cloud TPU pods, as ``jax.distributed.initialize`` reads it.
 
     Raises:
-      InputError: flags that do not go together, or processes that do not come.
+      InputError: flags that do not go together, processes that do not come, or that were given other flags.
     """
     o = options
     if o.coordinator is None and (o.num_processes, o.process_id) != (None, None):
@@ -76,6 +77,24 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
         raise InputError(f"{where}: the processes of this run did not come together: {reason}") from error
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    _check_alike(sys.argv[1:])
+
+
+def _check_alike(arguments: Sequence[str]) -> None:
+    """Processes that were told different things would run different programs, and break off in the middle of one."""
+    from jaxpaged.sharding import share
+
+    words = [word for word in arguments if not word.startswith("--process-id=")]
+    if "--process-id" in words:
+        at = words.index("--process-id")
+        del words[at : at + 2]
+    told = share(words)
+    for number, other in enumerate(told):
+        if other != told[0]:
+            raise InputError(
+                f"process {number} was started with other flags than process 0, and only --process-id may differ: "
+                f"{shlex.join(other)!r}, not {shlex.join(told[0])!r}"
+            )
 
 
 def _keep_stdout() -> None:

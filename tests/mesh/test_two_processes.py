@@ -121,6 +121,19 @@ def test_a_cluster_tells_the_processes_of_each_other(cluster):
     assert "in 2 processes" in complaint
 
 
+def test_processes_with_other_flags_are_told_so():
+    wanted = ("generate", *GREEDY, "-p", TEXT, "--mesh", "tensor=2", "-n", "8")
+    ports = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
+    with killed_at_the_end(
+        [start(*wanted, *ports, "0"), start(*wanted, "--ignore-eos", *ports, "1")]
+    ) as processes:
+        found = ended(processes)
+    for status, out, complaint in found:
+        assert (status, out) == (2, "")
+        assert "error: process 1 was started with other flags than process 0" in complaint.splitlines()[-1]
+        assert "Traceback" not in complaint
+
+
 @contextmanager
 def server() -> Iterator[tuple[list[subprocess.Popen[str]], int]]:
     """Two processes that serve, once they are ready, and the port."""
