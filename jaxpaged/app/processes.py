@@ -55,8 +55,6 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
         _check(o)
     import jax
 
-    _keep_stdout()
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             o.coordinator,
@@ -65,16 +63,15 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
             initialization_timeout=_STARTUP_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-    ) as error:  # JaxRuntimeError is one of the first, a failed request a third
+    except (RuntimeError, ValueError, OSError) as error:  # JaxRuntimeError, no cluster, no answer
         if o.coordinator is None and not in_cluster and not isinstance(error, RuntimeError):
             return  # TPUs of no pod: nobody tells of other hosts
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "the cluster's environment" if o.coordinator is None else f"--coordinator {o.coordinator}"
         raise InputError(f"{where}: the processes of this run did not come together: {reason}") from error
+    # Before JAX looks for devices, and not where there is one process: Gloo connects several.
+    _keep_stdout()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     _check_alike(sys.argv[1:])
@@ -211,6 +208,20 @@ def is_loss(error: BaseException) -> bool:
     return count() > 1 and any(word in text for word in words)
 
 
+def mesh_sizes(text: str) -> dict[str, Any]:
+    """What ``--mesh`` says, by axis.
+
+    Raises:
+      InputError: it is not of that form.
+    """
+    from jaxpaged.sharding import MeshError, parse_mesh
+
+    try:
+        return parse_mesh(text)
+    except MeshError as error:
+        raise InputError(f"--{error}") from error
+
+
 def open_mesh(text: str | None) -> Any:
     """The mesh that ``--mesh`` names; None where there is neither that nor another process.
 
@@ -223,10 +234,11 @@ def open_mesh(text: str | None) -> Any:
         return None
     import jax
 
-    from jaxpaged.sharding import MeshError, make_mesh, parse_mesh
+    from jaxpaged.sharding import MeshError, make_mesh
 
+    sizes = {"tensor": len(jax.devices())} if text is None else mesh_sizes(text)
     try:
-        return make_mesh(**(parse_mesh(text) if text is not None else {"tensor": len(jax.devices())}))
+        return make_mesh(**sizes)
     except MeshError as error:
         hint = ""
         if "there are" in str(error) and jax.default_backend() == "cpu" and count() == 1:

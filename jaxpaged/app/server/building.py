@@ -18,7 +18,7 @@ from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.contiguous import ContiguousKVCache
 from jaxpaged.engine import Engine, EngineConfig, MeshEngine
-from jaxpaged.sharding import CONTEXT, TENSOR, MeshError, ShardedCache, agree, num_shards, parse_mesh
+from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, agree, num_shards
 from model.config import ModelConfig
 
 _SPARE_ENTRIES = 4
@@ -60,11 +60,7 @@ def check_mesh(text: str | None) -> None:
     Raises:
       InputError: it is none, or has an axis that is not the server's.
     """
-    try:
-        sizes = parse_mesh(text) if text is not None else {}
-    except MeshError as error:
-        raise InputError(f"--{error}") from error
-    if sizes.get(CONTEXT, 1) > 1:
+    if text is not None and processes.mesh_sizes(text).get(CONTEXT, 1) > 1:
         raise InputError(
             f"--mesh {text}: the server knows the axes data and tensor; context is for generate and bench"
         )

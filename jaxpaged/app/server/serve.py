@@ -48,9 +48,6 @@ def run(options: ServeOptions) -> int:
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
     """
-    from jaxpaged.app.server.building import check_mesh
-
-    check_mesh(options.mesh)
     if not processes.speaks():
         return _follow(options)
     with contextlib.ExitStack() as open_sockets:
@@ -63,8 +60,9 @@ def run(options: ServeOptions) -> int:
 
 def _follow(options: ServeOptions) -> int:
     """What the other processes of a run do: compute with the first one until that ends."""
-    from jaxpaged.app.server.building import build_engine
+    from jaxpaged.app.server.building import build_engine, check_mesh
 
+    check_mesh(options.mesh)
     quiet = replace(options, log=False)
     engine = build_engine(quiet, open_model(quiet, mesh=options.mesh, show_progress=False))
     engine.compile()
@@ -170,8 +168,9 @@ def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     Raises:
       InputError: flags that the model, the mesh or the memory do not allow.
     """
-    from jaxpaged.app.server.building import build_engine
+    from jaxpaged.app.server.building import build_engine, check_mesh
 
+    check_mesh(options.mesh)
     ready = open_model(options, mesh=options.mesh, show_progress=options.log)
     model = _served(options, ready)
     if options.log:
