@@ -13,10 +13,10 @@ TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # Each a process of its own: programs over eight devices take memory and threads.
-MESH_TESTS := $(wildcard tests/mesh/test_*.py)
-MESH_TESTS_IN_BRIEF := tests/mesh/test_sharding.py tests/mesh/test_loading.py tests/mesh/test_context.py
+MESH_TESTS := $(wildcard tests/sharding/test_*.py)
+MESH_TESTS_IN_BRIEF := tests/sharding/test_sharding.py tests/sharding/test_loading.py tests/sharding/test_context.py
 # What is built on the core, or compiles for minutes, is tested with one jax alone.
-NOT_CORE := $(addprefix --ignore=tests/,model app server engine test_attending_machine.py test_cache_state_machine.py test_generation.py test_beams.py test_lookup.py test_snapshots.py test_snapshots_quantized.py test_quantized_formats.py test_sealed_pages.py test_lane_blocks.py test_page_format.py test_adoption.py test_bugs_others_had.py test_conformance_docs.py test_fork_laws.py test_page_map.py test_tpu_scripts.py test_plan_capacity.py test_compile_check_mesh.py test_bench_against_llama_cpp.py)
+NOT_CORE := $(addprefix --ignore=tests/,model app engine generation storage pictures testing tpu_scripts cache/test_attend_machine.py cache/test_cache_machine.py pages/test_quantized_formats.py pages/test_residual_pages.py pages/test_lane_blocks.py pages/test_page_format.py cache/test_page_sharing.py cache/test_bugs_others_had.py cache/test_fork_laws.py)
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.
@@ -74,28 +74,28 @@ test-newest: ## Run the core's tests and those of meshes on the newest jax, wher
 	fi; \
 	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(NOT_CORE) $(ARGS)$(if $(ARGS),,; \
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q tests/mesh/test_sharding.py tests/mesh/test_loading.py)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q tests/sharding/test_sharding.py tests/sharding/test_loading.py)
 
 test-kernels: ## Every case of the kernels' conformance, in their interpreters; minutes
 	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test ARGS="tests/attention $(ARGS)"
 	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test-newest ARGS="tests/attention $(ARGS)"
 
 soak: .venv/.extra-test ## Thousands of requests against the server, every answer checked; minutes
-	JAX_PLATFORMS=cpu .venv/bin/python tests/server/soak.py $(ARGS)
-	JAX_PLATFORMS=cpu .venv/bin/python tests/server/soak.py --swap --pages 24 --seed 1 $(ARGS)
-	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 .venv/bin/python tests/server/soak.py --mesh data=2,tensor=2 --seed 2 $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python tests/app/server/soak.py $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python tests/app/server/soak.py --swap --pages 24 --seed 1 $(ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 .venv/bin/python tests/app/server/soak.py --mesh data=2,tensor=2 --seed 2 $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
-	.venv/bin/python -m model.tiny.train $(ARGS)
+	.venv/bin/python -m jaxpaged_model.tiny.train $(ARGS)
 
 bench: .venv/.extra-model ## Measure speed and memory
 	.venv/bin/jaxpaged bench $(ARGS)
 
 bench-attention: .venv/.extra-model ## Measure attention against the memory's bandwidth
-	.venv/bin/python -m tpu_scripts.bench_paged_attention $(ARGS)
+	.venv/bin/python -m tpu_scripts.bench.paged_attention $(ARGS)
 
 measure-quality: .venv/.extra-model ## Measure what each page format costs in quality
-	.venv/bin/python -m tpu_scripts.measure_quality $(ARGS)
+	.venv/bin/python -m tpu_scripts.bench.quality $(ARGS)
 
 compile-check: .venv/.extra-model ## Compile the kernels, and steps over meshes, for TPU and GPU without either
 	.venv/bin/python -m tpu_scripts.compile_check --meshes $(ARGS)
@@ -103,7 +103,7 @@ compile-check: .venv/.extra-model ## Compile the kernels, and steps over meshes,
 clean: ## Remove the environments and everything built
 	rm -rf .venv .venv-peers .venv-newest build dist
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find jaxpaged model tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find jaxpaged model tests tpu_scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Shell code: sets `python` to the first of $(1) that is Python 3.$(2) or newer and can make environments.
 find_python = python=; for candidate in $(1); do \

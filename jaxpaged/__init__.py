@@ -6,15 +6,14 @@ A name is imported from its room when it is first asked for, so that ``import ja
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxpaged.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jaxpaged.allocator import PageAllocator
     from jaxpaged.attention import merge_states, paged_attention
-    from jaxpaged.batch import Batch
-    from jaxpaged.beams import BeamResult, BeamSearch, beam_search, prepare_beam_search
-    from jaxpaged.block_table import BlockTable
-    from jaxpaged.cache import (
+    from jaxpaged.cache.contiguous import ContiguousKVCache
+    from jaxpaged.cache.defragment import seq_defragment
+    from jaxpaged.cache.invariants import InvariantError, check_invariants
+    from jaxpaged.cache.paged import (
         OutOfPages,
         PagedKVCache,
         can_reserve,
@@ -23,25 +22,7 @@ if TYPE_CHECKING:
         reserve,
         reserve_or_raise,
     )
-    from jaxpaged.contiguous import ContiguousKVCache
-    from jaxpaged.defragment import seq_defragment
-    from jaxpaged.generation import (
-        FINISH_LENGTH,
-        FINISH_OUT_OF_PAGES,
-        FINISH_STOP,
-        GenerateResult,
-        KVCache,
-        generate,
-    )
-    from jaxpaged.generation_request import ContextShift
-    from jaxpaged.invariants import InvariantError, check_invariants
-    from jaxpaged.lookup import LookupResult, LookupStream, generate_lookup, lookup_stream
-    from jaxpaged.page_format import PAGE_FORMATS, BlockPages, PageFormat
-    from jaxpaged.page_map import PageMap, draw_page_map
-    from jaxpaged.page_map_frames import draw_page_map_frames
-    from jaxpaged.rope import Rope
-    from jaxpaged.sampling import SamplingParams, sample
-    from jaxpaged.sequences import (
+    from jaxpaged.cache.sequences import (
         ALL,
         seq_copy,
         seq_drop_unseen,
@@ -53,9 +34,33 @@ if TYPE_CHECKING:
         seq_reorder,
         seq_shift,
     )
-    from jaxpaged.snapshot_file import Snapshot, SnapshotError, read_snapshot
-    from jaxpaged.snapshots import restore, snapshot
-    from jaxpaged.streaming import GenerateStream, StreamChunk, generate_stream
+    from jaxpaged.generation.beams import BeamResult, BeamSearch, beam_search, prepare_beam_search
+    from jaxpaged.generation.loop import (
+        FINISH_LENGTH,
+        FINISH_OUT_OF_PAGES,
+        FINISH_STOP,
+        GenerateResult,
+        KVCache,
+        generate,
+    )
+    from jaxpaged.generation.request import ContextShift
+    from jaxpaged.generation.sampling import SamplingParams, sample
+    from jaxpaged.generation.speculative import (
+        LookupResult,
+        LookupStream,
+        generate_lookup,
+        lookup_stream,
+    )
+    from jaxpaged.generation.stream import GenerateStream, StreamChunk, generate_stream
+    from jaxpaged.pages.allocator import PageAllocator
+    from jaxpaged.pages.batch import Batch
+    from jaxpaged.pages.block_table import BlockTable
+    from jaxpaged.pages.formats import PAGE_FORMATS, BlockPages, PageFormat
+    from jaxpaged.pages.rope import Rope
+    from jaxpaged.pictures.animation import draw_page_map_frames
+    from jaxpaged.pictures.page_map import PageMap, draw_page_map
+    from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, read_snapshot
+    from jaxpaged.storage.snapshots import restore, snapshot
 
 __all__ = [
     "ALL",
@@ -120,34 +125,34 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "allocator": ("PageAllocator",),
+    "pages.allocator": ("PageAllocator",),
     "attention": ("merge_states", "paged_attention"),
-    "batch": ("Batch",),
-    "beams": ("BeamResult", "BeamSearch", "beam_search", "prepare_beam_search"),
-    "block_table": ("BlockTable",),
-    "cache": (
+    "pages.batch": ("Batch",),
+    "generation.beams": ("BeamResult", "BeamSearch", "beam_search", "prepare_beam_search"),
+    "pages.block_table": ("BlockTable",),
+    "cache.paged": (
         "OutOfPages", "PagedKVCache", "can_reserve", "clear", "pages_needed", "reserve", "reserve_or_raise",
     ),
-    "contiguous": ("ContiguousKVCache",),
-    "defragment": ("seq_defragment",),
-    "generation": (
+    "cache.contiguous": ("ContiguousKVCache",),
+    "cache.defragment": ("seq_defragment",),
+    "generation.loop": (
         "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "KVCache", "generate",
     ),
-    "generation_request": ("ContextShift",),
-    "invariants": ("InvariantError", "check_invariants"),
-    "lookup": ("LookupResult", "LookupStream", "generate_lookup", "lookup_stream"),
-    "page_format": ("PAGE_FORMATS", "BlockPages", "PageFormat"),
-    "page_map": ("PageMap", "draw_page_map"),
-    "page_map_frames": ("draw_page_map_frames",),
-    "rope": ("Rope",),
-    "sampling": ("SamplingParams", "sample"),
-    "sequences": (
+    "generation.request": ("ContextShift",),
+    "cache.invariants": ("InvariantError", "check_invariants"),
+    "generation.speculative": ("LookupResult", "LookupStream", "generate_lookup", "lookup_stream"),
+    "pages.formats": ("PAGE_FORMATS", "BlockPages", "PageFormat"),
+    "pictures.page_map": ("PageMap", "draw_page_map"),
+    "pictures.animation": ("draw_page_map_frames",),
+    "pages.rope": ("Rope",),
+    "generation.sampling": ("SamplingParams", "sample"),
+    "cache.sequences": (
         "ALL", "seq_copy", "seq_drop_unseen", "seq_keep", "seq_length", "seq_position_max", "seq_position_min",
         "seq_remove", "seq_reorder", "seq_shift",
     ),
-    "snapshot_file": ("Snapshot", "SnapshotError", "read_snapshot"),
-    "snapshots": ("restore", "snapshot"),
-    "streaming": ("GenerateStream", "StreamChunk", "generate_stream"),
+    "storage.snapshot_file": ("Snapshot", "SnapshotError", "read_snapshot"),
+    "storage.snapshots": ("restore", "snapshot"),
+    "generation.stream": ("GenerateStream", "StreamChunk", "generate_stream"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpaged as ops
-from jaxpaged.batch import Batch
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.defragment import seq_defragment
-from jaxpaged.invariants import check_invariants
+from jaxpaged.cache.defragment import seq_defragment
+from jaxpaged.cache.invariants import check_invariants
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.batch import Batch
 
 POISON = -77.0
 """What padding rows are written with; no page may ever hold it."""

@@ -43,12 +43,12 @@ import jaxpaged
 assert set(jaxpaged.__all__) <= set(dir(jaxpaged))
 assert not hasattr(jaxpaged, "nonsense")
 assert not {"jax", "numpy"} & set(sys.modules), "import jaxpaged imports JAX"
-assert jaxpaged.allocator.PageAllocator is jaxpaged.PageAllocator
-assert "jax" in sys.modules and "jaxpaged.generation" not in sys.modules
+assert jaxpaged.pages.allocator.PageAllocator is jaxpaged.PageAllocator
+assert "jax" in sys.modules and "jaxpaged.generation.loop" not in sys.modules
 from jaxpaged import *
-import jaxpaged.generation
+import jaxpaged.generation.loop
 
-assert generate is jaxpaged.generate is jaxpaged.generation.generate
+assert generate is jaxpaged.generate is jaxpaged.generation.loop.generate
 """
 
 

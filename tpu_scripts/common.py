@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxpaged_model.config import ModelConfig
 
 from jaxpaged import ContiguousKVCache, GenerateStream, PagedKVCache
 from jaxpaged.attention.api import IMPLEMENTATIONS, candidates, default_platform, load
-from jaxpaged.page_format import BlockPages, SealedFormat
-from model.config import ModelConfig
+from jaxpaged.pages.formats import BlockPages, SealedFormat
 
 # --- arguments ----------------------------------------------------------------------------------------------
 

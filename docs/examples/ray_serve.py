@@ -1,6 +1,6 @@
 """``jaxpaged serve`` in many replicas behind Ray Serve, and a router that knows who has the beginning of a prompt.
 
-    python docs/scaling/ray_serve.py --replicas 2 --port 8000 -m model.gguf -np 32 --kv-memory 50%
+    python docs/examples/ray_serve.py --replicas 2 --port 8000 -m model.gguf -np 32 --kv-memory 50%
     PYTHONPATH=docs/scaling serve run ray_serve:build replicas=2 gpus=1 flags="-m model.gguf -np 32"
 
 ``Ingress`` takes HTTP requests, cuts the beginning of their text into blocks, and names each block by a hash chain.

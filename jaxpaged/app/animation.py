@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.options import GenerateOptions
-from jaxpaged.page_map import PageMap, draw_page_map
-from jaxpaged.page_map_frames import draw_page_map_frames
+from jaxpaged.pictures.animation import draw_page_map_frames
+from jaxpaged.pictures.page_map import PageMap, draw_page_map
 
 _MOST_FRAMES = 400
 

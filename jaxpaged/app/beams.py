@@ -13,7 +13,7 @@ from jaxpaged.app.kv_report import KVReport
 from jaxpaged.app.output import text_of
 from jaxpaged.app.run import Run
 from jaxpaged.app.session import Session
-from jaxpaged.beams import BeamResult, prepare_beam_search
+from jaxpaged.generation.beams import BeamResult, prepare_beam_search
 
 
 def complete(session: Session, prompt: str) -> int:

@@ -26,7 +26,7 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import Weights
-from jaxpaged.sharding import CACHE, CONTEXT, PARAMS, ROWS, SAME, fetch, num_shards, over_mesh
+from jaxpaged.sharding.mesh import CACHE, CONTEXT, PARAMS, ROWS, SAME, fetch, num_shards, over_mesh
 
 _SEED = 0
 

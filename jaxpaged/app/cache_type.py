@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
+from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app.errors import InputError
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.context import ContextKVCache
-from jaxpaged.contiguous import ContiguousKVCache
-from jaxpaged.page_format import PAGE_FORMATS, page_format
-from jaxpaged.sharding import CONTEXT
-from model.config import ModelConfig
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.formats import PAGE_FORMATS, page_format
+from jaxpaged.sharding.context import ContextKVCache
+from jaxpaged.sharding.mesh import CONTEXT
 
 _HADAMARD: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
 _QUANTIZED = tuple(name for name, one in PAGE_FORMATS.items() if one.turned(True).hadamard)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import jax
+from jaxpaged_model.text.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError, say
@@ -18,8 +19,7 @@ from jaxpaged.app.output import print_json
 from jaxpaged.app.prompt import unescape
 from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
-from jaxpaged.generation import FINISH_STOP
-from model.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
+from jaxpaged.generation.loop import FINISH_STOP
 
 
 def template_of(options: GenerateOptions, model_template: str | None) -> str | None:

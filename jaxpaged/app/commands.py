@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from jaxpaged import __version__
 from jaxpaged.app import interrupt
 from jaxpaged.app.bench_serve.options import BENCH_SERVE_OPTIONS, BenchServeOptions
 from jaxpaged.app.errors import InputError, say
@@ -27,7 +28,6 @@ from jaxpaged.app.options import (
 )
 from jaxpaged.app.processes import ProcessOptions, ending_together, start
 from jaxpaged.app.server.options import SERVE_OPTIONS, ServeOptions
-from jaxpaged.version import __version__
 
 _BROKEN_PIPE = 141
 _AT_LEAST_1 = click.IntRange(min=1)

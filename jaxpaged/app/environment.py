@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from jaxpaged.app.errors import InputError, say
-from jaxpaged.folders import cache_folder
+from jaxpaged.compilation.cache_folder import cache_folder
 
 
 def prepare(threads: int | None = None) -> None:
@@ -34,7 +34,7 @@ def prepare(threads: int | None = None) -> None:
 def _use_compilation_cache() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    from jaxpaged import kept_programs
+    from jaxpaged.compilation import executable_cache as kept_programs
 
     folder = cache_folder() / "xla"
     try:

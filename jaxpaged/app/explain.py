@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 import jax
+from jaxpaged_model.checkpoint.loading import read_config
+from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.errors import InputError
@@ -21,11 +23,9 @@ from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import model_file
 from jaxpaged.attention.api import VARIABLE
 from jaxpaged.attention.explain import Explanation, Step, explain
-from jaxpaged.attention.tpu_blocks import Blocks
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.page_format import LANES
-from model.config import ModelConfig
-from model.loading import read_config
+from jaxpaged.attention.tpu.block_sizes import Blocks
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.formats import LANES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxpaged.app.output import print_json, text_of
 from jaxpaged.app.prompt import read_prompt
 from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
-from jaxpaged.sharding import agree
+from jaxpaged.sharding.mesh import agree
 
 _NO_PROMPT = "no prompt: give -p TEXT, -f FILE (-f - for stdin), or -cnv to chat"
 

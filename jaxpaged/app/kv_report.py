@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.errors import InputError
-from jaxpaged.contiguous import ContiguousKVCache
-from jaxpaged.prompts import bucket
-from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, num_shards
-from model.config import ModelConfig
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.generation.prompts import bucket
+from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, num_shards
 
 _FEWEST_PAGES = 4
 """Of a pool that nobody bounds."""

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxpaged_model.checkpoint.loading import LoadedModel, Weights, load_model
+from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.processes import open_mesh
 from jaxpaged.app.timings import since_start
-from model.llama import ModelFn
-from model.loading import LoadedModel, Weights, load_model
 
 _DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 
@@ -107,11 +107,11 @@ def model_file(path: Path | None, hf: str | None, offline: bool) -> Path:
     if path is not None and hf is not None:
         raise InputError("-m and -hf both name a model; give one of them")
     if hf is not None:
-        from model import hub
+        from jaxpaged_model.checkpoint import hub
 
         return hub.resolve(hf, offline=offline)
     if path is None:
-        from model import tiny
+        from jaxpaged_model import tiny
 
         path = tiny.PATH
     if not path.exists():

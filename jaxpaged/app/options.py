@@ -14,7 +14,7 @@ from jaxpaged.app.llama_flags import GroupedOption
 
 DTYPES = ("f32", "bf16", "f16")
 Weights = Literal["auto", "stored", "dequantized"]
-"""The names of ``model.loading.Weights``, which is built on JAX."""
+"""The names of ``jaxpaged_model.checkpoint.loading.Weights``, which is built on JAX."""
 CACHE_TYPES = (
     *DTYPES, "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",
 )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import numpy as np
+from jaxpaged_model.text.tokenizer import Tokenizer
 
 from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.divergence import Divergence, pair, percent, perplexity, running_perplexity
@@ -21,7 +22,6 @@ from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import Weights
 from jaxpaged.app.prompt import read_file
 from jaxpaged.app.scoring import Scores, cut, default_parallel, score
-from model.tokenizer import Tokenizer
 
 _CONTEXT = 512
 _SMALLEST_CONTEXT = 8
@@ -125,7 +125,7 @@ def run(options: PerplexityOptions) -> None:
 def read_text(file: str | None) -> str:
     """The text of ``-f``, - for stdin; without it, what the embedded model was not trained on."""
     if file is None:
-        from model.tiny.corpus import read_corpus
+        from jaxpaged_model.tiny.corpus import read_corpus
 
         if not (texts := read_corpus().held_out):
             raise InputError("-f FILE is needed: Python's standard library is not here as files")

@@ -79,7 +79,7 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
 
 def _check_alike(arguments: Sequence[str]) -> None:
     """Processes that were told different things would run different programs, and break off in the middle of one."""
-    from jaxpaged.sharding import share
+    from jaxpaged.sharding.mesh import share
 
     words = [word for word in arguments if not word.startswith("--process-id=")]
     if "--process-id" in words:
@@ -214,7 +214,7 @@ def mesh_sizes(text: str) -> dict[str, Any]:
     Raises:
       InputError: it is not of that form.
     """
-    from jaxpaged.sharding import MeshError, parse_mesh
+    from jaxpaged.sharding.mesh import MeshError, parse_mesh
 
     try:
         return parse_mesh(text)
@@ -234,7 +234,7 @@ def open_mesh(text: str | None) -> Any:
         return None
     import jax
 
-    from jaxpaged.sharding import MeshError, make_mesh
+    from jaxpaged.sharding.mesh import MeshError, make_mesh
 
     sizes = {"tensor": len(jax.devices())} if text is None else mesh_sizes(text)
     try:

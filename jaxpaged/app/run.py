@@ -11,12 +11,12 @@ from typing import Any
 from jaxpaged.app import interrupt
 from jaxpaged.app.memory import give_back
 from jaxpaged.app.timings import Timings
-from jaxpaged.generation import FINISH_OUT_OF_PAGES, FINISH_STOP
-from jaxpaged.generation_request import ContextShift
-from jaxpaged.lookup import LookupResult, LookupStream, lookup_stream
-from jaxpaged.sampling import SamplingParams
-from jaxpaged.sharding import agree
-from jaxpaged.streaming import GenerateStream, generate_stream
+from jaxpaged.generation.loop import FINISH_OUT_OF_PAGES, FINISH_STOP
+from jaxpaged.generation.request import ContextShift
+from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.speculative import LookupResult, LookupStream, lookup_stream
+from jaxpaged.generation.stream import GenerateStream, generate_stream
+from jaxpaged.sharding.mesh import agree
 
 _CHUNK_SECONDS = 0.1
 _MOST_STEPS = 64

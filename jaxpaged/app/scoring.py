@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxpaged_model.llama import ModelFn, Params
 
-from jaxpaged.cache import PagedKVCache, clear
-from model.llama import ModelFn, Params
+from jaxpaged.cache.paged import PagedKVCache, clear
 
 _LOGITS_BYTES = 2**26
 """Logits that a program hands over at once, at most, unless a single step has more."""
@@ -184,7 +184,7 @@ def score(
     """Reads chunks through caches and scores their second halves, ``max_seqs`` chunks at a time.
 
     Args:
-      model: as ``model.llama.functional`` gives it.
+      model: as ``jaxpaged_model.llama.functional`` gives it.
       params: its weights.
       vocab_size: V, of its logits.
       caches: the first is what the others are compared with. All have the same ``max_seqs`` and room for ``n_ctx``

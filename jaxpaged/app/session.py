@@ -11,17 +11,17 @@ from typing import Any
 import click
 
 from jaxpaged.app import processes
+from jaxpaged.app.animation import PageFilm
 from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import GenerateOptions
-from jaxpaged.app.page_film import PageFilm
 from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
-from jaxpaged.generation_request import ContextShift
-from jaxpaged.sampling import SamplingParams
-from jaxpaged.sharding import Deal, agree
+from jaxpaged.generation.request import ContextShift
+from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.sharding.mesh import Deal, agree
 
 _ENDLESS = 2**18
 """Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""

@@ -22,13 +22,20 @@ from jaxpaged.attention.base import (
     is_turned,
     make_config,
 )
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, hadamard_turn, lane_width, token_rows
-from jaxpaged.rope import Rope
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, hadamard_turn, lane_width, token_rows
+from jaxpaged.pages.rope import Rope
 
-IMPLEMENTATIONS = ("cpu_numba", "mosaic_gpu", "mosaic_tpu", "xla", "reference")
-"""Every implementation: the name of its module in this package."""
+_MODULES = {
+    "cpu_numba": "cpu.backend",
+    "mosaic_gpu": "gpu.backend",
+    "mosaic_tpu": "tpu.backend",
+    "xla": "xla",
+    "reference": "reference",
+}
+IMPLEMENTATIONS = tuple(_MODULES)
+"""The name of every implementation."""
 
 PREFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("cpu_numba",), "gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
@@ -60,7 +67,7 @@ def load(name: str) -> Callable[..., tuple[Array, Array]]:
 def _find(name: str) -> Callable[..., tuple[Array, Array]] | str:
     """An implementation, or why there is none; what is broken is warned of once."""
     try:
-        return importlib.import_module(f"jaxpaged.attention.{name}").paged_attention
+        return importlib.import_module(f"jaxpaged.attention.{_MODULES[name]}").paged_attention
     except ModuleNotFoundError as missing:
         return f"needs {_NEEDS.get(name, missing.name)}"
     except ImportError as broken:

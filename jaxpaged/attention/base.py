@@ -12,10 +12,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, hadamard_turn, lane_width
-from jaxpaged.rope import Rope
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, hadamard_turn, lane_width
+from jaxpaged.pages.rope import Rope
 
 Pages = Array | BlockPages
 """One layer's keys or values: a page array, or quantized pages."""

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from jaxpaged.attention.api import Choice, choose
 from jaxpaged.attention.base import Pages
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockFormat, BlockPages, SealedPages
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockFormat, BlockPages, SealedPages
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ def _details(name: str, q_shape: tuple[int, int, int], q_dtype: DTypeLike, step:
     shape: Any = step.k_pages.shape
     table: dict[str, Any] = {"max_seqs": step.max_seqs, "max_entries": step.max_entries, "q_dtype": q_dtype}
     if name == "mosaic_tpu":
-        from jaxpaged.attention import tpu_blocks
+        from jaxpaged.attention.tpu import block_sizes as tpu_blocks
 
         return tpu_blocks.describe(q_shape, shape, k, step.max_q_len, v_dtype=v, **table)
     if name == "mosaic_gpu":
-        from jaxpaged.attention import mosaic_gpu
+        from jaxpaged.attention.gpu import backend as mosaic_gpu
 
         kind = (k, v) if isinstance(k, BlockFormat) or isinstance(v, BlockFormat) else k
         live_tokens = step.max_seqs * step.live_tokens
         return mosaic_gpu.describe(q_shape, shape, kind, step.max_q_len, **table, live_tokens=live_tokens)
     if name == "cpu_numba":
-        from jaxpaged.attention import cpu_numba
+        from jaxpaged.attention.cpu import backend as cpu_numba
 
         return cpu_numba.describe(q_shape, step.k_pages, step.v_pages, step.max_q_len)
     return {}

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpaged.attention.base import Config, Pages, is_turned
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, hadamard_turn, token_rows, tokens_per_row
-from jaxpaged.rope import Rope
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, hadamard_turn, token_rows, tokens_per_row
+from jaxpaged.pages.rope import Rope
 
 
 def paged_attention(

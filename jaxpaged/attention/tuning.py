@@ -1,7 +1,7 @@
 """Block sizes that were measured, by device and shape: kernels ask here before they choose their own.
 
-``python -m tpu_scripts.tune_paged_attention`` measures them on the device at hand and writes the part between the two
-marks anew; what was measured on other devices stays.
+``python -m tpu_scripts.bench.tune_paged_attention`` measures them on the device at hand and writes the part between the
+two marks anew; what was measured on other devices stays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Key(NamedTuple):
     """"decode": no sequence has more than one query; or "prefill"."""
 
 
-# --- written by tpu_scripts/tune_paged_attention.py ---------------------------------------------------------
+# --- written by tpu_scripts/bench/tune_paged_attention.py ---------------------------------------------------------
 
 MEASURED: dict[str, tuple[str, str]] = {}
 """By device: the date and the version of jax, and the command."""

@@ -19,10 +19,10 @@ from jaxpaged.attention.base import (
     power_of_two,
     ragged_attention,
 )
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, token_rows, tokens_per_row
-from jaxpaged.rope import Rope
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, token_rows, tokens_per_row
+from jaxpaged.pages.rope import Rope
 
 _CHUNK_TOKENS = 512
 _CPU_CHUNK_TOKENS = 256

@@ -27,9 +27,9 @@ from jaxpaged.attention.base import (
     power_of_two,
     ragged_attention,
 )
-from jaxpaged.batch import Batch, pack
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import (
+from jaxpaged.pages.batch import Batch, pack
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import (
     MAX_PAGE_SIZE,
     PAGE_FORMATS,
     BlockPages,
@@ -37,7 +37,7 @@ from jaxpaged.page_format import (
     formats_of,
     hadamard_turn,
 )
-from jaxpaged.rope import Rope
+from jaxpaged.pages.rope import Rope
 
 _CHUNK_TOKENS = 256
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged import allocator as pages_of
-from jaxpaged import block_table as tables
-from jaxpaged.allocator import PageAllocator
 from jaxpaged.attention.base import Pages
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.page_format import PageFormat
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages import block_table as tables
+from jaxpaged.pages.allocator import PageAllocator
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import PageFormat
 
 
 def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.open_pages import OpenPages
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.residual import OpenPages
 
 
 class InvariantError(AssertionError):

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged import allocator as pages_of
-from jaxpaged import block_table as tables
-from jaxpaged import open_pages as opened
-from jaxpaged import sequences as seqs
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.api import default_platform
 from jaxpaged.attention.base import Pages
-from jaxpaged.batch import Batch, pack
-from jaxpaged.block_table import BlockTable
-from jaxpaged.open_pages import OpenPages
-from jaxpaged.page_format import (
+from jaxpaged.cache import sequences as seqs
+from jaxpaged.cache.sequences import Sequences
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages import block_table as tables
+from jaxpaged.pages import residual as opened
+from jaxpaged.pages.batch import Batch, pack
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.finalize import Copies, FreshPages, LastPages, plan_step
+from jaxpaged.pages.formats import (
     LANES,
     BlockPages,
     PageFormat,
@@ -34,9 +35,8 @@ from jaxpaged.page_format import (
     check_page_size,
     formats_of,
 )
-from jaxpaged.rope import Rope
-from jaxpaged.sealing import Copies, FreshPages, LastPages, plan_step
-from jaxpaged.sequences import Sequences
+from jaxpaged.pages.residual import OpenPages
+from jaxpaged.pages.rope import Rope
 
 
 class OutOfPages(RuntimeError):

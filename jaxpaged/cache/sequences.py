@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged import allocator as pages_of
-from jaxpaged import block_table as tables
-from jaxpaged.allocator import PageAllocator
-from jaxpaged.block_table import BlockTable
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages import block_table as tables
+from jaxpaged.pages.allocator import PageAllocator
+from jaxpaged.pages.block_table import BlockTable
 
 ALL = -1
 """In place of a sequence's id: every sequence."""

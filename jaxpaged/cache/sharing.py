@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged import allocator as pages_of
-from jaxpaged import block_table as tables
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import PagedKVCache
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages import block_table as tables
+from jaxpaged.pages.block_table import BlockTable
 
 PagesOfLayers = Any
 """A pytree ``(keys of L layers, values of L layers)`` of arrays whose first axis is the page."""

@@ -144,7 +144,9 @@ def _installed() -> str:
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-    return " ".join([platform.python_version(), *versions, digest_of(Path(__file__).parent), _processor()])
+    return " ".join(
+        [platform.python_version(), *versions, digest_of(Path(__file__).parents[1]), _processor()]
+    )
 
 
 def _processor() -> str:

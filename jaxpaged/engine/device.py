@@ -12,18 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged import snapshots
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.compilation.executable_cache import compiled
 from jaxpaged.engine import programs
 from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, TableView
 from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
-from jaxpaged.generation import Model
-from jaxpaged.kept_programs import compiled
-from jaxpaged.sharding import CACHE, EACH, PARAMS, RESULT, ROWS
-from jaxpaged.snapshot_file import Snapshot
+from jaxpaged.generation.loop import Model
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.sharding.mesh import CACHE, EACH, PARAMS, RESULT, ROWS
+from jaxpaged.storage import snapshots
+from jaxpaged.storage.snapshot_file import Snapshot
 
 _PAGES_AT_ONCE = 8
 """Pages of one copy to or from the host."""

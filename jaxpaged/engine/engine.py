@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.invariants import check_invariants
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine import slot_files
 from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Device, Progress
-from jaxpaged.engine.monitor import Monitor, StepCounts, slot_view
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.programs import StepInput, StepOutput, StepShape
 from jaxpaged.engine.request import (
@@ -46,9 +46,9 @@ from jaxpaged.engine.request import (
 )
 from jaxpaged.engine.sample_state import SampleState
 from jaxpaged.engine.scheduler import Plan, Scheduler
+from jaxpaged.engine.stats import Monitor, StepCounts, slot_view
 from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
-from jaxpaged.generation import Model
-from jaxpaged.invariants import check_invariants
+from jaxpaged.generation.loop import Model
 
 _ROUND_TRIP_SECONDS = 0.04
 """Decode steps that take longer together come back one by one: text would arrive in jerks."""

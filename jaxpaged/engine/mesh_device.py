@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged import mesh_snapshots
-from jaxpaged.block_table import BlockTable
 from jaxpaged.engine.device import Device, HostView, Program, Progress, name_of
 from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableView
-from jaxpaged.generation import Model
-from jaxpaged.sharding import (
+from jaxpaged.generation.loop import Model
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.sharding.mesh import (
     EACH,
     ROWS,
     SPECS,
@@ -28,7 +27,8 @@ from jaxpaged.sharding import (
     put,
     unstacked,
 )
-from jaxpaged.snapshot_file import Snapshot
+from jaxpaged.storage import mesh_snapshots
+from jaxpaged.storage.snapshot_file import Snapshot
 
 _JOINS: dict[str, Callable[..., np.ndarray]] = {ROWS: np.stack, EACH: np.concatenate}
 """How what shards are given is put together."""

@@ -23,8 +23,8 @@ from jaxpaged.engine.mesh_device import MeshDevice
 from jaxpaged.engine.pool import PagedPool
 from jaxpaged.engine.request import EngineRequest, EngineStats, QueueFullError, RefusedError, SampleOutput
 from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
-from jaxpaged.generation import Model
-from jaxpaged.sharding import TENSOR, ShardedCache
+from jaxpaged.generation.loop import Model
+from jaxpaged.sharding.mesh import TENSOR, ShardedCache
 
 T = TypeVar("T")
 _SAME = ("page_size", "waste", "bytes_per_page", "compiled", "compiled_late")
@@ -35,7 +35,7 @@ class MeshEngine:
     """See the module; its methods are ``Engine``'s.
 
     Args:
-      model, params: of a mesh (``model.loading.load_model(mesh=...)``).
+      model, params: of a mesh (``jaxpaged_model.checkpoint.loading.load_model(mesh=...)``).
       cache: empty; the engine has it from now on.
       config: of each shard; ``max_waiting`` is for all together.
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jaxpaged.cache import PagedKVCache
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine.device import Device
 from jaxpaged.engine.prefix_index import Node, PrefixIndex, common_prefix, root_key
 from jaxpaged.engine.request import EngineRequest

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpaged import sequences as seqs
-from jaxpaged.adoption import (
+from jaxpaged.cache import sequences as seqs
+from jaxpaged.cache.paged import PagedKVCache, room_in_last_page
+from jaxpaged.cache.sharing import (
     PagesOfLayers,
     pin_pages,
     read_pages,
@@ -24,11 +25,10 @@ from jaxpaged.adoption import (
     unpin_pages,
     write_pages,
 )
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import PagedKVCache, room_in_last_page
 from jaxpaged.engine.request import MAX_LOGPROBS
-from jaxpaged.generation import Cache, Model
-from jaxpaged.sampling import SamplingParams, push_recent, sample
+from jaxpaged.generation.loop import Cache, Model
+from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
+from jaxpaged.pages.block_table import BlockTable
 
 Given = Any
 """An array: numpy when the host gives it, a JAX array inside a program."""

@@ -11,13 +11,13 @@ import time
 
 import numpy as np
 
-from jaxpaged.cache import PagedKVCache
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine.device import Device
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.prefix_index import Node, root_key
 from jaxpaged.engine.request import RefusedError
 from jaxpaged.engine.views import SlotTransfer
-from jaxpaged.snapshot_file import read_snapshot
+from jaxpaged.storage.snapshot_file import read_snapshot
 
 _ROOT = root_key(cache_salt="")
 

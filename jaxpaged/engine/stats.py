@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine.device import Device, HostView
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.request import EngineStats

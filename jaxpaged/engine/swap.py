@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged.block_table import BlockTable
+from jaxpaged.pages.block_table import BlockTable
 
 
 @dataclass(frozen=True)

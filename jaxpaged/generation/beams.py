@@ -19,9 +19,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxpaged.batch import Batch
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.generation import (
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.generation.loop import (
     FINISH_LENGTH,
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
@@ -29,9 +28,10 @@ from jaxpaged.generation import (
     Cache,
     Model,
 )
-from jaxpaged.prefill import prefill
-from jaxpaged.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
-from jaxpaged.sharding import (
+from jaxpaged.generation.prefill import prefill
+from jaxpaged.generation.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
+from jaxpaged.pages.batch import Batch
+from jaxpaged.sharding.mesh import (
     CACHE,
     PARAMS,
     RESULT,

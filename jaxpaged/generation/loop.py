@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.batch import Batch
-from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
-from jaxpaged.rope import Rope
-from jaxpaged.sampling import SamplingParams, push_recent, sample
-from jaxpaged.sharding import CACHE, PARAMS, RESULT, ROWS, SAME, STATIC, Deal, mesh_of, over_mesh
+from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
+from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.rope import Rope
+from jaxpaged.sharding.mesh import CACHE, PARAMS, RESULT, ROWS, SAME, STATIC, Deal, mesh_of, over_mesh
 
 RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES = 0, 1, 2, 3
 """Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of pages."""
@@ -457,7 +457,7 @@ def generate(
       cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues what sequence i of the
         cache holds; with fewer, all of them should be empty. A ``ShardedCache`` runs all of it on its mesh, in one
         program still: prompts are dealt to its data shards, or the samples of a few prompts are; ``model`` and
-        ``params`` are then those of a mesh (``model.loading.load_model(mesh=...)``).
+        ``params`` are then those of a mesh (``jaxpaged_model.checkpoint.loading.load_model(mesh=...)``).
       prompts: token ids, any number of prompts of any lengths, none empty.
       max_new_tokens: tokens to generate at most, for all or one number a prompt.
       n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, and copy on write.

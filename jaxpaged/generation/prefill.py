@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.generation import Cache, Model
-from jaxpaged.prompts import Prompts
+from jaxpaged.generation.loop import Cache, Model
+from jaxpaged.generation.prompts import Prompts
 
 
 def prefill(

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxpaged.prompts import bucket, check_prompts, pack_stop_ids
-from jaxpaged.sampling import SamplingParams
-from jaxpaged.sharding import Deal, put_rows
+from jaxpaged.generation.prompts import bucket, check_prompts, pack_stop_ids
+from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.sharding.mesh import Deal, put_rows
 
 
 @dataclass(frozen=True)

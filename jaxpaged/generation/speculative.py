@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxpaged.generation import (
+from jaxpaged.generation.loop import (
     FINISH_LENGTH,
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
@@ -27,10 +27,11 @@ from jaxpaged.generation import (
     Cache,
     Model,
 )
-from jaxpaged.prefill import prefill
-from jaxpaged.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
-from jaxpaged.sampling import SamplingParams, sample
-from jaxpaged.sharding import (
+from jaxpaged.generation.prefill import prefill
+from jaxpaged.generation.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
+from jaxpaged.generation.sampling import SamplingParams, sample
+from jaxpaged.generation.stream import StreamChunk
+from jaxpaged.sharding.mesh import (
     CACHE,
     PARAMS,
     RESULT,
@@ -44,7 +45,6 @@ from jaxpaged.sharding import (
     over_mesh,
     put_rows,
 )
-from jaxpaged.streaming import StreamChunk
 
 
 @jax.tree_util.register_dataclass

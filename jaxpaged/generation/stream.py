@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.generation import (
+from jaxpaged.compilation.executable_cache import compiled
+from jaxpaged.generation.loop import (
     RUNNING,
     Cache,
     GenerateResult,
@@ -17,10 +18,9 @@ from jaxpaged.generation import (
     begin_jitted,
     in_order,
 )
-from jaxpaged.generation_request import ContextShift, Request, Shape, make_request
-from jaxpaged.kept_programs import compiled
-from jaxpaged.sampling import SamplingParams
-from jaxpaged.sharding import Deal, fetch, mesh_of
+from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
+from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.sharding.mesh import Deal, fetch, mesh_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Quantized numbers to float32 on vectors, for numba functions: runs of blocks of 32 codes with their scales.
 
-``jaxpaged.page_format`` says how codes lie. A run is ``(codes, scales, minima, more, target, first, count)``: the
+``jaxpaged.pages.formats`` says how codes lie. A run is ``(codes, scales, minima, more, target, first, count)``: the
 addresses of a pool's parts, where float32 numbers go, and which blocks, counted from the pool's first. Few rows of a
 matrix meet codes directly (``dots_with_codes``, ``product_with_codes``), which are then float32 in registers alone.
 """

@@ -23,7 +23,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from jaxpaged.folders import cache_folder
+from jaxpaged.compilation.cache_folder import cache_folder
 from jaxpaged.native.memory import call_address, fetch_add, free, load_i64, malloc, store_i64, yield_thread
 from jaxpaged.native.tiles import inlined, njit
 

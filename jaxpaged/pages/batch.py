@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.open_pages import Seals
+from jaxpaged.pages.residual import Seals
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.open_pages import OpenPages, Seals
+from jaxpaged.pages.residual import OpenPages, Seals
 
 
 class LastPages(NamedTuple):

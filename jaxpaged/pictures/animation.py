@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.page_map import MAX_COLUMNS, STYLE, PageMap, colours, columns
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pictures.page_map import MAX_COLUMNS, STYLE, PageMap, colours, columns
 
 _TEMPLATE = Path(__file__).with_name("page_map_frames.html")
 

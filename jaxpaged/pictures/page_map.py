@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 import jax
 import numpy as np
 
-from jaxpaged.cache import PagedKVCache
+from jaxpaged.cache.paged import PagedKVCache
 
 # Told apart by most colour-blind people (Okabe and Ito), and seen on white and on black.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#b8a800")

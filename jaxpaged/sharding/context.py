@@ -21,17 +21,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jaxpaged import allocator as pages_of
-from jaxpaged import block_table as tables
-from jaxpaged import sequences as seqs
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.base import Pages
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.page_format import BlockPages, PageFormat, formats_of
-from jaxpaged.rope import Rope
-from jaxpaged.sequences import Sequences
+from jaxpaged.cache import sequences as seqs
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.cache.sequences import Sequences
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages import block_table as tables
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, PageFormat, formats_of
+from jaxpaged.pages.rope import Rope
 
 
 @jax.tree_util.register_dataclass

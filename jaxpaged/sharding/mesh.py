@@ -30,9 +30,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.context import ContextKVCache
-from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.sharding.context import ContextKVCache
 
 T = TypeVar("T")
 DATA, CONTEXT, TENSOR = "data", "context", "tensor"

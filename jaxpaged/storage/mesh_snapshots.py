@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpaged import snapshots
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, cache_specs, share, stacked, unstacked
-from jaxpaged.snapshot_file import Snapshot, SnapshotError, write_snapshot
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, cache_specs, share, stacked, unstacked
+from jaxpaged.storage import snapshots
+from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, write_snapshot
 
 
 def snapshot(

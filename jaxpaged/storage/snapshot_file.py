@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged.page_format import BlockFormat, PageFormat, SealedFormat, check_page_size, titled
+from jaxpaged.pages.formats import BlockFormat, PageFormat, SealedFormat, check_page_size, titled
 
 KIND, VERSION = "jaxpaged.snapshot", 2
 _BLANK = "0" * 64

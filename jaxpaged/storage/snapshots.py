@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.allocator import PageAllocator
-from jaxpaged.block_table import BlockTable
-from jaxpaged.cache import OutOfPages, PagedKVCache
-from jaxpaged.open_pages import OpenPages
-from jaxpaged.page_format import BlockPages, PageFormat, SealedFormat, SealedPages
-from jaxpaged.sequences import ALL
-from jaxpaged.snapshot_file import Snapshot, SnapshotError, Stored, Tokens, expand, write_snapshot
+from jaxpaged.cache.paged import OutOfPages, PagedKVCache
+from jaxpaged.cache.sequences import ALL
+from jaxpaged.pages.allocator import PageAllocator
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, PageFormat, SealedFormat, SealedPages
+from jaxpaged.pages.residual import OpenPages
+from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, Stored, Tokens, expand, write_snapshot
 
 
 def snapshot(

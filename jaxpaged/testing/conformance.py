@@ -22,9 +22,9 @@ from jaxpaged.attention.base import Pages
 from jaxpaged.attention.cases import CASES as CASES
 from jaxpaged.attention.cases import QUANTIZED_CASES as QUANTIZED_CASES
 from jaxpaged.attention.cases import Case as Case
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import (
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import (
     BlockFormat,
     BlockPages,
     PageFormat,
@@ -33,7 +33,7 @@ from jaxpaged.page_format import (
     formats_of,
     hadamard_turn,
 )
-from jaxpaged.rope import Rope
+from jaxpaged.pages.rope import Rope
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxpaged.sharding import MeshError, check_heads, local_kv_heads
+from jaxpaged.sharding.mesh import MeshError, check_heads, local_kv_heads
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxpaged.batch import Batch
-from jaxpaged.rope import Rope
-from model.config import ModelConfig
-from model.quantized.linear import QuantizedLinear, WeightPlan
-from model.quantized.norm import normed
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.rope import Rope
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.quantized.linear import QuantizedLinear, WeightPlan
+from jaxpaged_model.quantized.norm import normed
 
 
 class RMSNorm(nnx.Module):

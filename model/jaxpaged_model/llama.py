@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxpaged.batch import Batch
-from jaxpaged.kept_programs import digest_of
-from jaxpaged.rope import Rope
-from model.config import ModelConfig, rope_frequencies
-from model.layers import Block, Layers, RMSNorm, Rotation, normed_product
-from model.quantized.linear import QuantizedEmbedding, WeightPlan
+from jaxpaged.compilation.executable_cache import digest_of
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.rope import Rope
+from jaxpaged_model.config import ModelConfig, rope_frequencies
+from jaxpaged_model.layers import Block, Layers, RMSNorm, Rotation, normed_product
+from jaxpaged_model.quantized.linear import QuantizedEmbedding, WeightPlan
 
 _DENSE = WeightPlan()
 

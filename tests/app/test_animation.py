@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from jaxpaged import PagedKVCache, PageMap
-from jaxpaged.app import page_film
-from jaxpaged.app.page_film import PageFilm
+from jaxpaged.app import animation as page_film
+from jaxpaged.app.animation import PageFilm
 
 GREEDY = ("--temp", "0", "--ignore-eos", "--page-size", "8", "--no-warmup", "-p", "def f(x):", "-n", "12")
 

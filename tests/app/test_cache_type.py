@@ -8,13 +8,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.chat import tokens_held
 from jaxpaged.app.kv_report import CachePlan, KVReport
 from jaxpaged.app.options import CACHE_TYPES
-from jaxpaged.page_format import PAGE_FORMATS
-from model.config import ModelConfig
+from jaxpaged.pages.formats import PAGE_FORMATS
 
 CONFIG = ModelConfig("llama", 61, 64, 32, 3, 2, 1, 32, 64)
 GREEDY = ("--temp", "0", "--ignore-eos", "--page-size", "8", "--no-warmup")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxpaged import __version__
 from jaxpaged.app.prompt import unescape
-from jaxpaged.version import __version__
 
 CONTEXT = 128  # of the model in conftest.py
 GREEDY = ("--temp", "0", "--ignore-eos")

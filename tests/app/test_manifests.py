@@ -11,7 +11,7 @@ import yaml
 
 from jaxpaged.app.commands import serve
 
-FOLDER = Path(__file__).parents[2] / "docs" / "scaling"
+FOLDER = Path(__file__).parents[2] / "docs" / "examples"
 
 
 def documents(name: str) -> dict[str, dict]:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.llama import functional, random_params
 
 from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.divergence import Divergence, Estimate, perplexity, running_perplexity
 from jaxpaged.app.scoring import Scores, cut, divergence, score
-from model.config import ModelConfig
-from model.llama import functional, random_params
 
 CONFIG = ModelConfig("llama", 61, 64, 32, 1, 2, 1, 64, 64)
 N_CTX = 64

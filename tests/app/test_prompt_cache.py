@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jaxpaged_model.checkpoint.loading import load_model
 
 from jaxpaged import read_snapshot
-from model.loading import load_model
 
 PROMPT = "def f(x):\n    return"
 GREEDY = ("--temp", "0", "--ignore-eos", "--page-size", "8", "-n", "12", "-e", "--no-warmup")

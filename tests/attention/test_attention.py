@@ -10,7 +10,7 @@ import pytest
 
 from jaxpaged.attention import api, candidates, choose, merge_states, paged_attention
 from jaxpaged.attention.cases import CASES, QUANTIZED_CASES, SMOLLM2_135M, Case
-from jaxpaged.testing import build_case, check_conformance
+from jaxpaged.testing.conformance import build_case, check_conformance
 
 HERE = candidates("cpu")
 """What runs on the machine that tests."""

@@ -14,7 +14,7 @@ pytest.importorskip("numba")
 from jaxpaged import PagedKVCache
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.cases import SMOLLM2_135M, Case
-from jaxpaged.testing import build_case, check_conformance
+from jaxpaged.testing.conformance import build_case, check_conformance
 
 kernel = functools.partial(paged_attention, implementation="cpu_numba")
 

@@ -16,12 +16,13 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxpaged.attention import mosaic_gpu, reference
+from jaxpaged.attention import reference
 from jaxpaged.attention.base import make_config
 from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, SMOLLM2_135M, Case
-from jaxpaged.attention.gpu_plan import make_plan
-from jaxpaged.page_format import page_format
-from jaxpaged.testing import build_case, check_conformance
+from jaxpaged.attention.gpu import backend as mosaic_gpu
+from jaxpaged.attention.gpu.tile_config import make_plan
+from jaxpaged.pages.formats import page_format
+from jaxpaged.testing.conformance import build_case, check_conformance
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="jax before 0.11.2 offers no interpreter of GPU kernels"
@@ -289,7 +290,7 @@ def test_describe_counts_what_a_step_moves():
     assert sizes["out_bytes"] == 4 * (2 * 8 * 8 * 8 * 128 * sizes["splits"] + 8 * 32 * 128)
 
 
-SCRIPT = Path(__file__).parents[2] / "tpu_scripts" / "compile_check_gpu.py"
+SCRIPT = Path(__file__).parents[2] / "tpu_scripts" / "compile_check" / "gpu.py"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the plugin is here")

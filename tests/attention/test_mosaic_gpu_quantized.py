@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from test_mosaic_gpu import EVERY_CASE, interpreted, lowered_for_cuda, needs_interpreter, with_reference
 
-from jaxpaged.attention import mosaic_gpu
 from jaxpaged.attention.base import make_config
 from jaxpaged.attention.cases import CASES, Case
-from jaxpaged.attention.gpu_plan import make_plan
-from jaxpaged.attention.gpu_quantized import CODES, to_columns, to_numbers
-from jaxpaged.page_format import BlockPages, hadamard_turn, page_format
-from jaxpaged.testing import build_case, check_conformance
+from jaxpaged.attention.gpu import backend as mosaic_gpu
+from jaxpaged.attention.gpu.quantized import CODES, to_columns, to_numbers
+from jaxpaged.attention.gpu.tile_config import make_plan
+from jaxpaged.pages.formats import BlockPages, hadamard_turn, page_format
+from jaxpaged.testing.conformance import build_case, check_conformance
 
 PAIRS = [("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0")]
 HEADS_OF_64 = {"num_q_heads": 3, "num_kv_heads": 1, "head_dim": 64}

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxpaged.attention import mosaic_tpu, tpu_kernel
 from jaxpaged.attention.base import Pages, make_config
 from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, QUANTIZED_CASES, SMOLLM2_135M, Case
-from jaxpaged.attention.tpu_blocks import Blocks, Heads, block_items, choose_blocks, describe
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, PageFormat, hadamard_turn, page_format, token_rows
-from jaxpaged.testing import Built, build_case, check_conformance
+from jaxpaged.attention.tpu import backend as mosaic_tpu
+from jaxpaged.attention.tpu import kernel as tpu_kernel
+from jaxpaged.attention.tpu.block_sizes import Blocks, Heads, block_items, choose_blocks, describe
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, PageFormat, hadamard_turn, page_format, token_rows
+from jaxpaged.testing.conformance import Built, build_case, check_conformance
 
 INTERPRETER = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"

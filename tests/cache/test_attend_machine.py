@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from cache_oracle import NARROW, counted
 from hypothesis import settings
-from test_cache_state_machine import MAX_SEQS, NUM_TOKENS, CacheMachine
+from test_cache_machine import MAX_SEQS, NUM_TOKENS, CacheMachine
 
 import jaxpaged as ops
 from jaxpaged.attention import candidates, paged_attention
-from jaxpaged.batch import Batch, pack
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.rope import Rope
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.batch import Batch, pack
+from jaxpaged.pages.rope import Rope
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 FREQUENCIES = 10_000.0 ** (-np.arange(0, DIM, 2) / DIM)

@@ -27,12 +27,12 @@ from cache_oracle import (
     traces,
 )
 
-from jaxpaged import allocator as pages_of
 from jaxpaged.attention import paged_attention
-from jaxpaged.cache import OutOfPages, PagedKVCache, reserve_or_raise
-from jaxpaged.invariants import check_invariants
-from jaxpaged.rope import Rope
-from jaxpaged.sequences import ALL
+from jaxpaged.cache.invariants import check_invariants
+from jaxpaged.cache.paged import OutOfPages, PagedKVCache, reserve_or_raise
+from jaxpaged.cache.sequences import ALL
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages.rope import Rope
 
 
 def filled(*lengths: int, **sizes: int) -> PagedKVCache:

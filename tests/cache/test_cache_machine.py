@@ -27,8 +27,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from jaxpaged.batch import Batch
-from jaxpaged.sequences import ALL
+from jaxpaged.cache.sequences import ALL
+from jaxpaged.pages.batch import Batch
 
 MAX_SEQS, NUM_TOKENS = 4, 40
 ids = st.integers(0, MAX_SEQS - 1)

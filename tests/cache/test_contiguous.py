@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.paged import PagedKVCache
 
 KV, G, D, S, MAX = 2, 3, 16, 3, 300
 SIZES = {"num_layers": 2, "num_kv_heads": KV, "head_dim": D, "max_seqs": S}

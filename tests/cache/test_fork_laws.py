@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from cache_oracle import jit_ask, jit_clear, jit_copy, jit_remove, jit_reserve
 
-from jaxpaged import allocator as pages_of
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.invariants import check_invariants
-from jaxpaged.sequences import ALL
+from jaxpaged.cache.invariants import check_invariants
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.cache.sequences import ALL
+from jaxpaged.pages import allocator as pages_of
 
 N, S, PAGE_SIZE = 16, 3, 32
 allocate = jax.jit(pages_of.allocate, static_argnames="max_count")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpaged import PagedKVCache, check_invariants, reserve, seq_remove
-from jaxpaged.adoption import pin_pages, read_pages, seq_adopt, seq_place, unpin_pages, write_pages
+from jaxpaged.cache.sharing import pin_pages, read_pages, seq_adopt, seq_place, unpin_pages, write_pages
 from jaxpaged.engine.swap import numbered
 
 S, N, P, PS = 3, 12, 6, 8

@@ -32,16 +32,9 @@ from cache_oracle import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged.cache import (
-    OutOfPages,
-    PagedKVCache,
-    can_reserve,
-    clear,
-    reserve,
-    reserve_or_raise,
-)
-from jaxpaged.invariants import InvariantError, check_invariants
-from jaxpaged.sequences import (
+from jaxpaged.cache.invariants import InvariantError, check_invariants
+from jaxpaged.cache.paged import OutOfPages, PagedKVCache, can_reserve, clear, reserve, reserve_or_raise
+from jaxpaged.cache.sequences import (
     ALL,
     seq_copy,
     seq_drop_unseen,
@@ -488,7 +481,7 @@ def test_nothing_is_traced_again_when_ids_lengths_and_ranges_change() -> None:
 
 
 def test_host_wrapper_compiles_once_for_all_counts() -> None:
-    from jaxpaged import cache as module
+    from jaxpaged.cache import paged as module
 
     cache = make_cache(**SMALL)
     cache, _ = reserve_or_raise(cache, arr(1, 0, 0, 0), num_tokens=24)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged import kept_programs
-from jaxpaged.kept_programs import compiled, keep_in
+from jaxpaged.compilation import executable_cache as kept_programs
+from jaxpaged.compilation.executable_cache import compiled, keep_in
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from engine_kit import (
 )
 from toy_transformer import VOCAB, toy_log_probabilities
 
-from jaxpaged import allocator
 from jaxpaged.engine import ContextError, EngineRequest, PoolError, QueueFullError, RefusedError
+from jaxpaged.pages import allocator
 
 
 def test_requests_of_all_lengths_get_the_text_they_would_get_alone(engine):

@@ -9,8 +9,8 @@ from toy_transformer import PAGE_SIZE, toy
 from jaxpaged import PagedKVCache
 from jaxpaged.engine import Engine, EngineRequest
 from jaxpaged.engine.swap import SwapCosts
-from jaxpaged.generation import generate
-from jaxpaged.generation_request import ContextShift
+from jaxpaged.generation.loop import generate
+from jaxpaged.generation.request import ContextShift
 
 
 @pytest.fixture(scope="module")

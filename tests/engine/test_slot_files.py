@@ -6,7 +6,7 @@ import pytest
 from engine_kit import SLOTS, alone, finish, greedy, make_engine, prompt
 
 from jaxpaged.engine import Engine, RefusedError, SlotBusyError
-from jaxpaged.snapshot_file import SnapshotError
+from jaxpaged.storage.snapshot_file import SnapshotError
 
 
 @pytest.fixture(scope="module")

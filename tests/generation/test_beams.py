@@ -32,8 +32,8 @@ from jaxpaged import (
     seq_copy,
     seq_reorder,
 )
-from jaxpaged import beams as rooms
-from jaxpaged.beams import BeamResult, EarlyStopping, beam_search, prepare_beam_search
+from jaxpaged.generation import beams as rooms
+from jaxpaged.generation.beams import BeamResult, EarlyStopping, beam_search, prepare_beam_search
 
 
 @pytest.fixture(scope="module")

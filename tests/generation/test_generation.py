@@ -23,7 +23,7 @@ from jaxpaged import (
     generate,
     generate_stream,
 )
-from jaxpaged import generation as rooms
+from jaxpaged.generation import loop as rooms
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 97, 32, 4, 2, 8, 2
 FREQUENCIES = 100.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged import sampling
-from jaxpaged.sampling import SamplingParams, push_recent, sample
+from jaxpaged.generation import sampling
+from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 
 jitted = jax.jit(sample)
 

@@ -19,8 +19,8 @@ from jaxpaged import (
     generate,
     reserve,
 )
-from jaxpaged import lookup as rooms
-from jaxpaged.lookup import find_drafts, generate_lookup, lookup_stream
+from jaxpaged.generation import speculative as rooms
+from jaxpaged.generation.speculative import find_drafts, generate_lookup, lookup_stream
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from typing import Any
 import gguf
 import jax.numpy as jnp
 import numpy as np
-
-from model.quantized import panels
-from model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS
+from jaxpaged_model.quantized import panels
+from jaxpaged_model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS
 
 HALF_FLOATS = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.llama import abstract_params, functional
 from safetensors.numpy import save_file
 
-from jaxpaged.batch import Batch
-from model.config import ModelConfig
-from model.llama import abstract_params, functional
+from jaxpaged.pages.batch import Batch
 
 HIDDEN, INTERMEDIATE, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 

@@ -8,8 +8,7 @@ import time
 from typing import Any
 
 import pytest
-
-from model.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
+from jaxpaged_model.text.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_huggingface
+from jaxpaged_model.config import ModelConfig, ModelError, RopeScaling, rope_frequencies
 from small_models import config_json
-
-from model.config import ModelConfig, ModelError, RopeScaling, rope_frequencies
-from model.read_config import config_from_gguf, config_from_huggingface
 
 SHAPES = {
     "token_embd.weight": (1000, 64),

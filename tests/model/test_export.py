@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.export import write_gguf
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
 from small_models import (
     VOCAB,
     config_json,
@@ -18,11 +22,6 @@ from small_models import (
     tokenizer_metadata,
     write_converted_gguf,
 )
-
-from model.config import ModelConfig, RopeScaling, rope_frequencies
-from model.export import write_gguf
-from model.gguf_file import GGUFFile
-from model.loading import load_model
 
 
 def small(architecture: str, **changes: object) -> ModelConfig:

@@ -9,11 +9,10 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.fingerprint import fingerprint
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.checkpoint.loading import load_model, read_gguf_config
 from small_models import config_json, random_weights, write_converted_gguf, write_folder
-
-from model.fingerprint import fingerprint
-from model.gguf_file import GGUFFile
-from model.loading import load_model, read_gguf_config
 
 CONFIG = config_json("llama")
 WEIGHTS = random_weights(CONFIG)

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
+from jaxpaged_model.checkpoint.gguf_file import SUPPORTED_TYPES, GGUFFile
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.config import ModelError
 from small_models import config_json, logits, random_weights, write_converted_gguf
-
-from model.config import ModelError
-from model.gguf_file import SUPPORTED_TYPES, GGUFFile
-from model.loading import load_model
 
 
 @pytest.fixture(scope="module")

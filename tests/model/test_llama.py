@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 from flax import nnx
+from jaxpaged_model.checkpoint.read_config import config_from_huggingface
+from jaxpaged_model.llama import Llama, abstract_params, random_params
 from small_models import config_json
-
-from model.llama import Llama, abstract_params, random_params
-from model.read_config import config_from_huggingface
 
 
 def test_random_params_are_those_that_nnx_draws() -> None:

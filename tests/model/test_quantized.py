@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpaged_model.quantized import cpu_vectors, panels, product
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
 from quantized_matrices import bits_per_weight, numbers, packed, random_raw
-
-from model.quantized import cpu_vectors, panels, product
-from model.quantized.formats import WEIGHT_FORMATS
-from model.quantized.layouts import LAYOUTS, Layout
 
 NAMES = tuple(WEIGHT_FORMATS)
 ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
@@ -169,7 +168,7 @@ OTHER_CPUS = {"avx2": ("haswell", "+avx2,+fma,+f16c"), "any": ("ivybridge", "+av
 CHECK = """
 import numpy as np
 from quantized_matrices import numbers, packed, random_raw
-from model.quantized import cpu_vectors, product
+from jaxpaged_model.quantized import cpu_vectors, product
 from test_quantized import relative, rounded
 assert cpu_vectors.INSTRUCTIONS == {instructions!r}, cpu_vectors.INSTRUCTIONS
 for name, exact in {cases}:
@@ -200,7 +199,7 @@ def test_lesser_cpus_compute_the_same(instructions: str, tmp_path: Path) -> None
 
 AS_ON_ARM = """
 from llvmlite import ir
-from model.quantized import cpu_vectors
+from jaxpaged_model.quantized import cpu_vectors
 
 def dot(self, c, total, codes, factors):
     '''What sdot computes: products of signed bytes, four summed up in each lane.'''
@@ -234,8 +233,8 @@ import re
 import llvmlite.binding as llvm
 from llvmlite import ir
 from jaxpaged.native.tiles import Code
-from model.quantized import cpu_vectors
-from model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized import cpu_vectors
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
 cpu_vectors.INSTRUCTIONS, cpu_vectors._PRODUCTS = "neon", cpu_vectors._OfBytes()
 cpu_vectors.instructions = lambda write, *_: write

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from model.quantized import gpu_kernel, lanes, product
-from model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized import gpu_kernel, lanes, product
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="jax before 0.11.2 offers no interpreter of GPU kernels"

@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpaged_model.quantized import lanes, product, tpu_kernel
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from quantized_matrices import numbers, packed, random_raw, random_weights_raw
 
-from jaxpaged.page_format.lane_blocks import half_to_float
-from model.quantized import lanes, product, tpu_kernel
-from model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged.pages.formats.lane_blocks import half_to_float
 
 ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
 """One plane, two planes with minima, groups of 16 with steps, a table."""

@@ -10,16 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.export import write_gguf
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.checkpoint.weights import Placement, load_params, placements, weight_plan
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.llama import functional
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.linear import WeightPlan
 from quantized_matrices import bits_per_weight, numbers, random_weights_raw
 from small_models import VOCAB, logits, random_params, tokenizer_metadata
-
-from model.config import ModelConfig
-from model.export import write_gguf
-from model.llama import functional
-from model.loading import load_model
-from model.quantized.formats import WEIGHT_FORMATS
-from model.quantized.linear import WeightPlan
-from model.weights import Placement, load_params, placements, weight_plan
 
 
 class Drawn:

@@ -9,13 +9,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.checkpoint.loading import read_config
+from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
+from jaxpaged_model.checkpoint.shards import ShardSource
 from small_models import KV_HEADS, config_json, random_weights, write_converted_gguf, write_folder
 
-from jaxpaged.sharding import MeshError
-from model.gguf_file import GGUFFile
-from model.loading import read_config
-from model.safetensors_folder import SafetensorsFolder
-from model.shards import ShardSource
+from jaxpaged.sharding.mesh import MeshError
 
 FOLDERS: dict[str, dict[str, Any]] = {
     "qwen2": config_json("qwen2"),  # biases on Q, K and V
@@ -23,7 +23,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "biased": config_json("llama", attention_bias=True, mlp_bias=True),
 }
 SIZES = (1, 2, 4)  # of 4 query heads and 2 KV heads
-# Written out here independently of ``model.shards``: which axis of a layer's matrix is cut, by its name in the file.
+# Written independently of ``jaxpaged_model.checkpoint.shards``: which axis of a layer's matrix is split, by its name.
 ROWS = (
     "q_proj",
     "k_proj",

@@ -13,9 +13,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from model.pretokenizers import PRE_TOKENIZERS
-from model.tokenizer import Tokenizer, TokenizerError
+from jaxpaged_model.text.pretokenizers import PRE_TOKENIZERS
+from jaxpaged_model.text.tokenizer import Tokenizer, TokenizerError
 
 AWKWARD_TEXTS = [
     "Hello, world! It's 'quoted' and I'LL DON'T stop.",
@@ -541,8 +540,8 @@ def _spm_without_prefix() -> Tokenizer:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name == "tokenizers" or name.startswith("model")]:
+    for name in [name for name in sys.modules if name == "tokenizers" or name.startswith("jaxpaged_model")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match="pip install"):
-        import model.tokenizer  # noqa: F401
+        import jaxpaged_model.text.tokenizer  # noqa: F401

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.config import ModelError, RopeScaling
+from jaxpaged_model.llama import abstract_params
 from safetensors.numpy import save_file
 from small_models import (
     HEAD_DIM,
@@ -21,10 +24,6 @@ from small_models import (
     write_converted_gguf,
     write_folder,
 )
-
-from model.config import ModelError, RopeScaling
-from model.llama import abstract_params
-from model.loading import load_model
 
 LLAMA3 = {
     "rope_type": "llama3",

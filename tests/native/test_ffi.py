@@ -110,7 +110,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
     script = (
         "import jax, numpy as np\n"
         "from jaxpaged.attention.cases import Case\n"
-        "from jaxpaged.testing import build_case, check_conformance\n"
+        "from jaxpaged.testing.conformance import build_case, check_conformance\n"
         "from jaxpaged.attention import paged_attention\n"
         "from jaxpaged.native import ffi\n"
         "case = Case('c', num_q_heads=2, num_kv_heads=1, head_dim=16, lengths=(40,), q_lens=(3,))\n"

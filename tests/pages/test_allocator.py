@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged import allocator as pages_of
-from jaxpaged.allocator import PageAllocator
+from jaxpaged.pages import allocator as pages_of
+from jaxpaged.pages.allocator import PageAllocator
 
 N, M = 12, 6
 allocate = jax.jit(pages_of.allocate, static_argnames="max_count")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged.batch import Batch, pack
+from jaxpaged.pages.batch import Batch, pack
 
 S, T = 5, 16
 jit_pack = jax.jit(pack, static_argnames="num_tokens")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged import block_table as tables
-from jaxpaged.block_table import BlockTable
+from jaxpaged.pages import block_table as tables
+from jaxpaged.pages.block_table import BlockTable
 
 N, P, PAGE_SIZE = 20, 6, 8
 END = 2**31 - 1

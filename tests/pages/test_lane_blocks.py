@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.page_format import BlockFormat, page_format
-from jaxpaged.page_format.lane_blocks import LaneBlockFormat
+from jaxpaged.pages.formats import BlockFormat, page_format
+from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
 
 N = 5
 SIZES = ((3, 32, 64), (1, 8, 128), (2, 256, 32), (2, 32, 96), (2, 16, 256))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpaged.attention import paged_attention
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.page_format import PAGE_FORMATS, check_page_size, page_format, token_rows
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.formats import PAGE_FORMATS, check_page_size, page_format, token_rows
 
 N, KV, PAGE_SIZE, D = 5, 2, 8, 3
 PLAIN = ["f32", "bf16", "f16", "fp8_e4m3"]
@@ -142,7 +142,7 @@ def test_a_cache_of_lanes_attends_as_a_plain_one(head_dim: int, implementation: 
 def test_a_cache_fills_lanes_where_it_is_made_on_a_tpu(
     monkeypatch: pytest.MonkeyPatch, platform: str, head_dim: int, expected: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr("jaxpaged.cache.default_platform", lambda: platform)
+    monkeypatch.setattr("jaxpaged.cache.paged.default_platform", lambda: platform)
     cache = PagedKVCache.create(
         num_layers=1, num_kv_heads=1, head_dim=head_dim, num_pages=1, max_seqs=1, page_size=8
     )

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxpaged import PagedKVCache, reserve
-from jaxpaged.page_format import PAGE_FORMATS, BlockFormat, BlockPages, SealedFormat, hadamard_turn, k_quants
+from jaxpaged.pages.formats import (
+    PAGE_FORMATS,
+    BlockFormat,
+    BlockPages,
+    SealedFormat,
+    hadamard_turn,
+    k_quants,
+)
 
 BY_ROW = [name for name, one in PAGE_FORMATS.items() if isinstance(one, BlockFormat) and not one.seals]
 SEALED = [name for name, one in PAGE_FORMATS.items() if one.seals]

@@ -19,12 +19,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 import jaxpaged as ops
-from jaxpaged.batch import Batch
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.defragment import seq_defragment
-from jaxpaged.invariants import check_invariants
-from jaxpaged.page_format import SealedFormat, SealedPages
-from jaxpaged.page_format.sealed import PageCode
+from jaxpaged.cache.defragment import seq_defragment
+from jaxpaged.cache.invariants import check_invariants
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.formats import SealedFormat, SealedPages
+from jaxpaged.pages.formats.residual import PageCode
 
 PAGE_SIZE, MAX_SEQS, NUM_TOKENS, DIM = 8, 4, 40, 32
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.rope import Rope
+from jaxpaged.pages.rope import Rope
 
 FREQUENCIES = 500_000.0 ** (-np.arange(0, 64, 2) / 64)
 

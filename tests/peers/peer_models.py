@@ -17,12 +17,12 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from jaxpaged_model.checkpoint.loading import LoadedModel
+from jaxpaged_model.config import ModelConfig
 
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.contiguous import ContiguousKVCache
-from jaxpaged.generation import generate
-from model.config import ModelConfig
-from model.loading import LoadedModel
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.generation.loop import generate
 
 VOCAB_SIZE = 300
 # One prompt is longer than a prefill step, one than every sliding window, one is a single token.

@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 import peer_models as peer
 import torch
 from conftest import Measured
+from jaxpaged_model.checkpoint.loading import load_model
 
-from jaxpaged.beams import beam_search
-from jaxpaged.cache import PagedKVCache
-from jaxpaged.invariants import check_invariants
-from model.loading import load_model
+from jaxpaged.cache.invariants import check_invariants
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.generation.beams import beam_search
 
 LIMIT = 24
 # (length_penalty, early_stopping, how many stop tokens); many stop tokens end hypotheses all the time.

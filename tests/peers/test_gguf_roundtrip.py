@@ -11,8 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import peer_models as peer
 from conftest import Measured
-
-from model.loading import load_model
+from jaxpaged_model.checkpoint.loading import load_model
 
 TOLERANCE = 1e-4
 QUANTIZATIONS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]

@@ -1,6 +1,6 @@
 """llama.cpp on the same GGUF files: logits, greedy tokens, tokenizers.
 
-What came out, and why the bounds are what they are, is in ``docs/peers.md``.
+What came out, and why the bounds are what they are, is in ``docs/reports/peers.md``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import peer_models as peer
 from conftest import LlamaCpp, Measured
-
-from model import tiny
-from model.config import ModelError
-from model.gguf_file import SUPPORTED_TYPES, GGUFFile
-from model.loading import load_model
-from model.tokenizer import Tokenizer
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.gguf_file import SUPPORTED_TYPES, GGUFFile
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.config import ModelError
+from jaxpaged_model.text.tokenizer import Tokenizer
 
 # llama.cpp ignores the sliding window in files of these architectures.
 WITHOUT_WINDOW = [name for name in peer.VARIANTS if not name.endswith("-window")]

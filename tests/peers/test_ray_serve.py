@@ -1,4 +1,4 @@
-"""``docs/scaling/ray_serve.py`` on a Ray cluster of this machine: two replicas against one server of the same model."""
+"""``docs/examples/ray_serve.py`` on a local Ray cluster: two replicas against one server of the same model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import pytest
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed (pip install 'ray[serve]')", allow_module_level=True)
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "scaling" / "ray_serve.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "ray_serve.py"
 FLAGS = ("-np", "2", "-c", "1024", "-t", "1", "--temp", "0", "--metrics", "--log-disable")
 HEADER = "x-jaxpaged-replica"
 START_SECONDS, REPLACE_SECONDS, LEAVE_SECONDS = 240, 180, 60

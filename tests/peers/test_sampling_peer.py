@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.sampling import SamplingParams, sample
+from jaxpaged.generation.sampling import SamplingParams, sample
 
 llama_cpp = pytest.importorskip("llama_cpp")
 

@@ -14,10 +14,9 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from model.chat import BUILTIN_TEMPLATES, render_chat
-from model.pretokenizers import PRE_TOKENIZERS
-from model.tokenizer import Tokenizer
+from jaxpaged_model.text.chat import BUILTIN_TEMPLATES, render_chat
+from jaxpaged_model.text.pretokenizers import PRE_TOKENIZERS
+from jaxpaged_model.text.tokenizer import Tokenizer
 
 TEXTS = [
     "Hello, world! It's 'quoted' and I'LL DON'T stop. We've we'Re",

@@ -11,8 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import peer_models as peer
 from conftest import Measured
-
-from model.loading import LoadedModel, load_model
+from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 
 TOLERANCE = 1e-4
 

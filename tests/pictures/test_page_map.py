@@ -15,7 +15,7 @@ import pytest
 from cache_oracle import jit_copy, jit_remove, jit_step, make_cache
 
 from jaxpaged import PagedKVCache, PageMap, draw_page_map, draw_page_map_frames
-from jaxpaged.page_map import MAX_COLUMNS, colour
+from jaxpaged.pictures.page_map import MAX_COLUMNS, colour
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -169,6 +169,6 @@ def test_frames_must_be_of_one_pool() -> None:
 
 
 def test_the_picture_in_the_docs_is_what_its_script_draws() -> None:
-    script = Path(__file__).parents[1] / "docs" / "pictures" / "page_map.py"
+    script = Path(__file__).parents[2] / "docs" / "pictures" / "page_map.py"
     drawn = runpy.run_path(str(script))["picture"]()
     assert drawn == script.with_suffix(".svg").read_text(encoding="utf-8")

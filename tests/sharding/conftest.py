@@ -1,7 +1,7 @@
 """Eight devices on one machine.
 
 XLA's CPU client makes as many as it is told to before it starts, so these tests are a process of their own:
-``python -m pytest tests/mesh``. Beside other tests, which start it with one device, they are skipped.
+``python -m pytest tests/sharding``. Beside other tests, which start it with one device, they are skipped.
 """
 
 import os
@@ -26,5 +26,5 @@ def eight_devices() -> None:
 
     if (count := jax.device_count()) < NUM_DEVICES:
         pytest.skip(
-            f"needs {NUM_DEVICES} devices, jax has started with {count}; run tests/mesh as its own process"
+            f"needs {NUM_DEVICES} devices, jax has started with {count}; run tests/sharding as its own process"
         )

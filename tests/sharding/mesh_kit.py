@@ -12,11 +12,11 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 
 import small_models
 from jax.sharding import Mesh
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 
 from jaxpaged import ContiguousKVCache, PagedKVCache
-from jaxpaged.sharding import ShardedCache, make_mesh
-from model import tiny
-from model.loading import LoadedModel, load_model
+from jaxpaged.sharding.mesh import ShardedCache, make_mesh
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": small_models.config_json("qwen2"),  # biases on Q, K and V

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpaged import PagedKVCache, Rope, beams, check_invariants, generation, lookup
-from jaxpaged.context import ContextKVCache, _as_words, _from_words, context_specs
-from jaxpaged.generation_request import ContextShift, make_request
+from jaxpaged import PagedKVCache, Rope, check_invariants
+from jaxpaged.generation import beams
+from jaxpaged.generation import loop as generation
+from jaxpaged.generation import speculative as lookup
+from jaxpaged.generation.request import ContextShift, make_request
+from jaxpaged.sharding.context import ContextKVCache, _as_words, _from_words, context_specs
 
 S, T, LAYERS, Q_HEADS, KV_HEADS, PAGE_SIZE, NUM_PAGES = 4, 24, 2, 4, 2, 8, 16
 SINKS = jnp.asarray([1.5, -0.5, 0.0, 3.0], jnp.float32)

@@ -7,10 +7,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from jaxpaged_model.checkpoint.loading import load_model
 from mesh_kit import loaded, mesh_of
 
-from jaxpaged.sharding import TENSOR
-from model.loading import load_model
+from jaxpaged.sharding.mesh import TENSOR
 
 CUT = {"q": 1, "k": 1, "v": 1, "gate": 1, "up": 1, "out": 0, "down": 0}
 """The axis of a layer's ``[in, out]`` kernel that is dealt, by the layer."""

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxpaged import ContextShift, SamplingParams
-from jaxpaged.beams import beam_search
-from jaxpaged.generation import generate
-from jaxpaged.lookup import generate_lookup, lookup_stream
-from jaxpaged.streaming import generate_stream
+from jaxpaged.generation.beams import beam_search
+from jaxpaged.generation.loop import generate
+from jaxpaged.generation.speculative import generate_lookup, lookup_stream
+from jaxpaged.generation.stream import generate_stream
 
 PROMPTS = [
     [5, 9, 7, 3, 11],
@@ -150,7 +150,7 @@ def test_a_generation_is_one_program():
     caches = [mesh_kit.create_cache(model, 3, 32) for _ in range(2)]
     generate(model.function, model.params, caches[0], PROMPTS, max_new_tokens=NEW)
     with jax.log_compiles(False):
-        from jaxpaged.generation import _generate_donating
+        from jaxpaged.generation.loop import _generate_donating
 
         before = _generate_donating._cache_size()
         generate(model.function, model.params, caches[1], PROMPTS[::-1], max_new_tokens=NEW - 3)

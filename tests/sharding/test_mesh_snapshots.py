@@ -6,10 +6,10 @@ import mesh_kit
 import numpy as np
 import pytest
 
-from jaxpaged import mesh_snapshots, snapshots
-from jaxpaged.generation import generate
-from jaxpaged.sharding import ShardedCache
-from jaxpaged.snapshot_file import SnapshotError, read_snapshot
+from jaxpaged.generation.loop import generate
+from jaxpaged.sharding.mesh import ShardedCache
+from jaxpaged.storage import mesh_snapshots, snapshots
+from jaxpaged.storage.snapshot_file import SnapshotError, read_snapshot
 
 PROMPTS = [[5, 9, 7, 3, 11, 2, 4, 8, 1], [8, 8, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [77, 4]]
 SEQ = 2

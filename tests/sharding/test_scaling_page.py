@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from jaxpaged_model import tiny
 from mesh_kit import loaded
-
-from model import tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 TEXTS = ("def f(", "class Stack:", "import os")

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpaged import adoption, cache, sequences
-from jaxpaged.generation import generate
-from jaxpaged.sharding import (
+from jaxpaged.cache import paged as cache
+from jaxpaged.cache import sequences
+from jaxpaged.cache import sharing as adoption
+from jaxpaged.generation.loop import generate
+from jaxpaged.sharding.mesh import (
     CACHE,
     PARAMS,
     RESULT,
@@ -30,7 +32,7 @@ from jaxpaged.sharding import (
     parse_mesh,
     put,
 )
-from tpu_scripts.compiled_contents import contents_of
+from tpu_scripts.compile_check.hlo import contents_of
 
 DATA, TENSOR, S, N, T = 2, 4, 3, 16, 8
 

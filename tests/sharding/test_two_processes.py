@@ -15,8 +15,7 @@ from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
-
-from model import tiny
+from jaxpaged_model import tiny
 
 TEXT = "class Stack:\n    def __init__(self"
 GREEDY = ("-m", str(tiny.PATH), "--temp", "0")

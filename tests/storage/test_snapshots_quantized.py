@@ -15,8 +15,8 @@ import pytest
 
 import jaxpaged as ops
 from jaxpaged import PagedKVCache, SnapshotError, check_invariants, read_snapshot, restore, snapshot
-from jaxpaged.page_format import PAGE_FORMATS, BlockPages
-from jaxpaged.snapshot_file import write_snapshot
+from jaxpaged.pages.formats import PAGE_FORMATS, BlockPages
+from jaxpaged.storage.snapshot_file import write_snapshot
 
 KV, DIM, MAX_SEQS = 2, 64, 4
 SIZES = {"num_layers": 2, "num_kv_heads": KV, "head_dim": DIM, "max_seqs": MAX_SEQS}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxpaged.attention import paged_attention
-from jaxpaged.testing import PROVOCATIONS, Case, Verdict, build_case, calm, judge
+from jaxpaged.testing.conformance import PROVOCATIONS, Case, Verdict, build_case, calm, judge
 
-PAGE = Path(__file__, "../../docs/conformance.md").resolve().read_text()
+PAGE = Path(__file__, "../../../docs/conformance.md").resolve().read_text()
 CODE, PRINTED, DIFF = (
     re.search(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[1] for kind in ("python", "text", "diff")
 )

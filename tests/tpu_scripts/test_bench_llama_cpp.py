@@ -1,4 +1,4 @@
-"""tpu_scripts/bench_against_llama_cpp.py, with programs that stand for llama.cpp's."""
+"""tpu_scripts/bench/llama_cpp.py, with programs that stand for llama.cpp's."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from jaxpaged_model.tiny import PATH as TINY
 from script_kit import run, table
 
-from model.tiny import PATH as TINY
-from tpu_scripts import bench_against_llama_cpp, llama_cpp_side, turns
-from tpu_scripts.bench_against_llama_cpp import CONTIGUOUS, PAGED
-from tpu_scripts.llama_cpp_side import LLAMA_CPP, LLAMA_CPP_PAGED
-from tpu_scripts.turns import Cell, Failure
+from tpu_scripts.bench import llama_cpp as bench_against_llama_cpp
+from tpu_scripts.bench import llama_cpp_side, turns
+from tpu_scripts.bench.llama_cpp import CONTIGUOUS, PAGED
+from tpu_scripts.bench.llama_cpp_side import LLAMA_CPP, LLAMA_CPP_PAGED
+from tpu_scripts.bench.turns import Cell, Failure
 
 PROGRAM = """#!{python} -SE
 import json, sys
@@ -61,7 +62,7 @@ def llama_cpp(tmp_path):
     [
         ([], "the following arguments are required: -m/--model"),
         (["-m", "nowhere.gguf"], "-m nowhere.gguf: no such file"),
-        (["-m", __file__], "test_bench_against_llama_cpp.py: not a GGUF file"),
+        (["-m", __file__], "test_bench_llama_cpp.py: not a GGUF file"),
         (["-m", TINY, "-p", "0", "-n", "0"], "-p and -n are both 0"),
         (["-m", TINY, "-d", "0,-1"], "must be a whole number, got '-1'"),
         (["-m", TINY, "-d", "2000"], "ask for 2,712 tokens in a sequence; the mo"),
@@ -70,7 +71,7 @@ def llama_cpp(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, complaint):
-    assert run(monkeypatch, "bench_against_llama_cpp", *arguments) == 2
+    assert run(monkeypatch, "bench.llama_cpp", *arguments) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
 
@@ -120,18 +121,18 @@ def test_what_is_no_measurement_is_refused(text):
 
 def test_a_llama_cpp_that_fails_is_one_line(monkeypatch, capsys, llama_cpp):
     program = llama_cpp(complaint="error: failed to load model")
-    assert run(monkeypatch, "bench_against_llama_cpp", "-m", TINY, "-d", 0, "--llama-bench", program) == 2
+    assert run(monkeypatch, "bench.llama_cpp", "-m", TINY, "-d", 0, "--llama-bench", program) == 2
     said = capsys.readouterr().err
     assert "llama-bench failed: error: failed to load model" in said and said.count("\n") == 1
     program.with_name("llama-batched-bench").unlink()
-    assert run(monkeypatch, "bench_against_llama_cpp", "-m", TINY, "-d", 0, "--llama-bench", program) == 2
+    assert run(monkeypatch, "bench.llama_cpp", "-m", TINY, "-d", 0, "--llama-bench", program) == 2
     said = capsys.readouterr().err
     assert "-b 8 needs llama-batched-bench beside " in said and said.count("\n") == 1
 
 
 def test_no_llama_cpp_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    assert run(monkeypatch, "bench_against_llama_cpp", "-m", TINY, "-d", 0) == 2
+    assert run(monkeypatch, "bench.llama_cpp", "-m", TINY, "-d", 0) == 2
     said = capsys.readouterr().err
     assert "no llama.cpp to compare with" in said and "--only-ours" in said and said.count("\n") == 1
 
@@ -140,7 +141,7 @@ def test_a_child_that_fails_is_one_line():
     child = bench_against_llama_cpp.Child(PAGED, Path(__file__), 1, None)
     try:
         with pytest.raises(
-            Failure, match=r"jaxpaged paged failed: .*test_bench_against_llama_cpp.py: not a GGUF file"
+            Failure, match=r"jaxpaged paged failed: .*test_bench_llama_cpp.py: not a GGUF file"
         ):
             child.load()
     finally:
@@ -241,7 +242,7 @@ def test_the_library_reads_what_its_programs_read(monkeypatch, cell, calls):
 def test_both_are_measured(monkeypatch, capsys, tmp_path, llama_cpp):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
     arguments = f"-m {TINY} -t 2 -p 8 -n 3 -b 1,2 -d 9 -r 2 --llama-bench {llama_cpp()}".split()
-    assert run(monkeypatch, "bench_against_llama_cpp", *arguments, "--json", tmp_path / "rows.json") == 0
+    assert run(monkeypatch, "bench.llama_cpp", *arguments, "--json", tmp_path / "rows.json") == 0
     said = capsys.readouterr()
     rows = table(said.out)
     assert list(rows[0])[1:] == ["pp8 @ d9", "tg3 @ d9", "2 x pp9", "2 x tg3 @ d9"]
@@ -252,4 +253,4 @@ def test_both_are_measured(monkeypatch, capsys, tmp_path, llama_cpp):
     assert said.err.splitlines()[-1] == "2 of 2: batch 2, depth 9"
     found = json.loads((tmp_path / "rows.json").read_text())
     assert len(found["rows"]) == 2 and len(found["rows"][0]["seconds"]["prompt"][PAGED]) == 2
-    assert found["command"].startswith("python -m tpu_scripts.bench_against_llama_cpp -m ")
+    assert found["command"].startswith("python -m tpu_scripts.bench.llama_cpp -m ")

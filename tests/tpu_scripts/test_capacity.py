@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_kit import FEW_PAGES, SLOTS, greedy, make_engine, prompt
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import read_config
+from jaxpaged_model.config import ModelError
 from script_kit import run, table
 from toy_transformer import PAGE_SIZE
 
 from jaxpaged import PagedKVCache
-from jaxpaged.sharding import local_kv_heads
-from model import tiny
-from model.config import ModelError
-from model.loading import read_config
-from tpu_scripts.capacity_chips import (
+from jaxpaged.sharding.mesh import local_kv_heads
+from tpu_scripts.capacity.chips import (
     CHIPS,
     MODELS,
     Assumptions,
@@ -32,11 +32,11 @@ from tpu_scripts.capacity_chips import (
     page_bytes,
     step_times,
 )
-from tpu_scripts.capacity_load import DAY, Lengths, Load, Requests
-from tpu_scripts.capacity_replica import Limits, Replica, simulate
-from tpu_scripts.capacity_search import Impossible, Search, Server, Targets, latencies, make_setup
+from tpu_scripts.capacity.load import DAY, Lengths, Load, Requests
+from tpu_scripts.capacity.replica import Limits, Replica, simulate
+from tpu_scripts.capacity.search import Impossible, Search, Server, Targets, latencies, make_setup
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOST = 1e-3
 TIMES = StepTimes(
     weights=5e-3, kv_token=2e-7, row=2e-5, logits=1e-6, pair=1e-9, reduce_row=1e-7, reduce=1e-4, host=HOST
@@ -370,7 +370,7 @@ def test_a_plan_is_a_table_and_the_same_each_time(monkeypatch, capsys, tmp_path)
     files = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
     said = []
     for file, seed in zip(files, (1, 1, 2), strict=True):
-        assert run(monkeypatch, "plan_capacity", *ARGUMENTS, "--seed", seed, "--json", file) == 0
+        assert run(monkeypatch, "capacity", *ARGUMENTS, "--seed", seed, "--json", file) == 0
         said.append(capsys.readouterr())
     assert said[0] == said[1] and said[0].out != said[2].out
     first, second, other = (json.loads(file.read_text()) for file in files)
@@ -396,7 +396,7 @@ def test_a_plan_is_drawn(monkeypatch, capsys, tmp_path):
     flags = ["--tp", "1", "--day", "h100:1", "--json", file]
     if importlib.util.find_spec("matplotlib"):
         flags += ["--plot", picture]
-    assert run(monkeypatch, "plan_capacity", *ARGUMENTS, *flags) == 0
+    assert run(monkeypatch, "capacity", *ARGUMENTS, *flags) == 0
     day = json.loads(file.read_text())["day"]
     assert (day["chip"], day["tp"]) == ("h100", 1) and max(day["pool"]) <= 1
     assert np.argmax(day["running"]) // 6 in range(12, 19), "the peak is at 15 h"
@@ -405,7 +405,7 @@ def test_a_plan_is_drawn(monkeypatch, capsys, tmp_path):
 
 
 def test_what_serves_nothing_is_said(monkeypatch, capsys):
-    assert run(monkeypatch, "plan_capacity", "--chips", "v5e", "--tp", "1") == 1
+    assert run(monkeypatch, "capacity", "--chips", "v5e", "--tp", "1") == 1
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("left out: v5e tp=1: weights take 141.1 of 14.4 GB")
     assert said[1] == "nothing serves this load within these targets"
@@ -413,11 +413,11 @@ def test_what_serves_nothing_is_said(monkeypatch, capsys):
 
 def test_it_teaches():
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tpu_scripts.plan_capacity", "--help"],
+        [sys.executable, "-W", "error", "-m", "tpu_scripts.capacity", "--help"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr
-    assert "python -m tpu_scripts.plan_capacity" in done.stdout and "\nNeeds: " in done.stdout
+    assert "python -m tpu_scripts.capacity" in done.stdout and "\nNeeds: " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -441,6 +441,6 @@ def test_it_teaches():
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, complaint):
-    assert run(monkeypatch, "plan_capacity", *arguments) == 2
+    assert run(monkeypatch, "capacity", *arguments) == 2
     said = capsys.readouterr()
     assert complaint in said.err and said.err.count("\n") == 1 and not said.out

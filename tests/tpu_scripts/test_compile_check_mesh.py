@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from script_kit import run
 
-from tpu_scripts import compile_check_mesh as mesh
-from tpu_scripts.compile_check_mesh import verdict
-from tpu_scripts.compiled_contents import Collective, Contents, axes_of, bytes_of, contents_of, groups_of
+from tpu_scripts.compile_check import mesh
+from tpu_scripts.compile_check.hlo import Collective, Contents, axes_of, bytes_of, contents_of, groups_of
+from tpu_scripts.compile_check.mesh import verdict
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 AXES = {"data": 2, "context": 1, "tensor": 4}
 KERNEL = (
     "%kernel.1 = (f32[8,2]{1,0:T(4,128)S(1)}, f32[8]{0}) custom-call(%sum), "
@@ -171,22 +171,22 @@ def test_whatever_else_is_wrong():
 
 def test_it_teaches():
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tpu_scripts.compile_check_mesh", "--help"],
+        [sys.executable, "-W", "error", "-m", "tpu_scripts.compile_check.mesh", "--help"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr
-    assert "python -m tpu_scripts.compile_check_mesh" in done.stdout and "\nNeeds: " in done.stdout
+    assert "python -m tpu_scripts.compile_check.mesh" in done.stdout and "\nNeeds: " in done.stdout
 
 
 def test_bad_axes_are_one_line(monkeypatch, capsys):
-    assert run(monkeypatch, "compile_check_mesh", "--mesh", "rows=2") == 2
+    assert run(monkeypatch, "compile_check.mesh", "--mesh", "rows=2") == 2
     said = capsys.readouterr()
     assert "'rows=2' is no axis" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_without_a_compiler_it_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(monkeypatch, "compile_check_mesh") == 2
+    assert run(monkeypatch, "compile_check.mesh") == 2
     said = capsys.readouterr()
     assert said.err.startswith("needs flax, and libtpu or CUDA's compiler") and not said.out
 
@@ -202,12 +202,12 @@ def test_every_mesh_is_compiled_and_what_is_wrong_counts(monkeypatch, capsys, tm
     monkeypatch.setattr(mesh, "environment_of", lambda platform: {})
     monkeypatch.setattr(mesh, "run_worker", compiled)
     path = tmp_path / "rows.json"
-    assert run(monkeypatch, "compile_check_mesh", "--platform", "tpu", "--json", path) == 1
+    assert run(monkeypatch, "compile_check.mesh", "--platform", "tpu", "--json", path) == 1
     assert seen == [(target, axes) for target in ("v5e:2x4", "v6e:2x4") for axes in mesh.CHIPS_8]
     assert "6 programs are right, 2 are not" in capsys.readouterr().out
     assert len(json.loads(path.read_text())) == 8
     seen.clear()
-    assert run(monkeypatch, "compile_check_mesh", "--quick") == 0
+    assert run(monkeypatch, "compile_check.mesh", "--quick") == 0
     assert seen == [("v5e:2x4", mesh.CHIPS_8[0]), ("H200:1x1x4", mesh.CHIPS_4[0])]
 
 

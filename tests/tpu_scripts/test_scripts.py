@@ -13,23 +13,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jaxpaged_model.config import ModelConfig
 from script_kit import run, table
 
 from jaxpaged.attention import api, candidates, paged_attention, tuning
 from jaxpaged.attention.tuning import Key, trial, tuned
-from jaxpaged.testing import build_case
-from model.config import ModelConfig
-from tpu_scripts import bench_generate, common, compile_check, measure_quality, tune_paged_attention
-from tpu_scripts.bench_paged_attention import Attention, Row, Shape
+from jaxpaged.testing.conformance import build_case
+from tpu_scripts import common
+from tpu_scripts.bench import generate as bench_generate
+from tpu_scripts.bench import quality as measure_quality
+from tpu_scripts.bench import tune_paged_attention
+from tpu_scripts.bench.paged_attention import Attention, Row, Shape
+from tpu_scripts.compile_check import __main__ as compile_check
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = (
-    "bench_paged_attention",
-    "bench_generate",
-    "tune_paged_attention",
+    "bench.paged_attention",
+    "bench.generate",
+    "bench.tune_paged_attention",
     "compile_check",
-    "measure_quality",
-    "bench_against_llama_cpp",
+    "bench.quality",
+    "bench.llama_cpp",
 )
 TOY = ModelConfig("llama", 32, 16, 16, 1, 2, 1, 8, 64, name="toy")
 
@@ -51,33 +55,37 @@ def test_each_teaches(script):
 @pytest.mark.parametrize(
     ("script", "arguments", "complaint"),
     [
-        ("bench_paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
-        ("bench_paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
-        ("bench_paged_attention", ["-c", "64,x"], "'x' is no whole number above 0"),
-        ("bench_paged_attention", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
+        ("bench.paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
+        ("bench.paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
+        ("bench.paged_attention", ["-c", "64,x"], "'x' is no whole number above 0"),
+        ("bench.paged_attention", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
         (
-            "bench_paged_attention",
+            "bench.paged_attention",
             ["--implementation", "cuda"],
             "unknown implementation 'cuda'; there are cpu_",
         ),
-        ("bench_paged_attention", ["--json", "nowhere/rows.json"], "cannot write nowhere/rows.json"),
-        ("bench_generate", ["-m", "GPT-9"], "unknown model 'GPT-9': no file of that name, and of shapes "),
-        ("bench_generate", ["-b", "-1"], "'-1' is no whole number above 0"),
-        ("bench_generate", ["--implementation", "xla,cuda"], "unknown implementation 'cuda'; there are cpu_"),
-        ("bench_generate", ["--live", "0", "-p", "0"], "nothing to measure"),
-        ("bench_generate", ["-m", "Llama-3-8B", "--memory", "100"], "the weights of Llama-3-8B shape"),
-        ("tune_paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
-        ("tune_paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
-        ("tune_paged_attention", ["--page-size", "24"], "page size 24 is no power of two from 8 to 256"),
-        ("measure_quality", ["-f", "nowhere.txt"], "-f nowhere.txt: No such file or directory"),
+        ("bench.paged_attention", ["--json", "nowhere/rows.json"], "cannot write nowhere/rows.json"),
+        ("bench.generate", ["-m", "GPT-9"], "unknown model 'GPT-9': no file of that name, and of shapes "),
+        ("bench.generate", ["-b", "-1"], "'-1' is no whole number above 0"),
+        ("bench.generate", ["--implementation", "xla,cuda"], "unknown implementation 'cuda'; there are cpu_"),
+        ("bench.generate", ["--live", "0", "-p", "0"], "nothing to measure"),
+        ("bench.generate", ["-m", "Llama-3-8B", "--memory", "100"], "the weights of Llama-3-8B shape"),
+        ("bench.tune_paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
+        ("bench.tune_paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
         (
-            "measure_quality",
+            "bench.tune_paged_attention",
+            ["--page-size", "24"],
+            "page size 24 is no power of two from 8 to 256",
+        ),
+        ("bench.quality", ["-f", "nowhere.txt"], "-f nowhere.txt: No such file or directory"),
+        (
+            "bench.quality",
             ["-f", __file__, "--formats", "q9_9"],
             "no such page format; there are f32, bf16, f16",
         ),
-        ("measure_quality", ["-f", __file__, "-c", "4096"], "-c 4096 is more than the 1024 tokens"),
-        ("measure_quality", ["-f", __file__, "--distances", "40"], "have passages 48 to 464 apart"),
-        ("measure_quality", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
+        ("bench.quality", ["-f", __file__, "-c", "4096"], "-c 4096 is more than the 1024 tokens"),
+        ("bench.quality", ["-f", __file__, "--distances", "40"], "have passages 48 to 464 apart"),
+        ("bench.quality", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
         ("compile_check", ["--python-tpu", "no-such-python"], "no-such-python is no program"),
     ],
 )
@@ -89,7 +97,7 @@ def test_bad_input_is_one_line(monkeypatch, capsys, script, arguments, complaint
 
 def test_a_bad_environment_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("JAXPAGED_ATTENTION", "cuda")
-    assert run(monkeypatch, "bench_paged_attention") == 2
+    assert run(monkeypatch, "bench.paged_attention") == 2
     said = capsys.readouterr().err
     assert "JAXPAGED_ATTENTION is 'cuda'; allowed are cpu_numba, " in said and said.count("\n") == 1
 
@@ -161,7 +169,7 @@ def test_attention_is_measured(monkeypatch, capsys, tmp_path):
     )
     arguments += " --memory 24 --implementation xla"
     status = run(
-        monkeypatch, "bench_paged_attention", *arguments.split(), "--json", tmp_path / "rows.json", *drawn
+        monkeypatch, "bench.paged_attention", *arguments.split(), "--json", tmp_path / "rows.json", *drawn
     )
     said = capsys.readouterr()
     assert status == 0
@@ -192,7 +200,7 @@ def test_generation_is_measured(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("JAXPAGED_ATTENTION", raising=False)
     monkeypatch.setitem(common.MODEL_SHAPES, "toy", TOY)
     arguments = "-m toy -b 1 --live 5,20,61 -p 9 -n 3 -r 1 --page-size 8 --implementation xla,cpu_numba"
-    assert run(monkeypatch, "bench_generate", *arguments.split(), "--json", tmp_path / "rows.json") == 0
+    assert run(monkeypatch, "bench.generate", *arguments.split(), "--json", tmp_path / "rows.json") == 0
     said = capsys.readouterr()
     rows = table(said.out)
     assert [(r["test"], r["tokens"]) for r in rows] == [
@@ -286,7 +294,7 @@ def test_sizes_under_trial_reach_the_kernel(monkeypatch, capsys):
 
 def test_candidates_are_listed_anywhere(monkeypatch, capsys):
     arguments = ["--dry-run", "-m", "SmolLM2-135M,Llama-3-8B,Qwen3-8B", "--page-size", "32"]
-    assert run(monkeypatch, "tune_paged_attention", *arguments) == 0
+    assert run(monkeypatch, "bench.tune_paged_attention", *arguments) == 0
     rows = table(capsys.readouterr().out)
     # Models with the same heads are one.
     assert [r["platform"] for r in rows] == ["tpu"] * 4 + ["gpu"] * 4
@@ -294,7 +302,7 @@ def test_candidates_are_listed_anywhere(monkeypatch, capsys):
         "platform": "tpu", "kind": "decode", "KV heads": "8", "group": "4", "head_dim": "128", "page size": "32",
         "dtype": "bfloat16", "candidates": "5: pages 4, 8, 16, 32, 64; queries 1",
     }  # fmt: skip
-    assert run(monkeypatch, "tune_paged_attention") == 0
+    assert run(monkeypatch, "bench.tune_paged_attention") == 0
     assert capsys.readouterr().out.startswith("nothing to tune on cpu")
 
 
@@ -310,7 +318,7 @@ def test_checks_are_summed_up(monkeypatch, capfd, tmp_path, tpu, gpu, status):
     for target, code in (("tpu", tpu), ("gpu", gpu)):
         python = tmp_path / target
         python.write_text(
-            f'#!/bin/sh\n[ "$2" = tpu_scripts.compile_check_{target} ] && [ "$5" = --quick ] || exit 1\n'
+            f'#!/bin/sh\n[ "$2" = tpu_scripts.compile_check.{target} ] && [ "$5" = --quick ] || exit 1\n'
             f'[ {code} = 2 ] || echo "[1, 2]" > "$4"\nexit {code}\n'
         )
         python.chmod(0o755)
@@ -326,7 +334,7 @@ def test_checks_are_summed_up(monkeypatch, capfd, tmp_path, tpu, gpu, status):
 
 def test_both_checks_are_there():
     for target in compile_check.INSTALL:
-        assert importlib.util.find_spec(f"tpu_scripts.compile_check_{target}")
+        assert importlib.util.find_spec(f"tpu_scripts.compile_check.{target}")
 
 
 def test_passages_are_seen_once_at_their_distance():
@@ -349,7 +357,7 @@ def test_quality_is_a_row_a_variant(monkeypatch, capsys, tmp_path):
     found = tmp_path / "rows.json", tmp_path / "rows.svg"
     if importlib.util.find_spec("matplotlib"):
         flags += ["--plot", found[1]]
-    assert run(monkeypatch, "measure_quality", *flags, "-np", 2, "--json", found[0]) == 0
+    assert run(monkeypatch, "bench.quality", *flags, "-np", 2, "--json", found[0]) == 0
     out = capsys.readouterr().out
     same, plain, turned = table(out)
     assert (same["K"], same["KLD"], same["same top %"], same["kept %"], same["nats"]) == (

@@ -1,6 +1,6 @@
 """Does text suffer from a context shift? The loss of held-out text behind shifts, and behind a context computed anew.
 
-    python -m tpu_scripts.measure_endless
+    python -m tpu_scripts.bench.endless
 
 Each file is read token by token through a context of ``--n-ctx`` tokens. When it is full, the first ``--keep`` stay,
 half of the others are forgotten and the rest moves up, as ``jaxpaged generate --context-shift`` does, all inside one
@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.tiny.corpus import read_corpus
 
 from jaxpaged import PagedKVCache, check_invariants, seq_remove, seq_shift
-from model import tiny
-from model.loading import load_model
-from model.tiny.corpus import read_corpus
 
 _PAGE_SIZE = 32
 _BUCKETS = (0, 8, 32, 64)

@@ -1,7 +1,7 @@
 """Memory and speed of a model by the format of its pages, in turns.
 
-    python -m tpu_scripts.bench_formats
-    python -m tpu_scripts.bench_formats -m Llama-3-8B -b 8 --live 4000 --formats bf16,q8_0,q4_0
+    python -m tpu_scripts.bench.formats
+    python -m tpu_scripts.bench.formats -m Llama-3-8B -b 8 --live 4000 --formats bf16,q8_0,q4_0
 
 Needs: jax for the device, and the model's libraries (pip install -e ".[model,tpu]", ".[model,cuda13]" or ".[model]").
 Weights are random, of a named shape. k/v names one format for keys and one for values.
@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxpaged_model.llama import functional, random_params
 
 from jaxpaged import generate_stream
-from jaxpaged.page_format import PAGE_FORMATS, check_page_size
-from model.llama import functional, random_params
-from tpu_scripts.bench_paged_attention import line
+from jaxpaged.pages.formats import PAGE_FORMATS, check_page_size
+from tpu_scripts.bench.paged_attention import line
 from tpu_scripts.common import (
     MODEL_SHAPES,
     Parser,

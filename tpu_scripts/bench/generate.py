@@ -1,7 +1,7 @@
 """Tokens a second of a whole model on a paged cache, with each implementation of attention, in turns.
 
-    python -m tpu_scripts.bench_generate
-    python -m tpu_scripts.bench_generate -m Llama-3-8B -b 1,8,64 --live 1024,8192 --implementation mosaic_tpu,xla
+    python -m tpu_scripts.bench.generate
+    python -m tpu_scripts.bench.generate -m Llama-3-8B -b 1,8,64 --live 1024,8192 --implementation mosaic_tpu,xla
 
 Needs: jax for the device, and the model's libraries (pip install -e ".[model,tpu]", ".[model,cuda13]" or ".[model]").
 Weights are random, of a named shape, or those of a file; random ones take as long and need no download.
@@ -25,14 +25,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxpaged_model.checkpoint.loading import load_model, read_config
+from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.llama import ModelFn, abstract_params, functional, random_params
 
 from jaxpaged import GenerateStream, generate_stream
 from jaxpaged.attention.api import VARIABLE
-from jaxpaged.page_format import PAGE_FORMATS, check_page_size
-from model.config import ModelConfig, ModelError
-from model.llama import ModelFn, abstract_params, functional, random_params
-from model.loading import load_model, read_config
-from tpu_scripts.bench_paged_attention import line
+from jaxpaged.pages.formats import PAGE_FORMATS, check_page_size
+from tpu_scripts.bench.paged_attention import line
 from tpu_scripts.common import (
     MODEL_SHAPES,
     Parser,

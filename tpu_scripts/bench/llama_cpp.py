@@ -1,7 +1,7 @@
 """Tokens a second of one GGUF file on llama.cpp and on jaxpaged: same CPU, same number of threads, run by run in turns.
 
-    python -m tpu_scripts.bench_against_llama_cpp -m model.gguf --llama-bench ../llama.cpp/build/bin/llama-bench
-    python -m tpu_scripts.bench_against_llama_cpp -m model.gguf -b 1 -d 0 -p 128 -n 32 -r 3   # a quick look
+    python -m tpu_scripts.bench.llama_cpp -m model.gguf --llama-bench ../llama.cpp/build/bin/llama-bench
+    python -m tpu_scripts.bench.llama_cpp -m model.gguf -b 1 -d 0 -p 128 -n 32 -r 3   # a quick look
 
 Needs: the model's libraries (pip install -e ".[model]"), and llama.cpp built for CPUs: llama-bench, for more than one
 sequence llama-batched-bench beside it; or, without --llama-bench, llama-cpp-python.
@@ -55,12 +55,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.checkpoint.loading import load_model, read_config
+from jaxpaged_model.config import ModelConfig, ModelError
 
 from jaxpaged import GenerateStream, generate_stream
-from model.config import ModelConfig, ModelError
-from model.gguf_file import GGUFFile
-from model.loading import load_model, read_config
-from tpu_scripts.bench_paged_attention import line
+from tpu_scripts.bench.llama_cpp_side import (
+    CACHE_TYPES,
+    LLAMA_CPP,
+    LLAMA_CPP_PAGED,
+    OnLlamaCpp,
+    Programs,
+    Unknown,
+    batched_bench,
+    last_line,
+)
+from tpu_scripts.bench.paged_attention import line
+from tpu_scripts.bench.turns import Cell, Failure, measure
 from tpu_scripts.common import (
     Bandwidth,
     Parser,
@@ -77,17 +88,6 @@ from tpu_scripts.common import (
     with_noise,
     write_json,
 )
-from tpu_scripts.llama_cpp_side import (
-    CACHE_TYPES,
-    LLAMA_CPP,
-    LLAMA_CPP_PAGED,
-    OnLlamaCpp,
-    Programs,
-    Unknown,
-    batched_bench,
-    last_line,
-)
-from tpu_scripts.turns import Cell, Failure, measure
 
 CONTIGUOUS, PAGED = "jaxpaged contiguous", "jaxpaged paged"
 PAGE_SIZE = 32
@@ -111,8 +111,8 @@ class Child:
         own |= {"JAX_TRACEBACK_FILTERING": "off"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tpu_scripts.bench_against_llama_cpp", SERVE, json.dumps(task)],
-            cwd=Path(__file__).parent.parent,
+            [sys.executable, "-m", "tpu_scripts.bench.llama_cpp", SERVE, json.dumps(task)],
+            cwd=Path(__file__).parents[2],
             env=os.environ | own,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpu_scripts.turns import Cell, Failure
+from tpu_scripts.bench.turns import Cell, Failure
 
 LLAMA_CPP, LLAMA_CPP_PAGED = "llama.cpp", "llama.cpp paged"
 PAGED_FLAG = "--kv-cache-paged"

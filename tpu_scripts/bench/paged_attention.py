@@ -1,7 +1,7 @@
 """Attention to pages alone: time, bytes of live keys and values a second, and the share of the memory's bandwidth.
 
-    python -m tpu_scripts.bench_paged_attention
-    python -m tpu_scripts.bench_paged_attention -m Llama-3-8B -b 1,8 -c 8192,32768 --json rows.json --plot rows.svg
+    python -m tpu_scripts.bench.paged_attention
+    python -m tpu_scripts.bench.paged_attention -m Llama-3-8B -b 1,8 -c 8192,32768 --json rows.json --plot rows.svg
 
 Needs: jax for the device (pip install -e ".[tpu]", ".[cuda13]" or ".[cpu]"); a picture needs matplotlib.
 
@@ -32,7 +32,7 @@ from jax import Array
 from jaxpaged import Batch, BlockTable, PagedKVCache
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.cases import MODELS
-from jaxpaged.page_format import PAGE_FORMATS, check_page_size
+from jaxpaged.pages.formats import PAGE_FORMATS, check_page_size
 from tpu_scripts.common import (
     Bandwidth,
     Parser,

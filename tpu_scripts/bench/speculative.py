@@ -1,6 +1,6 @@
 """Prompt-lookup decoding against plain greedy decoding: what is drafted, what is accepted, tokens a second.
 
-    python -m tpu_scripts.bench_lookup
+    python -m tpu_scripts.bench.speculative
 
 One sequence at a time, in turns, so that a machine's changing speed hits both alike; medians, and the median of the
 ratios of the turns. The first step and compilation are not timed.
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
+from jaxpaged_model.tiny.corpus import read_corpus
 
 from jaxpaged import PagedKVCache, generate_stream, lookup_stream
-from model import tiny
-from model.loading import LoadedModel, load_model
-from model.tiny.corpus import read_corpus
 
 _REPETITIVE = """class Point:
     def get_x(self):

@@ -1,6 +1,6 @@
 """What must not depend on the pool: ``reserve`` over many pages, and a decode step beside a larger pool or table.
 
-    python -m tpu_scripts.bench_state
+    python -m tpu_scripts.bench.state
 
 Measurements are taken in turns; medians. The model has SmolLM2-135M's layers, fewer of them.
 """
@@ -15,9 +15,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxpaged_model.llama import functional, random_params
 
 from jaxpaged import PagedKVCache, generate_stream, reserve
-from model.llama import functional, random_params
 from tpu_scripts.common import SMOLLM2_135M, generation_rate
 
 

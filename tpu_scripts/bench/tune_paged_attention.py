@@ -1,7 +1,7 @@
 """Measures block sizes of the attention kernel on the TPU or GPU at hand, and writes them to attention/tuning.py.
 
-    python -m tpu_scripts.tune_paged_attention --dry-run       # lists what would be measured; runs anywhere
-    python -m tpu_scripts.tune_paged_attention -m Llama-3-8B
+    python -m tpu_scripts.bench.tune_paged_attention --dry-run       # lists what would be measured; runs anywhere
+    python -m tpu_scripts.bench.tune_paged_attention -m Llama-3-8B
 
 Needs: a TPU (pip install -e ".[tpu]") or a Hopper GPU (".[cuda13]"). On a CPU there is nothing to tune.
 
@@ -29,8 +29,8 @@ from jaxpaged.attention import tuning
 from jaxpaged.attention.api import PREFERENCES, default_platform
 from jaxpaged.attention.cases import MODELS
 from jaxpaged.attention.tuning import Key, current_device_kind, trial
-from jaxpaged.page_format import LANES, MAX_PAGE_SIZE, MIN_PAGE_SIZE, PAGE_FORMATS
-from tpu_scripts.bench_paged_attention import Attention, Shape, line
+from jaxpaged.pages.formats import LANES, MAX_PAGE_SIZE, MIN_PAGE_SIZE, PAGE_FORMATS
+from tpu_scripts.bench.paged_attention import Attention, Shape, line
 from tpu_scripts.common import (
     Parser,
     add_json,

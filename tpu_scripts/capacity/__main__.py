@@ -1,14 +1,14 @@
 """How many chips serve a day of requests within limits: calculated by simulation, measured nowhere.
 
-    python -m tpu_scripts.plan_capacity
-    python -m tpu_scripts.plan_capacity -m llama-3.1-8b --chips v6e,h100 --tp 1,2 --ttft 500 --tpot 30
-    python -m tpu_scripts.plan_capacity -m config.json --requests 250000 -ctk q8_0 -ctv q8_0
-    python -m tpu_scripts.plan_capacity --price v6e=2,h100=3 --json plan.json --plot plan.svg
+    python -m tpu_scripts.capacity
+    python -m tpu_scripts.capacity -m llama-3.1-8b --chips v6e,h100 --tp 1,2 --ttft 500 --tpot 30
+    python -m tpu_scripts.capacity -m config.json --requests 250000 -ctk q8_0 -ctv q8_0
+    python -m tpu_scripts.capacity --price v6e=2,h100=3 --json plan.json --plot plan.svg
 
 Requests of a day are drawn from a distribution that the first lines of the output state: a Poisson process with one
 smooth hump a day, lognormal lengths, and a share that begins with one of some system prompts. For each kind of chip
 and each number of devices that split the model (--tp), one replica of the server is simulated step by step, with the
-rules of jaxpaged.engine for admission, chunks of prompts, shared pages and preemption (tpu_scripts/capacity_replica.py
+rules of jaxpaged.engine for admission, chunks of prompts, shared pages and preemption (tpu_scripts/capacity/replica.py
 says where it is simpler), and gets its share of the requests. What counts is the window around the peak, after three
 minutes that fill the replica. Bisection finds the smallest number of replicas whose p95 there meets both targets.
 
@@ -28,10 +28,10 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from tpu_scripts.capacity_load import Lengths
-from tpu_scripts.capacity_options import Question, asked
-from tpu_scripts.capacity_picture import counts_around, draw
-from tpu_scripts.capacity_search import PERCENTILES, Impossible, Result, Setup, make_setup
+from tpu_scripts.capacity.load import Lengths
+from tpu_scripts.capacity.options import Question, asked
+from tpu_scripts.capacity.picture import counts_around, draw
+from tpu_scripts.capacity.search import PERCENTILES, Impossible, Result, Setup, make_setup
 from tpu_scripts.common import command_line, note
 
 _HEADS = (

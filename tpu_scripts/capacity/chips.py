@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from jaxpaged_model.checkpoint.loading import read_config
+from jaxpaged_model.checkpoint.read_config import config_from_huggingface
+from jaxpaged_model.config import ModelConfig, ModelError
 
 from jaxpaged import PagedKVCache
-from jaxpaged.page_format import LANES
-from model.config import ModelConfig, ModelError
-from model.loading import read_config
-from model.read_config import config_from_huggingface
+from jaxpaged.pages.formats import LANES
 from tpu_scripts.common import MODEL_SHAPES
 
 _GB, _GIB = 10**9, 2**30
@@ -187,7 +187,8 @@ def step_times(
     Args:
       config: the whole model.
       chip: of which each device is one, or a part.
-      tensor: devices that split each layer. As ``model.shards`` has it, embedding, norms and head are whole everywhere.
+      tensor: devices that split each layer; embedding, norms and head are replicated, as in
+        ``jaxpaged_model.checkpoint.shards``.
       token_bytes: keys and values of one token on one device.
       given: efficiencies and the like.
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxpaged.page_format import check_page_size, formats_of
-from model.config import ModelConfig
-from tpu_scripts.capacity_chips import CHIPS, MODELS, Assumptions, Chip, model_shape
-from tpu_scripts.capacity_load import Lengths, Load
-from tpu_scripts.capacity_search import Search, Server, Targets
+from jaxpaged_model.config import ModelConfig
+
+from jaxpaged.pages.formats import check_page_size, formats_of
+from tpu_scripts.capacity.chips import CHIPS, MODELS, Assumptions, Chip, model_shape
+from tpu_scripts.capacity.load import Lengths, Load
+from tpu_scripts.capacity.search import Search, Server, Targets
 from tpu_scripts.common import Parser, add_json, check_writable, need, positive, positives
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpu_scripts.capacity_search import PERCENTILES, Result, Setup, Targets
+from tpu_scripts.capacity.search import PERCENTILES, Result, Setup, Targets
 
 _COLOURS = ("#2f6fb0", "#c8552b", "#3c8c5a", "#7a4fa3", "#b08a2f", "#444444")
 _P95 = PERCENTILES.index(95)

@@ -31,9 +31,9 @@ from math import isnan
 
 import numpy as np
 
-from tpu_scripts.capacity_chips import StepTimes
-from tpu_scripts.capacity_load import Requests
-from tpu_scripts.capacity_pages import Pages
+from tpu_scripts.capacity.chips import StepTimes
+from tpu_scripts.capacity.load import Requests
+from tpu_scripts.capacity.pages import Pages
 
 _LEAST_FILLED, _LEAST_READ = 0.7, 16
 _ROUND_TRIP_SECONDS = 0.04

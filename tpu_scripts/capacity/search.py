@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxpaged_model.config import ModelConfig
 
-from jaxpaged.page_format import formats_of
-from jaxpaged.sharding import MeshError
-from model.config import ModelConfig
-from tpu_scripts.capacity_chips import Assumptions, Chip, page_bytes, step_times, weight_bytes
-from tpu_scripts.capacity_load import DAY, Load, Requests
-from tpu_scripts.capacity_replica import Limits, Outcome, Replica, simulate
+from jaxpaged.pages.formats import formats_of
+from jaxpaged.sharding.mesh import MeshError
+from tpu_scripts.capacity.chips import Assumptions, Chip, page_bytes, step_times, weight_bytes
+from tpu_scripts.capacity.load import DAY, Load, Requests
+from tpu_scripts.capacity.replica import Limits, Outcome, Replica, simulate
 
 _WARM_UP = 180.0
 """Seconds before a window whose requests fill the replica and do not count; most requests take less."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from tpu_scripts.common import Parser, add_json, check_writable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OK, FAILED, NOT_CHECKED = range(3)
 """Exit statuses, of this script and of those that it runs."""
 INSTALL = {

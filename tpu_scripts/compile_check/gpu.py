@@ -1,7 +1,7 @@
 """Compiles the GPU kernel for a Hopper GPU, on a machine that has none: registers, shared memory, spills.
 
     pip install jax-cuda13-plugin==J jax-cuda13-pjrt==J nvidia-cuda-nvcc    # J: the version of jax; no driver, no GPU
-    python tpu_scripts/compile_check_gpu.py [--quick] [--json FILE]
+    python tpu_scripts/compile_check/gpu.py [--quick] [--json FILE]
 
 Every model of ``jaxpaged.attention.cases.MODELS``, decode steps of 1, 8 and 64 sequences and a chunk of 512 prompt
 tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotations that a model passes. Models of head_dim 64, 128 and
@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, NUM_PAGES, PROMPT, PROMPT_SEQS = 8192, 8192, 512, 8
 BATCHES = (1, 8, 64)
 PAGE_SIZES = (16, 32, 64)
@@ -189,7 +189,7 @@ def attention_cases(
 
 def formats_of(pages: str) -> tuple[Any, Any]:
     """The formats of keys and of values that ``pages`` names."""
-    from jaxpaged.page_format import page_format
+    from jaxpaged.pages.formats import page_format
 
     names, _, turned = pages.partition(" ")
     k_name, _, v_name = names.partition("/")
@@ -214,9 +214,9 @@ def arguments(
     import jax
     import jax.numpy as jnp
 
-    from jaxpaged.batch import Batch
-    from jaxpaged.block_table import BlockTable
-    from jaxpaged.rope import Rope
+    from jaxpaged.pages.batch import Batch
+    from jaxpaged.pages.block_table import BlockTable
+    from jaxpaged.pages.rope import Rope
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -251,8 +251,8 @@ def compile_attention(
     """One row of the table: attention alone."""
     import jax
 
-    from jaxpaged.attention import mosaic_gpu
     from jaxpaged.attention.base import make_config
+    from jaxpaged.attention.gpu import backend as mosaic_gpu
 
     mesh, sharding = describe_device()
     config = make_config(heads["head_dim"], None, options.get("window"), options.get("soft_cap"))
@@ -284,8 +284,8 @@ def compile_step(dump: Path, head_dim: int, pages: str) -> dict[str, Any]:
     """One row: a layer's donated step, which has to write and read the pool where it lies."""
     import jax
 
-    from jaxpaged.attention import mosaic_gpu
     from jaxpaged.attention.base import make_config
+    from jaxpaged.attention.gpu import backend as mosaic_gpu
 
     mesh, sharding = describe_device()
     write = formats_of(pages)[0].write
@@ -321,7 +321,7 @@ def compile_step(dump: Path, head_dim: int, pages: str) -> dict[str, Any]:
 
 def product_cases(quick: bool) -> list[tuple[str, int, int]]:
     """``(format, rows, columns)``: Llama-3-8B's queries, keys and values as one matrix, and the last of its MLP."""
-    from model.quantized.formats import WEIGHT_FORMATS
+    from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
     sizes = ((6144, 4096),) if quick else ((6144, 4096), (4096, 14336))
     return [(name, *size) for name in WEIGHT_FORMATS for size in sizes]
@@ -331,9 +331,8 @@ def compile_product(dump: Path, name: str, rows: int, columns: int) -> dict[str,
     """One row: eight rows of activations times a matrix."""
     import jax
     import jax.numpy as jnp
-
-    from model.quantized import gpu_kernel, lanes
-    from model.quantized.formats import WEIGHT_FORMATS
+    from jaxpaged_model.quantized import gpu_kernel, lanes
+    from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
     mesh, sharding = describe_device()
     fmt = WEIGHT_FORMATS[name]

@@ -1,6 +1,6 @@
 """Compiles whole steps of a model for eight TPUs and four GPUs, without one, and counts what devices tell each other.
 
-    python -m tpu_scripts.compile_check_mesh [--quick] [--platform tpu] [--target v5e:2x4] [--mesh data=2,tensor=4]
+    python -m tpu_scripts.compile_check.mesh [--quick] [--platform tpu] [--target v5e:2x4] [--mesh data=2,tensor=4]
 
 Needs: pip install -e ".[model,tpu]", or ".[model]" and jax-cuda13-plugin, jax-cuda13-pjrt (both of jax's version),
 nvidia-cuda-nvcc and absl-py. No driver and no device.
@@ -36,10 +36,10 @@ from typing import Any
 
 import numpy as np
 
-from tpu_scripts.compile_check_gpu import H200, ptxas_folder
-from tpu_scripts.compiled_contents import Contents, contents_of
+from tpu_scripts.compile_check.gpu import H200, ptxas_folder
+from tpu_scripts.compile_check.hlo import Contents, contents_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHIPS_8 = ("data=2,tensor=4", "tensor=8", "data=8", "context=2,tensor=4")
 CHIPS_4 = ("data=2,tensor=2", "tensor=4", "data=4", "context=2,tensor=2")
 TARGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -157,11 +157,13 @@ class MeshCompiler:
         import jax
         import jax.numpy as jnp
         from jax.experimental import topologies
+        from jaxpaged_model.config import ModelConfig, RopeScaling
+        from jaxpaged_model.llama import abstract_params, functional
 
         from jaxpaged import PagedKVCache
-        from jaxpaged.context import ContextKVCache
-        from jaxpaged.sharding import CONTEXT as SPREAD
-        from jaxpaged.sharding import (
+        from jaxpaged.sharding.context import ContextKVCache
+        from jaxpaged.sharding.mesh import CONTEXT as SPREAD
+        from jaxpaged.sharding.mesh import (
             DATA,
             PARAMS,
             SPECS,
@@ -171,8 +173,6 @@ class MeshCompiler:
             make_mesh,
             parse_mesh,
         )
-        from model.config import ModelConfig, RopeScaling
-        from model.llama import abstract_params, functional
 
         self.platform = TARGETS[target][0]
         if self.platform == "gpu":
@@ -217,7 +217,7 @@ class MeshCompiler:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
-        from jaxpaged.sharding import stacked
+        from jaxpaged.sharding.mesh import stacked
 
         def placed(spec: Any, part: Any) -> Any:
             sharding = NamedSharding(self.mesh, spec)
@@ -234,7 +234,7 @@ class MeshCompiler:
         """An argument that each data shard has of its own."""
         import jax.numpy as jnp
 
-        from jaxpaged.sharding import ROWS, SPECS
+        from jaxpaged.sharding.mesh import ROWS, SPECS
 
         return self.stack(lambda: jnp.zeros(shape, dtype), SPECS[ROWS])
 
@@ -244,8 +244,8 @@ class MeshCompiler:
         import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec
 
-        from jaxpaged import sequences
-        from jaxpaged.sharding import CACHE, PARAMS, ROWS, SAME
+        from jaxpaged.cache import sequences
+        from jaxpaged.sharding.mesh import CACHE, PARAMS, ROWS, SAME
 
         same = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
         counts, marked = self.rows(MAX_SEQS), self.rows(MAX_SEQS, dtype=bool)
@@ -289,9 +289,9 @@ class MeshCompiler:
         """The whole loop, for a prompt for each sequence."""
         import jax
 
-        from jaxpaged import generation
-        from jaxpaged.generation_request import make_request
-        from jaxpaged.sharding import CACHE, PARAMS, RESULT, ROWS, SPECS
+        from jaxpaged.generation import loop as generation
+        from jaxpaged.generation.request import make_request
+        from jaxpaged.sharding.mesh import CACHE, PARAMS, RESULT, ROWS, SPECS
 
         prompts = [[1] * PROMPT] * MAX_SEQS
         # As of one shard; on the mesh each has as much.
@@ -317,7 +317,7 @@ class MeshCompiler:
         """The row of one program."""
         import jax
 
-        from jaxpaged.sharding import CACHE, over_mesh
+        from jaxpaged.sharding.mesh import CACHE, over_mesh
 
         start = time.perf_counter()
         lowered_for = {"gpu": "cuda"}.get(self.platform, self.platform)
@@ -394,7 +394,7 @@ def run_worker(
     """Compiles for one mesh in a process of its own: a compiler that aborts takes no other mesh with it."""
     with tempfile.TemporaryDirectory() as folder:
         rows, said = Path(folder) / "rows.jsonl", Path(folder) / "stderr"
-        command = [sys.executable, "-m", "tpu_scripts.compile_check_mesh", "--worker", str(rows)]
+        command = [sys.executable, "-m", "tpu_scripts.compile_check.mesh", "--worker", str(rows)]
         command += ["--target", target, "--mesh", mesh, "--layers", str(layers)] + ["--quick"] * quick
         problem = ""
         with said.open("w") as errors:
@@ -416,7 +416,7 @@ def run_worker(
 
 
 def main() -> int:
-    from jaxpaged.sharding import MeshError, parse_mesh
+    from jaxpaged.sharding.mesh import MeshError, parse_mesh
     from tpu_scripts.common import Parser, add_json, check_writable, positive
 
     parser = Parser(__doc__)

@@ -1,6 +1,6 @@
 """Compiles the TPU kernels for every TPU, without one: `pip install "jax[tpu]"` is all it needs.
 
-    python -m tpu_scripts.compile_check_tpu [--quick] [--bundles] [--target v5e:2x2] [--json FILE]
+    python -m tpu_scripts.compile_check.tpu [--quick] [--bundles] [--target v5e:2x2] [--json FILE]
 
 libtpu brings the compilers that run on a TPU's host, Mosaic and LLO among them: what does not fit into VMEM, is not
 aligned, or has no instruction fails here as it fails there. Nothing runs, so there are no times but those of compiling.
@@ -83,13 +83,13 @@ def run_worker(target: str, quick: bool, bundles: bool) -> list[dict[str, Any]]:
             "TPU_LOG_DIR": "disabled",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
-        command = [sys.executable, "-m", "tpu_scripts.compile_check_tpu", "--worker", target]
+        command = [sys.executable, "-m", "tpu_scripts.compile_check.tpu", "--worker", target]
         command += ["--quick"] * quick
         if bundles:
             command.append("--bundles")
             environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
             environment["JAXPAGED_LLO_DUMP"] = dump
-        folder = Path(__file__).parents[1]
+        folder = Path(__file__).parents[2]
         try:
             done = subprocess.run(
                 command, env=environment, cwd=folder, capture_output=True, text=True, timeout=WORKER_SECONDS
@@ -203,9 +203,8 @@ class Compiler:
     def products(self, quick: bool) -> Iterator[dict[str, Any]]:
         """Activations times quantized weights of each type: Llama-3-8B's, and of whole blocks alone SmolLM2-135M's."""
         import jax.numpy as jnp
-
-        from model.quantized import lanes, tpu_kernel
-        from model.quantized.formats import WEIGHT_FORMATS
+        from jaxpaged_model.quantized import lanes, tpu_kernel
+        from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
         for name, fmt in WEIGHT_FORMATS.items():
             sizes = [(6144, 4096)] if quick else [(6144, 4096), (4096, 14336)]
@@ -228,7 +227,7 @@ class Compiler:
         """The format, and a pool of one layer. Quantized rows are turned first, which makes the longer programs."""
         import jax
 
-        from jaxpaged.page_format import BlockFormat, page_format
+        from jaxpaged.pages.formats import BlockFormat, page_format
 
         storage = page_format(dtype)
         if isinstance(storage, BlockFormat):
@@ -257,13 +256,13 @@ class Compiler:
         """
         import jax.numpy as jnp
 
-        from jaxpaged.attention import mosaic_tpu
         from jaxpaged.attention.base import make_config
-        from jaxpaged.attention.tpu_blocks import describe
-        from jaxpaged.batch import Batch
-        from jaxpaged.block_table import BlockTable
-        from jaxpaged.page_format.lane_blocks import LaneBlockFormat
-        from jaxpaged.rope import Rope
+        from jaxpaged.attention.tpu import backend as mosaic_tpu
+        from jaxpaged.attention.tpu.block_sizes import describe
+        from jaxpaged.pages.batch import Batch
+        from jaxpaged.pages.block_table import BlockTable
+        from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
+        from jaxpaged.pages.rope import Rope
 
         tokens, max_seqs, max_q_len = PREFILL_CHUNK, 1, None
         if kind == "decode":

@@ -274,7 +274,7 @@ def _own_on_gpu(
     """Below ``paged_attention``, which cannot be told to interpret a GPU kernel."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jaxpaged.attention import mosaic_gpu
+    from jaxpaged.attention.gpu import backend as mosaic_gpu
 
     config = make_config(q.shape[-1], scale, window, soft_cap)
     interpret = plgpu.InterpretGPUParams()
@@ -371,7 +371,7 @@ KERNELS: tuple[Kernel, ...] = (
         _OURS,
         functools.partial(_own, "mosaic_tpu"),
         "interpret",
-        missing=functools.partial(_without_module, "jaxpaged.attention.mosaic_tpu"),
+        missing=functools.partial(_without_module, "jaxpaged.attention.tpu.backend"),
     ),
     Kernel(
         "mosaic_gpu, interpreted",
@@ -379,6 +379,6 @@ KERNELS: tuple[Kernel, ...] = (
         _own_on_gpu,
         dtype="bf16",
         tolerance=1e-4,
-        missing=lambda: _without_module("jaxpaged.attention.mosaic_gpu") or _without_gpu_interpreter(),
+        missing=lambda: _without_module("jaxpaged.attention.gpu.backend") or _without_gpu_interpreter(),
     ),
 )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.attention.cases import MODELS
-from jaxpaged.testing import CASES, Built, Case, build_case, calm
+from jaxpaged.testing.conformance import CASES, Built, Case, build_case, calm
 
 
 @dataclass(frozen=True)

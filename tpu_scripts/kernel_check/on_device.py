@@ -1,7 +1,7 @@
 """Runs the kernels on the TPU or GPU of this machine, and says which of their results are right.
 
-    python -m tpu_scripts.check_on_device
-    python -m tpu_scripts.check_on_device --only decode --json FILE
+    python -m tpu_scripts.kernel_check.on_device
+    python -m tpu_scripts.kernel_check.on_device --only decode --json FILE
 
 Needs: a TPU or a GPU, and jax for it (pip install -e ".[model,tpu]" or ".[model,cuda13]").
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.cases import CASES, QUANTIZED_CASES, Case
-from jaxpaged.testing import Built, Verdict, build_case, judge
+from jaxpaged.testing.conformance import Built, Verdict, build_case, judge
 from tpu_scripts.common import (
     Parser,
     add_json,
@@ -98,8 +98,8 @@ def guarded(check: Callable[[], Verdict]) -> Verdict:
 
 def product_verdict(name: str, tokens: int, kernel: Any, rows: int = 512, columns: int = 1024) -> Verdict:
     """One matrix of any codes, times rows of normal numbers."""
-    from model.quantized import lanes
-    from model.quantized.formats import WEIGHT_FORMATS
+    from jaxpaged_model.quantized import lanes
+    from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
     fmt, rng = WEIGHT_FORMATS[name], np.random.default_rng(0)
     parts = {}
@@ -121,12 +121,12 @@ def product_verdict(name: str, tokens: int, kernel: Any, rows: int = 512, column
 
 
 def products(only: str, platform: str) -> Iterator[tuple[str, Callable[[], Verdict]]]:
-    from model.quantized.formats import WEIGHT_FORMATS
+    from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
     if platform == "gpu":
-        from model.quantized import gpu_kernel as kernel
+        from jaxpaged_model.quantized import gpu_kernel as kernel
     else:
-        from model.quantized import tpu_kernel as kernel  # type: ignore[no-redef]
+        from jaxpaged_model.quantized import tpu_kernel as kernel  # type: ignore[no-redef]
     for name in WEIGHT_FORMATS:
         for tokens in (1, 8, 64):
             label = f"{name} product, {tokens} rows"

@@ -1,6 +1,6 @@
 """The conformance kit over other people's paged attention, and over the project's own: which serves what.
 
-    python -m tpu_scripts.check_other_kernels [--json FILE] [--only NAME]
+    python -m tpu_scripts.kernel_check.other_kernels [--json FILE] [--only NAME]
     pip install "jax[tpu]"   # for the kernels that are compiled for a TPU; without it those are left out, and named
 
 No TPU and no GPU is needed: kernels run in Pallas' interpreters, or are compiled or lowered without being run. Each
@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.testing import judge
-from tpu_scripts.kernel_checks import CHECKS, Check
-from tpu_scripts.other_kernels import KERNELS, Arrays, CannotExpress, Kernel, Prepared
+from jaxpaged.testing.conformance import judge
+from tpu_scripts.kernel_check.adapters import KERNELS, Arrays, CannotExpress, Kernel, Prepared
+from tpu_scripts.kernel_check.cases import CHECKS, Check
 
 # --- asking -------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ def answers(name: str, limit: float) -> Iterator[tuple[tuple[str, str], Cell]]:
         command = [
             sys.executable,
             "-m",
-            "tpu_scripts.check_other_kernels",
+            "tpu_scripts.kernel_check.other_kernels",
             "--child",
             name,
             "--from",

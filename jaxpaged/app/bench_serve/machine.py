@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.version import __version__
+from jaxpaged import __version__
 
 _SECRET = "--api-key"
 

@@ -7,12 +7,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from jaxpaged import __version__
 from jaxpaged.app.server import errors, info_routes, native_routes, openai_routes, security, slot_routes
 from jaxpaged.app.server.page_routes import page_routes
 from jaxpaged.app.server.runner import EngineFailedError
 from jaxpaged.app.server.state import ServerState
 from jaxpaged.engine.request import RefusedError
-from jaxpaged.version import __version__
 
 _LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
 """Origins that ``--cors-origins localhost`` stands for, as in llama-server."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app import processes
 from jaxpaged.app.cache_type import CacheType, check_hadamard
@@ -16,10 +17,9 @@ from jaxpaged.app.loading import ReadyModel
 from jaxpaged.app.memory import free_memory
 from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
-from jaxpaged.contiguous import ContiguousKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.engine import Engine, EngineConfig, MeshEngine
-from jaxpaged.sharding import CONTEXT, TENSOR, ShardedCache, agree, num_shards
-from model.config import ModelConfig
+from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, agree, num_shards
 
 _SPARE_ENTRIES = 4
 """Entries of a sequence beyond those that its tokens fill: context shifts split some."""

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxpaged_model.text.tokenizer import Tokenizer
+
 from jaxpaged.app.server.errors import ApiError, as_api_error
 from jaxpaged.app.server.interfaces import Runner, Stream
 from jaxpaged.app.server.runner import EngineFailedError
 from jaxpaged.app.server.state import ServerState
 from jaxpaged.app.server.text import SampleText, TextPart
 from jaxpaged.engine.request import EngineRequest, RefusedError, RequestTimes, SampleOutput
-from model.tokenizer import Tokenizer
 
 StopType = Literal["eos", "limit", "word"]
 MAX_CHOICES = 128

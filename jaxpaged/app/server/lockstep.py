@@ -23,7 +23,7 @@ from jaxpaged.engine import (
     SlotTransfer,
     SlotView,
 )
-from jaxpaged.sharding import agree
+from jaxpaged.sharding.mesh import agree
 
 IDLE_SECONDS = 2.0
 """Between two words while nothing is to do."""

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from jaxpaged_model.text.chat import ChatTemplateError, render_chat
+
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.openai_schema import TemplateFields
 from jaxpaged.app.server.state import ServedModel
-from model.chat import ChatTemplateError, render_chat
 
 
 async def encode(

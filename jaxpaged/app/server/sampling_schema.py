@@ -6,12 +6,12 @@ import secrets
 from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
+from jaxpaged_model.text.tokenizer import Tokenizer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, EngineRequest
-from model.tokenizer import Tokenizer
 
 _INT32 = 2**31 - 1
 _SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import click
 import uvicorn
+from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
 
 from jaxpaged.app import interrupt, processes
 from jaxpaged.app.chat import template_of
@@ -26,7 +27,6 @@ from jaxpaged.app.server.lockstep import LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.runner import EngineRunner
 from jaxpaged.app.server.state import ServedModel, ServerState
-from model.chat import BUILTIN_TEMPLATES
 
 _LAST_SECONDS = 3
 """Time for answers to leave after everything was told to end."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
+from jaxpaged_model.text.tokenizer import Tokenizer
 from starlette.requests import Request
 
+from jaxpaged import __version__
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.interfaces import Runner
 from jaxpaged.app.server.metrics import Metrics
 from jaxpaged.app.server.options import ServeOptions
-from jaxpaged.version import __version__
-from model.tokenizer import Tokenizer
 
 _RATE_SECONDS = 5.0
 """What "tokens a second" looks back on."""

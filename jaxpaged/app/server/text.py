@@ -11,7 +11,7 @@ from jaxpaged.engine.request import TokenLogprobs
 
 
 class Decoder(Protocol):
-    """``model.detokenize.StreamDecoder``, or what stands in for it."""
+    """``jaxpaged_model.text.detokenize.StreamDecoder``, or what stands in for it."""
 
     def push(self, token_id: int) -> str: ...
     def flush(self) -> str: ...

@@ -13,20 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.attention import cpu_job, cpu_kernel, cpu_pages
 from jaxpaged.attention.base import Config, Pages, is_turned
-from jaxpaged.attention.cpu_job import LEAST_TOKENS, ROWS
-from jaxpaged.attention.cpu_kernel import FEW_ROWS, TILE, scratch_bytes
-from jaxpaged.attention.cpu_pages import KINDS
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.kept_programs import remember_target
+from jaxpaged.attention.cpu import job as cpu_job
+from jaxpaged.attention.cpu import kernel as cpu_kernel
+from jaxpaged.attention.cpu import pages as cpu_pages
+from jaxpaged.attention.cpu.job import LEAST_TOKENS, ROWS
+from jaxpaged.attention.cpu.kernel import FEW_ROWS, TILE, scratch_bytes
+from jaxpaged.attention.cpu.pages import KINDS
+from jaxpaged.compilation.executable_cache import remember_target
 from jaxpaged.native.ffi import register
 from jaxpaged.native.tiles import WIDTH, padded
-from jaxpaged.page_format import BlockPages, SealedPages
-from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.hadamard import size as hadamard_size
-from jaxpaged.rope import Rope
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, SealedPages
+from jaxpaged.pages.formats.ggml import BLOCK
+from jaxpaged.pages.formats.hadamard import size as hadamard_size
+from jaxpaged.pages.rope import Rope
 
 
 @functools.cache

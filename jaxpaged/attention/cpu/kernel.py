@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
-from jaxpaged.attention.cpu_job import (
+from jaxpaged.attention.cpu.job import (
     BEGIN,
     COUNT,
     DIM,
@@ -61,7 +61,7 @@ from jaxpaged.attention.cpu_job import (
     merge,
     plan,
 )
-from jaxpaged.attention.cpu_pages import (
+from jaxpaged.attention.cpu.pages import (
     F16,
     FIRST_SEALED,
     add_codes,

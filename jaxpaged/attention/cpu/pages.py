@@ -26,7 +26,7 @@ from jaxpaged.native.codes import (
 )
 from jaxpaged.native.memory import load_f32, store_f32
 from jaxpaged.native.tiles import f32, i64, njit, widen_bf16, widen_f16
-from jaxpaged.page_format.ggml import IQ4_NL_VALUES
+from jaxpaged.pages.formats.ggml import IQ4_NL_VALUES
 
 KINDS = (
     "f32", "bf16", "f16", "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",

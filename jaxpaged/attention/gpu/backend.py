@@ -18,13 +18,13 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxpaged.attention.base import Config, Pages, described, is_turned
-from jaxpaged.attention.gpu_kernel import attend
-from jaxpaged.attention.gpu_plan import ROWS, STEP_TOKENS, PageKind, Plan, make_plan
-from jaxpaged.attention.gpu_quantized import BLOCK, CODES, to_columns, to_numbers
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages, hadamard_turn
-from jaxpaged.rope import Rope
+from jaxpaged.attention.gpu.kernel import attend
+from jaxpaged.attention.gpu.quantized import BLOCK, CODES, to_columns, to_numbers
+from jaxpaged.attention.gpu.tile_config import ROWS, STEP_TOKENS, PageKind, Plan, make_plan
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages, hadamard_turn
+from jaxpaged.pages.rope import Rope
 
 _LOG2_E = math.log2(math.e)
 

@@ -34,8 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jaxpaged.attention.base import NOWHERE, Config, Pages
-from jaxpaged.attention.gpu_plan import ROWS, STEP_TOKENS, Plan
-from jaxpaged.attention.gpu_quantized import (
+from jaxpaged.attention.gpu.quantized import (
     BLOCK,
     WORD,
     Code,
@@ -45,8 +44,9 @@ from jaxpaged.attention.gpu_quantized import (
     hadamard_signs,
     load,
 )
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import BlockPages
+from jaxpaged.attention.gpu.tile_config import ROWS, STEP_TOKENS, Plan
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import BlockPages
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""

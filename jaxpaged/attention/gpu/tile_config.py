@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxpaged.attention.gpu_quantized import BLOCK, CODES, Code
+from jaxpaged.attention.gpu.quantized import BLOCK, CODES, Code
 from jaxpaged.attention.tuning import tuned
-from jaxpaged.page_format import BlockFormat
+from jaxpaged.pages.formats import BlockFormat
 
 ROWS = 64
 """Rows of an item: the M of a wgmma."""

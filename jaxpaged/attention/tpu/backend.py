@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxpaged.attention.base import Config, Pages, described
-from jaxpaged.attention.tpu_blocks import (
+from jaxpaged.attention.tpu.block_sizes import (
     Blocks,
     Heads,
     Items,
@@ -40,12 +40,12 @@ from jaxpaged.attention.tpu_blocks import (
     scales_shape,
     single_items,
 )
-from jaxpaged.attention.tpu_kernel import Cut, kernel
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import LANES, MAX_PAGE_SIZE, BlockPages, hadamard
-from jaxpaged.page_format.lane_blocks import LaneBlockFormat
-from jaxpaged.rope import Rope
+from jaxpaged.attention.tpu.kernel import Cut, kernel
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import LANES, MAX_PAGE_SIZE, BlockPages, hadamard
+from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
+from jaxpaged.pages.rope import Rope
 
 _MIN_ROWS_OF_BYTES = 4
 """Rows of a TPU's memory that share 32-bit words; a DMA moves no less."""

@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 
 from jaxpaged.attention.base import power_of_two
 from jaxpaged.attention.tuning import tuned
-from jaxpaged.batch import Batch
-from jaxpaged.block_table import BlockTable
-from jaxpaged.page_format import LANES, tokens_per_row
-from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.lane_blocks import LaneBlockFormat
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import LANES, tokens_per_row
+from jaxpaged.pages.formats.ggml import BLOCK
+from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
 
 _BUFFER_BYTES = 4 << 20
 """Most VMEM for the K/V blocks: two of each, as one is computed while the other arrives."""

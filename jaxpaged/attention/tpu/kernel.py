@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxpaged.attention.base import NOWHERE, Config
-from jaxpaged.attention.tpu_blocks import SLOTS_SHIFT, Heads, Items, Storage, Stored
-from jaxpaged.page_format import LANES
-from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.lane_blocks import LaneBlockFormat, half_to_float
+from jaxpaged.attention.tpu.block_sizes import SLOTS_SHIFT, Heads, Items, Storage, Stored
+from jaxpaged.pages.formats import LANES
+from jaxpaged.pages.formats.ggml import BLOCK
+from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat, half_to_float
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""

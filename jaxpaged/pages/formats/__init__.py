@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxpaged.page_format import ggml, hadamard
-from jaxpaged.page_format.blocks import BlockFormat as BlockFormat
-from jaxpaged.page_format.blocks import BlockPages as BlockPages
-from jaxpaged.page_format.k_quants import Q4_K
-from jaxpaged.page_format.kivi import Kivi
-from jaxpaged.page_format.lane_blocks import PackedBlockFormat
-from jaxpaged.page_format.plain import LANES as LANES
-from jaxpaged.page_format.plain import Float8Format
-from jaxpaged.page_format.plain import LanePageFormat as LanePageFormat
-from jaxpaged.page_format.plain import PageFormat as PageFormat
-from jaxpaged.page_format.plain import lane_width as lane_width
-from jaxpaged.page_format.plain import token_rows as token_rows
-from jaxpaged.page_format.plain import tokens_per_row as tokens_per_row
-from jaxpaged.page_format.sealed import SealedFormat as SealedFormat
-from jaxpaged.page_format.sealed import SealedPages as SealedPages
+from jaxpaged.pages.formats import ggml, hadamard
+from jaxpaged.pages.formats.blocks import BlockFormat as BlockFormat
+from jaxpaged.pages.formats.blocks import BlockPages as BlockPages
+from jaxpaged.pages.formats.k_quants import Q4_K
+from jaxpaged.pages.formats.kivi import Kivi
+from jaxpaged.pages.formats.lane_blocks import PackedBlockFormat
+from jaxpaged.pages.formats.plain import LANES as LANES
+from jaxpaged.pages.formats.plain import Float8Format
+from jaxpaged.pages.formats.plain import LanePageFormat as LanePageFormat
+from jaxpaged.pages.formats.plain import PageFormat as PageFormat
+from jaxpaged.pages.formats.plain import lane_width as lane_width
+from jaxpaged.pages.formats.plain import token_rows as token_rows
+from jaxpaged.pages.formats.plain import tokens_per_row as tokens_per_row
+from jaxpaged.pages.formats.residual import SealedFormat as SealedFormat
+from jaxpaged.pages.formats.residual import SealedPages as SealedPages
 
 hadamard_turn = hadamard.turn
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxpaged.page_format import hadamard as turns
-from jaxpaged.page_format.ggml import BLOCK, BlockCode
-from jaxpaged.page_format.plain import PageFormat
+from jaxpaged.pages.formats import hadamard as turns
+from jaxpaged.pages.formats.ggml import BLOCK, BlockCode
+from jaxpaged.pages.formats.plain import PageFormat
 
 Parts = Mapping[str, Array]
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.sealed import PageCode
+from jaxpaged.pages.formats.ggml import BLOCK
+from jaxpaged.pages.formats.residual import PageCode
 
 SUPER_BLOCK = 256
 _BLOCKS = SUPER_BLOCK // BLOCK

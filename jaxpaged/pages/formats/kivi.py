@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.sealed import PageCode
+from jaxpaged.pages.formats.ggml import BLOCK
+from jaxpaged.pages.formats.residual import PageCode
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.page_format import ggml
-from jaxpaged.page_format.blocks import BlockFormat, BlockPages, Parts, taken
-from jaxpaged.page_format.ggml import BLOCK
-from jaxpaged.page_format.plain import LANES, lane_width, token_rows, tokens_per_row
+from jaxpaged.pages.formats import ggml
+from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, Parts, taken
+from jaxpaged.pages.formats.ggml import BLOCK
+from jaxpaged.pages.formats.plain import LANES, lane_width, token_rows, tokens_per_row
 
 _UNITS_AT_ONCE = 64
 """Units that are written together, where a step writes to more than its tokens could fill."""

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.open_pages import OpenPages, Seals
-from jaxpaged.page_format import hadamard as turns
-from jaxpaged.page_format.blocks import BlockFormat, BlockPages, taken
+from jaxpaged.pages.formats import hadamard as turns
+from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, taken
+from jaxpaged.pages.residual import OpenPages, Seals
 
 OPEN_DTYPE = jnp.float16
 

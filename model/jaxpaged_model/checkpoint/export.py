@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 from gguf import GGMLQuantizationType as GGMLType
 
-from model.config import ModelConfig, RopeScaling, rope_frequencies
-from model.llama import Params
-from model.weights import placements, to_file
+from jaxpaged_model.checkpoint.weights import placements, to_file
+from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
+from jaxpaged_model.llama import Params
 
 Quantization = Literal["F32", "F16", "Q8_0"]
 

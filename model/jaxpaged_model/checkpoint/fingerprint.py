@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import fields
 from typing import Protocol
 
-from model.config import ModelConfig
-from model.weights import TensorSource
+from jaxpaged_model.checkpoint.weights import TensorSource
+from jaxpaged_model.config import ModelConfig
 
 
 class SampledSource(TensorSource, Protocol):

@@ -25,7 +25,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as ValueType
 
-from model.config import ModelError
+from jaxpaged_model.config import ModelError
 
 SUPPORTED_VERSIONS = (2, 3)
 SUPPORTED_TYPES = (

@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpaged.sharding import TENSOR
-from model.config import ModelConfig, ModelError
-from model.fingerprint import fingerprint
-from model.gguf_file import GGUFFile
-from model.llama import ModelFn, Params, functional
-from model.quantized import product
-from model.quantized.linear import WeightPlan
-from model.read_config import config_from_gguf, config_from_huggingface
-from model.safetensors_folder import SafetensorsFolder
-from model.shards import load_shards
-from model.tokenizer import Tokenizer, TokenizerError
-from model.weights import Naming, Progress, TensorSource, load_params, weight_plan
+from jaxpaged.sharding.mesh import TENSOR
+from jaxpaged_model.checkpoint.fingerprint import fingerprint
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_huggingface
+from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
+from jaxpaged_model.checkpoint.shards import load_shards
+from jaxpaged_model.checkpoint.weights import Naming, Progress, TensorSource, load_params, weight_plan
+from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.llama import ModelFn, Params, functional
+from jaxpaged_model.quantized import product
+from jaxpaged_model.quantized.linear import WeightPlan
+from jaxpaged_model.text.tokenizer import Tokenizer, TokenizerError
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LoadedModel:
       seconds: what loading took, by its parts.
       fingerprint: 64 hexadecimal digits that no other model has; see ``model.fingerprint``.
       mesh: the devices that it is spread over; None = one. ``function`` is then what each of them runs, see
-        ``jaxpaged.sharding``.
+        ``jaxpaged.sharding.mesh``.
     """
 
     config: ModelConfig
@@ -112,7 +112,7 @@ def load_model(
       exact: products with stored weights take activations as they are. Else the CPU's take them as whole numbers of 16
         bits, with a scale for each 32 of them: about twice as fast, and off by less than 1e-4.
       progress: called with (bytes done, bytes in all) after each tensor.
-      mesh: devices to spread the model over (``jaxpaged.sharding.make_mesh``); each process reads the parts of its own.
+      mesh: devices to spread the model over (``jaxpaged.sharding.mesh.make_mesh``); a process reads its own parts.
 
     Raises:
       MeshError: the model's heads cannot be dealt to the mesh's devices.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from model.config import ARCHITECTURES, ModelConfig, ModelError, RopeScaling
+from jaxpaged_model.config import ARCHITECTURES, ModelConfig, ModelError, RopeScaling
 
 HF_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 GGUF_ROPE_TYPES = ("none", "linear", "yarn")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from model.config import ModelError
+from jaxpaged_model.config import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -17,12 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpaged.sharding import TENSOR
-from model.config import ModelConfig
-from model.llama import Params
-from model.quantized.formats import WEIGHT_FORMATS
-from model.quantized.linear import WeightPlan
-from model.weights import (
+from jaxpaged.sharding.mesh import TENSOR
+from jaxpaged_model.checkpoint.weights import (
     Naming,
     Part,
     Placement,
@@ -32,6 +28,10 @@ from model.weights import (
     load_params,
     placements,
 )
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.llama import Params
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.linear import WeightPlan
 
 _BY_ROWS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
 _BY_COLUMNS = ("attention.out", "mlp.down")
@@ -153,7 +153,7 @@ def load_shards(
       config: the whole model.
       file: its weights.
       naming: how its tensors are called.
-      mesh: of ``jaxpaged.sharding.make_mesh``.
+      mesh: of ``jaxpaged.sharding.mesh.make_mesh``.
       plan: which layers stay quantized, given the config of one device and its source.
       dtype: of the dense params.
       progress: called with (bytes done, bytes in all) of what this process reads.

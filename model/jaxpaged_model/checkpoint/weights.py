@@ -1,4 +1,4 @@
-"""From the tensors of a file to the params of ``model.llama``: names, layouts, shapes."""
+"""From the tensors of a file to the params of ``jaxpaged_model.llama``: names, layouts, shapes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.config import ModelConfig, ModelError
-from model.llama import Params
-from model.quantized.formats import WEIGHT_FORMATS
-from model.quantized.layouts import LAYOUTS, Layout
-from model.quantized.linear import WeightPlan
+from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.llama import Params
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
+from jaxpaged_model.quantized.linear import WeightPlan
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor."""

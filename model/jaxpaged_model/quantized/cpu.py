@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.kept_programs import remember_target
+from jaxpaged.compilation.executable_cache import remember_target
 from jaxpaged.native.ffi import register
-from model.quantized import cpu_kernel, cpu_vectors, formats, panels
+from jaxpaged_model.quantized import cpu_kernel, cpu_vectors, formats, panels
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 

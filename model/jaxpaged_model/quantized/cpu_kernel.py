@@ -36,7 +36,7 @@ from jaxpaged.native.memory import (
     symbol,
 )
 from jaxpaged.native.tiles import f32, i64, inlined, njit
-from model.quantized.cpu_vectors import (
+from jaxpaged_model.quantized.cpu_vectors import (
     ROW_SIZES,
     added,
     copied,
@@ -47,8 +47,8 @@ from model.quantized.cpu_vectors import (
     scaled,
     square_sum,
 )
-from model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS
-from model.quantized.panels import ROWS
+from jaxpaged_model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS
+from jaxpaged_model.quantized.panels import ROWS
 
 _VARIANT = __name__.rpartition(".")[2].removeprefix("cpu_kernel_").split("__")
 FORMAT = WEIGHT_FORMATS.get(_VARIANT[0], WEIGHT_FORMATS["Q8_0"])

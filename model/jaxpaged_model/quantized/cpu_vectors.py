@@ -3,8 +3,8 @@
 Sixteen lanes are sixteen rows of the matrix, see ``panels.py``. Activations become whole numbers of 16 bits, with a
 scale for each block of 32, and four columns at a time go into a sum of whole numbers: two instructions where the CPU
 has AVX-512 VNNI or Arm's dot product. (ggml's kernels take activations of 8 bits, one instruction; a small model's
-predictions are off by a mean KL divergence of 2e-4 then, docs/performance.md, and with 16 bits by 1e-8.) A group's
-sum starts at ``-zero`` times the sum of the activations, so that codes need not be moved to signed numbers. Exact
+predictions are off by a mean KL divergence of 2e-4 then, and with 16 bits by 1e-8: docs/reports/performance.md.) A sum
+starts at ``-zero`` times the sum of the activations, so that codes need not be moved to signed numbers. Exact
 products take activations as float32, and codes are widened in registers.
 """
 
@@ -19,8 +19,8 @@ from numba import config, types
 
 from jaxpaged.native.memory import pointer
 from jaxpaged.native.tiles import WIDTH, Code, instructions, write_exp
-from model.quantized.formats import BLOCK, WeightFormat
-from model.quantized.panels import QUADS, ROWS
+from jaxpaged_model.quantized.formats import BLOCK, WeightFormat
+from jaxpaged_model.quantized.panels import QUADS, ROWS
 
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F16, _F32 = ir.HalfType(), ir.FloatType()

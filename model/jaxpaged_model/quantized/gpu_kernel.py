@@ -19,9 +19,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxpaged.attention.gpu_quantized import load
-from model.quantized import lanes
-from model.quantized.formats import SUPER_BLOCK, WeightFormat
+from jaxpaged.attention.gpu.quantized import load
+from jaxpaged_model.quantized import lanes
+from jaxpaged_model.quantized.formats import SUPER_BLOCK, WeightFormat
 
 TOKENS = 64
 """Rows of activations at most: of one wgmma."""

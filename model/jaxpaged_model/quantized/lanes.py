@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
+from jaxpaged_model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
 
 SUBLANES = 32
 """Rows of a TPU's tile of bytes: what runs of columns are a multiple of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from model.quantized import lanes, panels
+from jaxpaged_model.quantized import lanes, panels
 
 Layout = Literal["panels", "lanes"]
 """"panels" for CPUs, "lanes" for accelerators."""

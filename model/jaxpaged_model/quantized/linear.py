@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from model.quantized.formats import WEIGHT_FORMATS
-from model.quantized.layouts import LAYOUTS, Layout
-from model.quantized.product import product
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
+from jaxpaged_model.quantized.product import product
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
+from jaxpaged_model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
 
 ROWS = 16
 """Rows of a panel: a matrix that follows another in memory begins at a multiple of it."""

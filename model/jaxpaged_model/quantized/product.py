@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.quantized.formats import WEIGHT_FORMATS
-from model.quantized.layouts import LAYOUTS, Layout
-from model.quantized.norm import normed
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
+from jaxpaged_model.quantized.norm import normed
 
 Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
@@ -66,7 +66,7 @@ def product(
     """
     wanted = implementation or choose()
     if wanted == "cpu" and layout == "panels":
-        from model.quantized import cpu
+        from jaxpaged_model.quantized import cpu
 
         wide = x.astype(jnp.float32)
         out = cpu.product(wide, name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact)
@@ -81,10 +81,10 @@ def product(
 def _kernel(wanted: Implementation) -> Any:
     """Imported when it is needed: no platform has the libraries of both."""
     if wanted == "tpu":
-        from model.quantized import tpu_kernel
+        from jaxpaged_model.quantized import tpu_kernel
 
         return tpu_kernel
-    from model.quantized import gpu_kernel
+    from jaxpaged_model.quantized import gpu_kernel
 
     return gpu_kernel
 

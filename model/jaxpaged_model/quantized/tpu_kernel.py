@@ -15,9 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxpaged.page_format.lane_blocks import half_to_float
-from model.quantized import lanes
-from model.quantized.formats import WeightFormat
+from jaxpaged.pages.formats.lane_blocks import half_to_float
+from jaxpaged_model.quantized import lanes
+from jaxpaged_model.quantized.formats import WeightFormat
 
 _ALIGNED = 256
 """Columns whose groups of 32 have scales in whole registers."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import tokenizers
 
-from model.detokenize import byte_level_bytes
-from model.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from model.spm import SPACE_MARK, ScoreMerger
-from model.vocabulary import STOP_TEXTS, TokenizerError, Vocabulary, byte_of, stop_ids
+from jaxpaged_model.text.detokenize import byte_level_bytes
+from jaxpaged_model.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from jaxpaged_model.text.spm import SPACE_MARK, ScoreMerger
+from jaxpaged_model.text.vocabulary import STOP_TEXTS, TokenizerError, Vocabulary, byte_of, stop_ids
 
 
 class TokenKind(enum.IntEnum):

@@ -11,9 +11,9 @@ from typing import Any
 
 import tokenizers
 
-from model.detokenize import byte_level_bytes
-from model.spm import SPACE_MARK
-from model.vocabulary import TokenizerError, Vocabulary, byte_of, stop_ids
+from jaxpaged_model.text.detokenize import byte_level_bytes
+from jaxpaged_model.text.spm import SPACE_MARK
+from jaxpaged_model.text.vocabulary import TokenizerError, Vocabulary, byte_of, stop_ids
 
 
 class _LibraryEncoder:

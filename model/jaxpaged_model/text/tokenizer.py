@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.detokenize import StreamDecoder
-from model.vocabulary import TokenizerError, Vocabulary
+from jaxpaged_model.text.detokenize import StreamDecoder
+from jaxpaged_model.text.vocabulary import TokenizerError, Vocabulary
 
 try:
-    from model import gguf_vocabulary, hf_vocabulary
+    from jaxpaged_model.text import gguf_vocabulary, hf_vocabulary
 except ModuleNotFoundError as error:
     if error.name != "tokenizers":
         raise

@@ -1,4 +1,4 @@
-"""Turns a finished training run into what ships: ``python -m model.tiny.publish --run build/tiny``.
+"""Turns a finished training run into what ships: ``python -m jaxpaged_model.tiny.publish --run build/tiny``.
 
 Writes the GGUF file and the picture of the loss curve beside this file, and prints the numbers of the model card: bits
 per byte on the held-out files for the float32 weights and for the Q8_0 file as ``load_model`` reads it, against xz.
@@ -15,11 +15,11 @@ import matplotlib
 import numpy as np
 from tokenizers import Tokenizer
 
-from model.export import write_gguf
-from model.loading import load_model
-from model.tiny import PATH
-from model.tiny.corpus import END_OF_TEXT, Corpus, encode, read_corpus, token_id, tokenizer_metadata
-from model.tiny.train import CONFIG, evaluate, read_params
+from jaxpaged_model.checkpoint.export import write_gguf
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.tiny import PATH
+from jaxpaged_model.tiny.corpus import END_OF_TEXT, Corpus, encode, read_corpus, token_id, tokenizer_metadata
+from jaxpaged_model.tiny.train import CONFIG, evaluate, read_params
 
 PICTURE = PATH.with_name("loss.png")
 

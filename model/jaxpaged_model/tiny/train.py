@@ -1,4 +1,4 @@
-"""Trains the embedded model: ``python -m model.tiny.train`` (``make train-tiny``).
+"""Trains the embedded model: ``python -m jaxpaged_model.tiny.train`` (``make train-tiny``).
 
 A Llama of 3.8 million parameters learns the text of Python's standard library on a CPU. Matrices are optimized with
 Muon (Keller Jordan et al., 2024), embeddings and norms with AdamW; the learning rate warms up, holds, and falls
@@ -23,11 +23,11 @@ from jax import Array
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from jaxpaged.batch import Batch
-from model.config import ModelConfig
-from model.llama import abstract_params, functional, random_params
-from model.loading import load_model
-from model.tiny.corpus import END_OF_TEXT, encode, read_corpus, token_id, train_tokenizer
+from jaxpaged.pages.batch import Batch
+from jaxpaged_model.checkpoint.loading import load_model
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.llama import abstract_params, functional, random_params
+from jaxpaged_model.tiny.corpus import END_OF_TEXT, encode, read_corpus, token_id, train_tokenizer
 
 CONFIG = ModelConfig(
     architecture="llama",

@@ -9,14 +9,14 @@ from typing import Any
 
 import httpx
 from fake_runner import FakeRunner
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
+from jaxpaged_model.text.tokenizer import Tokenizer
 
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.state import ServedModel, ServerState
-from model import tiny
-from model.chat import BUILTIN_TEMPLATES
-from model.gguf_file import GGUFFile
-from model.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_gguf(GGUFFile(tiny.PATH).metadata)
 

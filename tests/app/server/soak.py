@@ -1,6 +1,6 @@
 """A soak of the real server: random requests, many more than fit, half of them given up, all of them checked.
 
-    python tests/server/soak.py --requests 5000
+    python tests/app/server/soak.py --requests 5000
 
 One process: uvicorn on a loopback port, the embedded model, and as many clients as asked for, each with connections of
 its own. Every text is compared with that of the same prompt alone; at the end no page may be missing.

@@ -1,6 +1,6 @@
 """What the browser page needs of a server, without a model: words at a pace, a pool that changes, errors on demand.
 
-``python tests/server/stub_server.py 8090`` serves it to look at.
+``python tests/app/server/stub_server.py 8090`` serves it to look at.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PAGES = Path(__file__).parents[2] / "jaxpaged" / "app" / "server" / "pages"
+PAGES = Path(__file__).parents[3] / "jaxpaged" / "app" / "server" / "pages"
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"

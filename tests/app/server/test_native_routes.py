@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from http_server import TOKENIZER, check_error
 
+from jaxpaged import __version__
 from jaxpaged.app.server.native_schema import NativeRequest
-from jaxpaged.version import __version__
 
 PROMPT = "def main(path):\n    return path"
 IDS = TOKENIZER.encode(PROMPT)
