@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from jaxpaged.pages.block_table import BlockTable
     from jaxpaged.pages.formats import PAGE_FORMATS, BlockPages, PageFormat
     from jaxpaged.pages.rope import Rope
-    from jaxpaged.pictures.animation import draw_page_map_frames
+    from jaxpaged.pictures.animation import draw_page_map_animation
     from jaxpaged.pictures.page_map import PageMap, draw_page_map
     from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, read_snapshot
     from jaxpaged.storage.snapshots import restore, snapshot
@@ -97,7 +97,7 @@ __all__ = [
     "check_invariants",
     "clear",
     "draw_page_map",
-    "draw_page_map_frames",
+    "draw_page_map_animation",
     "generate",
     "generate_lookup",
     "generate_stream",
@@ -143,7 +143,7 @@ _ROOMS = {
     "generation.speculative": ("LookupResult", "LookupStream", "generate_lookup", "lookup_stream"),
     "pages.formats": ("PAGE_FORMATS", "BlockPages", "PageFormat"),
     "pictures.page_map": ("PageMap", "draw_page_map"),
-    "pictures.animation": ("draw_page_map_frames",),
+    "pictures.animation": ("draw_page_map_animation",),
     "pages.rope": ("Rope",),
     "generation.sampling": ("SamplingParams", "sample"),
     "cache.sequences": (

@@ -71,7 +71,7 @@ def ask(cache: PagedKVCache, num_new: jax.Array) -> tuple[jax.Array, ...]:
     return (
         ops.pages_needed(cache, num_new),
         ops.can_reserve(cache, num_new),
-        cache.fits(num_new),
+        cache.can_reserve_each(num_new),
         cache.lengths,
         ops.seq_position_min(cache),
         ops.seq_position_max(cache),
@@ -93,14 +93,14 @@ jit_clear = counted(ops.clear, donate_argnames="cache", static_argnames="scrub")
 
 SMALL = {"num_pages": 5}
 """Sizes for ``make_cache``: a pool that is soon empty."""
-NARROW = {"num_pages": 20, "max_entries": 4}
+NARROW = {"num_pages": 20, "max_pages_per_seq": 4}
 """Few entries a sequence: splits and fresh pages overflow the table's rows."""
 
 
 def make_cache(**sizes: Any) -> PagedKVCache:
     """A small cache whose pages hold NaN, so that a slot read before it is written shows."""
     model = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2}
-    pool = {"num_pages": 14, "max_seqs": 4, "page_size": 8, "max_entries": 10}
+    pool = {"num_pages": 14, "max_seqs": 4, "page_size": 8, "max_pages_per_seq": 10}
     cache = PagedKVCache.create(**(model | pool | sizes))
     return jax.tree.map(
         lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, cache
@@ -159,11 +159,11 @@ class Slice:
 class Oracle:
     """What a ``PagedKVCache`` of these sizes must hold."""
 
-    def __init__(self, num_pages: int, max_seqs: int, max_entries: int, page_size: int) -> None:
-        self.num_pages, self.max_seqs, self.max_entries, self.page_size = (
+    def __init__(self, num_pages: int, max_seqs: int, max_pages_per_seq: int, page_size: int) -> None:
+        self.num_pages, self.max_seqs, self.max_pages_per_seq, self.page_size = (
             num_pages,
             max_seqs,
-            max_entries,
+            max_pages_per_seq,
             page_size,
         )
         self.sequences: list[list[Slice]] = [[] for _ in range(max_seqs)]
@@ -172,7 +172,7 @@ class Oracle:
     @classmethod
     def of(cls, cache: PagedKVCache) -> Oracle:
         """For an empty cache."""
-        return cls(cache.num_pages, cache.max_seqs, cache.max_entries, cache.page_size)
+        return cls(cache.num_pages, cache.max_seqs, cache.max_pages_per_seq, cache.page_size)
 
     def references(self) -> collections.Counter[int]:
         return collections.Counter(e.page for entries in self.sequences for e in entries)
@@ -220,7 +220,7 @@ class Oracle:
                     entries[-1] = replace(last, page=page, tokens=(*last.tokens, token))
                 token += 1
             taken.append(pages)
-            ok = ok and len(entries) <= self.max_entries
+            ok = ok and len(entries) <= self.max_pages_per_seq
         ok = ok and used + sum(taken) <= self.num_pages
         if not ok:
             self.sequences = before
@@ -233,7 +233,7 @@ class Oracle:
             if p0 < p1:
                 parts = [part for e in self.sequences[seq] for part in (e.part(0, p0), e.part(p1, 2**31))]
                 removed[seq] = [part for part in parts if part.tokens]
-            if len(removed[seq]) > self.max_entries:
+            if len(removed[seq]) > self.max_pages_per_seq:
                 return False
         self.sequences = removed
         return True
@@ -259,7 +259,7 @@ class Oracle:
                 parts += [e.part(0, p0), moved.part(0, 2**31), e.part(p1, 2**31)]
             shifted[seq] = [part for part in parts if part.tokens]
             positions = [e.position + i for e in shifted[seq] for i in range(len(e.tokens))]
-            if positions != sorted(set(positions)) or len(shifted[seq]) > self.max_entries:
+            if positions != sorted(set(positions)) or len(shifted[seq]) > self.max_pages_per_seq:
                 return False
         self.sequences = shifted
         return True
@@ -287,7 +287,7 @@ class Oracle:
                     packed[-1] = replace(last, tokens=(*last.tokens, token))
                 else:
                     packed.append(Slice(page, slot, position, (token,), rotation))
-            if len(set(targets) - set(distinct)) > free or len(head) + len(packed) > self.max_entries:
+            if len(set(targets) - set(distinct)) > free or len(head) + len(packed) > self.max_pages_per_seq:
                 self.sequences = before
                 return False
             self.sequences = [*self.sequences]

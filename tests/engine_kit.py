@@ -50,7 +50,7 @@ def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> 
     if paged:
         width = -(-N_CTX // PAGE_SIZE) + 4
         cache = PagedKVCache.create(
-            **MODEL, num_pages=num_pages, max_seqs=SLOTS, page_size=PAGE_SIZE, max_entries=width
+            **MODEL, num_pages=num_pages, max_seqs=SLOTS, page_size=PAGE_SIZE, max_pages_per_seq=width
         )
     else:
         cache = ContiguousKVCache.create(**MODEL, max_seqs=SLOTS, max_length=N_CTX)

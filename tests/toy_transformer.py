@@ -60,7 +60,7 @@ def toy_log_probabilities(params: Any, tokens: Sequence[int]) -> np.ndarray:
     return logits - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max()
 
 
-def paged(max_seqs: int, num_pages: int, max_entries: int | None = None) -> PagedKVCache:
+def paged(max_seqs: int, num_pages: int, max_pages_per_seq: int | None = None) -> PagedKVCache:
     return PagedKVCache.create(
         num_layers=1,
         num_kv_heads=KV_HEADS,
@@ -68,7 +68,7 @@ def paged(max_seqs: int, num_pages: int, max_entries: int | None = None) -> Page
         num_pages=num_pages,
         max_seqs=max_seqs,
         page_size=PAGE_SIZE,
-        max_entries=max_entries,
+        max_pages_per_seq=max_pages_per_seq,
     )
 
 

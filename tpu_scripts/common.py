@@ -23,7 +23,7 @@ from jaxpaged_model.config import ModelConfig
 
 from jaxpaged import ContiguousKVCache, GenerateStream, PagedKVCache
 from jaxpaged.attention.api import IMPLEMENTATIONS, candidates, default_platform, load
-from jaxpaged.pages.formats import BlockPages, SealedFormat
+from jaxpaged.pages.formats import BlockPages, ResidualFormat
 
 # --- arguments ----------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ def _noisy(pages: Any) -> Any:
     num_pages, num_kv_heads, page_size, head_dim = pages.shape
     few = min(num_pages, 4)
     rows = jax.random.normal(jax.random.key(0), (few, page_size, num_kv_heads, head_dim))
-    if isinstance(pages.format, SealedFormat):
+    if isinstance(pages.format, ResidualFormat):
         made = pages.format.encode(rows.swapaxes(1, 2))
     else:
         page, slot = jnp.divmod(jnp.arange(few * page_size), page_size)
@@ -274,7 +274,7 @@ def make_cache(
     if kind == "contiguous":
         return ContiguousKVCache.create(**shape, max_length=context)
     pages = context // page_size
-    return PagedKVCache.create(**shape, page_size=page_size, num_pages=batch * pages, max_entries=pages)
+    return PagedKVCache.create(**shape, page_size=page_size, num_pages=batch * pages, max_pages_per_seq=pages)
 
 
 def generation_rate(stream: GenerateStream, depth: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.options import GenerateOptions
-from jaxpaged.pictures.animation import draw_page_map_frames
+from jaxpaged.pictures.animation import draw_page_map_animation
 from jaxpaged.pictures.page_map import PageMap, draw_page_map
 
 _MOST_FRAMES = 400
@@ -61,7 +61,7 @@ class PageFilm:
             fullest = max((state for _, state in self._frames), key=lambda s: (s.pages_used, s.num_tokens))
             text = draw_page_map(fullest)
         else:
-            text = draw_page_map_frames(self._frames)
+            text = draw_page_map_animation(self._frames)
         try:
             self.path.write_text(text, encoding="utf-8")
         except OSError as error:

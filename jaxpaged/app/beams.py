@@ -48,9 +48,7 @@ def complete(session: Session, prompt: str) -> int:
     timings, steps = session.timings, int(result.num_steps)
     timings.compile_ms = 1e3 * (compiled - start) if o.warmup else 0.0
     timings.prompt_n, timings.prompt_ms = len(ids), 1e3 * (read - compiled)
-    session.end_start(
-        timings, found_programs=False
-    )  # the rest is the search: nothing is shown before its end
+    session.end_start(timings, cache_hit=False)  # the rest is the search: nothing is shown before its end
     timings.predicted_n, timings.predicted_ms = steps, 1e3 * (ended - read)
     session.pages_peak = int(result.pages_peak)
     run, scores = _run_of(result)

@@ -26,7 +26,7 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import Weights
-from jaxpaged.sharding.mesh import CACHE, CONTEXT, PARAMS, ROWS, SAME, fetch, num_shards, over_mesh
+from jaxpaged.sharding.mesh import BATCH, CACHE, CONTEXT, PARAMS, REPLICATED, fetch, num_shards, over_mesh
 
 _SEED = 0
 
@@ -146,7 +146,7 @@ class _Bench:
             return cache, logits
 
         shapes = (jax.ShapeDtypeStruct((size,), jnp.int32), jax.ShapeDtypeStruct((self._batch,), jnp.int32))
-        spread = over_mesh(prefill, (PARAMS, CACHE, SAME, SAME), (CACHE, ROWS))
+        spread = over_mesh(prefill, (PARAMS, CACHE, REPLICATED, REPLICATED), (CACHE, BATCH))
         return jax.jit(spread, donate_argnums=1).lower(self._params, cache, *shapes).compile()
 
     def _compile_decode(self, cache: Any) -> Any:
@@ -163,7 +163,7 @@ class _Bench:
             return jax.lax.fori_loop(0, self._n_gen, step, (cache, tokens))
 
         shape = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
-        spread = over_mesh(decode, (PARAMS, CACHE, SAME), (CACHE, ROWS))
+        spread = over_mesh(decode, (PARAMS, CACHE, REPLICATED), (CACHE, BATCH))
         return jax.jit(spread, donate_argnums=1).lower(self._params, cache, shape).compile()
 
     def _tokens(self, count: int) -> np.ndarray:
@@ -244,7 +244,7 @@ def caches_of(options: BenchOptions, own: str, mesh: Mesh | None) -> list[tuple[
       InputError: none can be.
     """
     types = options.cache_types(own)
-    sealing = [one for one in types if one.seals]
+    sealing = [one for one in types if one.has_residual]
     if sealing and "contiguous" in options.kinds:
         names = "; ".join(map(str, sealing))
         if len(sealing) == len(types) and "paged" not in options.kinds:
@@ -256,7 +256,7 @@ def caches_of(options: BenchOptions, own: str, mesh: Mesh | None) -> list[tuple[
             raise InputError("--kv contiguous: --mesh context=N spreads pages")
         say("contiguous is left out: --mesh context=N spreads pages")
         kinds = ("paged",)
-    return [(kind, one) for one in types for kind in kinds if kind == "paged" or not one.seals]
+    return [(kind, one) for one in types for kind in kinds if kind == "paged" or not one.has_residual]
 
 
 def measure(

@@ -18,7 +18,7 @@ from jaxpaged.sharding.context import ContextKVCache
 from jaxpaged.sharding.mesh import CONTEXT
 
 _HADAMARD: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
-_QUANTIZED = tuple(name for name, one in PAGE_FORMATS.items() if one.turned(True).hadamard)
+_QUANTIZED = tuple(name for name, one in PAGE_FORMATS.items() if one.with_hadamard(True).hadamard)
 """The formats whose rows can be turned."""
 
 
@@ -78,9 +78,9 @@ class CacheType:
         return {"type_k": self.k, "type_v": self.v, "hadamard": self.hadamard}
 
     @property
-    def seals(self) -> bool:
+    def has_residual(self) -> bool:
         """Whether pages are quantized when they are full, and never written again."""
-        return page_format(self.k).seals or page_format(self.v).seals
+        return page_format(self.k).has_residual or page_format(self.v).has_residual
 
     def create(self, config: ModelConfig, *, num_seqs: int, tokens: int, page_size: int) -> PagedKVCache:
         """An empty cache with room for ``tokens`` tokens of each of ``num_seqs`` sequences.
@@ -90,7 +90,11 @@ class CacheType:
         """
         pages = -(-tokens // page_size)
         return self.paged(
-            config, num_pages=num_seqs * pages, max_seqs=num_seqs, page_size=page_size, max_entries=pages + 1
+            config,
+            num_pages=num_seqs * pages,
+            max_seqs=num_seqs,
+            page_size=page_size,
+            max_pages_per_seq=pages + 1,
         )
 
     def paged(self, config: ModelConfig, *, mesh: Mesh | None = None, **sizes: Any) -> Any:

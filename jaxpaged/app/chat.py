@@ -66,7 +66,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             messages.append({"role": "user", "content": message})
             ids = _tokens(session, template, messages)
             try:
-                shared = tokens_held(held, ids, by=plan.page_size if plan.cache_type.seals else 1)
+                shared = tokens_held(held, ids, by=plan.page_size if plan.cache_type.has_residual else 1)
                 if options.context_shift:  # what was discarded cannot serve another beginning
                     shared = shared if shared == len(held) else 0
                     shift = shift or session.context_shift(ids)

@@ -34,13 +34,13 @@ def prepare(threads: int | None = None) -> None:
 def _use_compilation_cache() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    from jaxpaged.compilation import executable_cache as kept_programs
+    from jaxpaged.compilation import executable_cache as executable_cache
 
     folder = cache_folder() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "not writable"
-        kept_programs.keep_in(cache_folder() / "programs")
+        executable_cache.set_directory(cache_folder() / "programs")
     except OSError as error:
         reason = error.strerror or str(error)
     if reason is not None:

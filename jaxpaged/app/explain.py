@@ -75,7 +75,7 @@ def run(options: ExplainOptions) -> None:
             **options.cache_type.as_dict(),
             "page_size": options.page_size,
             "page_bytes": page_bytes,
-            "open_page_bytes": pages.bytes_of_open_pages,
+            "open_page_bytes": pages.bytes_of_staging,
             "bits_per_value": bits,
         }
         head = {"model": config.name, "platform": options.platform, "kv": kv}
@@ -90,7 +90,7 @@ def run(options: ExplainOptions) -> None:
     click.echo(
         f"pages of {options.page_size} tokens in {kept}: {_size(page_bytes)} in all layers, {bits:.4g} bits a value"
     )
-    if opened := pages.bytes_of_open_pages:
+    if opened := pages.bytes_of_staging:
         click.echo(f"the newest page of each sequence, until it is full: {_size(opened)} in 16 bits")
     for row in rows:
         click.echo(f"\n{row.pop('step')}")
@@ -138,7 +138,7 @@ def _step(
         live_tokens=options.context,
         num_tokens=tokens,
         max_q_len=max_q_len,
-        max_entries=cache.max_entries,
+        max_pages_per_seq=cache.max_pages_per_seq,
         window=window,
     )
 
@@ -153,7 +153,7 @@ def _cache(config: ModelConfig, options: ExplainOptions, num_seqs: int) -> Paged
         "page_size": options.page_size,
     }
     layout = "lanes" if lanes else "plain"
-    create = partial(options.cache_type.paged, config, **sizes, max_entries=entries, layout=layout)
+    create = partial(options.cache_type.paged, config, **sizes, max_pages_per_seq=entries, layout=layout)
     return jax.eval_shape(create)
 
 

@@ -106,7 +106,7 @@ class CachePlan:
             num_pages=self.num_pages,
             max_seqs=self.num_seqs,
             page_size=self.page_size,
-            max_entries=self.pages_per_seq + 1,
+            max_pages_per_seq=self.pages_per_seq + 1,
             mesh=self.mesh,
         )
 
@@ -128,12 +128,12 @@ class CachePlan:
         if isinstance(cache, ContiguousKVCache):
             each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
             return each * copies * self.shards
-        return copies * (pages * cache.bytes_per_page + self.shards * cache.bytes_of_open_pages)
+        return copies * (pages * cache.bytes_per_page + self.shards * cache.bytes_of_staging)
 
     @cached_property
     def bytes_contiguous(self) -> int | None:
         """What a contiguous cache of the whole context takes; None where none keeps these formats."""
-        if self.cache_type.seals:
+        if self.cache_type.has_residual:
             return None
         return replace(self, kind="contiguous").bytes_in_use(0)
 

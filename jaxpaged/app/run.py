@@ -31,7 +31,7 @@ class Run:
     finish_reason: list[int]
     timings: Timings = field(default_factory=Timings)
     pages_peak: int = 0
-    found_programs: bool = False
+    cache_hit: bool = False
     """Nothing had to be compiled."""
     drafted: int = 0
     """Tokens that lookup decoding drafted."""
@@ -120,7 +120,7 @@ def generate(
     if warmup:
         _compile(stream)
         run.timings.compile_ms = 1e3 * (time.perf_counter() - start)
-        run.found_programs = isinstance(stream, GenerateStream) and stream.found
+        run.cache_hit = isinstance(stream, GenerateStream) and stream.found
     first = last = None
     on_start()
     start = time.perf_counter()

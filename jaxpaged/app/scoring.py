@@ -204,7 +204,7 @@ def score(
     if any(cache.max_seqs != num_seqs for cache in caches):
         raise ValueError(f"caches differ in max_seqs: {[cache.max_seqs for cache in caches]}")
     for cache in caches:
-        pages = min(cache.num_pages // num_seqs, cache.max_entries)
+        pages = min(cache.num_pages // num_seqs, cache.max_pages_per_seq)
         if pages * cache.page_size < n_ctx:
             raise ValueError(
                 f"{num_seqs} x {n_ctx} tokens need more than {cache.num_pages} pages of {cache.page_size}"

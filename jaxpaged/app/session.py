@@ -21,7 +21,7 @@ from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import Deal, agree
+from jaxpaged.sharding.mesh import BatchSharding, agree
 
 _ENDLESS = 2**18
 """Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""
@@ -148,7 +148,7 @@ class Session:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens, the first ``shared`` the same in all."""
         o, spare, loaded = self.options, 0, self.ready.loaded
         # Samples are dealt to the shards of a mesh; the beams of a search stay together.
-        each = num_seqs if o.beams > 1 else Deal.of(loaded.mesh, 1, num_seqs).samples_each
+        each = num_seqs if o.beams > 1 else BatchSharding.of(loaded.mesh, 1, num_seqs).samples_each
         if o.context_shift:
             tokens, spare = min(tokens, self.context), 2
         if self.window is not None and self.window + o.prefill_step < tokens:
@@ -166,7 +166,7 @@ class Session:
             shared=shared,
             spare=spare,
             # A draft may fill a page, which is then sealed with what is rejected of it.
-            unused=o.lookup if self.cache_type.seals else 0,
+            unused=o.lookup if self.cache_type.has_residual else 0,
         )
 
     def completion(self, prompt: str, num_seqs: int) -> tuple[list[int], int, CachePlan]:
@@ -269,18 +269,18 @@ class Session:
             on_tokens=tell,
         )
         if not self.start:
-            self.end_start(run.timings, run.found_programs)
+            self.end_start(run.timings, run.cache_hit)
         self.timings.add(run.timings)
         self.pages_peak = max(self.pages_peak, run.pages_peak)
         return run
 
-    def end_start(self, timings: Timings, found_programs: bool) -> None:
+    def end_start(self, timings: Timings, cache_hit: bool) -> None:
         """Notes what the time up to now, or to the first token, was spent on; ``timings`` are the first run's."""
         self.start = start_lines(
             self.ready.opened,
             self.ready.loaded.seconds,
             timings.compile_ms,
-            found_programs,
+            cache_hit,
             timings.prompt_ms,
             self.first_token or since_start(),
         )

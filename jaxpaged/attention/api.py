@@ -19,12 +19,12 @@ from jaxpaged.attention.base import (
     check_pages,
     check_queries,
     check_rope,
-    is_turned,
+    has_hadamard,
     make_config,
 )
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, hadamard_turn, lane_width, token_rows
+from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width, token_rows
 from jaxpaged.pages.rope import Rope
 
 _MODULES = {
@@ -241,8 +241,8 @@ def paged_attention(
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
-        if is_turned(v_pages):
-            out = hadamard_turn(out)  # sums of turned values are turned sums
+        if has_hadamard(v_pages):
+            out = hadamard_transform(out)  # sums of turned values are turned sums
         out = out.astype(q.dtype)
         return (out, lse) if return_lse else out
     raise NotImplementedError("; ".join(refusals))

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, hadamard_turn, lane_width
+from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width
 from jaxpaged.pages.rope import Rope
 
 Pages = Array | BlockPages
@@ -124,7 +124,7 @@ def compute_dtype(pages: Pages) -> DTypeLike:
     return pages.dtype
 
 
-def is_turned(pages: Pages) -> bool:
+def has_hadamard(pages: Pages) -> bool:
     """Whether rows are stored under a Hadamard turn (``page_format.hadamard``)."""
     return isinstance(pages, BlockPages) and pages.format.hadamard
 
@@ -390,7 +390,7 @@ def _block_pass(
             return lax.fori_loop(0, trips, add, (softmax, source.positions(sequence, unit, stop)))[0]
 
         def spread(qs: Array) -> Array:
-            return hadamard_turn(qs).astype(dtype) if source.hadamard else qs
+            return hadamard_transform(qs).astype(dtype) if source.hadamard else qs
 
         softmax = empty_state((lanes, num_kv_heads, rows * group), head_dim)
         frame, spread_qs = source.frame, spread(qs)
@@ -409,7 +409,7 @@ def _block_pass(
 
                 def turned() -> Array:
                     cos, sin = rope.cos_sin(difference)
-                    return spread(rope.turn(qs, cos[:, None], sin[:, None]))
+                    return spread(rope.rotate_by(qs, cos[:, None], sin[:, None]))
 
                 turned_qs = lax.cond(jnp.any(difference != 0), turned, lambda: spread_qs)
                 return stop, attend_run(softmax, turned_qs, unit, stop)

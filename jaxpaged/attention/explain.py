@@ -16,7 +16,7 @@ from jaxpaged.attention.api import Choice, choose
 from jaxpaged.attention.base import Pages
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockFormat, BlockPages, SealedPages
+from jaxpaged.pages.formats import BlockFormat, BlockPages, ResidualPages
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Step:
     """T: queries of the step."""
     max_q_len: int | None
     """Queries of one sequence; 1 = a decode step, None = any number."""
-    max_entries: int
+    max_pages_per_seq: int
     window: int | None = None
 
 
@@ -65,7 +65,7 @@ def explain(platform: str, step: Step) -> Explanation:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    rows: Any = integers(step.max_seqs, step.max_entries)
+    rows: Any = integers(step.max_seqs, step.max_pages_per_seq)
     table = BlockTable(rows, rows, rows, rows, rows, integers(step.max_seqs))  # type: ignore[arg-type]
     tokens: Any = integers(step.num_tokens)
     batch = Batch(
@@ -82,7 +82,7 @@ def _bytes_read(pages: Pages, step: Step) -> int:
     seen = step.live_tokens if step.window is None else min(step.live_tokens, step.window + step.num_tokens)
     parts = pages.parts.values() if isinstance(pages, BlockPages) else [pages]
     page_bytes = sum(_page_bytes(part) for part in parts)
-    if not isinstance(pages, SealedPages):
+    if not isinstance(pages, ResidualPages):
         return step.max_seqs * seen * page_bytes // step.page_size
     opened = min(seen, step.live_tokens % step.page_size)
     return step.max_seqs * ((seen - opened) * page_bytes + opened * _page_bytes(pages.open)) // step.page_size
@@ -97,7 +97,11 @@ def _details(name: str, q_shape: tuple[int, int, int], q_dtype: DTypeLike, step:
     v: Any
     k, v = (x.format if isinstance(x, BlockPages) else x.dtype for x in (step.k_pages, step.v_pages))
     shape: Any = step.k_pages.shape
-    table: dict[str, Any] = {"max_seqs": step.max_seqs, "max_entries": step.max_entries, "q_dtype": q_dtype}
+    table: dict[str, Any] = {
+        "max_seqs": step.max_seqs,
+        "max_pages_per_seq": step.max_pages_per_seq,
+        "q_dtype": q_dtype,
+    }
     if name == "mosaic_tpu":
         from jaxpaged.attention.tpu import block_sizes as tpu_blocks
 

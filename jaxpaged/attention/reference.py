@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.attention.base import Config, Pages, is_turned
+from jaxpaged.attention.base import Config, Pages, has_hadamard
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, hadamard_turn, token_rows, tokens_per_row
+from jaxpaged.pages.formats import BlockPages, hadamard_transform, token_rows, tokens_per_row
 from jaxpaged.pages.rope import Rope
 
 
@@ -26,13 +26,13 @@ def paged_attention(
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_rows, width = k_pages.shape
     page_size = page_rows * tokens_per_row(width, head_dim)
-    max_seqs, max_entries = table.pages.shape
+    max_seqs, max_pages_per_seq = table.pages.shape
 
     # Every slot of every entry: [S, P, page_size].
     slot = jnp.arange(page_size)
     first_slot = table.first_slot[:, :, None]
     live = (slot >= first_slot) & (slot < first_slot + table.num_tokens[:, :, None])
-    live &= (jnp.arange(max_entries) < table.num_entries[:, None])[:, :, None]
+    live &= (jnp.arange(max_pages_per_seq) < table.num_entries[:, None])[:, :, None]
     position = table.position[:, :, None] + slot - first_slot
 
     # The keys of every sequence, in its table's order: [S, P * page_size, KV, D]; unused slots may be NaN.
@@ -46,8 +46,8 @@ def paged_attention(
         return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)
 
     k, v = gather(k_pages), gather(v_pages)
-    if is_turned(k_pages):
-        k = hadamard_turn(k)
+    if has_hadamard(k_pages):
+        k = hadamard_transform(k)
     live, position = live.reshape(max_seqs, -1), position.reshape(max_seqs, -1)
 
     # Keys and queries as if they had been rotated at their logical positions.

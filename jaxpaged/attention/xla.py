@@ -15,7 +15,7 @@ from jaxpaged.attention.base import (
     Source,
     Tiling,
     compute_dtype,
-    is_turned,
+    has_hadamard,
     power_of_two,
     ragged_attention,
 )
@@ -80,7 +80,7 @@ def _attend(
             decode_lanes=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), lanes=4
         )
         stride = max(_CHUNK_TOKENS // page_size, 1)
-    stride = min(stride, table.max_entries)
+    stride = min(stride, table.max_pages_per_seq)
     source = _paged_source(k_pages, v_pages, table, head_dim, stride, dtype, slices=cpu)
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype, rope)
 
@@ -101,7 +101,7 @@ def _paged_source(
 
     def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
         begin, end = jnp.zeros_like(sequence), table.num_entries[sequence]
-        live = jnp.arange(table.max_entries) < end[:, None]
+        live = jnp.arange(table.max_pages_per_seq) < end[:, None]
         position = table.position[sequence]
         if low is not None:
             gone = live & (position + table.num_tokens[sequence] <= low[:, None])
@@ -112,15 +112,15 @@ def _paged_source(
 
     def window(field: Array, sequence: Array, unit: Array) -> Array:
         """``stride`` entries of a field, i32[W, stride]: slices, as XLA makes a kernel of each gather."""
-        first = jnp.minimum(unit, table.max_entries - stride)
+        first = jnp.minimum(unit, table.max_pages_per_seq - stride)
         return jnp.concatenate(
             [lax.dynamic_slice(field, (sequence[w], first[w]), (1, stride)) for w in range(len(unit))]
         )
 
     def frame(sequence: Array, unit: Array, end: Array) -> tuple[Array, Array]:
         rotation = table.rotation[sequence]
-        entry = jnp.arange(table.max_entries)
-        ours = jnp.take_along_axis(rotation, jnp.minimum(unit, table.max_entries - 1)[:, None], axis=1)
+        entry = jnp.arange(table.max_pages_per_seq)
+        ours = jnp.take_along_axis(rotation, jnp.minimum(unit, table.max_pages_per_seq - 1)[:, None], axis=1)
         others = (rotation != ours) & (entry > unit[:, None]) & (entry < end[:, None])
         return ours[:, 0], jnp.min(jnp.where(others, entry, end[:, None]), axis=1)
 
@@ -129,7 +129,9 @@ def _paged_source(
             window(field, sequence, unit)[..., None]
             for field in (table.first_slot, table.num_tokens, table.position)
         )
-        entry = jnp.minimum(unit, table.max_entries - stride)[:, None] + jnp.arange(stride, dtype=jnp.int32)
+        entry = jnp.minimum(unit, table.max_pages_per_seq - stride)[:, None] + jnp.arange(
+            stride, dtype=jnp.int32
+        )
         slot = jnp.arange(page_size, dtype=jnp.int32)
         live = (slot >= first_slot) & (slot < first_slot + num_tokens)
         # A window that would leave the row begins earlier, with entries that were read before.
@@ -165,4 +167,4 @@ def _paged_source(
         # A masked value is multiplied by zero, which NaN would survive.
         return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
 
-    return Source(span, positions, load, stride, frame, is_turned(k_pages))
+    return Source(span, positions, load, stride, frame, has_hadamard(k_pages))

@@ -22,7 +22,7 @@ from jaxpaged.attention.base import (
     Tiling,
     check_queries,
     compute_dtype,
-    is_turned,
+    has_hadamard,
     make_config,
     power_of_two,
     ragged_attention,
@@ -35,7 +35,7 @@ from jaxpaged.pages.formats import (
     BlockPages,
     PageFormat,
     formats_of,
-    hadamard_turn,
+    hadamard_transform,
 )
 from jaxpaged.pages.rope import Rope
 
@@ -97,8 +97,8 @@ class ContiguousKVCache:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
         for storage in (k_format, v_format):
-            if storage.seals:
-                rows = ", ".join(name for name, one in PAGE_FORMATS.items() if not one.seals)
+            if storage.has_residual:
+                rows = ", ".join(name for name, one in PAGE_FORMATS.items() if not one.has_residual)
                 raise ValueError(f"{storage.name} quantizes whole pages; a cache without pages stores {rows}")
             storage.check(MAX_PAGE_SIZE, head_dim)
         chunk = min(max_length, _CHUNK_TOKENS)
@@ -164,7 +164,7 @@ class ContiguousKVCache:
         """Refused, as positions are places in the row."""
         return self, jnp.bool_(False)
 
-    def fits(self, num_new: Array) -> Array:
+    def can_reserve_each(self, num_new: Array) -> Array:
         """bool[S]: which sequences have room for ``num_new i32[S]`` more tokens; rows are independent."""
         return self.lengths + jnp.asarray(num_new, jnp.int32) <= self.max_length
 
@@ -184,7 +184,7 @@ class ContiguousKVCache:
         if num_tokens is None:
             num_tokens = int(np.sum(np.asarray(num_new)))
         num_new = jnp.asarray(num_new, jnp.int32)
-        ok = jnp.all(self.fits(num_new)) & (jnp.sum(num_new) <= num_tokens)
+        ok = jnp.all(self.can_reserve_each(num_new)) & (jnp.sum(num_new) <= num_tokens)
         ok &= jnp.all(num_new <= (num_tokens if max_new is None else max_new))
         num_new = jnp.where(ok, num_new, 0)
         sequence, offset, cu_q_lens = pack(num_new, num_tokens)
@@ -246,8 +246,8 @@ class ContiguousKVCache:
                 cpu=partial(_attend, config=config, cpu=True),
                 default=partial(_attend, config=config, cpu=False),
             )
-        if is_turned(v_row):
-            out = hadamard_turn(out)
+        if has_hadamard(v_row):
+            out = hadamard_transform(out)
         cache = dataclasses.replace(
             self,
             k=(*self.k[:layer], k_row, *self.k[layer + 1 :]),
@@ -385,5 +385,5 @@ def _attend(
 
         return rows(k), rows(v)
 
-    source = Source(span, positions, load, 1, hadamard=is_turned(k))
+    source = Source(span, positions, load, 1, hadamard=has_hadamard(k))
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype)[0]

@@ -53,12 +53,12 @@ def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache,
         old = tables.get_row(cache.table, i)
         allocator, row, targets, start, _ = _defragmented(cache.allocator, old, cache.page_size)
         k_pages, v_pages = _move(cache, old, targets, start)
-        table, open_pages = tables.set_row(cache.table, i, row), cache.open_pages
-        if open_pages is not None:  # pages that are written here are sealed, the last one too
-            place = open_pages.place.at[targets].set(open_pages.num_places, mode="drop")
-            open_pages = replace(open_pages, place=place)
+        table, staging = tables.set_row(cache.table, i, row), cache.staging
+        if staging is not None:  # pages that are written here are sealed, the last one too
+            place = staging.place.at[targets].set(staging.num_staging_slots, mode="drop")
+            staging = replace(staging, place=place)
         return replace(
-            cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, open_pages=open_pages
+            cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, staging=staging
         )
 
     return jax.lax.fori_loop(first, jnp.where(ok, last, first), move_one, cache), ok
@@ -73,7 +73,7 @@ def _defragmented(
       ``(allocator, row, targets i32[P], start i32[], ok bool[])``: page j from ``start // page_size`` on, tokens
       ``j * page_size ..``, is written to ``targets[j]``; N where nothing moves.
     """
-    n, width = allocator.num_pages, row.max_entries
+    n, width = allocator.num_pages, row.max_pages_per_seq
     entry = jnp.arange(width)
     used = entry < row.num_entries
     before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
@@ -172,7 +172,7 @@ def _move(
 
         def gathered(storage: PageFormat, pages: Any) -> Any:
             moved: Any = storage.gather(read_from(pages), source, slot, targets[page])
-            return replace(moved, place=None) if storage.seals else moved
+            return replace(moved, place=None) if storage.has_residual else moved
 
         k_pages, v_pages = layers
         return tuple(gathered(cache.k_format, p) for p in k_pages), tuple(

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.residual import OpenPages
+from jaxpaged.pages.residual import StagingSlots
 
 
 class InvariantError(AssertionError):
@@ -26,8 +26,8 @@ def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> Non
     """
     allocator, table = jax.tree.map(np.asarray, (cache.allocator, cache.table))
     n, ps = cache.num_pages, cache.page_size
-    if (table.num_entries < 0).any() or (table.num_entries > cache.max_entries).any():
-        raise InvariantError(f"num_entries outside [0, {cache.max_entries}]: {table.num_entries}")
+    if (table.num_entries < 0).any() or (table.num_entries > cache.max_pages_per_seq).any():
+        raise InvariantError(f"num_entries outside [0, {cache.max_pages_per_seq}]: {table.num_entries}")
     counts = np.zeros(n, np.int64) if pins is None else np.asarray(pins, np.int64).copy()
     for seq in range(cache.max_seqs):
         used = int(table.num_entries[seq])
@@ -66,16 +66,16 @@ def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> Non
         raise InvariantError(
             f"the free stack holds {len(free)} pages, {len(expected)} have reference count 0"
         )
-    if cache.open_pages is not None:
-        _check_open_pages(jax.tree.map(np.asarray, cache.open_pages), allocator.ref_counts, table)
+    if cache.staging is not None:
+        _check_staging(jax.tree.map(np.asarray, cache.staging), allocator.ref_counts, table)
 
 
-def _check_open_pages(open_pages: OpenPages, counts: np.ndarray, table: BlockTable) -> None:
-    places = open_pages.num_places
-    live = np.flatnonzero((counts > 0) & (open_pages.place < places))
+def _check_staging(staging: StagingSlots, counts: np.ndarray, table: BlockTable) -> None:
+    places = staging.num_staging_slots
+    live = np.flatnonzero((counts > 0) & (staging.place < places))
     for page in live:
-        if open_pages.page[open_pages.place[page]] != page:
-            raise InvariantError(f"page {page}: open in place {open_pages.place[page]}, which is another's")
+        if staging.page[staging.place[page]] != page:
+            raise InvariantError(f"page {page}: open in place {staging.place[page]}, which is another's")
     for seq, used in enumerate(table.num_entries):
         pages = table.pages[seq, :used]
         if left := set(pages[np.isin(pages, live)].tolist()) - set(pages[-1:].tolist()):

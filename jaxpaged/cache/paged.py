@@ -25,17 +25,16 @@ from jaxpaged.pages import block_table as tables
 from jaxpaged.pages import residual as opened
 from jaxpaged.pages.batch import Batch, pack
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.finalize import Copies, FreshPages, LastPages, plan_step
 from jaxpaged.pages.formats import (
     LANES,
     BlockPages,
     PageFormat,
-    SealedFormat,
-    SealedPages,
+    ResidualFormat,
+    ResidualPages,
     check_page_size,
     formats_of,
 )
-from jaxpaged.pages.residual import OpenPages
+from jaxpaged.pages.residual import Copies, FreshPages, LastPages, StagingSlots, plan_step
 from jaxpaged.pages.rope import Rope
 
 
@@ -61,7 +60,7 @@ class PagedKVCache(Sequences):
     them, or quantized pages (``page_format.BlockPages``)."""
     v_pages: tuple[Pages, ...]
     """As ``k_pages``."""
-    open_pages: OpenPages | None
+    staging: StagingSlots | None
     """Where pages are that are not sealed yet; None where no format seals pages."""
     page_size: int = field(metadata={"static": True})
     k_format: PageFormat = field(metadata={"static": True})
@@ -77,7 +76,7 @@ class PagedKVCache(Sequences):
         num_pages: int,
         max_seqs: int,
         page_size: int = 32,
-        max_entries: int | None = None,
+        max_pages_per_seq: int | None = None,
         dtype: str = "f32",
         k_dtype: str | None = None,
         v_dtype: str | None = None,
@@ -93,7 +92,7 @@ class PagedKVCache(Sequences):
           num_pages: N, pages of the pool; each exists in every layer.
           max_seqs: S.
           page_size: tokens a page holds, a power of two from 8 to 256.
-          max_entries: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
+          max_pages_per_seq: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
           dtype: name of the page format, one of ``PAGE_FORMATS``.
           k_dtype, v_dtype: that of keys and of values, where they differ from it.
           hadamard: whether quantized rows are turned first, so that outliers are spread over a head (``page_format.
@@ -125,15 +124,15 @@ class PagedKVCache(Sequences):
         shape = num_pages, num_kv_heads, page_size, head_dim
 
         def create_layers(storage: PageFormat) -> tuple[Pages, ...]:
-            places = {"num_open": max_seqs} if storage.seals else {}
+            places = {"num_residual": max_seqs} if storage.has_residual else {}
             return tuple(storage.create(*shape, **places) for _ in range(num_layers))
 
         return cls(
             pages_of.create(num_pages),
-            tables.create(max_seqs, num_pages if max_entries is None else max_entries, num_pages),
+            tables.create(max_seqs, num_pages if max_pages_per_seq is None else max_pages_per_seq, num_pages),
             create_layers(k_format),
             create_layers(v_format),
-            opened.create(num_pages, max_seqs) if k_format.seals or v_format.seals else None,
+            opened.create(num_pages, max_seqs) if k_format.has_residual or v_format.has_residual else None,
             page_size,
             k_format,
             v_format,
@@ -155,9 +154,9 @@ class PagedKVCache(Sequences):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_pages
 
     @property
-    def bytes_of_open_pages(self) -> int:
+    def bytes_of_staging(self) -> int:
         """Bytes of the pages that wait to be sealed, a place for each sequence; 0 where no format seals pages."""
-        places = [p.open for p in self.k_pages + self.v_pages if isinstance(p, SealedPages)]
+        places = [p.open for p in self.k_pages + self.v_pages if isinstance(p, ResidualPages)]
         return sum(x.size * x.dtype.itemsize for x in places)
 
     def attend(
@@ -213,10 +212,10 @@ class PagedKVCache(Sequences):
         """
 
         def written(storage: PageFormat, pages: Any, rows: Array) -> Pages:
-            if isinstance(storage, SealedFormat):
-                assert self.open_pages is not None, "made by create"
-                assert batch.seals is not None, "made by reserve"
-                return storage.write_step(pages, self.open_pages, batch.seals, batch.page, batch.slot, rows)
+            if isinstance(storage, ResidualFormat):
+                assert self.staging is not None, "made by create"
+                assert batch.finalized is not None, "made by reserve"
+                return storage.write_step(pages, self.staging, batch.finalized, batch.page, batch.slot, rows)
             return storage.write(pages, batch.page, batch.slot, rows)
 
         k_pages = written(self.k_format, self.k_pages[layer], k)
@@ -234,8 +233,8 @@ class PagedKVCache(Sequences):
 
     def as_read(self, pages: Pages) -> Pages:
         """Pages of a layer with what tells their open ones from the sealed."""
-        if isinstance(pages, SealedPages) and self.open_pages is not None:
-            return replace(pages, place=self.open_pages.place)
+        if isinstance(pages, ResidualPages) and self.staging is not None:
+            return replace(pages, place=self.staging.place)
         return pages
 
     def reserve(
@@ -244,7 +243,7 @@ class PagedKVCache(Sequences):
         """See ``reserve``."""
         return reserve(self, num_new, num_tokens=num_tokens, max_new=max_new)
 
-    def fits(self, num_new: Array) -> Array:
+    def can_reserve_each(self, num_new: Array) -> Array:
         """bool[S]: which sequences get their pages when served in order of their ids, those without room passed over.
 
         One that does not fit is expected to be removed: its shared page may then need no copy, and its own pages
@@ -346,8 +345,8 @@ def _last_entry(cache: PagedKVCache) -> tables.Entry:
 
 def _room(cache: PagedKVCache, last: tables.Entry) -> Array:
     room = jnp.where(last.pages < cache.num_pages, cache.page_size - last.first_slot - last.num_tokens, 0)
-    if cache.open_pages is not None:
-        room = jnp.where(cache.open_pages.is_open(last.pages), room, 0)  # what is sealed is not written again
+    if cache.staging is not None:
+        room = jnp.where(cache.staging.is_open(last.pages), room, 0)  # what is sealed is not written again
     return room
 
 
@@ -365,7 +364,7 @@ def _plan(cache: PagedKVCache, num_new: Array) -> _Plan:
     last = _last_entry(cache)
     room = _room(cache, last)
     own = jnp.ones(cache.max_seqs, jnp.int32)
-    if cache.open_pages is not None:
+    if cache.staging is not None:
         # All entries of a sequence in its open page move with a copy: none is left behind in a page that nobody
         # would ever fill.
         own = jnp.sum(table.pages == last.pages[:, None], axis=1, dtype=jnp.int32)
@@ -378,7 +377,7 @@ def _plan(cache: PagedKVCache, num_new: Array) -> _Plan:
     rivals = shared[None, :] & (last.pages[None, :] == last.pages[:, None]) & (ids[None, :] < ids[:, None])
     copied = shared & (count - jnp.sum(rivals * own, axis=1, dtype=jnp.int32) > own)
     fresh = -(-jnp.maximum(num_new - into_last, 0) // cache.page_size)
-    representable = (num_new >= 0) & (table.num_entries + fresh <= cache.max_entries)
+    representable = (num_new >= 0) & (table.num_entries + fresh <= cache.max_pages_per_seq)
     return _Plan(last, own, into_last, copied, fresh, representable)
 
 
@@ -452,7 +451,7 @@ def reserve(
     last_page = jnp.where(copied, taken.at[copy_rank].get(mode="clip"), plan.last.pages)
     sources = jnp.full(max_copied, n).at[jnp.where(copied, copy_rank, s)].set(plan.last.pages, mode="drop")
     ref_counts = allocator.ref_counts.at[jnp.where(copied, plan.last.pages, n)].add(-plan.own, mode="drop")
-    if cache.open_pages is not None:
+    if cache.staging is not None:
         ref_counts = ref_counts.at[jnp.where(copied, last_page, n)].set(plan.own, mode="drop")
         moved = copied[:, None] & (table.pages == plan.last.pages[:, None])
         table = replace(table, pages=jnp.where(moved, last_page[:, None], table.pages))
@@ -464,15 +463,15 @@ def reserve(
     owner = jnp.minimum(entry_seq, s - 1)
     entry = table.num_entries[owner] + entry_rank
     rest = (num_new - into_last)[owner] - entry_rank * ps
-    grown = jnp.where(into_last > 0, table.num_entries - 1, cache.max_entries)
+    grown = jnp.where(into_last > 0, table.num_entries - 1, cache.max_pages_per_seq)
     ids = jnp.arange(s)
 
     sequence, offset, cu_q_lens = pack(num_new, t)
     first_slot = plan.last.first_slot + plan.last.num_tokens
-    open_pages, seals, places = cache.open_pages, None, None
-    if open_pages is not None:
-        open_pages, seals, places = plan_step(
-            open_pages,
+    staging, finalized, places = cache.staging, None, None
+    if staging is not None:
+        staging, finalized, places = plan_step(
+            staging,
             counted,
             LastPages(plan.last.pages, last_page, copied, copy_rank, into_last, first_slot, cu_q_lens[:-1]),
             FreshPages(taken_fresh, entry_seq, rest, cu_q_lens[owner] + into_last[owner] + entry_rank * ps),
@@ -506,11 +505,11 @@ def reserve(
         page=jnp.where(valid, page, n),
         slot=jnp.where(valid, slot, 0),
         cu_q_lens=cu_q_lens,
-        seals=seals,
+        finalized=finalized,
         max_q_len=max_new,
     )
     cache = replace(
-        cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, open_pages=open_pages
+        cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, staging=staging
     )
     return cache, batch, ok
 
@@ -536,9 +535,9 @@ def _copy_pages(
 
     def copy_one(i: Array, layers: tuple[Any, ...]) -> tuple[Any, ...]:
         def copy(storage: PageFormat, pages: Any) -> Any:
-            if isinstance(storage, SealedFormat):  # only open pages are ever written, and so copied
+            if isinstance(storage, ResidualFormat):  # only open pages are ever written, and so copied
                 assert places is not None
-                return storage.copy_open(pages, places.source[i], places.target[i])
+                return storage.copy_residual(pages, places.source[i], places.target[i])
             return storage.copy(pages, sources[i], targets[i])
 
         k_pages, v_pages = layers
@@ -555,14 +554,14 @@ def clear(cache: PagedKVCache, *, scrub: bool = False) -> PagedKVCache:
     if scrub:
         k_pages, v_pages = jax.tree.map(jnp.zeros_like, (k_pages, v_pages))
     table = tables.empty_like(cache.table, cache.num_pages)
-    open_pages = None if cache.open_pages is None else opened.create(cache.num_pages, cache.max_seqs)
+    staging = None if cache.staging is None else opened.create(cache.num_pages, cache.max_seqs)
     return replace(
         cache,
         allocator=pages_of.create(cache.num_pages),
         table=table,
         k_pages=k_pages,
         v_pages=v_pages,
-        open_pages=open_pages,
+        staging=staging,
     )
 
 
@@ -592,7 +591,9 @@ def reserve_or_raise(
     needed, representable = (np.asarray(x) for x in _plan_needs(cache, counts))
     if not representable.all():
         seq = int(np.argmin(representable))
-        raise ValueError(f"sequence {seq} would need more than max_entries = {cache.max_entries} entries")
+        raise ValueError(
+            f"sequence {seq} would need more than max_pages_per_seq = {cache.max_pages_per_seq} entries"
+        )
     free = int(cache.allocator.num_free)
     if needed.sum() > free:
         raise OutOfPages(int(needed.sum()), free)

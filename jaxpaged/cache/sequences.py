@@ -43,9 +43,9 @@ class Sequences:
         return self.table.max_seqs
 
     @property
-    def max_entries(self) -> int:
+    def max_pages_per_seq(self) -> int:
         """P, static."""
-        return self.table.max_entries
+        return self.table.max_pages_per_seq
 
     @property
     def pages_used(self) -> Array:
@@ -162,7 +162,7 @@ def seq_drop_unseen(cache: Cache, window: int) -> Cache:
     """
     table = cache.table
     first_seen = tables.position_max(table)[:, None] + 2 - window
-    used = jnp.arange(cache.max_entries) < table.num_entries[:, None]
+    used = jnp.arange(cache.max_pages_per_seq) < table.num_entries[:, None]
     unseen = used & (table.position + table.num_tokens <= first_seen)
 
     def drop() -> tuple[PageAllocator, BlockTable]:

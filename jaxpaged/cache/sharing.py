@@ -23,7 +23,7 @@ PagesOfLayers = Any
 """A pytree ``(keys of L layers, values of L layers)`` of arrays whose first axis is the page."""
 
 
-def seq_adopt(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[PagedKVCache, Array]:
+def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[PagedKVCache, Array]:
     """Lets empty sequences share pages that are named by their numbers. No key or value moves.
 
     Token i of the sequence is what slot ``i % page_size`` of its page ``i // page_size`` holds, rotated at position i.
@@ -40,7 +40,7 @@ def seq_adopt(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[Pag
 
     Reference: vLLM's automatic prefix caching.
     """
-    n, ps, width = cache.num_pages, cache.page_size, cache.max_entries
+    n, ps, width = cache.num_pages, cache.page_size, cache.max_pages_per_seq
     num_tokens = jnp.asarray(num_tokens, jnp.int32)
     count = -(-num_tokens // ps)
     used = jnp.arange(width) < count[:, None]
@@ -75,7 +75,9 @@ def unpin_pages(cache: PagedKVCache, pages: Array) -> PagedKVCache:
     return replace(cache, allocator=pages_of.release(cache.allocator, pages))
 
 
-def seq_place(cache: PagedKVCache, seq: Array, row: BlockTable, count: Array) -> tuple[PagedKVCache, Array]:
+def seq_allocate(
+    cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
+) -> tuple[PagedKVCache, Array]:
     """Gives an empty sequence the entries of ``row``, on fresh pages, which are to be written (``write_pages``).
 
     Args:
@@ -87,7 +89,7 @@ def seq_place(cache: PagedKVCache, seq: Array, row: BlockTable, count: Array) ->
     Returns:
       ``(cache, ok bool[])``. Not ok: the sequence is not empty, or fewer pages are free.
     """
-    n, width = cache.num_pages, cache.max_entries
+    n, width = cache.num_pages, cache.max_pages_per_seq
     ok = (cache.table.num_entries[seq] == 0) & pages_of.can_allocate(cache.allocator, count)
     count = jnp.where(ok, count, 0)
     allocator, taken, _ = pages_of.allocate(cache.allocator, count, max_count=width)
@@ -105,7 +107,7 @@ def read_pages(cache: PagedKVCache, pages: Array) -> PagesOfLayers:
     Raises:
       ValueError: a format seals pages: what is still open lies apart from the pool.
     """
-    if cache.open_pages is not None:
+    if cache.staging is not None:
         raise ValueError(
             f"pages of {cache.k_format.title} and {cache.v_format.title} are read by snapshots alone"
         )

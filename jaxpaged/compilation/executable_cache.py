@@ -5,7 +5,7 @@ which for a model of 30 layers takes longer than all else that starting takes. H
 the sources, the versions, the machine, the settings, and the shapes of the arguments.
 
 Programs are pickles, as JAX serializes them, so the folder must be one that only its user can write. Nothing is kept
-until ``keep_in`` names one.
+until ``set_directory`` names one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _folder: Path | None = None
 _targets: dict[str, tuple[str, str, tuple[Any, ...]]] = {}
 
 
-def keep_in(folder: Path | None) -> None:
+def set_directory(folder: Path | None) -> None:
     """Programs compiled from now on are kept in ``folder``, which is made for its user alone; None = nowhere.
 
     Raises:
@@ -56,7 +56,7 @@ def keep_in(folder: Path | None) -> None:
     _folder = folder
 
 
-def remember_target(name: str, function: Callable[..., Any], *arguments: Any) -> None:
+def register_target_loader(name: str, function: Callable[..., Any], *arguments: Any) -> None:
     """Tells how the custom call ``name`` comes to be: ``function(*arguments)``, a function of a module.
 
     A program that is found again may ask for calls that this process has not made yet.
@@ -65,7 +65,7 @@ def remember_target(name: str, function: Callable[..., Any], *arguments: Any) ->
 
 
 @functools.cache
-def digest_of(folder: Path) -> str:
+def source_digest(folder: Path) -> str:
     """Of all Python files under ``folder``, as they were when this was first asked."""
     content = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -74,7 +74,7 @@ def digest_of(folder: Path) -> str:
     return content.hexdigest()
 
 
-class Kept(NamedTuple):
+class CachedExecutable(NamedTuple):
     """A program from ``compiled``."""
 
     program: Any
@@ -83,9 +83,9 @@ class Kept(NamedTuple):
     """Whether it was on disk; else it was compiled now."""
 
 
-def compiled(
+def cached_compile(
     lower: Callable[[], Any], name: str, static: tuple[Any, ...], arguments: tuple[Any, ...]
-) -> Kept:
+) -> CachedExecutable:
     """``lower().compile()``, or what it was when it was last asked for.
 
     Args:
@@ -97,14 +97,14 @@ def compiled(
     """
     key = None if _folder is None else _key(name, static, arguments)
     if _folder is None or key is None:
-        return Kept(lower().compile(), found=False)
+        return CachedExecutable(lower().compile(), found=False)
     path = _folder / f"{key}{_SUFFIX}"
     if (program := _read(path)) is not None:
-        return Kept(program, found=True)
+        return CachedExecutable(program, found=True)
     with _without_jaxs_cache():
         program = lower().compile()
     _write(path, program)
-    return Kept(program, found=False)
+    return CachedExecutable(program, found=False)
 
 
 # --- what a program depends on ----------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _installed() -> str:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
     return " ".join(
-        [platform.python_version(), *versions, digest_of(Path(__file__).parents[1]), _processor()]
+        [platform.python_version(), *versions, source_digest(Path(__file__).parents[1]), _processor()]
     )
 
 

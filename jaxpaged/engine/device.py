@@ -14,14 +14,14 @@ import numpy as np
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.compilation.executable_cache import compiled
+from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.engine import programs
 from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, TableView
 from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
 from jaxpaged.generation.loop import Model
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.sharding.mesh import CACHE, EACH, PARAMS, RESULT, ROWS
+from jaxpaged.sharding.mesh import BATCH, CACHE, GATHERED, PARAMS, PER_DEVICE
 from jaxpaged.storage import snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
 
@@ -136,7 +136,7 @@ class Device:
     @property
     def swaps(self) -> bool:
         """Whether pages can go to the host: not where open pages lie apart from the pool."""
-        return isinstance(self.cache, PagedKVCache) and self.cache.open_pages is None
+        return isinstance(self.cache, PagedKVCache) and self.cache.staging is None
 
     def compile(self, progress: Progress | None = None) -> None:
         """Compiles every program there is, once; what comes later is an error in this room."""
@@ -157,7 +157,7 @@ class Device:
         function = functools.partial(program.function, *program.static)
         lower = jax.jit(function, donate_argnums=len(params)).lower
         name = f"engine.{program.name}"
-        return compiled(functools.partial(lower, *arguments), name, program.static, arguments).program
+        return cached_compile(functools.partial(lower, *arguments), name, program.static, arguments).program
 
     def to_compile(self) -> Iterator[Program]:
         """All that this engine will ever run."""
@@ -169,24 +169,24 @@ class Device:
                 programs.step,
                 (self._model, shape),
                 (self.slots.on_device(), empty),
-                (ROWS, ROWS),
-                (RESULT,),
+                (BATCH, BATCH),
+                (GATHERED,),
                 reads_params=True,
             )
         none, counts = np.zeros(s, bool), np.zeros(s, np.int32)
         if not isinstance(cache, PagedKVCache):
-            yield Program("remove", programs.remove, (), (none,), (ROWS,), ())
+            yield Program("remove", programs.remove, (), (none,), (BATCH,), ())
             return
-        yield Program("edit", programs.edit, (), (self._empty_edit(),), (ROWS,), (RESULT, RESULT))
-        three = (ROWS, ROWS, ROWS)
-        yield Program("shift", programs.shift, (), (none, counts, counts), three, (RESULT, RESULT))
+        yield Program("edit", programs.edit, (), (self._empty_edit(),), (BATCH,), (GATHERED, GATHERED))
+        three = (BATCH, BATCH, BATCH)
+        yield Program("shift", programs.shift, (), (none, counts, counts), three, (GATHERED, GATHERED))
         if self.swaps:
             no_pages = np.full(_PAGES_AT_ONCE, cache.num_pages, np.int32)
-            yield Program("take_out", programs.take_out, (), (no_pages,), (ROWS,), (EACH,))
+            yield Program("take_out", programs.take_out, (), (no_pages,), (BATCH,), (PER_DEVICE,))
             data = jax.tree.map(self._no_data, (cache.k_pages, cache.v_pages))
-            yield Program("put_back", programs.put_back, (), (no_pages, data), (ROWS, EACH), ())
+            yield Program("put_back", programs.put_back, (), (no_pages, data), (BATCH, PER_DEVICE), ())
             nowhere = (np.int32(s), self._empty_row(), np.int32(0))
-            yield Program("place", programs.place, (), nowhere, three, (RESULT, RESULT))
+            yield Program("place", programs.place, (), nowhere, three, (GATHERED, GATHERED))
 
     def _no_data(self, pool: Any) -> np.ndarray:
         """Zeros like a few pages of a layer."""
@@ -194,7 +194,7 @@ class Device:
 
     def _empty_row(self) -> BlockTable:
         cache = self.cache
-        row = np.zeros(cache.max_entries, np.int32)
+        row = np.zeros(cache.max_pages_per_seq, np.int32)
         given: Any = (np.full_like(row, cache.num_pages), row, row, row, row, np.int32(0))
         return BlockTable(*given)
 
@@ -253,12 +253,12 @@ class Device:
     def _empty_edit(self) -> Edit:
         cache = self.cache
         assert isinstance(cache, PagedKVCache)
-        s, p, n = cache.max_seqs, cache.max_entries, cache.num_pages
+        s, p, n = cache.max_seqs, cache.max_pages_per_seq, cache.num_pages
         return Edit(
             pinned=np.full(p, n, np.int32),
             removed=np.zeros(s, bool),
-            adopted_pages=np.full((s, p), n, np.int32),
-            adopted_tokens=np.zeros(s, np.int32),
+            attached_pages=np.full((s, p), n, np.int32),
+            attached_tokens=np.zeros(s, np.int32),
             unpinned=np.full(p, n, np.int32),
         )
 
@@ -290,8 +290,8 @@ class Device:
         _put(given.unpinned, unpinned[:width])
         given.removed[list(removed)] = True
         for slot, pages, count in adopted:
-            _put(given.adopted_pages[slot], pages)
-            given.adopted_tokens[slot] = count
+            _put(given.attached_pages[slot], pages)
+            given.attached_tokens[slot] = count
         ok, view = self._run("edit", given)
         self.view = HostView(view)
         assert ok, f"sequences {[slot for slot, _, _ in adopted]} could not take up their pages"

@@ -134,7 +134,7 @@ class Engine:
                 swap_bytes=0 if config.lockstep else config.swap_bytes,
             )
             room = cache.page_size * min(
-                cache.num_pages - _SHIFT_PAGES * config.context_shift, cache.max_entries
+                cache.num_pages - _SHIFT_PAGES * config.context_shift, cache.max_pages_per_seq
             )
         else:
             if config.context_shift:

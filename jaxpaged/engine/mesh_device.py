@@ -17,8 +17,8 @@ from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShap
 from jaxpaged.generation.loop import Model
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.sharding.mesh import (
-    EACH,
-    ROWS,
+    BATCH,
+    PER_DEVICE,
     SPECS,
     ShardedCache,
     cache_specs,
@@ -30,7 +30,7 @@ from jaxpaged.sharding.mesh import (
 from jaxpaged.storage import mesh_snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
 
-_JOINS: dict[str, Callable[..., np.ndarray]] = {ROWS: np.stack, EACH: np.concatenate}
+_JOINS: dict[str, Callable[..., np.ndarray]] = {BATCH: np.stack, PER_DEVICE: np.concatenate}
 """How what shards are given is put together."""
 
 
@@ -92,7 +92,7 @@ class MeshDevice:
         count = len(self.shards)
 
         def own(x: np.ndarray) -> np.ndarray:
-            return np.split(x, count)[shard] if kind == EACH else x[shard]
+            return np.split(x, count)[shard] if kind == PER_DEVICE else x[shard]
 
         return jax.tree.map(own, fetch(value))
 
@@ -140,7 +140,7 @@ class ShardDevice(Device):
         return np.zeros((devices * one.shape[0], *one.shape[1:]), one.dtype)
 
     def _look(self) -> HostView:
-        s, p, n = self.cache.max_seqs, self._local.max_entries if self.paged else 0, 0
+        s, p, n = self.cache.max_seqs, self._local.max_pages_per_seq if self.paged else 0, 0
         if self.paged:
             n = self._local.num_pages
         none: Any = (
@@ -164,7 +164,7 @@ class ShardDevice(Device):
         parts = self._whole.cache.parts
         specs = cache_specs(parts)
         tables = {}
-        for name in ("allocator", "table", "open_pages"):
+        for name in ("allocator", "table", "staging"):
             if getattr(parts, name) is not None:
                 mine = jax.tree.map(lambda x: x[self._index : self._index + 1], fetch(getattr(parts, name)))
                 tables[name] = unstacked(mine, getattr(specs, name))

@@ -27,7 +27,7 @@ from jaxpaged.generation.loop import Model
 from jaxpaged.sharding.mesh import TENSOR, ShardedCache
 
 T = TypeVar("T")
-_SAME = ("page_size", "waste", "bytes_per_page", "compiled", "compiled_late")
+_REPLICATED = ("page_size", "waste", "bytes_per_page", "compiled", "compiled_late")
 """Of ``EngineStats``, what is not summed over shards."""
 
 
@@ -174,7 +174,7 @@ class MeshEngine:
         total: dict[str, Any] = {
             one.name: sum(getattr(stats, one.name) for stats in each)
             for one in fields(EngineStats)
-            if one.name not in _SAME
+            if one.name not in _REPLICATED
         }
         slots = total["pages_used"] * first.page_size
         return replace(

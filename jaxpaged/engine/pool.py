@@ -121,7 +121,7 @@ class PagedPool(Pool):
         self._prefix_cache = prefix_cache
         self._swap_bytes = swap_bytes if device.swaps else 0
         # Of an open page, which lies apart from the pool, there are as many as sequences, and none to keep.
-        self._shares_tails = cache.open_pages is None
+        self._shares_tails = cache.staging is None
 
     @property
     def available(self) -> int:
@@ -226,7 +226,7 @@ class PagedPool(Pool):
 
     def shift(self, sample: SampleState, keep: int, discard: int) -> bool:
         assert sample.slot is not None
-        self.device.edit(pinned=self._let_go(sample))  # before the sequence lets go of pages of its chain
+        self.device.edit(pinned=self._release(sample))  # before the sequence lets go of pages of its chain
         sample.indexed = False
         if not self.device.shift(sample.slot, keep, discard):
             return False
@@ -235,7 +235,7 @@ class PagedPool(Pool):
 
     # Ending
 
-    def _let_go(self, sample: SampleState) -> list[int]:
+    def _release(self, sample: SampleState) -> list[int]:
         """A sample uses the index no more; pages to pin before its sequence ends."""
         keep = self._keeps(sample.request)
         if sample.borrowed is not None:
@@ -249,7 +249,7 @@ class PagedPool(Pool):
         unpinned: list[int] = []
         for sample in samples:
             tail, superseded = self._keep_tail(sample)
-            pinned += tail + self._let_go(sample)
+            pinned += tail + self._release(sample)
             unpinned += superseded
         removed = [sample.slot for sample in samples if sample.slot is not None]
         self.device.edit(pinned=pinned, removed=removed, unpinned=unpinned)
@@ -288,7 +288,7 @@ class PagedPool(Pool):
             self.costs.observe_copy(sample.swapped.num_bytes, time.monotonic() - begin)
             self.swapped_bytes += sample.swapped.num_bytes
             self.counts.swaps += 1
-        self.device.edit(pinned=self._let_go(sample), removed=[sample.slot])
+        self.device.edit(pinned=self._release(sample), removed=[sample.slot])
         sample.slot, sample.num_computed = None, 0
         sample.indexed = sample.swapped is None and not sample.num_forgotten
 

@@ -20,8 +20,8 @@ from jaxpaged.cache.sharing import (
     PagesOfLayers,
     pin_pages,
     read_pages,
-    seq_adopt,
-    seq_place,
+    seq_allocate,
+    seq_attach,
     unpin_pages,
     write_pages,
 )
@@ -254,9 +254,9 @@ class Edit:
     """i32[M]: pages that the prefix cache keeps; N in padding."""
     removed: Given
     """bool[S]: sequences that end."""
-    adopted_pages: Given
+    attached_pages: Given
     """i32[S, P]: pages that sequences begin with."""
-    adopted_tokens: Given
+    attached_tokens: Given
     """i32[S]: and how many tokens of them; 0 = none."""
     unpinned: Given
     """i32[M]: pages that the prefix cache gives up; N in padding."""
@@ -266,7 +266,7 @@ def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableVi
     """``(cache, ok bool[], view)``. Not ok: sequences could not adopt their pages; the rest is done."""
     cache = pin_pages(cache, given.pinned)
     cache, _ = seqs.seq_remove(cache, given.removed)
-    cache, ok = seq_adopt(cache, given.adopted_pages, given.adopted_tokens)
+    cache, ok = seq_attach(cache, given.attached_pages, given.attached_tokens)
     cache = unpin_pages(cache, given.unpinned)
     return cache, ok, view(cache)
 
@@ -303,7 +303,7 @@ def place(
     cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
 ) -> tuple[PagedKVCache, Array, TableView]:
     """Fresh pages for a sequence that comes back."""
-    cache, ok = seq_place(cache, seq, row, count)
+    cache, ok = seq_allocate(cache, seq, row, count)
     return cache, ok, view(cache)
 
 

@@ -46,7 +46,7 @@ def save(
     """
     begin = time.monotonic()
     cache, paged = _paged(device, pool)
-    match = paged.index.match(root, tokens, len(tokens), tails=cache.open_pages is None)
+    match = paged.index.match(root, tokens, len(tokens), tails=cache.staging is None)
     if not match.num_tokens:
         raise RefusedError(f"slot {slot} has nothing in the pool that could be saved")
     pages = [node.page for node in match.nodes] + ([] if match.tail is None else [match.tail.page])
@@ -96,7 +96,7 @@ def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> l
     pages = np.asarray(table.pages[slot, :used])
     chain: list[Node] = []
     for i in range(0, len(tokens), ps):
-        if len(tokens) - i < ps and cache.open_pages is not None:
+        if len(tokens) - i < ps and cache.staging is not None:
             break
         node, _ = pool.index.insert(
             _ROOT, chain[-1] if chain else None, tokens[i : i + ps], int(pages[i // ps])

@@ -62,6 +62,6 @@ def numbered(row: BlockTable) -> tuple[BlockTable, np.ndarray]:
     used = int(row.num_entries)
     pages, first, inverse = np.unique(row.pages[:used], return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))
-    numbers = np.full(row.max_entries, row.max_entries, np.int32)
+    numbers = np.full(row.max_pages_per_seq, row.max_pages_per_seq, np.int32)
     numbers[:used] = rank[inverse]
     return replace(row, pages=numbers), pages[np.argsort(first)].astype(np.int32)  # type: ignore[arg-type]

@@ -32,12 +32,12 @@ from jaxpaged.generation.prefill import prefill
 from jaxpaged.generation.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
 from jaxpaged.pages.batch import Batch
 from jaxpaged.sharding.mesh import (
+    BATCH,
     CACHE,
+    GATHERED,
     PARAMS,
-    RESULT,
-    ROWS,
     STATIC,
-    Deal,
+    BatchSharding,
     mesh_of,
     num_shards,
     over_mesh,
@@ -215,7 +215,7 @@ def _request(
         prompts, max_seqs=max_seqs, stride=num_beams, batch_size=batch_size, shards=shards
     )
     limits = pack_limits(max_new_tokens, len(prompts), max_seqs // num_beams, shards)
-    deal = Deal(shards, 1)
+    deal = BatchSharding(shards, 1)
     request = _Request(
         prompts=packed,
         max_new_tokens=limits,
@@ -231,7 +231,7 @@ def _in_order(result: BeamResult, mesh: Mesh | None) -> BeamResult:
     """What the data shards of a mesh found, in the order of the prompts, on the host; pages are summed up."""
     if mesh is None:
         return result
-    return Deal.of(mesh, 1).gathered_result(
+    return BatchSharding.of(mesh, 1).gathered_result(
         result,
         num_steps=np.max,
         pages_peak=np.sum,
@@ -321,7 +321,7 @@ def _reserve(cache: Cache, state: _State, request: _Request) -> tuple[Cache, _St
 
     def without_room(carry: tuple[Cache, _State]) -> Array:
         cache, state = carry
-        return ~jnp.all(cache.fits(num_new(state))[: b * w].reshape(b, w), axis=1)
+        return ~jnp.all(cache.can_reserve_each(num_new(state))[: b * w].reshape(b, w), axis=1)
 
     def end_first(carry: tuple[Cache, _State]) -> tuple[Cache, _State]:
         return _end_early(*carry, request, jnp.arange(b) == jnp.argmax(without_room(carry)))
@@ -460,15 +460,15 @@ def _beam_search(
     return _search(model, shape, params, cache, state, request)
 
 
-_ARGUMENTS = STATIC, STATIC, PARAMS, CACHE, ROWS
+_ARGUMENTS = STATIC, STATIC, PARAMS, CACHE, BATCH
 _beam_search_donating = jax.jit(
-    over_mesh(_beam_search, _ARGUMENTS, (RESULT, CACHE)), static_argnums=(0, 1), donate_argnums=3
+    over_mesh(_beam_search, _ARGUMENTS, (GATHERED, CACHE)), static_argnums=(0, 1), donate_argnums=3
 )
 _start_donating = jax.jit(
-    over_mesh(_start, _ARGUMENTS, (CACHE, ROWS)), static_argnums=(0, 1), donate_argnums=3
+    over_mesh(_start, _ARGUMENTS, (CACHE, BATCH)), static_argnums=(0, 1), donate_argnums=3
 )
 _search_donating = jax.jit(
-    over_mesh(_search, (*_ARGUMENTS, ROWS), (RESULT, CACHE)), static_argnums=(0, 1), donate_argnums=3
+    over_mesh(_search, (*_ARGUMENTS, BATCH), (GATHERED, CACHE)), static_argnums=(0, 1), donate_argnums=3
 )
 
 

@@ -22,7 +22,17 @@ from jaxpaged.generation.request import ContextShift, Request, Shape, make_reque
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
-from jaxpaged.sharding.mesh import CACHE, PARAMS, RESULT, ROWS, SAME, STATIC, Deal, mesh_of, over_mesh
+from jaxpaged.sharding.mesh import (
+    BATCH,
+    CACHE,
+    GATHERED,
+    PARAMS,
+    REPLICATED,
+    STATIC,
+    BatchSharding,
+    mesh_of,
+    over_mesh,
+)
 
 RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES = 0, 1, 2, 3
 """Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of pages."""
@@ -56,7 +66,7 @@ class KVCache(Protocol):
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[Self, Batch, Array]: ...
-    def fits(self, num_new: Array) -> Array: ...
+    def can_reserve_each(self, num_new: Array) -> Array: ...
     def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array: ...
     def whole_pages(self, num_tokens: Array) -> Array: ...
     def seq_position_min(self) -> Array: ...
@@ -265,7 +275,7 @@ def _step(
 
     cache = _forget(cache, slots, request, shape, num_new)
     # Those that find no room end here, their other samples with them, and their pages serve the others.
-    fits = cache.fits(num_new)
+    fits = cache.can_reserve_each(num_new)
     ended = slots.busy & ~(fits & fits[state.leader])
     cache, state = _end(cache, state, ended, FINISH_OUT_OF_PAGES, release=True)
     num_new = jnp.where(ended, 0, num_new)
@@ -412,19 +422,19 @@ def _generate(
 
 
 _generate_donating = jax.jit(
-    over_mesh(_generate, (STATIC, STATIC, PARAMS, CACHE, ROWS), (RESULT, CACHE)),
+    over_mesh(_generate, (STATIC, STATIC, PARAMS, CACHE, BATCH), (GATHERED, CACHE)),
     static_argnums=(0, 1),
     donate_argnums=3,
 )
-begin_jitted = jax.jit(over_mesh(begin, (CACHE, ROWS, STATIC), ROWS), static_argnums=2)
+begin_jitted = jax.jit(over_mesh(begin, (CACHE, BATCH, STATIC), BATCH), static_argnums=2)
 advance_donating = jax.jit(
-    over_mesh(_advance, (STATIC, STATIC, PARAMS, CACHE, ROWS, ROWS, SAME), (CACHE, ROWS)),
+    over_mesh(_advance, (STATIC, STATIC, PARAMS, CACHE, BATCH, BATCH, REPLICATED), (CACHE, BATCH)),
     static_argnums=(0, 1),
     donate_argnums=(3, 4),
 )
 
 
-def in_order(result: GenerateResult, deal: Deal) -> GenerateResult:
+def in_order(result: GenerateResult, deal: BatchSharding) -> GenerateResult:
     """What the data shards of a mesh came to as rows of the caller's order, on the host; pages are summed up."""
     return deal.gathered_result(result, pages_peak=np.sum, num_steps=np.max)
 
@@ -496,4 +506,4 @@ def generate(
         mesh,
     )
     result, cache = _generate_donating(model, shape, params, cache, request)
-    return (result if mesh is None else in_order(result, Deal.of(mesh, len(prompts), n))), cache
+    return (result if mesh is None else in_order(result, BatchSharding.of(mesh, len(prompts), n))), cache

@@ -30,7 +30,7 @@ def prefill(
         remaining = jnp.where(served, prompts.lens - 1 - read, 0)
         before = jnp.cumsum(remaining) - remaining
         take = jnp.clip(chunk - before, 0, remaining)
-        refused = served & ~cache.fits(take)
+        refused = served & ~cache.can_reserve_each(take)
         cache = jax.lax.cond(jnp.any(refused), lambda c: c.seq_remove(refused)[0], lambda c: c, cache)
         take = jnp.where(refused, 0, take)
         cache, batch, _ = cache.reserve(take, num_tokens=chunk, max_new=chunk)

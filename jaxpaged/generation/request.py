@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxpaged.generation.prompts import bucket, check_prompts, pack_stop_ids
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import Deal, put_rows
+from jaxpaged.sharding.mesh import BatchSharding, put_rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_request(
     Raises:
       ValueError: as ``generate``.
     """
-    deal = Deal.of(mesh, len(prompts), num_samples)
+    deal = BatchSharding.of(mesh, len(prompts), num_samples)
     s, n = max_seqs // deal.shards, deal.samples_each  # of one data shard
     if not prompts:
         raise ValueError("prompts must be at least 1, got 0")

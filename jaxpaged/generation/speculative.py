@@ -32,13 +32,13 @@ from jaxpaged.generation.prompts import Prompts, bucket, pack_limits, pack_promp
 from jaxpaged.generation.sampling import SamplingParams, sample
 from jaxpaged.generation.stream import StreamChunk
 from jaxpaged.sharding.mesh import (
+    BATCH,
     CACHE,
+    GATHERED,
     PARAMS,
-    RESULT,
-    ROWS,
-    SAME,
+    REPLICATED,
     STATIC,
-    Deal,
+    BatchSharding,
     fetch,
     mesh_of,
     num_shards,
@@ -165,7 +165,7 @@ def _request(
     max_seqs = cache.max_seqs // shards  # of one data shard
     packed, chunk = pack_prompts(prompts, max_seqs=max_seqs, batch_size=batch_size, shards=shards)
     limits = pack_limits(max_new_tokens, len(prompts), max_seqs, shards)
-    request = _Request(packed, limits, Deal(shards, 1).same(pack_stop_ids(stop_ids)))
+    request = _Request(packed, limits, BatchSharding(shards, 1).same(pack_stop_ids(stop_ids)))
     return put_rows(mesh, request), _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
 
 
@@ -270,7 +270,7 @@ def _draft(shape: _Shape, cache: Cache, state: _State, request: _Request) -> tup
     # The last token that may be generated is never drafted: a step adds one more than its draft has right.
     count = jnp.where(state.active & found, jnp.minimum(shape.num_draft, left - 1), 0)
     # A draft must not take the page that another sequence's token needs, nor end its own sequence.
-    fits = jnp.all(cache.fits(state.active + count))
+    fits = jnp.all(cache.can_reserve_each(state.active + count))
     return draft, jnp.where(fits, count, 0)
 
 
@@ -318,7 +318,7 @@ def _advance(
 
     def without_draft(carry: _Carry) -> _Carry:
         i, cache, state, draft, count = carry
-        without_room = state.active & ~cache.fits(state.active.astype(jnp.int32))
+        without_room = state.active & ~cache.can_reserve_each(state.active.astype(jnp.int32))
         cache, state = _end(cache, state, without_room, FINISH_OUT_OF_PAGES, release=True)
         cache, state = _step(model, shape, params, cache, state, request, draft[:, :0], count)
         return i + 1, cache, state, *_draft(shape, cache, state, request)
@@ -356,15 +356,15 @@ def _generate(
     return _result(shape, state, request), cache
 
 
-_ARGUMENTS = STATIC, STATIC, PARAMS, CACHE, ROWS
+_ARGUMENTS = STATIC, STATIC, PARAMS, CACHE, BATCH
 _generate_donating = jax.jit(
-    over_mesh(_generate, _ARGUMENTS, (RESULT, CACHE)), static_argnums=(0, 1), donate_argnums=3
+    over_mesh(_generate, _ARGUMENTS, (GATHERED, CACHE)), static_argnums=(0, 1), donate_argnums=3
 )
 _start_donating = jax.jit(
-    over_mesh(_start, _ARGUMENTS, (CACHE, ROWS)), static_argnums=(0, 1), donate_argnums=3
+    over_mesh(_start, _ARGUMENTS, (CACHE, BATCH)), static_argnums=(0, 1), donate_argnums=3
 )
 _advance_donating = jax.jit(
-    over_mesh(_advance, (*_ARGUMENTS, ROWS, SAME), (CACHE, ROWS)),
+    over_mesh(_advance, (*_ARGUMENTS, BATCH, REPLICATED), (CACHE, BATCH)),
     static_argnums=(0, 1),
     donate_argnums=(3, 4),
 )
@@ -377,7 +377,7 @@ _results_jitted = jax.jit(
 
 def _in_order(result: LookupResult, mesh: Mesh | None) -> LookupResult:
     """What the data shards of a mesh made, in the order of the prompts, on the host; pages are summed up."""
-    return result if mesh is None else Deal.of(mesh, 1).gathered_result(result, pages_peak=np.sum)
+    return result if mesh is None else BatchSharding.of(mesh, 1).gathered_result(result, pages_peak=np.sum)
 
 
 def generate_lookup(

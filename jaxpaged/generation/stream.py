@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.compilation.executable_cache import compiled
+from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.generation.loop import (
     RUNNING,
     Cache,
@@ -20,7 +20,7 @@ from jaxpaged.generation.loop import (
 )
 from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import Deal, fetch, mesh_of
+from jaxpaged.sharding.mesh import BatchSharding, fetch, mesh_of
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class GenerateStream:
     request: Request
     shape: Shape
     every: int
-    deal: Deal | None = None
+    deal: BatchSharding | None = None
     """How rows were dealt to the data shards of a mesh; None = there is none."""
     result: GenerateResult | None = None
     """After each chunk, all that was generated so far."""
     found: bool = False
-    """Whether the programs were found on disk; see ``kept_programs``."""
+    """Whether the programs were found on disk; see ``executable_cache``."""
     _begin: Any = field(default=None, repr=False)
     _advance: Any = field(default=None, repr=False)
 
@@ -62,11 +62,11 @@ class GenerateStream:
         if self._advance is not None:
             return
         static, given = (self.model, self.shape), (self.cache, self.request)
-        begin = compiled(
+        begin = cached_compile(
             lambda: begin_jitted.lower(*given, self.shape), "generation.begin", (self.shape,), given
         )
         arguments = (self.params, self.cache, begin.program.out_info, self.request, np.int32(0))
-        advance = compiled(
+        advance = cached_compile(
             lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
         )
         self._begin, self._advance = begin.program, advance.program
@@ -132,5 +132,5 @@ def generate_stream(
         history,
         mesh,
     )
-    deal = None if mesh is None else Deal.of(mesh, len(prompts), n)
+    deal = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)
     return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every, deal)

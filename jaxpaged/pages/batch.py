@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.pages.residual import Seals
+from jaxpaged.pages.residual import FinalizedPages
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ class Batch:
     """i32[S + 1]: cumulative number of tokens by sequence, from 0."""
     max_q_len: int | None = field(default=None, metadata={"static": True})
     """Static bound on the tokens of one sequence; None = T. A step of single tokens (1) compiles to less."""
-    seals: Seals | None = None
+    finalized: FinalizedPages | None = None
     """The pages that the step fills, where full pages are sealed; None elsewhere."""
 
     @property

@@ -41,23 +41,27 @@ class BlockTable:
         return self.pages.shape[0]
 
     @property
-    def max_entries(self) -> int:
+    def max_pages_per_seq(self) -> int:
         """P, static: entries a sequence can have."""
         return self.pages.shape[-1]
 
 
-def create(max_seqs: int, max_entries: int, num_pages: int) -> BlockTable:
+def create(max_seqs: int, max_pages_per_seq: int, num_pages: int) -> BlockTable:
     """A table of empty sequences.
 
     Raises:
       ValueError: a size is not positive.
     """
-    for name, value in (("max_seqs", max_seqs), ("max_entries", max_entries), ("num_pages", num_pages)):
+    for name, value in (
+        ("max_seqs", max_seqs),
+        ("max_pages_per_seq", max_pages_per_seq),
+        ("num_pages", num_pages),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
 
     def filled(value: int) -> Array:
-        return jnp.full((max_seqs, max_entries), value, jnp.int32)
+        return jnp.full((max_seqs, max_pages_per_seq), value, jnp.int32)
 
     return BlockTable(
         filled(num_pages), filled(0), filled(0), filled(0), filled(0), jnp.zeros(max_seqs, jnp.int32)
@@ -120,7 +124,7 @@ def cut(row: BlockTable, at: Array) -> tuple[BlockTable, Array]:
     Returns:
       ``(row, ok)``; not ok, and the row unchanged, when the split would need more than P entries.
     """
-    width = row.max_entries
+    width = row.max_pages_per_seq
     index = jnp.arange(width)
     inside = (row.position < at) & (at < row.position + row.num_tokens)
     split = jnp.any(inside)
@@ -145,8 +149,8 @@ def cut(row: BlockTable, at: Array) -> tuple[BlockTable, Array]:
 
 def keep(row: BlockTable, kept: Array, num_pages: int) -> BlockTable:
     """The entries of one row where ``kept bool[P]`` holds, moved together."""
-    kept = kept & (jnp.arange(row.max_entries) < row.num_entries)
-    place = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, row.max_entries)
+    kept = kept & (jnp.arange(row.max_pages_per_seq) < row.num_entries)
+    place = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, row.max_pages_per_seq)
 
     def compact(field: Array, padding: int) -> Array:
         return jnp.full_like(field, padding).at[place].set(field, mode="drop")
@@ -169,7 +173,7 @@ def remove_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple
       left would need P + 1 entries.
     """
     within = (row.position < p0) & (p1 < row.position + row.num_tokens) & (p0 < p1)
-    ok = ~jnp.any(within) | (row.num_entries < row.max_entries)
+    ok = ~jnp.any(within) | (row.num_entries < row.max_pages_per_seq)
     # Cutting at p0 and at p1 may pass through P + 2 entries even when the result fits, so entries are shortened
     # instead; only a range strictly inside one entry has to split it, once.
     split, _ = cut(row, jnp.where(jnp.any(within) & ok, p0, 0))
@@ -199,7 +203,7 @@ def shift_range(
     wide = _widened(row, 2, num_pages)
     wide, _ = cut(wide, jnp.where(p0 < p1, p0, 0))
     wide, _ = cut(wide, jnp.where(p0 < p1, p1, 0))
-    used = jnp.arange(wide.max_entries) < wide.num_entries
+    used = jnp.arange(wide.max_pages_per_seq) < wide.num_entries
     moved = used & (wide.position >= p0) & (wide.position < p1)
     beyond = jnp.iinfo(jnp.int32).max - jnp.maximum(delta, 0)
     representable = jnp.all(~moved | (wide.position <= beyond - wide.num_tokens))
@@ -209,10 +213,10 @@ def shift_range(
         rotation=wide.rotation - jnp.where(moved, delta, 0),
     )
     shifted = slice_range(shifted, *clamp_range(0, -1), num_pages)
-    behind = jnp.arange(1, wide.max_entries) < shifted.num_entries
+    behind = jnp.arange(1, wide.max_pages_per_seq) < shifted.num_entries
     ordered = jnp.all(~behind | (shifted.position[1:] >= (shifted.position + shifted.num_tokens)[:-1]))
-    ok = representable & ordered & (shifted.num_entries <= row.max_entries)
-    narrow = jax.tree.map(lambda field: field[: row.max_entries] if field.ndim else field, shifted)
+    ok = representable & ordered & (shifted.num_entries <= row.max_pages_per_seq)
+    narrow = jax.tree.map(lambda field: field[: row.max_pages_per_seq] if field.ndim else field, shifted)
     return choose(ok, narrow, row), ok
 
 

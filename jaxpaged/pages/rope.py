@@ -20,7 +20,7 @@ class Rope:
     behind them are left alone. Source: RoFormer, arXiv:2104.09864.
     """
 
-    turns: Array
+    phase_step: Array
     """u32[H]: turns a position, in units of 2**-32.
 
     Angles are multiplied out in integers that wrap as turns do. A difference of angles is then exactly the angle of the
@@ -45,17 +45,17 @@ class Rope:
     @property
     def rotary_dim(self) -> int:
         """2 * H, static: how many dimensions of a head turn."""
-        return 2 * self.turns.shape[0]
+        return 2 * self.phase_step.shape[0]
 
     def cos_sin(self, positions: Array) -> tuple[Array, Array]:
         """cos and sin of the rotation at ``positions i32[...]``: ``f32[..., H]``, exactly 1 and 0 at position 0."""
-        angle = jnp.asarray(positions).astype(jnp.uint32)[..., None] * self.turns
+        angle = jnp.asarray(positions).astype(jnp.uint32)[..., None] * self.phase_step
         radians = jax.lax.bitcast_convert_type(angle, jnp.int32) * np.float32(2 * np.pi / 2**32)
         return jnp.cos(radians), jnp.sin(radians)
 
-    def turn(self, x: Array, cos: Array, sin: Array) -> Array:
+    def rotate_by(self, x: Array, cos: Array, sin: Array) -> Array:
         """``x [..., D]`` turned by angles whose ``cos`` and ``sin``, ``[..., H]``, broadcast against it."""
-        half, dim = self.turns.shape[0], self.rotary_dim
+        half, dim = self.phase_step.shape[0], self.rotary_dim
         rotary = x[..., :dim].astype(jnp.float32)
         if self.interleaved:
             first, second = rotary[..., 0::2], rotary[..., 1::2]
@@ -72,4 +72,4 @@ class Rope:
     def rotate(self, x: Array, positions: Array) -> Array:
         """``x [T, heads, D]`` rotated at ``positions i32[T]``."""
         cos, sin = self.cos_sin(positions)
-        return self.turn(x, cos[:, None], sin[:, None])
+        return self.rotate_by(x, cos[:, None], sin[:, None])

@@ -12,7 +12,7 @@ from jaxpaged.pictures.page_map import MAX_COLUMNS, STYLE, PageMap, colours, col
 _TEMPLATE = Path(__file__).with_name("page_map_frames.html")
 
 
-def draw_page_map_frames(frames: Sequence[tuple[str, PagedKVCache | PageMap]]) -> str:
+def draw_page_map_animation(frames: Sequence[tuple[str, PagedKVCache | PageMap]]) -> str:
     """The states of one pool as an HTML page: a picture as ``draw_page_map`` makes it, and a way through the states.
 
     Only what changes from one state to the next is in the page, so a thousand steps of decoding are some kilobytes a

@@ -70,7 +70,7 @@ class ContextKVCache(Sequences):
         axis_size: int,
         axis: str = "context",
         page_size: int = 32,
-        max_entries: int | None = None,
+        max_pages_per_seq: int | None = None,
         dtype: str = "f32",
         k_dtype: str | None = None,
         v_dtype: str | None = None,
@@ -86,7 +86,7 @@ class ContextKVCache(Sequences):
           max_seqs: S.
           axis_size: C, devices of the mesh axis.
           axis: the name of the mesh axis.
-          max_entries: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
+          max_pages_per_seq: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
 
         Raises:
           ValueError: a size is impossible, N is no multiple of C, or a format seals pages: those wait for their last
@@ -107,12 +107,12 @@ class ContextKVCache(Sequences):
             )
         k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
         for storage in (k_format, v_format):
-            if storage.seals:
+            if storage.has_residual:
                 raise ValueError(
                     f"pages of {storage.name} are sealed when they are full, which a context spread over devices "
                     "cannot do; take a format that does not seal pages"
                 )
-        max_entries = num_pages if max_entries is None else max_entries
+        max_pages_per_seq = num_pages if max_pages_per_seq is None else max_pages_per_seq
         local = PagedKVCache.create(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
@@ -120,7 +120,7 @@ class ContextKVCache(Sequences):
             num_pages=num_pages // axis_size,
             max_seqs=max_seqs,
             page_size=page_size,
-            max_entries=max_entries,
+            max_pages_per_seq=max_pages_per_seq,
             dtype=dtype,
             k_dtype=k_dtype,
             v_dtype=v_dtype,
@@ -129,7 +129,7 @@ class ContextKVCache(Sequences):
         )
         return cls(
             pages_of.create(num_pages),
-            tables.create(max_seqs, max_entries, num_pages),
+            tables.create(max_seqs, max_pages_per_seq, num_pages),
             local.k_pages,
             local.v_pages,
             local.table,
@@ -157,7 +157,7 @@ class ContextKVCache(Sequences):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_local_pages
 
     @property
-    def bytes_of_open_pages(self) -> int:
+    def bytes_of_staging(self) -> int:
         """0: no format that seals pages can be spread."""
         return 0
 
@@ -247,9 +247,9 @@ class ContextKVCache(Sequences):
         cache = replace(self._copy_pages(before, after, copied), allocator=book.allocator, table=book.table)
         return replace(cache, local_table=cache._make_local_table()), batch, ok
 
-    def fits(self, num_new: Array) -> Array:
+    def can_reserve_each(self, num_new: Array) -> Array:
         """See ``PagedKVCache.fits``."""
-        return self.book.fits(num_new)
+        return self.book.can_reserve_each(num_new)
 
     def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
         """See ``PagedKVCache.pages_needed``."""

@@ -43,10 +43,10 @@ Specs = Any
 """A ``PartitionSpec``, or a pytree of them that is a prefix of a value's. It has a name for each axis in front of the
 value's own along which parts are stacked; or several names in one place: parts are joined along the first axis."""
 
-_SHARD, _SAME = PartitionSpec(DATA), PartitionSpec()
-_PAGES, _BOOK = PartitionSpec((DATA, CONTEXT, TENSOR)), PartitionSpec(DATA, CONTEXT)
+_SHARD, _REPLICATED = PartitionSpec(DATA), PartitionSpec()
+_PAGES, _METADATA = PartitionSpec((DATA, CONTEXT, TENSOR)), PartitionSpec(DATA, CONTEXT)
 
-STATIC, PARAMS, CACHE, ROWS, EACH, SAME, RESULT = (
+STATIC, PARAMS, CACHE, BATCH, PER_DEVICE, REPLICATED, GATHERED = (
     "static",
     "params",
     "cache",
@@ -59,7 +59,7 @@ STATIC, PARAMS, CACHE, ROWS, EACH, SAME, RESULT = (
 each device its own; the same everywhere; and what each data shard came to, told to every device, so that every host can
 read it."""
 SPECS: Mapping[str, Specs] = {
-    PARAMS: PartitionSpec(TENSOR), ROWS: _SHARD, EACH: _PAGES, SAME: _SAME, RESULT: _SHARD,
+    PARAMS: PartitionSpec(TENSOR), BATCH: _SHARD, PER_DEVICE: _PAGES, REPLICATED: _REPLICATED, GATHERED: _SHARD,
 }  # fmt: skip
 """How values of these kinds are stacked; of a cache ``cache_specs`` says it."""
 
@@ -152,10 +152,10 @@ def cache_specs(cache: Any) -> Specs:
     book: dict[str, Any] = {"allocator": _SHARD, "table": _SHARD}
     pages: dict[str, Any] = {"k_pages": _PAGES, "v_pages": _PAGES}
     if isinstance(cache, ContextKVCache):
-        own: dict[str, Any] = {"local_table": _BOOK}
+        own: dict[str, Any] = {"local_table": _METADATA}
         return replace(cache, **book, **pages, **own)
     if isinstance(cache, PagedKVCache):
-        places: dict[str, Any] = {"open_pages": None if cache.open_pages is None else _SHARD}
+        places: dict[str, Any] = {"staging": None if cache.staging is None else _SHARD}
         return replace(cache, **book, **pages, **places)
     if isinstance(cache, ContiguousKVCache):
         rows: dict[str, Any] = {"k": _PAGES, "v": _PAGES, "lengths": _SHARD}
@@ -276,7 +276,7 @@ def put(mesh: Mesh, value: Any, specs: Specs = _SHARD) -> Any:
 
 
 def put_rows(mesh: Mesh | None, value: Any) -> Any:
-    """Host arrays ``[data, ...]`` where a program wants its ``ROWS``: on a mesh, or without one on a single device."""
+    """Host arrays ``[data, ...]`` where a program wants its ``BATCH``: on a mesh, or without one on a single device."""
     return jax.tree.map(lambda x: jnp.asarray(x[0]), value) if mesh is None else put(mesh, value)
 
 
@@ -333,7 +333,7 @@ def over_mesh(
 
     Args:
       function: pure, of positional arguments.
-      takes: what each of them is: ``STATIC``, ``PARAMS``, ``CACHE``, ``ROWS``, ``SAME``.
+      takes: what each of them is: ``STATIC``, ``PARAMS``, ``CACHE``, ``BATCH``, ``REPLICATED``.
       gives: the same of what it returns: one, or a tuple.
     """
 
@@ -365,12 +365,12 @@ def over_mesh(
             out_specs=out_specs,
             check_vma=False,
         )(*map(_without_empty, wholes))
-        everywhere = NamedSharding(cache.mesh, _SAME)
+        everywhere = NamedSharding(cache.mesh, _REPLICATED)
         done = []
         for kind, out in zip(kinds, outs, strict=True):
             if kind == CACHE:
                 out = cache.replaced(out)
-            elif kind == RESULT:
+            elif kind == GATHERED:
                 out = jax.lax.with_sharding_constraint(out, everywhere)
             done.append(out)
         return done[0] if alone else tuple(done)
@@ -399,7 +399,7 @@ def _with_empty(part: Any, specs: Specs, whole: Any, mesh: Mesh) -> Any:
 
 
 @dataclass(frozen=True)
-class Deal:
+class BatchSharding:
     """Which data shard serves which of several prompts: like cards, prompt i is shard ``i % shards``'s.
 
     A few prompts with many samples are every shard's, and the samples are dealt.
@@ -412,7 +412,7 @@ class Deal:
     """Samples are dealt, not prompts."""
 
     @classmethod
-    def of(cls, mesh: Mesh | None, num_prompts: int, num_samples: int = 1) -> Deal:
+    def of(cls, mesh: Mesh | None, num_prompts: int, num_samples: int = 1) -> BatchSharding:
         """How ``num_prompts`` prompts are dealt to the data shards of a mesh; to one where there is none."""
         shards = num_shards(mesh)
         splits = num_prompts < shards and num_samples > 1 and num_samples % shards == 0

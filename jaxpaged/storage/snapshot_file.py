@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged.pages.formats import BlockFormat, PageFormat, SealedFormat, check_page_size, titled
+from jaxpaged.pages.formats import BlockFormat, PageFormat, ResidualFormat, check_page_size, titled
 
 KIND, VERSION = "jaxpaged.snapshot", 2
 _BLANK = "0" * 64
@@ -55,21 +55,21 @@ Stored = np.ndarray | dict[str, np.ndarray]
 """One layer's keys or values: numbers, or the parts of quantized ones."""
 
 
-def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_open: int) -> Any:
+def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_residual: int) -> Any:
     """What ``count`` rows, or sealed pages, of a format are: its parts as ``jax.ShapeDtypeStruct``.
 
     Args:
       storage: the format.
       sizes: num_kv_heads, page_size and head_dim.
       count: of rows or pages.
-      num_open: of open pages.
+      num_residual: of open pages.
     """
     num_kv_heads, page_size, head_dim = sizes
     index: Any = np.zeros(count, np.int32)
 
     def made() -> Any:
-        if isinstance(storage, SealedFormat):
-            pages = storage.create(count, num_kv_heads, page_size, head_dim, num_open=num_open)
+        if isinstance(storage, ResidualFormat):
+            pages = storage.create(count, num_kv_heads, page_size, head_dim, num_residual=num_residual)
             return {**pages.parts, "open": pages.open}
         return storage.read(storage.create(1, num_kv_heads, page_size, head_dim), index, index)
 
@@ -101,13 +101,13 @@ class Snapshot:
     them; or sealed pages, ``[pages, num_kv_heads, ...]``, with the open ones, ``[O, ...]``, as part "open"."""
     values: tuple[Stored, ...]
     """As ``keys``."""
-    open_pages: np.ndarray
+    staging: np.ndarray
     """i32[O]: which pages are open; none where no format seals pages."""
 
     @property
     def sealed(self) -> bool:
         """Whether pages are kept whole, because rows cannot be taken out of them."""
-        return self.k_format.seals or self.v_format.seals
+        return self.k_format.has_residual or self.v_format.has_residual
 
     @property
     def lengths(self) -> np.ndarray:
@@ -175,7 +175,7 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
             tensors |= {f"{name}.{i}.{part}".rstrip("."): rows for part, rows in parts.items()}
     tensors |= {"entries": snapshot.entries, "token_ids": snapshot.tokens}
     if snapshot.sealed:
-        tensors["open_pages"] = snapshot.open_pages
+        tensors["staging"] = snapshot.staging
     metadata = {
         "kind": KIND,
         "version": str(VERSION),
@@ -283,7 +283,7 @@ def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapsh
         tokens=tensors["token_ids"],
         keys=tuple(stored("k", layer, k_format) for layer in layers),
         values=tuple(stored("v", layer, v_format) for layer in layers),
-        open_pages=tensors.get("open_pages", np.zeros(0, np.int32)),
+        staging=tensors.get("staging", np.zeros(0, np.int32)),
     )
     for name, wrong in _broken_laws(snapshot):
         if wrong:
@@ -304,18 +304,18 @@ def _broken_laws(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
     unordered = (np.diff(sequence) == 0) & (position[1:] < (position + count)[:-1])
     yield "order of the positions", bool(unordered.any())
     yield "token_ids", tokens.dtype != np.int32 or tokens.shape != (count.sum(),)
-    rows, pages, opened = len(np.unique(snapshot.expand().home)), len(np.unique(page)), snapshot.open_pages
+    rows, pages, opened = len(np.unique(snapshot.expand().home)), len(np.unique(page)), snapshot.staging
     yield "layers", not snapshot.keys
     if snapshot.sealed:
         yield "numbers of the pages", pages > 0 and int(page.max()) != pages - 1
-        yield "open_pages", opened.dtype != np.int32 or opened.ndim != 1
-        yield "open_pages", len(set(opened.tolist())) != len(opened) or not np.isin(opened, page).all()
-        yield "open_pages", not _end_with(page, sequence, opened)
+        yield "staging", opened.dtype != np.int32 or opened.ndim != 1
+        yield "staging", len(set(opened.tolist())) != len(opened) or not np.isin(opened, page).all()
+        yield "staging", not _end_with(page, sequence, opened)
     sizes = snapshot.num_kv_heads, snapshot.page_size, snapshot.head_dim
     yield "sizes", min(sizes) < 1 or max(sizes) > _MAX_SIZE
     for storage, layers in ((snapshot.k_format, snapshot.keys), (snapshot.v_format, snapshot.values)):
         storage.check(snapshot.page_size, snapshot.head_dim)
-        expected = shapes_of(storage, sizes, pages if storage.seals else rows, len(opened))
+        expected = shapes_of(storage, sizes, pages if storage.has_residual else rows, len(opened))
         names = expected.keys() if isinstance(expected, dict) else None
         for layer in layers:
             yield "keys and values", (layer.keys() if isinstance(layer, dict) else None) != names

@@ -22,8 +22,8 @@ from jaxpaged.cache.paged import OutOfPages, PagedKVCache
 from jaxpaged.cache.sequences import ALL
 from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, PageFormat, SealedFormat, SealedPages
-from jaxpaged.pages.residual import OpenPages
+from jaxpaged.pages.formats import BlockPages, PageFormat, ResidualFormat, ResidualPages
+from jaxpaged.pages.residual import StagingSlots
 from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, Stored, Tokens, expand, write_snapshot
 
 
@@ -82,12 +82,12 @@ def take(
     pages, named, inverse = np.unique(entries[:, 1], return_index=True, return_inverse=True)
     entries[:, 1] = np.argsort(np.argsort(named))[inverse]
     pages, places = pages[np.argsort(named)], np.zeros(0, np.int32)
-    if cache.open_pages is not None:
-        places = np.asarray(cache.open_pages.place)[pages]
+    if cache.staging is not None:
+        places = np.asarray(cache.staging.place)[pages]
     opened = np.flatnonzero(places < cache.max_seqs) if len(places) else np.zeros(0, np.int64)
 
     def stored(storage: PageFormat, layers: tuple[Any, ...]) -> tuple[Stored, ...]:
-        if isinstance(storage, SealedFormat):
+        if isinstance(storage, ResidualFormat):
             return tuple(_read_pages(one, pages, places[opened]) for one in layers)
         return _read_rows(storage, layers, page, slot)
 
@@ -105,7 +105,7 @@ def take(
         tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
         keys=keys,
         values=values,
-        open_pages=opened.astype(np.int32),
+        staging=opened.astype(np.int32),
     )
 
 
@@ -139,7 +139,7 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
     def written(
         storage: PageFormat, layers: tuple[Any, ...], saved_layers: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        if isinstance(storage, SealedFormat):
+        if isinstance(storage, ResidualFormat):
             return tuple(
                 _write_pages(old, new, pages, layout.sources, places)
                 for old, new in zip(layers, saved_layers, strict=True)
@@ -155,7 +155,7 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
         table=place.table,
         k_pages=k_pages,
         v_pages=v_pages,
-        open_pages=place.open_pages,
+        staging=place.staging,
     )
 
 
@@ -171,7 +171,7 @@ class _Restored:
     layout: _Layout
     allocator: PageAllocator
     table: BlockTable
-    open_pages: OpenPages | None
+    staging: StagingSlots | None
     pages: np.ndarray
     """The page taken for each of the layout's."""
     places: np.ndarray
@@ -193,16 +193,16 @@ def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Re
             f"the snapshot has sealed pages of {saved.page_size} tokens, which cannot be cut anew; "
             f"the cache has pages of {cache.page_size}"
         )
-    layout = min(layouts, key=lambda one: (one.widest > cache.max_entries, one.num_pages))
-    if layout.widest > cache.max_entries:
+    layout = min(layouts, key=lambda one: (one.widest > cache.max_pages_per_seq, one.num_pages))
+    if layout.widest > cache.max_pages_per_seq:
         raise SnapshotError(
-            f"a sequence needs {layout.widest} entries, a row of the table has {cache.max_entries} (max_entries)"
+            f"a sequence needs {layout.widest} table entries, max_pages_per_seq is {cache.max_pages_per_seq}"
         )
     allocator, table, pages = _place(cache, layout, targets)
-    open_pages, places = cache.open_pages, np.zeros(0, np.int32)
-    if open_pages is not None:
-        open_pages, places = _place_open_pages(open_pages, allocator, layout, pages, saved.open_pages)
-    return _Restored(layout, allocator, table, open_pages, pages, places)
+    staging, places = cache.staging, np.zeros(0, np.int32)
+    if staging is not None:
+        staging, places = _assign_staging_slots(staging, allocator, layout, pages, saved.staging)
+    return _Restored(layout, allocator, table, staging, pages, places)
 
 
 def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:
@@ -348,16 +348,16 @@ def _place(
     ), pages
 
 
-def _place_open_pages(
-    open_pages: OpenPages, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, opened: np.ndarray
-) -> tuple[OpenPages, np.ndarray]:
-    """Places for the open pages of a snapshot: ``(open_pages, i32[O] the place of each, S = not restored)``."""
-    s = open_pages.num_places
+def _assign_staging_slots(
+    staging: StagingSlots, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, opened: np.ndarray
+) -> tuple[StagingSlots, np.ndarray]:
+    """Places for the open pages of a snapshot: ``(staging, i32[O] the place of each, S = not restored)``."""
+    s = staging.num_staging_slots
     # Counts hold what is restored too, whose pages were nobody's: what was open there is no longer.
     counts = np.array(allocator.ref_counts)
     counts[pages] = 0
-    free = np.flatnonzero(~np.asarray(open_pages.in_use(jnp.asarray(counts))))
-    place, page = np.array(open_pages.place), np.array(open_pages.page)
+    free = np.flatnonzero(~np.asarray(staging.in_use(jnp.asarray(counts))))
+    place, page = np.array(staging.place), np.array(staging.page)
     place[pages] = s
     restored = np.isin(opened, layout.sources)
     places = np.full(len(opened), s, np.int32)
@@ -366,8 +366,8 @@ def _place_open_pages(
     place[target], page[places[restored]] = places[restored], target
     state = jax.tree.map(
         lambda old, new: jax.device_put(new, old.sharding),
-        open_pages,
-        OpenPages(place, page),  # type: ignore[arg-type]
+        staging,
+        StagingSlots(place, page),  # type: ignore[arg-type]
     )
     return state, places
 
@@ -383,30 +383,36 @@ def _write(storage: PageFormat, pages: Any, page: Array, slot: Array, rows: Any)
 
 
 @jax.jit
-def _read_sealed(pages: SealedPages, page: Array, place: Array) -> dict[str, Array]:
+def _read_residual(pages: ResidualPages, page: Array, place: Array) -> dict[str, Array]:
     return {**{name: part[page] for name, part in pages.parts.items()}, "open": pages.open[place]}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_sealed(pages: SealedPages, stored: dict[str, Array], page: Array, place: Array) -> SealedPages:
+def _write_residual(
+    pages: ResidualPages, stored: dict[str, Array], page: Array, place: Array
+) -> ResidualPages:
     parts = {name: part.at[page].set(stored[name], mode="drop") for name, part in pages.parts.items()}
     return replace(pages, parts=parts, open=pages.open.at[place].set(stored["open"], mode="drop"))
 
 
-def _read_pages(pages: SealedPages, page: np.ndarray, place: np.ndarray) -> dict[str, np.ndarray]:
-    found = _read_sealed(pages, _padded(page), _padded(place))
+def _read_pages(pages: ResidualPages, page: np.ndarray, place: np.ndarray) -> dict[str, np.ndarray]:
+    found = _read_residual(pages, _padded(page), _padded(place))
     return {
         name: np.asarray(part)[: len(place) if name == "open" else len(page)] for name, part in found.items()
     }
 
 
 def _write_pages(
-    pages: SealedPages, stored: dict[str, np.ndarray], page: np.ndarray, source: np.ndarray, place: np.ndarray
-) -> SealedPages:
+    pages: ResidualPages,
+    stored: dict[str, np.ndarray],
+    page: np.ndarray,
+    source: np.ndarray,
+    place: np.ndarray,
+) -> ResidualPages:
     """Page ``source[i]`` of what is stored becomes page ``page[i]``, open page j the one at ``place[j]``."""
     parts = {name: _padded(part if name == "open" else part[source]) for name, part in stored.items()}
     num_pages = pages.shape[0]
-    return _write_sealed(pages, parts, _padded(page, num_pages), _padded(place, len(pages.open)))
+    return _write_residual(pages, parts, _padded(page, num_pages), _padded(place, len(pages.open)))
 
 
 def _padded(array: np.ndarray, padding: int = 0) -> np.ndarray:

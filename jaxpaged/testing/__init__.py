@@ -3,10 +3,10 @@
 from jaxpaged.testing.conformance import (
     Built,
     Verdict,
+    benign_fill,
     build_case,
-    calm,
     check_conformance,
     judge,
 )
 
-__all__ = ["Built", "Verdict", "build_case", "calm", "check_conformance", "judge"]
+__all__ = ["Built", "Verdict", "benign_fill", "build_case", "check_conformance", "judge"]

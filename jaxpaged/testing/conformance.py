@@ -28,10 +28,10 @@ from jaxpaged.pages.formats import (
     BlockFormat,
     BlockPages,
     PageFormat,
-    SealedFormat,
-    SealedPages,
+    ResidualFormat,
+    ResidualPages,
     formats_of,
-    hadamard_turn,
+    hadamard_transform,
 )
 from jaxpaged.pages.rope import Rope
 
@@ -91,9 +91,9 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         for e in range(len(row))
     ]
     num_pages = len(shared) - sum(shared) + 3
-    max_entries = max(map(len, entries)) + 3
+    max_pages_per_seq = max(map(len, entries)) + 3
     free = list(rng.permutation(num_pages))
-    pages = rng.integers(0, num_pages + 1, (max_seqs, max_entries))
+    pages = rng.integers(0, num_pages + 1, (max_seqs, max_pages_per_seq))
     first_slot, num_tokens, position_of = (rng.integers(0, size, pages.shape) for _ in range(3))
     shape = num_pages, case.num_kv_heads, size, case.head_dim
     k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
@@ -191,7 +191,7 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
         first = np.argmax(used, axis=1)
         filled = np.where(used[:, None, :, None], rows, rows[np.arange(len(rows)), :, first][:, :, None])
         nothing = np.isnan(rows[:, 0, :, 0])
-        if isinstance(storage, SealedFormat):
+        if isinstance(storage, ResidualFormat):
             nothing = nothing.all(axis=1)
         parts = {}
         for name, encoded in storage.encode(jnp.asarray(np.nan_to_num(filled))).items():
@@ -200,11 +200,11 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
             (part if nothing.ndim == 1 else part.swapaxes(1, 2))[nothing] = rubbish
             parts[name] = jnp.asarray(part)
         sizes = rows.shape[2:]
-        if not isinstance(storage, SealedFormat):
+        if not isinstance(storage, ResidualFormat):
             return BlockPages(parts, storage, *sizes)
-        turned = np.asarray(hadamard_turn(jnp.asarray(rows)) if storage.hadamard else rows)
+        turned = np.asarray(hadamard_transform(jnp.asarray(rows)) if storage.hadamard else rows)
         waiting = jnp.asarray(turned[opened], jnp.float16)
-        return SealedPages(parts, storage, *sizes, open=waiting, place=jnp.asarray(place))
+        return ResidualPages(parts, storage, *sizes, open=waiting, place=jnp.asarray(place))
 
     k_format, v_format = formats_of(case.dtype, None, case.v_dtype, case.hadamard)
     return stored(k_format, keys), stored(v_format, values)
@@ -215,14 +215,14 @@ def _numbers(pages: Pages) -> np.ndarray:
     if not isinstance(pages, BlockPages):
         return np.asarray(pages, np.float64)
     numbers = pages.format.load(pages, jnp.arange(pages.shape[0]))
-    return np.array(hadamard_turn(numbers) if pages.format.hadamard else numbers, np.float64)
+    return np.array(hadamard_transform(numbers) if pages.format.hadamard else numbers, np.float64)
 
 
 PROVOCATIONS = ("unused_slots", "free_pages", "stale_entries")
-"""What ``build_case`` puts where nobody may look, and ``calm`` takes away."""
+"""What ``build_case`` puts where nobody may look, and ``benign_fill`` takes away."""
 
 
-def calm(built: Built, *, keep: Collection[str] = ()) -> Built:
+def benign_fill(built: Built, *, keep: Collection[str] = ()) -> Built:
     """``built`` without its provocations, to find out which of them an attention stumbles over.
 
     Args:
@@ -232,7 +232,7 @@ def calm(built: Built, *, keep: Collection[str] = ()) -> Built:
         that is live.
 
     Raises:
-      ValueError: an unknown provocation.
+      ValueError: an unknown adversarial_fill.
     """
     if unknown := set(keep) - set(PROVOCATIONS):
         raise ValueError(f"unknown provocations {sorted(unknown)}; there are {', '.join(PROVOCATIONS)}")

@@ -44,7 +44,7 @@ class Rotation(NamedTuple):
 
     def __call__(self, x: Array) -> Array:
         """``x [T, heads, head_dim]``, rotated."""
-        return self.rope.turn(x, self.cos, self.sin)
+        return self.rope.rotate_by(x, self.cos, self.sin)
 
 
 class Layers:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxpaged.compilation.executable_cache import digest_of
+from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 from jaxpaged_model.config import ModelConfig, rope_frequencies
@@ -143,7 +143,7 @@ def functional(
         return nnx.merge(graph, params)(tokens, cache, batch, rows)
 
     vars(apply)["program_key"] = (
-        f"{digest_of(Path(__file__).parent)} {config!r} {jnp.dtype(dtype)} {plan!r} {axis}"
+        f"{source_digest(Path(__file__).parent)} {config!r} {jnp.dtype(dtype)} {plan!r} {axis}"
     )
     return apply
 

@@ -41,7 +41,7 @@ def test_every_page_format_has_its_name_on_the_command_line():
 def test_bytes_told_are_those_of_the_arrays(k, v):
     cache_type = CacheType(k, v)
     sizes = {"num_seqs": 2, "context": 40, "tokens": 20, "page_size": 8}
-    for paged in (True, False) if not cache_type.seals else (True,):
+    for paged in (True, False) if not cache_type.has_residual else (True,):
         plan = CachePlan.make(CONFIG, paged=paged, cache_type=cache_type, **sizes)
         cache = plan.create()
         arrays = jax.tree.leaves((cache.k_pages, cache.v_pages) if paged else (cache.k, cache.v))

@@ -52,7 +52,7 @@ def test_the_kit_notices_a_masked_value_that_leaks():
 
 def split(table, entries):
     """The table of the first entries of each sequence, and that of the others."""
-    shift = jnp.arange(table.max_entries) + entries
+    shift = jnp.arange(table.max_pages_per_seq) + entries
 
     def behind(x):
         return x.at[:, shift].get(mode="fill", fill_value=0)

@@ -274,7 +274,7 @@ def test_a_decode_step_fills_the_multiprocessors_once(model, tokens):
         "bfloat16",
         max_q_len=1,
         max_seqs=tokens,
-        max_entries=1024,
+        max_pages_per_seq=1024,
     )
     blocks, room = tokens * heads["num_kv_heads"] * plan.num_splits, 132 * plan.blocks_per_sm
     # More than half of the room is taken, and no block waits for another unless there are too many queries.

@@ -15,7 +15,7 @@ from jaxpaged.attention.cases import CASES, Case
 from jaxpaged.attention.gpu import backend as mosaic_gpu
 from jaxpaged.attention.gpu.quantized import CODES, to_columns, to_numbers
 from jaxpaged.attention.gpu.tile_config import make_plan
-from jaxpaged.pages.formats import BlockPages, hadamard_turn, page_format
+from jaxpaged.pages.formats import BlockPages, hadamard_transform, page_format
 from jaxpaged.testing.conformance import build_case, check_conformance
 
 PAIRS = [("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0")]
@@ -104,13 +104,13 @@ def build(case):
 def attention(q, k_pages, v_pages, *args, **options):
     """The kernel, with outputs turned back as ``api.paged_attention`` does."""
     out, lse = interpreted(q, k_pages, v_pages, *args, **options)
-    return (hadamard_turn(out).astype(q.dtype) if v_pages.format.hadamard else out), lse
+    return (hadamard_transform(out).astype(q.dtype) if v_pages.format.hadamard else out), lse
 
 
 def in_float16(pages):
     """f32[N, KV, page_size, D]: what pages hold, rounded to float16 as it is stored, then turned back."""
     numbers = pages.format.load(pages, jnp.arange(pages.shape[0])).astype(jnp.float16)
-    return hadamard_turn(numbers) if pages.format.hadamard else numbers.astype(jnp.float32)
+    return hadamard_transform(numbers) if pages.format.hadamard else numbers.astype(jnp.float32)
 
 
 def with_numbers_in_float16(built):
@@ -142,7 +142,7 @@ def test_bfloat16_queries_lose_nothing_and_nothing_races(capfd):
     """Weights are rounded to 11 bits; queries only where they are turned."""
     built = build(TELLING[-1])
     built = with_reference(dataclasses.replace(built, q=built.q.astype(jnp.bfloat16)))
-    built = dataclasses.replace(built, out=np.asarray(hadamard_turn(jnp.asarray(built.out)), np.float64))
+    built = dataclasses.replace(built, out=np.asarray(hadamard_transform(jnp.asarray(built.out)), np.float64))
     # Output is compared in bfloat16: half a unit of 4 is 0.008.
     check_conformance(functools.partial(attention, races=True), built, rtol=1e-2, atol=1e-2)
     assert "RACE" not in capfd.readouterr().out
@@ -157,7 +157,9 @@ def test_columns_are_numbers_in_an_order_that_hadamards_matrix_keeps(name, head_
     assert (to_numbers(columns, code, parts) == numbers).all()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, head_dim)), jnp.float32)
     np.testing.assert_allclose(
-        to_columns(hadamard_turn(x), code, parts), hadamard_turn(to_columns(x, code, parts)), atol=1e-5
+        to_columns(hadamard_transform(x), code, parts),
+        hadamard_transform(to_columns(x, code, parts)),
+        atol=1e-5,
     )
 
 
@@ -253,7 +255,7 @@ def test_a_ring_of_codes_keeps_enough_under_way(formats, head_dim):
     """What copies are to bring while a step is computed, for 4.8 TB/s at 700 ns of latency: 25 KB a multiprocessor."""
     kinds = tuple(page_format(name) for name in formats)
     plan = make_plan(
-        8, 32, (4096, 8, 32, head_dim), kinds, "bfloat16", max_q_len=1, max_seqs=8, max_entries=256
+        8, 32, (4096, 8, 32, head_dim), kinds, "bfloat16", max_q_len=1, max_seqs=8, max_pages_per_seq=256
     )
     step = 64 * head_dim // 32 * sum(one.code.bytes for one in kinds)
     assert plan.blocks_per_sm * (plan.stages - 1) * step > 25_000

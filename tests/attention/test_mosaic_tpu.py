@@ -20,7 +20,7 @@ from jaxpaged.attention.tpu import kernel as tpu_kernel
 from jaxpaged.attention.tpu.block_sizes import Blocks, Heads, block_items, choose_blocks, describe
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, PageFormat, hadamard_turn, page_format, token_rows
+from jaxpaged.pages.formats import BlockPages, PageFormat, hadamard_transform, page_format, token_rows
 from jaxpaged.testing.conformance import Built, build_case, check_conformance
 
 INTERPRETER = pltpu.InterpretParams(
@@ -90,7 +90,7 @@ def interpreted(blocks: Blocks | None = None):
         )
         out, lse = jax.jit(run)(q, k_pages, v_pages, table, batch, sinks=sinks)
         turned = isinstance(v_pages, BlockPages) and v_pages.format.hadamard
-        return hadamard_turn(out) if turned else out, lse
+        return hadamard_transform(out) if turned else out, lse
 
     return attention
 

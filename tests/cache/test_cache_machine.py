@@ -80,7 +80,9 @@ class CacheMachine(RuleBasedStateMachine):
         before = snapshot(self.cache)
         counts = jnp.asarray(num_new, jnp.int32)
         needed, can, fits, *_ = map(np.asarray, jit_ask(self.cache, counts))
-        wide = [self.oracle.entries_after(seq, n) <= self.cache.max_entries for seq, n in enumerate(num_new)]
+        wide = [
+            self.oracle.entries_after(seq, n) <= self.cache.max_pages_per_seq for seq, n in enumerate(num_new)
+        ]
         free = self.oracle.num_pages - self.oracle.pages_used
         expected, taken = self.oracle.reserve(num_new, self.token, NUM_TOKENS)
         batch, ok = self.write(counts)

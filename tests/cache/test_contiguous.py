@@ -67,7 +67,7 @@ def filled(*lengths):
 
 def test_reserve_is_all_or_nothing():
     cache = filled(MAX - 1, 5, 0)
-    assert cache.fits(jnp.array([2, 2, MAX + 1])).tolist() == [False, True, False]
+    assert cache.can_reserve_each(jnp.array([2, 2, MAX + 1])).tolist() == [False, True, False]
     after, batch, ok = cache.reserve(jnp.array([2, 2, 0]))
     assert not ok and not batch.valid.any()
     np.testing.assert_array_equal(after.lengths, cache.lengths)

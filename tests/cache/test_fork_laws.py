@@ -23,7 +23,13 @@ retain, release, can_allocate = map(jax.jit, (pages_of.retain, pages_of.release,
 
 def empty(page_size: int = PAGE_SIZE) -> PagedKVCache:
     return PagedKVCache.create(
-        num_layers=1, num_kv_heads=1, head_dim=1, num_pages=N, max_seqs=S, page_size=page_size, max_entries=8
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=1,
+        num_pages=N,
+        max_seqs=S,
+        page_size=page_size,
+        max_pages_per_seq=8,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpaged import PagedKVCache, check_invariants, reserve, seq_remove
-from jaxpaged.cache.sharing import pin_pages, read_pages, seq_adopt, seq_place, unpin_pages, write_pages
+from jaxpaged.cache.sharing import pin_pages, read_pages, seq_allocate, seq_attach, unpin_pages, write_pages
 from jaxpaged.engine.swap import numbered
 
 S, N, P, PS = 3, 12, 6, 8
@@ -17,7 +17,7 @@ S, N, P, PS = 3, 12, 6, 8
 def filled(dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8)) -> PagedKVCache:
     """Sequences with random keys and values in two layers."""
     cache = PagedKVCache.create(
-        num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_entries=P,
+        num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_pages_per_seq=P,
         dtype=dtype, layout=layout,
     )  # fmt: skip
     cache, batch, ok = reserve(cache, np.array(lengths))
@@ -32,7 +32,7 @@ def filled(dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8)) ->
 def adopt(cache: PagedKVCache, seq: int, pages: list[int], tokens: int):
     rows, counts = np.full((S, P), N, np.int32), np.zeros(S, np.int32)
     rows[seq, : len(pages)], counts[seq] = pages, tokens
-    return seq_adopt(cache, jnp.asarray(rows), jnp.asarray(counts))
+    return seq_attach(cache, jnp.asarray(rows), jnp.asarray(counts))
 
 
 def attended(cache: PagedKVCache, seq: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def test_pages_go_to_the_host_and_back(dtype, layout):
     data = jax.tree.map(np.array, read_pages(cache, jnp.asarray(pages)))
     cache, _ = seq_remove(cache, 0)
     cache = write_pages(cache, jnp.arange(N), jax.tree.map(jnp.zeros_like, read_pages(cache, jnp.arange(N))))
-    cache, ok = seq_place(cache, jnp.int32(1), row, jnp.int32(len(pages)))
+    cache, ok = seq_allocate(cache, jnp.int32(1), row, jnp.int32(len(pages)))
     assert ok
     check_invariants(cache)
     cache = write_pages(cache, cache.table.pages[1, : len(pages)], data)
@@ -117,7 +117,7 @@ def test_a_sequence_is_placed_whole_or_not_at_all():
     cache = filled(lengths=(19, 0, 40))
     row, _ = numbered(jax.tree.map(lambda field: np.asarray(field)[2], cache.table))
     for seq, count in ((1, 5), (0, 1)):  # four pages are free; a sequence is not empty
-        after, ok = seq_place(cache, jnp.int32(seq), row, jnp.int32(count))
+        after, ok = seq_allocate(cache, jnp.int32(seq), row, jnp.int32(count))
         assert not ok
         for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
             np.testing.assert_array_equal(new, old)
@@ -131,7 +131,7 @@ def test_entries_that_share_a_page_share_it_again():
     assert len(pages) == 3
     assert row.pages[:4].tolist() == [0, 0, 1, 2]
     cache, _ = seq_remove(cache, 0)
-    cache, ok = seq_place(cache, jnp.int32(1), row, jnp.int32(3))
+    cache, ok = seq_allocate(cache, jnp.int32(1), row, jnp.int32(3))
     assert ok
     check_invariants(cache)
     cache, _ = seq_remove(cache, 1)

@@ -337,7 +337,7 @@ def test_out_of_pages_names_both_numbers_and_leaves_the_cache_usable() -> None:
     [
         ((1, -2, 0, 0), None, "num_new must not be negative, got -2"),
         ((3, 2, 0, 0), 4, "asks for 5 tokens, the step has 4 rows"),
-        ((0, 0, 81, 0), None, "sequence 2 would need more than max_entries = 10 entries"),
+        ((0, 0, 81, 0), None, "sequence 2 would need more than max_pages_per_seq = 10 entries"),
         ((1, 1, 1), None, r"one count a sequence, \[4\], got shape \(3,\)"),
         ((1, 1, 1, 1), 0, "num_tokens must be positive, got 0"),
     ],
@@ -387,7 +387,7 @@ def test_rows_of_a_step_are_static() -> None:
         ({"page_size": 512}, "from 8 to 256, got 512"),
         ({"num_pages": 0}, "num_pages must be positive, got 0"),
         ({"max_seqs": -1}, "max_seqs must be positive, got -1"),
-        ({"max_entries": 0}, "max_entries must be positive, got 0"),
+        ({"max_pages_per_seq": 0}, "max_pages_per_seq must be positive, got 0"),
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
         ({"num_kv_heads": 0}, "num_kv_heads must be positive, got 0"),
         ({"head_dim": 0}, "head_dim must be positive, got 0"),
@@ -405,7 +405,7 @@ def test_sizes_are_read_off_the_arrays(dtype: str) -> None:
     cache = PagedKVCache.create(
         num_layers=3, num_kv_heads=2, head_dim=5, num_pages=7, max_seqs=2, dtype=dtype
     )
-    assert (cache.num_layers, cache.num_pages, cache.max_seqs, cache.max_entries) == (3, 7, 2, 7)
+    assert (cache.num_layers, cache.num_pages, cache.max_seqs, cache.max_pages_per_seq) == (3, 7, 2, 7)
     assert cache.page_size == 32 and cache.kind == "paged"
     assert cache.bytes_per_page * 7 == sum(x.nbytes for x in cache.k_pages + cache.v_pages)
     check_invariants(cache)
@@ -529,7 +529,7 @@ def big_step(num_pages: int) -> tuple[PagedKVCache, jax.stages.Compiled]:
         num_pages=num_pages,
         max_seqs=256,
         page_size=8,
-        max_entries=64,
+        max_pages_per_seq=64,
     )
     step = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")
     return cache, step.lower(cache, jnp.ones(256, jnp.int32), num_tokens=256).compile()

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.compilation import executable_cache as kept_programs
-from jaxpaged.compilation.executable_cache import compiled, keep_in
+from jaxpaged.compilation import executable_cache
+from jaxpaged.compilation.executable_cache import cached_compile, set_directory
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path):
-    keep_in(tmp_path / "programs")
+    set_directory(tmp_path / "programs")
     yield tmp_path / "programs"
-    keep_in(None)
+    set_directory(None)
 
 
 def times(factor):
@@ -25,7 +25,9 @@ def times(factor):
 
 def ask(factor=3, shape=(4,), dtype=jnp.float32, static=None, name="times"):
     given = (jax.ShapeDtypeStruct(shape, dtype),)
-    return compiled(lambda: times(factor).lower(*given), name, (factor,) if static is None else static, given)
+    return cached_compile(
+        lambda: times(factor).lower(*given), name, (factor,) if static is None else static, given
+    )
 
 
 def test_a_program_is_found_and_is_the_same():
@@ -53,8 +55,8 @@ def test_another_program_is_another(other):
     "change",
     [
         lambda patch: patch.setenv("XLA_FLAGS_LIKE", "1"),
-        lambda patch: patch.setattr(kept_programs, "_installed", lambda: "another version"),
-        lambda patch: patch.setattr(kept_programs, "_surroundings", lambda: "another machine"),
+        lambda patch: patch.setattr(executable_cache, "_installed", lambda: "another version"),
+        lambda patch: patch.setattr(executable_cache, "_surroundings", lambda: "another machine"),
     ],
 )
 def test_what_is_around_counts(monkeypatch, change):
@@ -67,11 +69,11 @@ def test_sources_count(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     (package / "a.py").write_text("x = 1")
-    digests = [kept_programs.digest_of.__wrapped__(package)]
+    digests = [executable_cache.source_digest.__wrapped__(package)]
     (package / "a.py").write_text("x = 2")
-    digests.append(kept_programs.digest_of.__wrapped__(package))
+    digests.append(executable_cache.source_digest.__wrapped__(package))
     (package / "a.py").rename(package / "b.py")
-    digests.append(kept_programs.digest_of.__wrapped__(package))
+    digests.append(executable_cache.source_digest.__wrapped__(package))
     assert len(set(digests)) == 3
 
 
@@ -104,18 +106,18 @@ def test_a_damaged_file_is_compiled_again(folder, damage):
 
 
 def test_what_was_not_used_for_longest_goes(folder, monkeypatch):
-    monkeypatch.setattr(kept_programs, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(executable_cache, "MOST_PROGRAMS", 2)
     for factor in (1, 2):
         ask(factor)
     for age, path in zip((200, 100), sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime), strict=True):
-        kept_programs.os.utime(path, (1e9 - age, 1e9 - age))
+        executable_cache.os.utime(path, (1e9 - age, 1e9 - age))
     assert ask(1).found
     ask(3)
     assert ask(1).found and ask(3).found and not ask(2).found
 
 
 def test_nothing_is_kept_unless_asked_for(folder):
-    keep_in(None)
+    set_directory(None)
     assert not ask().found and not ask().found
     assert not list(folder.iterdir())
 
@@ -124,7 +126,7 @@ def test_the_folder_is_its_users_alone(folder, tmp_path):
     assert folder.stat().st_mode & 0o077 == 0
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        keep_in(tmp_path / "file" / "programs")
+        set_directory(tmp_path / "file" / "programs")
 
 
 def test_jaxs_own_cache_goes_on(tmp_path):

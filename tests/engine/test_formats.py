@@ -31,7 +31,7 @@ def test_random_requests_leave_no_page_behind():
         "head_dim": HIDDEN,
         "num_pages": 12,
         "max_seqs": 3,
-        "max_entries": 9,
+        "max_pages_per_seq": 9,
     }
     cache = PagedKVCache.create(**sizes, page_size=32, dtype="kivi4")
     config = EngineConfig(

@@ -281,7 +281,7 @@ def test_other_prompts_limits_and_parameters_do_not_retrace(params: Any) -> None
 
 
 def test_the_program_writes_the_pool_in_place(params: Any) -> None:
-    cache = paged(9, 4096, max_entries=8)
+    cache = paged(9, 4096, max_pages_per_seq=8)
     request, shape = rooms._request(cache, PROMPTS, WIDTH, 8, 1.0, False, 1, (), 64)
     program = rooms._beam_search_donating.lower(toy, shape, params, cache, request).compile()
     memory = program.memory_analysis()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from jaxpaged import (
     check_invariants,
     generate,
     generate_stream,
+    read_snapshot,
+    restore,
+    snapshot,
 )
 from jaxpaged.generation import loop as rooms
 
@@ -395,3 +399,20 @@ def test_bad_arguments_are_named(params: Any, changed: dict[str, Any], message: 
     arguments: dict[str, Any] = {"prompts": PROMPTS, "max_new_tokens": 4, **changed}
     with pytest.raises(ValueError, match=message):
         generate(toy, params, paged(), arguments.pop("prompts"), **arguments)
+
+
+def test_generation_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, params: Any) -> None:
+    # Limits of one size are one program; sequences 0 and 1 end early, and go on elsewhere.
+    prompts = PROMPTS
+    whole, _ = generate(toy, params, paged(), prompts, max_new_tokens=16, keep=True)
+    half, cache = generate(toy, params, paged(), prompts, max_new_tokens=[6, 6, 16], keep=True)
+    expected, tokens = rows_of(whole), rows_of(half)
+    held = [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
+    snapshot(cache, tmp_path / "half", token_ids=held, fingerprint="a model")
+    saved = read_snapshot(tmp_path / "half", fingerprint="a model")
+    assert list(saved.token_ids.values()) == held
+    cache = restore(paged(num_pages=30, page_size=32), saved)
+    newest = [new[-1:] for new in tokens[:2]]
+    rest, _ = generate(toy, params, cache, newest, max_new_tokens=10, keep=True)
+    joined = [a + b for a, b in zip(tokens, rows_of(rest), strict=True)]
+    assert joined == expected

@@ -24,7 +24,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
 }
 SIZES = (1, 2, 4)  # of 4 query heads and 2 KV heads
 # Written independently of ``jaxpaged_model.checkpoint.shards``: which axis of a layer's matrix is split, by its name.
-ROWS = (
+BATCH = (
     "q_proj",
     "k_proj",
     "v_proj",
@@ -75,7 +75,7 @@ def open_model(kind: str, folder: Path) -> tuple[Any, Any, str]:
 
 def cut_axis(name: str) -> int | None:
     module, _, weight = name.rpartition(".")
-    if module.endswith(ROWS):
+    if module.endswith(BATCH):
         return 0
     return 1 if module.endswith(COLUMNS) and weight == "weight" else None
 

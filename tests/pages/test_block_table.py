@@ -111,7 +111,7 @@ def test_lengths_and_positions(listed: list[BlockTable]) -> None:
 
 def test_an_empty_table_has_no_positions() -> None:
     table = tables.create(3, P, N)
-    assert (table.max_seqs, table.max_entries) == (3, P)
+    assert (table.max_seqs, table.max_pages_per_seq) == (3, P)
     assert tables.lengths(table).tolist() == [0] * 3
     assert tables.position_min(table).tolist() == tables.position_max(table).tolist() == [-1] * 3
 
@@ -126,7 +126,7 @@ def test_ranges_are_read_as_llama_cpp_reads_them(given_range: tuple[int, int], r
 
 
 @pytest.mark.parametrize(
-    ("sizes", "name"), [((0, 1, 1), "max_seqs"), ((1, 0, 1), "max_entries"), ((1, 1, -4), "num_pages")]
+    ("sizes", "name"), [((0, 1, 1), "max_seqs"), ((1, 0, 1), "max_pages_per_seq"), ((1, 1, -4), "num_pages")]
 )
 def test_sizes_are_positive(sizes: tuple[int, int, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive, got {min(sizes)}"):

@@ -69,7 +69,7 @@ def test_bytes_per_page_are_those_of_its_arrays() -> None:
 
 
 def test_only_what_the_kernel_reads_has_lanes() -> None:
-    turned = page_format("q4_0").turned(True).on_lanes(64)
+    turned = page_format("q4_0").with_hadamard(True).on_lanes(64)
     assert isinstance(turned, LaneBlockFormat) and turned.hadamard
     for name in ("q5_0", "q4_1", "iq4_nl", "kivi4"):
         assert page_format(name).on_lanes(64) is page_format(name)

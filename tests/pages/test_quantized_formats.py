@@ -19,19 +19,19 @@ from jaxpaged.pages.formats import (
     PAGE_FORMATS,
     BlockFormat,
     BlockPages,
-    SealedFormat,
-    hadamard_turn,
+    ResidualFormat,
+    hadamard_transform,
     k_quants,
 )
 
-BY_ROW = [name for name, one in PAGE_FORMATS.items() if isinstance(one, BlockFormat) and not one.seals]
-SEALED = [name for name, one in PAGE_FORMATS.items() if one.seals]
+BY_ROW = [name for name, one in PAGE_FORMATS.items() if isinstance(one, BlockFormat) and not one.has_residual]
+SEALED = [name for name, one in PAGE_FORMATS.items() if one.has_residual]
 QUANTIZERS = [name for name in BY_ROW if name != "iq4_nl"]  # the gguf package only reads that one
 
 
 def plain(name: str) -> Any:
     """The format without the Hadamard turn."""
-    return PAGE_FORMATS[name].turned(False)
+    return PAGE_FORMATS[name].with_hadamard(False)
 
 
 def rows() -> np.ndarray:
@@ -118,7 +118,7 @@ def errors(name: str, x: np.ndarray) -> np.ndarray:
     """Mean square error of each page of ``x [pages, page_size, head_dim]``."""
     storage = plain(name)
     parts = encoder(name)(x)
-    sizes = x.shape[-2:] if isinstance(storage, SealedFormat) else ()
+    sizes = x.shape[-2:] if isinstance(storage, ResidualFormat) else ()
     return ((np.asarray(storage.decode(parts, *sizes)) - x) ** 2).mean((-1, -2))
 
 
@@ -159,7 +159,7 @@ def test_bytes_of_a_page_are_those_of_the_arrays(name: str) -> None:
     assert cache.bytes_per_page == 3 * sum(
         storage.bytes_per_page(2, 16, 64) for storage in (cache.k_format, cache.v_format)
     )
-    assert (cache.bytes_of_open_pages > 0) == PAGE_FORMATS[name].seals
+    assert (cache.bytes_of_staging > 0) == PAGE_FORMATS[name].has_residual
 
 
 @pytest.mark.parametrize("name", [*BY_ROW, "fp8_e4m3"])
@@ -217,13 +217,13 @@ def test_pairs_that_do_not_fit_are_refused_with_what_does(
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_a_hadamard_turn_changes_no_product_and_undoes_itself(head_dim: int) -> None:
     q, k = np.random.default_rng(5).standard_normal((2, 50, head_dim)).astype(np.float32)
-    turned_q, turned_k = (np.asarray(hadamard_turn(jnp.asarray(x)), np.float64) for x in (q, k))
+    turned_q, turned_k = (np.asarray(hadamard_transform(jnp.asarray(x)), np.float64) for x in (q, k))
     rounding = 2e-7 * np.linalg.norm(q, axis=1).max() * np.linalg.norm(k, axis=1).max()
     np.testing.assert_allclose(turned_q @ turned_k.T, q.astype(np.float64) @ k.T, rtol=0, atol=rounding)
     np.testing.assert_allclose(
-        hadamard_turn(jnp.asarray(turned_k, jnp.float32)), k, rtol=0, atol=rounding / 4
+        hadamard_transform(jnp.asarray(turned_k, jnp.float32)), k, rtol=0, atol=rounding / 4
     )
     outlier = np.zeros(head_dim, np.float32)
     outlier[7] = 1
-    spread = np.abs(hadamard_turn(jnp.asarray(outlier)))
+    spread = np.abs(hadamard_transform(jnp.asarray(outlier)))
     assert spread.max() <= (head_dim & -head_dim) ** -0.5 * 1.0001

@@ -23,7 +23,7 @@ from jaxpaged.cache.defragment import seq_defragment
 from jaxpaged.cache.invariants import check_invariants
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.batch import Batch
-from jaxpaged.pages.formats import SealedFormat, SealedPages
+from jaxpaged.pages.formats import ResidualFormat, ResidualPages
 from jaxpaged.pages.formats.residual import PageCode
 
 PAGE_SIZE, MAX_SEQS, NUM_TOKENS, DIM = 8, 4, 40, 32
@@ -46,13 +46,13 @@ class Lossless(PageCode):
         return parts["numbers"] - 1
 
 
-LOSSLESS = SealedFormat("lossless", jnp.float32, Lossless())
+LOSSLESS = ResidualFormat("lossless", jnp.float32, Lossless())
 
 
-def create(*, k: SealedFormat = LOSSLESS, v: str = "f32", num_pages: int = 40) -> PagedKVCache:
+def create(*, k: ResidualFormat = LOSSLESS, v: str = "f32", num_pages: int = 40) -> PagedKVCache:
     sizes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": DIM, "page_size": PAGE_SIZE}
     cache = PagedKVCache.create(**sizes, num_pages=num_pages, max_seqs=MAX_SEQS, k_dtype="q4_k", v_dtype=v)
-    pages = k.create(num_pages, 2, PAGE_SIZE, DIM, num_open=MAX_SEQS)
+    pages = k.create(num_pages, 2, PAGE_SIZE, DIM, num_residual=MAX_SEQS)
     # Whatever is read without having been written shows.
     pages = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages)
     return replace(cache, k_pages=(pages,), k_format=k)
@@ -68,7 +68,7 @@ def step(cache: PagedKVCache, num_new: Array, first_token: Array) -> tuple[Paged
 def read(cache: PagedKVCache) -> tuple[Array, Array]:
     """Every page, open or sealed, as attention reads it: keys and values ``[N, page_size]``."""
     k, v = cache.pages(0)
-    assert isinstance(k, SealedPages)
+    assert isinstance(k, ResidualPages)
     return k.format.load(k, jnp.arange(cache.num_pages))[:, 1, :, 3], v[:, 1, :, 3]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cache_oracle import jit_copy, jit_remove, jit_step, make_cache
 
-from jaxpaged import PagedKVCache, PageMap, draw_page_map, draw_page_map_frames
+from jaxpaged import PagedKVCache, PageMap, draw_page_map, draw_page_map_animation
 from jaxpaged.pictures.page_map import MAX_COLUMNS, colour
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -146,7 +146,7 @@ def test_frames_hold_what_changed_and_add_up_to_every_state() -> None:
         cache, *_ = jit_step(cache, jnp.asarray(counts), 0, num_tokens=64)
         states.append((f"step {n} </script>", PageMap.of(cache)))
     cache, _ = jit_remove(cache, 1)
-    page = draw_page_map_frames([*states, ("last", cache)])
+    page = draw_page_map_animation([*states, ("last", cache)])
     data = frames_of(page)
     assert page.count("</script>") == 1 and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in page and "src=" not in page
@@ -163,9 +163,9 @@ def test_frames_hold_what_changed_and_add_up_to_every_state() -> None:
 
 def test_frames_must_be_of_one_pool() -> None:
     with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
-        draw_page_map_frames([])
+        draw_page_map_animation([])
     with pytest.raises(ValueError, match=r"frames must be of one pool, got .*\[\(1, 8\), \(2, 8\)\]"):
-        draw_page_map_frames([("a", PageMap(8, (0,), {})), ("b", PageMap(8, (0, 0), {}))])
+        draw_page_map_animation([("a", PageMap(8, (0,), {})), ("b", PageMap(8, (0, 0), {}))])
 
 
 def test_the_picture_in_the_docs_is_what_its_script_draws() -> None:

@@ -92,7 +92,7 @@ def act(
     }
     branches = [possible[i if i in edits else NOTHING] for i in EDITS]
     cache, edited = jax.lax.switch(kind, branches, cache)
-    fits = cache.fits(num_new)
+    fits = cache.can_reserve_each(num_new)
     cache, batch, reserved = cache.reserve(num_new, num_tokens=T)
     q, k = (rope.rotate(rows[name], batch.rope_positions) for name in ("q", "k"))
     outs = []
@@ -100,7 +100,7 @@ def act(
         layer, variant = i % cache.num_layers, variants[i % len(variants)]
         out, cache = cache.attend(layer, q, (1 + layer) * k, rows["v"] - layer, batch, rope=rope, **variant)
         outs.append(out)
-    return cache, batch, jnp.stack(outs), {"edited": edited, "reserved": reserved, "fits": fits}
+    return cache, batch, jnp.stack(outs), {"edited": edited, "reserved": reserved, "can_reserve_each": fits}
 
 
 @dataclass(repr=False)
@@ -218,7 +218,7 @@ class Twins:
                 assert local.num_entries[rank, seq] == len(mine)
                 for name in names:
                     kept = getattr(table, name)[seq, mine]
-                    expected = np.full(table.max_entries, none if name == "pages" else 0)
+                    expected = np.full(table.max_pages_per_seq, none if name == "pages" else 0)
                     expected[: len(mine)] = kept // self.size if name == "pages" else kept
                     np.testing.assert_array_equal(getattr(local, name)[rank, seq], expected)
                 self.seen["rank without a page"] += used > 0 and len(mine) == 0

@@ -18,12 +18,12 @@ from jaxpaged.cache import sequences
 from jaxpaged.cache import sharing as adoption
 from jaxpaged.generation.loop import generate
 from jaxpaged.sharding.mesh import (
+    BATCH,
     CACHE,
+    GATHERED,
     PARAMS,
-    RESULT,
-    ROWS,
-    SAME,
-    Deal,
+    REPLICATED,
+    BatchSharding,
     MeshError,
     ShardedCache,
     check_heads,
@@ -81,7 +81,7 @@ def test_arrays_without_elements_go_through_a_program(model):
         assert (rows.shape, same["x"].shape) == ((S, 0), (0, 2))
         return cache, rows, rows.shape[0] + same["y"]
 
-    program = jax.jit(over_mesh(function, (CACHE, ROWS, SAME), (CACHE, ROWS, ROWS)))
+    program = jax.jit(over_mesh(function, (CACHE, BATCH, REPLICATED), (CACHE, BATCH, BATCH)))
     same = {"x": np.zeros((0, 2), np.float32), "y": np.arange(3), "none": None}
     _, rows, sums = program(sharded, put(model.mesh, rows), same)
     assert rows.shape == (DATA, S, 0)
@@ -113,7 +113,7 @@ def test_heads_are_dealt_evenly_or_refused_with_what_is_allowed(q_heads: int, kv
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8))
 def test_what_is_dealt_comes_back_in_order(shards: int, prompts: int, samples: int):
     mesh = type("Mesh", (), {"shape": {"data": shards}})
-    deal = Deal.of(mesh, prompts, samples)
+    deal = BatchSharding.of(mesh, prompts, samples)
     padded = prompts if deal.splits else -(-prompts // shards) * shards
     rows = np.arange(padded * samples)
     dealt = deal.rows(rows)
@@ -134,16 +134,16 @@ def test_nothing_that_edits_tables_talks(model):
     pages = np.zeros((DATA, 4), np.int32)
     one = np.int32(0)
     programs = {
-        "reserve": (lambda c, n: c.reserve(n, num_tokens=T), (ROWS,), (CACHE, ROWS, ROWS), (counts,)),
-        "fits": (lambda c, n: (c, c.fits(n)), (ROWS,), (CACHE, ROWS), (counts,)),
-        "seq_remove": (sequences.seq_remove, (ROWS, SAME, SAME), (CACHE, ROWS), (marked, one, one)),
-        "seq_copy": (sequences.seq_copy, (SAME,) * 4, (CACHE, ROWS), (one, one, one, one)),
-        "seq_keep": (sequences.seq_keep, (SAME,), (CACHE, ROWS), (one,)),
-        "seq_shift": (sequences.seq_shift, (SAME,) * 4, (CACHE, ROWS), (one, one, one, one)),
-        "seq_reorder": (sequences.seq_reorder, (ROWS,), (CACHE,), (counts,)),
+        "reserve": (lambda c, n: c.reserve(n, num_tokens=T), (BATCH,), (CACHE, BATCH, BATCH), (counts,)),
+        "can_reserve_each": (lambda c, n: (c, c.can_reserve_each(n)), (BATCH,), (CACHE, BATCH), (counts,)),
+        "seq_remove": (sequences.seq_remove, (BATCH, REPLICATED, REPLICATED), (CACHE, BATCH), (marked, one, one)),
+        "seq_copy": (sequences.seq_copy, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
+        "seq_keep": (sequences.seq_keep, (REPLICATED,), (CACHE, BATCH), (one,)),
+        "seq_shift": (sequences.seq_shift, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
+        "seq_reorder": (sequences.seq_reorder, (BATCH,), (CACHE,), (counts,)),
         "seq_drop_unseen": (lambda c: sequences.seq_drop_unseen(c, 16), (), (CACHE,), ()),
-        "pin": (adoption.pin_pages, (ROWS,), (CACHE,), (pages,)),
-        "adopt": (adoption.seq_adopt, (ROWS, ROWS), (CACHE, ROWS), (np.zeros((DATA, S, N), np.int32), counts)),
+        "pin": (adoption.pin_pages, (BATCH,), (CACHE,), (pages,)),
+        "adopt": (adoption.seq_attach, (BATCH, BATCH), (CACHE, BATCH), (np.zeros((DATA, S, N), np.int32), counts)),
         "clear": (cache.clear, (), (CACHE,), ()),
     }  # fmt: skip
     for name, (function, takes, gives, arguments) in programs.items():
@@ -161,7 +161,7 @@ def test_a_step_sums_twice_a_layer_and_tells_nothing_else(model, rows: int):
         return cache, jnp.argmax(logits, -1)
 
     arguments = model.params, sharded, np.zeros((DATA, rows), np.int32), np.ones((DATA, S), np.int32)
-    program = compiled(step, sharded, (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS), *arguments, donate=1)
+    program = compiled(step, sharded, (PARAMS, CACHE, BATCH, BATCH), (CACHE, BATCH), *arguments, donate=1)
     # The devices of a data shard, and no others, are summed over.
     assert collectives(program, model.mesh) == {("all-reduce", "tensor"): 2 * model.config.num_layers}
 
@@ -175,7 +175,7 @@ def test_data_alone_needs_no_collective():
         return cache, model.function(params, tokens, cache, batch, batch.last_rows)[0]
 
     arguments = model.params, sharded, np.zeros((4, S), np.int32), np.ones((4, S), np.int32)
-    program = compiled(step, sharded, (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS), *arguments, donate=1)
+    program = compiled(step, sharded, (PARAMS, CACHE, BATCH, BATCH), (CACHE, BATCH), *arguments, donate=1)
     assert collectives(program, model.mesh).keys() <= {("all-reduce", "")}  # sums over groups of one device
 
 
@@ -188,7 +188,7 @@ def test_the_pool_is_not_copied(model):
         return cache, model.function(params, tokens, cache, batch, batch.last_rows)[0]
 
     arguments = model.params, sharded, np.zeros((DATA, S), np.int32), np.ones((DATA, S), np.int32)
-    program = compiled(step, sharded, (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS), *arguments, donate=1)
+    program = compiled(step, sharded, (PARAMS, CACHE, BATCH, BATCH), (CACHE, BATCH), *arguments, donate=1)
     memory = program.memory_analysis()
     pool = sharded.local.bytes_per_page * sharded.local.num_pages
     assert memory.alias_size_in_bytes >= pool
@@ -200,7 +200,9 @@ def test_the_pool_is_not_copied(model):
 def test_shards_have_tables_and_pools_of_their_own(model):
     sharded = mesh_kit.create_cache(model, S, N)
     assert (sharded.num_shards, sharded.max_seqs) == (DATA, DATA * S)
-    reserve = jax.jit(over_mesh(partial(cache.reserve, num_tokens=T), (CACHE, ROWS), (CACHE, ROWS, RESULT)))
+    reserve = jax.jit(
+        over_mesh(partial(cache.reserve, num_tokens=T), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
+    )
     wanted = np.asarray([[5, 0, 0], [1, 1, 1]], np.int32)
     after, _, ok = reserve(sharded, put(sharded.mesh, wanted))
     assert np.asarray(ok).all()
@@ -218,7 +220,9 @@ def test_shards_have_tables_and_pools_of_their_own(model):
 def test_a_pool_that_is_full_leaves_the_others_alone(model):
     """Nothing is lost where one shard's reserve fails."""
     sharded = mesh_kit.create_cache(model, S, 2)
-    reserve = jax.jit(over_mesh(partial(cache.reserve, num_tokens=32), (CACHE, ROWS), (CACHE, ROWS, RESULT)))
+    reserve = jax.jit(
+        over_mesh(partial(cache.reserve, num_tokens=32), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
+    )
     after, _, ok = reserve(sharded, put(sharded.mesh, np.asarray([[20, 0, 0], [8, 0, 0]], np.int32)))
     np.testing.assert_array_equal(np.asarray(ok), [False, True])
     np.testing.assert_array_equal(np.asarray(after.pages_used), [0, 1])

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_generation as generating
 from cache_oracle import (
     jit_copy,
     jit_remove,
@@ -33,14 +32,12 @@ from jaxpaged import (
     Snapshot,
     SnapshotError,
     check_invariants,
-    generate,
     read_snapshot,
     restore,
     snapshot,
 )
 from jaxpaged.storage.snapshot_file import write_snapshot
 
-params = generating.params
 PAGE_SIZES = [8, 16, 32, 64, 128, 256]
 MODEL = "a model"
 
@@ -53,7 +50,7 @@ def step(cache: PagedKVCache, counts: list[int], first: int) -> PagedKVCache:
 
 def make(**sizes: Any) -> PagedKVCache:
     """One shape for most tests, so that little is compiled."""
-    return make_cache(**({"num_pages": 24, "max_seqs": 5, "max_entries": 12} | sizes))
+    return make_cache(**({"num_pages": 24, "max_seqs": 5, "max_pages_per_seq": 12} | sizes))
 
 
 def tangled() -> PagedKVCache:
@@ -168,8 +165,8 @@ def test_rows_stay_where_they_were_when_moving_them_together_takes_more_entries_
     for p0, p1 in ((24, 32), (16, 20), (4, 8)):
         source, _ = jit_remove(source, 0, p0, p1)
     saved = save(source, tmp_path / "holes", 0)
-    for max_entries, pages, entries in ((12, 2, 4), (3, 3, 3)):
-        cache = restore(make(max_entries=max_entries), saved)
+    for max_pages_per_seq, pages, entries in ((12, 2, 4), (3, 3, 3)):
+        cache = restore(make(max_pages_per_seq=max_pages_per_seq), saved)
         check_invariants(cache)
         assert contents(cache, 0) == contents(source, 0)
         assert (int(cache.pages_used), int(cache.table.num_entries[0])) == (pages, entries)
@@ -265,7 +262,7 @@ def test_any_history_comes_back(
     again = restore(again, saved)
     assert [contents(again, seq) for seq in range(5)] == [contents(cache, seq) for seq in range(5)]
     save(again, path / "again")
-    other = restore(make(num_pages=40, max_entries=40, page_size=page_size), saved, p1=p1)
+    other = restore(make(num_pages=40, max_pages_per_seq=40, page_size=page_size), saved, p1=p1)
     check_invariants(other)
     for seq in range(5):
         kept = [n for n, p in enumerate(contents(cache, seq)[0]) if p1 < 0 or p < p1]
@@ -285,23 +282,6 @@ def test_where_sequences_lay_in_the_pool_is_not_saved(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_generation_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, params: Any) -> None:
-    # Limits of one size are one program; sequences 0 and 1 end early, and go on elsewhere.
-    toy, prompts = generating.toy, generating.PROMPTS
-    whole, _ = generate(toy, params, generating.paged(), prompts, max_new_tokens=16, keep=True)
-    half, cache = generate(toy, params, generating.paged(), prompts, max_new_tokens=[6, 6, 16], keep=True)
-    expected, tokens = generating.rows_of(whole), generating.rows_of(half)
-    held = [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
-    snapshot(cache, tmp_path / "half", token_ids=held, fingerprint=MODEL)
-    saved = read_snapshot(tmp_path / "half", fingerprint=MODEL)
-    assert list(saved.token_ids.values()) == held
-    cache = restore(generating.paged(num_pages=30, page_size=32), saved)
-    newest = [new[-1:] for new in tokens[:2]]
-    rest, _ = generate(toy, params, cache, newest, max_new_tokens=10, keep=True)
-    joined = [a + b for a, b in zip(tokens, generating.rows_of(rest), strict=True)]
-    assert joined == expected
-
-
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     saved = save(tangled(), tmp_path / "all")
     one = save(tangled(), tmp_path / "one", 1)
@@ -317,7 +297,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     full = step(make(num_pages=6), [30, 16, 0, 0, 0], 0)
     refused(full, OutOfPages, "out of pages: 2 asked for, 0 free", saved=one, seq=2)
     refused(make(max_seqs=4), SnapshotError, "the snapshot has a sequence 4, the cache 4")
-    refused(make(max_entries=3), SnapshotError, "needs 5 entries, .* has 3")
+    refused(make(max_pages_per_seq=3), SnapshotError, "needs 5 table entries, max_pages_per_seq is 3")
     for sizes in (
         {"num_layers": 1}, {"num_kv_heads": 1}, {"head_dim": 4}, {"dtype": "f16"}, {"dtype": "bf16"},
     ):  # fmt: skip

@@ -134,15 +134,15 @@ def test_sealed_pages_of_another_size_and_other_formats_are_refused(tmp_path: Pa
         restore(create(k_dtype="q4_0", v_dtype="kivi4", hadamard=False), saved)
 
 
-@pytest.mark.parametrize("open_pages", [[99], [0, 0], [-1], [0]])
-def test_open_pages_that_cannot_be_are_refused(tmp_path: Path, open_pages: list[int]) -> None:
+@pytest.mark.parametrize("staging", [[99], [0, 0], [-1], [0]])
+def test_open_pages_that_cannot_be_are_refused(tmp_path: Path, staging: list[int]) -> None:
     saved = saved_as(shared(dtype="kivi4"), tmp_path / "file")
-    assert 0 not in saved.open_pages
-    wrong = np.asarray(open_pages, np.int32)
+    assert 0 not in saved.staging
+    wrong = np.asarray(staging, np.int32)
     layers = [
         tuple({**one, "open": np.resize(one["open"], (len(wrong), *one["open"].shape[1:]))} for one in side)
         for side in (saved.keys, saved.values)
     ]
-    write_snapshot(tmp_path / "file", replace(saved, open_pages=wrong, keys=layers[0], values=layers[1]))
-    with pytest.raises(SnapshotError, match="holds: open_pages"):
+    write_snapshot(tmp_path / "file", replace(saved, staging=wrong, keys=layers[0], values=layers[1]))
+    with pytest.raises(SnapshotError, match="holds: staging"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)

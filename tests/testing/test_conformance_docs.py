@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpaged.attention import paged_attention
-from jaxpaged.testing.conformance import PROVOCATIONS, Case, Verdict, build_case, calm, judge
+from jaxpaged.testing.conformance import PROVOCATIONS, Case, Verdict, benign_fill, build_case, judge
 
 PAGE = Path(__file__, "../../../docs/conformance.md").resolve().read_text()
 CODE, PRINTED, DIFF = (
@@ -50,28 +50,32 @@ def last_page(v_pages, table):
 
 
 def free_page(v_pages, table):
-    held = np.asarray(table.pages)[np.arange(table.max_entries) < np.asarray(table.num_entries)[:, None]]
+    held = np.asarray(table.pages)[
+        np.arange(table.max_pages_per_seq) < np.asarray(table.num_entries)[:, None]
+    ]
     return v_pages[np.setdiff1d(np.arange(len(v_pages)), held)[0], 0, 0, 0]
 
 
 def stale_entry(v_pages, table):
-    """NaN if any table row holds, behind its entries, another page than a calm one has there."""
-    stale = np.asarray(table.pages)[np.arange(table.max_entries) >= np.asarray(table.num_entries)[:, None]]
+    """NaN if any table row holds, behind its entries, another page than a benign_fill one has there."""
+    stale = np.asarray(table.pages)[
+        np.arange(table.max_pages_per_seq) >= np.asarray(table.num_entries)[:, None]
+    ]
     return 0.0 if (stale == stale[0]).all() else np.nan
 
 
 @pytest.mark.parametrize(
-    ("provocation", "place"), list(zip(PROVOCATIONS, (last_page, free_page, stale_entry), strict=True))
+    ("adversarial_fill", "place"), list(zip(PROVOCATIONS, (last_page, free_page, stale_entry), strict=True))
 )
-def test_calm_takes_away_all_provocations_but_those_it_keeps(provocation, place) -> None:
+def test_calm_takes_away_all_provocations_but_those_it_keeps(adversarial_fill, place) -> None:
     built, attention = build_case(SMALL), looks_at(place)
     assert judge(attention, built, lse=False).kind == "nan"
-    assert judge(attention, calm(built), lse=False).kind == "ok"
+    assert judge(attention, benign_fill(built), lse=False).kind == "ok"
     for kept in PROVOCATIONS:
-        expected = "nan" if kept == provocation else "ok"
-        assert judge(attention, calm(built, keep=[kept]), lse=False).kind == expected
+        expected = "nan" if kept == adversarial_fill else "ok"
+        assert judge(attention, benign_fill(built, keep=[kept]), lse=False).kind == expected
     with pytest.raises(ValueError, match="unknown provocations \\['noise'\\]; there are unused_slots, "):
-        calm(built, keep=["noise"])
+        benign_fill(built, keep=["noise"])
 
 
 def test_a_verdict_says_what_came_of_a_case() -> None:

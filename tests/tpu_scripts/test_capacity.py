@@ -282,7 +282,7 @@ def test_pages_are_as_large_as_the_caches(name, tensor, formats):
     found = page_bytes(
         config.shard(tensor), CHIPS["h100"], k_format=k_format, v_format=v_format, page_size=16, slots=3
     )
-    assert found == (cache.bytes_per_page, cache.bytes_of_open_pages)
+    assert found == (cache.bytes_per_page, cache.bytes_of_staging)
     if formats == ("bf16", "bf16"):
         assert found[0] == 2 * 2 * config.num_layers * heads * config.head_dim * 16
         tpu = page_bytes(

@@ -61,7 +61,7 @@ def rerotate_keys(cache: PagedKVCache, rope: Rope) -> PagedKVCache:
     delta = jnp.zeros((cache.num_pages, cache.page_size), jnp.int32)
     delta = delta.at[cache.table.pages[0]].set(-DISCARD * moved, mode="drop")
     cos, sin = rope.cos_sin(delta)
-    k_pages = tuple(rope.turn(k, cos[:, None], sin[:, None]) for k in cache.k_pages)
+    k_pages = tuple(rope.rotate_by(k, cos[:, None], sin[:, None]) for k in cache.k_pages)
     return replace(move_entries(cache), k_pages=k_pages)
 
 

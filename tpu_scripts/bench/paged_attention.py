@@ -110,7 +110,7 @@ class Shape:
             num_pages=self.batch * self.pages,
             max_seqs=1,
             page_size=self.page_size,
-            max_entries=1,
+            max_pages_per_seq=1,
             dtype=self.dtype,
         )
         return jax.eval_shape(create).k_pages[0]

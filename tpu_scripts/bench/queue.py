@@ -53,7 +53,7 @@ class Workload:
             head_dim=loaded.config.head_dim,
             num_pages=args.slots * pages,
             max_seqs=args.slots,
-            max_entries=pages,
+            max_pages_per_seq=pages,
             page_size=_PAGE_SIZE,
         )
 

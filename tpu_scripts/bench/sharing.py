@@ -89,7 +89,7 @@ def beams(loaded: LoadedModel, name: str, prompts: int, width: int, page_size: i
         head_dim=config.head_dim,
         num_pages=pages_for(lengths, outputs, width, page_size),
         max_seqs=prompts * width,
-        max_entries=-(-_LONGEST // page_size) + 1,
+        max_pages_per_seq=-(-_LONGEST // page_size) + 1,
         page_size=page_size,
     )
     result, _ = beam_search(
@@ -136,7 +136,7 @@ def samples(name: str, prompts: int, count: int, page_size: int) -> Row:
         head_dim=1,
         num_pages=pages_for(lengths, outputs, count, page_size),
         max_seqs=prompts * count,
-        max_entries=-(-_LONGEST // page_size) + 1,
+        max_pages_per_seq=-(-_LONGEST // page_size) + 1,
         page_size=page_size,
     )
     each = [jnp.repeat(jnp.asarray(x), count) for x in (lengths, outputs)]

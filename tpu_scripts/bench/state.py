@@ -29,7 +29,7 @@ def reserve_microseconds(num_seqs: int, num_pages: int, repeat: int) -> float:
         head_dim=1,
         num_pages=num_pages,
         max_seqs=num_seqs,
-        max_entries=512,
+        max_pages_per_seq=512,
         page_size=16,
     )
     step = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")
@@ -66,7 +66,7 @@ def main() -> None:
             head_dim=64,
             num_pages=pages,
             max_seqs=1,
-            max_entries=entries,
+            max_pages_per_seq=entries,
         )
         stream = generate_stream(model, params, cache, [[1]], max_new_tokens=65, every=64, batch_size=1)
         stream.compile()

@@ -115,13 +115,13 @@ def page_bytes(
             num_pages=1,
             max_seqs=slots,
             page_size=page_size,
-            max_entries=1,
+            max_pages_per_seq=1,
             k_dtype=k_format,
             v_dtype=v_format,
             layout="lanes" if lanes else "plain",
         )
     )
-    return cache.bytes_per_page, cache.bytes_of_open_pages
+    return cache.bytes_per_page, cache.bytes_of_staging
 
 
 @dataclass(frozen=True)

@@ -323,10 +323,10 @@ class _Run:
         self.preemptions += 1
         whole = computed // self.replica.page_size - self.shared[request]
         self.pages.leave_for_now(request, own, max(0, whole))
-        self._let_go(request)
+        self._release(request)
         self.waiting.appendleft(request)
 
-    def _let_go(self, request: int) -> None:
+    def _release(self, request: int) -> None:
         if self.shared[request]:
             self.pages.let_go(self.prefix[request])
             self.shared[request] = 0
@@ -454,7 +454,7 @@ class _Run:
         computed = self.prompt[request] + output - 1
         self.useful_tokens += computed
         self.pages.leave(self._pages_to(request, computed, 0))
-        self._let_go(request)
+        self._release(request)
 
 
 def _sizes(largest: int) -> list[int]:

@@ -114,7 +114,9 @@ def make_setup(
             f"weights take {weights / 1e9:.1f} of {memory / 1e9:.1f} GB, and the longest request {needed} pages of "
             f"{size / 2**20:.2f} MiB"
         )
-    seals = any(storage.seals for storage in formats_of(server.k_format, server.k_format, server.v_format))
+    seals = any(
+        storage.has_residual for storage in formats_of(server.k_format, server.k_format, server.v_format)
+    )
     times = step_times(config, chip, tensor, size / server.page_size, given)
     return Setup(
         chip,

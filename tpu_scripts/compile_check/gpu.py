@@ -193,7 +193,9 @@ def formats_of(pages: str) -> tuple[Any, Any]:
 
     names, _, turned = pages.partition(" ")
     k_name, _, v_name = names.partition("/")
-    return page_format(k_name).turned(bool(turned)), page_format(v_name or k_name).turned(bool(turned))
+    return page_format(k_name).with_hadamard(bool(turned)), page_format(v_name or k_name).with_hadamard(
+        bool(turned)
+    )
 
 
 def describe_device() -> tuple[Any, Any]:
@@ -270,7 +272,7 @@ def compile_attention(
         k_pages.dtype if pages == "bf16" else formats_of(pages),
         max_q_len,
         table.max_seqs,
-        table.max_entries,
+        table.max_pages_per_seq,
         q_dtype=q.dtype,
     )
     row |= {name: sizes[name] for name in ("blocks", "splits", "blocks_per_sm", "shared_memory_bytes")}

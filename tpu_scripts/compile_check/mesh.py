@@ -194,7 +194,8 @@ class MeshCompiler:
         entries = CONTEXT // PAGE_SIZE
         sizes: dict[str, Any] = {
             "num_layers": layers, "num_kv_heads": local.num_kv_heads, "head_dim": local.head_dim,
-            "num_pages": POOL_TOKENS // PAGE_SIZE, "max_seqs": MAX_SEQS, "max_entries": entries, "page_size": PAGE_SIZE,
+            "num_pages": POOL_TOKENS // PAGE_SIZE, "page_size": PAGE_SIZE,
+            "max_seqs": MAX_SEQS, "max_pages_per_seq": entries,
             "dtype": "bf16", "layout": "lanes" if self.platform == "tpu" else "plain",
         }  # fmt: skip
 
@@ -234,9 +235,9 @@ class MeshCompiler:
         """An argument that each data shard has of its own."""
         import jax.numpy as jnp
 
-        from jaxpaged.sharding.mesh import ROWS, SPECS
+        from jaxpaged.sharding.mesh import BATCH, SPECS
 
-        return self.stack(lambda: jnp.zeros(shape, dtype), SPECS[ROWS])
+        return self.stack(lambda: jnp.zeros(shape, dtype), SPECS[BATCH])
 
     def programs(self, quick: bool, whole: bool) -> Iterator[tuple[str, Program]]:
         """All of them; ``whole``: the loop of ``generate`` too."""
@@ -245,7 +246,7 @@ class MeshCompiler:
         from jax.sharding import NamedSharding, PartitionSpec
 
         from jaxpaged.cache import sequences
-        from jaxpaged.sharding.mesh import CACHE, PARAMS, ROWS, SAME
+        from jaxpaged.sharding.mesh import BATCH, CACHE, PARAMS, REPLICATED
 
         same = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
         counts, marked = self.rows(MAX_SEQS), self.rows(MAX_SEQS, dtype=bool)
@@ -260,20 +261,20 @@ class MeshCompiler:
             if quick and name != "decode":
                 continue
             given = self.params, self.cache, self.rows(tokens), counts
-            takes, gives = (PARAMS, CACHE, ROWS, ROWS), (CACHE, ROWS)
+            takes, gives = (PARAMS, CACHE, BATCH, BATCH), (CACHE, BATCH)
             yield name, Program(functools.partial(step, tokens), takes, gives, given)
 
         def edit(function: Any, gives: Any, *given: Any) -> Program:
-            takes = tuple(SAME if x is same else ROWS for x in given)
+            takes = tuple(REPLICATED if x is same else BATCH for x in given)
             return Program(function, (CACHE, *takes), gives, (self.cache, *given))
 
         def reserve(cache: Any, num_new: Any) -> Any:
             return cache.reserve(num_new, num_tokens=PROMPT)
 
-        yield "reserve", edit(reserve, (CACHE, ROWS, ROWS), counts)
+        yield "reserve", edit(reserve, (CACHE, BATCH, BATCH), counts)
         if quick:
             return
-        pair = (CACHE, ROWS)
+        pair = (CACHE, BATCH)
         yield "seq_remove", edit(sequences.seq_remove, pair, marked, same, same)
         yield "seq_copy", edit(sequences.seq_copy, pair, same, same, same, same)
         yield "seq_keep", edit(sequences.seq_keep, pair, same)
@@ -281,7 +282,7 @@ class MeshCompiler:
         yield "seq_reorder", edit(sequences.seq_reorder, CACHE, counts)
         yield "seq_drop_unseen", edit(lambda c: sequences.seq_drop_unseen(c, WINDOW), CACHE)
         for query in QUERIES:
-            yield query, edit(getattr(sequences, query), ROWS)
+            yield query, edit(getattr(sequences, query), BATCH)
         if whole:
             yield "generate", self.generate()
 
@@ -291,7 +292,7 @@ class MeshCompiler:
 
         from jaxpaged.generation import loop as generation
         from jaxpaged.generation.request import make_request
-        from jaxpaged.sharding.mesh import CACHE, PARAMS, RESULT, ROWS, SPECS
+        from jaxpaged.sharding.mesh import BATCH, CACHE, GATHERED, PARAMS, SPECS
 
         prompts = [[1] * PROMPT] * MAX_SEQS
         # As of one shard; on the mesh each has as much.
@@ -308,10 +309,10 @@ class MeshCompiler:
             window=None,
         )
         given = self.stack(
-            lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), request), SPECS[ROWS]
+            lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), request), SPECS[BATCH]
         )
         loop = functools.partial(generation._generate, self.model, shape)
-        return Program(loop, (PARAMS, CACHE, ROWS), (RESULT, CACHE), (self.params, self.cache, given))
+        return Program(loop, (PARAMS, CACHE, BATCH), (GATHERED, CACHE), (self.params, self.cache, given))
 
     def compile(self, name: str, program: Program) -> dict[str, Any]:
         """The row of one program."""

@@ -231,7 +231,7 @@ class Compiler:
 
         storage = page_format(dtype)
         if isinstance(storage, BlockFormat):
-            storage = storage.turned(True)
+            storage = storage.with_hadamard(True)
         if layout == "lanes":
             storage = storage.on_lanes(heads["head_dim"])
         sizes = POOL_TOKENS // page_size, heads["num_kv_heads"], page_size, heads["head_dim"]
@@ -301,7 +301,7 @@ class Compiler:
             )
         else:
             result = self.compile(attend, k_pool, v_pool, q, table, batch, turns)
-        options = {"q_dtype": q_dtype, "max_seqs": max_seqs, "max_entries": entries, "rope": rope}
+        options = {"q_dtype": q_dtype, "max_seqs": max_seqs, "max_pages_per_seq": entries, "rope": rope}
         k_stored, v_stored = (
             storage if isinstance(storage, LaneBlockFormat) else pool.dtype
             for storage, pool in ((k_storage, k_pool), (v_storage, v_pool))

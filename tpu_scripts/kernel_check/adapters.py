@@ -47,13 +47,13 @@ class Kernel:
 
 def _whole_pages(table: Any, page_size: int, rope: Any, sinks: Any) -> tuple[np.ndarray, np.ndarray]:
     """``(pages i32[S, P], lengths i32[S])`` of a table that is no more than that."""
-    live = np.arange(table.max_entries) < np.asarray(table.num_entries)[:, None]
+    live = np.arange(table.max_pages_per_seq) < np.asarray(table.num_entries)[:, None]
     counts = np.where(live, table.num_tokens, 0)
     lengths = counts.sum(1)
-    full = np.clip(lengths[:, None] - page_size * np.arange(table.max_entries), 0, page_size)
+    full = np.clip(lengths[:, None] - page_size * np.arange(table.max_pages_per_seq), 0, page_size)
     if (live & (np.asarray(table.first_slot) != 0)).any() or (counts != full).any():
         raise CannotExpress("its sequences fill their pages from the first slot on")
-    if (live & (np.asarray(table.position) != page_size * np.arange(table.max_entries))).any():
+    if (live & (np.asarray(table.position) != page_size * np.arange(table.max_pages_per_seq))).any():
         raise CannotExpress("a token's position is its place in the pages")
     if rope is not None:
         raise CannotExpress("it takes no rotation: keys would have to be rotated in copies")
@@ -226,7 +226,7 @@ def _dot_product(
         np.asarray(x)[..., None] for x in (table.first_slot, table.num_tokens, table.position)
     )
     live = (slot >= first) & (slot < first + count)
-    live &= (np.arange(table.max_entries) < np.asarray(table.num_entries)[:, None])[..., None]
+    live &= (np.arange(table.max_pages_per_seq) < np.asarray(table.num_entries)[:, None])[..., None]
     keys_at = np.where(live, position + slot - first, np.iinfo(np.int32).max).reshape(num_seqs, -1)
     # Queries by sequence, [S, Tq, Hq, D]; padding rows are a sequence of their own that sees nothing.
     sequence, offsets = np.asarray(batch.sequence), np.asarray(batch.cu_q_lens)

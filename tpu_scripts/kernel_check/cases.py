@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.attention.cases import MODELS
-from jaxpaged.testing.conformance import CASES, Built, Case, build_case, calm
+from jaxpaged.testing.conformance import CASES, Built, Case, benign_fill, build_case
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ def _case(dtype: str, **changes: Any) -> Case:
     return Case("check", **_SIZES | {"dtype": dtype} | changes)
 
 
-def _calm(**changes: Any) -> Callable[[str], Built]:
+def _benign(**changes: Any) -> Callable[[str], Built]:
     """A state that provokes nothing but what ``changes`` say."""
     keep = changes.pop("keep", ())
-    return lambda dtype: calm(build_case(_case(**{"dtype": dtype} | changes)), keep=keep)
+    return lambda dtype: benign_fill(build_case(_case(**{"dtype": dtype} | changes)), keep=keep)
 
 
 def _stale(choose: Callable[[Built, np.ndarray], int], keep: tuple[str, ...] = ()) -> Callable[[str], Built]:
     """Table rows hold, behind their sequences' entries, the page that ``choose`` names from the live ones."""
 
     def build(dtype: str) -> Built:
-        built = calm(build_case(_case(dtype, lengths=(75, 32, 16))), keep=keep)
+        built = benign_fill(build_case(_case(dtype, lengths=(75, 32, 16))), keep=keep)
         pages = np.array(built.table.pages)
         live = np.arange(pages.shape[1]) < np.asarray(built.table.num_entries)[:, None]
         stale = np.where(live, pages, choose(built, pages[live]))
@@ -69,32 +69,35 @@ def _models() -> dict[str, Callable[[str], Built]]:
     labels: dict[tuple[int, ...], list[str]] = {}
     for name, heads in MODELS.items():
         labels.setdefault(tuple(heads.values()), []).append(name)
-    return {" / ".join(names): _calm(**MODELS[names[0]], lengths=(32, 16)) for names in labels.values()}
+    return {" / ".join(names): _benign(**MODELS[names[0]], lengths=(32, 16)) for names in labels.values()}
 
 
 _MIXED: dict[str, Any] = {"lengths": (40, 37, 70), "q_lens": (1, 37, 9)}
 
 CHECKS: tuple[Check, ...] = (
-    Check("decode, whole pages", {"": _calm()}),
-    Check("lengths that end inside a page", {"": _calm(lengths=(61, 33, 7))}, of_values=True),
-    *(Check(f"head_dim {d}", {"": _calm(head_dim=d, lengths=(61, 33))}) for d in (64, 80, 96, 128, 256)),
+    Check("decode, whole pages", {"": _benign()}),
+    Check("lengths that end inside a page", {"": _benign(lengths=(61, 33, 7))}, of_values=True),
+    *(Check(f"head_dim {d}", {"": _benign(head_dim=d, lengths=(61, 33))}) for d in (64, 80, 96, 128, 256)),
     Check(
         "query heads to a KV head",
-        {str(g): _calm(num_q_heads=4 * g, lengths=(32, 16)) for g in range(1, 17)},
+        {str(g): _benign(num_q_heads=4 * g, lengths=(32, 16)) for g in range(1, 17)},
     ),
     Check(
         "KV heads",
-        {str(kv): _calm(num_q_heads=2 * kv, num_kv_heads=kv, lengths=(32, 16)) for kv in (1, 2, 3, 5, 8, 12)},
+        {
+            str(kv): _benign(num_q_heads=2 * kv, num_kv_heads=kv, lengths=(32, 16))
+            for kv in (1, 2, 3, 5, 8, 12)
+        },
     ),
     Check("heads of", _models()),
-    Check("page size", {str(n): _calm(page_size=n, lengths=(300, 33)) for n in (8, 16, 32, 64, 128, 256)}),
-    Check("pages of", {name: _calm(dtype=name) for name in ("f32", "bf16", "f16")}),
+    Check("page size", {str(n): _benign(page_size=n, lengths=(300, 33)) for n in (8, 16, 32, 64, 128, 256)}),
+    Check("pages of", {name: _benign(dtype=name) for name in ("f32", "bf16", "f16")}),
     Check(
         "NaN in unused slots of a live page",
-        {"": _calm(lengths=(61, 33, 7), keep=("unused_slots",))},
+        {"": _benign(lengths=(61, 33, 7), keep=("unused_slots",))},
         of_values=True,
     ),
-    Check("NaN in pages that nobody holds", {"": _calm(keep=("free_pages",))}, of_values=True),
+    Check("NaN in pages that nobody holds", {"": _benign(keep=("free_pages",))}, of_values=True),
     Check("stale table row: pages of others", {"": _stale(lambda _, live: live[-1])}, of_values=True),
     Check(
         "stale table row: free pages that hold NaN",
@@ -109,7 +112,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "a sequence of length 0 gives zeros",
         {
-            label: _calm(lengths=lengths, q_lens=tuple(map(bool, lengths)), padding=lengths.count(0))
+            label: _benign(lengths=lengths, q_lens=tuple(map(bool, lengths)), padding=lengths.count(0))
             for label, lengths in {
                 "first": (0, 40, 48),
                 "between": (40, 0, 48),
@@ -119,26 +122,26 @@ CHECKS: tuple[Check, ...] = (
         },
         of_values=True,
     ),
-    Check("pages shared by sequences", {"": _calm(lengths=(64, 48, 40), shared=True)}, of_values=True),
-    Check("window", {"": _calm(lengths=(100, 33, 7), window=40)}),
-    Check("soft cap", {"": _calm(soft_cap=5.0)}),
-    Check("window and soft cap", {"": _calm(lengths=(100, 33, 7), window=40, soft_cap=5.0)}),
-    Check("prompts alone", {"": _calm(lengths=(37, 70), q_lens=(37, 70))}),
-    Check("a part of a prompt", {"": _calm(lengths=(90,), q_lens=(33,))}),
-    Check("prompts beside decode", {"": _calm(**_MIXED)}),
-    Check("prompts beside decode, window", {"": _calm(**_MIXED, window=20)}),
+    Check("pages shared by sequences", {"": _benign(lengths=(64, 48, 40), shared=True)}, of_values=True),
+    Check("window", {"": _benign(lengths=(100, 33, 7), window=40)}),
+    Check("soft cap", {"": _benign(soft_cap=5.0)}),
+    Check("window and soft cap", {"": _benign(lengths=(100, 33, 7), window=40, soft_cap=5.0)}),
+    Check("prompts alone", {"": _benign(lengths=(37, 70), q_lens=(37, 70))}),
+    Check("a part of a prompt", {"": _benign(lengths=(90,), q_lens=(33,))}),
+    Check("prompts beside decode", {"": _benign(**_MIXED)}),
+    Check("prompts beside decode, window", {"": _benign(**_MIXED, window=20)}),
     Check(
         "a sequence without queries, padding rows",
-        {"": _calm(lengths=(40, 37, 70, 0), q_lens=(1, 0, 9, 0), padding=3)},
+        {"": _benign(lengths=(40, 37, 70, 0), q_lens=(1, 0, 9, 0), padding=3)},
         of_values=True,
     ),
-    Check("entries that start or end inside a page", {"": _calm(lengths=(90, 40), slices=True)}),
-    Check("positions that nothing covers", {"": _calm(lengths=(90, 40), gaps=True)}),
-    Check("keys rotated for other positions", {"": _calm(lengths=(90, 40), rotary_dim=128)}),
-    Check("sinks", {"": _calm(sinks=True)}),
-    Check("log-sum-exp", {"": _calm()}, lse=True),
+    Check("entries that start or end inside a page", {"": _benign(lengths=(90, 40), slices=True)}),
+    Check("positions that nothing covers", {"": _benign(lengths=(90, 40), gaps=True)}),
+    Check("keys rotated for other positions", {"": _benign(lengths=(90, 40), rotary_dim=128)}),
+    Check("sinks", {"": _benign(sinks=True)}),
+    Check("log-sum-exp", {"": _benign()}, lse=True),
     Check(
-        "the kit's cases, every provocation at once",
+        "the kit's cases, every adversarial_fill at once",
         {case.name: functools.partial(_as_the_kit_has_it, case) for case in CASES},
         of_values=True,
     ),

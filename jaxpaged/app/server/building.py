@@ -95,7 +95,7 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
             num_pages=plan.num_pages,
             max_seqs=plan.num_seqs,
             page_size=options.page_size,
-            max_entries=-(-plan.context // options.page_size) + _SPARE_ENTRIES,
+            max_pages_per_seq=-(-plan.context // options.page_size) + _SPARE_ENTRIES,
         )
 
     cache: Any
@@ -140,10 +140,12 @@ def plan_pool(
     if not options.paged:
         return _contiguous(options, cache_type, config, context, mesh)
     abstract = jax.eval_shape(
-        lambda: cache_type.paged(config, num_pages=1, max_seqs=1, page_size=options.page_size, max_entries=1)
+        lambda: cache_type.paged(
+            config, num_pages=1, max_seqs=1, page_size=options.page_size, max_pages_per_seq=1
+        )
     )
     page_bytes = abstract.bytes_per_page * tensor  # on all devices of a shard
-    extra = parallel * abstract.bytes_of_open_pages * tensor
+    extra = parallel * abstract.bytes_of_staging * tensor
     ps, spare = options.page_size, _SHIFT_PAGES if options.context_shift else 0
     fills = parallel * (-(-context // ps) + spare)
     if options.kv_pages is not None:

@@ -124,7 +124,7 @@ class EngineRunner:
         return None if self._failure is None else self._failure.__cause__
 
     @property
-    def num_open(self) -> int:
+    def num_residual(self) -> int:
         """Requests that are not done."""
         return len(self._streams)
 

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.attention.base import Config, Pages, is_turned
+from jaxpaged.attention.base import Config, Pages, has_hadamard
 from jaxpaged.attention.cpu import job as cpu_job
 from jaxpaged.attention.cpu import kernel as cpu_kernel
 from jaxpaged.attention.cpu import pages as cpu_pages
 from jaxpaged.attention.cpu.job import LEAST_TOKENS, ROWS
 from jaxpaged.attention.cpu.kernel import FEW_ROWS, TILE, scratch_bytes
 from jaxpaged.attention.cpu.pages import KINDS
-from jaxpaged.compilation.executable_cache import remember_target
+from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.ffi import register
 from jaxpaged.native.tiles import WIDTH, padded
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, SealedPages
+from jaxpaged.pages.formats import BlockPages, ResidualPages
 from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.hadamard import size as hadamard_size
 from jaxpaged.pages.rope import Rope
@@ -47,7 +47,7 @@ def _target(quantized: bool) -> str:
         kernel.task,
         [Path(str(room.__file__)) for room in (cpu_job, cpu_kernel, cpu_pages)],
     )
-    remember_target(kernel.NAME, _target, quantized)
+    register_target_loader(kernel.NAME, _target, quantized)
     return kernel.NAME
 
 
@@ -106,10 +106,10 @@ def paged_attention(
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     kinds = [_kind(pages, head_dim) for pages in (k_pages, v_pages)]
-    hadamard = hadamard_size(head_dim) if is_turned(k_pages) else 0
+    hadamard = hadamard_size(head_dim) if has_hadamard(k_pages) else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
-    places = max(len(pages.open) if isinstance(pages, SealedPages) else 0 for pages in (k_pages, v_pages))
+    places = max(len(pages.open) if isinstance(pages, ResidualPages) else 0 for pages in (k_pages, v_pages))
     sizes = num_kv_heads, page_size, num_pages, places
     options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
     out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
@@ -130,7 +130,7 @@ def paged_attention(
         batch.position,
         batch.rope_positions,
         jnp.full(num_q_heads, -jnp.inf) if sinks is None else sinks.astype(jnp.float32),
-        jnp.zeros(0, jnp.uint32) if rope is None else rope.turns,
+        jnp.zeros(0, jnp.uint32) if rope is None else rope.phase_step,
         numbers,
         options,
     )
@@ -144,10 +144,10 @@ def _kind(pages: Pages, head_dim: int) -> int:
       NotImplementedError: the kernel does not read it, or not with heads of this size.
     """
     if isinstance(pages, BlockPages):
-        if type(pages) not in (BlockPages, SealedPages):  # another subclass's parts lie otherwise
+        if type(pages) not in (BlockPages, ResidualPages):  # another subclass's parts lie otherwise
             raise NotImplementedError(f"does not read {pages.format.name} pages laid out for a TPU")
         kind, multiple = pages.format.name, BLOCK
-        if isinstance(pages, SealedPages) and getattr(pages.format.code, "by_channel", True) is False:
+        if isinstance(pages, ResidualPages) and getattr(pages.format.code, "by_channel", True) is False:
             kind += "_by_token"
     else:
         kind = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "fp8_e4m3"}.get(
@@ -169,7 +169,7 @@ def _parts(pages: Pages) -> list[Array]:
         return [pages, *(jnp.zeros(0, jnp.uint8) for _ in range(4))]
     parts = dict(pages.parts)
     more = parts.pop("fifth_bits", parts.pop("block_scales", None))
-    opened = pages.open if isinstance(pages, SealedPages) else None
+    opened = pages.open if isinstance(pages, ResidualPages) else None
     found = parts.get("codes"), parts.get("scales"), parts.get("minima"), more, opened
     return [jnp.zeros(0, jnp.uint8) if part is None else part for part in found]
 
@@ -177,7 +177,7 @@ def _parts(pages: Pages) -> list[Array]:
 def _places(k_pages: Pages, v_pages: Pages) -> Array:
     """i32[N]: where each page is open."""
     for pages in (k_pages, v_pages):
-        if isinstance(pages, SealedPages):
+        if isinstance(pages, ResidualPages):
             sealed = jnp.full(pages.shape[0], len(pages.open), jnp.int32)
             return sealed if pages.place is None else pages.place
     return jnp.zeros(0, jnp.int32)

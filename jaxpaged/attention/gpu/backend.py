@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.attention.base import Config, Pages, described, is_turned
+from jaxpaged.attention.base import Config, Pages, described, has_hadamard
 from jaxpaged.attention.gpu.kernel import attend
 from jaxpaged.attention.gpu.quantized import BLOCK, CODES, to_columns, to_numbers
 from jaxpaged.attention.gpu.tile_config import ROWS, STEP_TOKENS, PageKind, Plan, make_plan
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, hadamard_turn
+from jaxpaged.pages.formats import BlockPages, hadamard_transform
 from jaxpaged.pages.rope import Rope
 
 _LOG2_E = math.log2(math.e)
@@ -65,10 +65,10 @@ def paged_attention(
         q.dtype,
         max_q_len=batch.max_q_len,
         max_seqs=table.max_seqs,
-        max_entries=table.max_entries,
+        max_pages_per_seq=table.max_pages_per_seq,
     )
     items, row_positions, first, place = _make_items(table, batch, config, plan)
-    hadamard = is_turned(k_pages)
+    hadamard = has_hadamard(k_pages)
     parts, turns = [q], None
     if rope is not None:
         if hadamard and (head_dim < 64 or head_dim & (head_dim - 1)):
@@ -78,11 +78,11 @@ def paged_attention(
         # Queries of one item are turned to one frame here, its first query's; nearly always it is theirs already.
         own = batch.rope_positions - batch.position
         cos, sin = rope.cos_sin(items[place[0], _FRAME] - own)
-        q = rope.turn(q, cos[:, None], sin[:, None])
+        q = rope.rotate_by(q, cos[:, None], sin[:, None])
         parts, turns = [q, _quarter_turn(rope, q)], _turns_by_dimension(rope, head_dim)
     if hadamard:
         # The kernel turns anew from what is not yet turned, if it turns at all.
-        parts = [hadamard_turn(q), *(parts if rope is not None else ())]
+        parts = [hadamard_transform(q), *(parts if rope is not None else ())]
     if plan.codes is not None:
         k_code, v_code = plan.codes
         parts = [to_columns(x, k_code, plan.warpgroups) for x in parts]
@@ -120,7 +120,7 @@ def describe(
     kind: PageKind,
     max_q_len: int | None,
     max_seqs: int,
-    max_entries: int,
+    max_pages_per_seq: int,
     *,
     q_dtype: DTypeLike | None = None,
     live_tokens: int = 0,
@@ -133,7 +133,7 @@ def describe(
       kind: the dtype of the pages, or the formats of quantized keys and values.
       q_dtype: of the queries; that of the pages if left out, bfloat16 of quantized ones.
       max_q_len: as ``Batch`` has it.
-      max_seqs, max_entries: S and P of the table.
+      max_seqs, max_pages_per_seq: S and P of the table.
       live_tokens: tokens that the sequences of the step hold together.
 
     Returns:
@@ -156,7 +156,7 @@ def describe(
         q_dtype,
         max_q_len=max_q_len,
         max_seqs=max_seqs,
-        max_entries=max_entries,
+        max_pages_per_seq=max_pages_per_seq,
     )
     if isinstance(kind, tuple):
         token_bytes = head_dim // BLOCK * sum(one.code.bytes for one in kind)
@@ -233,7 +233,7 @@ def _make_items(
     )
 
     # The entries that some row sees.
-    live = jnp.arange(table.max_entries) < table.num_entries[sequence][:, None]
+    live = jnp.arange(table.max_pages_per_seq) < table.num_entries[sequence][:, None]
     position = table.position[sequence]
     end = jnp.sum(live & (position <= row_positions.max(1)[:, None]), axis=1, dtype=jnp.int32)
     begin = jnp.zeros_like(end)
@@ -276,14 +276,14 @@ def _pack_queries(q: Array, first: Array, plan: Plan) -> Array:
 def _quarter_turn(rope: Rope, q: Array) -> Array:
     """q with each pair turned by 90 degrees and 0 behind them: to turn by an angle is then
     ``cos * q + sin * quarter_turn(q)``, each dimension by itself."""
-    one = jnp.ones(rope.turns.shape, jnp.float32)
-    turned = rope.turn(q, 0 * one, one)
+    one = jnp.ones(rope.phase_step.shape, jnp.float32)
+    turned = rope.rotate_by(q, 0 * one, one)
     return jnp.where(jnp.arange(q.shape[-1]) < rope.rotary_dim, turned, 0).astype(q.dtype)
 
 
 def _turns_by_dimension(rope: Rope, head_dim: int) -> Array:
     """i32[D]: the turns of each dimension, in units of 2**-32; 0 where it has none."""
-    turns = lax.bitcast_convert_type(rope.turns, jnp.int32)
+    turns = lax.bitcast_convert_type(rope.phase_step, jnp.int32)
     turns = jnp.repeat(turns, 2) if rope.interleaved else jnp.tile(turns, 2)
     return jnp.pad(turns, (0, head_dim - rope.rotary_dim))
 

@@ -260,7 +260,7 @@ def _attend_item(
         for term, part in enumerate(split_terms(x, dtype, plan.terms)):
             q[term, :, chunk] = part
 
-    def turn_queries(angle: Array) -> None:
+    def rotate_queries(angle: Array) -> None:
         """Replaces the queries by those turned by ``angle`` positions."""
         join()  # the queries' readers are done
         unturned = plan.terms if hadamard else 0
@@ -279,11 +279,11 @@ def _attend_item(
                 set_queries(chunk, straight * cos + across * sin)
 
         if hadamard:
-            hadamard_turn_queries(angle)
+            hadamard_transform_queries(angle)
         plgpu.commit_smem()
         join()
 
-    def hadamard_turn_queries(angle: Array) -> None:
+    def hadamard_transform_queries(angle: Array) -> None:
         """Turns the queries by Hadamard's matrix, where they are.
 
         The matrix is a product (Kronecker's) of one for the columns of a chunk, which lies where weights do and is
@@ -354,7 +354,7 @@ def _attend_item(
             target = rotation[0]
             for i in range(1, plan.units):
                 target = jnp.where(j == i, rotation[i], target)
-            pl.when(target != turned)(lambda: turn_queries(target - frame))
+            pl.when(target != turned)(lambda: rotate_queries(target - frame))
             return jnp.where(column >= j * plan.unit_tokens, multiply_keys(slot), scores), target
 
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, STEP_TOKENS), jnp.float32), wgmma)

@@ -96,7 +96,7 @@ def make_plan(
     *,
     max_q_len: int | None,
     max_seqs: int,
-    max_entries: int,
+    max_pages_per_seq: int,
 ) -> Plan:
     """The sizes of a call on static shapes.
 
@@ -176,7 +176,7 @@ def make_plan(
     blocks_per_sm = max(
         1, min(2 // warpgroups, _SHARED_MEMORY_BYTES_PER_SM // (shared_memory_bytes + _BARRIER_BYTES))
     )
-    steps = -(-max_entries * page_size // STEP_TOKENS)
+    steps = -(-max_pages_per_seq * page_size // STEP_TOKENS)
     num_splits = sizes.get("waves", 1) * _NUM_SMS * blocks_per_sm // (num_items * num_kv_heads)
     return Plan(
         single=single,

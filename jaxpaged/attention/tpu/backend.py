@@ -102,7 +102,7 @@ def paged_attention(
         )
     dtype = compute_dtype(q.dtype, *stored)
     if stored.turned:
-        q = hadamard.turn(q)
+        q = hadamard.transform(q)
     entries = pack_table(table, blocks.pages, k_pages.shape[0])
     run = partial(
         _run,
@@ -301,7 +301,7 @@ def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
     pair = dims // 2 if rope.interleaved else dims % half
     other = dims ^ 1 if rope.interleaved else (dims + half) % rope.rotary_dim
     sign = np.where(other > dims, -1, 1)
-    turns = lax.bitcast_convert_type(rope.turns, jnp.int32)[pair]
+    turns = lax.bitcast_convert_type(rope.phase_step, jnp.int32)[pair]
     turns = jnp.pad(turns, (0, head_dim - rope.rotary_dim))
     turns = jnp.pad(jnp.tile(turns, packed), (0, lanes - packed * head_dim))
     partner = np.zeros((lanes, lanes), np.float32)

@@ -236,7 +236,7 @@ def describe(
     v_dtype: Storage | None = None,
     q_dtype: DTypeLike = jnp.bfloat16,
     max_seqs: int = 1,
-    max_entries: int = 1,
+    max_pages_per_seq: int = 1,
     rope: bool = False,
 ) -> dict[str, Any]:
     """What a call with these shapes runs, for people to read.
@@ -244,7 +244,7 @@ def describe(
     Args:
       q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype: as ``choose_blocks`` has them.
       q_dtype: of the queries.
-      max_seqs, max_entries: S and P of the block table.
+      max_seqs, max_pages_per_seq: S and P of the block table.
       rope: whether entries may be shifted.
 
     Returns:
@@ -275,7 +275,7 @@ def describe(
         "vmem_bytes": vmem_bytes(blocks, heads, blocks.queries, stored, dtype, rope),
         "smem_bytes": 4 * (3 * entry_words + len(Items._fields) * items + 4),
         "bytes_per_token": page_bytes // heads.page_size,
-        "table_bytes": 8 * max_seqs * -(-max_entries // blocks.pages) * entry_words,
+        "table_bytes": 8 * max_seqs * -(-max_pages_per_seq // blocks.pages) * entry_words,
         "relayout": heads.lanes % LANES != 0,
     }
 
@@ -368,12 +368,12 @@ def _entries(
     """The entries that queries at positions ``low .. high`` see; high None = to the last."""
     first, end = jnp.zeros_like(sequence), table.num_entries[sequence]
     if window is not None or high is not None:
-        live = jnp.arange(table.max_entries) < end[:, None]
+        live = jnp.arange(table.max_pages_per_seq) < end[:, None]
         position = table.position[sequence]
         if window is not None:
             gone = live & (position + table.num_tokens[sequence] <= low[:, None] - window + 1)
             # Where all are gone, the last one is looked at, and masked: there is no chunk behind a full row.
-            first = jnp.minimum(jnp.sum(gone, axis=1, dtype=jnp.int32), table.max_entries - 1)
+            first = jnp.minimum(jnp.sum(gone, axis=1, dtype=jnp.int32), table.max_pages_per_seq - 1)
         if high is not None:
             end = jnp.sum(live & (position <= high[:, None]), axis=1, dtype=jnp.int32)
     return first, jnp.maximum(first, end)
@@ -393,14 +393,14 @@ def pack_table(table: BlockTable, pages: int, num_pages: int) -> Array:
     One row is one DMA into scalar memory, so that the kernel holds three of them and no table, however long contexts
     may grow. The same for every layer of a step: XLA makes it once.
     """
-    chunks = -(-table.max_entries // pages)
+    chunks = -(-table.max_pages_per_seq // pages)
     fields = (
         jnp.clip(table.pages, 0, num_pages - 1),
         table.first_slot + (table.num_tokens << SLOTS_SHIFT),
         table.position,
         table.rotation,
     )
-    padding = ((0, 0), (0, chunks * pages - table.max_entries))
+    padding = ((0, 0), (0, chunks * pages - table.max_pages_per_seq))
     packed = jnp.stack(
         [jnp.pad(field, padding).reshape(table.max_seqs, chunks, pages) for field in fields], axis=2
     ).reshape(table.max_seqs, chunks, 1, FIELDS * pages)

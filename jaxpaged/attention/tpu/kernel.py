@@ -344,7 +344,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
         _over_heads(heads.num_kv_heads, cut.heads_at_once, one_head)
 
-    def turn_queries(rotation: Array) -> None:
+    def rotate_queries(rotation: Array) -> None:
         """Turns the queries from the frame of their own keys to that of keys of ``rotation``, if they are not there."""
 
         @pl.when((state[1] == 0) | (state[2] != rotation))
@@ -358,7 +358,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
             @pl.when(jnp.logical_not(same))
             def turn_all() -> None:
-                # Turns wrap as integers do, see Rope.turns.
+                # Turns wrap as integers do, see Rope.phase_step.
                 angle = (rotation - column_ref[1]) * turns_ref[...]
                 radians = angle.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
                 cos, sin = jnp.cos(radians), jnp.sin(radians)
@@ -384,7 +384,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
                 return (k < end) & (field(number, 3, jnp.minimum(k, pages - 1)) == rotation)
 
             stop = lax.while_loop(same, lambda k: k + 1, start + 1)
-            turn_queries(rotation)
+            rotate_queries(rotation)
             attend(number, start, stop)
             return stop
 

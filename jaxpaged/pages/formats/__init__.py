@@ -22,17 +22,17 @@ from jaxpaged.pages.formats.plain import PageFormat as PageFormat
 from jaxpaged.pages.formats.plain import lane_width as lane_width
 from jaxpaged.pages.formats.plain import token_rows as token_rows
 from jaxpaged.pages.formats.plain import tokens_per_row as tokens_per_row
-from jaxpaged.pages.formats.residual import SealedFormat as SealedFormat
-from jaxpaged.pages.formats.residual import SealedPages as SealedPages
+from jaxpaged.pages.formats.residual import ResidualFormat as ResidualFormat
+from jaxpaged.pages.formats.residual import ResidualPages as ResidualPages
 
-hadamard_turn = hadamard.turn
+hadamard_transform = hadamard.transform
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 256
 
 
-def _kivi(bits: int) -> SealedFormat:
+def _kivi(bits: int) -> ResidualFormat:
     codes = {"code": Kivi(bits, by_channel=True), "value_code": Kivi(bits, by_channel=False)}
-    return SealedFormat(f"kivi{bits}", jnp.float32, **codes, hadamard=True)
+    return ResidualFormat(f"kivi{bits}", jnp.float32, **codes, hadamard=True)
 
 
 _FORMATS: tuple[PageFormat, ...] = (
@@ -47,7 +47,7 @@ _FORMATS: tuple[PageFormat, ...] = (
     BlockFormat("q4_1", jnp.float32, ggml.Q4_1(), hadamard=True),
     PackedBlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
     BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL(), hadamard=True),
-    SealedFormat("q4_k", jnp.float32, Q4_K(), hadamard=True),
+    ResidualFormat("q4_k", jnp.float32, Q4_K(), hadamard=True),
     _kivi(4),
     _kivi(2),
 )
@@ -75,7 +75,7 @@ def formats_of(
       ValueError: an unknown name.
     """
     k, v = page_format(k_dtype or dtype), page_format(v_dtype or dtype).for_values()
-    return (k, v) if hadamard is None else (k.turned(hadamard), v.turned(hadamard))
+    return (k, v) if hadamard is None else (k.with_hadamard(hadamard), v.with_hadamard(hadamard))
 
 
 def titled(title: str) -> PageFormat:
@@ -87,7 +87,7 @@ def titled(title: str) -> PageFormat:
     name, plus, turn = title.partition("+")
     if plus and turn != "hadamard":
         raise ValueError(f"page format {title!r} is not known")
-    return page_format(name).turned(bool(plus))
+    return page_format(name).with_hadamard(bool(plus))
 
 
 def check_page_size(page_size: int) -> int:

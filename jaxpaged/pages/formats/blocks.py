@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxpaged.pages.formats import hadamard as turns
+from jaxpaged.pages.formats import hadamard
 from jaxpaged.pages.formats.ggml import BLOCK, BlockCode
 from jaxpaged.pages.formats.plain import PageFormat
 
@@ -68,7 +68,7 @@ class BlockFormat(PageFormat):
     def title(self) -> str:
         return self.name + "+hadamard" * self.hadamard
 
-    def turned(self, hadamard: bool) -> BlockFormat:
+    def with_hadamard(self, hadamard: bool) -> BlockFormat:
         return replace(self, hadamard=hadamard)
 
     def check(self, page_size: int, head_dim: int) -> None:
@@ -97,7 +97,7 @@ class BlockFormat(PageFormat):
 
     def encode(self, rows: Array) -> dict[str, Array]:
         """``rows [..., head_dim]`` as the parts that are stored, ``[..., width]`` each."""
-        rows = turns.turn(rows) if self.hadamard else rows.astype(jnp.float32)
+        rows = hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32)
         parts = self.code.encode(rows.reshape(*rows.shape[:-1], -1, BLOCK))
         return {name: part.reshape(*rows.shape[:-1], -1) for name, part in parts.items()}
 

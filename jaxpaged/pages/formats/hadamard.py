@@ -26,7 +26,7 @@ def matrix(n: int) -> np.ndarray:
     return signs / np.float32(np.sqrt(n))
 
 
-def turn(x: Array) -> Array:
+def transform(x: Array) -> Array:
     """f32: ``x [..., head_dim]`` turned, each ``size(head_dim)`` dimensions by themselves; turned again it is x."""
     n = size(x.shape[-1])
     blocks = x.astype(jnp.float32).reshape(-1, n)

@@ -40,8 +40,8 @@ class PageFormat:
     name: str
     dtype: DTypeLike
 
-    seals = False
-    """Whether a page is kept in 16 bits until it is full (``sealed.SealedFormat``)."""
+    has_residual = False
+    """Whether a page is kept in 16 bits until it is full (``sealed.ResidualFormat``)."""
     hadamard = False
     """Whether rows are turned before they are stored (``hadamard.turn``)."""
 
@@ -57,7 +57,7 @@ class PageFormat:
         """The format of the same name for pages of values."""
         return self
 
-    def turned(self, hadamard: bool) -> PageFormat:
+    def with_hadamard(self, hadamard: bool) -> PageFormat:
         """This format with rows turned, or not; plain numbers never are."""
         return self
 

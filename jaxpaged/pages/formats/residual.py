@@ -1,6 +1,6 @@
 """Pages that are quantized as a whole, once they are full.
 
-Until then a page's numbers are kept in 16 bits, in one of a few open pages (``open_pages.OpenPages``). What shares a
+Until then a page's numbers are kept in 16 bits, in one of a few open pages (``staging.StagingSlots``). What shares a
 scale is the format's: super-blocks of 256 numbers (``k_quants.py``), or one channel of all tokens (``kivi.py``).
 """
 
@@ -16,22 +16,22 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.pages.formats import hadamard as turns
+from jaxpaged.pages.formats import hadamard
 from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, taken
-from jaxpaged.pages.residual import OpenPages, Seals
+from jaxpaged.pages.residual import FinalizedPages, StagingSlots
 
-OPEN_DTYPE = jnp.float16
+RESIDUAL_DTYPE = jnp.float16
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SealedPages(BlockPages):
+class ResidualPages(BlockPages):
     """One layer's sealed pages, ``[num_pages, num_kv_heads, ...]`` each part, and its open ones."""
 
     open: Array = field(kw_only=True)
     """f16[S, num_kv_heads, page_size, head_dim]: turned, if the format turns rows."""
     place: Array | None = field(kw_only=True, default=None)
-    """i32[N], where attention reads: ``OpenPages.place``; S = sealed."""
+    """i32[N], where attention reads: ``StagingSlots.place``; S = sealed."""
 
 
 class PageCode:
@@ -55,16 +55,16 @@ class PageCode:
 
 
 @dataclass(frozen=True)
-class SealedFormat(BlockFormat):
+class ResidualFormat(BlockFormat):
     """Pages sealed when they are full."""
 
     code: PageCode  # type: ignore[assignment]
     value_code: PageCode | None = None
     """What pages of values are stored as, if not as those of keys."""
 
-    seals = True
+    has_residual = True
 
-    def for_values(self) -> SealedFormat:
+    def for_values(self) -> ResidualFormat:
         return self if self.value_code is None else replace(self, code=self.value_code, value_code=None)
 
     def check(self, page_size: int, head_dim: int) -> None:
@@ -76,47 +76,55 @@ class SealedFormat(BlockFormat):
         return num_kv_heads * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in parts)
 
     def create(  # type: ignore[override]
-        self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, *, num_open: int = 1
-    ) -> SealedPages:
-        """Zeroed pages, ``num_open`` open ones among them."""
+        self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, *, num_residual: int = 1
+    ) -> ResidualPages:
+        """Zeroed pages, ``num_residual`` open ones among them."""
         self.check(page_size, head_dim)
         parts = {
             name: jnp.zeros((num_pages, num_kv_heads, *shape), dtype)
             for name, (shape, dtype) in self.code.parts(page_size, head_dim).items()
         }
-        opened = jnp.zeros((num_open, num_kv_heads, page_size, head_dim), OPEN_DTYPE)
-        return SealedPages(parts, self, page_size, head_dim, open=opened)
+        opened = jnp.zeros((num_residual, num_kv_heads, page_size, head_dim), RESIDUAL_DTYPE)
+        return ResidualPages(parts, self, page_size, head_dim, open=opened)
 
     def write_step(
-        self, pages: SealedPages, open_pages: OpenPages, seals: Seals, page: Array, slot: Array, rows: Array
-    ) -> SealedPages:
+        self,
+        pages: ResidualPages,
+        staging: StagingSlots,
+        finalized: FinalizedPages,
+        page: Array,
+        slot: Array,
+        rows: Array,
+    ) -> ResidualPages:
         """Writes a step's rows to open pages, and seals the pages that are full with them.
 
         Args:
           pages: of a layer.
-          open_pages: as they are behind the step: what it fills is no longer open.
-          seals: what it fills.
+          staging: as they are behind the step: what it fills is no longer open.
+          finalized: what it fills.
           page, slot: i32[T], where each row goes; page N is dropped.
           rows: [T, num_kv_heads, head_dim].
         """
-        rows = turns.turn(rows) if self.hadamard else rows.astype(jnp.float32)
+        rows = hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32)
         last, slots = len(rows) - 1, jnp.arange(pages.page_size)
 
         def seal(i: Array, parts: dict[str, Array]) -> dict[str, Array]:
-            begun = lax.dynamic_index_in_dim(pages.open, seals.place[i], keepdims=False).astype(jnp.float32)
-            row = seals.first_row[i] + slots - seals.first_slot[i]
+            begun = lax.dynamic_index_in_dim(pages.open, finalized.place[i], keepdims=False).astype(
+                jnp.float32
+            )
+            row = finalized.first_row[i] + slots - finalized.first_slot[i]
             fresh = rows.at[jnp.clip(row, 0, last)].get(mode="clip").swapaxes(0, 1)
-            full = jnp.where((slots >= seals.first_slot[i])[:, None], fresh, begun)
+            full = jnp.where((slots >= finalized.first_slot[i])[:, None], fresh, begun)
             encoded = self.code.encode(full)
-            return {name: part.at[seals.page[i]].set(encoded[name]) for name, part in parts.items()}
+            return {name: part.at[finalized.page[i]].set(encoded[name]) for name, part in parts.items()}
 
         # First what is sealed: a place may be another page's from this step on.
-        parts = lax.fori_loop(0, seals.count, seal, pages.parts)
-        place = open_pages.place.at[page].get(mode="fill", fill_value=open_pages.num_places)
-        opened = pages.open.at[place, :, slot].set(rows.astype(OPEN_DTYPE), mode="drop")
+        parts = lax.fori_loop(0, finalized.count, seal, pages.parts)
+        place = staging.place.at[page].get(mode="fill", fill_value=staging.num_staging_slots)
+        opened = pages.open.at[place, :, slot].set(rows.astype(RESIDUAL_DTYPE), mode="drop")
         return replace(pages, parts=parts, open=opened)
 
-    def copy_open(self, pages: SealedPages, source: Array, target: Array) -> SealedPages:
+    def copy_residual(self, pages: ResidualPages, source: Array, target: Array) -> ResidualPages:
         """Copies the open page at place ``source i32[]`` to place ``target i32[]``."""
         return replace(pages, open=pages.open.at[target].set(pages.open[source]))
 
@@ -124,7 +132,7 @@ class SealedFormat(BlockFormat):
         """f32[..., page_size, head_dim] of the parts of pages, as they were stored: turned, if rows are."""
         return self.code.decode(parts, page_size, head_dim)
 
-    def load(self, pages: SealedPages, page: Array, *, slices: bool = False) -> Array:  # type: ignore[override]
+    def load(self, pages: ResidualPages, page: Array, *, slices: bool = False) -> Array:  # type: ignore[override]
         """f32[..., num_kv_heads, page_size, head_dim]: the pages ``page i32[...]``, open ones too, as stored."""
         parts = {name: taken(part, page, slices) for name, part in pages.parts.items()}
         sealed = self.decode(parts, pages.page_size, pages.head_dim)
@@ -134,8 +142,8 @@ class SealedFormat(BlockFormat):
         opened = taken(pages.open, jnp.minimum(place, len(pages.open) - 1), slices).astype(jnp.float32)
         return jnp.where((place < len(pages.open))[..., None, None, None], opened, sealed)
 
-    def gather(self, pages: SealedPages, page: Array, slot: Array, target: Array) -> SealedPages:  # type: ignore[override]
-        """Seals in page ``target i32[]`` the rows at ``(page i32[page_size], slot i32[page_size])``, read before.
+    def gather(self, pages: ResidualPages, page: Array, slot: Array, target: Array) -> ResidualPages:  # type: ignore[override]
+        """Quantizes into page ``target i32[]`` the rows at ``(page i32[page_size], slot i32[page_size])``, read before.
 
         They are quantized anew, which costs them a little.
         """
@@ -148,7 +156,7 @@ class SealedFormat(BlockFormat):
 
     def encode(self, rows: Array) -> dict[str, Array]:
         """``rows [..., page_size, head_dim]``, a page of them, as the parts that are stored."""
-        return self.code.encode(turns.turn(rows) if self.hadamard else rows.astype(jnp.float32))
+        return self.code.encode(hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32))
 
     def write(self, *args: Any) -> Any:
         raise TypeError(f"{self.name} writes whole steps: write_step")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.compilation.executable_cache import remember_target
+from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.ffi import register
 from jaxpaged_model.quantized import cpu_kernel, cpu_vectors, formats, panels
 
@@ -31,7 +31,7 @@ def _target(name: str, exact: bool) -> str:
     spec.loader.exec_module(kernel)
     sources = [Path(str(room.__file__)) for room in (cpu_kernel, cpu_vectors, formats, panels)]
     register(kernel.NAME, kernel.handler, kernel.task, sources)
-    remember_target(kernel.NAME, _target, name, exact)
+    register_target_loader(kernel.NAME, _target, name, exact)
     return kernel.NAME
 
 

@@ -311,8 +311,10 @@ async def _soaked(
         await asyncio.sleep(0.02)
     await runner.call(_check)
     report.stats = runner.stats()
-    if runner.num_open or state.generations:
-        report.wrong.append(f"{runner.num_open} requests and {len(state.generations)} generations are left")
+    if runner.num_residual or state.generations:
+        report.wrong.append(
+            f"{runner.num_residual} requests and {len(state.generations)} generations are left"
+        )
     return report
 
 
