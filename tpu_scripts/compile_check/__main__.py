@@ -6,7 +6,7 @@
 Needs: for TPUs pip install -e ".[tpu]"; for GPUs jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version, and
 nvidia-cuda-nvcc. No driver and no device. The two can be installed into one environment or into two.
 
-Runs compile_check_tpu and compile_check_gpu; with --meshes also compile_check_mesh, which pip install -e ".[model]" is
+Runs compile_check.tpu and compile_check.gpu; with --meshes also compile_check.mesh, which pip install -e ".[model]" is
 for. They can be called alone and say more in their --help. Exit status: 0, what could be checked is right; 1, something
 is not; 2, nothing could be checked.
 """
@@ -62,7 +62,7 @@ def run(target: str, python: str, quick: bool, meshes: bool = False) -> Check:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        script = "compile_check_mesh" if meshes else f"compile_check_{target}"
+        script = "compile_check." + ("mesh" if meshes else target)
         command = [python, "-m", f"tpu_scripts.{script}", "--json", str(rows)]
         command += ["--quick"] * quick + ["--platform", target] * meshes
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -1,7 +1,7 @@
 """Compiles the GPU kernel for a Hopper GPU, on a machine that has none: registers, shared memory, spills.
 
     pip install jax-cuda13-plugin==J jax-cuda13-pjrt==J nvidia-cuda-nvcc    # J: the version of jax; no driver, no GPU
-    python tpu_scripts/compile_check/gpu.py [--quick] [--json FILE]
+    python -m tpu_scripts.compile_check.gpu [--quick] [--json FILE]
 
 Every model of ``jaxpaged.attention.cases.MODELS``, decode steps of 1, 8 and 64 sequences and a chunk of 512 prompt
 tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotations that a model passes. Models of head_dim 64, 128 and
@@ -125,7 +125,7 @@ def main() -> None:
             "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
-        run = [sys.executable, __file__, *sys.argv[1:], "--inside", dump]
+        run = [sys.executable, "-m", "tpu_scripts.compile_check.gpu", *sys.argv[1:], "--inside", dump]
         done = subprocess.run(run, env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:  # otherwise it says of each kernel that there is no disassembler, and no more
         print(done.stderr, file=sys.stderr)
@@ -235,7 +235,7 @@ def arguments(
     )
     table = BlockTable(*[array(max_seqs, CONTEXT // page_size)] * 5, array(max_seqs))
     batch = Batch(*[array(tokens)] * 5, array(max_seqs + 1), max_q_len)
-    rope = Rope(array(head_dim // 2, dtype=jnp.uint32))
+    rope = Rope.create([1e4 ** (-2 * i / head_dim) for i in range(head_dim // 2)])
     q = array(tokens, heads["num_q_heads"], head_dim, dtype=jnp.bfloat16)
     return q, k_pages, v_pages, table, batch, rope
 

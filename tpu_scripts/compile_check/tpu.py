@@ -284,7 +284,7 @@ class Compiler:
         batch = Batch(*(integers(tokens) for _ in range(5)), integers(max_seqs + 1), max_q_len=max_q_len)
         masks = MASKS.get(names[0], {})
         config = make_config(head_dim, None, masks.get("window"), masks.get("soft_cap"))
-        turns = Rope(self.array((head_dim // 2,), jnp.uint32)) if rope else None
+        turns = Rope.create([1e4 ** (-2 * i / head_dim) for i in range(head_dim // 2)]) if rope else None
 
         def attend(k_pages: Any, v_pages: Any, q: Any, table: Any, batch: Any, rope: Any) -> Any:
             return mosaic_tpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)

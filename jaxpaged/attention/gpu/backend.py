@@ -283,7 +283,7 @@ def _quarter_turn(rope: Rope, q: Array) -> Array:
 
 def _turns_by_dimension(rope: Rope, head_dim: int) -> Array:
     """i32[D]: the turns of each dimension, in units of 2**-32; 0 where it has none."""
-    turns = lax.bitcast_convert_type(rope.phase_step, jnp.int32)
+    turns = jnp.asarray(rope.phase_step.view("int32"))
     turns = jnp.repeat(turns, 2) if rope.interleaved else jnp.tile(turns, 2)
     return jnp.pad(turns, (0, head_dim - rope.rotary_dim))
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -301,7 +301,7 @@ def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
     pair = dims // 2 if rope.interleaved else dims % half
     other = dims ^ 1 if rope.interleaved else (dims + half) % rope.rotary_dim
     sign = np.where(other > dims, -1, 1)
-    turns = lax.bitcast_convert_type(rope.phase_step, jnp.int32)[pair]
+    turns = jnp.asarray(rope.phase_step.view(np.int32)[pair])
     turns = jnp.pad(turns, (0, head_dim - rope.rotary_dim))
     turns = jnp.pad(jnp.tile(turns, packed), (0, lanes - packed * head_dim))
     partner = np.zeros((lanes, lanes), np.float32)
