@@ -16,7 +16,7 @@ WITHOUT_THE_REST = """
 import sys
 
 OUTSIDE = {
-    "click", "fastapi", "flax", "gguf", "httpx", "huggingface_hub", "jinja2", "model", "numba", "optax",
+    "click", "fastapi", "flax", "gguf", "httpx", "huggingface_hub", "jinja2", "jaxpaged_model", "numba", "optax",
     "platformdirs", "prometheus_client", "pydantic", "rich", "safetensors", "starlette", "tokenizers",
     "torch", "transformers", "typer", "uvicorn",
 }
