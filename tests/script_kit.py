@@ -1,4 +1,4 @@
-"""Scripts of tpu_scripts/, run in the tests' process, and the tables that they print."""
+"""Helpers that run a script of tpu_scripts/ in the tests' process and parse the tables that it prints."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import sys
 
 
 def run(monkeypatch, script, *arguments):
-    """The exit status of a script, run in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    """Exit status of a script, such as "bench.generate", run in this process."""
+    module = importlib.import_module(f"tpu_scripts.{script}")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"tpu_scripts.{script}.__main__")
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
     try:
-        return importlib.import_module(f"tpu_scripts.{script}").main() or 0
+        return module.main() or 0
     except SystemExit as end:
         return end.code
 
 
 def table(text):
-    """The cells of a markdown table, a dictionary a row."""
+    """Rows of a Markdown table, each a dictionary of cells by column head."""
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     head, _, *rows = lines
     return [dict(zip(head, row, strict=True)) for row in rows]

@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose complaints are one line; they end the program with status 2."""
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            _program(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -120,7 +122,14 @@ def write_json(path: Path | None, values: Mapping[str, Any]) -> None:
 
 def command_line() -> str:
     """How this program was called."""
-    return " ".join(["python -m", f"tpu_scripts.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return " ".join([_program(), *sys.argv[1:]])
+
+
+def _program() -> str:
+    """The command that starts this script, such as "python -m tpu_scripts.bench.generate"."""
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    names = parts[parts.index("tpu_scripts") :] if "tpu_scripts" in parts else parts[-1:]
+    return f"python -m {'.'.join(names).removesuffix('.__main__')}"
 
 
 def note(line: str) -> None:

@@ -290,17 +290,18 @@ def test_describe_counts_what_a_step_moves():
     assert sizes["out_bytes"] == 4 * (2 * 8 * 8 * 8 * 128 * sizes["splits"] + 8 * 32 * 128)
 
 
-SCRIPT = Path(__file__).parents[2] / "tpu_scripts" / "compile_check" / "gpu.py"
+ROOT = Path(__file__).parents[2]
+COMPILE_CHECK = [sys.executable, "-m", "tpu_scripts.compile_check.gpu"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the plugin is here")
 def test_the_compile_check_says_what_it_needs():
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    done = subprocess.run(COMPILE_CHECK, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.startswith("needs jax-cuda13-plugin")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
 def test_the_kernel_compiles_for_hopper_without_spills():
-    done = subprocess.run([sys.executable, SCRIPT, "--quick"], capture_output=True, text=True)
+    done = subprocess.run([*COMPILE_CHECK, "--quick"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -217,7 +217,7 @@ def test_every_mesh_is_compiled_and_what_is_wrong_counts(monkeypatch, capsys, tm
 def test_compile_check_runs_it_when_asked(monkeypatch, capfd, tmp_path, status, found):
     python = tmp_path / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$2" in *_mesh) [ "$5 $6" = "--platform tpu" ] || exit 3; code={status};; *) code=2;; esac\n'
+        f'#!/bin/sh\ncase "$2" in *.mesh) [ "$5 $6" = "--platform tpu" ] || exit 3; code={status};; *) code=2;; esac\n'
         '[ $code = 2 ] || echo "[1, 2]" > "$4"\nexit $code\n'
     )
     python.chmod(0o755)

@@ -1,6 +1,6 @@
 """Time of one context shift: entries that remember their rotation against re-rotating every key, as llama.cpp does.
 
-    python tpu_scripts/bench/context_shift.py
+    python -m tpu_scripts.bench.context_shift
 
 One sequence holds L tokens; a shift forgets 256 of them behind the first 4 and moves the others up. "moved entries" is
 ``seq_remove`` and ``seq_shift`` on a paged cache; "re-rotated keys" turns every key behind the hole to its new

@@ -174,7 +174,7 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: A
                 f"the GPU kernel is for compute capability {_CAPABILITY} (Hopper), not {capability}"
             )
         if fmt.table is not None:
-            # Right in Pallas' interpreter, wrong by factors of 1e7 on an H100 with jax 0.11.2 (check_on_device).
+            # Right in Pallas' interpreter, wrong by factors of 1e7 on an H100 with jax 0.11.2 (kernel_check.on_device).
             raise NotImplementedError(
                 f"the GPU kernel looks up {fmt.name}'s codes wrongly when it is compiled"
             )

@@ -1,6 +1,6 @@
 """A queue of prompts in one program against static batches that wait for their longest, tokens a second.
 
-    python -m tpu_scripts.bench.queue
+    python -m tpu_scripts.bench.prompt_queue
 
 Prompts and outputs have lengths spread exponentially, the same ones each way, and every output runs to its length. The
 queue is one call of ``generate`` with all prompts. Static batches are a call for each group of as many prompts as there
