@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from jaxpaged.generation.beams import BeamResult, BeamSearch, beam_search, prepare_beam_search
     from jaxpaged.generation.loop import (
         FINISH_LENGTH,
+        FINISH_NAN,
         FINISH_OUT_OF_PAGES,
         FINISH_STOP,
         GenerateResult,
         KVCache,
+        LimitVocab,
         generate,
     )
     from jaxpaged.generation.request import ContextShift
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALL",
     "FINISH_LENGTH",
+    "FINISH_NAN",
     "FINISH_OUT_OF_PAGES",
     "FINISH_STOP",
     "PAGE_FORMATS",
@@ -79,6 +82,7 @@ __all__ = [
     "GenerateStream",
     "InvariantError",
     "KVCache",
+    "LimitVocab",
     "LookupResult",
     "LookupStream",
     "OutOfPages",
@@ -136,7 +140,8 @@ _ROOMS = {
     "cache.contiguous": ("ContiguousKVCache",),
     "cache.defragment": ("seq_defragment",),
     "generation.loop": (
-        "FINISH_LENGTH", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "KVCache", "generate",
+        "FINISH_LENGTH", "FINISH_NAN", "FINISH_OUT_OF_PAGES", "FINISH_STOP", "GenerateResult", "KVCache",
+        "LimitVocab", "generate",
     ),
     "generation.request": ("ContextShift",),
     "cache.invariants": ("InvariantError", "check_invariants"),

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.generation.loop import (
     FINISH_LENGTH,
+    FINISH_NAN,
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
     RUNNING,
@@ -64,10 +65,10 @@ class BeamResult:
     """f32[B, R]: sum of log-probabilities, that of the stop token included, over length ** length_penalty; -inf where
     there is no such sequence."""
     finish_reason: Array
-    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING where there is no such sequence and pages
-    did not run out."""
+    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; FINISH_NAN in all R if logits of the search held
+    NaN; RUNNING where there is no such sequence and the search was completed."""
     complete: Array
-    """bool[B]: False where the pool ran out of pages before the search ended: the best of what was there by then."""
+    """bool[B]: False if the search ended early, out of pages or with NaN: the best sequences found until then."""
     num_steps: Array
     """i32[]: steps of the search, each a token for every beam."""
     pages_peak: Array
@@ -128,22 +129,23 @@ class _State:
     finished: _Finished
     active: Array
     """bool[B]"""
-    out_of_pages: Array
-    """bool[B]"""
+    failure: Array
+    """i32[B]: FINISH_OUT_OF_PAGES or FINISH_NAN where the search ended early, else RUNNING."""
     num_steps: Array
     """i32[]: also the number of tokens of each beam."""
     usage: _Usage
 
     def result(self, num_return: int) -> BeamResult:
         best = jax.tree.map(lambda x: x[:, :num_return], self.finished)
-        missing = jnp.where(self.out_of_pages, FINISH_OUT_OF_PAGES, RUNNING)[:, None]
+        failure = self.failure[:, None]
+        found = (best.score > -jnp.inf) & (failure != FINISH_NAN)
         steps = jnp.maximum(self.num_steps, 1)
         return BeamResult(
             tokens=best.tokens,
             num_tokens=best.num_tokens,
             score=best.score,
-            finish_reason=jnp.where(best.score > -jnp.inf, best.reason, missing),
-            complete=~self.out_of_pages,
+            finish_reason=jnp.where(found, best.reason, failure),
+            complete=self.failure == RUNNING,
             num_steps=self.num_steps,
             pages_peak=self.usage.pages_peak,
             unshared_peak=self.usage.unshared_peak,
@@ -277,7 +279,7 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
             reason=jnp.full((b, w), RUNNING, jnp.int32),
         ),
         active=served,
-        out_of_pages=asked & ~served,
+        failure=jnp.where(asked & ~served, FINISH_OUT_OF_PAGES, RUNNING),
         num_steps=jnp.int32(0),
         usage=_Usage(pages_peak, _unshared(cache), jnp.float32(0), jnp.float32(0)),
     )
@@ -307,7 +309,7 @@ def _end_early(cache: Cache, state: _State, request: _Request, ended: Array) -> 
         state,
         finished=_keep_best(state.finished, unfinished),
         active=state.active & ~ended,
-        out_of_pages=state.out_of_pages | ended,
+        failure=jnp.where(ended, FINISH_OUT_OF_PAGES, state.failure),
     )
 
 
@@ -352,8 +354,8 @@ class _Candidates:
     """f32: sum of log-probabilities."""
 
 
-def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, _Candidates]:
-    """The best continuations by any token but a stop token, and the best by any token.
+def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, _Candidates, Array]:
+    """The best continuations by any token but a stop token, the best by any token, and ``bool[B]``: a beam met NaN.
 
     They need no sort of all W × V candidates: the first are among the best W of each beam, and the others among these
     and the few that stop.
@@ -387,7 +389,8 @@ def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, 
     going = candidates(values, ids)
     stopping = candidates(stop_values, jnp.broadcast_to(stop_ids, stop_values.shape))
     either = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), going, stopping)
-    return best(going), best(either)
+    invalid = ~(total < jnp.inf).reshape(b, w) & (score > -jnp.inf)  # NaN, or +inf, of which NaN would follow
+    return best(going), best(either), jnp.any(invalid, axis=1)
 
 
 def _update(state: _State, request: _Request, going: _Candidates, any_: _Candidates) -> tuple[_State, Array]:
@@ -432,8 +435,11 @@ def _step(model: Model, params: Any, cache: Cache, state: _State, request: _Requ
     tokens = newest[jnp.minimum(batch.sequence, s - 1)]
     logits, cache = model(params, tokens, cache, batch, batch.last_rows[: b * w])
     was_active = state.active
-    going, any_ = _select(logits, state.beams.score, request.stop_ids)
+    going, any_, invalid = _select(logits, state.beams.score, request.stop_ids)
+    failed = was_active & invalid
     state, goes_on = _update(state, request, going, any_)
+    goes_on &= ~failed
+    state = replace(state, active=goes_on, failure=jnp.where(failed, FINISH_NAN, state.failure))
     stays = goes_on[:, None] & (going.score > -jnp.inf)
     source = jnp.where(stays, jnp.arange(b)[:, None] * w + going.parent, s)
     # What belongs to no prompt stays as it is, as do prompts that ended before: they are empty.
@@ -512,8 +518,9 @@ def beam_search(
       batch_size: tokens of a prefill step; prompts are packed one behind the other into steps of that many.
 
     Returns:
-      ``(result, cache)``. When the pool runs out, prompts are served in order; one whose beams do not all find room
-      ends with the best it has, finished or not, ``complete`` says so, and its pages go to the others.
+      ``(result, cache)``. When the pool runs out, prompts are served in order; one whose beams do not all find pages
+      ends with the best sequences it has, finished or not, and its pages go to the others. One whose logits hold NaN
+      ends with FINISH_NAN. ``complete`` is False for both.
 
     Raises:
       ValueError: no prompt or too many, an empty prompt, a negative id, a limit below 1, a number of beams or of

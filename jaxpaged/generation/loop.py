@@ -34,8 +34,9 @@ from jaxpaged.sharding.mesh import (
     over_mesh,
 )
 
-RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES = 0, 1, 2, 3
-"""Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of pages."""
+RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES, FINISH_NAN = 0, 1, 2, 3, 4
+"""Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of pages; the model's
+logits held NaN."""
 
 
 class KVCache(Protocol):
@@ -85,6 +86,34 @@ Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 """``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``"""
 
 
+@dataclass(frozen=True)
+class LimitVocab:
+    """A model without the logits behind its first ``vocab_size``, for a vocabulary padded beyond the tokenizer's.
+
+    Takes the place of ``model`` in ``generate`` and its variants, and in the engine: ids from
+    ``vocab_size`` on then have no probability and are never sampled.
+    """
+
+    model: Model
+    vocab_size: int
+
+    def __call__(
+        self, params: Any, tokens: Array, cache: Any, batch: Batch, rows: Array
+    ) -> tuple[Array, Any]:
+        logits, cache = self.model(params, tokens, cache, batch, rows)
+        if not 1 <= self.vocab_size <= logits.shape[1]:
+            raise ValueError(
+                f"vocab_size must be 1 to {logits.shape[1]} (the logits'), got {self.vocab_size}"
+            )
+        return logits[:, : self.vocab_size], cache
+
+    @property
+    def program_key(self) -> str | None:
+        """Key of the executable cache, see ``cached_compile``; None if the model has none."""
+        key = getattr(self.model, "program_key", None)
+        return None if key is None else f"{key} vocab_size={self.vocab_size}"
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GenerateResult:
@@ -95,7 +124,7 @@ class GenerateResult:
     num_tokens: Array
     """i32[R]: how many they are."""
     finish_reason: Array
-    """i32[R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING in rows without a prompt."""
+    """i32[R]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING in rows without a prompt."""
     pages_peak: Array
     """i32[]: most pages in use after any step."""
     num_steps: Array
@@ -167,10 +196,11 @@ class Slots:
         return jnp.where(self.busy, jnp.maximum(left, 0), 0)
 
 
-def _end(cache: Cache, state: State, ended: Array, reason: Array | int, release: bool) -> tuple[Cache, State]:
-    """Ends the sequences marked ``bool[S]``, which then are idle; gives their pages back if asked to."""
-    if release:
-        cache = jax.lax.cond(jnp.any(ended), lambda c: c.seq_remove(ended)[0], lambda c: c, cache)
+def _end(
+    cache: Cache, state: State, ended: Array, reason: Array | int, released: Array
+) -> tuple[Cache, State]:
+    """Ends the sequences marked ``ended bool[S]``, which then are idle; frees the pages of ``released bool[S]``."""
+    cache = jax.lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
     idle = state.num_tokens.shape[0]
     row = jnp.where(ended, state.row, idle)
     return cache, replace(
@@ -277,7 +307,7 @@ def _step(
     # Those that find no room end here, their other samples with them, and their pages serve the others.
     fits = cache.can_reserve_each(num_new)
     ended = slots.busy & ~(fits & fits[state.leader])
-    cache, state = _end(cache, state, ended, FINISH_OUT_OF_PAGES, release=True)
+    cache, state = _end(cache, state, ended, FINISH_OUT_OF_PAGES, released=ended)
     num_new = jnp.where(ended, 0, num_new)
     cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=num_tokens if reads else 1)
 
@@ -325,10 +355,11 @@ def _accept(
     keep: bool,
 ) -> tuple[Cache, State]:
     """Appends the token sampled for each sequence marked, and ends those that are done."""
-    stopped = sampled & jnp.any(token[:, None] == request.stop_ids, axis=1)
+    failed = sampled & (token < 0)
+    stopped = sampled & ~failed & jnp.any(token[:, None] == request.stop_ids, axis=1)
     limit = request.max_new_tokens[slots.row]
     room = state.num_tokens[slots.row] < limit
-    appended = sampled & ~stopped & room
+    appended = sampled & ~stopped & ~failed & room
     row = jnp.where(appended, slots.row, state.num_tokens.shape[0])
     num_tokens = state.num_tokens.at[row].add(1, mode="drop")
     column = state.num_tokens[slots.row]
@@ -340,8 +371,9 @@ def _accept(
         recent=push_recent(state.recent, token, appended),
     )
     full = sampled & (num_tokens[slots.row] >= limit)
-    reason = jnp.where(stopped & room, FINISH_STOP, FINISH_LENGTH)
-    return _end(cache, state, stopped | full, reason, release=not keep)
+    reason = jnp.where(stopped & room, FINISH_STOP, jnp.where(failed, FINISH_NAN, FINISH_LENGTH))
+    ended = stopped | full | failed
+    return _end(cache, state, ended, reason, released=failed if keep else ended)
 
 
 def begin(cache: KVCache, request: Request, shape: Shape) -> State:
@@ -483,8 +515,8 @@ def generate(
         ``n_keep`` counts them.
 
     Returns:
-      ``(result, cache)``. A sequence that finds no free page ends with FINISH_OUT_OF_PAGES and what it has, and its
-      pages go to the others.
+      ``(result, cache)``. A sequence that finds no free page ends with FINISH_OUT_OF_PAGES and the tokens it has; one
+      whose logits hold NaN ends with FINISH_NAN. Their pages are freed, with ``keep`` too.
 
     Raises:
       ValueError: no prompt, an empty prompt, a negative id or count, sampling of another size, a prompt that fills the

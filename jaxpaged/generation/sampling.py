@@ -147,15 +147,15 @@ def sample(logits: Array, params: SamplingParams, position: Array, recent: Array
     ``params`` never lead to another trace.
 
     Args:
-      logits: float[S, V], any floating dtype, computed in float32. NaN counts as -inf; +inf as the largest
-        finite number. A token at -inf is never drawn; where all of a row are, the answer is token 0.
+      logits: float[S, V], any floating dtype, computed in float32. +inf counts as the largest finite number.
+        A token at -inf is never sampled; where all of a row are, the result is token 0.
       params: S rows.
       position: i32[S], position of the token to be drawn, in its sequence: each has a draw of its own.
       recent: i32[S, R], the latest tokens of each sequence, right-aligned, the latest last; on the left
         whatever is outside [0, V), such as -1. R may be 0; ``repeat_last_n`` reaches no further than R.
 
     Returns:
-      i32[S], ids in [0, V).
+      i32[S], ids in [0, V); -1 for a row that holds NaN.
 
     Raises:
       ValueError: shapes or dtypes that do not fit each other, when traced.
@@ -259,8 +259,11 @@ def _penalise(logits: Array, params: SamplingParams, recent: Array) -> Array:
 
 
 def _clean(logits: Array) -> Array:
-    """Logits in one total order: no NaN, no +inf, one zero (``lax.top_k`` would put 0.0 before -0.0)."""
-    z = jnp.where(jnp.isnan(logits), -jnp.inf, jnp.minimum(logits, jnp.finfo(jnp.float32).max))
+    """Logits in one total order: NaN as +inf, all others finite or -inf, one zero (``lax.top_k`` puts 0.0 before -0.0).
+
+    A row's greatest value is +inf exactly if the row holds NaN, so detecting NaN costs no further pass.
+    """
+    z = jnp.where(jnp.isnan(logits), jnp.inf, jnp.minimum(logits, jnp.finfo(jnp.float32).max))
     return jnp.where(z == 0.0, 0.0, z)
 
 
@@ -275,7 +278,8 @@ def _argmax(logits: Array, _params: SamplingParams, _position: Array) -> Array:
     chunks = _chunked(_clean(logits), -jnp.inf)
     chunk = jnp.argmax(chunks.max(axis=2), axis=1)
     winner = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
-    return (chunk * _CHUNK + jnp.argmax(winner, axis=1)).astype(jnp.int32)
+    token = (chunk * _CHUNK + jnp.argmax(winner, axis=1)).astype(jnp.int32)
+    return jnp.where(winner.max(axis=1) == jnp.inf, -1, token)
 
 
 def _draw(logits: Array, params: SamplingParams, position: Array) -> Array:
@@ -405,4 +409,6 @@ def _choose(
     rank = jnp.sum(cumulative <= (uniform * drawn_from)[:, None], axis=1, dtype=jnp.int32)
     rank = jnp.where(greedy, 0, jnp.clip(rank, 0, jnp.maximum(kept - 1, 0)))
     rank = jnp.minimum(rank, size - 1)  # a row that is not settled may keep more than is here
-    return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0], settled
+    token = jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0]
+    invalid = values[:, 0] == jnp.inf
+    return jnp.where(invalid, -1, token), settled | invalid

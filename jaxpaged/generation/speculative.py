@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from jaxpaged.generation.loop import (
     FINISH_LENGTH,
+    FINISH_NAN,
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
     RUNNING,
@@ -57,7 +58,7 @@ class LookupResult:
     num_tokens: Array
     """i32[S]: how many they are."""
     finish_reason: Array
-    """i32[S]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; RUNNING in rows without a prompt."""
+    """i32[S]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING in rows without a prompt."""
     pages_peak: Array
     """i32[]: most pages in use after any step."""
     drafted: Array
@@ -189,11 +190,10 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
 
 
 def _end(
-    cache: Cache, state: _State, ended: Array, reason: Array | int, release: bool
+    cache: Cache, state: _State, ended: Array, reason: Array | int, released: Array
 ) -> tuple[Cache, _State]:
-    """Ends the sequences marked; gives their pages back if asked to."""
-    if release:
-        cache = jax.lax.cond(jnp.any(ended), lambda c: c.seq_remove(ended)[0], lambda c: c, cache)
+    """Ends the sequences marked ``ended bool[S]``; frees the pages of ``released bool[S]``."""
+    cache = jax.lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
     return cache, replace(
         state,
         active=state.active & ~ended,
@@ -209,7 +209,7 @@ def _verify(
     request: _Request,
     draft: Array,
     count: Array,
-) -> tuple[Cache, _State, Array, Array]:
+) -> tuple[Cache, _State, Array, Array, Array]:
     """Computes the newest token of each sequence and its draft, and keeps what greedy decoding would have written.
 
     Args:
@@ -217,7 +217,8 @@ def _verify(
       count: i32[S]: how many of the K tokens to try.
 
     Returns:
-      ``(cache, state, stopped bool[S], appended i32[S])``: the draft's rejected tokens are out of the cache again.
+      ``(cache, state, stopped bool[S], failed bool[S], appended i32[S])``: which sequences end with a stop token or
+      with NaN, and how many tokens each got. Rejected tokens are removed from the cache.
     """
     s, width = cache.max_seqs, draft.shape[1] + 1
     num_new = jnp.where(state.active, 1 + count, 0)
@@ -236,9 +237,11 @@ def _verify(
 
     agrees = (draft == best[:, :-1]) & (step[:-1] < count[:, None])
     accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
-    stops = jnp.any(best[..., None] == request.stop_ids, axis=-1) & (step <= accepted[:, None])
-    stopped = state.active & jnp.any(stops, axis=1)
-    appended = jnp.where(stopped, jnp.argmax(stops, axis=1), accepted + 1).astype(jnp.int32)
+    stops = (best < 0) | jnp.any(best[..., None] == request.stop_ids, axis=-1)
+    stops &= step <= accepted[:, None]
+    ended = state.active & jnp.any(stops, axis=1)
+    appended = jnp.where(ended, jnp.argmax(stops, axis=1), accepted + 1).astype(jnp.int32)
+    failed = ended & (jnp.take_along_axis(best, jnp.minimum(appended, width - 1)[:, None], axis=1)[:, 0] < 0)
     appended = jnp.where(state.active, appended, 0)
     accepted = jnp.minimum(accepted, appended)
 
@@ -258,7 +261,8 @@ def _verify(
             accepted=state.accepted + accepted,
             num_steps=state.num_steps + state.active,
         ),
-        stopped,
+        ended & ~failed,
+        failed,
         appended,
     )
 
@@ -285,10 +289,11 @@ def _step(
     count: Array,
 ) -> tuple[Cache, _State]:
     """One step: as many tokens for each active sequence as its draft has right, and one more."""
-    cache, state, stopped, appended = _verify(model, params, cache, state, request, draft, count)
-    full = (appended > 0) & ~stopped & (state.length - request.prompts.lens >= request.max_new_tokens)
-    reason = jnp.where(stopped, FINISH_STOP, FINISH_LENGTH)
-    return _end(cache, state, stopped | full, reason, release=not shape.keep)
+    cache, state, stopped, failed, appended = _verify(model, params, cache, state, request, draft, count)
+    ended = stopped | failed
+    full = (appended > 0) & ~ended & (state.length - request.prompts.lens >= request.max_new_tokens)
+    reason = jnp.where(failed, FINISH_NAN, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH))
+    return _end(cache, state, ended | full, reason, released=failed if shape.keep else ended | full)
 
 
 _Carry = tuple[Array, Any, _State, Array, Array]
@@ -319,7 +324,7 @@ def _advance(
     def without_draft(carry: _Carry) -> _Carry:
         i, cache, state, draft, count = carry
         without_room = state.active & ~cache.can_reserve_each(state.active.astype(jnp.int32))
-        cache, state = _end(cache, state, without_room, FINISH_OUT_OF_PAGES, release=True)
+        cache, state = _end(cache, state, without_room, FINISH_OUT_OF_PAGES, released=without_room)
         cache, state = _step(model, shape, params, cache, state, request, draft[:, :0], count)
         return i + 1, cache, state, *_draft(shape, cache, state, request)
 
@@ -413,8 +418,9 @@ def generate_lookup(
         their pages are given back the moment they end.
 
     Returns:
-      ``(result, cache)``. When the pool gets short, steps go without drafts; a sequence that finds no page for one
-      token ends with FINISH_OUT_OF_PAGES and what it has, and its pages go to the others.
+      ``(result, cache)``. When the pool gets short, steps go without drafts. A sequence that finds no page for one
+      token ends with FINISH_OUT_OF_PAGES and the tokens it has; one whose logits hold NaN ends with FINISH_NAN. Their
+      pages are freed, with ``keep`` too.
 
     Raises:
       ValueError: no prompt or too many, an empty prompt, a negative id, a limit, ``num_draft`` or ``ngram`` below 1.

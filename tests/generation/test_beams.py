@@ -293,7 +293,8 @@ def test_the_program_writes_the_pool_in_place(params: Any) -> None:
 def test_candidates_without_numbers_are_no_candidates() -> None:
     """NaN in the row of a beam that is not there, and a row that is nothing but -inf."""
     logits = jnp.stack([jnp.arange(5.0), jnp.full(5, jnp.nan), jnp.full(5, -jnp.inf)])
-    going, either = rooms._select(logits, jnp.array([[0.0, -jnp.inf, -1.0]]), jnp.array([4, -1]))
+    going, either, invalid = rooms._select(logits, jnp.array([[0.0, -jnp.inf, -1.0]]), jnp.array([4, -1]))
+    assert invalid.tolist() == [False]
     assert going.parent.tolist() == either.parent.tolist() == [[0, 0, 0]]
     assert going.token.tolist() == [[3, 2, 1]]
     assert either.token.tolist() == [[4, 3, 2]]

@@ -43,7 +43,8 @@ def numpy_sample(
         repeat = np.float32(row["repeat_penalty"])
         z[token] = z[token] * repeat if z[token] <= 0 else z[token] / repeat
         z[token] -= window.count(token) * row["frequency_penalty"] + row["presence_penalty"]
-    z[np.isnan(z)] = -np.inf
+    if np.isnan(z).any():
+        return -1, False
     if row["temperature"] < np.finfo(np.float32).tiny or np.all(z == -np.inf):
         return int(np.argmax(z)), False
 
@@ -81,11 +82,12 @@ def random_rows(rng: np.random.Generator, num_seqs: int) -> dict[str, list[Any]]
 
 
 def random_logits(rng: np.random.Generator, num_seqs: int, vocab_size: int) -> np.ndarray:
-    """Rows flat and peaked, coarse enough to hold many ties, some with NaN, -inf, or nothing else."""
+    """Rows flat and peaked, coarse enough to hold many ties, some with a NaN, some with -inf or nothing else."""
     scale = rng.choice([0.01, 0.5, 2.0, 5.0], size=(num_seqs, 1))
     z = np.round(rng.normal(size=(num_seqs, vocab_size)) * scale * 16) / 16
-    z[rng.random(z.shape) < 0.02] = np.nan
     z[rng.random(z.shape) < rng.choice([0.0, 0.0, 0.1, 0.9, 1.0], size=(num_seqs, 1))] = -np.inf
+    row = rng.random(num_seqs) < 0.1
+    z[row, rng.integers(vocab_size, size=row.sum())] = np.nan
     return z.astype(np.float32)
 
 
@@ -211,7 +213,7 @@ def test_draws_follow_the_distribution(
     assert np.sum((counts - expected)[order] ** 2 / expected[order]) < critical
 
 
-def test_greedy_takes_the_lowest_id_of_the_greatest_logit() -> None:
+def test_greedy_takes_the_lowest_id_of_the_greatest_logit_and_none_of_a_row_with_nan() -> None:
     inf, nan = np.inf, np.nan
     logits = np.array(
         [
@@ -224,7 +226,7 @@ def test_greedy_takes_the_lowest_id_of_the_greatest_logit() -> None:
         ],
         np.float32,
     )
-    expected = [1, 0, 1, 0, 0, 1]
+    expected = [1, 0, -1, -1, 0, 1]
     recent, position = jnp.full((6, 2), -1), jnp.arange(6)
     greedy = jitted(jnp.asarray(logits), SamplingParams.greedy(6), position, recent)
     assert greedy.dtype == jnp.int32
