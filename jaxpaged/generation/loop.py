@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.cache.interface import Cache, KVCache
 from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 from jaxpaged.pages.batch import Batch
@@ -39,49 +40,6 @@ RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES, FINISH_NAN = 0, 1, 2, 
 logits held NaN."""
 
 
-class KVCache(Protocol):
-    """What generation and a model need of a cache; PagedKVCache and ContiguousKVCache have it."""
-
-    @property
-    def max_seqs(self) -> int: ...
-    @property
-    def lengths(self) -> Array: ...
-    @property
-    def pages_used(self) -> Array: ...
-    @property
-    def pages_free(self) -> Array: ...
-    def attend(
-        self,
-        layer: int,
-        q: Array,
-        k: Array,
-        v: Array,
-        batch: Batch,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks: Array | None = None,
-        rope: Rope | None = None,
-    ) -> tuple[Array, Self]: ...
-    def reserve(
-        self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
-    ) -> tuple[Self, Batch, Array]: ...
-    def can_reserve_each(self, num_new: Array) -> Array: ...
-    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array: ...
-    def whole_pages(self, num_tokens: Array) -> Array: ...
-    def seq_position_min(self) -> Array: ...
-    def seq_drop_unseen(self, window: int) -> Self: ...
-    def seq_remove(
-        self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
-    ) -> tuple[Self, Array]: ...
-    def seq_shift(
-        self, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
-    ) -> tuple[Self, Array]: ...
-    def seq_reorder(self, source: Array) -> Self: ...
-
-
-Cache = TypeVar("Cache", bound=KVCache)
 Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 """``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``"""
 

@@ -9,6 +9,7 @@ sorted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,14 +77,17 @@ class SamplingParams:
 
         Args:
           num_seqs: S, at least 1.
-          temperature: this and the others: one value for every sequence, or S values.
+          temperature: this and the others but ``seed``: one value for every sequence, or S values.
+          seed: an integer, which gives row i the seed ``seed + i`` (modulo 2**32); S integers, of which equal ones
+            give equal random numbers; or a key of ``jax.random``, typed or ``uint32[2]``, which gives each row a
+            seed of its own.
 
         Raises:
           ValueError: a value that means nothing; the line names the parameter, the value and what is allowed.
 
         Example:
-          >>> SamplingParams.create(2, temperature=[0.0, 0.7], top_k=20).top_k.tolist()
-          [20, 20]
+          >>> SamplingParams.create(2, temperature=[0.0, 0.7], top_k=20, seed=5).seed.tolist()
+          [5, 6]
         """
         if num_seqs < 1:
             raise ValueError(f"num_seqs = {num_seqs}: must be at least 1")
@@ -94,24 +98,37 @@ class SamplingParams:
             _refuse(name, value, np.isfinite(column) & (column >= low) & (column <= high), allowed)
             return jnp.asarray(column)
 
-        def integers(
-            name: str, value: npt.ArrayLike, dtype: type[np.integer], low: int, allowed: str
-        ) -> Array:
+        def integers(name: str, value: npt.ArrayLike, low: int, high: int, allowed: str) -> np.ndarray:
             column = _column(name, value, num_seqs, "iu", "an integer")
-            _refuse(name, value, (column >= low) & (column <= np.iinfo(dtype).max), allowed)
-            return jnp.asarray(column.astype(dtype))
+            _refuse(name, value, (column >= low) & (column <= high), allowed)
+            return column
+
+        if _is_key(seed):
+            seeds = jax.random.bits(seed, (num_seqs,), jnp.uint32)
+        else:
+            allowed = "must be from 0 to 2**32 - 1, or a key of jax.random"
+            column = integers("seed", seed, 0, 2**32 - 1, allowed).astype(np.uint32)
+            if np.ndim(seed) == 0:
+                column = column + np.arange(num_seqs, dtype=np.uint32)
+            seeds = jnp.asarray(column)
 
         inf, smallest = np.inf, float(np.finfo(np.float32).tiny)
         return cls(
             temperature=floats("temperature", temperature, -inf, inf, "must be finite (0 or less is greedy)"),
-            top_k=integers("top_k", top_k, np.int32, -_INT_MAX - 1, "must fit 32 bits (0 or less is off)"),
+            top_k=jnp.asarray(
+                integers("top_k", top_k, -_INT_MAX - 1, _INT_MAX, "must fit 32 bits (0 or less is off)"),
+                jnp.int32,
+            ),
             top_p=floats("top_p", top_p, smallest, inf, "must be above 0 and finite (1 or more is off)"),
             min_p=floats("min_p", min_p, 0.0, 1.0, "must be from 0 (off) to 1"),
             repeat_penalty=floats(
                 "repeat_penalty", repeat_penalty, smallest, inf, "must be above 0 and finite (1 is off)"
             ),
-            repeat_last_n=integers(
-                "repeat_last_n", repeat_last_n, np.int32, -1, "must be at least -1 (0 is off, -1 is all)"
+            repeat_last_n=jnp.asarray(
+                integers(
+                    "repeat_last_n", repeat_last_n, -1, _INT_MAX, "must be at least -1 (0 is off, -1 is all)"
+                ),
+                jnp.int32,
             ),
             presence_penalty=floats(
                 "presence_penalty", presence_penalty, -inf, inf, "must be finite (0 is off)"
@@ -119,7 +136,7 @@ class SamplingParams:
             frequency_penalty=floats(
                 "frequency_penalty", frequency_penalty, -inf, inf, "must be finite (0 is off)"
             ),
-            seed=integers("seed", seed, np.uint32, 0, "must be from 0 to 2**32 - 1"),
+            seed=seeds,
         )
 
     @classmethod
@@ -193,6 +210,13 @@ def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
     """
     pushed = jnp.concatenate([recent, tokens[:, None].astype(recent.dtype)], axis=1)[:, 1:]
     return jnp.where(active[:, None], pushed, recent)
+
+
+def _is_key(seed: Any) -> bool:
+    """True for a key of ``jax.random``: typed, or a JAX array uint32[2]; a list or numpy array holds seeds."""
+    return isinstance(seed, Array) and (
+        jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or (seed.dtype == jnp.uint32 and seed.shape == (2,))
+    )
 
 
 def _column(name: str, value: npt.ArrayLike, num_seqs: int, kinds: str, what: str) -> np.ndarray:

@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 from toy_transformer import VOCAB, paged, toy, toy_params
 
-from jaxpaged import (
-    FINISH_LENGTH,
-    FINISH_NAN,
-    LimitVocab,
-    beam_search,
-    check_invariants,
-    generate,
-    generate_lookup,
-    generate_stream,
-    lookup_stream,
-)
+from jaxpaged import FINISH_LENGTH, FINISH_NAN, beam_search, check_invariants, generate, generate_lookup, generate_stream
+from jaxpaged.generation.loop import LimitVocab
+from jaxpaged.generation.speculative import lookup_stream
 
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 11))]
 LIMIT = 12

@@ -240,6 +240,21 @@ def test_samples_of_a_prompt_are_what_their_seeds_give_alone(params: Any, make: 
     assert int(cache.pages_used) == 0
 
 
+def test_samples_of_one_seed_differ_and_equal_seeds_give_equal_samples(params: Any) -> None:
+    def texts(**options: Any) -> list[list[int]]:
+        sampling = SamplingParams.create(4, temperature=9.0, min_p=0.0, top_p=1.0, **options)
+        result, _ = generate(
+            toy, params, paged(4), PROMPTS[:1], n=4, max_new_tokens=16, sampling=sampling, batch_size=16
+        )
+        return rows_of(result)
+
+    for options in ({}, {"seed": 7}, {"seed": jax.random.key(7)}, {"seed": jax.random.PRNGKey(7)}):
+        assert len(set(map(tuple, texts(**options)))) == 4
+    assert texts(seed=7) == texts(seed=[7, 8, 9, 10])
+    same = texts(seed=[5, 6, 5, 6])
+    assert same[:2] == same[2:] and same[0] != same[1]
+
+
 def test_samples_share_the_whole_pages_of_their_prompt(params: Any) -> None:
     result, cache = generate(
         toy, params, paged(3), [PROMPTS[2]], n=3, max_new_tokens=8, sampling=SAMPLING, keep=True

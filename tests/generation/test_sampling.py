@@ -190,7 +190,7 @@ def test_draws_follow_the_distribution(
         1.0 if vocab_size < 10 else 0.3
     )
     index = np.arange(num_draws)
-    values = SamplingParams.create(num_draws, **params, seed=index if over == "seed" else 7)
+    values = SamplingParams.create(num_draws, **params, seed=index if over == "seed" else 7 + 0 * index)
     tokens = jitted(
         jnp.broadcast_to(logits, (num_draws, vocab_size)),
         values,
@@ -275,6 +275,21 @@ def test_seed_and_position_are_the_only_sources_of_chance() -> None:
         assert first == [draw(3, position) for position in range(20)]
 
 
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "uint32[2]"])
+@pytest.mark.parametrize("num_seqs", [2, 5])
+def test_a_key_gives_each_row_a_seed_of_its_own(key: jax.Array, num_seqs: int) -> None:
+    seeds = SamplingParams.create(num_seqs, seed=key).seed
+    assert len(set(seeds.tolist())) == num_seqs
+    assert seeds.tolist() == SamplingParams.create(num_seqs, seed=key).seed.tolist()
+    other = SamplingParams.create(num_seqs, seed=jax.random.key(4)).seed
+    assert not set(seeds.tolist()) & set(other.tolist())
+
+
+def test_an_array_of_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="single key"):
+        SamplingParams.create(3, seed=jax.random.split(jax.random.key(0), 3))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 99), st.booleans()), max_size=12), st.integers(0, 5))
 def test_push_recent_keeps_the_latest_right_aligned(pushes: list[tuple[int, bool]], size: int) -> None:
@@ -289,10 +304,10 @@ def test_push_recent_keeps_the_latest_right_aligned(pushes: list[tuple[int, bool
 
 
 def test_create_broadcasts_and_defaults_to_llama_cpps_values() -> None:
-    params = SamplingParams.create(3, top_k=[1, 2, 3], seed=2**32 - 1)
+    params = SamplingParams.create(3, top_k=[1, 2, 3], seed=2**32 - 2)
     assert params.num_seqs == 3
     assert params.top_k.tolist() == [1, 2, 3]
-    assert params.seed.tolist() == [2**32 - 1] * 3
+    assert params.seed.tolist() == [2**32 - 2, 2**32 - 1, 0]  # an integer is the first row's
     defaults = {name: round(float(leaf[0]), 6) for name, leaf in vars(SamplingParams.create(1)).items()}
     assert defaults == {
         "temperature": 0.8,
