@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from jaxpaged.cache.interface import Cache, KVCache
 from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 from jaxpaged.pages.batch import Batch
-from jaxpaged.pages.rope import Rope
 from jaxpaged.sharding.mesh import (
     BATCH,
     CACHE,

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from toy_transformer import VOCAB, paged, toy, toy_params
 
-from jaxpaged import FINISH_LENGTH, FINISH_NAN, beam_search, check_invariants, generate, generate_lookup, generate_stream
+from jaxpaged import (
+    FINISH_LENGTH,
+    FINISH_NAN,
+    beam_search,
+    check_invariants,
+    generate,
+    generate_lookup,
+    generate_stream,
+)
 from jaxpaged.generation.loop import LimitVocab
 from jaxpaged.generation.speculative import lookup_stream
 
