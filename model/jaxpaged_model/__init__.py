@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxpaged_model.checkpoint.export import write_gguf
     from jaxpaged_model.checkpoint.loading import LoadedModel, load_model, read_config
-    from jaxpaged_model.config import ModelConfig, ModelError
+    from jaxpaged_model.config import ModelConfig
     from jaxpaged_model.llama import Llama, functional, random_params
+    from jaxpaged_model.metadata import ModelError
     from jaxpaged_model.text.chat import ChatTemplateError, render_chat
-    from jaxpaged_model.text.tokenizer import Tokenizer, TokenizerError
+    from jaxpaged_model.text.tokenizer import Tokenizer
 
 __all__ = [
     "ChatTemplateError",
@@ -21,7 +22,6 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "Tokenizer",
-    "TokenizerError",
     "functional",
     "load_model",
     "random_params",
@@ -33,10 +33,11 @@ __all__ = [
 _MODULES = {
     "checkpoint.export": ("write_gguf",),
     "checkpoint.loading": ("LoadedModel", "load_model", "read_config"),
-    "config": ("ModelConfig", "ModelError"),
+    "config": ("ModelConfig",),
     "llama": ("Llama", "functional", "random_params"),
+    "metadata": ("ModelError",),
     "text.chat": ("ChatTemplateError", "render_chat"),
-    "text.tokenizer": ("Tokenizer", "TokenizerError"),
+    "text.tokenizer": ("Tokenizer",),
 }
 
 if not TYPE_CHECKING:  # a type checker would take this for a module that has every name

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from jaxpaged.pages.rope import Rope
 from jaxpaged.sharding.mesh import MeshError, check_heads, local_kv_heads
+from jaxpaged_model.metadata import ModelError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-class ModelError(ValueError):
-    """A model file that cannot be used; the message is one line that names what is wrong and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,21 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
         return self.rope_dim or self.head_dim
+
+    @property
+    def rope(self) -> Rope:
+        """Rotary embedding of queries and keys."""
+        return Rope.create(rope_frequencies(self)[0])
+
+    @property
+    def cache_spec(self) -> dict[str, Any]:
+        """Arguments of ``PagedKVCache.create`` and ``ContiguousKVCache.create`` that the model decides."""
+        return {
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope": self.rope,
+        }
 
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens, None for full attention."""

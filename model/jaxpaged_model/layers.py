@@ -135,7 +135,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotation(q), rotation(k)
-        out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window, rope=rotation.rope)
+        out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window)
         return added_product(self.out, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
 
 

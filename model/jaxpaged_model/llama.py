@@ -15,7 +15,6 @@ from jax import Array
 
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
-from jaxpaged.pages.rope import Rope
 from jaxpaged_model.config import ModelConfig, rope_frequencies
 from jaxpaged_model.layers import Block, Layers, RMSNorm, Rotation, normed_product
 from jaxpaged_model.quantized.linear import QuantizedEmbedding, WeightPlan
@@ -67,8 +66,8 @@ class Llama(nnx.Module):
         Returns:
           ``(logits f32[R, vocab_size], cache)``.
         """
-        inv_freq, attention_factor = rope_frequencies(self.config)
-        rotation = Rotation.create(Rope.create(inv_freq), batch.rope_positions, attention_factor)
+        _, attention_factor = rope_frequencies(self.config)
+        rotation = Rotation.create(self.config.rope, batch.rope_positions, attention_factor)
         x = self.embedding(tokens)
         for block in self.blocks:
             x, cache = block(x, rotation, cache, batch)

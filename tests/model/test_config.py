@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_huggingface
-from jaxpaged_model.config import ModelConfig, ModelError, RopeScaling, rope_frequencies
+from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
+from jaxpaged_model.metadata import ModelError
 from small_models import config_json
 
 SHAPES = {
@@ -128,7 +129,7 @@ def test_gguf_tensors_tell_of_biases_and_tying() -> None:
         ({"attention__head_count": 0}, "llama.attention.head_count must be from 1"),
         ({"attention__head_count_kv": 3}, "num_q_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"attention__head_count_kv": [2, 4, 2, 2]}, "head_count_kv differs between layers"),
-        ({"attention__value_length": 8}, "value_length must equal key_length 16, got 8"),
+        ({"attention__value_length": 8}, "value_length must be key_length 16, got 8"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "rms_epsilon must be positive, got nan"),
         (
             {"attention__sliding_window": 8, "attention__sliding_window_pattern": [True]},

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
+from jaxpaged_model.checkpoint import loading
 from jaxpaged_model.checkpoint.gguf_file import SUPPORTED_TYPES, GGUFFile
 from jaxpaged_model.checkpoint.loading import load_model
-from jaxpaged_model.config import ModelError
+from jaxpaged_model.metadata import Metadata, ModelError
 from small_models import config_json, logits, random_weights, write_converted_gguf
 
 
@@ -227,3 +228,55 @@ def test_half_precision_is_read_as_stored(tmp_path: Path) -> None:
     for kind, dtype in ((GGMLType.F16, np.float16), (GGMLType.BF16, jnp.bfloat16)):
         path = write_converted_gguf(tmp_path / "m.gguf", config, random_weights(config), kind=kind)
         assert GGUFFile(path).read("token_embd.weight").dtype == dtype
+
+
+def test_every_key_that_is_read_has_its_type_checked(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a value of any type under any key the file loads, or one line names the file and the key."""
+    read: set[str] = set()
+    get = Metadata.get
+
+    def recorded(self: Metadata, key: str, default: Any = None) -> Any:
+        read.add(self.prefix + key)
+        return get(self, key, default)
+
+    file = GGUFFile(model_file)
+    keys = dict(file.metadata) | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
+    keys |= {"llama.attention.sliding_window": 8, "tokenizer.ggml.scores": [0.0] * len(file.metadata)}
+    monkeypatch.setattr(Metadata, "get", recorded)
+    monkeypatch.setattr(loading, "GGUFFile", lambda _: file)
+    monkeypatch.setattr(loading, "_with_weights", lambda *_: "loaded")
+    file.metadata = keys
+    assert loading.load_model(model_file) == "loaded"
+    assert {"general.file_type", "general.name", "llama.block_count", "tokenizer.chat_template"} <= read
+    assert len(read) > 40
+    for key in sorted(read):
+        errors = []
+        for value in ("a text", 3, 0.5, True, [True, "a text"], [0.5, 3]):
+            file.metadata = keys | {key: value}
+            try:
+                assert loading.load_model(model_file) == "loaded"
+            except ModelError as error:
+                errors.append(str(error))
+        assert all(error.startswith(f"{model_file}: ") and "\n" not in error for error in errors)
+        assert any(key in error for error in errors), (key, errors)
+
+
+def test_keys_of_the_files_layout_have_their_type_checked(tmp_path: Path) -> None:
+    for key, value in (
+        ("general.alignment", "32"),
+        ("general.alignment", 12),
+        ("split.count", "2"),
+        ("split.no", 0.5),
+    ):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(
+            ModelError, match=f"m.gguf: {key} must be a (whole number|power of two), got {value!r}"
+        ):
+            GGUFFile(tmp_path / "m.gguf")

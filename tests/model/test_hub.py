@@ -10,7 +10,7 @@ from hub_server import Hub, serving
 from jaxpaged_model.checkpoint import hub
 from jaxpaged_model.checkpoint.hub import HubSpec, choose_gguf, resolve
 from jaxpaged_model.checkpoint.loading import load_model
-from jaxpaged_model.config import ModelError
+from jaxpaged_model.metadata import ModelError
 from small_models import config_json, random_weights, write_converted_gguf, write_folder
 
 

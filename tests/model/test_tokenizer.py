@@ -13,8 +13,9 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.text.pretokenizers import PRE_TOKENIZERS
-from jaxpaged_model.text.tokenizer import Tokenizer, TokenizerError
+from jaxpaged_model.text.tokenizer import Tokenizer
 
 AWKWARD_TEXTS = [
     "Hello, world! It's 'quoted' and I'LL DON'T stop.",
@@ -299,6 +300,11 @@ class TestSpecialTokens:
         named = {tokens.index("<|endoftext|>"), tokens.index("<|im_end|>")}
         assert Tokenizer.from_gguf(metadata).stop_ids == named | {5, 7}
 
+    def test_several_ends_of_text(self) -> None:
+        tokenizer = Tokenizer.from_gguf(byte_level_metadata(eos_token_id=[5, 7], add_eos_token=True))
+        assert tokenizer.eos_id == 5 and {5, 7} <= tokenizer.stop_ids
+        assert tokenizer.encode("") == [5]
+
     def test_a_part_of_an_answer_does_not_stop(self) -> None:
         texts = ["a", "<|return|>", "<|call|>", "<|end|>", "<|channel|>"]
         changes = {"tokens": texts, "merges": [], "token_type": [1, 3, 3, 3, 3]}
@@ -321,17 +327,17 @@ class TestRefusals:
             ({"model": "t5"}, "Unigram"),
             ({"model": "rwkv"}, "RWKV"),
             ({"model": "novel"}, "unknown tokenizer model 'novel'"),
-            ({"model": None}, "no 'tokenizer.ggml.model'"),
-            ({"tokens": None}, "no 'tokenizer.ggml.tokens'"),
-            ({"merges": None}, "no 'tokenizer.ggml.merges'"),
-            ({"merges": ["ab"]}, "merge 0"),
+            ({"model": None}, r"tokenizer\.ggml\.model is missing"),
+            ({"tokens": None}, r"tokenizer\.ggml\.tokens is missing"),
+            ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
+            ({"merges": ["ab"]}, "merges: entry 0, 'ab', is not two parts"),
             ({"tokens": ["a", "b", "a"]}, "tokens 0 and 2 are both 'a'"),
-            ({"token_type": [1]}, "'tokenizer.ggml.token_type' has 1 entries"),
-            ({"add_bos_token": True, "bos_token_id": None}, "'tokenizer.ggml.bos_token_id'"),
+            ({"token_type": [1]}, "tokenizer.ggml.token_type has 1 entries"),
+            ({"add_bos_token": True, "bos_token_id": None}, "there is no tokenizer.ggml.bos_token_id"),
         ],
     )
     def test_what_is_not_known_exactly(self, changes: dict[str, Any], message: str) -> None:
-        with pytest.raises(TokenizerError, match=message) as caught:
+        with pytest.raises(ModelError, match=message) as caught:
             Tokenizer.from_gguf(byte_level_metadata(**changes))
         assert "\n" not in str(caught.value)
 
@@ -347,18 +353,18 @@ class TestRefusals:
         assert token_texts(tokenizer, "abc") == [b"ab", b"c"]
 
     def test_a_special_id_that_is_no_token_is_ignored_with_a_warning(self) -> None:
-        with pytest.warns(UserWarning, match="'tokenizer.ggml.eos_token_id'"):
+        with pytest.warns(UserWarning, match="tokenizer.ggml.eos_token_id is 4294967295"):
             assert Tokenizer.from_gguf(byte_level_metadata(eos_token_id=2**32 - 1)).eos_id is None
 
     def test_scores_and_tokens_differ_in_number(self) -> None:
-        with pytest.raises(TokenizerError, match="scores"):
+        with pytest.raises(ModelError, match="scores"):
             Tokenizer.from_gguf(spm_metadata(scores=[0.0]))
 
     @pytest.mark.parametrize("token", [-1, 10_000])
     def test_an_id_outside_the_vocabulary(self, token: int) -> None:
         tokenizer = _byte_level("gpt-2")
         for use in (lambda: tokenizer.decode([token]), lambda: tokenizer.stream().push(token)):
-            with pytest.raises(TokenizerError, match=f"{token} is outside the vocabulary"):
+            with pytest.raises(ValueError, match=f"{token} is outside the vocabulary"):
                 use()
 
 
@@ -444,6 +450,55 @@ class TestFolder:
         (folder / "chat_template.jinja").write_text("from file")
         assert Tokenizer.from_folder(folder).chat_template == "from file"
 
+    def test_files_with_a_byte_order_mark_are_read(self, folder: Path) -> None:
+        wanted = Tokenizer.from_folder(folder)
+        (folder / "chat_template.jinja").write_bytes(b"{# a #}\r\nfrom file\r\n")
+        for path in (folder / "tokenizer_config.json", folder / "chat_template.jinja"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.chat_template == "{# a #}\nfrom file\n"
+        assert tokenizer.eos_id == wanted.eos_id and tokenizer.encode("ab c") == wanted.encode("ab c")
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("tokenizer_config.json", {"eos_token": 2}, "eos_token must be a text, or an object"),
+            (
+                "tokenizer_config.json",
+                {"bos_token": {"content": 1}},
+                "bos_token must be a text, or an object",
+            ),
+            (
+                "tokenizer_config.json",
+                {"add_bos_token": "yes"},
+                "add_bos_token must be true or false, got 'yes'",
+            ),
+            (
+                "tokenizer_config.json",
+                {"chat_template": 3},
+                "chat_template must be a text, or a list of texts",
+            ),
+            ("special_tokens_map.json", {"bos_token": [1]}, "bos_token must be a text, or an object"),
+            (
+                "generation_config.json",
+                {"eos_token_id": "two"},
+                "eos_token_id must be a whole number, got 'two'",
+            ),
+            (
+                "generation_config.json",
+                {"eos_token_id": [2, None]},
+                "eos_token_id must be a list of whole numbers",
+            ),
+            ("config.json", {"bos_token_id": 1.5}, "bos_token_id must be a whole number, got 1.5"),
+            ("config.json", [], "must hold a JSON object"),
+        ],
+    )
+    def test_keys_have_their_type_checked(self, folder: Path, file: str, content: Any, message: str) -> None:
+        (folder / file).write_text(json.dumps(content))
+        with pytest.raises(ModelError, match=f"{file}: {message}") as caught:
+            Tokenizer.from_folder(folder)
+        assert "\n" not in str(caught.value)
+
     @pytest.mark.parametrize("metaspace", [False, True])
     def test_a_sentencepiece_folder(self, tmp_path: Path, metaspace: bool) -> None:
         words = [
@@ -496,10 +551,10 @@ class TestFolder:
             assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text)) == text
 
     def test_a_folder_without_a_tokenizer_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        with pytest.raises(ModelError, match=r"no tokenizer\.json"):
             Tokenizer.from_folder(tmp_path)
         (tmp_path / "tokenizer.json").write_text("{}")
-        with pytest.raises(TokenizerError, match="is not a tokenizer"):
+        with pytest.raises(ModelError, match="is not a tokenizer"):
             Tokenizer.from_folder(tmp_path)
 
 

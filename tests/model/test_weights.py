@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxpaged_model.checkpoint.loading import load_model
-from jaxpaged_model.config import ModelError, RopeScaling
+from jaxpaged_model.config import RopeScaling
 from jaxpaged_model.llama import abstract_params
+from jaxpaged_model.metadata import ModelError
 from safetensors.numpy import save_file
 from small_models import (
     HEAD_DIM,
@@ -232,3 +233,35 @@ def test_rope_factors_of_a_file(tmp_path: Path) -> None:
     factors = llama3_factors()
     path = write_converted_gguf(tmp_path / "m.gguf", config, random_weights(config), rope_freqs=factors)
     assert load_model(path).config.rope_scaling == RopeScaling("factors", factors=tuple(map(float, factors)))
+
+
+def _resized(config: dict[str, Any], rows: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A model whose embedding has ``rows`` rows, those past the tokenizer's tokens the likeliest by far."""
+    weights = random_weights(config)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = np.resize(weights[name], (rows, weights[name].shape[1]))
+        weights[name][VOCAB:] *= 100
+    return {**config, "vocab_size": rows}, weights
+
+
+def test_padding_of_the_vocabulary_is_never_sampled_and_decodes_to_nothing(tmp_path: Path) -> None:
+    config = config_json("llama")
+    plain = load_model(write_folder(tmp_path / "plain", config, random_weights(config)))
+    padded = load_model(write_folder(tmp_path / "padded", *_resized(config, VOCAB + 60)))
+    assert (padded.vocab_size, padded.config.vocab_size) == (VOCAB, VOCAB + 60)
+    assert (plain.vocab_size, plain.config.vocab_size) == (VOCAB, VOCAB)
+    for function in (padded.function, padded.exact_function):
+        found = logits(plain.config, padded.params, function=function)
+        np.testing.assert_allclose(found, logits(plain.config, plain.params), atol=1e-5)
+    ids = [VOCAB + 59, *padded.tokenizer.encode("ab"), VOCAB]
+    assert padded.tokenizer.decode(ids) == padded.tokenizer.decode(ids, skip_special=False) == "ab"
+    assert padded.tokenizer.token_bytes(VOCAB) == b"" == padded.tokenizer.stream().push(VOCAB).encode()
+    with pytest.raises(ValueError, match=f"token id {VOCAB + 60} is outside"):
+        padded.tokenizer.decode([VOCAB + 60])
+
+
+def test_a_tokenizer_wider_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", *_resized(config_json("llama"), VOCAB - 2))
+    needed = f"{folder}: the tokenizer has {VOCAB} tokens, the model's embedding only {VOCAB - 2} rows"
+    with pytest.raises(ModelError, match=f"^{needed}$"):
+        load_model(folder)

@@ -19,7 +19,7 @@ from conftest import LlamaCpp, Measured
 from jaxpaged_model import tiny
 from jaxpaged_model.checkpoint.gguf_file import SUPPORTED_TYPES, GGUFFile
 from jaxpaged_model.checkpoint.loading import load_model
-from jaxpaged_model.config import ModelError
+from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.text.tokenizer import Tokenizer
 
 # llama.cpp ignores the sliding window in files of these architectures.

@@ -17,7 +17,7 @@ import pytest
 from engine_kit import FEW_PAGES, SLOTS, greedy, make_engine, prompt
 from jaxpaged_model import tiny
 from jaxpaged_model.checkpoint.loading import read_config
-from jaxpaged_model.config import ModelError
+from jaxpaged_model.metadata import ModelError
 from script_kit import run, table
 from toy_transformer import PAGE_SIZE
 

@@ -57,9 +57,11 @@ import jax
 import numpy as np
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
 from jaxpaged_model.checkpoint.loading import load_model, read_config
-from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.metadata import ModelError
 
-from jaxpaged import GenerateStream, generate_stream
+from jaxpaged.generation.stream import GenerateStream
+from jaxpaged import generate_stream
 from tpu_scripts.bench.llama_cpp_side import (
     CACHE_TYPES,
     LLAMA_CPP,

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 from jaxpaged_model.checkpoint.loading import read_config
 from jaxpaged_model.checkpoint.read_config import config_from_huggingface
-from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.metadata import ModelError
 
 from jaxpaged import PagedKVCache
 from jaxpaged.pages.formats import LANES
@@ -115,7 +116,7 @@ def page_bytes(
             num_pages=1,
             max_seqs=slots,
             page_size=page_size,
-            max_pages_per_seq=1,
+            max_seq_len=1,
             k_dtype=k_format,
             v_dtype=v_format,
             layout="lanes" if lanes else "plain",

@@ -25,7 +25,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as ValueType
 
-from jaxpaged_model.config import ModelError
+from jaxpaged_model.metadata import Metadata, ModelError
 
 SUPPORTED_VERSIONS = (2, 3)
 SUPPORTED_TYPES = (
@@ -106,9 +106,10 @@ class GGUFFile:
         self.metadata: Mapping[str, Any] = first.metadata
         self.tensors: dict[str, GGUFTensor] = dict(first.tensors)
         self._parts = [first.data]
-        count = first.metadata.get("split.count", 1)
-        if isinstance(count, int) and count > 1:
-            for i, name in enumerate(_part_names(self.path, count, first.metadata.get("split.no", 0))):
+        metadata = Metadata(first.metadata, file=str(self.path))
+        count, number = metadata.integer("split.count", 1), metadata.integer("split.no", 0, least=0)
+        if count > 1:
+            for i, name in enumerate(_part_names(self.path, count, number)):
                 if i == 0:
                     continue
                 part = _Part(name, i)
@@ -173,7 +174,7 @@ class GGUFFile:
             return gguf.dequantize(np.ascontiguousarray(raw), kind)[..., cut]
 
 
-def _part_names(path: Path, count: int, number: Any) -> list[Path]:
+def _part_names(path: Path, count: int, number: int) -> list[Path]:
     """The files of a split model, the one at ``path`` first of them."""
     match = _PART.match(path.name)
     if match is None or int(match["count"]) != count:
@@ -304,9 +305,10 @@ class _Part:
         return name, dims[::-1], self._number("<I", what), self._number("<Q", what)
 
     def _place(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GGUFTensor]:
-        alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment must be a power of two, got {alignment!r}")
+        metadata = Metadata(self.metadata, file=str(self.path))
+        alignment = metadata.integer("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if alignment & (alignment - 1):
+            raise metadata.wrong("general.alignment", "a power of two")
         start = -(-self.offset // alignment) * alignment
         tensors: dict[str, GGUFTensor] = {}
         unsupported: dict[str, int] = {}

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from jaxpaged_model.config import ModelError
+from jaxpaged_model.metadata import ModelError
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")
 """What is taken where no quant is named, in this order, as in llama.cpp; else the first GGUF file."""

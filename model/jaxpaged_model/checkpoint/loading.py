@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxpaged.generation.loop import LimitVocab
 from jaxpaged.sharding.mesh import TENSOR
 from jaxpaged_model.checkpoint.fingerprint import fingerprint
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
@@ -21,11 +22,12 @@ from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_
 from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import load_shards
 from jaxpaged_model.checkpoint.weights import Naming, Progress, TensorSource, load_params, weight_plan
-from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.llama import ModelFn, Params, functional
+from jaxpaged_model.metadata import Metadata, ModelError
 from jaxpaged_model.quantized import product
 from jaxpaged_model.quantized.linear import WeightPlan
-from jaxpaged_model.text.tokenizer import Tokenizer, TokenizerError
+from jaxpaged_model.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,13 @@ class LoadedModel:
     mesh: Mesh | None = None
 
     @property
+    def vocab_size(self) -> int:
+        """Number of token ids, and of logits; ``config.vocab_size``, the rows of the embedding, may be larger."""
+        return self.tokenizer.vocab_size
+
+    @property
     def local_config(self) -> ModelConfig:
-        """What one device has of the model."""
+        """Configuration of the part of the model that one device holds."""
         return self.config if self.mesh is None else self.config.shard(self.mesh.shape[TENSOR])
 
 
@@ -172,7 +179,7 @@ def _load_folder(path: Path, wanted: _Wanted) -> LoadedModel:
     folder = SafetensorsFolder(_with_config(path))
     config = _naming_the_file(path / "config.json", lambda: config_from_huggingface(folder.config))
     clock.lap("metadata")
-    tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path))
+    tokenizer = _naming_the_file(path, lambda: Tokenizer.from_folder(path, num_rows=config.vocab_size))
     clock.lap("tokenizer")
     kind = _commonest(folder)
     return _with_weights(folder, "huggingface", config, tokenizer, kind, wanted, clock)
@@ -204,11 +211,17 @@ def _with_weights(
         params, plan = load_shards(config, source, naming, mesh, plan=planned, **how)
     jax.block_until_ready(params)
     clock.lap("weights")
+
+    def limited(plan: WeightPlan) -> ModelFn:
+        function = functional(local, wanted.dtype, plan, axis)
+        num_tokens = tokenizer.vocab_size
+        return function if num_tokens == config.vocab_size else LimitVocab(function, num_tokens)
+
     return LoadedModel(
         config=config,
         params=params,
-        function=functional(local, wanted.dtype, plan, axis),
-        exact_function=functional(local, wanted.dtype, plan.exactly(), axis),
+        function=limited(plan),
+        exact_function=limited(plan.exactly()),
         tokenizer=tokenizer,
         path=source.path,
         size_bytes=source.size_bytes,
@@ -235,14 +248,14 @@ class _Clock:
 def _naming_the_file(path: Path, read: Any) -> Any:
     try:
         return read()
-    except (ModelError, TokenizerError) as error:
+    except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
 def _file_type(file: GGUFFile) -> str:
     """``general.file_type`` in the words people use ("Q4_K_M"), else the type of most bytes."""
-    number = file.metadata.get("general.file_type")
-    if isinstance(number, int) and number in set(gguf.LlamaFileType):
+    number = Metadata(file.metadata, file=str(file.path)).integer("general.file_type", None, least=0)
+    if number in set(gguf.LlamaFileType):
         name = gguf.LlamaFileType(number).name
         if name != "GUESSED":
             return name.removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpaged_model.config import ModelConfig, ModelError
+from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.llama import Params
+from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
 from jaxpaged_model.quantized.linear import WeightPlan

@@ -1,19 +1,20 @@
-"""The vocabulary in a GGUF file's metadata, with llama.cpp's reading of it (`src/llama-vocab.cpp`)."""
+"""Reads the vocabulary of a GGUF file's metadata as llama.cpp does (`src/llama-vocab.cpp`)."""
 
 from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 
+from jaxpaged_model.metadata import Metadata, ModelError
 from jaxpaged_model.text.detokenize import byte_level_bytes
 from jaxpaged_model.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from jaxpaged_model.text.spm import SPACE_MARK, ScoreMerger
-from jaxpaged_model.text.vocabulary import STOP_TEXTS, TokenizerError, Vocabulary, byte_of, stop_ids
+from jaxpaged_model.text.vocabulary import STOP_TEXTS, Vocabulary, byte_of, stop_ids
 
 
 class TokenKind(enum.IntEnum):
@@ -41,14 +42,14 @@ _UNSUPPORTED_MODELS = {
 _SUPPORTED = "supported are 'gpt2' and 'gemma4' (BPE) and 'llama' (SentencePiece with scores)"
 
 _STOP_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-# gpt-oss marks the parts of an answer with these; hidden, the parts would run into each other.
-_PARTS_OF_AN_ANSWER = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>")
+# gpt-oss delimits the channels of an answer with these; if they were hidden, channels would run together.
+_CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>")
 _SPACE_CHARACTERS = " \t\n\v\f\r"
 
 
 @dataclass(frozen=True)
 class _TokenTable:
-    """The token table of a GGUF file: texts and kinds by id, ids by text."""
+    """Texts and kinds of the tokens by id, ids by text."""
 
     texts: list[str]
     kinds: list[TokenKind]
@@ -60,37 +61,43 @@ class _TokenTable:
 
 def read(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary of a GGUF file; see `Tokenizer.from_gguf`."""
-    model = str(_required(metadata, "tokenizer.ggml.model"))
+    m = Metadata(metadata, "tokenizer.ggml.")
+    model = m.text("model")
     if model in _UNSUPPORTED_MODELS:
         name = _UNSUPPORTED_MODELS[model]
-        raise TokenizerError(f"tokenizer model {model!r} ({name} vocabulary) is not supported; {_SUPPORTED}")
+        raise ModelError(f"tokenizer model {model!r} ({name} vocabulary) is not supported; {_SUPPORTED}")
     if model not in ("gpt2", "gemma4", "llama"):
-        raise TokenizerError(f"unknown tokenizer model {model!r}; {_SUPPORTED}")
+        raise ModelError(f"unknown tokenizer model {model!r}; {_SUPPORTED}")
     is_spm = model == "llama"
-    pre_tokenizer = None if is_spm else _pre_tokenizer(metadata, model)
+    pre = "gemma4" if model == "gemma4" else m.text("pre", "")
+    pre_tokenizer = None if is_spm else _pre_tokenizer(pre)
 
-    table = _token_table(metadata)
+    table = _token_table(m)
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if is_spm else {}
     special = {
-        name: _special_id(metadata, name, defaults.get(name), len(table.texts))
+        name: _special_ids(m, name, defaults.get(name), len(table.texts))
         for name in ("bos", "unknown", *_STOP_KEYS)
     }
-    stops = stop_ids(table.ids, [special[name] for name in _STOP_KEYS])
+    stops = stop_ids(table.ids, (token for name in _STOP_KEYS for token in special[name]))
     for token in stops:
         if table.texts[token] in STOP_TEXTS:
             table.kinds[token] = TokenKind.CONTROL
-    for text in _PARTS_OF_AN_ANSWER:
+    for text in _CHANNEL_TOKENS:
         if text in table.ids and table.ids[text] not in stops:
             table.kinds[table.ids[text]] = TokenKind.USER_DEFINED
+    bos_id, eos_id, unknown_id = (next(iter(special[name]), None) for name in ("bos", "eos", "unknown"))
 
-    user_defined, all_special = _special_tokens(metadata, table)
-    add_space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", is_spm)) and is_spm
+    user_defined, all_special = _special_tokens(Metadata(metadata).text("general.name", ""), pre, table)
+    add_space_prefix = m.boolean("add_space_prefix", is_spm) and is_spm
     if pre_tokenizer is None:
-        fragment_ids = _spm_encoder(metadata, table, special["unknown"])
+        fragment_ids = _spm_encoder(m, table, unknown_id)
         to_bytes = _spm_bytes
+        add_bos = m.boolean("add_bos_token", True)
     else:
-        fragment_ids = _bpe_encoder(metadata, table, pre_tokenizer)
+        fragment_ids = _bpe_encoder(m, table, pre_tokenizer)
         to_bytes = byte_level_bytes if pre_tokenizer.byte_level else _spm_bytes
+        default = pre_tokenizer.add_bos and bos_id is not None
+        add_bos = m.boolean("add_bos_token", default) or pre_tokenizer.force_bos
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
         ids: list[int] = []
@@ -104,12 +111,6 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
                 after_special = False
         return ids
 
-    bos_id, eos_id = special["bos"], special["eos"]
-    default_bos = is_spm if pre_tokenizer is None else pre_tokenizer.add_bos and bos_id is not None
-    force_bos = pre_tokenizer is not None and pre_tokenizer.force_bos
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", default_bos)) or force_bos
-    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-    template = metadata.get("tokenizer.chat_template")
     return Vocabulary(
         pieces=[
             _gguf_piece(text, kind, to_bytes) for text, kind in zip(table.texts, table.kinds, strict=True)
@@ -118,23 +119,15 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
         encode_text=encode_text,
         strip_space=add_space_prefix,
         prefix=_affix("bos", add_bos, bos_id),
-        suffix=_affix("eos", add_eos, eos_id),
+        suffix=_affix("eos", m.boolean("add_eos_token", False), eos_id),
         bos_id=bos_id,
         eos_id=eos_id,
         stop_ids=stops,
-        chat_template=None if template is None else str(template),
+        chat_template=Metadata(metadata).text("tokenizer.chat_template", None),
     )
 
 
-def _required(metadata: Mapping[str, Any], key: str) -> Any:
-    value = metadata.get(key)
-    if value is None:
-        raise TokenizerError(f"the GGUF metadata has no {key!r}")
-    return value
-
-
-def _pre_tokenizer(metadata: Mapping[str, Any], model: str) -> PreTokenizer:
-    name = "gemma4" if model == "gemma4" else str(metadata.get("tokenizer.ggml.pre") or "")
+def _pre_tokenizer(name: str) -> PreTokenizer:
     if not name:
         warnings.warn(
             "the GGUF file is too old to name its pre-tokenizer: using 'default', which may split wrongly",
@@ -142,59 +135,61 @@ def _pre_tokenizer(metadata: Mapping[str, Any], model: str) -> PreTokenizer:
         )
         name = "default"
     if name not in PRE_TOKENIZERS:
-        raise TokenizerError(f"unknown pre-tokenizer {name!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}")
+        raise ModelError(f"unknown pre-tokenizer {name!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}")
     return PRE_TOKENIZERS[name]
 
 
-def _token_table(metadata: Mapping[str, Any]) -> _TokenTable:
-    texts = [
-        str(text) or f"[EMPTY_{i}]" for i, text in enumerate(_required(metadata, "tokenizer.ggml.tokens"))
-    ]
+def _token_table(m: Metadata) -> _TokenTable:
+    texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(m.array("tokens", str))]
     ids = {text: token for token, text in reversed(list(enumerate(texts)))}
     if len(ids) != len(texts):
         token = next(token for token, text in enumerate(texts) if ids[text] != token)
-        raise TokenizerError(f"tokens {ids[texts[token]]} and {token} are both {texts[token]!r}")
-    numbers = metadata.get("tokenizer.ggml.token_type")
+        raise ModelError(f"tokens {ids[texts[token]]} and {token} are both {texts[token]!r}")
     known = {kind.value: kind for kind in TokenKind}
-    kinds = (
-        [TokenKind.NORMAL] * len(texts)
-        if numbers is None
-        else [known.get(int(number), TokenKind.UNDEFINED) for number in numbers]
-    )
-    if len(kinds) != len(texts):
-        raise TokenizerError(f"'tokenizer.ggml.token_type' has {len(kinds)} entries for {len(texts)} tokens")
-    return _TokenTable(texts, kinds, ids)
+    numbers = _as_many(m, "token_type", int, [TokenKind.NORMAL] * len(texts))
+    return _TokenTable(texts, [known.get(number, TokenKind.UNDEFINED) for number in numbers], ids)
 
 
-def _special_id(metadata: Mapping[str, Any], name: str, default: int | None, vocab_size: int) -> int | None:
-    key = f"tokenizer.ggml.{name}_token_id"
-    value = metadata.get(key)
-    if value is None:
-        return default if default is not None and default < vocab_size else None
-    if not 0 <= int(value) < vocab_size:
-        # Converters have written -1 as a very large number for "none".
-        warnings.warn(f"{key!r} is {int(value)}, which is no token: ignored", stacklevel=5)
-        return None
-    return int(value)
+def _as_many(m: Metadata, key: str, kind: type, default: list[Any]) -> list[Any]:
+    """A list of one value for each token, ``default`` if the file has none."""
+    values = m.array(key, kind, default)
+    if len(values) != len(default):
+        raise m.error(key, f"has {len(values)} entries for {len(default)} tokens")
+    return values
+
+
+def _special_ids(m: Metadata, name: str, default: int | None, vocab_size: int) -> list[int]:
+    """The ids under one key: none, one, or several where the file has an array of ends of text."""
+    key = f"{name}_token_id"
+    if name in _STOP_KEYS and isinstance(m.get(key), list):
+        given = m.array(key, int)
+    else:
+        given = [value for value in [m.integer(key, None, least=None)] if value is not None]
+        if not given:
+            return [default] if default is not None and default < vocab_size else []
+    # Converters have written -1 as a very large number for "none".
+    for value in given:
+        if not 0 <= value < vocab_size:
+            warnings.warn(f"{m.prefix}{key} is {value}, which is no token: ignored", stacklevel=5)
+    return [value for value in given if 0 <= value < vocab_size]
 
 
 def _affix(name: str, wanted: bool, token: int | None) -> tuple[int, ...]:
     if not wanted:
         return ()
     if token is None:
-        raise TokenizerError(
-            f"'tokenizer.ggml.add_{name}_token' is true, but there is no 'tokenizer.ggml.{name}_token_id'"
+        raise ModelError(
+            f"tokenizer.ggml.add_{name}_token is true, but there is no tokenizer.ggml.{name}_token_id"
         )
     return (token,)
 
 
-def _special_tokens(metadata: Mapping[str, Any], table: _TokenTable) -> tuple[_SpecialTokens, _SpecialTokens]:
-    """Those read in every text (user-defined), and those read with `parse_special`.
+def _special_tokens(name: str, pre: str, table: _TokenTable) -> tuple[_SpecialTokens, _SpecialTokens]:
+    """The tokens recognized in every text (user-defined), and those recognized with `parse_special`.
 
     GGUF does not say which tokens swallow the spaces beside them; llama.cpp knows a few models by name.
     """
-    name = str(metadata.get("general.name", "")).lower()
-    pre = str(metadata.get("tokenizer.ggml.pre", ""))
+    name = name.lower()
     is_phi3 = "phi-3" in name or "phi3" in name
     left_strippers = {"<mask>"} if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") else set()
     if "modern-bert" in name:
@@ -221,7 +216,7 @@ def _gguf_piece(text: str, kind: TokenKind, to_bytes: Callable[[str], bytes]) ->
         case TokenKind.BYTE:
             byte = byte_of(text)
             if byte is None:
-                raise TokenizerError(f"byte token {text!r} is not of the form <0xXX>")
+                raise ModelError(f"byte token {text!r} is not of the form <0xXX>")
             return bytes([byte])
         case TokenKind.CONTROL | TokenKind.UNKNOWN | TokenKind.USER_DEFINED:
             return text.encode()
@@ -233,28 +228,18 @@ def _spm_bytes(text: str) -> bytes:
     return text.replace(SPACE_MARK, " ").encode()
 
 
-def _spm_encoder(
-    metadata: Mapping[str, Any], table: _TokenTable, unknown_id: int | None
-) -> Callable[[str], list[int]]:
-    size = len(table.texts)
-    scores = [float(score) for score in metadata.get("tokenizer.ggml.scores", [0.0] * size)]
-    if len(scores) != size:
-        raise TokenizerError(f"'tokenizer.ggml.scores' has {len(scores)} entries for {size} tokens")
+def _spm_encoder(m: Metadata, table: _TokenTable, unknown_id: int | None) -> Callable[[str], list[int]]:
+    scores = _as_many(m, "scores", float, [0.0] * len(table.texts))
     # Control tokens are left out, so that no text can spell one.
     mergeable = table.having(TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED, TokenKind.UNDEFINED)
-    byte_ids = {}
-    for token in table.having(TokenKind.BYTE):
-        byte = byte_of(table.texts[token])
-        if byte is not None:
-            byte_ids[byte] = token
+    by_byte = {byte_of(table.texts[token]): token for token in table.having(TokenKind.BYTE)}
+    byte_ids = {byte: token for byte, token in by_byte.items() if byte is not None}
     merger = ScoreMerger({table.texts[token]: token for token in mergeable}, scores, byte_ids, unknown_id)
     return lambda fragment: merger.encode(fragment.replace(" ", SPACE_MARK))
 
 
-def _bpe_encoder(
-    metadata: Mapping[str, Any], table: _TokenTable, pre_tokenizer: PreTokenizer
-) -> Callable[[str], list[int]]:
-    listed = _merges(_required(metadata, "tokenizer.ggml.merges"))
+def _bpe_encoder(m: Metadata, table: _TokenTable, pre_tokenizer: PreTokenizer) -> Callable[[str], list[int]]:
+    listed = _merges(m.array("merges", str))
     ids = table.ids
     merges = [(a, b) for a, b in listed if a in ids and b in ids and a + b in ids]
     if len(merges) < len(listed):
@@ -297,7 +282,7 @@ def _bpe_encoder(
 
 
 def _runs(text: str, character: str) -> Iterator[str]:
-    """The text cut where runs of `character` begin and end."""
+    """Splits the text where runs of `character` begin and end."""
     start = 0
     for i in range(1, len(text) + 1):
         if i == len(text) or (text[i] == character) != (text[i - 1] == character):
@@ -305,15 +290,15 @@ def _runs(text: str, character: str) -> Iterator[str]:
             start = i
 
 
-def _merges(lines: Iterable[Any]) -> list[tuple[str, str]]:
-    """Pairs in the order of the file; of a pair that is there twice the first counts."""
+def _merges(lines: list[str]) -> list[tuple[str, str]]:
+    """Pairs in the order of the file; the first of duplicates counts."""
     pairs: dict[tuple[str, str], None] = {}
-    for number, line in enumerate(map(str, lines)):
+    for number, line in enumerate(lines):
         # The first part may itself begin with a space, where the vocabulary is not byte-level.
         cut = line.find(" ", 1)
         if cut == -1:
-            raise TokenizerError(
-                f"merge {number} of 'tokenizer.ggml.merges' is {line!r}, not two parts with a space"
+            raise ModelError(
+                f"tokenizer.ggml.merges: entry {number}, {line!r}, is not two parts with a space"
             )
         pairs[line[:cut], line[cut + 1 :]] = None
     return list(pairs)

@@ -1,8 +1,9 @@
 """Text to token ids and back, from a GGUF file's metadata or from a Hugging Face folder.
 
-Two kinds of GGUF vocabularies are read: byte-level BPE (`tokenizer.ggml.model` = "gpt2") with the splitting
-rules of its family (`pretokenizers.py`), and SentencePiece with scores and byte fallback ("llama", `spm.py`).
-Everything that is not known exactly, such as a new pre-tokenizer, is refused: a guess gives fluent nonsense.
+Two kinds of GGUF vocabularies are read: byte-level BPE (`tokenizer.ggml.model` = "gpt2") with the
+splitting rules of its family (`pretokenizers.py`), and SentencePiece with scores and byte fallback
+("llama", `spm.py`). What is not known exactly, such as a new pre-tokenizer, is refused: with a guess
+the model would answer fluent nonsense.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.text.detokenize import StreamDecoder
-from jaxpaged_model.text.vocabulary import TokenizerError, Vocabulary
+from jaxpaged_model.text.vocabulary import Vocabulary
 
 try:
     from jaxpaged_model.text import gguf_vocabulary, hf_vocabulary
@@ -20,24 +22,22 @@ except ModuleNotFoundError as error:
     if error.name != "tokenizers":
         raise
     raise ImportError(
-        "model.tokenizer needs the package 'tokenizers': pip install 'jaxpaged[model]'"
+        "jaxpaged_model needs the package 'tokenizers': pip install 'jaxpaged[model]'"
     ) from error
-
-__all__ = ["StreamDecoder", "Tokenizer", "TokenizerError"]
 
 
 class Tokenizer:
     """A vocabulary with its rules. Immutable; safe to share between threads.
 
     Attributes:
-        vocab_size: number of token ids.
-        bos_id, eos_id: ids of the begin and end of a text, None where the vocabulary has none.
+        vocab_size: number of tokens; their ids are below it.
+        bos_id, eos_id: ids of the begin and end of a text, None if the vocabulary has none.
         stop_ids: every token that ends generation (end of text, of turn, of message, ...).
-        add_bos, add_eos: whether `encode(..., add_special=True)` adds them.
+        add_bos, add_eos: True if `encode(..., add_special=True)` adds them.
         chat_template: the Jinja source that came with the vocabulary, or None.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, num_rows: int | None = None) -> None:
         """Use `from_gguf` or `from_folder`."""
         self._pieces = vocabulary.pieces
         self._hidden_ids = vocabulary.hidden_ids
@@ -46,6 +46,11 @@ class Tokenizer:
         self._prefix = vocabulary.prefix
         self._suffix = vocabulary.suffix
         self.vocab_size = len(vocabulary.pieces)
+        self._num_rows = self.vocab_size if num_rows is None else num_rows
+        if self.vocab_size > self._num_rows:
+            raise ModelError(
+                f"the tokenizer has {self.vocab_size} tokens, the model's embedding only {num_rows} rows"
+            )
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
@@ -58,29 +63,36 @@ class Tokenizer:
         """The tokenizer of a GGUF file.
 
         Args:
-            metadata: values by GGUF key, plain Python or numpy, e.g. `"tokenizer.ggml.tokens": list[str]`.
+            metadata: plain values by GGUF key, such as `"tokenizer.ggml.tokens": list[str]`.
 
         Raises:
-            TokenizerError: a key is missing, contradicts another, or names a tokenizer that is not supported.
+            ModelError: a key is missing, has a value of another type, contradicts another, or names a
+                tokenizer that is not supported.
         """
         return cls(gguf_vocabulary.read(metadata))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
+    def from_folder(cls, folder: Path, *, num_rows: int | None = None) -> Tokenizer:
         """The tokenizer of a Hugging Face folder: `tokenizer.json` and the small files beside it.
 
+        Args:
+            folder: the folder.
+            num_rows: rows of the model's embedding; None = one for each token. Ids from `vocab_size`
+                on are padding, which decodes to nothing.
+
         Raises:
-            TokenizerError: no `tokenizer.json`, an unreadable file, or a decoder that is not supported.
+            ModelError: no `tokenizer.json`, an unreadable file, a key of another type, a decoder that
+                is not supported, or more tokens than rows.
         """
-        return cls(hf_vocabulary.read(Path(folder)))
+        return cls(hf_vocabulary.read(Path(folder)), num_rows)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text.
 
         Args:
-            add_special: put BOS before and EOS after, where the vocabulary asks for them.
-            parse_special: read control tokens written out in the text (`<|im_end|>`) as tokens. User-defined
-                tokens are always read. Leave it off for text that a stranger wrote.
+            add_special: add BOS before and EOS behind, if the vocabulary asks for them.
+            parse_special: recognize control tokens written out in the text (`<|im_end|>`). User-defined
+                tokens always are. Leave it off for text from users.
         """
         ids = self._encode_text(_valid_unicode(text), parse_special) if text else []
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
@@ -88,30 +100,31 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD.
 
-        A SentencePiece vocabulary's space at the very beginning is dropped. Spaces before punctuation stay.
+        The space that a SentencePiece vocabulary puts before a text is dropped. Spaces before
+        punctuation stay.
 
         Raises:
-            TokenizerError: an id is not in the vocabulary.
+            ValueError: an id is not in the vocabulary.
         """
         piece = self._visible_bytes if skip_special else self.token_bytes
         data = b"".join(map(piece, ids))
         return (data.removeprefix(b" ") if self._strip_space else data).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, perhaps a part of a character; a special token's are its written-out name.
+        """The bytes of one token, perhaps a part of a character; its name for a special token, none for padding.
 
         Raises:
-            TokenizerError: the id is not in the vocabulary.
+            ValueError: the id is not in the vocabulary.
         """
-        if not 0 <= token_id < self.vocab_size:
-            raise TokenizerError(f"token id {token_id} is outside the vocabulary of {self.vocab_size} tokens")
-        return self._pieces[token_id]
+        if not 0 <= token_id < self._num_rows:
+            raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size} tokens")
+        return self._pieces[token_id] if token_id < self.vocab_size else b""
 
     def stream(self, *, at_start: bool = True) -> StreamDecoder:
-        """A decoder for tokens that arrive one at a time; it equals `decode` of all of them.
+        """A decoder for tokens that arrive one at a time; its texts joined equal `decode` of all of them.
 
         Args:
-            at_start: False when the tokens continue a text, so that a leading space is theirs.
+            at_start: False if the tokens continue a text, so that a leading space is kept.
         """
         return StreamDecoder(self._visible_bytes, self._strip_space and at_start)
 

@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, whichever file it came from, and what its readers share."""
+"""``Vocabulary``, what the readers of both kinds of files return, and what they share."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
-class TokenizerError(ValueError):
-    """A vocabulary that cannot be used, or a token that is not in it, in one line."""
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens and the rules of one tokenizer.
 
-    pieces: the bytes of each token, by id.
-    hidden_ids: special tokens, which a reader of the text does not see.
+    pieces: bytes of each token, by id.
+    hidden_ids: special tokens, which decoding skips.
     encode_text: (text, parse_special) -> ids, without prefix and suffix.
-    strip_space: a text starts with a space that is not the user's.
-    prefix, suffix: the ids that stand around a whole text.
-    bos_id, eos_id: begin and end of a text, None where there is none.
+    strip_space: True if encoding puts a space before a text, which decoding drops.
+    prefix, suffix: ids before and behind a whole text.
+    bos_id, eos_id: ids of the begin and end of a text, None if there is none.
     stop_ids: every token that ends generation.
-    chat_template: Jinja source, None where there is none.
+    chat_template: Jinja source, None if there is none.
     """
 
     pieces: Sequence[bytes]
@@ -77,23 +73,22 @@ STOP_TEXTS = frozenset(
 """Tokens that end generation in any vocabulary, as in llama.cpp: files often name only one of them."""
 
 
-def stop_ids(ids: Mapping[str, int], named: Iterable[int | None]) -> frozenset[int]:
-    """The named tokens, and those known by their text."""
+def stop_ids(ids: Mapping[str, int], named: Iterable[int]) -> frozenset[int]:
+    """The tokens that end generation: those that the file names, and those known by their text."""
     stops = {text for text in STOP_TEXTS if text in ids}
     calls = {"<|call|>", "<|calls|>"} & stops
     not_stops = set()
     if calls and stops & {"<|return|>", "<|flush|>"}:
-        not_stops.add("<|end|>")  # In gpt-oss and Solar this closes a part of an answer, not the answer.
+        not_stops.add("<|end|>")  # In gpt-oss and Solar this closes a channel of an answer, not the answer.
     if "<|tool_response>" in stops:
-        not_stops.add("</s>")  # In Gemma 4 an HTML tag like any other.
-    named_ids = {token for token in named if token is not None}
+        not_stops.add("</s>")  # In Gemma 4 this is an HTML tag.
     return frozenset(
-        (named_ids | {ids[text] for text in stops}) - {ids[text] for text in not_stops if text in ids}
+        {*named, *(ids[text] for text in stops)} - {ids[text] for text in not_stops if text in ids}
     )
 
 
 def byte_of(text: str) -> int | None:
-    """The byte of a token written `<0xXX>`."""
+    """The byte of a token written `<0xXX>`, None for another text."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         try:
             return int(text[3:5], 16)
