@@ -15,7 +15,8 @@ from jaxpaged.engine.request import (
     SlotBusyError,
     TokenLogprobs,
 )
-from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
+from jaxpaged.engine.slot_files import SlotTransfer
+from jaxpaged.engine.stats import PoolState, SlotState
 
 __all__ = [
     "ContextError",
@@ -25,14 +26,14 @@ __all__ = [
     "EngineStats",
     "MeshEngine",
     "PoolError",
-    "PoolView",
+    "PoolState",
     "PrefixIndex",
     "QueueFullError",
     "RefusedError",
     "RequestTimes",
     "SampleOutput",
     "SlotBusyError",
+    "SlotState",
     "SlotTransfer",
-    "SlotView",
     "TokenLogprobs",
 ]

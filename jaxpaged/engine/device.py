@@ -16,7 +16,7 @@ from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.engine import programs
-from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, TableView
+from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, TableState
 from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
 from jaxpaged.generation.loop import Model
@@ -32,27 +32,27 @@ Progress = Callable[[int, int, str], None]
 """``(programs compiled, programs in all, the one that comes next)``"""
 
 
-@dataclass(frozen=True)
-class HostView:
-    """``TableView`` on the host, fetched as far as it is looked at."""
+class HostTable:
+    """``TableState`` on the host; each field is fetched at its first use."""
 
-    view: TableView
+    def __init__(self, state: TableState) -> None:
+        self._state = state
 
     @functools.cached_property
     def num_free(self) -> int:
-        return int(self.view.num_free)
+        return int(self._state.num_free)
 
     @functools.cached_property
-    def room(self) -> np.ndarray:
-        return np.asarray(self.view.room)
+    def free_slots(self) -> np.ndarray:
+        return np.asarray(self._state.free_slots)
 
     @functools.cached_property
     def pages(self) -> np.ndarray:
-        return np.asarray(self.view.pages)
+        return np.asarray(self._state.pages)
 
     @functools.cached_property
     def page_tokens(self) -> np.ndarray:
-        return np.asarray(self.view.page_tokens)
+        return np.asarray(self._state.page_tokens)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Device:
         self._programs: dict[str, Any] = {}
         self._no_recent = self._sent(np.full((self.cache.max_seqs, num_recent), -1, np.int32))
         self.num_recent = num_recent
-        self.view = self._look()
+        self.state = self._fetch()
 
     @property
     def cache(self) -> Any:
@@ -111,14 +111,14 @@ class Device:
     def _sent(self, x: np.ndarray) -> Any:
         return jax.device_put(x)
 
-    def _look(self) -> HostView:
-        return HostView(jax.tree.map(np.asarray, programs.view(self.cache)))
+    def _fetch(self) -> HostTable:
+        return HostTable(jax.tree.map(np.asarray, programs.table_state(self.cache)))
 
     def table(self) -> BlockTable:
         """The block table, on the host."""
         return jax.tree.map(np.asarray, self.cache.table)
 
-    def book(self) -> Any:
+    def metadata(self) -> Any:
         """The cache with its tables; of a mesh, with shapes in the place of pages."""
         return self.cache
 
@@ -131,7 +131,7 @@ class Device:
     def restore(self, saved: Snapshot, slot: int) -> None:
         """Lets a sequence hold what a file has; unchanged where it raises."""
         self._cache = snapshots.restore(self.cache, saved, seq=slot)
-        self.view = self._look()
+        self.state = self._fetch()
 
     @property
     def swaps(self) -> bool:
@@ -173,13 +173,13 @@ class Device:
                 (GATHERED,),
                 reads_params=True,
             )
-        none, counts = np.zeros(s, bool), np.zeros(s, np.int32)
         if not isinstance(cache, PagedKVCache):
-            yield Program("remove", programs.remove, (), (none,), (BATCH,), ())
+            yield Program("remove", programs.remove, (), (np.zeros(s, bool),), (BATCH,), ())
             return
         yield Program("edit", programs.edit, (), (self._empty_edit(),), (BATCH,), (GATHERED, GATHERED))
         three = (BATCH, BATCH, BATCH)
-        yield Program("shift", programs.shift, (), (none, counts, counts), three, (GATHERED, GATHERED))
+        nobody = (np.int32(s), np.int32(0), np.int32(0))
+        yield Program("shift", programs.shift, (), nobody, three, (GATHERED, GATHERED))
         if self.swaps:
             no_pages = np.full(_PAGES_AT_ONCE, cache.num_pages, np.int32)
             yield Program("take_out", programs.take_out, (), (no_pages,), (BATCH,), (PER_DEVICE,))
@@ -245,66 +245,69 @@ class Device:
         """One run of a step's program; its output is still on the device."""
         program = self._programs[name_of(shape)]
         self._cache, out = program(self._params, self._cache, self.slots.on_device(), given)
-        self.view = HostView(out.table)
+        self.state = HostTable(out.table)
         return out
 
     # Edits
 
     def _empty_edit(self) -> Edit:
-        cache = self.cache
-        assert isinstance(cache, PagedKVCache)
-        s, p, n = cache.max_seqs, cache.max_pages_per_seq, cache.num_pages
+        s, p, n = self.cache.max_seqs, self.cache.max_pages_per_seq, self.cache.num_pages
+        rows = programs.ATTACHED_PER_EDIT
         return Edit(
             pinned=np.full(p, n, np.int32),
-            removed=np.zeros(s, bool),
-            attached_pages=np.full((s, p), n, np.int32),
-            attached_tokens=np.zeros(s, np.int32),
+            removed=np.full(s, s, np.int32),
+            attached=np.full(rows, s, np.int32),
+            attached_pages=np.full((rows, p), n, np.int32),
+            attached_tokens=np.zeros(rows, np.int32),
             unpinned=np.full(p, n, np.int32),
         )
 
     def edit(
+        self, *, pinned: Sequence[int] = (), removed: Sequence[int] = (), unpinned: Sequence[int] = ()
+    ) -> None:
+        """Pins pages, removes sequences, unpins pages, in this order."""
+        if not self.paged:
+            if removed:
+                marked = np.zeros(self.cache.max_seqs, bool)
+                marked[list(removed)] = True
+                self._run("remove", marked)
+            return
+        width = self.cache.max_pages_per_seq
+        for i in range(width, len(pinned), width):  # more than fit one edit
+            self._edit(pinned=pinned[i : i + width])
+        if pinned or removed or unpinned:
+            self._edit(pinned=pinned[:width], removed=removed, unpinned=unpinned[:width])
+        for i in range(width, len(unpinned), width):
+            self._edit(unpinned=unpinned[i : i + width])
+
+    def attach(self, rows: Sequence[tuple[int, Sequence[int], int]]) -> None:
+        """Attaches pages to empty sequences. rows: ``(sequence, pages, tokens that they hold)`` of each."""
+        for i in range(0, len(rows), programs.ATTACHED_PER_EDIT):
+            self._edit(attached=rows[i : i + programs.ATTACHED_PER_EDIT])
+
+    def _edit(
         self,
         *,
         pinned: Sequence[int] = (),
         removed: Sequence[int] = (),
-        adopted: Sequence[tuple[int, Sequence[int], int]] = (),
+        attached: Sequence[tuple[int, Sequence[int], int]] = (),
         unpinned: Sequence[int] = (),
     ) -> None:
-        """Pins pages, ends sequences, lets others begin with pages, unpins pages: in this order.
-
-        Args:
-          adopted: ``(sequence, pages, tokens)``.
-        """
-        if not (pinned or removed or adopted or unpinned):
-            return
-        if not self.paged:
-            marked = np.zeros(self.cache.max_seqs, bool)
-            marked[list(removed)] = True
-            self._run("remove", marked)
-            return
         given = self._empty_edit()
-        width = given.pinned.shape[0]
-        for i in range(width, len(pinned), width):  # more than one edit holds: pins before, unpins behind
-            self.edit(pinned=pinned[i : i + width])
-        _put(given.pinned, pinned[:width])
-        _put(given.unpinned, unpinned[:width])
-        given.removed[list(removed)] = True
-        for slot, pages, count in adopted:
-            _put(given.attached_pages[slot], pages)
-            given.attached_tokens[slot] = count
-        ok, view = self._run("edit", given)
-        self.view = HostView(view)
-        assert ok, f"sequences {[slot for slot, _, _ in adopted]} could not take up their pages"
-        for i in range(width, len(unpinned), width):
-            self.edit(unpinned=unpinned[i : i + width])
+        _put(given.pinned, pinned)
+        _put(given.removed, removed)
+        _put(given.unpinned, unpinned)
+        for i, (slot, pages, count) in enumerate(attached):
+            given.attached[i], given.attached_tokens[i] = slot, count
+            _put(given.attached_pages[i], pages)
+        ok, state = self._run("edit", given)
+        self.state = HostTable(state)
+        assert ok, f"pages could not be attached to sequences {[slot for slot, _, _ in attached]}"
 
     def shift(self, slot: int, keep: int, discard: int) -> bool:
-        """Forgets tokens of a sequence, and moves up those behind them; False: it has too many entries."""
-        s = self.cache.max_seqs
-        which, keeps, discards = np.zeros(s, bool), np.zeros(s, np.int32), np.zeros(s, np.int32)
-        which[slot], keeps[slot], discards[slot] = True, keep, discard
-        ok, view = self._run("shift", which, keeps, discards)
-        self.view = HostView(view)
+        """Removes ``discard`` tokens of a sequence after the first ``keep``; False if its row is too narrow."""
+        ok, state = self._run("shift", np.int32(slot), np.int32(keep), np.int32(discard))
+        self.state = HostTable(state)
         return bool(ok)
 
     # Pages to and from the host
@@ -325,12 +328,12 @@ class Device:
     def swap_in(self, slot: int, swapped: SwappedPages) -> None:
         """Gives an empty sequence what ``swap_out`` took; there are pages enough."""
         count = np.int32(swapped.num_pages)
-        ok, view = self._run("place", np.int32(slot), swapped.row, count)
-        self.view = HostView(view)
+        ok, state = self._run("place", np.int32(slot), swapped.row, count)
+        self.state = HostTable(state)
         assert ok, f"no room for a swapped sequence of {count} pages in sequence {slot}"
         numbers = np.full(swapped.num_pages, self.cache.num_pages, np.int32)
         used = int(swapped.row.num_entries)
-        numbers[np.asarray(swapped.row.pages[:used])] = self.view.pages[slot, :used]
+        numbers[np.asarray(swapped.row.pages[:used])] = self.state.pages[slot, :used]
         for i, chunk in enumerate(swapped.chunks):
             asked = np.full(_PAGES_AT_ONCE, self.cache.num_pages, np.int32)
             _put(asked, numbers[i * _PAGES_AT_ONCE : (i + 1) * _PAGES_AT_ONCE])

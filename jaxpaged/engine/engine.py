@@ -46,8 +46,8 @@ from jaxpaged.engine.request import (
 )
 from jaxpaged.engine.sample_state import SampleState
 from jaxpaged.engine.scheduler import Plan, Scheduler
-from jaxpaged.engine.stats import Monitor, StepCounts, slot_view
-from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
+from jaxpaged.engine.slot_files import SlotTransfer
+from jaxpaged.engine.stats import Monitor, PoolState, SlotState, StepCounts, slot_state
 from jaxpaged.generation.loop import Model
 
 _ROUND_TRIP_SECONDS = 0.04
@@ -476,13 +476,13 @@ class Engine:
         """Gauges and counters, now."""
         return self._monitor.stats(self._counts)
 
-    def pool_view(self) -> PoolView:
+    def pool_state(self) -> PoolState:
         """A picture of the pool; of a contiguous cache each sequence is a page."""
-        return self._monitor.pool_view()
+        return self._monitor.pool_state()
 
-    def slot_views(self) -> list[SlotView]:
+    def slot_states(self) -> list[SlotState]:
         """The slots, in order."""
-        return [slot_view(slot, sample, self.n_ctx) for slot, sample in enumerate(self._last)]
+        return [slot_state(slot, sample, self.n_ctx) for slot, sample in enumerate(self._last)]
 
     def check_state(self) -> None:
         """Checks cache and prefix index against each other (slow: for tests, and a look at a live server).
@@ -493,7 +493,7 @@ class Engine:
         cache = self.device.cache
         if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
             pins = np.bincount(self.pool.index.pinned_pages(), minlength=cache.num_pages)
-            check_invariants(self.device.book(), pins)
+            check_invariants(self.device.metadata(), pins)
 
     def drop_prefix_cache(self) -> int:
         """Gives up every cached page that nobody uses; how many those were."""

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged.engine.device import Device, HostView, Program, Progress, name_of
-from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableView
+from jaxpaged.engine.device import Device, HostTable, Program, Progress, name_of
+from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableState
 from jaxpaged.generation.loop import Model
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.sharding.mesh import (
@@ -110,7 +110,7 @@ class MeshDevice:
         found = jax.tree.map(np.asarray, out)  # the same on every device
         for d, shard in enumerate(self.shards):
             mine = jax.tree.map(lambda x, d=d: x[d], found)
-            shard.view = HostView(mine.table)
+            shard.state = HostTable(mine.table)
             outs.append(mine)
         return outs
 
@@ -139,17 +139,12 @@ class ShardDevice(Device):
         one, devices = super()._no_data(pool), self._whole.cache.mesh.size // self._whole.cache.num_shards
         return np.zeros((devices * one.shape[0], *one.shape[1:]), one.dtype)
 
-    def _look(self) -> HostView:
-        s, p, n = self.cache.max_seqs, self._local.max_pages_per_seq if self.paged else 0, 0
-        if self.paged:
-            n = self._local.num_pages
-        none: Any = (
-            np.int32(n),
-            np.zeros(s, np.int32),
-            np.full((s, p), n, np.int32),
-            np.zeros((s, p), np.int32),
-        )
-        return HostView(TableView(*none))
+    def _fetch(self) -> HostTable:
+        s = self.cache.max_seqs
+        p, n = (self.cache.max_pages_per_seq, self.cache.num_pages) if self.paged else (0, 0)
+        zeros: Any = np.zeros((s, p), np.int32)
+        empty: Any = (np.int32(n), np.zeros(s, np.int32), np.full_like(zeros, n), zeros)
+        return HostTable(TableState(*empty))
 
     def _run(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         return self._whole.run(name, self._index, arguments)
@@ -158,9 +153,9 @@ class ShardDevice(Device):
         raise NotImplementedError("the shards of a mesh step together")
 
     def table(self) -> BlockTable:
-        return self.book().table
+        return self.metadata().table
 
-    def book(self) -> Any:
+    def metadata(self) -> Any:
         parts = self._whole.cache.parts
         specs = cache_specs(parts)
         tables = {}
@@ -179,12 +174,14 @@ class ShardDevice(Device):
 
     def restore(self, saved: Snapshot, slot: int) -> None:
         self._whole.cache = mesh_snapshots.restore(self._whole.cache, saved, seq=self._number(slot))
-        table = self.book().table
-        view: Any = replace(self.view.view, num_free=self.book().allocator.num_free)
-        view = replace(
-            view, pages=table.pages, page_tokens=table.num_tokens, room=np.zeros_like(self.view.room)
+        metadata = self.metadata()
+        state: Any = (
+            metadata.allocator.num_free,
+            np.zeros(self.cache.max_seqs, np.int32),
+            metadata.table.pages,
+            metadata.table.num_tokens,
         )
-        self.view = HostView(view)
+        self.state = HostTable(TableState(*state))
 
     def _number(self, slot: int) -> int:
         return slot * len(self._whole.shards) + self._index

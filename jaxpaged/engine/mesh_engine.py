@@ -16,13 +16,16 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Progress
 from jaxpaged.engine.engine import Engine, EngineConfig
 from jaxpaged.engine.mesh_device import MeshDevice
 from jaxpaged.engine.pool import PagedPool
 from jaxpaged.engine.request import EngineRequest, EngineStats, QueueFullError, RefusedError, SampleOutput
-from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
+from jaxpaged.engine.slot_files import SlotTransfer
+from jaxpaged.engine.stats import PoolState, SlotState
 from jaxpaged.generation.loop import Model
 from jaxpaged.sharding.mesh import TENSOR, ShardedCache
 
@@ -185,29 +188,24 @@ class MeshEngine:
             compiled_late=self._compiled_late,
         )
 
-    def pool_view(self) -> PoolView:
+    def pool_state(self) -> PoolState:
         """The pools, one behind the other."""
-        views = [engine.pool_view() for engine in self._engines]
-        owner: list[int] = []
-        sequences: list[dict[str, Any]] = []
-        for d, view in enumerate(views):
-            first = d * self._each
-            owner += [slot if slot < 0 else slot + first for slot in view.owner]
-            sequences += [{**one, "slot": one["slot"] + first} for one in view.sequences]
-        return PoolView(
-            sum(view.num_pages for view in views),
-            views[0].page_size,
-            b"".join(view.state for view in views),
-            owner,
-            sequences,
+        pools = [engine.pool_state() for engine in self._engines]
+        first = [shard * self._each for shard in range(len(pools))]
+        return PoolState(
+            sum(pool.num_pages for pool in pools),
+            pools[0].page_size,
+            np.concatenate([pool.state for pool in pools]),
+            np.concatenate(
+                [np.where(x.owner < 0, -1, x.owner + i) for i, x in zip(first, pools, strict=True)]
+            ),
+            [{**s, "slot": s["slot"] + i} for i, x in zip(first, pools, strict=True) for s in x.sequences],
         )
 
-    def slot_views(self) -> list[SlotView]:
+    def slot_states(self) -> list[SlotState]:
         """The slots of all shards, in order."""
-        views = []
-        for d, engine in enumerate(self._engines):
-            views += [replace(view, id=view.id + d * self._each) for view in engine.slot_views()]
-        return views
+        states = [state for engine in self._engines for state in engine.slot_states()]
+        return [replace(state, id=i) for i, state in enumerate(states)]
 
     def check_state(self) -> None:
         """See ``Engine.check_state``."""

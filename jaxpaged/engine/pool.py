@@ -125,17 +125,17 @@ class PagedPool(Pool):
 
     @property
     def available(self) -> int:
-        return self.device.view.num_free + self.index.num_unused
+        return self.device.state.num_free + self.index.num_unused
 
     def pages_for_text(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
     def pages_for(self, sample: SampleState, count: int) -> int:
-        room = int(self.device.view.room[sample.slot])
+        room = int(self.device.state.free_slots[sample.slot])
         return self.pages_for_text(max(0, count - room)) + (sample.copies and room > 0 and count > 0)
 
     def ensure(self, count: int) -> None:
-        missing = count - self.device.view.num_free
+        missing = count - self.device.state.num_free
         if missing > 0:
             self.device.edit(unpinned=self.index.evict(missing))
 
@@ -168,7 +168,7 @@ class PagedPool(Pool):
                     count = common_prefix(other.tokens[begin : other.num_computed], rest)
                     if count > num_tail:
                         num_tail, borrowed = count, None
-                        page = int(self.device.view.pages[other.slot, len(match.nodes)])
+                        page = int(self.device.state.pages[other.slot, len(match.nodes)])
         if borrowed is not None:
             self.index.acquire([borrowed])
         return Start(
@@ -183,7 +183,7 @@ class PagedPool(Pool):
         self.index.give_back(start.nodes + (() if start.borrowed is None else (start.borrowed,)))
 
     def admit(self, admitted: Sequence[tuple[SampleState, Start]]) -> None:
-        adopted = []
+        attached = []
         for sample, start in admitted:
             assert sample.slot is not None
             if sample.swapped is not None:
@@ -194,7 +194,9 @@ class PagedPool(Pool):
                 self.forget(sample)
             elif start.num_tokens:
                 tail = [] if start.tail_page is None else [start.tail_page]
-                adopted.append((sample.slot, [*(node.page for node in start.nodes), *tail], start.num_tokens))
+                attached.append(
+                    (sample.slot, [*(node.page for node in start.nodes), *tail], start.num_tokens)
+                )
             sample.num_computed = start.num_tokens
             sample.chain, sample.borrowed = list(start.nodes), start.borrowed
             sample.copies = start.tail_page is not None
@@ -202,7 +204,7 @@ class PagedPool(Pool):
                 sample.num_cached = start.num_tokens
                 self.counts.prefix_queries += sample.prompt_len
                 self.counts.prefix_hits += start.num_tokens
-        self.device.edit(adopted=adopted)
+        self.device.attach(attached)
 
     # Running
 
@@ -215,7 +217,7 @@ class PagedPool(Pool):
         while sample.indexed and (len(sample.chain) + 1) * ps <= sample.num_computed:
             i = len(sample.chain)
             parent = sample.chain[-1] if sample.chain else None
-            page = int(self.device.view.pages[sample.slot, i])
+            page = int(self.device.state.pages[sample.slot, i])
             node, new = self.index.insert(sample.root, parent, sample.tokens[i * ps : (i + 1) * ps], page)
             if not new and not self._keeps(sample.request):
                 # Who leaves last would leave a page that it does not hold: nothing pins it.
@@ -271,7 +273,7 @@ class PagedPool(Pool):
         for other in others:
             if other.tokens == tail[: len(other.tokens)]:
                 superseded += self.index.give_up(other)
-        page = int(self.device.view.pages[sample.slot, len(sample.chain)])
+        page = int(self.device.state.pages[sample.slot, len(sample.chain)])
         node, _ = self.index.insert(sample.root, parent, tail, page)
         return self.index.release([node]), superseded
 

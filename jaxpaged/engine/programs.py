@@ -7,6 +7,7 @@ that it takes, so no page is read or handed on before the step that writes it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,24 +15,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpaged.cache import sequences as seqs
-from jaxpaged.cache.paged import PagedKVCache, room_in_last_page
+from jaxpaged.cache.interface import Cache
+from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.cache.reserve import free_slots
 from jaxpaged.cache.sharing import (
     PagesOfLayers,
-    pin_pages,
     read_pages,
     seq_allocate,
     seq_attach,
-    unpin_pages,
     write_pages,
 )
 from jaxpaged.engine.request import MAX_LOGPROBS
-from jaxpaged.generation.loop import Cache, Model
+from jaxpaged.generation.loop import Model
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
+from jaxpaged.pages import allocator as allocators
+from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
 
 Given = Any
 """An array: numpy when the host gives it, a JAX array inside a program."""
+ATTACHED_PER_EDIT = 8
+"""Sequences that one edit can attach pages to."""
+_Sequences = tuple[PageAllocator, BlockTable]
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +97,7 @@ class StepOutput:
     ok: Array
     """bool[]: False: pages ran out at the step behind the last one, which changed nothing."""
     table: Any
-    """``TableView`` of the cache afterwards."""
+    """``TableState`` of the cache afterwards."""
 
 
 @dataclass(frozen=True)
@@ -170,32 +175,32 @@ def step(
 
     carry = (cache, drawn, given, jnp.bool_(False))
     cache, drawn, _, _ = lax.while_loop(goes_on, once, carry) if shape.decode else once(carry)
-    return cache, replace(drawn, table=view(cache))
+    return cache, replace(drawn, table=table_state(cache))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TableView:
-    """What the host follows of a cache; P = 0 where it is contiguous."""
+class TableState:
+    """Fields of the cache that the host tracks; P = 0 for a contiguous cache."""
 
     num_free: Array
     """i32[]: free pages."""
-    room: Array
-    """i32[S]: tokens that still go into each sequence's last page."""
+    free_slots: Array
+    """i32[S]: tokens that still fit each sequence's last page."""
     pages: Array
     """i32[S, P]: page of each entry; N = no entry."""
     page_tokens: Array
     """i32[S, P]: tokens of each entry."""
 
 
-def view(cache: Any) -> TableView:
-    """The view of a cache as it is now."""
+def table_state(cache: Any) -> TableState:
+    """The state of a cache as it is now."""
     if isinstance(cache, PagedKVCache):
         table = cache.table
-        return TableView(cache.allocator.num_free, room_in_last_page(cache), table.pages, table.num_tokens)
+        return TableState(cache.allocator.num_free, free_slots(cache.metadata), table.pages, table.num_tokens)
     s = cache.max_seqs
     none = jnp.zeros((s, 0), jnp.int32)
-    return TableView(jnp.int32(0), jnp.zeros(s, jnp.int32), none, none)
+    return TableState(jnp.int32(0), jnp.zeros(s, jnp.int32), none, none)
 
 
 def _draw(
@@ -248,27 +253,72 @@ def _draw(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edit:
-    """Changes between two steps, in this order; M = the most pages of one edit."""
+    """Changes to the block table between two steps, in this order. M = P page ids; A = ATTACHED_PER_EDIT."""
 
     pinned: Given
-    """i32[M]: pages that the prefix cache keeps; N in padding."""
+    """i32[M]: pages that the prefix cache retains, from the front; N in padding."""
     removed: Given
-    """bool[S]: sequences that end."""
+    """i32[S]: sequences that end, from the front; S in padding."""
+    attached: Given
+    """i32[A]: empty sequences that attach pages, from the front; S in padding."""
     attached_pages: Given
-    """i32[S, P]: pages that sequences begin with."""
+    """i32[A, P]: those pages."""
     attached_tokens: Given
-    """i32[S]: and how many tokens of them; 0 = none."""
+    """i32[A]: tokens that they hold; 0 in padding."""
     unpinned: Given
-    """i32[M]: pages that the prefix cache gives up; N in padding."""
+    """i32[M]: pages that the prefix cache releases, from the front; N in padding."""
 
 
-def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableView]:
-    """``(cache, ok bool[], view)``. Not ok: sequences could not adopt their pages; the rest is done."""
-    cache = pin_pages(cache, given.pinned)
-    cache, _ = seqs.seq_remove(cache, given.removed)
-    cache, ok = seq_attach(cache, given.attached_pages, given.attached_tokens)
-    cache = unpin_pages(cache, given.unpinned)
-    return cache, ok, view(cache)
+def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableState]:
+    """Applies an edit; its cost depends on what it changes, not on S.
+
+    Returns:
+      ``(cache, ok bool[], state)``. Not ok: pages could not be attached; everything else is done.
+    """
+    n, s = cache.num_pages, cache.max_seqs
+    cache = replace(
+        cache,
+        allocator=lax.cond(
+            given.pinned[0] < n, allocators.retain, lambda same, _: same, cache.allocator, given.pinned
+        ),
+    )
+
+    def remove_one(i: Array, state: _Sequences) -> _Sequences:
+        held = replace(cache, allocator=state[0], table=state[1])
+        held, _ = _edit_rows(
+            held, given.removed[i, None], lambda rows: rows.seq_remove(jnp.ones(1, bool))
+        )
+        return held.allocator, held.table
+
+    def attach(allocator: PageAllocator, table: BlockTable) -> tuple[_Sequences, Array]:
+        held, ok = _edit_rows(
+            replace(cache, allocator=allocator, table=table),
+            given.attached,
+            lambda rows: seq_attach(rows, given.attached_pages, given.attached_tokens),
+        )
+        return (held.allocator, held.table), ok
+
+    num_removed = jnp.sum(given.removed < s, dtype=jnp.int32)
+    state = lax.fori_loop(0, num_removed, remove_one, (cache.allocator, cache.table))
+    state, ok = lax.cond(given.attached[0] < s, attach, lambda *same: (same, jnp.bool_(True)), *state)
+    allocator = lax.cond(
+        given.unpinned[0] < n, allocators.release, lambda same, _: same, state[0], given.unpinned
+    )
+    cache = replace(cache, allocator=allocator, table=state[1])
+    return cache, ok, table_state(cache)
+
+
+def _edit_rows(
+    cache: PagedKVCache, ids: Array, operation: Callable[[PagedKVCache], tuple[PagedKVCache, Array]]
+) -> tuple[PagedKVCache, Array]:
+    """Applies an operation to the sequences ``ids i32[R]`` as if there were no others, at R/S of its cost.
+
+    For an id of S the operation sees some other row, which it must leave alone.
+    """
+    rows = jax.tree.map(lambda field: field.at[ids].get(mode="clip"), cache.table)
+    edited, ok = operation(replace(cache, table=rows))
+    table = jax.tree.map(lambda field, new: field.at[ids].set(new, mode="drop"), cache.table, edited.table)
+    return replace(cache, allocator=edited.allocator, table=table), ok
 
 
 def remove(cache: Cache, removed: Array) -> Cache:
@@ -277,21 +327,29 @@ def remove(cache: Cache, removed: Array) -> Cache:
 
 
 def shift(
-    cache: PagedKVCache, which: Array, keep: Array, discard: Array
-) -> tuple[PagedKVCache, Array, TableView]:
-    """Forgets ``discard i32[S]`` tokens behind the first ``keep i32[S]`` of the sequences marked ``bool[S]``."""
-    # Ranges are positions, and a sequence that was shifted before begins at 0 still.
-    before, end = cache, keep + discard
-    cache, removed = seqs.seq_remove(cache, which, keep, end)
-    cache, shifted = seqs.seq_shift(cache, which, end, -1, -discard)
-    ok = removed & shifted
-    allocator, table = jax.tree.map(
-        lambda new, old: jnp.where(ok, new, old),
-        (cache.allocator, cache.table),
-        (before.allocator, before.table),
-    )
-    cache = replace(cache, allocator=allocator, table=table)
-    return cache, ok, view(cache)
+    cache: PagedKVCache, seq: Array, keep: Array, discard: Array
+) -> tuple[PagedKVCache, Array, TableState]:
+    """Removes ``discard i32[]`` tokens after the first ``keep i32[]`` of sequence ``seq i32[]``; S = no sequence.
+
+    Returns:
+      ``(cache, ok bool[], state)``. Not ok: its row of the table is too narrow; nothing was changed.
+    """
+    marked = seq[None] < cache.max_seqs
+
+    def shift_row(before: PagedKVCache) -> tuple[PagedKVCache, Array]:
+        # Ranges are positions, and a sequence that was shifted before still begins at 0.
+        after, removed = before.seq_remove(marked, keep, keep + discard)
+        after, shifted = after.seq_shift(marked, keep + discard, -1, -discard)
+        ok = removed & shifted
+        allocator, table = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old),
+            (after.allocator, after.table),
+            (before.allocator, before.table),
+        )
+        return replace(before, allocator=allocator, table=table), ok
+
+    cache, ok = _edit_rows(cache, seq[None], shift_row)
+    return cache, ok, table_state(cache)
 
 
 def take_out(cache: PagedKVCache, pages: Array) -> tuple[PagedKVCache, PagesOfLayers]:
@@ -301,10 +359,10 @@ def take_out(cache: PagedKVCache, pages: Array) -> tuple[PagedKVCache, PagesOfLa
 
 def place(
     cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
-) -> tuple[PagedKVCache, Array, TableView]:
+) -> tuple[PagedKVCache, Array, TableState]:
     """Fresh pages for a sequence that comes back."""
     cache, ok = seq_allocate(cache, seq, row, count)
-    return cache, ok, view(cache)
+    return cache, ok, table_state(cache)
 
 
 def put_back(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,10 +17,19 @@ from jaxpaged.engine.device import Device
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.prefix_index import Node, root_key
 from jaxpaged.engine.request import RefusedError
-from jaxpaged.engine.views import SlotTransfer
 from jaxpaged.storage.snapshot_file import read_snapshot
 
 _ROOT = root_key(cache_salt="")
+
+
+@dataclass(frozen=True)
+class SlotTransfer:
+    """Size and time of a slot's save or restore."""
+
+    num_tokens: int
+    num_bytes: int
+    """Size of the file."""
+    seconds: float
 
 
 def _paged(device: Device, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
@@ -50,7 +60,7 @@ def save(
     if not match.num_tokens:
         raise RefusedError(f"slot {slot} has nothing in the pool that could be saved")
     pages = [node.page for node in match.nodes] + ([] if match.tail is None else [match.tail.page])
-    device.edit(adopted=[(slot, pages, match.num_tokens)])
+    device.attach([(slot, pages, match.num_tokens)])
     try:
         device.snapshot(path, slot, tokens[: match.num_tokens], fingerprint)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 from engine_kit import FEW_PAGES, N_CTX, alone, collect, greedy, make_engine, prompt
 from hypothesis import settings
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxpaged.engine import Engine, QueueFullError
+from jaxpaged.engine.stats import CACHED, FREE
 from jaxpaged.engine.swap import SwapCosts
-from jaxpaged.engine.views import CACHED, FREE
 
 _engine: list[Engine] = []
 
@@ -79,9 +80,9 @@ class EngineMachine(RuleBasedStateMachine):
     def counts_agree(self):
         stats = self.engine.stats()
         assert stats.pages_used + stats.pages_cached + stats.pages_free == stats.pages_total
-        view = self.engine.pool_view()
-        assert view.state.count(FREE) == stats.pages_free
-        assert view.state.count(CACHED) == stats.pages_cached
+        state = self.engine.pool_state().state
+        assert np.count_nonzero(state == FREE) == stats.pages_free
+        assert np.count_nonzero(state == CACHED) == stats.pages_cached
         assert stats.waste < 1
         assert self.engine.pool.swapped_bytes >= 0
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from engine_kit import prompt
 
-from jaxpaged import PagedKVCache
+from jaxpaged import PagedKVCache, Rope
 from jaxpaged.engine import Engine, EngineConfig, EngineRequest
 
 VOCAB, HIDDEN = 61, 64
@@ -29,9 +29,10 @@ def test_random_requests_leave_no_page_behind():
         "num_layers": 1,
         "num_kv_heads": 1,
         "head_dim": HIDDEN,
+        "rope": Rope.create(()),
         "num_pages": 12,
         "max_seqs": 3,
-        "max_pages_per_seq": 9,
+        "max_seq_len": 8 * 32,
     }
     cache = PagedKVCache.create(**sizes, page_size=32, dtype="kivi4")
     config = EngineConfig(

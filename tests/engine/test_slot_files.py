@@ -69,7 +69,7 @@ def test_what_does_not_fit_changes_nothing(engine, tmp_path):
 def test_a_busy_slot_is_left_alone(engine, tmp_path):
     engine.add_request(greedy("busy", prompt(5, 20), 20))
     engine.step()
-    slot = next(view.id for view in engine.slot_views() if view.is_processing)
+    slot = next(view.id for view in engine.slot_states() if view.is_processing)
     with pytest.raises(SlotBusyError):
         engine.save_slot(slot, tmp_path / "a.kv")
     with pytest.raises(SlotBusyError):

@@ -113,20 +113,20 @@ async def change_props(request: Request) -> Response:
 
 
 @router.get("/pool")
-async def pool(request: Request) -> Response:
+async def pool_of_pages(request: Request) -> Response:
     """The pool page by page, for the page in the browser."""
     state = state_of(request)
     _, runner = state.ready()
-    view, stats = runner.pool_view(), runner.stats()
+    pool, stats = runner.pool_state(), runner.stats()
     generated, prompt = state.rates.update(time.monotonic(), stats.generated_tokens, stats.prompt_tokens)
     return json_response(
         {
-            "num_pages": view.num_pages,
-            "page_size": view.page_size,
+            "num_pages": pool.num_pages,
+            "page_size": pool.page_size,
             "bytes_per_page": stats.bytes_per_page,
-            "state": "".join(map(str, view.state)),
-            "owner": view.owner,
-            "sequences": view.sequences,
+            "state": (pool.state + ord("0")).tobytes().decode(),
+            "owner": pool.owner.tolist(),
+            "sequences": pool.sequences,
             "running": stats.running,
             "waiting": stats.waiting,
             "pages_used": stats.pages_used,

@@ -17,11 +17,11 @@ from jaxpaged.engine import (
     EngineRequest,
     EngineStats,
     MeshEngine,
-    PoolView,
+    PoolState,
     RefusedError,
     SampleOutput,
+    SlotState,
     SlotTransfer,
-    SlotView,
 )
 from jaxpaged.sharding.mesh import agree
 
@@ -102,13 +102,13 @@ class LockstepEngine:
         """See ``Engine.stats``."""
         return self._engine.stats()
 
-    def pool_view(self) -> PoolView:
-        """See ``Engine.pool_view``."""
-        return self._engine.pool_view()
+    def pool_state(self) -> PoolState:
+        """See ``Engine.pool_state``."""
+        return self._engine.pool_state()
 
-    def slot_views(self) -> list[SlotView]:
-        """See ``Engine.slot_views``."""
-        return self._engine.slot_views()
+    def slot_states(self) -> list[SlotState]:
+        """See ``Engine.slot_states``."""
+        return self._engine.slot_states()
 
     def check_state(self) -> None:
         """See ``Engine.check_state``."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from jaxpaged.app import processes
 from jaxpaged.app.server.lockstep import IDLE_SECONDS, AnyEngine, LockstepEngine
-from jaxpaged.engine import EngineRequest, EngineStats, PoolView, SampleOutput, SlotView
+from jaxpaged.engine import EngineRequest, EngineStats, PoolState, SampleOutput, SlotState
 
 T = TypeVar("T")
 _VIEW_SECONDS = 0.2
@@ -93,8 +93,8 @@ class EngineRunner:
         self._closing = False
         self._failure: EngineFailedError | None = None
         self._stats = engine.stats()
-        self._pool_view = engine.pool_view()
-        self._slot_views = engine.slot_views()
+        self._pool_state = engine.pool_state()
+        self._slot_states = engine.slot_states()
         self._viewed = self._counted = 0.0
         self.draining = False
         """New requests are turned away; those that run come to their end."""
@@ -189,13 +189,13 @@ class EngineRunner:
         """As they were a moment ago, or, where nothing runs, as they are."""
         return self._stats
 
-    def pool_view(self) -> PoolView:
+    def pool_state(self) -> PoolState:
         """As it was a moment ago."""
-        return self._pool_view
+        return self._pool_state
 
-    def slot_views(self) -> list[SlotView]:
+    def slot_states(self) -> list[SlotState]:
         """As they were a moment ago."""
-        return self._slot_views
+        return self._slot_states
 
     # The engine's thread
 
@@ -244,8 +244,8 @@ class EngineRunner:
 
     def _refresh_view(self) -> None:
         self._stats = self._engine.stats()
-        self._pool_view = self._engine.pool_view()
-        self._slot_views = self._engine.slot_views()
+        self._pool_state = self._engine.pool_state()
+        self._slot_states = self._engine.slot_states()
         self._viewed = self._counted = time.monotonic()
 
     def _hand_out(self, outputs: list[SampleOutput]) -> None:

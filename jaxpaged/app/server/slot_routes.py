@@ -18,7 +18,8 @@ from jaxpaged.app.server.native_schema import SlotFile
 from jaxpaged.app.server.routing import StrictRoute
 from jaxpaged.app.server.state import state_of
 from jaxpaged.engine.request import RefusedError
-from jaxpaged.engine.views import SlotTransfer, SlotView
+from jaxpaged.engine.slot_files import SlotTransfer
+from jaxpaged.engine.stats import SlotState
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -38,30 +39,30 @@ async def slots(request: Request, fail_on_no_slot: str | None = None) -> Respons
     if not state.options.slots:
         raise ApiError(501, "This server does not support slots endpoint. Start it with `--slots`")
     _, runner = state.ready()
-    views = runner.slot_views()
-    if fail_on_no_slot is not None and all(view.is_processing for view in views):
+    states = runner.slot_states()
+    if fail_on_no_slot is not None and all(state.is_processing for state in states):
         raise ApiError(503, "no slot available")
-    return json_response([_slot(view) for view in views])
+    return json_response([_slot(state) for state in states])
 
 
-def _slot(view: SlotView) -> dict[str, Any]:
+def _slot(state: SlotState) -> dict[str, Any]:
     slot: dict[str, Any] = {
-        "id": view.id,
-        "id_task": int(view.request_id) if view.request_id and view.request_id.isdecimal() else -1,
-        "n_ctx": view.n_ctx,
+        "id": state.id,
+        "id_task": int(state.request_id) if state.request_id and state.request_id.isdecimal() else -1,
+        "n_ctx": state.n_ctx,
         "speculative": False,
-        "is_processing": view.is_processing,
-        "n_prompt_tokens": view.num_prompt,
-        "n_prompt_tokens_processed": min(view.num_computed, view.num_prompt),
+        "is_processing": state.is_processing,
+        "n_prompt_tokens": state.num_prompt,
+        "n_prompt_tokens_processed": min(state.num_computed, state.num_prompt),
     }
-    if view.is_processing and view.params is not None:
-        limit = view.params.max_new_tokens
-        slot["params"] = settings(view.params)
+    if state.is_processing and state.params is not None:
+        limit = state.params.max_new_tokens
+        slot["params"] = settings(state.params)
         slot["next_token"] = [
             {
                 "has_next_token": True,
-                "n_remain": -1 if limit is None else max(0, limit - view.num_generated),
-                "n_decoded": view.num_generated,
+                "n_remain": -1 if limit is None else max(0, limit - state.num_generated),
+                "n_decoded": state.num_generated,
             }
         ]
     return slot

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from jaxpaged.app.server.runner import EngineFailedError
 from jaxpaged.engine.request import (
     ContextError,
@@ -19,7 +21,8 @@ from jaxpaged.engine.request import (
     SampleOutput,
     TokenLogprobs,
 )
-from jaxpaged.engine.views import PoolView, SlotTransfer, SlotView
+from jaxpaged.engine.slot_files import SlotTransfer
+from jaxpaged.engine.stats import PoolState, SlotState
 
 T = TypeVar("T")
 
@@ -156,14 +159,14 @@ class FakeRunner:
             compiled_late=0,
         )
 
-    def pool_view(self) -> PoolView:
+    def pool_state(self) -> PoolState:
         sequence = {"slot": 0, "request_id": "1", "tokens": 16, "state": "decode"}
-        return PoolView(4, 32, bytes((1, 3, 0, 0)), [0, -1, -1, -1], [sequence])
+        return PoolState(4, 32, np.array([1, 3, 0, 0], np.uint8), np.array([0, -1, -1, -1]), [sequence])
 
-    def slot_views(self) -> list[SlotView]:
+    def slot_states(self) -> list[SlotState]:
         request = EngineRequest("1", (1, 2, 3), max_new_tokens=8)
-        slots = [SlotView(0, "1", True, 3, 3, 2, self.n_ctx, request)]
-        return [*slots, SlotView(1, None, self.busy, 0, 0, 0, self.n_ctx, None)]
+        slots = [SlotState(0, "1", True, 3, 3, 2, self.n_ctx, request)]
+        return [*slots, SlotState(1, None, self.busy, 0, 0, 0, self.n_ctx, None)]
 
     async def call(self, function: Callable[[Any], T]) -> T:
         await asyncio.sleep(0)

@@ -119,8 +119,8 @@ def test_calls_run_between_steps(engine):
         with pytest.raises(RefusedError):
             await runner.call(lambda e: e.save_slot(99, "x"))
         await text_of(stream)
-        assert runner.pool_view().num_pages == NUM_PAGES
-        assert len(runner.slot_views()) == 4
+        assert runner.pool_state().num_pages == NUM_PAGES
+        assert len(runner.slot_states()) == 4
 
     run(engine, use)
 

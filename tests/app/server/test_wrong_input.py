@@ -283,7 +283,7 @@ def test_a_bug_has_the_same_body_and_no_traceback(server, caplog):
     def broken():
         raise ZeroDivisionError("secret detail")
 
-    server.runner.pool_view = broken
+    server.runner.pool_state = broken
     caplog.set_level(logging.CRITICAL)
 
     async def ask():
