@@ -1,7 +1,8 @@
-"""The Llama family: llama, mistral, qwen2, qwen3 as one Flax NNX module and one pure function."""
+"""The Llama family (llama, mistral, qwen2, qwen3) as one Flax NNX module and one pure function."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
@@ -25,7 +27,7 @@ _DENSE = WeightPlan()
 class Llama(nnx.Module):
     """Decoder-only transformer of the Llama family.
 
-    The module is made once, split once (``nnx.split``) and then used as a pure function; see ``functional``.
+    It is created once, split once (``nnx.split``) and then used as a pure function; see ``functional``.
     """
 
     def __init__(
@@ -55,13 +57,13 @@ class Llama(nnx.Module):
         self.head = nnx.data(None if c.tie_embeddings else layers.linear("head", c.hidden_size, c.vocab_size))
 
     def __call__(self, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
-        """One step.
+        """Runs one step.
 
         Args:
-          tokens: i32[T], packed as ``batch`` says; padding may hold any id of the vocabulary.
-          cache: anything with ``attend``; every layer writes its keys and values there.
+          tokens: i32[T], packed as described by ``batch``; padding may hold any id of the vocabulary.
+          cache: a cache with ``attend``, to which each layer writes its keys and values.
           batch: the tokens' sequences and positions.
-          rows: i32[R], the rows of T whose logits are wanted.
+          rows: i32[R], indices into T of the tokens to return logits for.
 
         Returns:
           ``(logits f32[R, vocab_size], cache)``.
@@ -82,14 +84,30 @@ class Llama(nnx.Module):
 
 
 Params = Any
-"""The weights of a model: the pytree that ``nnx.split`` gives."""
+"""Weights of a model: the pytree of ``nnx.split``."""
 
 ModelFn = Callable[[Params, Array, Any, Batch, Array], tuple[Array, Any]]
-"""``(params, tokens, cache, batch, rows) -> (logits, cache)``: what generation needs of a model."""
+"""``(params, tokens, cache, batch, rows) -> (logits, cache)``: the interface that generation needs."""
+
+_DTYPES = {"f32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16"), "f16": jnp.dtype("float16")}
+
+
+def float_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype named "f32", "bf16" or "f16", or given in any way that numpy understands.
+
+    Raises:
+      ValueError: it is none of the three.
+    """
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    with contextlib.suppress(TypeError):
+        if (found := jnp.dtype(dtype)) in _DTYPES.values():
+            return found
+    raise ValueError(f"dtype must be f32, bf16 or f16, or the same by numpy's name, got {dtype!r}")
 
 
 class _Keys:
-    """The keys of ``nnx.Rngs``, counted in Python: in a trace, what nnx does to count grows with its square."""
+    """Stands for ``nnx.Rngs`` with a counter in Python: in a trace, nnx's own counting is quadratic."""
 
     def __init__(self, key: Array) -> None:
         self._key, self._counter = key, itertools.count()
@@ -98,7 +116,7 @@ class _Keys:
         return jax.random.fold_in(self._key, next(self._counter))
 
 
-def _draw(config: ModelConfig, dtype: Any, plan: WeightPlan, key: Array, axis: str | None = None) -> Llama:
+def _init(config: ModelConfig, dtype: Any, plan: WeightPlan, key: Array, axis: str | None = None) -> Llama:
     return Llama(config, plan=plan, dtype=dtype, rngs=cast(nnx.Rngs, _Keys(key)), axis=axis)
 
 
@@ -107,46 +125,51 @@ def _skeleton(
     config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | None = None
 ) -> tuple[nnx.GraphDef[Llama], Params]:
     """The module without its weights, and their shapes and dtypes."""
-    module = nnx.eval_shape(lambda: _draw(config, dtype, plan, jax.random.key(0), axis))
+    module = nnx.eval_shape(lambda: _init(config, dtype, plan, jax.random.key(0), axis))
     return nnx.split(module, nnx.Param)
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE) -> Params:
+def abstract_params(config: ModelConfig, dtype: DTypeLike = "f32", plan: WeightPlan = _DENSE) -> Params:
     """Shapes and dtypes of the weights, without memory behind them."""
-    found = _skeleton(config, dtype, plan)[1]
+    found = _skeleton(config, float_dtype(dtype), plan)[1]
     return jax.tree.map(lambda x: x, found)  # copied: a Variable can be written to
 
 
-@functools.cache
 def functional(
-    config: ModelConfig, dtype: Any = jnp.float32, plan: WeightPlan = _DENSE, axis: str | None = None
+    config: ModelConfig, dtype: DTypeLike = "f32", plan: WeightPlan = _DENSE, axis: str | None = None
 ) -> ModelFn:
-    """The model as a pure function of its weights: the module is made when this is first traced, once, and split.
+    """The model as a pure function of its weights; the same one for the same arguments.
 
     Args:
       config: the model.
-      dtype: what it computes in.
+      dtype: dtype of its computations: "f32", "bf16", "f16", or numpy's or JAX's name of one of them.
       plan: which of its layers have quantized weights.
-      axis: the mesh axis over which each layer is split, where ``config`` is what one device has of it
-        (``ModelConfig.shard``). The partial products of attention and MLP are summed over it, twice a layer; each
-        device has the whole residual stream, embedding and head.
-    """
+      axis: the mesh axis over which each layer is split; ``config`` is then that of one device
+        (``ModelConfig.shard``). The partial products of attention and MLP are summed over it, twice a
+        layer; each device has the whole residual stream, embedding and head.
 
+    Raises:
+      ValueError: another dtype; or, when it is called, params of another model.
+    """
+    return _functional(config, float_dtype(dtype), plan, axis)
+
+
+@functools.cache
+def _functional(config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | None) -> ModelFn:
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
-        graph, wanted = _skeleton(config, dtype, plan, axis)
-        if len(jax.tree.leaves(params)) != len(jax.tree.leaves(wanted)):
+        graph, abstract = _skeleton(config, dtype, plan, axis)
+        if len(jax.tree.leaves(params)) != len(jax.tree.leaves(abstract)):
             raise ValueError(
                 "the params are those of another model or of other quantized weights; "
                 "load_model's result has the function that takes its params"
             )
         return nnx.merge(graph, params)(tokens, cache, batch, rows)
 
-    vars(apply)["program_key"] = (
-        f"{source_digest(Path(__file__).parent)} {config!r} {jnp.dtype(dtype)} {plan!r} {axis}"
-    )
+    vars(apply)["program_key"] = f"{source_digest(Path(__file__).parent)} {config!r} {dtype} {plan!r} {axis}"
     return apply
 
 
-def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Params:
-    """Freshly drawn dense weights, for tests, training and benchmarks."""
-    return jax.jit(lambda key: nnx.state(_draw(config, dtype, _DENSE, key), nnx.Param))(jax.random.key(seed))
+def random_params(config: ModelConfig, *, seed: int = 0, dtype: DTypeLike = "f32") -> Params:
+    """Random dense weights, for tests, training and benchmarks."""
+    dtype = float_dtype(dtype)
+    return jax.jit(lambda key: nnx.state(_init(config, dtype, _DENSE, key), nnx.Param))(jax.random.key(seed))

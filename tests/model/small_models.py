@@ -207,7 +207,7 @@ class Dense:
     ) -> tuple[Any, Any]:
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
+        scores = jnp.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         distance = jnp.arange(q.shape[0])[:, None] - jnp.arange(q.shape[0])
         seen = (distance >= 0) & (distance < (window or q.shape[0]))
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
@@ -215,13 +215,13 @@ class Dense:
 
 
 def logits(config: ModelConfig, params: Any, length: int = 24, function: Any = None) -> np.ndarray:
-    """What the model says at every position of a fixed text: ``[length, vocab_size]``."""
-    position = jnp.arange(length)
+    """Logits at every position of a fixed text: ``[length, vocab_size]``."""
+    position = jnp.arange(length, dtype=jnp.int32)
     zeros = jnp.zeros(length, jnp.int32)
-    batch = Batch(zeros, position, position, zeros, position, jnp.array([0, length]))
+    batch = Batch(zeros, position, position, zeros, position, jnp.array([0, length], jnp.int32))
     tokens = (position * 37 + 11) % config.vocab_size
-    out, _ = (function or functional(config))(params, tokens, Dense(), batch, position)
-    return np.asarray(out)
+    model = function or functional(config)
+    return np.asarray(jax.jit(lambda *args: model(*args, Dense(), batch, position)[0])(params, tokens))
 
 
 def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Any:

@@ -16,6 +16,7 @@ from jaxpaged_model.checkpoint.weights import Placement, load_params, placements
 from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.llama import functional
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import Layout
 from jaxpaged_model.quantized.linear import WeightPlan
 from quantized_matrices import bits_per_weight, numbers, random_weights_raw
 from small_models import VOCAB, logits, random_params, tokenizer_metadata
@@ -105,6 +106,21 @@ def test_logits_are_those_of_dequantized_weights_on_accelerators_too(name: str) 
     )
     wanted = logits(config, load_params(config, file, "gguf"))
     assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("layout", [None, "panels", "lanes"])
+def test_logits_do_not_depend_on_x64(layout: Layout | None) -> None:
+    config, kind = small("llama", num_layers=1), as_q4_k_m
+    file = Drawn(config, kind)
+    plan = WeightPlan() if layout is None else weight_plan(config, file, "gguf", layout=layout)
+    params = load_params(config, file, "gguf", plan=plan)
+    wanted = logits(config, params, function=functional(config, plan=plan))
+    with jax.enable_x64(True):
+        again = load_params(config, file, "gguf", plan=plan)
+        assert jax.tree.map(lambda x: x.dtype, again) == jax.tree.map(lambda x: x.dtype, params)
+        found = logits(config, again, function=functional(config, plan=plan))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_layers_that_are_quantized_alike_are_one() -> None:

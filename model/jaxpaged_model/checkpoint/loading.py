@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 import gguf
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxpaged.generation.loop import LimitVocab
 from jaxpaged.sharding.mesh import TENSOR
@@ -23,7 +23,7 @@ from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import load_shards
 from jaxpaged_model.checkpoint.weights import Naming, Progress, TensorSource, load_params, weight_plan
 from jaxpaged_model.config import ModelConfig
-from jaxpaged_model.llama import ModelFn, Params, functional
+from jaxpaged_model.llama import ModelFn, Params, float_dtype, functional
 from jaxpaged_model.metadata import Metadata, ModelError
 from jaxpaged_model.quantized import product
 from jaxpaged_model.quantized.linear import WeightPlan
@@ -102,7 +102,7 @@ class _Wanted:
 def load_model(
     path: str | Path,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = "f32",
     weights: Weights = "auto",
     exact: bool = False,
     progress: Progress | None = None,
@@ -131,7 +131,7 @@ def load_model(
     path = _existing(Path(path))
     stored = weights == "stored" or (weights == "auto" and product.choose() == "cpu")
     load = _load_folder if path.is_dir() else _load_gguf
-    return load(path, _Wanted(dtype, stored, exact, progress, mesh))
+    return load(path, _Wanted(float_dtype(dtype), stored, exact, progress, mesh))
 
 
 def _existing(path: Path) -> Path:
