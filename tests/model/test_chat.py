@@ -95,6 +95,10 @@ class TestLanguage:
         template = "{% for m in messages %}\n    {% if true %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}"
         assert render(template) == "system\nuser\nassistant\nuser\n"
 
+    def test_line_ends_and_a_byte_order_mark_are_those_of_the_writers_system(self) -> None:
+        template = "{% for m in messages %}\n{{ m.role }}\n{% endfor %}\n"
+        assert render("\ufeff" + template.replace("\n", "\r\n")) == render(template)
+
     def test_json_is_plain(self) -> None:
         tools = [{"name": "größe<&>", "b": 1, "a": None}]
         assert render("{{ tools | tojson }}", tools=tools) == json.dumps(tools, ensure_ascii=False)
@@ -178,7 +182,7 @@ class TestRefusals:
         ],
     )
     def test_a_runaway_template_is_stopped(self, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("model.chat.MAX_SECONDS", 0.3)
+        monkeypatch.setattr("jaxpaged_model.text.chat.MAX_SECONDS", 0.3)
         start = time.monotonic()
         with pytest.raises(ChatTemplateError):
             render(template)
