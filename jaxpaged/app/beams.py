@@ -14,6 +14,7 @@ from jaxpaged.app.output import text_of
 from jaxpaged.app.run import Run
 from jaxpaged.app.session import Session
 from jaxpaged.generation.beams import BeamResult, prepare_beam_search
+from jaxpaged.generation.loop import FINISH_NAN
 
 
 def complete(session: Session, prompt: str) -> int:
@@ -21,7 +22,7 @@ def complete(session: Session, prompt: str) -> int:
     o, loaded = session.options, session.ready.loaded
     ids, new, plan = session.completion(prompt, o.beams)
     search = prepare_beam_search(
-        session.ready.call,
+        session.model,
         loaded.params,
         plan.create(),
         [ids],
@@ -29,7 +30,7 @@ def complete(session: Session, prompt: str) -> int:
         num_return_sequences=o.beams,
         max_new_tokens=new,
         length_penalty=o.length_penalty,
-        stop_ids=() if o.ignore_eos else sorted(loaded.tokenizer.stop_ids),
+        stop_ids=sorted(loaded.tokenizer.stop_ids),
         batch_size=o.prefill_step,
     )
     notice = "searching ..." if o.log and sys.stderr.isatty() else ""
@@ -38,7 +39,7 @@ def complete(session: Session, prompt: str) -> int:
     if o.warmup:
         search.compile()
     compiled = time.perf_counter()
-    search.read_prompts()
+    search.prefill()
     read = time.perf_counter()
     result = search.search()
     ended = time.perf_counter()
@@ -56,7 +57,7 @@ def complete(session: Session, prompt: str) -> int:
         _print_json(session, ids, run, scores, session.report(plan), result)
     else:
         click.echo((prompt if o.display_prompt else "") + text_of(session, run.tokens[0]))
-    if not bool(result.complete[0]):
+    if not bool(result.complete[0]) and FINISH_NAN not in run.finish_reason:
         session.note(
             f"out of pages: the search ends after {steps} tokens a beam, all {plan.num_pages} pages of "
             f"{plan.page_size} tokens are in use (--kv-pages)"
@@ -64,6 +65,7 @@ def complete(session: Session, prompt: str) -> int:
     if o.perf and o.log:
         click.echo(_sharing_line(o.beams, scores[0], result), err=True)
     session.print_report(plan, None)
+    session.refuse_nan(run)
     return 0
 
 

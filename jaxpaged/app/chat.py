@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import click
 import jax
@@ -16,10 +15,10 @@ from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.output import print_json
-from jaxpaged.app.prompt import unescape
+from jaxpaged.app.prompt import read_text, unescape
 from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
-from jaxpaged.generation.loop import FINISH_STOP
+from jaxpaged.generation.loop import FINISH_NAN, FINISH_STOP
 
 
 def template_of(options: GenerateOptions, model_template: str | None) -> str | None:
@@ -27,7 +26,7 @@ def template_of(options: GenerateOptions, model_template: str | None) -> str | N
     if options.chat_template is not None and options.chat_template_file is not None:
         raise InputError("--chat-template and --chat-template-file both give a template; give one of them")
     if options.chat_template_file is not None:
-        return _read(options.chat_template_file)
+        return read_text("--chat-template-file", options.chat_template_file)
     name = options.chat_template
     if name is None:
         return model_template
@@ -128,7 +127,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             if last.interrupted and (once or not interactive):
                 status = interrupt.STATUS
                 break
-            if once:
+            if once or FINISH_NAN in last.finish_reason:
                 break
     except KeyboardInterrupt:
         status = interrupt.STATUS
@@ -138,6 +137,8 @@ def run(session: Session, prompt: str | None, template: str) -> int:
         kept.save_all(cache, held)
     session.end_film()
     session.print_report(plan, last)
+    if last is not None:
+        session.refuse_nan(last)
     return status
 
 
@@ -160,7 +161,7 @@ def _messages(first: str | None, interactive: bool) -> Iterator[str]:
             if not line:
                 return
         if line.strip():
-            yield line.rstrip("\n")
+            yield line.removeprefix("\ufeff").rstrip("\n")
 
 
 def _ask() -> str:
@@ -201,12 +202,3 @@ def tokens_held(held: list[int], ids: list[int], by: int = 1) -> int:
 def _truncate(cache, length):  # type: ignore[no-untyped-def]
     """Forgets all but the first ``length`` tokens; the cache is donated."""
     return cache.seq_remove(0, length, -1)[0]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +45,7 @@ class Application(click.Group):
         """Runs the command and returns its exit status; takes what ``main`` takes."""
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()
         except click.ClickException as error:
             say(f"error: {_one_line(error)}")
             return 2
@@ -51,6 +53,10 @@ class Application(click.Group):
             return interrupt.STATUS
         except SystemExit:  # click's answer to a closed pipe
             return _BROKEN_PIPE
+        except OSError as error:  # such as a full disk
+            with suppress(OSError):
+                say(f"error: {error.filename or 'output'}: {error.strerror or error}")
+            return 1
         return status if isinstance(status, int) else 0
 
 

@@ -34,17 +34,17 @@ def prepare(threads: int | None = None) -> None:
 def _use_compilation_cache() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    from jaxpaged.compilation import executable_cache as executable_cache
+    from jaxpaged.compilation import executable_cache
 
-    folder = cache_folder() / "xla"
     try:
+        folder = cache_folder() / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK) else "not writable"
         executable_cache.set_directory(cache_folder() / "programs")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable", str(folder))
     except OSError as error:
-        reason = error.strerror or str(error)
-    if reason is not None:
-        say(f"warning: no compilation cache, every start compiles: {folder}: {reason}")
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"warning: no compilation cache, every start compiles: {where}{error.strerror or error}")
         return
     import jax
 

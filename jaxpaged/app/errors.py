@@ -19,6 +19,12 @@ def say(line: str) -> None:
     click.echo(f"jaxpaged: {line}", err=True)
 
 
+def nan_message(dtype: str) -> str:
+    """Error line of a model whose logits are NaN while it computes in ``dtype``."""
+    other = "; --dtype f32 has the range that f16 lacks" if dtype == "f16" else ""
+    return f"the model's logits are NaN: its weights hold NaN, or overflow in {dtype}{other}"
+
+
 @contextmanager
 def out_of_memory_is_input(advice: str) -> Iterator[None]:
     """Raises InputError where memory does not suffice for what was asked for."""

@@ -103,4 +103,5 @@ def complete(session: Session, prompt: str) -> int:
         kept.save_all(result.cache, ids + result.tokens[0])
     session.end_film()
     session.print_report(plan, result)
+    session.refuse_nan(result)
     return interrupt.STATUS if result.interrupted else 0

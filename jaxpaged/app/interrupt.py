@@ -85,8 +85,10 @@ def _hear(reader: socket.socket, _writer: socket.socket) -> None:
         if _mode is _Mode.NOTE and not _noted.is_set():
             _noted.set()
         elif _mode is not _Mode.RAISE:
-            for speak in reversed(_last_words):
-                speak()
-            if sys.stderr.isatty():
-                sys.stderr.write("\n")
-            os._exit(STATUS)
+            try:
+                for speak in reversed(_last_words):
+                    speak()
+                if sys.stderr.isatty():
+                    sys.stderr.write("\n")
+            finally:
+                os._exit(STATUS)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxpaged_model.checkpoint.loading import LoadedModel, Weights, load_model
 from jaxpaged_model.llama import ModelFn
 
@@ -19,6 +20,7 @@ from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.processes import open_mesh
 from jaxpaged.app.timings import since_start
+from jaxpaged.pages.batch import Batch
 
 _DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 
@@ -33,6 +35,26 @@ class ReadyModel:
     load_ms: float
     opened: float
     """Seconds from the process's begin until loading began."""
+
+
+@dataclass(frozen=True)
+class ForbidTokens:
+    """A model that gives some tokens no probability, so that they are never sampled."""
+
+    model: ModelFn
+    tokens: tuple[int, ...]
+
+    def __call__(
+        self, params: Any, tokens: Array, cache: Any, batch: Batch, rows: Array
+    ) -> tuple[Array, Any]:
+        logits, cache = self.model(params, tokens, cache, batch, rows)
+        return logits.at[:, jnp.array(self.tokens)].set(-jnp.inf), cache
+
+    @property
+    def program_key(self) -> str | None:
+        """Key of the executable cache; None if the model has none."""
+        key = getattr(self.model, "program_key", None)
+        return None if key is None else f"{key} without {self.tokens}"
 
 
 class ModelOptions(Protocol):

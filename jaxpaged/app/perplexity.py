@@ -17,10 +17,10 @@ from jaxpaged_model.text.tokenizer import Tokenizer
 
 from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.divergence import Divergence, pair, percent, perplexity, running_perplexity
-from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
+from jaxpaged.app.errors import InputError, nan_message, out_of_memory_is_input, say
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.options import Weights
-from jaxpaged.app.prompt import read_file
+from jaxpaged.app.prompt import read_text
 from jaxpaged.app.scoring import Scores, cut, default_parallel, score
 
 _CONTEXT = 512
@@ -76,7 +76,7 @@ def run(options: PerplexityOptions) -> None:
     if o.chunks == 0:
         raise InputError("--chunks 0: there is nothing to measure")
     check_hadamard(o.hadamard, o.cache_type_k, o.cache_type_v)  # before a model is loaded for nothing
-    text = read_text(o.file)
+    text = scored_text(o.file)
     ready = open_model(o, show_progress=o.log)
     kind = CacheType.of(o.cache_type_k or ready.dtype, o.cache_type_v or ready.dtype, o.hadamard)
     n_ctx = context_of(ready.loaded.config.context_length, o.ctx_size)
@@ -104,7 +104,7 @@ def run(options: PerplexityOptions) -> None:
     result: dict[str, Any] = {
         "model": ready.loaded.description,
         "dtype": ready.dtype,
-        "exact": ready.loaded.function is ready.loaded.exact_function,
+        "exact": ready.loaded.function == ready.loaded.exact_function,
         "n_ctx": n_ctx,
         "chunks": len(chunks),
         "step": step,
@@ -122,15 +122,15 @@ def run(options: PerplexityOptions) -> None:
     click.echo(json.dumps(result) if o.as_json else f"\n{shown}")
 
 
-def read_text(file: str | None) -> str:
-    """The text of ``-f``, - for stdin; without it, what the embedded model was not trained on."""
+def scored_text(file: str | None) -> str:
+    """Text of ``-f``, "-" for stdin; without it, Python that the embedded model was not trained on."""
     if file is None:
         from jaxpaged_model.tiny.corpus import read_corpus
 
         if not (texts := read_corpus().held_out):
             raise InputError("-f FILE is needed: Python's standard library is not here as files")
         return "\n".join(texts.values())
-    return read_file(file)
+    return read_text("-f", file)
 
 
 def context_of(trained: int, asked: int | None) -> int:
@@ -175,7 +175,7 @@ def _measured(
     groups = score(
         ready.call,
         loaded.params,
-        loaded.config.vocab_size,
+        loaded.tokenizer.vocab_size,
         caches,
         chunks,
         step=options.step,
@@ -186,6 +186,8 @@ def _measured(
     for number, group in enumerate(groups):
         found = [Scores.join(parts) for parts in zip(found, group, strict=True)] if found else group
         done = len(found[0].nll)
+        if any(np.isnan(scores.nll).any() for scores in group):
+            raise InputError(nan_message(ready.dtype))
         if number == 0 and done < len(chunks):
             # The first group compiled, too. Its estimates wait for the second, which tells how long all will take.
             start = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any
 from jaxpaged.app import interrupt
 from jaxpaged.app.memory import give_back
 from jaxpaged.app.timings import Timings
-from jaxpaged.generation.loop import FINISH_OUT_OF_PAGES, FINISH_STOP
+from jaxpaged.generation.loop import FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.generation.speculative import LookupResult, LookupStream, lookup_stream
@@ -43,8 +43,8 @@ class Run:
     """The cache afterwards."""
 
     def reason(self, row: int) -> str:
-        """ "stop" or "length"."""
-        return "stop" if self.finish_reason[row] == FINISH_STOP else "length"
+        """ "stop", "length" or "nan"."""
+        return {FINISH_STOP: "stop", FINISH_NAN: "nan"}.get(self.finish_reason[row], "length")
 
     def drafts_line(self) -> str:
         """What became of drafts, for people."""
@@ -120,7 +120,7 @@ def generate(
     if warmup:
         _compile(stream)
         run.timings.compile_ms = 1e3 * (time.perf_counter() - start)
-        run.cache_hit = isinstance(stream, GenerateStream) and stream.found
+        run.cache_hit = stream.cache_hit
     first = last = None
     on_start()
     start = time.perf_counter()

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import processes
 from jaxpaged.app.animation import PageFilm
 from jaxpaged.app.cache_type import CacheType, check_hadamard
-from jaxpaged.app.errors import InputError, say
+from jaxpaged.app.errors import InputError, nan_message, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
-from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.loading import ForbidTokens, ReadyModel, open_model
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
+from jaxpaged.generation.loop import FINISH_NAN
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, agree
@@ -86,6 +88,12 @@ class Session:
             session.note(f"seed = {session.seed}")
         return session
 
+    @property
+    def model(self) -> ModelFn:
+        """The model; with --ignore-eos, without the tokens that end a text."""
+        stops = tuple(sorted(self.ready.loaded.tokenizer.stop_ids))
+        return ForbidTokens(self.ready.call, stops) if self.options.ignore_eos and stops else self.ready.call
+
     def note(self, line: str) -> None:
         """A line on stderr, unless --log-disable."""
         if self.options.log and processes.speaks():
@@ -95,6 +103,9 @@ class Session:
         """Token ids of a prompt; control tokens written out in it are read as tokens."""
         tokenizer = self.ready.loaded.tokenizer
         ids = tokenizer.encode(text, add_special=add_special, parse_special=True)
+        if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2:
+            bos = tokenizer.decode(ids[:1], skip_special=False)
+            self.note(f"warning: the prompt begins with {bos}, which the tokenizer adds as well")
         # The end of the text is the model's to say.
         return ids[:-1] if add_special and tokenizer.add_eos else ids
 
@@ -248,13 +259,13 @@ class Session:
             on_tokens(tokens)
 
         run = generate(
-            self.ready.call,
+            self.model,
             loaded.params,
             cache,
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_ids=() if o.ignore_eos else sorted(loaded.tokenizer.stop_ids),
+            stop_ids=sorted(loaded.tokenizer.stop_ids),
             batch_size=o.prefill_step,
             samples=samples,
             keep=keep,
@@ -314,6 +325,11 @@ class Session:
             drafts = [] if run is None or not run.drafted else [run.drafts_line()]
             for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:
                 click.echo(line, err=True)
+
+    def refuse_nan(self, run: Run) -> None:
+        """Raises InputError if a sequence ended with NaN."""
+        if FINISH_NAN in run.finish_reason:
+            raise InputError(nan_message(self.ready.dtype))
 
 
 def _check_processes(options: GenerateOptions) -> None:

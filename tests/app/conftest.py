@@ -41,7 +41,24 @@ def wide_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write_model(tmp_path_factory.mktemp("model") / "wide.gguf", hidden=64, heads=2, kv_heads=1)
 
 
-def _write_model(path: Path, *, hidden: int, heads: int, kv_heads: int) -> Path:
+@pytest.fixture(scope="session")
+def ending_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose likeliest token is always the end of the text; texts begin with ``<|im_start|>``."""
+    path = tmp_path_factory.mktemp("model") / "ending.gguf"
+    return _write_model(path, hidden=32, heads=4, kv_heads=2, ends=True)
+
+
+@pytest.fixture(scope="session")
+def nan_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights hold NaN."""
+    return _write_model(
+        tmp_path_factory.mktemp("model") / "nan.gguf", hidden=32, heads=4, kv_heads=2, norm=np.nan
+    )
+
+
+def _write_model(
+    path: Path, *, hidden: int, heads: int, kv_heads: int, ends: bool = False, norm: float = 1.0
+) -> Path:
     rng = np.random.default_rng(0)
     tokens = [*_byte_characters(), "<|endoftext|>", "<|im_start|>", "qz"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -62,6 +79,9 @@ def _write_model(path: Path, *, hidden: int, heads: int, kv_heads: int) -> Path:
     writer.add_token_types([1] * 256 + [3, 3, 1])
     writer.add_token_merges(["q z"])
     writer.add_eos_token_id(256)
+    if ends:
+        writer.add_bos_token_id(257)
+        writer.add_add_bos_token(True)
     writer.add_chat_template(_CHATML)
     kv = hidden // heads * kv_heads
     shapes = {
@@ -75,11 +95,13 @@ def _write_model(path: Path, *, hidden: int, heads: int, kv_heads: int) -> Path:
         "blk.0.ffn_down": (hidden, _FFN),
     }
     for name, shape in shapes.items():
-        writer.add_tensor(
-            f"{name}.weight", (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-        )
+        weights = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        if ends and name == "token_embd":
+            weights[:, 0] = 3
+            weights[256, 0] = 6
+        writer.add_tensor(f"{name}.weight", weights)
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(hidden, np.float32))
+        writer.add_tensor(f"{name}.weight", np.full(hidden, norm, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
