@@ -1,4 +1,4 @@
-"""From token bytes back to text: GPT-2's byte alphabet, and a decoder that never emits half a character."""
+"""From token bytes to text: GPT-2's byte alphabet, and a streaming decoder that emits whole characters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER: Mapping[str, int] = MappingProxyType(_byte_alphabet())
-"""The byte that each of the 256 characters of GPT-2's alphabet stands for."""
+"""Byte of each of the 256 characters of GPT-2's alphabet."""
 
 
 def byte_level_bytes(text: str) -> bytes:
-    """The bytes of a token spelled in GPT-2's alphabet; one that is not spelled in it stands for itself."""
+    """The bytes of a token spelled in GPT-2's alphabet; the UTF-8 of one that has other characters."""
     try:
         return bytes([BYTE_OF_CHARACTER[character] for character in text])
     except KeyError:
@@ -27,13 +27,13 @@ def byte_level_bytes(text: str) -> bytes:
 
 
 class StreamDecoder:
-    """Turns tokens into text one at a time; a character appears once all its bytes have arrived.
+    """Decodes tokens one at a time; a character is emitted when all its bytes are there.
 
-    The pieces of `push` and `flush`, joined, are `Tokenizer.decode` of the same tokens.
+    The texts of `push` and `flush`, joined, equal `Tokenizer.decode` of the same tokens.
 
     Args:
-        piece: the visible bytes of a token (none for a hidden special token).
-        strip_space: drop one space at the very beginning, the one that a SentencePiece vocabulary puts there.
+        piece: function from a token to its visible bytes, none for a hidden special token.
+        strip_space: True to drop one space at the very beginning, which a SentencePiece vocabulary adds.
 
     Example:
         >>> decoder = StreamDecoder(lambda token: bytes([token]), strip_space=False)
@@ -47,10 +47,10 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completed, often a word, sometimes nothing.
+        """The text that this token completes, often a word, sometimes nothing.
 
         Raises:
-            TokenizerError: the token is not in the vocabulary.
+            ValueError: the token is not in the vocabulary.
         """
         data = self._piece(token_id)
         if data and self._strip_space:
@@ -59,5 +59,5 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character whose last bytes never came, else nothing."""
+        """The rest of the text: U+FFFD for an incomplete character, else nothing."""
         return self._utf8.decode(b"", final=True)

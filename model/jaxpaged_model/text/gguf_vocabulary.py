@@ -246,7 +246,7 @@ def _bpe_encoder(m: Metadata, table: _TokenTable, pre_tokenizer: PreTokenizer) -
         missing = len(listed) - len(merges)
         warnings.warn(f"{missing} merges lead to no token of the vocabulary: left out", stacklevel=4)
     spelled = {text for left, right in merges for text in (left, right, left + right)}
-    # Control tokens are left out, so that no text can spell one, but for those that merges pass through.
+    # Control tokens are left out, so that no text can spell one, except those that merges need.
     controls = {table.texts[token] for token in table.having(TokenKind.CONTROL, TokenKind.UNKNOWN)}
     bpe = tokenizers.models.BPE(
         vocab={text: token for text, token in ids.items() if text in spelled or text not in controls},
@@ -312,7 +312,7 @@ class _SpecialToken:
 
 
 class _SpecialTokens:
-    """Finds special tokens in a text: leftmost first, the longest of those that start at one place."""
+    """Finds special tokens in a text: leftmost first, of those at one position the longest."""
 
     def __init__(self, tokens: Mapping[str, _SpecialToken]) -> None:
         self._tokens = tokens
@@ -322,7 +322,7 @@ class _SpecialTokens:
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text between special tokens, as strings that are never empty, and the tokens' ids, in order."""
+        """Yields the ids of special tokens and the non-empty texts between them, in order."""
         start = 0
         position = 0
         while position < len(text):

@@ -1,12 +1,12 @@
-"""How each family of byte-level BPE vocabularies splits text before it merges.
+"""Pre-tokenizers of GGUF files: regular expressions that split text before BPE merges.
 
-A GGUF file names its pre-tokenizer in `tokenizer.ggml.pre`; the split itself is not in the file, so it is
-written down here. The names and the order of the patterns are llama.cpp's (`src/llama-vocab.cpp`); where
-llama.cpp had to adapt a pattern to its regex engine, the pattern here is the one of the family's own
-`tokenizer.json`, which is what the model was trained with. Several patterns split one after the other: each
-splits the pieces of the one before.
+A GGUF file names its pre-tokenizer in `tokenizer.ggml.pre` but does not contain the patterns, so they
+are here. The names and the order of the patterns are llama.cpp's (`src/llama-vocab.cpp`); where
+llama.cpp had to adapt a pattern to its regex engine, the pattern here is that of the family's own
+`tokenizer.json`, with which the model was trained. Several patterns are applied in turn: each splits
+the pieces of the one before.
 
-Data only: the patterns are in the syntax of Oniguruma, the engine inside the `tokenizers` library.
+Data only: the syntax is that of Oniguruma, the engine of the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut into words, and the defaults that llama.cpp ties to the same name.
+    """The split patterns of one name, and the defaults that llama.cpp has for it.
 
     patterns: regular expressions, applied in order; matches and the text between matches become pieces.
-    ignore_merges: a piece that is a token as it stands is taken whole, without merging.
-    add_bos: whether BOS is added where `tokenizer.ggml.add_bos_token` is missing.
-    force_bos: BOS is added whatever the file says (Gemma 4 files were published with a wrong flag).
-    byte_level: pieces are spelled in GPT-2's byte alphabet; otherwise in plain text with `<0xXX>` tokens.
-    escape_spaces: a space is spelled U+2581, as SentencePiece does.
-    whole_newline_runs: a run of newlines that is a token is taken whole.
+    ignore_merges: True if a piece that is a token needs no merges to form it.
+    add_bos: True if BOS is added when `tokenizer.ggml.add_bos_token` is missing.
+    force_bos: True if BOS is always added (Gemma 4 files were published with a wrong flag).
+    byte_level: True for pieces in GPT-2's byte alphabet, False for plain text with `<0xXX>` tokens.
+    escape_spaces: True if a space is spelled U+2581, as in SentencePiece.
+    whole_newline_runs: True if a run of newlines that is a token is one token.
     """
 
     patterns: tuple[str, ...]
@@ -231,7 +231,7 @@ _FAMILIES: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
         PreTokenizer((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
     ),
     (("ufakzeka",), PreTokenizer((rf"{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}",))),
-    # A run of digits is cut in threes from its right end: "1234567" -> "1", "234", "567".
+    # A run of digits is split into threes from its right end: "1234567" -> "1", "234", "567".
     (("afmoe",), PreTokenizer((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _AFMOE_SCRIPTS, _DEEPSEEK3))),
     (("laguna",), PreTokenizer((_LINES, _QWEN2))),
     (

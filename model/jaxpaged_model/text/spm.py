@@ -1,7 +1,8 @@
-"""SentencePiece BPE: merge neighbours, best score first; what is no token is spelled in bytes.
+"""SentencePiece BPE: adjacent symbols are merged by score; a symbol that is no token becomes bytes.
 
-The rule is SentencePiece's (`bpe_model.cc`), which llama.cpp follows: of all neighbouring pieces whose joined
-text is a token, the pair with the highest score merges first, the leftmost of equals, until none is left.
+The rule is SentencePiece's (`bpe_model.cc`), which llama.cpp follows: of all adjacent symbols that form
+a token together, the pair with the highest score is merged first, the leftmost of equal ones, until no
+pair is left.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ SPACE_MARK = "\u2581"
 
 
 class ScoreMerger:
-    """Encodes text whose spaces are already spelled `SPACE_MARK`.
+    """Encodes text in which spaces are already spelled `SPACE_MARK`.
 
     Args:
-        ids: id of every token that text may become (no control, unknown or byte tokens).
+        ids: ids of the tokens that text may become (no control, unknown or byte tokens).
         scores: score of every token, by id.
-        byte_ids: id of the token of each byte; bytes that have none are missing.
-        unknown_id: stands for a byte that has no token; None drops it.
+        byte_ids: ids of the byte tokens, by byte; bytes without a token are absent.
+        unknown_id: token for a byte without a token; None drops it.
     """
 
     def __init__(
@@ -31,8 +32,8 @@ class ScoreMerger:
         self._scores = scores
         self._byte_ids = byte_ids
         self._unknown_id = unknown_id
-        # A space merges to its left only after a character that precedes a space inside some token. Text is
-        # cut everywhere else, so that a word met before is not merged again; the result is the same.
+        # A space merges to its left only after a character that precedes a space inside some token. The text
+        # is split before all other spaces, so that words can be cached; the result is the same.
         self._joins_space = frozenset(
             text[i - 1]
             for text in ids
@@ -56,39 +57,43 @@ class ScoreMerger:
         return ids
 
     def _merge(self, word: str) -> tuple[int, ...]:
-        # A linked list of pieces: `next_` and `previous` hold positions, an absorbed piece is empty.
-        pieces = list(word)
-        count = len(pieces)
+        # A linked list of symbols: `next_` and `previous` are positions, a symbol merged into another is empty.
+        symbols = list(word)
+        count = len(symbols)
         previous = list(range(-1, count - 1))
         next_ = [*range(1, count), -1]
         queue: list[tuple[float, int, int, str]] = []
 
-        def offer(left: int, right: int) -> None:
-            joined = pieces[left] + pieces[right]
+        def enqueue(left: int, right: int) -> None:
+            joined = symbols[left] + symbols[right]
             token = self._ids.get(joined)
             if token is not None:
                 heapq.heappush(queue, (-self._scores[token], left, right, joined))
 
         for left in range(count - 1):
-            offer(left, left + 1)
+            enqueue(left, left + 1)
         while queue:
             _, left, right, joined = heapq.heappop(queue)
-            # Pieces only grow, so an offer whose text no longer fits is one that another merge has overtaken.
-            if not pieces[left] or not pieces[right] or len(pieces[left]) + len(pieces[right]) != len(joined):
+            # Symbols only grow: if the lengths no longer fit, another merge has changed one of the two.
+            if (
+                not symbols[left]
+                or not symbols[right]
+                or len(symbols[left]) + len(symbols[right]) != len(joined)
+            ):
                 continue
-            pieces[left], pieces[right] = joined, ""
+            symbols[left], symbols[right] = joined, ""
             next_[left] = next_[right]
             if next_[right] != -1:
                 previous[next_[right]] = left
             if previous[left] != -1:
-                offer(previous[left], left)
+                enqueue(previous[left], left)
             if next_[left] != -1:
-                offer(left, next_[left])
-        return tuple(token for piece in pieces if piece for token in self._tokens_of(piece))
+                enqueue(left, next_[left])
+        return tuple(token for symbol in symbols if symbol for token in self._tokens_of(symbol))
 
-    def _tokens_of(self, piece: str) -> list[int]:
-        token = self._ids.get(piece)
+    def _tokens_of(self, symbol: str) -> list[int]:
+        token = self._ids.get(symbol)
         if token is not None:
             return [token]
-        tokens = [self._byte_ids.get(byte, self._unknown_id) for byte in piece.encode()]
+        tokens = [self._byte_ids.get(byte, self._unknown_id) for byte in symbol.encode()]
         return [token for token in tokens if token is not None]
