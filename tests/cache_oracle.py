@@ -22,6 +22,7 @@ from jaxpaged.cache.defragment import seq_defragment
 from jaxpaged.cache.invariants import check_invariants
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.rope import Rope
 
 POISON = -77.0
 """What padding rows are written with; no page may ever hold it."""
@@ -69,7 +70,7 @@ def step(
 def ask(cache: PagedKVCache, num_new: jax.Array) -> tuple[jax.Array, ...]:
     """All that a cache answers without changing."""
     return (
-        ops.pages_needed(cache, num_new),
+        cache.pages_needed(num_new),
         ops.can_reserve(cache, num_new),
         cache.can_reserve_each(num_new),
         cache.lengths,
@@ -99,9 +100,10 @@ NARROW = {"num_pages": 20, "max_pages_per_seq": 4}
 
 def make_cache(**sizes: Any) -> PagedKVCache:
     """A small cache whose pages hold NaN, so that a slot read before it is written shows."""
-    model = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2}
-    pool = {"num_pages": 14, "max_seqs": 4, "page_size": 8, "max_pages_per_seq": 10}
-    cache = PagedKVCache.create(**(model | pool | sizes))
+    model = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2, "rope": Rope.create(())}
+    pool = {"num_pages": 14, "max_seqs": 4, "page_size": 8, "max_pages_per_seq": 10} | sizes
+    pool["max_seq_len"] = (pool.pop("max_pages_per_seq") - 1) * pool["page_size"]
+    cache = PagedKVCache.create(**(model | pool))
     return jax.tree.map(
         lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, cache
     )

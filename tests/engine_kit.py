@@ -13,11 +13,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from toy_transformer import HEAD_DIM, KV_HEADS, PAGE_SIZE, VOCAB, toy, toy_log_probabilities, toy_params
 
-from jaxpaged import ContiguousKVCache, PagedKVCache
+from jaxpaged import ContiguousKVCache, PagedKVCache, Rope
 from jaxpaged.engine import Engine, EngineConfig, EngineRequest, SampleOutput
 
 N_CTX, NUM_PAGES, FEW_PAGES, SLOTS = 64, 24, 12, 4
-MODEL = {"num_layers": 1, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+MODEL = {"num_layers": 1, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "rope": Rope.create(())}
 
 
 @functools.cache
@@ -50,7 +50,11 @@ def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> 
     if paged:
         width = -(-N_CTX // PAGE_SIZE) + 4
         cache = PagedKVCache.create(
-            **MODEL, num_pages=num_pages, max_seqs=SLOTS, page_size=PAGE_SIZE, max_pages_per_seq=width
+            **MODEL,
+            num_pages=num_pages,
+            max_seqs=SLOTS,
+            page_size=PAGE_SIZE,
+            max_seq_len=(width - 1) * PAGE_SIZE,
         )
     else:
         cache = ContiguousKVCache.create(**MODEL, max_seqs=SLOTS, max_length=N_CTX)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import ContiguousKVCache, PagedKVCache
+from jaxpaged import ContiguousKVCache, PagedKVCache, Rope
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 8
 PAGE_SIZE = 8
@@ -68,7 +68,8 @@ def paged(max_seqs: int, num_pages: int, max_pages_per_seq: int | None = None) -
         num_pages=num_pages,
         max_seqs=max_seqs,
         page_size=PAGE_SIZE,
-        max_pages_per_seq=max_pages_per_seq,
+        max_seq_len=None if max_pages_per_seq is None else (max_pages_per_seq - 1) * PAGE_SIZE,
+        rope=Rope.create(()),
     )
 
 

@@ -94,7 +94,7 @@ class CacheType:
             num_pages=num_seqs * pages,
             max_seqs=num_seqs,
             page_size=page_size,
-            max_pages_per_seq=pages + 1,
+            max_seq_len=tokens,
         )
 
     def paged(self, config: ModelConfig, *, mesh: Mesh | None = None, **sizes: Any) -> Any:
@@ -122,8 +122,7 @@ class CacheType:
             return ContiguousKVCache.create(**self._arguments(config), **sizes)
 
     def _arguments(self, config: ModelConfig) -> dict[str, Any]:
-        model = {name: getattr(config, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
-        return {**model, "k_dtype": self.k, "v_dtype": self.v, "hadamard": self.hadamard}
+        return {**config.cache_spec, "k_dtype": self.k, "v_dtype": self.v, "hadamard": self.hadamard}
 
 
 def bits_per_value(cache: PagedKVCache, config: ModelConfig) -> float:

@@ -7,9 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,36 +19,12 @@ from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import model_file
+from jaxpaged.app.measure_options import ExplainOptions
 from jaxpaged.attention.api import VARIABLE
 from jaxpaged.attention.explain import Explanation, Step, explain
 from jaxpaged.attention.tpu.block_sizes import Blocks
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.formats import LANES
-
-
-@dataclass(frozen=True)
-class ExplainOptions:
-    """What to explain."""
-
-    model: Path | None
-    hf: str | None
-    offline: bool
-    platform: str
-    batch: tuple[int, ...]
-    context: int
-    ubatch_size: int
-    page_size: int
-    cache_type_k: str | None
-    """None = f32 on a CPU, bf16 elsewhere."""
-    cache_type_v: str | None
-    hadamard: str
-    as_json: bool
-
-    @property
-    def cache_type(self) -> CacheType:
-        """How keys and values are kept."""
-        own = "f32" if self.platform == "cpu" else "bf16"
-        return CacheType.of(self.cache_type_k or own, self.cache_type_v or own, self.hadamard)
 
 
 def run(options: ExplainOptions) -> None:
@@ -72,7 +46,7 @@ def run(options: ExplainOptions) -> None:
     page_bytes, bits = pages.bytes_per_page, bits_per_value(pages, config)
     if options.as_json:
         kv = {
-            **options.cache_type.as_dict(),
+            **_cache_type(options).as_dict(),
             "page_size": options.page_size,
             "page_bytes": page_bytes,
             "open_page_bytes": pages.bytes_of_staging,
@@ -96,6 +70,11 @@ def run(options: ExplainOptions) -> None:
         click.echo(f"\n{row.pop('step')}")
         for name, value in row.items():
             click.echo(f"  {name.replace('_', ' '):<24}{_shown(name, value)}")
+
+
+def _cache_type(options: ExplainOptions) -> CacheType:
+    own = "f32" if options.platform == "cpu" else "bf16"
+    return CacheType.of(options.cache_type_k or own, options.cache_type_v or own, options.hadamard)
 
 
 def _rows(config: ModelConfig, options: ExplainOptions) -> Iterator[dict[str, Any]]:
@@ -153,7 +132,7 @@ def _cache(config: ModelConfig, options: ExplainOptions, num_seqs: int) -> Paged
         "page_size": options.page_size,
     }
     layout = "lanes" if lanes else "plain"
-    create = partial(options.cache_type.paged, config, **sizes, max_pages_per_seq=entries, layout=layout)
+    create = partial(_cache_type(options).paged, config, **sizes, max_seq_len=options.context, layout=layout)
     return jax.eval_shape(create)
 
 

@@ -106,7 +106,7 @@ class CachePlan:
             num_pages=self.num_pages,
             max_seqs=self.num_seqs,
             page_size=self.page_size,
-            max_pages_per_seq=self.pages_per_seq + 1,
+            max_seq_len=self.pages_per_seq * self.page_size,
             mesh=self.mesh,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.session import Session
-from jaxpaged.cache.sequences import seq_position_max
+from jaxpaged.cache.interface import seq_position_max
 from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, read_snapshot
 from jaxpaged.storage.snapshots import restore, snapshot
 

@@ -23,7 +23,8 @@ import numpy as np
 from jax import Array
 from jaxpaged_model.llama import ModelFn, Params
 
-from jaxpaged.cache.paged import PagedKVCache, clear
+from jaxpaged.cache.interface import clear
+from jaxpaged.cache.paged import PagedKVCache
 
 _LOGITS_BYTES = 2**26
 """Logits that a program hands over at once, at most, unless a single step has more."""

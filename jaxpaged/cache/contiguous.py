@@ -1,4 +1,4 @@
-"""ContiguousKVCache: the same seam without pages, a row of memory for each sequence; the baseline."""
+"""ContiguousKVCache: the same interface without pages, one row of memory per sequence; the baseline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxpaged.attention.api import candidates, load
 from jaxpaged.attention.base import (
@@ -27,6 +27,15 @@ from jaxpaged.attention.base import (
     power_of_two,
     ragged_attention,
 )
+from jaxpaged.cache.checks import (
+    check_layer,
+    check_sizes,
+    check_step_rows,
+    sequence_mask,
+    step_rows,
+    storage_formats,
+)
+from jaxpaged.cache.interface import Integer
 from jaxpaged.pages.batch import Batch, pack
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import (
@@ -34,7 +43,6 @@ from jaxpaged.pages.formats import (
     PAGE_FORMATS,
     BlockPages,
     PageFormat,
-    formats_of,
     hadamard_transform,
 )
 from jaxpaged.pages.rope import Rope
@@ -43,21 +51,21 @@ _CHUNK_TOKENS = 256
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ContiguousKVCache:
     """Keys and values of S sequences, each with memory for ``max_length`` tokens from the start.
 
-    In a ``Batch`` of this cache the page is the sequence (S = written nowhere), the slot the index in it.
+    In a ``Batch`` of this cache the page is the sequence (S = dropped), the slot the index in it.
     """
 
     k: tuple[Pages, ...]
-    """L arrays [S, KV, max_length rounded up to whole chunks, D], or as many quantized rows; finite everywhere."""
+    """L arrays [S, KV, max_length rounded up to whole chunks, D], or quantized rows; always finite."""
     v: tuple[Pages, ...]
-    """As k."""
+    """Values, like ``k``."""
     lengths: Array
-    """i32[S]: tokens of each sequence, at the positions 0 .. length."""
+    """i32[S]: number of tokens of each sequence, at positions 0 .. length - 1."""
     max_length: int = dataclasses.field(metadata={"static": True})
-    """Tokens that a row holds."""
+    """Tokens per row."""
     k_format: PageFormat = dataclasses.field(metadata={"static": True})
     v_format: PageFormat = dataclasses.field(metadata={"static": True})
 
@@ -69,33 +77,28 @@ class ContiguousKVCache:
         head_dim: int,
         max_seqs: int,
         max_length: int,
-        dtype: str = "f32",
-        k_dtype: str | None = None,
-        v_dtype: str | None = None,
+        rope: Rope | None = None,
+        dtype: DTypeLike | None = None,
+        k_dtype: DTypeLike | None = None,
+        v_dtype: DTypeLike | None = None,
         hadamard: bool | None = None,
     ) -> ContiguousKVCache:
-        """An empty cache, all its memory allocated.
+        """Creates an empty cache, all its memory allocated.
 
         Args:
           num_layers, num_kv_heads, head_dim: of the model.
           max_seqs: S, rows.
-          max_length: tokens that each row holds.
-          dtype, k_dtype, v_dtype, hadamard: as for ``PagedKVCache.create``; formats that seal pages need pages.
+          max_length: tokens per row.
+          rope: ignored, since positions never change; both kinds of caches take the same arguments.
+          dtype, k_dtype, v_dtype, hadamard: as for ``PagedKVCache.create``; formats with residual
+            pages need pages.
 
         Raises:
           ValueError: a size below 1, or a format that is unknown or does not fit.
         """
-        sizes = {
-            "num_layers": num_layers,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "max_seqs": max_seqs,
-            "max_length": max_length,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
+        check_sizes(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        check_sizes(max_seqs=max_seqs, max_length=max_length)
+        k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
         for storage in (k_format, v_format):
             if storage.has_residual:
                 rows = ", ".join(name for name, one in PAGE_FORMATS.items() if not one.has_residual)
@@ -107,9 +110,15 @@ class ContiguousKVCache:
         k, v = (tuple(storage.create(*shape) for _ in range(num_layers)) for storage in (k_format, v_format))
         return ContiguousKVCache(k, v, jnp.zeros(max_seqs, jnp.int32), max_length, k_format, v_format)
 
+    def __repr__(self) -> str:
+        return (
+            f"ContiguousKVCache({self.num_layers} layers, {self.max_seqs} sequences of up to {self.max_length} "
+            f"tokens, k {self.k_format.title}, v {self.v_format.title})"
+        )
+
     @property
     def kind(self) -> Literal["contiguous"]:
-        """What this cache is called in tables and flags."""
+        """Name of this kind of cache in tables and flags."""
         return "contiguous"
 
     @property
@@ -124,7 +133,7 @@ class ContiguousKVCache:
 
     @property
     def num_pages(self) -> int:
-        """Rows count as pages, one a sequence."""
+        """Rows count as pages, one per sequence."""
         return self.max_seqs
 
     @property
@@ -134,57 +143,56 @@ class ContiguousKVCache:
 
     @property
     def pages_used(self) -> Array:
-        """i32[]: rows that hold a token."""
+        """i32[]: number of rows that hold a token."""
         return jnp.sum(self.lengths > 0, dtype=jnp.int32)
 
     @property
     def pages_free(self) -> Array:
-        """i32[]: rows that hold no token."""
+        """i32[]: number of empty rows."""
         return self.max_seqs - self.pages_used
 
     def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
-        """i32[S]: nothing: each sequence has its row from the start."""
+        """i32[S]: zeros, since each sequence has its row from the start."""
         return jnp.zeros(self.max_seqs, jnp.int32)
 
     def whole_pages(self, num_tokens: Array) -> Array:
-        """Nothing: rows are not shared."""
+        """Zeros, since rows are not shared."""
         return jnp.zeros_like(num_tokens)
 
     def seq_position_min(self) -> Array:
         """i32[S]: 0, or -1 where a sequence is empty."""
-        return jnp.where(self.lengths > 0, 0, -1)
+        return jnp.where(self.lengths > 0, 0, -1).astype(jnp.int32)
+
+    def seq_position_max(self) -> Array:
+        """i32[S]: largest position of each sequence; -1 when empty."""
+        return self.lengths - 1
 
     def seq_drop_unseen(self, window: int) -> ContiguousKVCache:
-        """Nothing to give back: rows stay whole."""
+        """Unchanged: rows stay whole."""
         return self
 
     def seq_shift(
-        self, seq: int | Array, p0: int | Array, p1: int | Array, delta: int | Array
+        self, seq: Integer, p0: Integer, p1: Integer, delta: Integer
     ) -> tuple[ContiguousKVCache, Array]:
-        """Refused, as positions are places in the row."""
+        """Refused, since positions are slots of the row."""
         return self, jnp.bool_(False)
 
     def can_reserve_each(self, num_new: Array) -> Array:
-        """bool[S]: which sequences have room for ``num_new i32[S]`` more tokens; rows are independent."""
-        return self.lengths + jnp.asarray(num_new, jnp.int32) <= self.max_length
+        """bool[S]: True for sequences that hold ``num_new i32[S]`` more tokens; rows are independent."""
+        num_new = jnp.asarray(num_new, jnp.int32)
+        return (num_new >= 0) & (num_new <= self.max_length - self.lengths)
+
+    def can_reserve(self, num_new: Array) -> Array:
+        """See ``interface.can_reserve``."""
+        return jnp.all(self.can_reserve_each(num_new))
 
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[ContiguousKVCache, Batch, Array]:
-        """Room for ``num_new i32[S]`` more tokens of each sequence, for all or for none.
-
-        Args:
-          num_new: i32[S].
-          num_tokens: T, static; ``sum(num_new)`` if left out, which then has to be concrete.
-          max_new: static bound on the tokens of one sequence; T if left out.
-
-        Returns:
-          ``(cache, batch, ok bool[])``; not ok: the cache as it was and a batch of padding.
-        """
-        if num_tokens is None:
-            num_tokens = int(np.sum(np.asarray(num_new)))
+        """See ``interface.reserve``."""
+        num_tokens = step_rows(num_new, self.max_seqs, num_tokens)
         num_new = jnp.asarray(num_new, jnp.int32)
-        ok = jnp.all(self.can_reserve_each(num_new)) & (jnp.sum(num_new) <= num_tokens)
+        ok = self.can_reserve(num_new) & (jnp.sum(num_new, dtype=jnp.int32) <= num_tokens)
         ok &= jnp.all(num_new <= (num_tokens if max_new is None else max_new))
         num_new = jnp.where(ok, num_new, 0)
         sequence, offset, cu_q_lens = pack(num_new, num_tokens)
@@ -212,22 +220,12 @@ class ContiguousKVCache:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
-        rope: Rope | None = None,
     ) -> tuple[Array, ContiguousKVCache]:
-        """Writes a step's keys and values to a layer and attends to them and all before.
-
-        Args:
-          layer: of L, static.
-          q: [T, Hq, D]; k, v: [T, KV, D].
-          batch: from ``reserve``.
-          scale, window, soft_cap, sinks: as in ``jaxpaged.attention.paged_attention``.
-          rope: not needed, as positions never change here.
-
-        Returns:
-          ``(out [T, Hq, D], cache)``.
-        """
+        """Writes a step's keys and values of one layer, and attends; see ``PagedKVCache.attend``."""
+        layer = check_layer(layer, self.num_layers)
         max_seqs, num_kv_heads, _, head_dim = self.k[layer].shape
         check_queries(q, num_kv_heads, head_dim, batch, max_seqs, sinks)
+        check_step_rows(k, v, batch.num_tokens, num_kv_heads, head_dim)
         config = make_config(head_dim, scale, window, soft_cap)
 
         def write(storage: PageFormat, pool: Any, rows: Array) -> Pages:
@@ -258,7 +256,7 @@ class ContiguousKVCache:
     def _attend_in_place(
         self, q: Array, k: Pages, v: Pages, batch: Batch, config: Config, sinks: Array | None
     ) -> Array | None:
-        """By the kernel for CPUs, if there is one: a row is a page as long as the context, its chunks are entries."""
+        """Attention by the CPU kernel, if available: a row is a page as long as the context, its chunks are entries."""
         if "cpu_numba" not in candidates():
             return None
         chunk = min(k.shape[2], _CHUNK_TOKENS)
@@ -279,41 +277,42 @@ class ContiguousKVCache:
         except NotImplementedError:
             return None
 
-    def seq_remove(
-        self, seq: int | Array, p0: int | Array = 0, p1: int | Array = -1
-    ) -> tuple[ContiguousKVCache, Array]:
-        """Forgets the tokens in [p0, p1): the end of a sequence, or all of it. No byte moves.
-
-        Args:
-          seq: a sequence, -1 for all, or bool[S].
-          p0, p1: positions; p0 < 0 is 0, p1 < 0 the end.
-
-        Returns:
-          ``(cache, ok bool[])``; a range with tokens behind it is refused, and nothing changes.
-        """
-        seq, p0, p1 = jnp.asarray(seq), jnp.maximum(p0, 0), jnp.asarray(p1)
-        chosen = seq if seq.dtype == jnp.bool_ else (seq < 0) | (jnp.arange(self.max_seqs) == seq)
+    def seq_remove(self, seq: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[ContiguousKVCache, Array]:
+        """See ``interface.seq_remove``; a range with tokens behind it is refused."""
+        marked, seq = sequence_mask(seq, self.max_seqs), jnp.asarray(seq)
+        p0, p1 = jnp.maximum(jnp.asarray(p0, jnp.int32), 0), jnp.asarray(p1, jnp.int32)
         end = jnp.where(p1 < 0, self.lengths, jnp.minimum(p1, self.lengths))
-        removes = chosen & (p0 < end)
+        removes = marked & (p0 < end)
         ok = ~jnp.any(removes & (end < self.lengths))
+        if seq.dtype != jnp.bool_:
+            ok &= seq < self.max_seqs
         return dataclasses.replace(self, lengths=jnp.where(removes & ok, p0, self.lengths)), ok
 
+    def seq_keep(self, seq: Integer) -> tuple[ContiguousKVCache, Array]:
+        """See ``interface.seq_keep``."""
+        ok = (jnp.asarray(seq) >= 0) & (jnp.asarray(seq) < self.max_seqs)
+        kept = ~ok | (jnp.arange(self.max_seqs) == seq)
+        return dataclasses.replace(self, lengths=jnp.where(kept, self.lengths, 0)), ok
+
+    def clear(self, *, scrub: bool = False) -> ContiguousKVCache:
+        """See ``interface.clear``."""
+        k, v = jax.tree.map(jnp.zeros_like, (self.k, self.v)) if scrub else (self.k, self.v)
+        return dataclasses.replace(self, k=k, v=v, lengths=jnp.zeros_like(self.lengths))
+
     def seq_reorder(self, source: Array) -> ContiguousKVCache:
-        """Lets each sequence become what ``source i32[S]`` of them was; S = empty. Every row moves."""
+        """See ``interface.seq_reorder``; every row moves."""
         source = jnp.asarray(source, jnp.int32)
-        lengths = self.lengths.at[source].get(mode="fill", fill_value=0)
+        known = (source >= 0) & (source < self.max_seqs)
+        lengths = jnp.where(known, self.lengths.at[source].get(mode="clip"), 0)
         k, v = jax.tree.map(lambda pool: pool.at[source].get(mode="clip"), (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v, lengths=lengths)
 
     def seq_copy(
-        self, src: int | Array, dst: int | Array, p0: int | Array = 0, p1: int | Array = -1
+        self, src: Integer, dst: Integer, p0: Integer = 0, p1: Integer = -1
     ) -> tuple[ContiguousKVCache, Array]:
-        """Copies the tokens of src in [p0, p1), a prefix, to dst, which is empty. The whole row moves.
-
-        Returns:
-          ``(cache, ok bool[])``; refused, and nothing changed: dst not empty, p0 above 0, no such sequence.
-        """
-        src, dst, p0, p1 = jnp.asarray(src), jnp.asarray(dst), jnp.maximum(p0, 0), jnp.asarray(p1)
+        """See ``interface.seq_copy``; the row moves, and ``p0`` above 0 is refused."""
+        src, dst, p0, p1 = (jnp.asarray(x, jnp.int32) for x in (src, dst, p0, p1))
+        p0 = jnp.maximum(p0, 0)
         inside = (src >= 0) & (src < self.max_seqs) & (dst >= 0) & (dst < self.max_seqs)
         src, dst = (jnp.clip(x, 0, self.max_seqs - 1) for x in (src, dst))
         length = self.lengths[src]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpaged.attention.base import Pages
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.interface import Cache, Integer
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
@@ -18,24 +20,30 @@ from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import PageFormat
 
 
-def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache, Array]:
-    """Moves the tokens of ``seq`` to the fewest pages; positions, and what attention sees, stay the same.
+def seq_defragment(cache: Cache, seq: Integer) -> tuple[Cache, Array]:
+    """Moves the tokens of ``seq`` to the fewest pages; positions and attention stay the same.
 
-    Formats that seal full pages quantize what is moved anew, and have no room behind it until the next page.
-
-    Pages at its beginning that are full, such as a shared prefix, are left alone. Behind them tokens move up into the
-    sequence's own pages; one that others point at too is replaced by a free page. A sequence that has no page too many
-    is not touched.
+    Full pages at its start, such as a shared prefix, stay. Behind them tokens move up into the
+    sequence's own pages; a shared page is replaced by a free one. A sequence without a superfluous
+    page is not touched. Residual formats quantize moved tokens again, and leave no free slot behind
+    them. Rows of a contiguous cache have no gaps: it is returned as it is.
 
     Args:
       cache: the state.
-      seq: an id, or ``ALL`` (or any negative id) for one sequence after the other.
+      seq: an id, or ``ALL`` for one sequence after the other.
 
     Returns:
-      ``(cache, ok bool[])``. Not ok, and nothing changed: the id is too large, there are too few free pages to take the
-      place of shared ones, or the table's row is too narrow for where pages now end.
+      ``(cache, ok bool[])``. Not ok, and nothing changed: the id is too large, too few pages are
+      free to replace shared ones, or the table's row is too narrow for the new page boundaries.
+
+    Raises:
+      NotImplementedError: pages of a sequence lie on several devices.
     """
     s = cache.max_seqs
+    if isinstance(cache, ContiguousKVCache):
+        return cache, jnp.asarray(seq) < s
+    if not isinstance(cache, PagedKVCache):
+        raise NotImplementedError(f"seq_defragment needs pages of one device, got {cache!r}")
     seq = jnp.asarray(seq, jnp.int32)
     first, last = jnp.where(seq < 0, 0, seq), jnp.where(seq < 0, s, jnp.minimum(seq + 1, s))
 
@@ -54,9 +62,9 @@ def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache,
         allocator, row, targets, start, _ = _defragmented(cache.allocator, old, cache.page_size)
         k_pages, v_pages = _move(cache, old, targets, start)
         table, staging = tables.set_row(cache.table, i, row), cache.staging
-        if staging is not None:  # pages that are written here are sealed, the last one too
-            place = staging.place.at[targets].set(staging.num_staging_slots, mode="drop")
-            staging = replace(staging, place=place)
+        if staging is not None:  # pages written here are quantized, the last one too
+            slots = staging.slot_of_page.at[targets].set(staging.num_slots, mode="drop")
+            staging = replace(staging, slot_of_page=slots)
         return replace(
             cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, staging=staging
         )
@@ -67,11 +75,11 @@ def seq_defragment(cache: PagedKVCache, seq: Array | int) -> tuple[PagedKVCache,
 def _defragmented(
     allocator: PageAllocator, row: BlockTable, page_size: int
 ) -> tuple[PageAllocator, BlockTable, Array, Array, Array]:
-    """What becomes of one row.
+    """Plans one row.
 
     Returns:
-      ``(allocator, row, targets i32[P], start i32[], ok bool[])``: page j from ``start // page_size`` on, tokens
-      ``j * page_size ..``, is written to ``targets[j]``; N where nothing moves.
+      ``(allocator, row, targets i32[P], start i32[], ok bool[])``. From ``start // page_size`` on,
+      page j, tokens ``j * page_size ..``, is written to ``targets[j]``; N where nothing moves.
     """
     n, width = allocator.num_pages, row.max_pages_per_seq
     entry = jnp.arange(width)
@@ -79,29 +87,31 @@ def _defragmented(
     before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
     length = jnp.sum(row.num_tokens, dtype=jnp.int32)
     full = used & (row.first_slot == 0) & (row.num_tokens == page_size)
-    num_full = jnp.sum(jnp.cumprod(full), dtype=jnp.int32)  # whole pages at the beginning stay
+    num_full = jnp.sum(
+        jnp.cumprod(full, dtype=jnp.int32), dtype=jnp.int32
+    )  # whole pages at the beginning stay
     start = num_full * page_size
     needed = -(-(length - start) // page_size)
 
-    # The pages behind them, each once, in the order of the tokens in them.
+    # The other pages, each once, in token order.
     rest = used & (entry >= num_full)
     pages = jnp.where(rest, row.pages, n)
-    first_seen = jnp.full(n, width).at[pages].min(entry, mode="drop")
+    first_seen = jnp.full(n, width, jnp.int32).at[pages].min(entry, mode="drop")
     distinct = rest & (first_seen.at[pages].get(mode="fill", fill_value=width) == entry)
-    rank = jnp.cumsum(distinct) - 1
+    rank = jnp.cumsum(distinct, dtype=jnp.int32) - 1
     entries_here = jnp.zeros(n, jnp.int32).at[pages].add(1, mode="drop")
     shared = distinct & (
         allocator.ref_counts.at[pages].get(mode="clip") > entries_here.at[pages].get(mode="clip")
     )
     replaced = shared & (rank < needed)
-    gains = needed < jnp.sum(distinct)
+    gains = needed < jnp.sum(distinct, dtype=jnp.int32)
     num_fresh = jnp.where(gains, jnp.sum(replaced, dtype=jnp.int32), 0)
     grown, fresh, enough = pages_of.allocate(allocator, num_fresh, max_count=width)
-    target = jnp.where(replaced, fresh.at[jnp.cumsum(replaced) - 1].get(mode="clip"), pages)
+    target = jnp.where(replaced, fresh.at[jnp.cumsum(replaced, dtype=jnp.int32) - 1].get(mode="clip"), pages)
     place = jnp.where(distinct & (rank < needed) & gains, num_full + rank, width)
-    targets = jnp.full(width, n).at[place].set(target, mode="drop")
+    targets = jnp.full(width, n, jnp.int32).at[place].set(target, mode="drop")
 
-    # Entries end where pages end, and where positions or frames are not those of the token before.
+    # Entries end where pages end, and where positions or rotations do not continue.
     end_before = jnp.roll(row.position + row.num_tokens, 1)
     breaks = used & (
         (row.position != end_before) | (row.rotation != jnp.roll(row.rotation, 1)) | (entry == 0)
@@ -114,8 +124,8 @@ def _defragmented(
     once = (starts < length) & (starts != jnp.roll(starts, 1).at[0].set(-1))
     num_entries = jnp.sum(once, dtype=jnp.int32)
     starts = (
-        jnp.full(width + 1, length)
-        .at[jnp.where(once, jnp.cumsum(once) - 1, width + 1)]
+        jnp.full(width + 1, length, jnp.int32)
+        .at[jnp.where(once, jnp.cumsum(once, dtype=jnp.int32) - 1, width + 1)]
         .set(starts, mode="drop")
     )
     source = _entry_of(before, row.num_entries, starts[:-1])
@@ -135,7 +145,7 @@ def _defragmented(
     ok = ~gains | (enough & (num_entries <= width))
     changes = gains & ok
     packed = jax.tree.map(lambda new, old: jnp.where(changes, new, old), packed, row)
-    # The allocator counted each fresh page once, for the entry that will point at it: entries are counted anew.
+    # allocate counted each fresh page once; entries are counted instead.
     held = pages_of.retain(grown, packed.pages)
     held = pages_of.release(held, jnp.concatenate([row.pages, fresh]))
     allocator = jax.tree.map(lambda new, old: jnp.where(changes, new, old), held, allocator)
@@ -143,7 +153,7 @@ def _defragmented(
 
 
 def _entry_of(before: Array, num_entries: Array, token: Array) -> Array:
-    """i32: the entry of a row that holds its ``token``-th token; ``before[P]`` counts the tokens before each entry."""
+    """i32: entry of a row that holds its ``token``-th token; ``before[P]``: tokens before each entry."""
     known = jnp.where(jnp.arange(before.shape[0]) < num_entries, before, jnp.iinfo(jnp.int32).max)
     return jnp.clip(jnp.searchsorted(known, token, side="right") - 1, 0, before.shape[0] - 1)
 
@@ -151,19 +161,18 @@ def _entry_of(before: Array, num_entries: Array, token: Array) -> Array:
 def _move(
     cache: PagedKVCache, row: BlockTable, targets: Array, start: Array
 ) -> tuple[tuple[Pages, ...], tuple[Pages, ...]]:
-    """Fills the ``targets`` with the tokens that belong there, page by page from the front.
+    """Fills the ``targets`` page by page from the front.
 
-    Each page is read before it is overwritten: it holds no token of a later page than its own, because tokens only
-    move towards the beginning.
+    Each page is read before it is overwritten, because tokens only move towards the start.
     """
     ps = cache.page_size
     before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
     length = jnp.sum(row.num_tokens, dtype=jnp.int32)
-    count = jnp.sum(targets < cache.num_pages)
+    count = jnp.sum(targets < cache.num_pages, dtype=jnp.int32)
 
     def fill(i: Array, layers: tuple[tuple[Pages, ...], ...]) -> tuple[tuple[Pages, ...], ...]:
         page = start // ps + i
-        token = jnp.minimum(page * ps + jnp.arange(ps), length - 1)
+        token = jnp.minimum(page * ps + jnp.arange(ps, dtype=jnp.int32), length - 1)
         entry = _entry_of(before, row.num_entries, token)
         slot = jnp.minimum(row.first_slot[entry] + token - before[entry], ps - 1)
         source = jnp.minimum(row.pages[entry], cache.num_pages - 1)
@@ -172,7 +181,7 @@ def _move(
 
         def gathered(storage: PageFormat, pages: Any) -> Any:
             moved: Any = storage.gather(read_from(pages), source, slot, targets[page])
-            return replace(moved, place=None) if storage.has_residual else moved
+            return replace(moved, slot_of_page=None) if storage.has_residual else moved
 
         k_pages, v_pages = layers
         return tuple(gathered(cache.k_format, p) for p in k_pages), tuple(

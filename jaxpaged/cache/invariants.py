@@ -1,31 +1,37 @@
-"""What must hold of a PagedKVCache after every operation, checked on the host."""
+"""Invariants of a cache after every operation, checked on the host."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 
-from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.sequences import Sequences
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.residual import StagingSlots
 
 
 class InvariantError(AssertionError):
-    """A cache in a state that no sequence of operations should reach; the message names the page or sequence."""
+    """A cache is in a state that no operations reach; the message names the page or sequence."""
 
 
-def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> None:
-    """Checks allocator and table against each other; reads them back from the device, never the pages.
+def check_invariants(cache: Sequences | ContiguousKVCache, pins: np.ndarray | None = None) -> None:
+    """Checks a cache's metadata for consistency; reads it back from the device, never the pages.
 
     Args:
       cache: concrete, not traced.
       pins: i32[N], references to each page from outside the table; None = no pins.
 
     Raises:
-      InvariantError: the first law that is broken.
+      InvariantError: the first invariant violated.
     """
-    allocator, table = jax.tree.map(np.asarray, (cache.allocator, cache.table))
-    n, ps = cache.num_pages, cache.page_size
+    if isinstance(cache, ContiguousKVCache):
+        lengths = np.asarray(cache.lengths)
+        if (lengths < 0).any() or (lengths > cache.max_length).any():
+            raise InvariantError(f"lengths outside [0, {cache.max_length}]: {lengths}")
+        return
+    allocator, table, staging, ps = jax.tree.map(np.asarray, cache.metadata)
+    n = cache.num_pages
     if (table.num_entries < 0).any() or (table.num_entries > cache.max_pages_per_seq).any():
         raise InvariantError(f"num_entries outside [0, {cache.max_pages_per_seq}]: {table.num_entries}")
     counts = np.zeros(n, np.int64) if pins is None else np.asarray(pins, np.int64).copy()
@@ -66,17 +72,17 @@ def check_invariants(cache: PagedKVCache, pins: np.ndarray | None = None) -> Non
         raise InvariantError(
             f"the free stack holds {len(free)} pages, {len(expected)} have reference count 0"
         )
-    if cache.staging is not None:
-        _check_staging(jax.tree.map(np.asarray, cache.staging), allocator.ref_counts, table)
+    if staging is not None:
+        _check_staging(staging, allocator.ref_counts, table)
 
 
 def _check_staging(staging: StagingSlots, counts: np.ndarray, table: BlockTable) -> None:
-    places = staging.num_staging_slots
-    live = np.flatnonzero((counts > 0) & (staging.place < places))
+    slots = staging.num_slots
+    live = np.flatnonzero((counts > 0) & (staging.slot_of_page < slots))
     for page in live:
-        if staging.page[staging.place[page]] != page:
-            raise InvariantError(f"page {page}: open in place {staging.place[page]}, which is another's")
+        if staging.page_of_slot[staging.slot_of_page[page]] != page:
+            raise InvariantError(f"page {page}: staging slot {staging.slot_of_page[page]} holds another page")
     for seq, used in enumerate(table.num_entries):
         pages = table.pages[seq, :used]
         if left := set(pages[np.isin(pages, live)].tolist()) - set(pages[-1:].tolist()):
-            raise InvariantError(f"sequence {seq}: pages {sorted(left)} are open, but not its last one")
+            raise InvariantError(f"sequence {seq}: pages {sorted(left)} are residual, but not its last one")

@@ -1,8 +1,8 @@
-"""Pages named by their numbers: sequences that take up pages of the pool, pins, and pages to and from the host.
+"""Operations on pages by number: attach cached pages to a sequence, pin pages, read and write them.
 
-What a prefix cache and a scheduler need beside ``seq_*``: the host remembers which page holds which tokens, pins the
-page so that it outlives its sequence, and hands it to the next sequence that begins the same. As everywhere, operations
-are pure and un-jitted, and one that can fail returns ``ok`` and, when it is false, the cache unchanged.
+For prefix caches and schedulers: the host remembers which page holds which tokens, pins the page so
+that it outlives its sequence, and attaches it to the next sequence with the same prefix. Operations
+are pure and un-jitted; one that can fail returns ``ok`` and, when it is false, the cache unchanged.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from jaxpaged.pages import block_table as tables
 from jaxpaged.pages.block_table import BlockTable
 
 PagesOfLayers = Any
-"""A pytree ``(keys of L layers, values of L layers)`` of arrays whose first axis is the page."""
+"""Pytree ``(keys of L layers, values of L layers)`` of arrays with the page as first axis."""
 
 
 def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[PagedKVCache, Array]:
-    """Lets empty sequences share pages that are named by their numbers. No key or value moves.
+    """Attaches pages to empty sequences, which then share them. No key or value moves.
 
-    Token i of the sequence is what slot ``i % page_size`` of its page ``i // page_size`` holds, rotated at position i.
+    Token i of a sequence is slot ``i % page_size`` of its page ``i // page_size``, rotated at i.
 
     Args:
       cache: the state.
-      pages: i32[S, P], in order; of a row the first ``ceil(num_tokens / page_size)`` are looked at.
-      num_tokens: i32[S]; 0 = leave the sequence alone. Tokens behind the last whole page share that page; who writes
-        behind them copies it first.
+      pages: i32[S, P], in order; the first ``ceil(num_tokens / page_size)`` of a row count.
+      num_tokens: i32[S]; 0 leaves the sequence alone. A last page may be attached in part; writing
+        behind those tokens copies it first.
 
     Returns:
-      ``(cache, ok bool[])``. Not ok: a sequence is not empty, a page is none of the pool's or nobody holds it, the
+      ``(cache, ok bool[])``. Not ok: a sequence is not empty, a page is free or outside the pool, the
       table's row is too narrow, or a count is negative.
 
     Reference: vLLM's automatic prefix caching.
@@ -66,25 +66,26 @@ def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[Pa
 
 
 def pin_pages(cache: PagedKVCache, pages: Array) -> PagedKVCache:
-    """One more reference to each of ``pages i32[M]``, so that they outlive their sequences; N is ignored."""
+    """Adds a reference to each of ``pages i32[M]``, so that they outlive their sequences; N is ignored."""
     return replace(cache, allocator=pages_of.retain(cache.allocator, pages))
 
 
 def unpin_pages(cache: PagedKVCache, pages: Array) -> PagedKVCache:
-    """Takes back ``pin_pages``; pages that nobody holds then return to the pool."""
+    """Undoes ``pin_pages``; pages without a reference are freed."""
     return replace(cache, allocator=pages_of.release(cache.allocator, pages))
 
 
 def seq_allocate(
     cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
 ) -> tuple[PagedKVCache, Array]:
-    """Gives an empty sequence the entries of ``row``, on fresh pages, which are to be written (``write_pages``).
+    """Allocates fresh pages for the entries of ``row`` in an empty sequence, for ``write_pages``.
 
     Args:
       cache: the state.
       seq: i32[], in [0, S).
-      row: ``[P]`` fields; ``row.pages`` names pages 0 to ``count``, the k-th one it takes, and N in padding.
-      count: i32[], pages to take.
+      row: ``[P]`` fields; ``row.pages`` holds indices below ``count`` of the pages allocated, and N in
+        padding.
+      count: i32[], pages to allocate.
 
     Returns:
       ``(cache, ok bool[])``. Not ok: the sequence is not empty, or fewer pages are free.
@@ -95,17 +96,17 @@ def seq_allocate(
     allocator, taken, _ = pages_of.allocate(cache.allocator, count, max_count=width)
     used = (jnp.arange(width) < row.num_entries) & ok
     pages = jnp.where(used, taken.at[row.pages].get(mode="fill", fill_value=n), n)
-    # Allocated with one reference each; every entry is to have one.
+    # allocate counted each page once; entries are counted instead.
     allocator = pages_of.release(pages_of.retain(allocator, pages), taken)
     placed = tables.set_row(cache.table, seq, replace(row, pages=pages))
     return replace(cache, allocator=allocator, table=tables.choose(ok, placed, cache.table)), ok
 
 
 def read_pages(cache: PagedKVCache, pages: Array) -> PagesOfLayers:
-    """What ``pages i32[M]`` hold, in all layers; arbitrary pages for N.
+    """Contents of ``pages i32[M]`` in all layers; arbitrary for N.
 
     Raises:
-      ValueError: a format seals pages: what is still open lies apart from the pool.
+      ValueError: a format has residual pages, whose contents are not in the pool.
     """
     if cache.staging is not None:
         raise ValueError(
@@ -115,7 +116,7 @@ def read_pages(cache: PagedKVCache, pages: Array) -> PagesOfLayers:
 
 
 def write_pages(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:
-    """Overwrites ``pages i32[M]`` with what ``read_pages`` gave; N is ignored."""
+    """Overwrites ``pages i32[M]`` with the result of ``read_pages``; N is ignored."""
     k_pages, v_pages = jax.tree.map(
         lambda pool, new: pool.at[pages].set(new, mode="drop"), (cache.k_pages, cache.v_pages), data
     )

@@ -34,6 +34,8 @@ from jaxpaged.pages.block_table import BlockTable
 
 Given = Any
 """An array: numpy when the host gives it, a JAX array inside a program."""
+NAN_TOKEN = -2
+"""In place of a token: the logits held NaN."""
 ATTACHED_PER_EDIT = 8
 """Sequences that one edit can attach pages to."""
 _Sequences = tuple[PageAllocator, BlockTable]
@@ -85,7 +87,7 @@ class StepOutput:
     """K = most steps of the program."""
 
     tokens: Array
-    """i32[K, S]: what was drawn, a stop token included; -1 = nothing."""
+    """i32[K, S]: sampled tokens, stop tokens included; -1 = none; NAN_TOKEN = the logits held NaN."""
     logprobs: Array
     """f32[K, S]: of these tokens, where they were wanted."""
     top_tokens: Array
@@ -142,10 +144,11 @@ def step(
         logits, cache = model(params, given.tokens, cache, batch, rows)
         tokens, logprobs, top_tokens, top_logprobs = _draw(logits, slots, given, owner)
         samples = given.samples & (given.num_new > 0) & ok
+        failed = tokens < 0
         i = drawn.num_steps
         drawn = replace(
             drawn,
-            tokens=drawn.tokens.at[i].set(jnp.where(samples, tokens, -1)),
+            tokens=drawn.tokens.at[i].set(jnp.where(samples, jnp.where(failed, NAN_TOKEN, tokens), -1)),
             logprobs=drawn.logprobs.at[i].set(logprobs),
             top_tokens=drawn.top_tokens.at[i].set(top_tokens),
             top_logprobs=drawn.top_logprobs.at[i].set(top_logprobs),
@@ -154,10 +157,10 @@ def step(
         )
         left = given.left - samples
         stopped = jnp.any(tokens[:, None] == slots.stop_ids, axis=1)
-        goes_on = samples & ~stopped & (left > 0)
+        goes_on = samples & ~stopped & ~failed & (left > 0)
         num_new = goes_on.astype(jnp.int32)
         if shape.decode:
-            place = jnp.where(goes_on, jnp.cumsum(num_new) - 1, shape.rows)
+            place = jnp.where(goes_on, jnp.cumsum(num_new, dtype=jnp.int32) - 1, shape.rows)
             given = replace(
                 given,
                 num_new=num_new,
@@ -233,7 +236,7 @@ def _draw(
 
     def nothing(z: Array) -> tuple[Array, Array, Array]:
         shape = z.shape[0], count
-        return jnp.zeros(z.shape[0]), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)
+        return jnp.zeros(shape[0], z.dtype), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, z.dtype)
 
     logprobs, ids, values = lax.cond(jnp.any(wants), likeliest, nothing, logits)
     wide = ((0, 0), (0, MAX_LOGPROBS - count))
@@ -285,9 +288,7 @@ def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableSt
 
     def remove_one(i: Array, state: _Sequences) -> _Sequences:
         held = replace(cache, allocator=state[0], table=state[1])
-        held, _ = _edit_rows(
-            held, given.removed[i, None], lambda rows: rows.seq_remove(jnp.ones(1, bool))
-        )
+        held, _ = _edit_rows(held, given.removed[i, None], lambda rows: rows.seq_remove(jnp.ones(1, bool)))
         return held.allocator, held.table
 
     def attach(allocator: PageAllocator, table: BlockTable) -> tuple[_Sequences, Array]:

@@ -1,9 +1,9 @@
-"""Beam search inside one XLA program: beams are sequences that share pages, forked and freed at every step.
+"""Beam search in one XLA program: beams are sequences that share pages, forked and freed at every step.
 
-The path of a step, top to bottom: ``_reserve`` makes room for one token a beam (a shared page is copied only where a
-beam writes to it), the model runs, ``_select`` picks the best continuations and what they continue, ``_update`` banks
-the finished ones, and ``seq_reorder`` lets each beam's sequence become the one it continues: integers move, no key or
-value.
+The path of a step, top to bottom: ``_reserve`` reserves a slot a beam (a shared page is copied only
+when a beam writes to it), the model runs, ``_select`` picks the best continuations and their parents,
+``_update`` stores the finished ones, and ``seq_reorder`` makes each beam's sequence that of its parent:
+integers move, no key or value.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+import numpy.typing as npt
+from jax import Array, lax
 from jax.sharding import Mesh
 
+from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.generation.loop import (
     FINISH_LENGTH,
@@ -26,11 +28,20 @@ from jaxpaged.generation.loop import (
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
     RUNNING,
-    Cache,
     Model,
+    ResultBase,
 )
 from jaxpaged.generation.prefill import prefill
-from jaxpaged.generation.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
+from jaxpaged.generation.prompts import (
+    Prompts,
+    PromptsLike,
+    bucket,
+    pack_limits,
+    pack_prompts,
+    pack_stop_ids,
+    token_limits,
+    token_lists,
+)
 from jaxpaged.pages.batch import Batch
 from jaxpaged.sharding.mesh import (
     BATCH,
@@ -50,46 +61,46 @@ _EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class BeamResult:
-    """What ``beam_search`` found; the best first.
+@dataclass(frozen=True, repr=False)
+class BeamResult(ResultBase):
+    """Result of ``beam_search``; best sequences first.
 
     Shapes: B = prompts that the cache has sequences for (max_seqs // num_beams), R = num_return_sequences.
     """
 
     tokens: Array
-    """i32[B, R, M]: the tokens generated, without the stop token; -1 behind them."""
+    """i32[B, R, M]: generated tokens, without the stop token, padded with -1."""
     num_tokens: Array
-    """i32[B, R]: how many they are."""
+    """i32[B, R]: number of generated tokens."""
     score: Array
-    """f32[B, R]: sum of log-probabilities, that of the stop token included, over length ** length_penalty; -inf where
-    there is no such sequence."""
+    """f32[B, R]: sum of log-probabilities, including the stop token's, over length ** length_penalty;
+    -inf if there is no such sequence."""
     finish_reason: Array
-    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; FINISH_NAN in all R if logits of the search held
-    NaN; RUNNING where there is no such sequence and the search was completed."""
+    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; FINISH_NAN in all R if logits of the
+    search held NaN; RUNNING if there is no such sequence and the search is complete."""
     complete: Array
-    """bool[B]: False if the search ended early, out of pages or with NaN: the best sequences found until then."""
+    """bool[B]: False if the search ended early, out of pages or with NaN."""
     num_steps: Array
-    """i32[]: steps of the search, each a token for every beam."""
+    """i32[]: steps of the search, one token a beam each."""
     pages_peak: Array
-    """i32[]: most pages in use after any step."""
+    """i32[]: largest number of pages in use after any step."""
     unshared_peak: Array
-    """i32[]: most pages that the same sequences would take if each had its own."""
+    """i32[]: the same if no sequences shared pages."""
     pages_mean: Array
-    """f32[]: pages in use, on average over the steps of the search."""
+    """f32[]: pages in use, mean over the steps of the search."""
     unshared_mean: Array
-    """f32[]: the same if each sequence had its own."""
+    """f32[]: the same if no sequences shared pages."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Beams:
-    """The sequences that grow, best first; B prompts, W = num_beams."""
+    """Growing sequences, best first; B prompts, W = num_beams."""
 
     tokens: Array
     """i32[B, W, M]"""
     newest: Array
-    """i32[B, W]: the last token of each, not yet in the cache."""
+    """i32[B, W]: last token of each, not yet in the cache."""
     score: Array
     """f32[B, W]: sum of log-probabilities; -inf = no beam."""
 
@@ -97,7 +108,7 @@ class _Beams:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Finished:
-    """The best finished sequences of each prompt, best first."""
+    """Best finished sequences of each prompt, best first."""
 
     tokens: Array
     """i32[B, W, M]"""
@@ -123,14 +134,14 @@ class _Usage:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """What the loop carries, beside the cache."""
+    """Carry of the loop, beside the cache."""
 
     beams: _Beams
     finished: _Finished
     active: Array
     """bool[B]"""
     failure: Array
-    """i32[B]: FINISH_OUT_OF_PAGES or FINISH_NAN where the search ended early, else RUNNING."""
+    """i32[B]: FINISH_OUT_OF_PAGES or FINISH_NAN if the search ended early, else RUNNING."""
     num_steps: Array
     """i32[]: also the number of tokens of each beam."""
     usage: _Usage
@@ -157,7 +168,7 @@ class _State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Request:
-    """What is asked for: arrays, so that other prompts and parameters never recompile."""
+    """Dynamic part of a request: other values do not recompile."""
 
     prompts: Prompts
     max_new_tokens: Array
@@ -170,30 +181,31 @@ class _Request:
     """i32[]: index in ``_EARLY_STOPPING``."""
 
     def penalized(self, score: Array, length: Array) -> Array:
-        """The score of sequences of that length, at least 1, with the length penalty; -inf stays what it is."""
+        """Score of sequences of ``length``, at least 1, with the length penalty; -inf stays -inf."""
         divided = score / length.astype(jnp.float32) ** self.length_penalty
         return jnp.where(score > -jnp.inf, divided, -jnp.inf)
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """The static part of a request."""
+    """Static part of a request."""
 
     num_beams: int
     """W"""
     num_return: int
     """R"""
     capacity: int
-    """M: columns of the tokens generated."""
+    """M: columns of the generated tokens."""
     chunk: int
     """Tokens of a prefill step."""
 
 
 def _request(
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
+    prompt_lens: npt.ArrayLike | None,
     num_beams: int,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
     length_penalty: float,
     early_stopping: EarlyStopping,
     num_return_sequences: int,
@@ -213,24 +225,25 @@ def _request(
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     if early_stopping not in _EARLY_STOPPING:
         raise ValueError(f'early_stopping must be False, True or "never", got {early_stopping!r}')
+    ids = token_lists(prompts, prompt_lens)
     packed, chunk = pack_prompts(
-        prompts, max_seqs=max_seqs, stride=num_beams, batch_size=batch_size, shards=shards
+        ids, max_seqs=max_seqs, stride=num_beams, batch_size=batch_size, shards=shards
     )
-    limits = pack_limits(max_new_tokens, len(prompts), max_seqs // num_beams, shards)
-    deal = BatchSharding(shards, 1)
+    limits = token_limits(max_new_tokens, len(ids), 1)
+    sharding = BatchSharding(shards, 1)
     request = _Request(
         prompts=packed,
-        max_new_tokens=limits,
-        stop_ids=deal.same(pack_stop_ids(stop_ids)),
-        length_penalty=deal.same(np.float32(length_penalty)),
-        early_stopping=deal.same(np.int32(_EARLY_STOPPING.index(early_stopping))),
+        max_new_tokens=pack_limits(limits, max_seqs // num_beams, shards),
+        stop_ids=sharding.same(pack_stop_ids(stop_ids)),
+        length_penalty=sharding.same(np.float32(length_penalty)),
+        early_stopping=sharding.same(np.int32(_EARLY_STOPPING.index(early_stopping))),
     )
     shape = _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), chunk)
     return put_rows(mesh, request), shape
 
 
-def _in_order(result: BeamResult, mesh: Mesh | None) -> BeamResult:
-    """What the data shards of a mesh found, in the order of the prompts, on the host; pages are summed up."""
+def _gathered(result: BeamResult, mesh: Mesh | None) -> BeamResult:
+    """Results of the data shards of a mesh in the order of the prompts, on the host; pages are summed up."""
     if mesh is None:
         return result
     return BatchSharding.of(mesh, 1).gathered_result(
@@ -244,7 +257,7 @@ def _in_order(result: BeamResult, mesh: Mesh | None) -> BeamResult:
 
 
 def _by_sequence(values: Array, others: Array) -> Array:
-    """``[B, W]`` of beams as ``[S]`` of sequences; those that belong to no prompt get what ``others[S]`` says."""
+    """``[B, W]`` of beams as ``[S]`` of sequences; sequences without a prompt are as in ``others[S]``."""
     return jnp.concatenate([values.reshape(-1), others[values.size :]])
 
 
@@ -254,18 +267,18 @@ def _take(values: Array, index: Array) -> Array:
 
 
 def _unshared(cache: Any) -> Array:
-    """i32[]: pages that the sequences would take if each had its own: one for each entry."""
+    """i32[]: pages in use if no sequences shared pages, one an entry."""
     return jnp.sum(cache.table.num_entries) if isinstance(cache, PagedKVCache) else cache.pages_used
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
-    """Reads the prompts; one beam each, whose newest token is the prompt's last."""
+    """Prefills the prompts; each begins with one beam, whose newest token is the prompt's last."""
     prompts, w, m = request.prompts, shape.num_beams, shape.capacity
     b = cache.max_seqs // w
     cache, served, pages_peak = prefill(model, shape.chunk, params, cache, prompts)
-    first = jnp.arange(b) * w
+    first = lax.iota(jnp.int32, b) * w
     asked, served = prompts.lens[first] > 0, served[first]
-    alone = jnp.where(jnp.arange(w) == 0, 0.0, -jnp.inf)
+    alone = jnp.where(lax.iota(jnp.int32, w) == 0, jnp.float32(0), -jnp.inf)
     state = _State(
         beams=_Beams(
             tokens=jnp.full((b, w, m), -1, jnp.int32),
@@ -287,14 +300,14 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
 
 
 def _keep_best(finished: _Finished, more: _Finished) -> _Finished:
-    """The best W of both."""
+    """Best W of both."""
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), finished, more)
-    _, best = jax.lax.top_k(both.score, finished.score.shape[1])
+    _, best = lax.top_k(both.score, finished.score.shape[1])
     return jax.tree.map(lambda x: _take(x, best), both)
 
 
 def _end_early(cache: Cache, state: _State, request: _Request, ended: Array) -> tuple[Cache, _State]:
-    """Out of pages: the beams of the prompts marked count as they are, and give their pages back."""
+    """Out of pages: stores the beams of the prompts ``ended bool[B]`` as they are, and frees their pages."""
     beams, steps = state.beams, state.num_steps
     grown = ended[:, None] & (steps > 0)
     shape = beams.score.shape
@@ -314,22 +327,22 @@ def _end_early(cache: Cache, state: _State, request: _Request, ended: Array) -> 
 
 
 def _reserve(cache: Cache, state: _State, request: _Request) -> tuple[Cache, _State, Batch]:
-    """Room for one token a beam. A prompt whose beams do not all find it ends here, and its pages serve the others."""
+    """Reserves a slot a beam. A prompt without pages for all its beams ends, and its pages serve the others."""
     s, (b, w) = cache.max_seqs, state.beams.score.shape
 
     def num_new(state: _State) -> Array:
         grows = state.active[:, None] & (state.beams.score > -jnp.inf)
         return _by_sequence(grows.astype(jnp.int32), jnp.zeros(s, jnp.int32))
 
-    def without_room(carry: tuple[Cache, _State]) -> Array:
+    def without_pages(carry: tuple[Cache, _State]) -> Array:
         cache, state = carry
         return ~jnp.all(cache.can_reserve_each(num_new(state))[: b * w].reshape(b, w), axis=1)
 
     def end_first(carry: tuple[Cache, _State]) -> tuple[Cache, _State]:
-        return _end_early(*carry, request, jnp.arange(b) == jnp.argmax(without_room(carry)))
+        return _end_early(*carry, request, lax.iota(jnp.int32, b) == jnp.argmax(without_pages(carry)))
 
-    # One after the other: with the pages of the first given back, those behind it may find room.
-    cache, state = jax.lax.while_loop(lambda carry: jnp.any(without_room(carry)), end_first, (cache, state))
+    # One by one, since the pages of the first may suffice for those behind it.
+    cache, state = lax.while_loop(lambda carry: jnp.any(without_pages(carry)), end_first, (cache, state))
     cache, batch, _ = cache.reserve(num_new(state), num_tokens=s, max_new=1)
     pages, unshared, usage = cache.pages_used, _unshared(cache), state.usage
     usage = _Usage(
@@ -344,10 +357,10 @@ def _reserve(cache: Cache, state: _State, request: _Request) -> tuple[Cache, _St
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Candidates:
-    """The best W ways to go on, best first, ``[B, W]`` each."""
+    """Best W continuations, best first, ``[B, W]`` each."""
 
     parent: Array
-    """i32: the beam that it continues."""
+    """i32: beam that is continued."""
     token: Array
     """i32"""
     score: Array
@@ -355,48 +368,52 @@ class _Candidates:
 
 
 def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, _Candidates, Array]:
-    """The best continuations by any token but a stop token, the best by any token, and ``bool[B]``: a beam met NaN.
+    """Selects continuations, and detects NaN.
 
-    They need no sort of all W × V candidates: the first are among the best W of each beam, and the others among these
-    and the few that stop.
+    No sort of all W × V candidates is needed: the best that do not stop are among the best W of each
+    beam, and the best of all among these and the few that stop.
 
     Args:
       logits: float[B * W, V].
       score: f32[B, W].
       stop_ids: i32[n]; -1 in padding.
+
+    Returns:
+      ``(best without stop tokens, best of all, invalid bool[B])``; invalid: logits of a beam hold NaN,
+      or +inf, from which NaN would follow.
     """
     (b, w), vocab = score.shape, logits.shape[-1]
     logits = logits.astype(jnp.float32)
     stops = jnp.where(stop_ids < 0, vocab, stop_ids)  # a negative index would wrap
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    values, ids = jax.lax.top_k(logits.at[:, stops].set(-jnp.inf, mode="drop"), min(w, vocab))
+    values, ids = lax.top_k(logits.at[:, stops].set(-jnp.inf, mode="drop"), min(w, vocab))
     stop_values = logits.at[:, stops].get(mode="fill", fill_value=-jnp.inf)
 
     def candidates(values: Array, ids: Array) -> _Candidates:
         count = values.shape[-1]
         scores = score[..., None] + (values - total).reshape(b, w, count)
         return _Candidates(
-            parent=jnp.broadcast_to(jnp.arange(w * count) // count, (b, w * count)),
+            parent=jnp.broadcast_to(lax.iota(jnp.int32, w * count) // count, (b, w * count)),
             token=ids.reshape(b, w * count),
-            # Also NaN, which rows without a beam may hold: their logits mean nothing.
+            # Not NaN either, which rows without a beam may hold.
             score=jnp.where(scores > -jnp.inf, scores, -jnp.inf).reshape(b, w * count),
         )
 
     def best(all_: _Candidates) -> _Candidates:
-        _, chosen = jax.lax.top_k(all_.score, w)
+        _, chosen = lax.top_k(all_.score, w)
         return jax.tree.map(lambda x: _take(x, chosen), all_)
 
     going = candidates(values, ids)
     stopping = candidates(stop_values, jnp.broadcast_to(stop_ids, stop_values.shape))
     either = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), going, stopping)
-    invalid = ~(total < jnp.inf).reshape(b, w) & (score > -jnp.inf)  # NaN, or +inf, of which NaN would follow
+    invalid = ~(total < jnp.inf).reshape(b, w) & (score > -jnp.inf)
     return best(going), best(either), jnp.any(invalid, axis=1)
 
 
 def _update(state: _State, request: _Request, going: _Candidates, any_: _Candidates) -> tuple[_State, Array]:
-    """The state with one more token a beam, and whether each prompt's search goes on.
+    """State with one more token a beam, and ``bool[B]``: the prompt's search continues.
 
-    When a search ends is transformers' rule, not the textbook's: see ``beam_search``.
+    A search ends by the rule of transformers, not the textbook's: see ``beam_search``.
     """
     beams, finished, column = state.beams, state.finished, state.num_steps
     length = column + 1
@@ -419,7 +436,7 @@ def _update(state: _State, request: _Request, going: _Candidates, any_: _Candida
     )
     running = _Beams(grown(going, True), going.token, going.score)
     never, at_once = request.early_stopping == 2, request.early_stopping == 1
-    # With "never" and a penalty that favours length, a beam may yet grow to the limit.
+    # With "never" and a penalty that favours length, a beam may reach its best score at the limit.
     reach = jnp.where(never & (request.length_penalty > 0), request.max_new_tokens, length)
     hopeful = request.penalized(running.score[:, 0], reach) > finished.score[:, -1]
     all_finished = finished.score[:, -1] > -jnp.inf
@@ -428,7 +445,7 @@ def _update(state: _State, request: _Request, going: _Candidates, any_: _Candida
 
 
 def _step(model: Model, params: Any, cache: Cache, state: _State, request: _Request) -> tuple[Cache, _State]:
-    """One more token for every beam, and the fork."""
+    """Adds a token to every beam, and forks."""
     s, (b, w) = cache.max_seqs, state.beams.score.shape
     cache, state, batch = _reserve(cache, state, request)
     newest = _by_sequence(state.beams.newest, jnp.zeros(s, jnp.int32))
@@ -441,9 +458,9 @@ def _step(model: Model, params: Any, cache: Cache, state: _State, request: _Requ
     goes_on &= ~failed
     state = replace(state, active=goes_on, failure=jnp.where(failed, FINISH_NAN, state.failure))
     stays = goes_on[:, None] & (going.score > -jnp.inf)
-    source = jnp.where(stays, jnp.arange(b)[:, None] * w + going.parent, s)
-    # What belongs to no prompt stays as it is, as do prompts that ended before: they are empty.
-    ids = jnp.arange(s)
+    source = jnp.where(stays, lax.iota(jnp.int32, b)[:, None] * w + going.parent, s)
+    # Sequences without a prompt stay as they are, and prompts that ended before are empty.
+    ids = lax.iota(jnp.int32, s)
     source = jnp.where(was_active[:, None], source, ids[: b * w].reshape(b, w))
     return cache.seq_reorder(_by_sequence(source, ids)), state
 
@@ -451,7 +468,7 @@ def _step(model: Model, params: Any, cache: Cache, state: _State, request: _Requ
 def _search(
     model: Model, shape: _Shape, params: Any, cache: Cache, state: _State, request: _Request
 ) -> tuple[BeamResult, Cache]:
-    cache, state = jax.lax.while_loop(
+    cache, state = lax.while_loop(
         lambda carry: jnp.any(carry[1].active),
         lambda carry: _step(model, params, carry[0], carry[1], request),
         (cache, state),
@@ -482,133 +499,124 @@ def beam_search(
     model: Model,
     params: Any,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
     *,
     num_beams: int,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
+    prompt_lens: npt.ArrayLike | None = None,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
     num_return_sequences: int = 1,
     stop_ids: Sequence[int] = (),
     batch_size: int = 512,
 ) -> tuple[BeamResult, Cache]:
-    """The likeliest continuations of each prompt, as far as a beam search finds them, in one XLA program.
+    """Finds likely continuations of each prompt by beam search, in one XLA program.
 
-    Each step continues every beam by every token and keeps the ``num_beams`` likeliest continuations that go on; one
-    that ends with a stop token, or at the limit, and is among the ``num_beams`` likeliest, competes for a place among
-    the finished. The sequences, the scores and when to stop are those of Hugging Face transformers'
-    ``generate(num_beams=..., do_sample=False)``.
+    Each step continues every beam by every token and keeps the ``num_beams`` likeliest continuations
+    that do not end. One that ends with a stop token, or at the limit, and is among the ``num_beams``
+    likeliest of all, competes with the finished ones. The sequences, the scores and the end of a search
+    are those of Hugging Face transformers' ``generate(num_beams=..., do_sample=False)``.
 
     Args:
       model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. Prompt i uses the sequences ``i * num_beams .. (i + 1) * num_beams``: it
-        continues what the first of them holds, what the others hold is given up, and all are empty at the end.
-        Sequences behind the last prompt's stay as they are. A ``ShardedCache`` searches on its mesh: prompts are dealt
-        to its data shards.
-      prompts: token ids, 1 to ``max_seqs // num_beams`` prompts of any lengths, none empty.
+      cache: paged or contiguous; **donated**. Prompt i uses the sequences ``i * num_beams`` up to
+        ``(i + 1) * num_beams``: it continues the first of them, replaces the others, and leaves all
+        empty. Sequences behind the last prompt's do not change. A ``ShardedCache`` runs the search on
+        its mesh, with prompts distributed over the data shards.
+      prompts: token ids, 1 to ``max_seqs // num_beams`` prompts, as for ``generate``.
       num_beams: W, the width of the search.
-      max_new_tokens: tokens to generate at most, for all or one number a prompt.
-      length_penalty: a finished sequence's score is its sum of log-probabilities over length ** length_penalty, the
-        stop token counted; above 0 favours longer ones.
-      early_stopping: when a prompt's search ends before the limit, once ``num_beams`` sequences are finished: True, at
-        once; False, when the best beam could not win at its present length; "never", when it could not at any length.
-      num_return_sequences: R, how many of the finished to return, at most ``num_beams``.
+      max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
+      prompt_lens: i32[B], tokens of each prompt if ``prompts`` are padded on the right.
+      length_penalty: the score of a finished sequence is its sum of log-probabilities over
+        length ** length_penalty, counting the stop token; above 0 favours longer ones.
+      early_stopping: end of a prompt's search before the limit, once ``num_beams`` sequences are
+        finished: True, at once; False, if the best beam could not win at its present length; "never",
+        if it could not at any length.
+      num_return_sequences: R, number of finished sequences to return, at most ``num_beams``.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: tokens of a prefill step; prompts are packed one behind the other into steps of that many.
+      batch_size: maximum number of tokens of a prefill step, which may hold parts of several prompts.
 
     Returns:
-      ``(result, cache)``. When the pool runs out, prompts are served in order; one whose beams do not all find pages
-      ends with the best sequences it has, finished or not, and its pages go to the others. One whose logits hold NaN
-      ends with FINISH_NAN. ``complete`` is False for both.
+      ``(result, cache)``. When the pool runs out, prompts are served in order; one without pages for all
+      its beams ends with the best sequences it has, finished or not, and its pages serve the others. One
+      whose logits hold NaN ends with FINISH_NAN. ``complete`` is False for both.
 
     Raises:
-      ValueError: no prompt or too many, an empty prompt, a negative id, a limit below 1, a number of beams or of
-        sequences to return that is impossible, an infinite penalty, an unknown ``early_stopping``.
+      ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a limit
+        below 1, an impossible number of beams or of sequences to return, an infinite penalty, an unknown
+        ``early_stopping``.
 
     Reference: PagedAttention (arXiv:2309.06180), section 4.4, for beams that share pages.
     """
     request, shape = _request(
-        cache,
-        prompts,
-        num_beams,
-        max_new_tokens,
-        length_penalty,
-        early_stopping,
-        num_return_sequences,
-        stop_ids,
-        batch_size,
-    )
+        cache, prompts, prompt_lens, num_beams, max_new_tokens, length_penalty, early_stopping,
+        num_return_sequences, stop_ids, batch_size,
+    )  # fmt: skip
     result, cache = _beam_search_donating(model, shape, params, cache, request)
-    return _in_order(result, mesh_of(cache)), cache
+    return _gathered(result, mesh_of(cache)), cache
 
 
 @dataclass
 class BeamSearch:
-    """``beam_search`` in two programs, for those who time or compile its parts.
+    """``beam_search`` in two programs, for callers that time or compile its parts.
 
-    ``cache`` is the cache after the last of them; the one passed in is donated by the first.
+    ``cache`` is the cache after the latest of them; the one passed in is donated by the first.
     """
 
     model: Model
-    params: Any
-    cache: Any
-    request: _Request
+    params: Any = field(repr=False)
+    cache: Any = field(repr=False)
+    request: _Request = field(repr=False)
     shape: _Shape
     _state: Any = field(default=None, repr=False)
     _programs: Any = field(default=None, repr=False)
 
     def compile(self) -> None:
-        """Compiles both programs, without running them."""
+        """Compiles both programs without running them."""
         if self._programs is None:
             start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
             search = _search_donating.lower(
                 self.model, self.shape, self.params, *start.out_info, self.request
             )
-            # Side by side: XLA compiles much of a program on one thread.
+            # In parallel, since XLA compiles much of a program on one thread.
             with ThreadPoolExecutor(2) as pool:
                 self._programs = tuple(pool.map(lambda program: program.compile(), (start, search)))
 
-    def read_prompts(self) -> None:
-        """Prefill; waits until it is done."""
+    def prefill(self) -> None:
+        """Prefills the prompts, and waits until that is done."""
         self.compile()
         self.cache, self._state = self._programs[0](self.params, self.cache, self.request)
         jax.block_until_ready(self._state)
 
     def search(self) -> BeamResult:
-        """All the rest."""
+        """Runs the search."""
         result, self.cache = self._programs[1](self.params, self.cache, self._state, self.request)
-        return _in_order(jax.block_until_ready(result), mesh_of(self.cache))
+        return _gathered(jax.block_until_ready(result), mesh_of(self.cache))
 
 
 def prepare_beam_search(
     model: Model,
     params: Any,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
     *,
     num_beams: int,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
+    prompt_lens: npt.ArrayLike | None = None,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
     num_return_sequences: int = 1,
     stop_ids: Sequence[int] = (),
     batch_size: int = 512,
 ) -> BeamSearch:
-    """``beam_search`` that has not begun: same arguments, same result.
+    """``beam_search``, not yet started; same arguments and result.
 
     Raises:
       ValueError: as ``beam_search``.
     """
     request, shape = _request(
-        cache,
-        prompts,
-        num_beams,
-        max_new_tokens,
-        length_penalty,
-        early_stopping,
-        num_return_sequences,
-        stop_ids,
-        batch_size,
-    )
+        cache, prompts, prompt_lens, num_beams, max_new_tokens, length_penalty, early_stopping,
+        num_return_sequences, stop_ids, batch_size,
+    )  # fmt: skip
     return BeamSearch(model, params, cache, request, shape)

@@ -1,9 +1,10 @@
-"""Whole generations inside one XLA program: admit prompts, prefill, decode, sample, stop, give pages back.
+"""Generation in one XLA program: admit prompts, prefill, decode, sample, stop, free pages.
 
-The path of a token, top to bottom: ``_admit`` gives a prompt of the queue a sequence of the cache, ``_step`` makes room
-for the next tokens of all sequences (a piece of a prompt, or the newest token), runs the model and samples, ``_accept``
-appends what was sampled or ends the sequence, whose pages and place then serve the next prompt. ``generate`` runs all
-of it without returning to Python; ``generate_stream`` comes back every few tokens.
+The path of a token, top to bottom: ``_admit`` assigns a prompt of the queue to an idle sequence of
+the cache; ``_step`` reserves slots for the next tokens of all sequences (part of a prompt, or the
+newest token), runs the model and samples; ``_accept`` appends the sampled tokens and ends sequences,
+which then serve the next prompts. ``generate`` does all of it without returning to Python;
+``generate_stream`` returns every few tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+import numpy.typing as npt
+from jax import Array, lax
 
 from jaxpaged.cache.interface import Cache, KVCache
+from jaxpaged.generation.prompts import PromptsLike
 from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 from jaxpaged.pages.batch import Batch
@@ -35,9 +38,8 @@ from jaxpaged.sharding.mesh import (
 )
 
 RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES, FINISH_NAN = 0, 1, 2, 3, 4
-"""Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of pages; the model's
-logits held NaN."""
-
+"""Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of
+pages; the logits held NaN."""
 
 Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 """``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``"""
@@ -45,10 +47,10 @@ Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 
 @dataclass(frozen=True)
 class LimitVocab:
-    """A model without the logits behind its first ``vocab_size``, for a vocabulary padded beyond the tokenizer's.
+    """A model that returns the first ``vocab_size`` logits only, where a vocabulary is padded.
 
     Takes the place of ``model`` in ``generate`` and its variants, and in the engine: ids from
-    ``vocab_size`` on then have no probability and are never sampled.
+    ``vocab_size`` on have no probability then and are never sampled.
     """
 
     model: Model
@@ -71,44 +73,52 @@ class LimitVocab:
         return None if key is None else f"{key} vocab_size={self.vocab_size}"
 
 
+class ResultBase:
+    """A dataclass of arrays whose ``repr`` shows their dtypes and shapes, and does not fetch them."""
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name}={x.dtype}{list(x.shape)}" for name, x in vars(self).items())
+        return f"{type(self).__name__}({arrays})"
+
+
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class GenerateResult:
-    """What ``generate`` made. Sample j of prompt i is row ``i * n + j`` of R, which is at least their number."""
+@dataclass(frozen=True, repr=False)
+class GenerateResult(ResultBase):
+    """Result of ``generate``. Sample j of prompt i is row ``i * n + j`` of R; rows behind the last are padding."""
 
     tokens: Array
-    """i32[R, M]: the tokens generated, without the stop token; -1 behind them."""
+    """i32[R, M]: generated tokens, without the stop token, padded with -1."""
     num_tokens: Array
-    """i32[R]: how many they are."""
+    """i32[R]: number of generated tokens."""
     finish_reason: Array
-    """i32[R]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING in rows without a prompt."""
+    """i32[R]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING in padding."""
     pages_peak: Array
-    """i32[]: most pages in use after any step."""
+    """i32[]: largest number of pages in use after any step."""
     num_steps: Array
-    """i32[]: how often the model ran."""
+    """i32[]: runs of the model."""
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """What the loop carries, beside the cache: S sequences of the cache at work on R rows of the result."""
+@dataclass(frozen=True, repr=False)
+class State(ResultBase):
+    """Carry of the loop, beside the cache: S sequences of the cache, R rows of the result."""
 
     tokens: Array
     num_tokens: Array
     finish_reason: Array
     """As in GenerateResult."""
     next_prompt: Array
-    """i32[]: the first prompt that was not admitted yet."""
+    """i32[]: first prompt that has not been admitted."""
     row: Array
-    """i32[S]: the row of the result that each sequence works on; R = the sequence is idle."""
+    """i32[S]: row of the result that each sequence works on; R = idle."""
     progress: Array
     """i32[S]: tokens of the prompt that are in the cache."""
     leader: Array
-    """i32[S]: the sequence that reads the prompt; its other samples fork it when it is done."""
+    """i32[S]: sequence that prefills the prompt; the other samples fork it afterwards."""
     newest: Array
-    """i32[S]: the token sampled last, not yet in the cache."""
+    """i32[S]: token sampled last, not yet in the cache."""
     recent: Array
-    """i32[S, W]: the tokens that penalties look at, newest last."""
+    """i32[S, W]: tokens that penalties apply to, newest last."""
     pages_peak: Array
     num_steps: Array
 
@@ -120,21 +130,22 @@ class State:
 
 @dataclass(frozen=True)
 class Slots:
-    """What each of the cache's S sequences is doing."""
+    """Activity of each of the S sequences of the cache."""
 
     row: Array
-    """i32[S]: its row of the result; any row, where it is idle."""
+    """i32[S]: row of the result; arbitrary if idle."""
     prompt: Array
-    """i32[S]: its prompt."""
+    """i32[S]"""
     prompt_len: Array
+    """i32[S]"""
     busy: Array
     """bool[S]"""
     decoding: Array
-    """bool[S]: its prompt is read."""
-    reading: Array
-    """bool[S]: it reads its prompt."""
+    """bool[S]: the prompt is in the cache."""
+    prefilling: Array
+    """bool[S]: the prompt is not all in the cache."""
     waiting: Array
-    """bool[S]: another sequence reads its prompt."""
+    """bool[S]: another sequence prefills the prompt."""
 
     @classmethod
     def of(cls, state: State, request: Request, shape: Shape) -> Slots:
@@ -143,11 +154,11 @@ class Slots:
         prompt = row // shape.num_samples
         prompt_len = request.prompt_lens[prompt]
         unread = busy & (state.progress < prompt_len)
-        leads = state.leader == jnp.arange(state.row.shape[0])
+        leads = state.leader == lax.iota(jnp.int32, state.row.shape[0])
         return cls(row, prompt, prompt_len, busy, busy & ~unread, unread & leads, unread & ~leads)
 
-    def tokens_to_come(self, state: State, request: Request) -> Array:
-        """i32[S]: tokens that each sequence will still write if nothing stops it; the last one never is written."""
+    def tokens_left(self, state: State, request: Request) -> Array:
+        """i32[S]: tokens that each sequence will write unless it stops early; its last token is not written."""
         sampled = jnp.maximum(state.num_tokens[self.row], 1)
         left = self.prompt_len - state.progress + request.max_new_tokens[self.row] - sampled
         return jnp.where(self.busy, jnp.maximum(left, 0), 0)
@@ -156,8 +167,8 @@ class Slots:
 def _end(
     cache: Cache, state: State, ended: Array, reason: Array | int, released: Array
 ) -> tuple[Cache, State]:
-    """Ends the sequences marked ``ended bool[S]``, which then are idle; frees the pages of ``released bool[S]``."""
-    cache = jax.lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
+    """Ends the sequences ``ended bool[S]``, which are idle then, and frees the pages of ``released bool[S]``."""
+    cache = lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
     idle = state.num_tokens.shape[0]
     row = jnp.where(ended, state.row, idle)
     return cache, replace(
@@ -168,10 +179,10 @@ def _end(
 
 
 def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> State:
-    """Gives prompts of the queue idle sequences, in order, as long as there are such and pages for all that may come.
+    """Assigns prompts of the queue, in order, to idle sequences while there are pages for all they may write.
 
-    What is admitted never runs out of pages, unless it has the pool to itself. A prompt too long even then is passed
-    over, with FINISH_OUT_OF_PAGES.
+    An admitted prompt never runs out of pages, unless it has the pool to itself. One that does not
+    fit even then ends with FINISH_OUT_OF_PAGES.
     """
     n, s, rows = shape.num_samples, cache.max_seqs, state.num_tokens.shape[0]
 
@@ -182,10 +193,10 @@ def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> Stat
         state = carry[0]
         first = state.next_prompt * n
         idle = state.row == rows
-        rank = jnp.cumsum(idle, dtype=jnp.int32) - 1 if shape.queue else jnp.arange(s) - first
+        rank = jnp.cumsum(idle, dtype=jnp.int32) - 1 if shape.queue else lax.iota(jnp.int32, s) - first
         member = idle & (rank >= 0) & (rank < n)
         row = jnp.where(member, first + rank, rows)
-        leader = jnp.argmax(member & (rank == 0))
+        leader = jnp.argmax(member & (rank == 0)).astype(jnp.int32)
         admitted = replace(
             state,
             row=jnp.where(member, row, state.row),
@@ -194,19 +205,19 @@ def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> Stat
             recent=jnp.where(member[:, None], request.recent[state.next_prompt], state.recent),
         )
         slots = Slots.of(admitted, request, shape)
-        needed = cache.pages_needed(slots.tokens_to_come(admitted, request), limit=shape.limit)
+        needed = cache.pages_needed(slots.tokens_left(admitted, request), limit=shape.limit)
         needed -= jnp.where(slots.waiting, cache.whole_pages(slots.prompt_len), 0)
         alone = jnp.all(idle)
         for_prompt = cache.pages_needed(
             jnp.where(member & (rank == 0), slots.prompt_len, 0), limit=shape.limit
         )
         possible = jnp.sum(for_prompt) <= cache.pages_free
-        room = (jnp.sum(needed) <= cache.pages_free) | (alone & possible)
-        if shape.keep:  # pages never come back, so waiting for them would be in vain
-            room = possible = jnp.bool_(True)
-        enters = (jnp.sum(member) == n) & room
+        enough = (jnp.sum(needed) <= cache.pages_free) | (alone & possible)
+        if shape.keep:  # pages are never freed, so waiting for them would be in vain
+            enough = possible = jnp.bool_(True)
+        enters = (jnp.sum(member) == n) & enough
         refused = alone & ~possible
-        refused_rows = jnp.where(refused, first, rows) + jnp.arange(n)
+        refused_rows = jnp.where(refused, first, rows) + lax.iota(jnp.int32, n)
         state = jax.tree.map(lambda new, old: jnp.where(enters, new, old), admitted, state)
         moved_on = enters | refused
         state = replace(
@@ -217,11 +228,11 @@ def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> Stat
         return state, moved_on & (state.next_prompt < request.num_prompts)
 
     waiting = (state.next_prompt < request.num_prompts) & jnp.any(state.row == rows)
-    return jax.lax.while_loop(pending, admit_next, (state, waiting))[0]
+    return lax.while_loop(pending, admit_next, (state, waiting))[0]
 
 
-def _forget(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new: Array) -> Cache:
-    """Makes room in the contexts: what no layer will see again and what a context shift discards is removed."""
+def _discard(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new: Array) -> Cache:
+    """Removes tokens that no layer will see again, and those that a context shift discards."""
     if shape.window is not None:
         cache = cache.seq_drop_unseen(shape.window)
     if not shape.shift:
@@ -233,12 +244,12 @@ def _forget(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new:
     discard = jnp.clip(jnp.maximum(usual, length + num_new - request.n_ctx), 0, length - keep)
 
     def shift(cache: Cache) -> Cache:
-        # Ranges are positions. Those of a sequence without gaps begin where its first token stands.
+        # Ranges are positions; a sequence without gaps begins at its smallest.
         begin = cache.seq_position_min() + keep
         cache, removed = cache.seq_remove(full, begin, begin + discard)
         return cache.seq_shift(full & removed, begin + discard, -1, -discard)[0]
 
-    return jax.lax.cond(jnp.any(full), shift, lambda cache: cache, cache)
+    return lax.cond(jnp.any(full), shift, lambda cache: cache, cache)
 
 
 def _step(
@@ -249,44 +260,47 @@ def _step(
     state: State,
     request: Request,
     *,
-    reads: bool,
+    prefill: bool,
 ) -> tuple[Cache, State]:
-    """One run of the model: a token for every decoding sequence and, if it ``reads``, pieces of prompts."""
+    """One run of the model: a token of every decoding sequence and, with ``prefill``, parts of prompts."""
     s = cache.max_seqs
-    num_tokens = shape.chunk if reads else s
+    num_tokens = shape.chunk if prefill else s
     slots = Slots.of(state, request, shape)
     num_new = slots.decoding.astype(jnp.int32)
-    if reads:
-        left = jnp.where(slots.reading, slots.prompt_len - state.progress, 0)
-        num_new += jnp.clip(num_tokens - jnp.sum(num_new) - (jnp.cumsum(left) - left), 0, left)
+    if prefill:
+        left = jnp.where(slots.prefilling, slots.prompt_len - state.progress, 0)
+        before = jnp.cumsum(left, dtype=jnp.int32) - left
+        num_new += jnp.clip(num_tokens - jnp.sum(num_new, dtype=jnp.int32) - before, 0, left)
 
-    cache = _forget(cache, slots, request, shape, num_new)
-    # Those that find no room end here, their other samples with them, and their pages serve the others.
+    cache = _discard(cache, slots, request, shape, num_new)
+    # Sequences without pages end here, with their other samples, and their pages serve the others.
     fits = cache.can_reserve_each(num_new)
     ended = slots.busy & ~(fits & fits[state.leader])
     cache, state = _end(cache, state, ended, FINISH_OUT_OF_PAGES, released=ended)
     num_new = jnp.where(ended, 0, num_new)
-    cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=num_tokens if reads else 1)
+    cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=num_tokens if prefill else 1)
 
     sequence = jnp.minimum(batch.sequence, s - 1)
     tokens = state.newest[sequence]
-    if reads:
-        column = state.progress[sequence] + jnp.arange(num_tokens) - batch.cu_q_lens[sequence]
+    if prefill:
+        column = state.progress[sequence] + lax.iota(jnp.int32, num_tokens) - batch.cu_q_lens[sequence]
         column = jnp.clip(column, 0, request.prompts.shape[1] - 1)
-        tokens = jnp.where(slots.reading[sequence], request.prompts[slots.prompt[sequence], column], tokens)
+        tokens = jnp.where(
+            slots.prefilling[sequence], request.prompts[slots.prompt[sequence], column], tokens
+        )
     last = batch.last_rows[state.leader]
     logits, cache = model(params, tokens, cache, batch, last)
 
-    progress = state.progress + jnp.where(slots.reading, num_new, 0)
+    progress = state.progress + jnp.where(slots.prefilling, num_new, 0)
     sampled = (num_new > 0) & (progress == slots.prompt_len)
-    if reads and shape.num_samples > 1:
+    if prefill and shape.num_samples > 1:
         forked = slots.waiting & ~ended & sampled[state.leader]
-        source = jnp.where(forked, state.leader, jnp.arange(s))
-        cache = jax.lax.cond(jnp.any(forked), lambda c: c.seq_reorder(source), lambda c: c, cache)
+        source = jnp.where(forked, state.leader, lax.iota(jnp.int32, s))
+        cache = lax.cond(jnp.any(forked), lambda c: c.seq_reorder(source), lambda c: c, cache)
         progress = jnp.where(forked, slots.prompt_len, progress)
         sampled |= forked
-        state = replace(state, leader=jnp.where(forked, jnp.arange(s), state.leader))
-    # Not the position in the context, which a shift turns back, but how far the sequence has come.
+        state = replace(state, leader=jnp.where(forked, lax.iota(jnp.int32, s), state.leader))
+    # Random numbers follow the distance from the beginning, which a context shift does not change.
     token = sample(
         logits,
         jax.tree.map(lambda field: field[slots.row], request.sampling),
@@ -311,12 +325,12 @@ def _accept(
     sampled: Array,
     keep: bool,
 ) -> tuple[Cache, State]:
-    """Appends the token sampled for each sequence marked, and ends those that are done."""
+    """Appends the token of each sequence in ``sampled bool[S]``, and ends those that are finished."""
     failed = sampled & (token < 0)
     stopped = sampled & ~failed & jnp.any(token[:, None] == request.stop_ids, axis=1)
     limit = request.max_new_tokens[slots.row]
-    room = state.num_tokens[slots.row] < limit
-    appended = sampled & ~stopped & ~failed & room
+    below_limit = state.num_tokens[slots.row] < limit
+    appended = sampled & ~stopped & ~failed & below_limit
     row = jnp.where(appended, slots.row, state.num_tokens.shape[0])
     num_tokens = state.num_tokens.at[row].add(1, mode="drop")
     column = state.num_tokens[slots.row]
@@ -328,13 +342,13 @@ def _accept(
         recent=push_recent(state.recent, token, appended),
     )
     full = sampled & (num_tokens[slots.row] >= limit)
-    reason = jnp.where(stopped & room, FINISH_STOP, jnp.where(failed, FINISH_NAN, FINISH_LENGTH))
+    reason = jnp.where(stopped & below_limit, FINISH_STOP, jnp.where(failed, FINISH_NAN, FINISH_LENGTH))
     ended = stopped | full | failed
     return _end(cache, state, ended, reason, released=failed if keep else ended)
 
 
 def begin(cache: KVCache, request: Request, shape: Shape) -> State:
-    """Nothing admitted yet."""
+    """State before any prompt is admitted."""
     s, rows = cache.max_seqs, request.max_new_tokens.shape[0]
     none = jnp.zeros(s, jnp.int32)
     return State(
@@ -344,7 +358,7 @@ def begin(cache: KVCache, request: Request, shape: Shape) -> State:
         next_prompt=jnp.int32(0),
         row=none + rows,
         progress=none,
-        leader=jnp.arange(s, dtype=jnp.int32),
+        leader=lax.iota(jnp.int32, s),
         newest=none,
         recent=jnp.full((s, request.recent.shape[1]), -1, jnp.int32),
         pages_peak=cache.pages_used,
@@ -361,12 +375,12 @@ def _advance(
     request: Request,
     steps: Array,
 ) -> tuple[Cache, State]:
-    """At most ``steps`` steps that decode, and as many as it takes to read the prompts admitted."""
+    """Runs at most ``steps`` decode steps, and as many prefill steps as the admitted prompts need."""
     rows = state.num_tokens.shape[0]
     last = state.num_steps + steps
 
-    def reading(state: State) -> Array:
-        return jnp.any(Slots.of(state, request, shape).reading)
+    def prefilling(state: State) -> Array:
+        return jnp.any(Slots.of(state, request, shape).prefilling)
 
     def admissible(state: State) -> Array:
         return (state.next_prompt < request.num_prompts) & jnp.any(state.row == rows)
@@ -374,31 +388,32 @@ def _advance(
     def unfinished(carry: tuple[Cache, State]) -> Array:
         state = carry[1]
         left = (state.next_prompt < request.num_prompts) | jnp.any(state.row < rows)
-        return left & ((state.num_steps < last) | reading(state))
+        return left & ((state.num_steps < last) | prefilling(state))
 
-    # Two loops side by side, not a choice inside of one: a branch that writes the pool might copy it. Both come back as
-    # soon as a sequence is idle that a prompt waits for, but not before a step was made: it may have to wait for pages.
-    def turn(carry: tuple[Cache, State]) -> tuple[Cache, State]:
+    # Two loops in succession, not a condition inside of one: a branch that writes to the pool might
+    # copy it. Both end as soon as a sequence is idle while prompts wait, but not before a step was
+    # made, since a prompt may have to wait for pages.
+    def cycle(carry: tuple[Cache, State]) -> tuple[Cache, State]:
         cache, state = carry
 
-        def step(carry: tuple[Array, Cache, State], *, reads: bool) -> tuple[Array, Cache, State]:
-            cache, state = _step(model, shape, params, carry[1], carry[2], request, reads=reads)
+        def step(carry: tuple[Array, Cache, State], *, prefill: bool) -> tuple[Array, Cache, State]:
+            cache, state = _step(model, shape, params, carry[1], carry[2], request, prefill=prefill)
             return ~admissible(state), cache, state
 
-        def reads(carry: tuple[Array, Cache, State]) -> Array:
-            return carry[0] & reading(carry[2])
+        def prefills(carry: tuple[Array, Cache, State]) -> Array:
+            return carry[0] & prefilling(carry[2])
 
         def decodes(carry: tuple[Array, Cache, State]) -> Array:
             go, _, state = carry
-            return go & jnp.any(state.row < rows) & (state.num_steps < last) & ~reading(state)
+            return go & jnp.any(state.row < rows) & (state.num_steps < last) & ~prefilling(state)
 
         going = jnp.bool_(True), cache, _admit(cache, state, request, shape)
-        going = jax.lax.while_loop(reads, functools.partial(step, reads=True), going)
-        _, cache, state = jax.lax.while_loop(decodes, functools.partial(step, reads=False), going)
+        going = lax.while_loop(prefills, functools.partial(step, prefill=True), going)
+        _, cache, state = lax.while_loop(decodes, functools.partial(step, prefill=False), going)
         return cache, state
 
     state = _admit(cache, state, request, shape)
-    return jax.lax.while_loop(unfinished, turn, (cache, state))
+    return lax.while_loop(unfinished, cycle, (cache, state))
 
 
 def _generate(
@@ -423,18 +438,19 @@ advance_donating = jax.jit(
 )
 
 
-def in_order(result: GenerateResult, deal: BatchSharding) -> GenerateResult:
-    """What the data shards of a mesh came to as rows of the caller's order, on the host; pages are summed up."""
-    return deal.gathered_result(result, pages_peak=np.sum, num_steps=np.max)
+def gather_result(result: GenerateResult, sharding: BatchSharding) -> GenerateResult:
+    """Results of the data shards of a mesh in the caller's order, on the host; pages are summed up."""
+    return sharding.gathered_result(result, pages_peak=np.sum, num_steps=np.max)
 
 
 def generate(
     model: Model,
     params: Any,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
+    prompt_lens: npt.ArrayLike | None = None,
     n: int = 1,
     sampling: SamplingParams | None = None,
     stop_ids: Sequence[int] = (),
@@ -444,55 +460,54 @@ def generate(
     window: int | None = None,
     history: Sequence[Sequence[int]] = (),
 ) -> tuple[GenerateResult, Cache]:
-    """Generates after each prompt, in one XLA program that does not return to Python.
+    """Generates a continuation of each prompt, in one XLA program that does not return to Python.
 
-    Prompts beyond the cache's sequences wait in a queue on the device: when a sequence ends, its pages go back, and the
-    next prompt is read, in chunks, beside the sequences that decode. A prompt is admitted when there are pages for all
-    that it and the others may yet write, so none runs out of pages on the way, unless it is alone.
+    More prompts than the cache has sequences wait in a queue on the device: when a sequence ends, its
+    pages are freed, and the next prompt is prefilled in chunks, in the steps of the sequences that
+    decode. A prompt is admitted when there are pages for all that it and the others may yet write, so
+    none runs out of pages on the way, unless it is alone.
+
+    Programs are compiled for sizes in buckets: prompts of up to 16 tokens, 24, 32, 48, 64 and so on
+    share a program, as do ``max_new_tokens`` in the same steps. All else is data.
 
     Args:
       model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues what sequence i of the
-        cache holds; with fewer, all of them should be empty. A ``ShardedCache`` runs all of it on its mesh, in one
-        program still: prompts are dealt to its data shards, or the samples of a few prompts are; ``model`` and
-        ``params`` are then those of a mesh (``jaxpaged_model.checkpoint.loading.load_model(mesh=...)``).
-      prompts: token ids, any number of prompts of any lengths, none empty.
-      max_new_tokens: tokens to generate at most, for all or one number a prompt.
-      n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, and copy on write.
-      sampling: one row a sample, or one a sequence of the cache where these are more; default greedy.
+      cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues sequence
+        i of the cache; with fewer, all sequences should be empty. A ``ShardedCache`` runs the program
+        on its mesh: prompts are distributed over its data shards, or the samples of a few prompts are;
+        ``model`` and ``params`` are then of ``load_model(mesh=...)``.
+      prompts: token ids, any number of prompts of any lengths, none empty: lists, 1-D arrays, or one
+        array ``i32[B, T]``.
+      max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
+      prompt_lens: i32[B], tokens of each prompt if ``prompts`` are padded on the right.
+      n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, with
+        copy-on-write.
+      sampling: one row a sample, or one a sequence of the cache if these are more; default greedy.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: tokens of a step that reads prompts; they are packed one behind the other into steps of that many.
-      keep: leave finished sequences in the cache (all but their newest token, which was never fed back); otherwise
-        their pages are given back the moment they end. Not with a queue.
-      context_shift: go on beyond the context; it takes two pages and two table entries a sequence more than ``n_ctx``
-        tokens do. Needs a paged cache, and a model that hands its ``rope`` to ``attend``.
-      window: tokens that the widest layer sees, if no layer sees all: pages behind it are given back on the way.
-      history: the tokens before each prompt, where the cache has some: penalties look at them, and a context shift's
-        ``n_keep`` counts them.
+      batch_size: maximum number of tokens of a prefill step, which may hold parts of several prompts.
+      keep: leave finished sequences in the cache (without their newest token, which was never an
+        input); otherwise their pages are freed when they end. Not with a queue.
+      context_shift: continue beyond the context; takes two pages and two table entries a sequence more
+        than ``n_ctx`` tokens do. Needs a paged cache with a ``rope``.
+      window: attention window of the widest layer, if none sees all tokens: pages behind it are freed
+        on the way.
+      history: tokens before each prompt that the cache holds already: penalties apply to them, and
+        ``n_keep`` of a context shift counts them.
 
     Returns:
-      ``(result, cache)``. A sequence that finds no free page ends with FINISH_OUT_OF_PAGES and the tokens it has; one
-      whose logits hold NaN ends with FINISH_NAN. Their pages are freed, with ``keep`` too.
+      ``(result, cache)``. A sequence that gets no page ends with FINISH_OUT_OF_PAGES and the tokens it
+      has; one whose logits hold NaN ends with FINISH_NAN. Their pages are freed, with ``keep`` too.
 
     Raises:
-      ValueError: no prompt, an empty prompt, a negative id or count, sampling of another size, a prompt that fills the
-        shifted context, ``keep`` with more rows than sequences.
+      ValueError: no prompt, an empty prompt, ids that are no integers or negative, a negative count,
+        sampling of another size, a prompt that fills the shifted context, ``keep`` with more rows than
+        sequences.
     """
     mesh = mesh_of(cache)
     request, shape = make_request(
-        cache.max_seqs,
-        prompts,
-        max_new_tokens,
-        sampling,
-        stop_ids,
-        batch_size,
-        keep,
-        n,
-        context_shift,
-        window,
-        history,
-        mesh,
-    )
+        cache.max_seqs, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep, n, context_shift,
+        window, history, mesh, prompt_lens,
+    )  # fmt: skip
     result, cache = _generate_donating(model, shape, params, cache, request)
-    return (result if mesh is None else in_order(result, BatchSharding.of(mesh, len(prompts), n))), cache
+    return (result if mesh is None else gather_result(result, BatchSharding.of(mesh, len(prompts), n))), cache

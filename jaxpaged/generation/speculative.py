@@ -1,37 +1,49 @@
-"""Prompt-lookup decoding inside one XLA program: several tokens a step where the text repeats itself.
+"""Prompt-lookup decoding in one XLA program: several tokens a step where the text repeats itself.
 
-The path of a step, top to bottom: ``find_drafts`` copies what followed the last tokens where they stood before,
-``_verify`` reserves room for the newest token and its draft, runs the model over them at once, accepts the draft as far
-as greedy decoding agrees, and rolls the rest back with ``seq_remove``. The text is that of greedy decoding.
+The path of a step, top to bottom: ``find_drafts`` copies the tokens that followed an earlier
+occurrence of the last ones; ``_verify`` reserves slots for the newest token and its draft, runs the
+model on them, accepts the draft as far as greedy decoding agrees, and removes the rest from the cache.
+The text is that of greedy decoding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+import numpy.typing as npt
+from jax import Array, lax
 from jax.sharding import Mesh
 
+from jaxpaged.cache.interface import Cache
 from jaxpaged.generation.loop import (
     FINISH_LENGTH,
     FINISH_NAN,
     FINISH_OUT_OF_PAGES,
     FINISH_STOP,
     RUNNING,
-    Cache,
     Model,
+    ResultBase,
 )
 from jaxpaged.generation.prefill import prefill
-from jaxpaged.generation.prompts import Prompts, bucket, pack_limits, pack_prompts, pack_stop_ids
+from jaxpaged.generation.prompts import (
+    Prompts,
+    PromptsLike,
+    bucket,
+    pack_limits,
+    pack_prompts,
+    pack_stop_ids,
+    token_limits,
+    token_lists,
+)
 from jaxpaged.generation.sampling import SamplingParams, sample
-from jaxpaged.generation.stream import StreamChunk
+from jaxpaged.generation.stream import TokenStream
 from jaxpaged.sharding.mesh import (
     BATCH,
     CACHE,
@@ -49,30 +61,30 @@ from jaxpaged.sharding.mesh import (
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LookupResult:
-    """What ``generate_lookup`` made; a row a sequence, S = max_seqs of the cache."""
+@dataclass(frozen=True, repr=False)
+class LookupResult(ResultBase):
+    """Result of ``generate_lookup``; one row a sequence, S = max_seqs of the cache."""
 
     tokens: Array
-    """i32[S, M]: the tokens generated, without the stop token; -1 behind them."""
+    """i32[S, M]: generated tokens, without the stop token, padded with -1."""
     num_tokens: Array
-    """i32[S]: how many they are."""
+    """i32[S]: number of generated tokens."""
     finish_reason: Array
-    """i32[S]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING in rows without a prompt."""
+    """i32[S]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING without a prompt."""
     pages_peak: Array
-    """i32[]: most pages in use after any step."""
+    """i32[]: largest number of pages in use after any step."""
     drafted: Array
-    """i32[S]: tokens drafted."""
+    """i32[S]: number of drafted tokens."""
     accepted: Array
-    """i32[S]: those of them that are part of the text."""
+    """i32[S]: number of drafted tokens that are part of the text."""
     num_steps: Array
-    """i32[S]: steps that computed a token of the sequence; without drafts, one for each token."""
+    """i32[S]: steps that computed a token of the sequence; without drafts, one a token."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """What the loop carries, beside the cache."""
+    """Carry of the loop, beside the cache."""
 
     text: Array
     """i32[S, X]: prompt and generated tokens; all but the last are in the cache."""
@@ -90,7 +102,7 @@ class _State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Request:
-    """What is asked for: arrays, so that other prompts and parameters never recompile."""
+    """Dynamic part of a request: other values do not recompile."""
 
     prompts: Prompts
     max_new_tokens: Array
@@ -101,39 +113,39 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Shape:
-    """The static part of a request."""
+    """Static part of a request."""
 
     num_draft: int
     """K: tokens of a draft."""
     ngram: int
     capacity: int
-    """M: columns of the tokens generated."""
+    """M: columns of the generated tokens."""
     chunk: int
     """Tokens of a prefill step."""
     keep: bool
-    """Whether finished sequences stay in the cache."""
+    """True if finished sequences stay in the cache."""
 
 
 def find_drafts(text: Array, length: Array, *, ngram: int, num_draft: int) -> tuple[Array, Array]:
-    """Guesses what follows each text: what followed its last tokens where they stood before.
+    """Predicts the continuation of each text from an earlier occurrence of its last tokens.
 
-    Of all earlier places, that which agrees with the end in the most tokens, up to ``ngram``, and of these the latest.
-    A place less than ``num_draft`` tokens back repeats itself: the copy goes on with what it has just copied.
+    Takes the occurrence that matches most of the last tokens, up to ``ngram``, and the latest of these.
+    If it is less than ``num_draft`` tokens back, the copy continues with the tokens just copied.
 
     Args:
       text: i32[S, X].
-      length: i32[S], tokens of each text; what stands behind them is not looked at.
-      ngram: tokens to look for at most.
+      length: i32[S], tokens of each text; those behind them are ignored.
+      ngram: maximum number of tokens to match.
       num_draft: K.
 
     Returns:
       ``(draft i32[S, K], found bool[S])``.
 
-    Reference: Saxena, "Prompt Lookup Decoding" (2023), which takes the earliest place; Lempel and Ziv (1977), for the
-    copy that reads itself.
+    Reference: Saxena, "Prompt Lookup Decoding" (2023), which takes the earliest occurrence; Lempel and
+    Ziv (1977) for the copy that overlaps itself.
     """
     width = text.shape[1]
-    place = jnp.arange(width, dtype=jnp.int32)
+    place = lax.iota(jnp.int32, width)
     last = length[:, None] - 1
     same, agreeing = place < last, jnp.zeros(text.shape, jnp.int32)
     for back in range(ngram):
@@ -144,16 +156,17 @@ def find_drafts(text: Array, length: Array, *, ngram: int, num_draft: int) -> tu
     found = jnp.any(agreeing > 0, axis=1)
     best = jnp.argmax(value, axis=1).astype(jnp.int32)[:, None]
     period = jnp.where(found[:, None], last - best, 1)
-    source = best + 1 + jnp.arange(num_draft, dtype=jnp.int32) % period
+    source = best + 1 + lax.iota(jnp.int32, num_draft) % period
     return jnp.take_along_axis(text, jnp.minimum(source, width - 1), axis=1), found
 
 
 def _request(
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
+    prompt_lens: npt.ArrayLike | None,
     num_draft: int,
     ngram: int,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
     stop_ids: Sequence[int],
     batch_size: int,
     keep: bool,
@@ -164,14 +177,19 @@ def _request(
     mesh = mesh_of(cache)
     shards = num_shards(mesh)
     max_seqs = cache.max_seqs // shards  # of one data shard
-    packed, chunk = pack_prompts(prompts, max_seqs=max_seqs, batch_size=batch_size, shards=shards)
-    limits = pack_limits(max_new_tokens, len(prompts), max_seqs, shards)
-    request = _Request(packed, limits, BatchSharding(shards, 1).same(pack_stop_ids(stop_ids)))
+    ids = token_lists(prompts, prompt_lens)
+    packed, chunk = pack_prompts(ids, max_seqs=max_seqs, batch_size=batch_size, shards=shards)
+    limits = token_limits(max_new_tokens, len(ids), 1)
+    request = _Request(
+        packed,
+        pack_limits(limits, max_seqs, shards),
+        BatchSharding(shards, 1).same(pack_stop_ids(stop_ids)),
+    )
     return put_rows(mesh, request), _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
-    """Reads the prompts, all but the last token of each."""
+    """Prefills the prompts, all but the last token of each."""
     prompts = request.prompts
     s = cache.max_seqs
     cache, served, pages_peak = prefill(model, shape.chunk, params, cache, prompts)
@@ -192,8 +210,8 @@ def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Req
 def _end(
     cache: Cache, state: _State, ended: Array, reason: Array | int, released: Array
 ) -> tuple[Cache, _State]:
-    """Ends the sequences marked ``ended bool[S]``; frees the pages of ``released bool[S]``."""
-    cache = jax.lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
+    """Ends the sequences ``ended bool[S]`` and frees the pages of ``released bool[S]``."""
+    cache = lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
     return cache, replace(
         state,
         active=state.active & ~ended,
@@ -210,15 +228,15 @@ def _verify(
     draft: Array,
     count: Array,
 ) -> tuple[Cache, _State, Array, Array, Array]:
-    """Computes the newest token of each sequence and its draft, and keeps what greedy decoding would have written.
+    """Runs the model on the newest token and the draft of each sequence, and keeps the tokens of greedy decoding.
 
     Args:
       draft: i32[S, K].
-      count: i32[S]: how many of the K tokens to try.
+      count: i32[S]: number of the K tokens to try.
 
     Returns:
-      ``(cache, state, stopped bool[S], failed bool[S], appended i32[S])``: which sequences end with a stop token or
-      with NaN, and how many tokens each got. Rejected tokens are removed from the cache.
+      ``(cache, state, stopped bool[S], failed bool[S], appended i32[S])``: sequences that end with a
+      stop token, those with NaN, and number of new tokens. The cache is without rejected tokens.
     """
     s, width = cache.max_seqs, draft.shape[1] + 1
     num_new = jnp.where(state.active, 1 + count, 0)
@@ -226,9 +244,9 @@ def _verify(
     pages_peak = jnp.maximum(state.pages_peak, cache.pages_used)
     newest = jnp.take_along_axis(state.text, jnp.maximum(state.length - 1, 0)[:, None], axis=1)
     tried = jnp.concatenate([newest, draft], axis=1)
-    first, step = batch.cu_q_lens[:-1], jnp.arange(width, dtype=jnp.int32)
+    first, step = batch.cu_q_lens[:-1], lax.iota(jnp.int32, width)
     sequence = jnp.minimum(batch.sequence, s - 1)
-    tokens = tried[sequence, jnp.clip(jnp.arange(s * width) - first[sequence], 0, width - 1)]
+    tokens = tried[sequence, jnp.clip(lax.iota(jnp.int32, s * width) - first[sequence], 0, width - 1)]
     rows = jnp.minimum(first[:, None] + step, s * width - 1).reshape(-1)
     logits, cache = model(params, tokens, cache, batch, rows)
     nothing_recent = jnp.zeros((s * width, 0), jnp.int32)
@@ -245,16 +263,16 @@ def _verify(
     appended = jnp.where(state.active, appended, 0)
     accepted = jnp.minimum(accepted, appended)
 
-    # Rollback: the newest token and the accepted ones stay.
+    # Roll back: the newest token and the accepted ones stay.
     rejected = num_new > 1 + accepted
     behind = batch.position[jnp.minimum(first, s * width - 1)] + 1 + accepted
-    cache = jax.lax.cond(jnp.any(rejected), lambda c: c.seq_remove(rejected, behind)[0], lambda c: c, cache)
+    cache = lax.cond(jnp.any(rejected), lambda c: c.seq_remove(rejected, behind)[0], lambda c: c, cache)
     column = jnp.where(step < appended[:, None], state.length[:, None] + step, state.text.shape[1])
     return (
         cache,
         replace(
             state,
-            text=state.text.at[jnp.arange(s)[:, None], column].set(best, mode="drop"),
+            text=state.text.at[lax.iota(jnp.int32, s)[:, None], column].set(best, mode="drop"),
             length=state.length + appended,
             pages_peak=pages_peak,
             drafted=state.drafted + count,
@@ -268,12 +286,12 @@ def _verify(
 
 
 def _draft(shape: _Shape, cache: Cache, state: _State, request: _Request) -> tuple[Array, Array]:
-    """``(draft i32[S, K], count i32[S])``: what to try in the next step, and how many tokens of it."""
+    """``(draft i32[S, K], count i32[S])``: tokens to try in the next step, and number of them."""
     left = request.max_new_tokens - (state.length - request.prompts.lens)
     draft, found = find_drafts(state.text, state.length, ngram=shape.ngram, num_draft=shape.num_draft)
-    # The last token that may be generated is never drafted: a step adds one more than its draft has right.
+    # The last token of a limit is never drafted, since a step adds one more token than it accepts.
     count = jnp.where(state.active & found, jnp.minimum(shape.num_draft, left - 1), 0)
-    # A draft must not take the page that another sequence's token needs, nor end its own sequence.
+    # A draft must neither take a page that another sequence needs nor end its own sequence.
     fits = jnp.all(cache.can_reserve_each(state.active + count))
     return draft, jnp.where(fits, count, 0)
 
@@ -288,7 +306,7 @@ def _step(
     draft: Array,
     count: Array,
 ) -> tuple[Cache, _State]:
-    """One step: as many tokens for each active sequence as its draft has right, and one more."""
+    """One step: the accepted tokens of the draft of each active sequence, and one more."""
     cache, state, stopped, failed, appended = _verify(model, params, cache, state, request, draft, count)
     ended = stopped | failed
     full = (appended > 0) & ~ended & (state.length - request.prompts.lens >= request.max_new_tokens)
@@ -303,10 +321,10 @@ _Carry = tuple[Array, Any, _State, Array, Array]
 def _advance(
     model: Model, shape: _Shape, params: Any, cache: Cache, state: _State, request: _Request, steps: Array
 ) -> tuple[Cache, _State]:
-    """At most ``steps`` steps; fewer when every sequence has ended.
+    """Runs at most ``steps`` steps, fewer if all sequences end.
 
-    A step without a draft anywhere computes no more rows than there are sequences. The two kinds of step are two loops
-    in a loop: where the branches of a condition write to the pool, XLA copies all of it.
+    A step without any draft computes one row a sequence. The two kinds of steps are two loops in a
+    loop, because XLA copies the pool if branches of a condition write to it.
     """
 
     def unfinished(carry: _Carry) -> Array:
@@ -323,23 +341,23 @@ def _advance(
 
     def without_draft(carry: _Carry) -> _Carry:
         i, cache, state, draft, count = carry
-        without_room = state.active & ~cache.can_reserve_each(state.active.astype(jnp.int32))
-        cache, state = _end(cache, state, without_room, FINISH_OUT_OF_PAGES, released=without_room)
+        without_pages = state.active & ~cache.can_reserve_each(state.active.astype(jnp.int32))
+        cache, state = _end(cache, state, without_pages, FINISH_OUT_OF_PAGES, released=without_pages)
         cache, state = _step(model, shape, params, cache, state, request, draft[:, :0], count)
         return i + 1, cache, state, *_draft(shape, cache, state, request)
 
     def both(carry: _Carry) -> _Carry:
-        carry = jax.lax.while_loop(lambda c: unfinished(c) & drafted(c), with_draft, carry)
-        return jax.lax.while_loop(lambda c: unfinished(c) & ~drafted(c), without_draft, carry)
+        carry = lax.while_loop(lambda c: unfinished(c) & drafted(c), with_draft, carry)
+        return lax.while_loop(lambda c: unfinished(c) & ~drafted(c), without_draft, carry)
 
     carry = (jnp.int32(0), cache, state, *_draft(shape, cache, state, request))
-    _, cache, state, _, _ = jax.lax.while_loop(unfinished, both, carry)
+    _, cache, state, _, _ = lax.while_loop(unfinished, both, carry)
     return cache, state
 
 
 def _result(shape: _Shape, state: _State, request: _Request) -> LookupResult:
     num_tokens = state.length - request.prompts.lens
-    index = jnp.arange(shape.capacity, dtype=jnp.int32)
+    index = lax.iota(jnp.int32, shape.capacity)
     column = jnp.minimum(request.prompts.lens[:, None] + index, state.text.shape[1] - 1)
     tokens = jnp.take_along_axis(state.text, column, axis=1)
     return LookupResult(
@@ -380,8 +398,8 @@ _results_jitted = jax.jit(
 )
 
 
-def _in_order(result: LookupResult, mesh: Mesh | None) -> LookupResult:
-    """What the data shards of a mesh made, in the order of the prompts, on the host; pages are summed up."""
+def _gathered(result: LookupResult, mesh: Mesh | None) -> LookupResult:
+    """Results of the data shards of a mesh in the order of the prompts, on the host; pages are summed up."""
     return result if mesh is None else BatchSharding.of(mesh, 1).gathered_result(result, pages_peak=np.sum)
 
 
@@ -389,9 +407,10 @@ def generate_lookup(
     model: Model,
     params: Any,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
+    prompt_lens: npt.ArrayLike | None = None,
     num_draft: int = 8,
     ngram: int = 3,
     stop_ids: Sequence[int] = (),
@@ -400,95 +419,76 @@ def generate_lookup(
 ) -> tuple[LookupResult, Cache]:
     """Greedy decoding that tries several tokens a step where the text repeats itself, in one XLA program.
 
-    The tokens are those of ``generate`` without sampling, as far as a model's logits do not depend on how many
-    tokens a step computes: sums in another order may turn a tie.
+    The tokens are those of ``generate`` without sampling, as far as the model's logits do not depend on
+    the number of tokens of a step: another order of sums may decide a tie otherwise.
 
     Args:
       model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. Prompt i continues what sequence i of the cache holds; drafts are looked
-        up in the prompt and what was generated since.
-      prompts: token ids, 1 to ``max_seqs`` prompts of any lengths, none empty.
-      max_new_tokens: tokens to generate at most, for all or one number a prompt.
+      cache: paged or contiguous; **donated**. Prompt i continues sequence i of the cache; drafts are
+        looked up in the prompt and the tokens generated since.
+      prompts: token ids, 1 to ``max_seqs`` prompts, as for ``generate``.
+      max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
+      prompt_lens: i32[B], tokens of each prompt if ``prompts`` are padded on the right.
       num_draft: K, tokens of a draft.
-      ngram: last tokens to look for at most, see ``find_drafts``.
+      ngram: maximum number of last tokens to match, see ``find_drafts``.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: tokens of a prefill step; prompts are packed one behind the other into steps of that many.
-      keep: leave finished sequences in the cache (all but their newest token, which was never fed back); otherwise
-        their pages are given back the moment they end.
+      batch_size: maximum number of tokens of a prefill step, which may hold parts of several prompts.
+      keep: leave finished sequences in the cache (without their newest token, which was never an
+        input); otherwise their pages are freed when they end.
 
     Returns:
-      ``(result, cache)``. When the pool gets short, steps go without drafts. A sequence that finds no page for one
-      token ends with FINISH_OUT_OF_PAGES and the tokens it has; one whose logits hold NaN ends with FINISH_NAN. Their
-      pages are freed, with ``keep`` too.
+      ``(result, cache)``. When pages run short, steps go without drafts. A sequence that gets no page
+      for one token ends with FINISH_OUT_OF_PAGES and the tokens it has; one whose logits hold NaN ends
+      with FINISH_NAN. Their pages are freed, with ``keep`` too.
 
     Raises:
-      ValueError: no prompt or too many, an empty prompt, a negative id, a limit, ``num_draft`` or ``ngram`` below 1.
+      ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a limit,
+        ``num_draft`` or ``ngram`` below 1.
 
     Reference: Saxena, "Prompt Lookup Decoding" (2023); transformers' ``prompt_lookup_num_tokens``.
     """
-    request, shape = _request(cache, prompts, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep)
+    request, shape = _request(
+        cache, prompts, prompt_lens, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep
+    )
     result, cache = _generate_donating(model, shape, params, cache, request)
-    return _in_order(result, mesh_of(cache)), cache
+    return _gathered(result, mesh_of(cache)), cache
 
 
 @dataclass
-class LookupStream:
-    """An iterator of StreamChunks; see ``lookup_stream``.
+class LookupStream(TokenStream):
+    """Iterator of StreamChunks; see ``lookup_stream``."""
 
-    ``compile()`` may be called first, to keep compilation out of what is timed. ``cache`` is the cache after the last
-    chunk taken; the one passed in is donated by the first.
-    """
-
-    model: Model
-    params: Any
-    cache: Any
-    num_prompts: int
-    request: _Request
-    shape: _Shape
-    every: int
-    result: LookupResult | None = None
-    """After each chunk, all that was generated so far."""
-    _programs: Any = field(default=None, repr=False)
+    _first_steps = 1
 
     def compile(self) -> None:
-        """Compiles the programs, without running them."""
         if self._programs is None:
             start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
             advance = _advance_donating.lower(
                 self.model, self.shape, self.params, *start.out_info, self.request, np.int32(0)
             )
-            # Side by side: XLA compiles much of a program on one thread.
+            # In parallel, since XLA compiles much of a program on one thread.
             with ThreadPoolExecutor(2) as pool:
                 self._programs = tuple(pool.map(lambda program: program.compile(), (start, advance)))
 
-    def __iter__(self) -> Iterator[StreamChunk]:
-        self.compile()
-        start, advance = self._programs
-        self.cache, state = start(self.params, self.cache, self.request)
-        seen, steps, running = [0] * self.num_prompts, 1, True
-        while running:
-            self.cache, state = advance(self.params, self.cache, state, self.request, np.int32(steps))
-            # Copied: the arrays of `state` are donated to the next call.
-            mesh = mesh_of(self.cache)
-            result = (_result_jitted if mesh is None else _results_jitted)(self.shape, state, self.request)
-            self.result = _in_order(fetch(result), mesh)
-            counts = self.result.num_tokens
-            new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_prompts)]
-            seen = [int(counts[i]) for i in range(self.num_prompts)]
-            reasons = self.result.finish_reason[: self.num_prompts].tolist()
-            running = RUNNING in reasons
-            yield StreamChunk(new, reasons)
-            steps = self.every
+    def _begin(self) -> Any:
+        self.cache, state = self._programs[0](self.params, self.cache, self.request)
+        return state
+
+    def _result(self, state: Any) -> LookupResult:
+        mesh = mesh_of(self.cache)
+        result = (_result_jitted if mesh is None else _results_jitted)(self.shape, state, self.request)
+        return _gathered(fetch(result), mesh)
 
 
 def lookup_stream(
     model: Model,
     params: Any,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
+    prompt_lens: npt.ArrayLike | None = None,
     num_draft: int = 8,
     ngram: int = 3,
     stop_ids: Sequence[int] = (),
@@ -496,14 +496,14 @@ def lookup_stream(
     keep: bool = False,
     every: int = 8,
 ) -> LookupStream:
-    """``generate_lookup`` that hands out tokens while it runs: after the first step, then every ``every`` steps.
-
-    Same arguments, same tokens.
+    """``generate_lookup`` that yields tokens while it runs: after the first step, then every ``every`` steps.
 
     Raises:
       ValueError: as ``generate_lookup``, or ``every`` is not positive.
     """
     if every < 1:
         raise ValueError(f"every must be positive, got {every}")
-    request, shape = _request(cache, prompts, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep)
+    request, shape = _request(
+        cache, prompts, prompt_lens, num_draft, ngram, max_new_tokens, stop_ids, batch_size, keep
+    )
     return LookupStream(model, params, cache, len(prompts), request, shape, every)

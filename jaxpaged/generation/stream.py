@@ -1,4 +1,4 @@
-"""generate_stream: a generation that comes back to Python every few tokens."""
+"""Generation that returns to Python every few tokens."""
 
 from __future__ import annotations
 
@@ -7,59 +7,95 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from jaxpaged.cache.interface import Cache
 from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.generation.loop import (
     RUNNING,
-    Cache,
     GenerateResult,
     Model,
     advance_donating,
     begin_jitted,
-    in_order,
+    gather_result,
 )
-from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
+from jaxpaged.generation.prompts import PromptsLike
+from jaxpaged.generation.request import ContextShift, make_request
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, fetch, mesh_of
 
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What came out since the chunk before."""
+    """Output since the previous chunk."""
 
     tokens: list[list[int]]
     """New tokens of each sample, in order."""
     finish_reason: list[int]
-    """RUNNING, or why the sequence ended."""
+    """Finish reason of each sample; RUNNING if it continues."""
 
 
 @dataclass
-class GenerateStream:
-    """An iterator of StreamChunks; see ``generate_stream``.
+class TokenStream:
+    """Iterator of StreamChunks; see ``generate_stream`` and ``lookup_stream``.
 
-    ``compile()`` may be called first, to keep compilation out of what is timed. ``cache`` is the cache after the last
-    chunk taken; the one passed in is donated by the first.
+    ``compile()`` may be called first, to separate compilation from what is timed. ``cache`` is the cache
+    after the latest chunk; the one passed in is donated by the first.
     """
 
     model: Model
-    params: Any
-    cache: Any
+    params: Any = field(repr=False)
+    cache: Any = field(repr=False)
     num_samples: int
-    request: Request
-    shape: Shape
+    """Number of samples."""
+    request: Any = field(repr=False)
+    shape: Any
     every: int
-    deal: BatchSharding | None = None
-    """How rows were dealt to the data shards of a mesh; None = there is none."""
-    result: GenerateResult | None = None
-    """After each chunk, all that was generated so far."""
-    found: bool = False
-    """Whether the programs were found on disk; see ``executable_cache``."""
-    _begin: Any = field(default=None, repr=False)
-    _advance: Any = field(default=None, repr=False)
+    """Steps of the next chunk; may be changed between chunks."""
+    result: Any = field(default=None, repr=False)
+    """After each chunk, the result so far, on the host."""
+    cache_hit: bool = False
+    """True if the programs were in the executable cache."""
+    _programs: Any = field(default=None, repr=False)
+    _first_steps = 0
 
     def compile(self) -> None:
-        """Compiles the programs, without running them."""
-        if self._advance is not None:
+        """Compiles the programs without running them."""
+        raise NotImplementedError
+
+    def _begin(self) -> Any:
+        """State before the first chunk."""
+        raise NotImplementedError
+
+    def _result(self, state: Any) -> Any:
+        """Result on the host, in the caller's order; a copy, as ``state`` is donated to the next chunk."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        self.compile()
+        state = self._begin()
+        advance = self._programs[1]
+        seen, steps, running = [0] * self.num_samples, self._first_steps, True
+        while running:
+            self.cache, state = advance(self.params, self.cache, state, self.request, np.int32(steps))
+            self.result = self._result(state)
+            counts = self.result.num_tokens[: self.num_samples].tolist()
+            new = [self.result.tokens[i, seen[i] : count].tolist() for i, count in enumerate(counts)]
+            reasons = self.result.finish_reason[: self.num_samples].tolist()
+            seen, running = counts, RUNNING in reasons
+            yield StreamChunk(new, reasons)
+            steps = self.every
+
+
+@dataclass
+class GenerateStream(TokenStream):
+    """Iterator of StreamChunks; see ``generate_stream``."""
+
+    sharding: BatchSharding | None = None
+    """Distribution of the samples over the data shards of a mesh; None without a mesh."""
+
+    def compile(self) -> None:
+        if self._programs is not None:
             return
         static, given = (self.model, self.shape), (self.cache, self.request)
         begin = cached_compile(
@@ -69,35 +105,25 @@ class GenerateStream:
         advance = cached_compile(
             lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
         )
-        self._begin, self._advance = begin.program, advance.program
-        self.found = begin.found and advance.found
+        self._programs = begin.program, advance.program
+        self.cache_hit = begin.found and advance.found
 
-    def __iter__(self) -> Iterator[StreamChunk]:
-        self.compile()
-        state = self._begin(self.cache, self.request)
-        seen, steps, running = [0] * self.num_samples, 0, True
-        while running:
-            self.cache, state = self._advance(self.params, self.cache, state, self.request, np.int32(steps))
-            # Copied: the arrays of `state` are donated to the next call.
-            self.result = fetch(state.result())
-            if self.deal is not None:
-                self.result = in_order(self.result, self.deal)
-            counts = self.result.num_tokens
-            new = [self.result.tokens[i, seen[i] : counts[i]].tolist() for i in range(self.num_samples)]
-            seen = [int(counts[i]) for i in range(self.num_samples)]
-            reasons = self.result.finish_reason[: self.num_samples].tolist()
-            running = RUNNING in reasons
-            yield StreamChunk(new, reasons)
-            steps = self.every
+    def _begin(self) -> Any:
+        return self._programs[0](self.cache, self.request)
+
+    def _result(self, state: Any) -> GenerateResult:
+        result = fetch(state.result())
+        return result if self.sharding is None else gather_result(result, self.sharding)
 
 
 def generate_stream(
     model: Model,
     params: Any,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptsLike,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: npt.ArrayLike,
+    prompt_lens: npt.ArrayLike | None = None,
     n: int = 1,
     sampling: SamplingParams | None = None,
     stop_ids: Sequence[int] = (),
@@ -108,9 +134,9 @@ def generate_stream(
     history: Sequence[Sequence[int]] = (),
     every: int = 8,
 ) -> GenerateStream:
-    """``generate`` that hands out tokens while it runs: first what comes while prompts are read, then up to ``every``.
+    """``generate`` that yields tokens while it runs: the first ones after prefill, then up to ``every`` a sample.
 
-    Same arguments, same tokens; the steps of one chunk still run inside one XLA program.
+    Arguments and tokens are those of ``generate``; the steps of one chunk run in one XLA program.
 
     Raises:
       ValueError: as ``generate``, or ``every`` is not positive.
@@ -119,18 +145,8 @@ def generate_stream(
         raise ValueError(f"every must be positive, got {every}")
     mesh = mesh_of(cache)
     request, shape = make_request(
-        cache.max_seqs,
-        prompts,
-        max_new_tokens,
-        sampling,
-        stop_ids,
-        batch_size,
-        keep,
-        n,
-        context_shift,
-        window,
-        history,
-        mesh,
-    )
-    deal = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)
-    return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every, deal)
+        cache.max_seqs, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep, n, context_shift,
+        window, history, mesh, prompt_lens,
+    )  # fmt: skip
+    sharding = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)
+    return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every, sharding=sharding)

@@ -20,22 +20,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.base import Pages
-from jaxpaged.cache import sequences as seqs
-from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.cache import reserve as reserving
+from jaxpaged.cache.checks import check_layer, check_step_rows, step_rows, storage_formats
+from jaxpaged.cache.paged import PagedKVCache, create_table
+from jaxpaged.cache.reserve import Metadata, PageCopies
 from jaxpaged.cache.sequences import Sequences
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, PageFormat, formats_of
+from jaxpaged.pages.formats import BlockPages, PageFormat
 from jaxpaged.pages.rope import Rope
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ContextKVCache(Sequences):
     """One rank's part of S sequences in a pool of N pages over C ranks, for L layers; see the module.
 
@@ -51,6 +54,7 @@ class ContextKVCache(Sequences):
     """``[S, P]``: the entries of ``table`` whose pages are this rank's, moved together, with pages as this rank numbers
     them (N / C = no entry). Made by ``reserve``, for the attention of its step; edits of sequences leave it behind."""
     page_size: int = field(metadata={"static": True})
+    head_dim: int = field(metadata={"static": True})
     k_format: PageFormat = field(metadata={"static": True})
     v_format: PageFormat = field(metadata={"static": True})
     axis: str = field(metadata={"static": True})
@@ -70,23 +74,23 @@ class ContextKVCache(Sequences):
         axis_size: int,
         axis: str = "context",
         page_size: int = 32,
-        max_pages_per_seq: int | None = None,
-        dtype: str = "f32",
-        k_dtype: str | None = None,
-        v_dtype: str | None = None,
+        max_seq_len: int | None = None,
+        rope: Rope | None = None,
+        dtype: DTypeLike | None = None,
+        k_dtype: DTypeLike | None = None,
+        v_dtype: DTypeLike | None = None,
         hadamard: bool | None = None,
         layout: str | None = None,
     ) -> ContextKVCache:
         """An empty cache, one rank's part of it; all ranks begin with the same. Needs no mesh around it.
 
         Args:
-          num_layers, num_kv_heads, head_dim, page_size, dtype, k_dtype, v_dtype, hadamard, layout: as
-            ``PagedKVCache.create`` has them.
+          num_layers, num_kv_heads, head_dim, page_size, max_seq_len, rope, dtype, k_dtype, v_dtype,
+            hadamard, layout: as for ``PagedKVCache.create``.
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
           axis_size: C, devices of the mesh axis.
           axis: the name of the mesh axis.
-          max_pages_per_seq: P, entries a sequence can have; default N, so that one sequence can take the whole pool.
 
         Raises:
           ValueError: a size is impossible, N is no multiple of C, or a format seals pages: those wait for their last
@@ -105,14 +109,14 @@ class ContextKVCache(Sequences):
                 f"num_pages must be a positive multiple of axis_size, as each of {axis_size} ranks keeps as many; got "
                 f"{num_pages}"
             )
-        k_format, v_format = formats_of(dtype, k_dtype, v_dtype, hadamard)
+        k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
         for storage in (k_format, v_format):
             if storage.has_residual:
                 raise ValueError(
                     f"pages of {storage.name} are sealed when they are full, which a context spread over devices "
                     "cannot do; take a format that does not seal pages"
                 )
-        max_pages_per_seq = num_pages if max_pages_per_seq is None else max_pages_per_seq
+        table = create_table(max_seqs, max_seq_len, num_pages, page_size)
         local = PagedKVCache.create(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
@@ -120,7 +124,7 @@ class ContextKVCache(Sequences):
             num_pages=num_pages // axis_size,
             max_seqs=max_seqs,
             page_size=page_size,
-            max_pages_per_seq=max_pages_per_seq,
+            max_seq_len=1,  # the table below replaces it
             dtype=dtype,
             k_dtype=k_dtype,
             v_dtype=v_dtype,
@@ -128,16 +132,25 @@ class ContextKVCache(Sequences):
             layout=layout,
         )
         return cls(
-            pages_of.create(num_pages),
-            tables.create(max_seqs, max_pages_per_seq, num_pages),
-            local.k_pages,
-            local.v_pages,
-            local.table,
-            page_size,
-            local.k_format,
-            local.v_format,
-            axis,
-            axis_size,
+            allocator=pages_of.create(num_pages),
+            table=table,
+            rope=rope,
+            k_pages=local.k_pages,
+            v_pages=local.v_pages,
+            local_table=tables.create(max_seqs, table.max_pages_per_seq, num_pages // axis_size),
+            page_size=page_size,
+            head_dim=head_dim,
+            k_format=local.k_format,
+            v_format=local.v_format,
+            axis=axis,
+            axis_size=axis_size,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"ContextKVCache({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens over "
+            f"{self.axis_size} devices of {self.axis!r}, k {self.k_format.title}, v {self.v_format.title}, "
+            f"{self.max_seqs} sequences of up to {self.max_pages_per_seq} pages)"
         )
 
     @property
@@ -162,11 +175,9 @@ class ContextKVCache(Sequences):
         return 0
 
     @property
-    def book(self) -> PagedKVCache:
-        """Allocator and table as a cache of no layers: for ``check_invariants``, and what asks about room."""
-        return PagedKVCache(
-            self.allocator, self.table, (), (), None, self.page_size, self.k_format, self.v_format
-        )
+    def metadata(self) -> Metadata:
+        """Replicated allocator and table, without staging slots."""
+        return Metadata(self.allocator, self.table, None, self.page_size)
 
     def attend(
         self,
@@ -180,7 +191,6 @@ class ContextKVCache(Sequences):
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
-        rope: Rope | None = None,
     ) -> tuple[Array, ContextKVCache]:
         """Writes one layer's keys and values of a step to their pages, and attends to those of all ranks.
 
@@ -200,7 +210,7 @@ class ContextKVCache(Sequences):
             scale=scale,
             window=window,
             soft_cap=soft_cap,
-            rope=rope,
+            rope=self.rotation,
             return_lse=True,
         )
         return merge_over_axis(out, lse, self.axis, sinks), cache
@@ -214,6 +224,8 @@ class ContextKVCache(Sequences):
           v: ``[T, num_kv_heads, head_dim]``.
           batch: what ``reserve`` gave for this step.
         """
+        layer = check_layer(layer, self.num_layers)
+        check_step_rows(k, v, batch.num_tokens, self.k_pages[layer].shape[1], self.head_dim)
         page = self._local(batch.page)
         k_pages = self.k_format.write(self.k_pages[layer], page, batch.slot, k)  # type: ignore[arg-type]
         v_pages = self.v_format.write(self.v_pages[layer], page, batch.slot, v)  # type: ignore[arg-type]
@@ -238,56 +250,11 @@ class ContextKVCache(Sequences):
             raise ValueError(
                 f"the cache is made for {self.axis_size} ranks, the mesh axis {self.axis!r} has {size}"
             )
-        book, batch, ok = self.book.reserve(num_new, num_tokens=num_tokens, max_new=max_new)
-        # Of an entry that was there, reserve changes the page only if it is the last one and its page is copied.
-        before = tables.last_entry(self.table).pages
-        last = jnp.maximum(self.table.num_entries - 1, 0)[:, None]
-        after = jnp.take_along_axis(book.table.pages, last, axis=1)[:, 0]
-        copied = (self.table.num_entries > 0) & (before != after)
-        cache = replace(self._copy_pages(before, after, copied), allocator=book.allocator, table=book.table)
-        return replace(cache, local_table=cache._make_local_table()), batch, ok
-
-    def can_reserve_each(self, num_new: Array) -> Array:
-        """See ``PagedKVCache.fits``."""
-        return self.book.can_reserve_each(num_new)
-
-    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
-        """See ``PagedKVCache.pages_needed``."""
-        return self.book.pages_needed(num_new, limit=limit)
-
-    def whole_pages(self, num_tokens: Array) -> Array:
-        """See ``PagedKVCache.whole_pages``."""
-        return self.book.whole_pages(num_tokens)
-
-    def seq_position_min(self) -> Array:
-        """See ``sequences.seq_position_min``."""
-        return seqs.seq_position_min(self)
-
-    def seq_drop_unseen(self, window: int) -> ContextKVCache:
-        """See ``sequences.seq_drop_unseen``."""
-        return seqs.seq_drop_unseen(self, window)
-
-    def seq_remove(
-        self, seq: Array | int, p0: Array | int = 0, p1: Array | int = -1
-    ) -> tuple[ContextKVCache, Array]:
-        """See ``sequences.seq_remove``."""
-        return seqs.seq_remove(self, seq, p0, p1)
-
-    def seq_copy(
-        self, src: Array | int, dst: Array | int, p0: Array | int = 0, p1: Array | int = -1
-    ) -> tuple[ContextKVCache, Array]:
-        """See ``sequences.seq_copy``."""
-        return seqs.seq_copy(self, src, dst, p0, p1)
-
-    def seq_shift(
-        self, seq: Array | int, p0: Array | int, p1: Array | int, delta: Array | int
-    ) -> tuple[ContextKVCache, Array]:
-        """See ``sequences.seq_shift``."""
-        return seqs.seq_shift(self, seq, p0, p1, delta)
-
-    def seq_reorder(self, source: Array) -> ContextKVCache:
-        """See ``sequences.seq_reorder``."""
-        return seqs.seq_reorder(self, source)
+        made = reserving.reserve(
+            self.metadata, num_new, step_rows(num_new, self.max_seqs, num_tokens), max_new
+        )
+        cache = replace(self._copy_pages(made.copies), allocator=made.allocator, table=made.table)
+        return replace(cache, local_table=cache._make_local_table()), made.batch, made.ok
 
     def _is_local(self, page: Array) -> Array:
         """Whether pages of the book are kept by this rank; "no page" may be."""
@@ -319,17 +286,14 @@ class ContextKVCache(Sequences):
         num_entries = jnp.sum(mine, axis=1, dtype=jnp.int32)
         return BlockTable(pages, first_slot, num_tokens, position, rotation, num_entries)
 
-    def _copy_pages(self, sources: Array, targets: Array, copied: Array) -> ContextKVCache:
-        """Copies pages ``sources i32[S]`` over ``targets i32[S]`` of the pool, where ``copied bool[S]``.
+    def _copy_pages(self, copies: PageCopies) -> ContextKVCache:
+        """Copies pages in every layer at once.
 
-        A loop, in every layer at once, so that a step without copies neither touches the pool nor talks to other ranks.
+        A loop, so that a step without copies neither touches the pool nor communicates.
         """
-        s = self.max_seqs
-        place = jnp.where(copied, jnp.cumsum(copied, dtype=jnp.int32) - 1, s)
-        order = jnp.zeros(s, jnp.int32).at[place].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
 
         def copy_one(i: Array, pools: list[Array]) -> list[Array]:
-            source, target = sources[order[i]], targets[order[i]]
+            source, target = copies.source[i], copies.target[i]
             words = [_as_words(pool[source // self.axis_size]) for pool in pools]
             # The page's own rank sends it, the others add zeros.
             sent = jnp.where(self._is_local(source), jnp.concatenate(words), 0)
@@ -340,7 +304,7 @@ class ContextKVCache(Sequences):
             ]
 
         pools, structure = jax.tree.flatten((self.k_pages, self.v_pages))
-        pools = lax.fori_loop(0, jnp.sum(copied, dtype=jnp.int32), copy_one, pools)
+        pools = lax.fori_loop(0, copies.num, copy_one, pools)
         k_pages, v_pages = jax.tree.unflatten(structure, pools)
         return replace(self, k_pages=k_pages, v_pages=v_pages)
 

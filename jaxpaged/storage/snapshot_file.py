@@ -70,7 +70,7 @@ def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_
     def made() -> Any:
         if isinstance(storage, ResidualFormat):
             pages = storage.create(count, num_kv_heads, page_size, head_dim, num_residual=num_residual)
-            return {**pages.parts, "open": pages.open}
+            return {**pages.parts, "residual": pages.residual}
         return storage.read(storage.create(1, num_kv_heads, page_size, head_dim), index, index)
 
     return jax.eval_shape(made)
@@ -98,7 +98,7 @@ class Snapshot:
     """i32[T]: the token ids, sequence after sequence."""
     keys: tuple[Stored, ...]
     """L times rows as the format stores them, ``[R, num_kv_heads, ...]``, in the order in which the tokens first name
-    them; or sealed pages, ``[pages, num_kv_heads, ...]``, with the open ones, ``[O, ...]``, as part "open"."""
+    them; or sealed pages, ``[pages, num_kv_heads, ...]``, with the open ones, ``[O, ...]``, as part "residual"."""
     values: tuple[Stored, ...]
     """As ``keys``."""
     staging: np.ndarray

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged.cache.paged import OutOfPages, PagedKVCache
-from jaxpaged.cache.sequences import ALL
+from jaxpaged.cache.interface import ALL, OutOfPages
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import BlockPages, PageFormat, ResidualFormat, ResidualPages
@@ -83,7 +83,7 @@ def take(
     entries[:, 1] = np.argsort(np.argsort(named))[inverse]
     pages, places = pages[np.argsort(named)], np.zeros(0, np.int32)
     if cache.staging is not None:
-        places = np.asarray(cache.staging.place)[pages]
+        places = np.asarray(cache.staging.slot_of_page)[pages]
     opened = np.flatnonzero(places < cache.max_seqs) if len(places) else np.zeros(0, np.int64)
 
     def stored(storage: PageFormat, layers: tuple[Any, ...]) -> tuple[Stored, ...]:
@@ -352,12 +352,12 @@ def _assign_staging_slots(
     staging: StagingSlots, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, opened: np.ndarray
 ) -> tuple[StagingSlots, np.ndarray]:
     """Places for the open pages of a snapshot: ``(staging, i32[O] the place of each, S = not restored)``."""
-    s = staging.num_staging_slots
+    s = staging.num_slots
     # Counts hold what is restored too, whose pages were nobody's: what was open there is no longer.
     counts = np.array(allocator.ref_counts)
     counts[pages] = 0
     free = np.flatnonzero(~np.asarray(staging.in_use(jnp.asarray(counts))))
-    place, page = np.array(staging.place), np.array(staging.page)
+    place, page = np.array(staging.slot_of_page), np.array(staging.page_of_slot)
     place[pages] = s
     restored = np.isin(opened, layout.sources)
     places = np.full(len(opened), s, np.int32)
@@ -384,7 +384,7 @@ def _write(storage: PageFormat, pages: Any, page: Array, slot: Array, rows: Any)
 
 @jax.jit
 def _read_residual(pages: ResidualPages, page: Array, place: Array) -> dict[str, Array]:
-    return {**{name: part[page] for name, part in pages.parts.items()}, "open": pages.open[place]}
+    return {**{name: part[page] for name, part in pages.parts.items()}, "residual": pages.residual[place]}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -392,13 +392,13 @@ def _write_residual(
     pages: ResidualPages, stored: dict[str, Array], page: Array, place: Array
 ) -> ResidualPages:
     parts = {name: part.at[page].set(stored[name], mode="drop") for name, part in pages.parts.items()}
-    return replace(pages, parts=parts, open=pages.open.at[place].set(stored["open"], mode="drop"))
+    return replace(pages, parts=parts, residual=pages.residual.at[place].set(stored["residual"], mode="drop"))
 
 
 def _read_pages(pages: ResidualPages, page: np.ndarray, place: np.ndarray) -> dict[str, np.ndarray]:
     found = _read_residual(pages, _padded(page), _padded(place))
     return {
-        name: np.asarray(part)[: len(place) if name == "open" else len(page)] for name, part in found.items()
+        name: np.asarray(part)[: len(place) if name == "residual" else len(page)] for name, part in found.items()
     }
 
 
@@ -410,9 +410,9 @@ def _write_pages(
     place: np.ndarray,
 ) -> ResidualPages:
     """Page ``source[i]`` of what is stored becomes page ``page[i]``, open page j the one at ``place[j]``."""
-    parts = {name: _padded(part if name == "open" else part[source]) for name, part in stored.items()}
+    parts = {name: _padded(part if name == "residual" else part[source]) for name, part in stored.items()}
     num_pages = pages.shape[0]
-    return _write_residual(pages, parts, _padded(page, num_pages), _padded(place, len(pages.open)))
+    return _write_residual(pages, parts, _padded(page, num_pages), _padded(place, len(pages.residual)))
 
 
 def _padded(array: np.ndarray, padding: int = 0) -> np.ndarray:

@@ -204,7 +204,7 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
             return BlockPages(parts, storage, *sizes)
         turned = np.asarray(hadamard_transform(jnp.asarray(rows)) if storage.hadamard else rows)
         waiting = jnp.asarray(turned[opened], jnp.float16)
-        return ResidualPages(parts, storage, *sizes, open=waiting, place=jnp.asarray(place))
+        return ResidualPages(parts, storage, *sizes, residual=waiting, slot_of_page=jnp.asarray(place))
 
     k_format, v_format = formats_of(case.dtype, None, case.v_dtype, case.hadamard)
     return stored(k_format, keys), stored(v_format, values)

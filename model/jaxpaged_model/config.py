@@ -1,4 +1,4 @@
-"""ModelConfig: the hyperparameters of a Llama-family model, whatever file they came from."""
+"""ModelConfig: the hyperparameters of a Llama-family model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the context a model was trained with.
+    """Scaling of rotary frequencies, for contexts longer than that of pretraining.
 
     ``kind``:
       * ``"linear"``: every frequency divided by ``factor`` (position interpolation).
-      * ``"yarn"``: NTK by parts (arXiv:2309.00071): high frequencies kept, low ones divided by ``factor``, a
-        linear ramp between the dimensions that turn ``beta_fast`` and ``beta_slow`` times in the original context.
+      * ``"yarn"``: NTK by parts (arXiv:2309.00071): high frequencies unchanged, low ones divided by
+        ``factor``, a linear ramp between the dimensions that make ``beta_fast`` and ``beta_slow``
+        rotations in the original context.
       * ``"llama3"``: Llama 3.1's rule, by wavelength between ``low_freq_factor`` and ``high_freq_factor``.
-      * ``"factors"``: each frequency divided by its own number in ``factors`` (GGUF's ``rope_freqs.weight``).
+      * ``"factors"``: each frequency divided by its own number in ``factors`` (GGUF's
+        ``rope_freqs.weight``).
     """
 
     kind: str
@@ -35,7 +37,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
-    """Multiplies cos and sin; None takes YaRN's ``0.1 ln(factor) + 1``, 1 for the other kinds."""
+    """Factor of cos and sin; None = YaRN's ``0.1 ln(factor) + 1``, 1 for the other kinds."""
     factors: tuple[float, ...] = ()
 
 
@@ -72,15 +74,9 @@ class ModelConfig:
                 f"architecture {self.architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
             )
         for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_q_heads",
-            "num_kv_heads",
-            "head_dim",
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads", "head_dim",
             "context_length",
-        ):
+        ):  # fmt: skip
             if getattr(self, field) <= 0:
                 raise ModelError(f"{field} must be positive, got {getattr(self, field)}")
         if self.num_q_heads % self.num_kv_heads:
@@ -121,15 +117,15 @@ class ModelConfig:
         return self.windows[layer] if self.windows else None
 
     def shard(self, tensor: int) -> ModelConfig:
-        """The model of one of ``tensor`` devices that split each layer: fewer heads, a narrower MLP.
+        """Configuration of one of ``tensor`` devices that split each layer: fewer heads, a narrower MLP.
 
         Raises:
-          MeshError: heads or the MLP cannot be dealt to so many.
+          MeshError: heads or the MLP cannot be split over so many devices.
         """
         check_heads(self.num_q_heads, self.num_kv_heads, tensor)
         if self.intermediate_size % tensor:
             raise MeshError(
-                f"tensor={tensor} does not divide the {self.intermediate_size} inner values of the MLP"
+                f"tensor={tensor} does not divide the MLP's intermediate size {self.intermediate_size}"
             )
         if tensor == 1:
             return self
@@ -141,7 +137,7 @@ class ModelConfig:
         )
 
     def num_parameters(self) -> int:
-        """Weights of the model, norms and biases included."""
+        """Number of weights, norms and biases included."""
         attention = self.head_dim * self.hidden_size * (2 * self.num_q_heads + 2 * self.num_kv_heads)
         biases = self.qkv_bias * self.head_dim * (self.num_q_heads + 2 * self.num_kv_heads)
         biases += self.attention_out_bias * self.hidden_size
@@ -153,14 +149,14 @@ class ModelConfig:
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Inverse frequencies of the rotary embedding, scaled as the configuration says.
+    """Inverse frequencies of the rotary embedding, with the configuration's scaling.
 
     Returns:
-      ``(inv_freq f32[rotary_dim / 2], attention_factor)``: a token at position p turns pair i by
+      ``(inv_freq f32[rotary_dim / 2], attention_factor)``: at position p, pair i is rotated by
       ``p * inv_freq[i]`` radians; cos and sin are multiplied by ``attention_factor``.
 
     Raises:
-      ModelError: the kind of scaling is unknown, or its numbers do not fit the model.
+      ModelError: the kind of scaling is unknown, or has another number of factors than the model.
     """
     dim = config.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
@@ -192,16 +188,16 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 def _llama3(inv_freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     wavelength = 2 * math.pi / inv_freq
-    turns = scaling.original_context_length / wavelength
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    rotations = scaling.original_context_length / wavelength
+    smooth = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
 
 
 def _yarn(inv_freq: np.ndarray, dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    def dimension_of(turns: float) -> float:
-        """The pair that turns this often within the original context."""
-        ratio = scaling.original_context_length / (turns * 2 * math.pi)
+    def dimension_of(rotations: float) -> float:
+        """The pair that makes this many rotations in the original context."""
+        ratio = scaling.original_context_length / (rotations * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(theta))
 
     low = max(math.floor(dimension_of(scaling.beta_fast)), 0)

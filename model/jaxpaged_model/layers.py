@@ -13,7 +13,7 @@ from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.quantized.linear import QuantizedLinear, WeightPlan
-from jaxpaged_model.quantized.norm import normed
+from jaxpaged_model.quantized.norm import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -24,31 +24,31 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return normed(x, self.scale[...], self.eps)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Rotation(NamedTuple):
-    """How a step's tokens are rotated; made once for all layers."""
+    """Rotary embedding of a step's tokens, shared by all layers."""
 
     rope: Rope
     cos: Array
     """f32[T, 1, rotary_dim / 2], times the model's attention factor."""
     sin: Array
-    """As ``cos``."""
+    """f32[T, 1, rotary_dim / 2], likewise."""
 
     @classmethod
     def create(cls, rope: Rope, positions: Array, attention_factor: float) -> Rotation:
-        """For tokens at ``positions i32[T]``."""
+        """The rotation of tokens at ``positions i32[T]``."""
         cos, sin = rope.cos_sin(positions)
         return cls(rope, cos[:, None] * attention_factor, sin[:, None] * attention_factor)
 
     def __call__(self, x: Array) -> Array:
-        """``x [T, heads, head_dim]``, rotated."""
+        """Rotates ``x [T, heads, head_dim]``."""
         return self.rope.rotate_by(x, self.cos, self.sin)
 
 
 class Layers:
-    """Makes the linear layers of one block, dense or quantized as the plan says."""
+    """Creates the linear layers of one block, dense or quantized according to a plan."""
 
     def __init__(
         self, path: str, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs, axis: str | None = None
@@ -64,7 +64,7 @@ class Layers:
         )
 
     def quantized(self, name: str, dim_in: int, dim_out: int, **options: Any) -> QuantizedLinear | None:
-        """None where the plan has no such layer."""
+        """The quantized layer of that name, None if the plan has no such layer."""
         kind = self.plan.of(self.path + name)
         if kind is None:
             return None
@@ -74,19 +74,19 @@ class Layers:
         )
 
 
-def normed_product(layer: nnx.Linear | QuantizedLinear, norm: RMSNorm, x: Array) -> Array:
-    """``layer(norm(x))``; a quantized layer norms by itself."""
+def norm_linear(layer: nnx.Linear | QuantizedLinear, norm: RMSNorm, x: Array) -> Array:
+    """``layer(norm(x))``, which is one operation of a quantized layer."""
     if isinstance(layer, QuantizedLinear):
         return layer(x, norm=(norm.scale[...], norm.eps))
     return layer(norm(x))
 
 
-def added_product(
+def linear_residual(
     layer: nnx.Linear | QuantizedLinear, x: Array, residual: Array, axis: str | None = None
 ) -> Array:
-    """``residual + layer(x)``; a quantized layer adds by itself.
+    """``residual + layer(x)``, which is one operation of a quantized layer.
 
-    With ``axis`` the layer's inputs are split over that mesh axis, and its results are summed over it.
+    With ``axis`` the layer's inputs are split over that mesh axis, and its partial results are summed.
     """
     if axis is not None:
         return residual + jax.lax.psum(layer(x), axis)
@@ -94,14 +94,14 @@ def added_product(
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; keys and values live in the cache, which also does the attending."""
+    """Grouped-query self-attention through a cache, which stores keys and values and computes attention."""
 
     def __init__(self, config: ModelConfig, layer: int, layers: Layers) -> None:
         c = config
         self.layer, self.window, self.axis = layer, c.window(layer), layers.axis
         self.num_q_heads, self.num_kv_heads, self.head_dim = c.num_q_heads, c.num_kv_heads, c.head_dim
         q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        # Quantized alike, the three are one matrix.
+        # Of the same quantized type, the three are one matrix.
         self.qkv = nnx.data(
             layers.quantized("attention.qkv", c.hidden_size, q_dim + 2 * kv_dim, use_bias=c.qkv_bias)
         )
@@ -120,23 +120,23 @@ class Attention(nnx.Module):
     def _projections(self, x: Array, norm: RMSNorm) -> tuple[Array, Array, Array]:
         if self.qkv is None:
             parts = (self.q, self.k, self.v)
-            q, k, v = (normed_product(layer, norm, x) for layer in parts if layer is not None)
+            q, k, v = (norm_linear(layer, norm, x) for layer in parts if layer is not None)
             return q, k, v
         q_dim, kv_dim = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = jnp.split(normed_product(self.qkv, norm, x), [q_dim, q_dim + kv_dim], axis=-1)
+        q, k, v = jnp.split(norm_linear(self.qkv, norm, x), [q_dim, q_dim + kv_dim], axis=-1)
         return q, k, v
 
     def __call__(
         self, x: Array, norm: RMSNorm, rotation: Rotation, cache: Any, batch: Batch
     ) -> tuple[Array, Any]:
-        """``x + out(attend(norm(x)))``, and the cache."""
+        """Returns (``x + out(attend(norm(x)))``, cache)."""
         tokens = x.shape[0]
         q, k, v = (part.reshape(tokens, -1, self.head_dim) for part in self._projections(x, norm))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotation(q), rotation(k)
         out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window)
-        return added_product(self.out, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
+        return linear_residual(self.out, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
 
 
 class MLP(nnx.Module):
@@ -145,7 +145,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.axis = layers.axis
-        # Quantized alike, gate and up are one matrix, which is read in one pass.
+        # Of the same quantized type, gate and up are one matrix, which is read in one pass.
         self.gate_up = nnx.data(layers.quantized("mlp.gate_up", hidden, inner, gated=True))
         self.gate, self.up = (
             nnx.data(None if self.gate_up is not None else layers.linear(f"mlp.{name}", hidden, inner, bias))
@@ -156,16 +156,16 @@ class MLP(nnx.Module):
     def __call__(self, x: Array, norm: RMSNorm) -> Array:
         """``x + mlp(norm(x))``."""
         if self.gate_up is not None:
-            inner = normed_product(self.gate_up, norm, x)
+            inner = norm_linear(self.gate_up, norm, x)
         else:
             parts = (self.gate, self.up)
-            gate, up = (normed_product(layer, norm, x) for layer in parts if layer is not None)
+            gate, up = (norm_linear(layer, norm, x) for layer in parts if layer is not None)
             inner = jax.nn.silu(gate) * up
-        return added_product(self.down, inner, x, self.axis)
+        return linear_residual(self.down, inner, x, self.axis)
 
 
 class Block(nnx.Module):
-    """One transformer layer: attention, then MLP, each on a normed residual stream."""
+    """Pre-norm transformer layer: attention, then MLP."""
 
     def __init__(
         self,

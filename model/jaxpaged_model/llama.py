@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
 from jaxpaged_model.config import ModelConfig, rope_frequencies
-from jaxpaged_model.layers import Block, Layers, RMSNorm, Rotation, normed_product
+from jaxpaged_model.layers import Block, Layers, RMSNorm, Rotation, norm_linear
 from jaxpaged_model.quantized.linear import QuantizedEmbedding, WeightPlan
 
 _DENSE = WeightPlan()
@@ -75,7 +75,7 @@ class Llama(nnx.Module):
             x, cache = block(x, rotation, cache, batch)
         x = x[rows]
         if self.head is not None:
-            logits = normed_product(self.head, self.norm, x)
+            logits = norm_linear(self.head, self.norm, x)
         elif isinstance(self.embedding, QuantizedEmbedding):
             logits = self.embedding.attend(x, norm=(self.norm.scale[...], self.norm.eps))
         else:

@@ -28,9 +28,9 @@ from cache_oracle import (
 )
 
 from jaxpaged.attention import paged_attention
+from jaxpaged.cache.interface import ALL, OutOfPages, reserve_or_raise
 from jaxpaged.cache.invariants import check_invariants
-from jaxpaged.cache.paged import OutOfPages, PagedKVCache, reserve_or_raise
-from jaxpaged.cache.sequences import ALL
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages.rope import Rope
 

@@ -27,7 +27,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from jaxpaged.cache.sequences import ALL
+from jaxpaged.cache.interface import ALL
 from jaxpaged.pages.batch import Batch
 
 MAX_SEQS, NUM_TOKENS = 4, 40

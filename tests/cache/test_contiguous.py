@@ -139,7 +139,7 @@ def test_sizes_are_told():
     assert (cache.kind, cache.max_seqs, cache.num_layers, cache.num_pages) == ("contiguous", S, 2, S)
     assert cache.bytes_per_page == 2 * 2 * KV * 10 * D * 2
     assert filled(3, 0, 1).pages_used == 2
-    with pytest.raises(ValueError, match="max_seqs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_seqs must be positive, got 0"):
         ContiguousKVCache.create(**{**SIZES, "max_seqs": 0}, max_length=8)
     with pytest.raises(ValueError, match="'f64' is not known"):
         contiguous(dtype="f64")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from cache_oracle import jit_ask, jit_clear, jit_copy, jit_remove, jit_reserve
 
+from jaxpaged.cache.interface import ALL
 from jaxpaged.cache.invariants import check_invariants
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.cache.sequences import ALL
 from jaxpaged.pages import allocator as pages_of
 
 N, S, PAGE_SIZE = 16, 3, 32
@@ -29,7 +29,7 @@ def empty(page_size: int = PAGE_SIZE) -> PagedKVCache:
         num_pages=N,
         max_seqs=S,
         page_size=page_size,
-        max_pages_per_seq=8,
+        max_seq_len=7 * page_size,
     )
 
 

@@ -17,7 +17,7 @@ S, N, P, PS = 3, 12, 6, 8
 def filled(dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8)) -> PagedKVCache:
     """Sequences with random keys and values in two layers."""
     cache = PagedKVCache.create(
-        num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_pages_per_seq=P,
+        num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_seq_len=(P - 1) * PS,
         dtype=dtype, layout=layout,
     )  # fmt: skip
     cache, batch, ok = reserve(cache, np.array(lengths))

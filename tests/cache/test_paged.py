@@ -32,18 +32,22 @@ from cache_oracle import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged.cache.invariants import InvariantError, check_invariants
-from jaxpaged.cache.paged import OutOfPages, PagedKVCache, can_reserve, clear, reserve, reserve_or_raise
-from jaxpaged.cache.sequences import (
+from jaxpaged.cache.interface import (
     ALL,
+    OutOfPages,
+    can_reserve,
+    clear,
+    reserve,
+    reserve_or_raise,
     seq_copy,
-    seq_drop_unseen,
     seq_keep,
     seq_position_max,
     seq_remove,
     seq_reorder,
     seq_shift,
 )
+from jaxpaged.cache.invariants import InvariantError, check_invariants
+from jaxpaged.cache.paged import PagedKVCache
 
 S, T = 4, 40
 
@@ -387,7 +391,7 @@ def test_rows_of_a_step_are_static() -> None:
         ({"page_size": 512}, "from 8 to 256, got 512"),
         ({"num_pages": 0}, "num_pages must be positive, got 0"),
         ({"max_seqs": -1}, "max_seqs must be positive, got -1"),
-        ({"max_pages_per_seq": 0}, "max_pages_per_seq must be positive, got 0"),
+        ({"max_seq_len": 0}, "max_seq_len must be positive, got 0"),
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
         ({"num_kv_heads": 0}, "num_kv_heads must be positive, got 0"),
         ({"head_dim": 0}, "head_dim must be positive, got 0"),
@@ -529,7 +533,7 @@ def big_step(num_pages: int) -> tuple[PagedKVCache, jax.stages.Compiled]:
         num_pages=num_pages,
         max_seqs=256,
         page_size=8,
-        max_pages_per_seq=64,
+        max_seq_len=63 * 8,
     )
     step = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")
     return cache, step.lower(cache, jnp.ones(256, jnp.int32), num_tokens=256).compile()
@@ -617,7 +621,7 @@ def test_the_checker_counts_pins() -> None:
         lambda cache: seq_shift(cache, ALL, 8, -1, 5)[0],
         lambda cache: seq_copy(cache, 0, 1, 2, 20)[0],
         lambda cache: seq_reorder(cache, arr(0, 0, 0, S)),
-        lambda cache: seq_drop_unseen(cache, 9),
+        lambda cache: cache.seq_drop_unseen(9),
     ],
     ids=["remove", "remove_all", "shift", "shift_all", "copy", "reorder", "drop_unseen"],
 )

@@ -43,7 +43,7 @@ def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array)
             jnp.reshape(x @ params[name][layer], (x.shape[0], -1, HEAD_DIM)) for name in ("q", "k", "v")
         )
         q, k = ROPE.rotate(q, batch.rope_positions), ROPE.rotate(k, batch.rope_positions)
-        out, cache = cache.attend(layer, q, k, v, batch, rope=ROPE)
+        out, cache = cache.attend(layer, q, k, v, batch)
         x = x + out.reshape(x.shape[0], -1) @ params["out"][layer]
     return x[rows] @ params["embedding"].T, cache
 
@@ -72,6 +72,7 @@ def paged(max_seqs: int = 3, num_pages: int = 40, page_size: int = 8) -> PagedKV
         num_pages=num_pages,
         max_seqs=max_seqs,
         page_size=page_size,
+        rope=ROPE,
     )
 
 
@@ -405,7 +406,7 @@ def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
         ({"history": [[1]]}, "history must be of each of 3 prompts"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[-2]]}, "negative token id"),
-        ({"max_new_tokens": -1}, "max_new_tokens must not be negative"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"sampling": SamplingParams.greedy(2)}, "sampling must have one row"),
     ],

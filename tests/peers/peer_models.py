@@ -168,7 +168,7 @@ def empty_cache(config: ModelConfig, kind: str, max_seqs: int) -> PagedKVCache |
     if kind == "contiguous":
         return ContiguousKVCache.create(**sizes, max_length=MAX_LENGTH)
     pages = -(-MAX_LENGTH // 8)
-    return PagedKVCache.create(**sizes, num_pages=max_seqs * pages, max_pages_per_seq=pages, page_size=8)
+    return PagedKVCache.create(**sizes, num_pages=max_seqs * pages, max_seq_len=MAX_LENGTH, page_size=8)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))

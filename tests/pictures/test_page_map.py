@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from cache_oracle import jit_copy, jit_remove, jit_step, make_cache
 
-from jaxpaged import PagedKVCache, PageMap, draw_page_map, draw_page_map_animation
-from jaxpaged.pictures.page_map import MAX_COLUMNS, colour
+from jaxpaged import PagedKVCache, draw_page_map
+from jaxpaged.pictures.animation import draw_page_map_animation
+from jaxpaged.pictures.page_map import MAX_COLUMNS, PageMap, colour
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -98,7 +98,7 @@ def act(
     outs = []
     for i in range(max(cache.num_layers, len(variants))):
         layer, variant = i % cache.num_layers, variants[i % len(variants)]
-        out, cache = cache.attend(layer, q, (1 + layer) * k, rows["v"] - layer, batch, rope=rope, **variant)
+        out, cache = cache.attend(layer, q, (1 + layer) * k, rows["v"] - layer, batch, **variant)
         outs.append(out)
     return cache, batch, jnp.stack(outs), {"edited": edited, "reserved": reserved, "can_reserve_each": fits}
 
@@ -138,6 +138,7 @@ class Twins:
             "num_pages": NUM_PAGES,
             "max_seqs": S,
             "page_size": PAGE_SIZE,
+            "rope": rope_of(head_dim),
             **sizes,
         }
         plain = with_nan(PagedKVCache.create(**sizes))
@@ -184,7 +185,7 @@ class Twins:
         ours = (self.spread.allocator, self.spread.table, batch_spread, said_spread)
         theirs = (self.plain.allocator, self.plain.table, batch, said)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-        check_invariants(self.spread.book)
+        check_invariants(self.spread)
         self.check_pages()
         self.check_local_tables()
         np.testing.assert_allclose(out_spread, out, rtol=self.tolerance, atol=self.tolerance)
@@ -411,7 +412,7 @@ def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array)
         )
         q, k = ROPE.rotate(q, batch.rope_positions), ROPE.rotate(k, batch.rope_positions)
         options = {"window": 9, "sinks": SINKS} if layer % 2 else {}
-        out, cache = cache.attend(layer, q, k, v, batch, rope=ROPE, **options)
+        out, cache = cache.attend(layer, q, k, v, batch, **options)
         x = x + out.reshape(x.shape[0], -1) @ params["out"][layer]
     return x[rows] @ params["head"], cache
 
@@ -440,6 +441,7 @@ SIZES = {
     "num_pages": 24,
     "max_seqs": S,
     "page_size": PAGE_SIZE,
+    "rope": ROPE,
 }
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 29, 13))]
 
@@ -464,7 +466,7 @@ def generate_on(size: int, run: Callable[..., Any], params: Any, request: Any, n
             return run(params, cache, whole)
 
         result, cache = sharded(run_given, size, (SAME, specs, SAME), (SAME, specs))(params, cache, given)
-        check_invariants(cache.book)
+        check_invariants(cache)
     return jax.tree.map(np.asarray, (result, cache.allocator, cache.table))
 
 

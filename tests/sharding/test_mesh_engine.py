@@ -20,7 +20,7 @@ def config(**more) -> EngineConfig:
 def engine_on(mesh, pages: int):
     """A compiled engine of two sequences a data shard."""
     model = mesh_kit.loaded("tiny", mesh)
-    cache = mesh_kit.create_cache(model, 2, pages, max_pages_per_seq=12)
+    cache = mesh_kit.create_cache(model, 2, pages, max_seq_len=11 * mesh_kit.PAGE_SIZE)
     kind = Engine if mesh is None else MeshEngine
     made = kind(model.function, model.params, cache, config(fingerprint=model.fingerprint))
     made.compile()

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpaged.cache import paged as cache
-from jaxpaged.cache import sequences
+from jaxpaged.cache import interface
 from jaxpaged.cache import sharing as adoption
 from jaxpaged.generation.loop import generate
 from jaxpaged.sharding.mesh import (
@@ -136,15 +135,15 @@ def test_nothing_that_edits_tables_talks(model):
     programs = {
         "reserve": (lambda c, n: c.reserve(n, num_tokens=T), (BATCH,), (CACHE, BATCH, BATCH), (counts,)),
         "can_reserve_each": (lambda c, n: (c, c.can_reserve_each(n)), (BATCH,), (CACHE, BATCH), (counts,)),
-        "seq_remove": (sequences.seq_remove, (BATCH, REPLICATED, REPLICATED), (CACHE, BATCH), (marked, one, one)),
-        "seq_copy": (sequences.seq_copy, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
-        "seq_keep": (sequences.seq_keep, (REPLICATED,), (CACHE, BATCH), (one,)),
-        "seq_shift": (sequences.seq_shift, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
-        "seq_reorder": (sequences.seq_reorder, (BATCH,), (CACHE,), (counts,)),
-        "seq_drop_unseen": (lambda c: sequences.seq_drop_unseen(c, 16), (), (CACHE,), ()),
+        "seq_remove": (interface.seq_remove, (BATCH, REPLICATED, REPLICATED), (CACHE, BATCH), (marked, one, one)),
+        "seq_copy": (interface.seq_copy, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
+        "seq_keep": (interface.seq_keep, (REPLICATED,), (CACHE, BATCH), (one,)),
+        "seq_shift": (interface.seq_shift, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
+        "seq_reorder": (interface.seq_reorder, (BATCH,), (CACHE,), (counts,)),
+        "seq_drop_unseen": (lambda c: c.seq_drop_unseen(16), (), (CACHE,), ()),
         "pin": (adoption.pin_pages, (BATCH,), (CACHE,), (pages,)),
         "adopt": (adoption.seq_attach, (BATCH, BATCH), (CACHE, BATCH), (np.zeros((DATA, S, N), np.int32), counts)),
-        "clear": (cache.clear, (), (CACHE,), ()),
+        "clear": (interface.clear, (), (CACHE,), ()),
     }  # fmt: skip
     for name, (function, takes, gives, arguments) in programs.items():
         program = compiled(function, sharded, (CACHE, *takes), gives, sharded, *arguments)
@@ -201,7 +200,7 @@ def test_shards_have_tables_and_pools_of_their_own(model):
     sharded = mesh_kit.create_cache(model, S, N)
     assert (sharded.num_shards, sharded.max_seqs) == (DATA, DATA * S)
     reserve = jax.jit(
-        over_mesh(partial(cache.reserve, num_tokens=T), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
+        over_mesh(partial(interface.reserve, num_tokens=T), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
     )
     wanted = np.asarray([[5, 0, 0], [1, 1, 1]], np.int32)
     after, _, ok = reserve(sharded, put(sharded.mesh, wanted))
@@ -221,7 +220,7 @@ def test_a_pool_that_is_full_leaves_the_others_alone(model):
     """Nothing is lost where one shard's reserve fails."""
     sharded = mesh_kit.create_cache(model, S, 2)
     reserve = jax.jit(
-        over_mesh(partial(cache.reserve, num_tokens=32), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
+        over_mesh(partial(interface.reserve, num_tokens=32), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
     )
     after, _, ok = reserve(sharded, put(sharded.mesh, np.asarray([[20, 0, 0], [8, 0, 0]], np.int32)))
     np.testing.assert_array_equal(np.asarray(ok), [False, True])

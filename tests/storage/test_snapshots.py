@@ -29,14 +29,13 @@ from jaxpaged import (
     ALL,
     OutOfPages,
     PagedKVCache,
-    Snapshot,
     SnapshotError,
     check_invariants,
     read_snapshot,
     restore,
     snapshot,
 )
-from jaxpaged.storage.snapshot_file import write_snapshot
+from jaxpaged.storage.snapshot_file import Snapshot, write_snapshot
 
 PAGE_SIZES = [8, 16, 32, 64, 128, 256]
 MODEL = "a model"

@@ -140,7 +140,7 @@ def test_open_pages_that_cannot_be_are_refused(tmp_path: Path, staging: list[int
     assert 0 not in saved.staging
     wrong = np.asarray(staging, np.int32)
     layers = [
-        tuple({**one, "open": np.resize(one["open"], (len(wrong), *one["open"].shape[1:]))} for one in side)
+        tuple({**one, "residual": np.resize(one["residual"], (len(wrong), *one["residual"].shape[1:]))} for one in side)
         for side in (saved.keys, saved.values)
     ]
     write_snapshot(tmp_path / "file", replace(saved, staging=wrong, keys=layers[0], values=layers[1]))

@@ -28,8 +28,9 @@ from jaxpaged_model.checkpoint.loading import load_model, read_config
 from jaxpaged_model.config import ModelError
 from jaxpaged_model.llama import ModelFn, abstract_params, functional, random_params
 
-from jaxpaged import GenerateStream, generate_stream
+from jaxpaged import generate_stream
 from jaxpaged.attention.api import VARIABLE
+from jaxpaged.generation.stream import GenerateStream
 from jaxpaged.pages.formats import PAGE_FORMATS
 from tpu_scripts import common
 from tpu_scripts.bench.memory import free_memory

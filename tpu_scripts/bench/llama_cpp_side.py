@@ -1,4 +1,4 @@
-"""llama.cpp for ``bench_against_llama_cpp``: its programs, started for each repetition, or its library in a process."""
+"""llama.cpp for ``bench.llama_cpp``: its programs, started for each repetition, or its library in a worker."""
 
 from __future__ import annotations
 
@@ -7,42 +7,115 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tpu_scripts.bench.turns import Cell, Failure
+from tpu_scripts.common import in_turns
+from tpu_scripts.workers import last_line
+
+
+class Failure(Exception):
+    """A program that cannot be measured; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch and depth: two tests, or one where ``prompt`` or ``steps`` is 0."""
+
+    batch: int
+    depth: int
+    prompt: int
+    steps: int
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """Tokens in each sequence before the prompt's test, and tokens of the prompt."""
+        return (self.depth, self.prompt) if self.batch == 1 else (0, self.depth or self.prompt)
+
+    @property
+    def behind(self) -> int:
+        """Tokens in each sequence when generation starts."""
+        return max(self.depth, 1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence must be able to hold."""
+        prompt = sum(self.read) if self.prompt else 0
+        return max(prompt, self.behind + self.steps if self.steps else 0)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of all sequences, by test."""
+        found = {"prompt": self.batch * self.read[1] if self.prompt else 0}
+        found["generation"] = self.batch * self.steps
+        return {test: count for test, count in found.items() if count}
+
+    def name(self, test: str) -> str:
+        """Name of a test as in llama-bench, such as "pp712 @ d4000"; "8 x pp4000" for eight sequences."""
+        start, count = self.read
+        text, depth = (f"pp{count}", start) if test == "prompt" else (f"tg{self.steps}", self.depth)
+        text += f" @ d{depth}" if depth else ""
+        return text if self.batch == 1 else f"{self.batch} x {text}"
+
+
+class Side(Protocol):
+    """Row of the table: a program that is measured."""
+
+    name: str
+
+    def prepare(self, cell: Cell) -> str | None:
+        """Prepares the repetitions of a cell; returns why it cannot be measured, or None."""
+
+    def measure(self, cell: Cell) -> dict[str, float]:
+        """Runs one repetition; returns the seconds of each of the cell's tests."""
+
+
+def measure(
+    sides: Sequence[Side], cell: Cell, repeat: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measures one batch and depth: seconds of each test by side, and why a side has none."""
+    missing: dict[str, str] = {}
+    for side in sides:
+        progress(f"{side.name}, preparing")
+        if reason := side.prepare(cell):
+            missing[side.name] = reason
+    measures = {side.name: partial(side.measure, cell) for side in sides if side.name not in missing}
+    runs = in_turns(measures, repeat, progress)
+    seconds = {
+        test: {name: [run[test] for run in found] for name, found in runs.items()} for test in cell.tokens
+    }
+    return {**asdict(cell), "tokens": cell.tokens, "seconds": seconds, "missing": missing}
+
 
 LLAMA_CPP, LLAMA_CPP_PAGED = "llama.cpp", "llama.cpp paged"
-PAGED_FLAG = "--kv-cache-paged"
+PAGED_FLAG, _NO_FLAG = "--kv-cache-paged", "not known to this build"
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
-"""Those that all rows know, with their numbers in ggml."""
+"""Types that all rows support, with their numbers in ggml."""
 
 
 def _ended(arguments: Sequence[Any]) -> subprocess.CompletedProcess[str]:
-    """A program that has ended, however.
+    """Runs a program to its end, whatever its exit status.
 
     Raises:
       Failure: it does not start.
     """
     try:
+        command = [str(argument) for argument in arguments]
         return subprocess.run(
-            [str(a) for a in arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
         )
     except OSError as error:
         raise Failure(f"{arguments[0]} does not start: {error.strerror or error}") from None
 
 
 def run_program(arguments: Sequence[Any]) -> str:
-    """What a program prints on stdout.
+    """Runs a program; returns its stdout.
 
     Raises:
-      Failure: it does not start, or fails; with the last line it wrote to stderr.
+      Failure: it does not start, or fails; with the last line of its stderr.
     """
     done = _ended(arguments)
     if done.returncode:
@@ -51,18 +124,14 @@ def run_program(arguments: Sequence[Any]) -> str:
     return done.stdout
 
 
-def last_line(text: str) -> str:
-    return next((row.strip() for row in reversed(text.splitlines()) if row.strip()), "")
-
-
 def knows_paged(program: Path) -> bool:
-    """Whether ``--help`` tells of ``--kv-cache-paged``; some builds end their help with a status other than 0."""
+    """True if ``--help`` has ``--kv-cache-paged``; some builds end their help with a status other than 0."""
     done = _ended([program, "--help"])
     return PAGED_FLAG in done.stdout + done.stderr
 
 
 def read_llama_bench(text: str) -> list[dict[str, Any]]:
-    """The tests in what ``llama-bench -o json`` prints.
+    """Parses the tests that ``llama-bench -o json`` prints.
 
     Raises:
       Failure: it is something else.
@@ -78,7 +147,7 @@ def read_llama_bench(text: str) -> list[dict[str, Any]]:
 
 
 def read_batched_bench(text: str) -> dict[str, Any]:
-    """The one test in what ``llama-batched-bench --output-format jsonl`` prints.
+    """Parses the one test that ``llama-batched-bench --output-format jsonl`` prints.
 
     Raises:
       Failure: it is something else.
@@ -104,18 +173,15 @@ class Programs:
         if cache_type:
             self._common += ["-ctk", cache_type, "-ctv", cache_type]
         self._paged = paged
-        self._unknown: dict[Path, bool] = {}
 
     def prepare(self, cell: Cell) -> str | None:
         program = self._bench if cell.batch == 1 else self._batched
-        if not self._paged:
+        if not self._paged or knows_paged(program):
             return None
-        if program not in self._unknown:
-            self._unknown[program] = not knows_paged(program)
-        return "not known to this build" if self._unknown[program] else None
+        return _NO_FLAG
 
     def probe(self) -> dict[str, Any]:
-        """One token: what llama-bench says of itself; it fails now where it would fail later."""
+        """Runs one token; returns llama-bench's description of itself, or fails before anything is measured."""
         arguments = [self._bench, *self._common, "-p", 1, "-n", 0, "-r", 1, "-o", "json"]
         return read_llama_bench(run_program(arguments))[0]
 
@@ -134,7 +200,7 @@ class Programs:
         return found
 
     def _measure_many(self, cell: Cell) -> dict[str, float]:
-        if cell.depth:  # what is read as the prompt is what generation needs
+        if cell.depth:  # generation needs the tokens of the prompt's test
             row = self._batched_bench(cell.batch, cell.depth, cell.steps or 1)
             return {"prompt": row["t_pp"], "generation": row["t_tg"]}
         found = {}
@@ -151,24 +217,24 @@ class Programs:
 
 
 def batched_bench(llama_bench: Path) -> Path:
-    """llama-batched-bench, beside llama-bench."""
+    """Path of llama-batched-bench, beside llama-bench."""
     return llama_bench.with_name(f"llama-batched-bench{llama_bench.suffix}")
 
 
 class Unknown:
-    """llama.cpp's paged cache, where llama-cpp-python stands for llama.cpp: its bindings have no switch for it."""
+    """llama.cpp's paged cache with llama-cpp-python, whose bindings have no option for it."""
 
     name = LLAMA_CPP_PAGED
 
     def prepare(self, cell: Cell) -> str | None:
-        return "not known to this build"
+        return _NO_FLAG
 
     def measure(self, cell: Cell) -> dict[str, float]:
-        raise AssertionError("never asked for")
+        raise AssertionError("not measurable")
 
 
 class OnLlamaCpp:
-    """llama.cpp by the functions of its library, as llama-cpp-python has them; timed as its own programs are."""
+    """llama.cpp through llama-cpp-python, timed as its own programs are."""
 
     def __init__(self, task: Mapping[str, Any]) -> None:
         import llama_cpp
@@ -189,7 +255,7 @@ class OnLlamaCpp:
         return {"version": self._lib.__version__}
 
     def prepare(self, cell: Cell) -> None:
-        """Room for the cell, and one run."""
+        """Creates a context for the cell, and runs it once."""
         if self._context is not None:
             self._lib.llama_free(self._context)
         params = self._lib.llama_context_default_params()
@@ -209,27 +275,27 @@ class OnLlamaCpp:
         seconds, held = {}, 0
         if cell.prompt:
             start, count = cell.read
-            self._read(cell.batch, 0, start)
+            self._decode(cell.batch, 0, start)
             begin = time.perf_counter()
-            self._read(cell.batch, start, count)
+            self._decode(cell.batch, start, count)
             seconds["prompt"] = time.perf_counter() - begin
             held = start + count
         if cell.steps:
             for row in range(cell.batch):
                 lib.llama_memory_seq_rm(memory, row, cell.behind, -1)
-            self._read(cell.batch, held, max(0, cell.behind - held))
+            self._decode(cell.batch, held, max(0, cell.behind - held))
             begin = time.perf_counter()
             for step in range(cell.steps):
-                self._read(cell.batch, cell.behind + step, 1)
+                self._decode(cell.batch, cell.behind + step, 1)
             seconds["generation"] = time.perf_counter() - begin
         return seconds
 
-    def _read(self, batch: int, start: int, count: int) -> None:
-        """``count`` random tokens of every sequence, sequence after sequence, 2048 a call; the last has logits."""
+    def _decode(self, batch: int, start: int, count: int) -> None:
+        """Decodes ``count`` random tokens per sequence, 2048 a call; the last one has logits."""
         lib = self._lib
-        places = [(row, start + i, i == count - 1) for row in range(batch) for i in range(count)]
-        for first in range(0, len(places), 2048):
-            part = places[first : first + 2048]
+        slots = [(row, start + i, i == count - 1) for row in range(batch) for i in range(count)]
+        for first in range(0, len(slots), 2048):
+            part = slots[first : first + 2048]
             made = lib.llama_batch_init(len(part), 0, 1)
             made.n_tokens = len(part)
             for i, (row, position, last) in enumerate(part):

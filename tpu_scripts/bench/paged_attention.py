@@ -1,20 +1,21 @@
-"""Attention to pages alone: time, bytes of live keys and values a second, and the share of the memory's bandwidth.
+"""Attention over pages alone: time, bytes of live keys and values per second, and the share of the memory bandwidth.
 
     python -m tpu_scripts.bench.paged_attention
     python -m tpu_scripts.bench.paged_attention -m Llama-3-8B -b 1,8 -c 8192,32768 --json rows.json --plot rows.svg
 
-Needs: jax for the device (pip install -e ".[tpu]", ".[cuda13]" or ".[cpu]"); a picture needs matplotlib.
+Needs: jax for the device (pip install -e ".[tpu]", ".[cuda13]" or ".[cpu]"); --plot needs matplotlib.
 
 First the bandwidth of the device's memory is measured: a jitted copy on TPU and GPU; on CPU a copy and a read by all
 cores, and the read is the limit, because decoding reads keys and values and writes next to nothing. Then, for every
-model, batch and context, each implementation reads random keys and values from pages that lie in random order. Every
-sequence holds "context" tokens; decode asks one query of each, prefill its last tokens. Medians of turns: each turn
-measures every implementation and the memory again, so that a machine's changing speed hits all alike. Compiling is
-not timed. A row that does not fit into the memory is left out, and a line says so.
+model, batch and context, each implementation attends to random keys and values in pages in random order. Every
+sequence holds "context" tokens; decode has one query of each, prefill its last tokens. Each round measures every
+implementation and the memory again, so that a machine's changing speed affects all alike. Compiling is not timed.
+A row that does not fit into the memory is left out with a line on stderr.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -29,44 +30,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged import Batch, BlockTable, PagedKVCache
+from jaxpaged import Batch, PagedKVCache
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.cases import MODELS
-from jaxpaged.pages.formats import PAGE_FORMATS, check_page_size
-from tpu_scripts.common import (
-    Bandwidth,
-    Parser,
-    add_json,
-    check_writable,
-    choose_implementations,
-    choose_models,
-    free_memory,
-    in_turns,
-    last_level_cache,
-    mebibytes,
-    need,
-    noise,
-    note,
-    on_cpu,
-    positive,
-    positives,
-    write_json,
-)
+from jaxpaged.pages.block_table import BlockTable
+from jaxpaged.pages.formats import PAGE_FORMATS
+from tpu_scripts import common
+from tpu_scripts.bench.memory import Bandwidth, free_memory, last_level_cache
+from tpu_scripts.bench.models import noise
+from tpu_scripts.common import Parser, each, in_turns, known, mebibytes, note, on_cpu, positive
 
-_MOST_ROWS = 16_384
-"""Queries of a step; none that is served has more."""
+_MAX_QUERIES = 16_384
+"""Queries of a step; more than any server uses."""
+_HEADS = (
+    "model",
+    "test",
+    "batch",
+    "context",
+    "K/V MiB",
+    "implementation",
+    "us",
+    "GB/s",
+    "of limit",
+    "Gflop/s",
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One row of the table, before it is measured."""
+    """Sizes of one measurement."""
 
     model: str
     batch: int
     context: int
-    """Tokens of each sequence, those of the step included."""
+    """Tokens per sequence, those of the step included."""
     queries: int
-    """Of each sequence: 1 = decode."""
+    """Queries per sequence; 1 = decode."""
     page_size: int
     dtype: str
 
@@ -82,25 +81,25 @@ class Shape:
 
     @property
     def pages(self) -> int:
-        """Of each sequence."""
+        """Pages per sequence."""
         return -(-self.context // self.page_size)
 
     @property
     def kv_bytes(self) -> int:
-        """Live keys and values of one layer."""
+        """Bytes of the live keys and values of one layer."""
         _, num_kv_heads, head_dim = self.heads
         itemsize = np.dtype(PAGE_FORMATS[self.dtype].dtype).itemsize
         return 2 * num_kv_heads * head_dim * itemsize * self.context * self.batch
 
     @property
     def operations(self) -> int:
-        """Of one layer: a multiplication and an addition for each number of each key and value that a query sees."""
+        """Operations of one layer: a multiply and an add per number of each key and value that a query sees."""
         num_q_heads, _, head_dim = self.heads
         seen = self.queries * (2 * self.context - self.queries + 1) // 2
         return 4 * num_q_heads * head_dim * seen * self.batch
 
     def pool(self) -> jax.ShapeDtypeStruct:
-        """Keys, or values, of one layer, in the layout that a cache has on this platform."""
+        """Shape of one layer's keys, or values, in the layout that a cache has on this platform."""
         _, num_kv_heads, head_dim = self.heads
         create = partial(
             PagedKVCache.create,
@@ -110,18 +109,18 @@ class Shape:
             num_pages=self.batch * self.pages,
             max_seqs=1,
             page_size=self.page_size,
-            max_pages_per_seq=1,
+            max_seq_len=1,
             dtype=self.dtype,
         )
         return jax.eval_shape(create).k_pages[0]
 
     def layer_bytes(self) -> int:
-        """Memory of one layer's pages."""
+        """Bytes of one layer's pages."""
         pool = self.pool()
         return 2 * math.prod(pool.shape) * pool.dtype.itemsize
 
     def state(self) -> tuple[BlockTable, Batch]:
-        """The entries of every sequence over permuted pages, and a step of each one's last tokens."""
+        """Table of every sequence over permuted pages, and the batch of a step with its last tokens."""
         count = self.batch * self.pages
         pages = np.random.default_rng(0).permutation(count).reshape(self.batch, self.pages)
         start = np.broadcast_to(np.arange(self.pages) * self.page_size, pages.shape)
@@ -154,15 +153,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation on one shape."""
+    """Measurements of one implementation on one shape."""
 
     shape: Shape
     layers: int
     implementation: str
     seconds: list[float]
-    """Of one layer, turn by turn."""
+    """Seconds of one layer, per round."""
     limit: list[float]
-    """Bytes a second that the memory gave in the same turns."""
+    """Memory bandwidth in the same rounds, bytes per second."""
 
     @property
     def median(self) -> float:
@@ -170,13 +169,13 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of the bandwidth: the median of the turns."""
+        """Share of the bandwidth, median of the rounds."""
         taken = (self.shape.kv_bytes / s for s in self.seconds)
         return statistics.median(rate / limit for rate, limit in zip(taken, self.limit, strict=True))
 
     @property
     def cached(self) -> bool:
-        """Whether what is read again and again fits into the chip's own memory."""
+        """True if all that is read may stay in the chip's caches."""
         return self.layers * self.shape.kv_bytes <= 2 * last_level_cache()
 
     def cells(self) -> list[str]:
@@ -208,27 +207,8 @@ class Row:
         }
 
 
-_HEADS = (
-    "model",
-    "test",
-    "batch",
-    "context",
-    "K/V MiB",
-    "implementation",
-    "us",
-    "GB/s",
-    "of limit",
-    "Gflop/s",
-)
-_LEFT = {"model", "test", "implementation"}
-
-
-def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 class Attention:
-    """One implementation, compiled for one shape, and how often a call of it repeats."""
+    """One implementation, compiled for one shape."""
 
     def __init__(self, shape: Shape, implementation: str, layers: int) -> None:
         self.layers = layers
@@ -246,7 +226,7 @@ class Attention:
                     out = paged_attention(
                         mixed, k_pages, v_pages, table, batch, implementation=implementation
                     )
-                    # What comes out goes in again, so that nothing can be left out or moved out of the loop.
+                    # The output is an input of the next layer, so that nothing can be moved out of the loop.
                     mixed = q + out / 64
                 return mixed
 
@@ -263,18 +243,17 @@ class Attention:
 
     @property
     def temporary_bytes(self) -> int:
-        """What the program allocates while it runs."""
+        """Bytes that the program allocates while it runs."""
         memory = self._run.memory_analysis()
         return int(getattr(memory, "temp_size_in_bytes", 0))
 
     def prepare(self, arguments: tuple[Any, ...], least: float) -> Callable[[], float]:
-        """Finds how many repetitions take ``least`` seconds; what it returns gives the seconds of one layer.
+        """Finds how many repetitions take ``least`` seconds; returns a measurement of the seconds of one layer.
 
         Repetitions are a loop inside one jitted program. On TPU and GPU a call returns before it has run, and launching
-        it and waiting for it takes 50 to 100 us, more than many a kernel: timed call by call, that is what one would
-        measure. In a loop the device never waits for Python, as it does not in ``generate``. The layers have pages of
-        their own, so what one reads has left the chip's caches by the time it is read again; where all of them fit
-        into a cache, the row is marked.
+        it and waiting for it takes 50 to 100 us, more than many a kernel. In a loop the device never waits for Python,
+        as it does not in ``generate``. Each layer has its own pages, so that what one reads has left the chip's caches
+        by the time it is read again; where all of them fit into a cache, the row is marked.
         """
 
         def seconds(times: int) -> float:
@@ -283,7 +262,7 @@ class Attention:
             jax.block_until_ready(self._run(count, *arguments))
             return time.perf_counter() - start
 
-        seconds(1)  # what is only done once, such as pages that the system has yet to give
+        seconds(1)  # warm-up, such as page faults
         times, taken = 1, seconds(1)
         while taken < least:
             times = math.ceil(times * min(8.0, 1.2 * least / taken))
@@ -292,15 +271,13 @@ class Attention:
 
 
 def measure(
-    shape: Shape, implementations: Sequence[str], bandwidth: Bandwidth, args: Any, room: int
+    shape: Shape, implementations: Sequence[str], bandwidth: Bandwidth, args: Any, free: int
 ) -> Iterator[Row]:
-    """The rows of one shape; a line for each that is left out."""
+    """Yields the rows of one shape; prints a line for each that is left out."""
     name = f"{shape.model}, {shape.test}, batch {shape.batch}, context {shape.context:,}"
-    layers = min(args.layers, room // shape.layer_bytes())
+    layers = min(args.layers, free // shape.layer_bytes())
     if not layers:
-        note(
-            f"left out: {name}: {mebibytes(shape.layer_bytes())} MiB of pages, there is room for {mebibytes(room)}"
-        )
+        note(f"left out: {name}: {mebibytes(shape.layer_bytes())} MiB of pages, {mebibytes(free)} are free")
         return
     programs: dict[str, Attention] = {}
     for implementation in implementations:
@@ -310,9 +287,9 @@ def measure(
             note(f"left out: {name}: {reason}")
             continue
         needed = layers * shape.layer_bytes() + program.temporary_bytes
-        if needed > room:
+        if needed > free:
             note(
-                f"left out: {name}: {implementation} takes {mebibytes(needed)} MiB, there is room for {mebibytes(room)}"
+                f"left out: {name}: {implementation} takes {mebibytes(needed)} MiB, {mebibytes(free)} are free"
             )
             continue
         programs[implementation] = program
@@ -329,159 +306,104 @@ def measure(
         yield Row(shape, layers, implementation, seconds, limit)
 
 
-def draw(rows: list[Row], path: Path, limit: float, kind: str, device: str) -> None:
-    """Time against context: a panel for each model, test and batch, and in it the time that the bandwidth allows."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"svg.hashsalt": "jaxpaged", "font.size": 9, "font.family": "sans-serif"})
+def draw(rows: list[Row], path: Path, limit: float, kind: str) -> None:
+    """Draws time against context: a panel per model, test and batch, with the time that the bandwidth allows."""
     panels = list(dict.fromkeys((r.shape.model, r.shape.test, r.shape.batch) for r in rows))
     columns = min(len(panels), 4)
     height = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        height,
-        columns,
-        figsize=(3.2 * columns + 0.6, 2.7 * height + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    colours = dict(
-        zip(
-            dict.fromkeys(r.implementation for r in rows),
-            ("#2f6fb0", "#c8552b", "#3c8c5a", "#7a4fa3"),
-            strict=False,
-        )
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (model, test, batch) in zip(axes.flat, panels, strict=False):
-        here = [r for r in rows if (r.shape.model, r.shape.test, r.shape.batch) == (model, test, batch)]
-        for implementation, colour in colours.items():
-            own = [r for r in here if r.implementation == implementation]
-            x, y = [r.shape.context for r in own], [1e6 * r.median for r in own]
-            axis.plot(x, y, marker="o", ms=3.5, color=colour, label=implementation)
-        contexts = sorted({r.shape.context for r in here})
-        size = {r.shape.context: r.shape.kv_bytes for r in here}
-        axis.plot(
-            contexts, [1e6 * size[c] / limit for c in contexts], "--", color="#444444", lw=1,
-            label=f"K/V once at {limit / 1e9:,.0f} GB/s ({kind})",
-        )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(contexts, [f"{c / 1024:g}k" for c in contexts])
-        axis.minorticks_off()
-        axis.set_title(f"{model}, {test}, batch {batch}", fontsize=9)
-        axis.grid(color="#dddddd", lw=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("us a layer")
-    for axis in axes[-1]:
-        axis.set_xlabel("tokens of each sequence")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    figure.suptitle(device, fontsize=9)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
+    colours = dict(zip(dict.fromkeys(r.implementation for r in rows), common.COLOURS, strict=False))
+    size = (3.2 * columns + 0.6, 2.7 * height + 0.5)
+    with common.figure(path, common.device(), nrows=height, ncols=columns, figsize=size) as (figure, axes):
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (model, test, batch) in zip(axes.flat, panels, strict=False):
+            here = [r for r in rows if (r.shape.model, r.shape.test, r.shape.batch) == (model, test, batch)]
+            for implementation, colour in colours.items():
+                own = [r for r in here if r.implementation == implementation]
+                x, y = [r.shape.context for r in own], [1e6 * r.median for r in own]
+                axis.plot(x, y, marker="o", ms=3.5, color=colour, label=implementation)
+            bound = {r.shape.context: 1e6 * r.shape.kv_bytes / limit for r in here}
+            contexts = sorted(bound)
+            label = f"K/V once at {limit / 1e9:,.0f} GB/s ({kind})"
+            axis.plot(contexts, [bound[c] for c in contexts], "--", color="#444444", lw=1, label=label)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(contexts, [f"{c / 1024:g}k" for c in contexts])
+            axis.minorticks_off()
+            axis.set_title(f"{model}, {test}, batch {batch}")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("us per layer")
+        for axis in axes[-1]:
+            axis.set_xlabel("tokens per sequence")
+        common.legend_below(figure, axes.flat[0])
 
 
-def shapes(args: Any, parser: Parser) -> list[Shape]:
-    """What was asked for, smallest first within a model."""
-    choose_models(parser, args.model, MODELS)
-    try:
-        check_page_size(args.page_size)
-    except ValueError as error:
-        parser.error(str(error))
+def shapes(args: Any) -> list[Shape]:
+    """Shapes to measure, smallest first within a model; prints a line for each that makes no sense."""
     found = []
-    for model in args.model:
-        for queries in (1, *args.prefill):
-            for batch in args.batch:
-                for context in args.context:
-                    if queries > context:
-                        note(
-                            f"left out: {model}, prefill {queries}, context {context}: the context is shorter"
-                        )
-                    elif queries > 1 and queries * batch > _MOST_ROWS:
-                        most = f"more than {_MOST_ROWS:,} queries a step"
-                        note(f"left out: {model}, prefill {queries}, batch {batch}: {most}")
-                    else:
-                        found.append(Shape(model, batch, context, queries, args.page_size, args.dtype))
+    chosen = itertools.product(args.model, (1, *args.prefill), args.batch, args.context)
+    for model, queries, batch, context in chosen:
+        name = f"{model}, prefill {queries}, batch {batch}, context {context:,}"
+        if queries > context:
+            note(f"left out: {name}: the context is shorter")
+        elif queries > 1 and queries * batch > _MAX_QUERIES:
+            note(f"left out: {name}: more than {_MAX_QUERIES:,} queries per step")
+        else:
+            found.append(Shape(model, batch, context, queries, args.page_size, args.dtype))
     return found
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "-m", "--model", default="SmolLM2-135M,Llama-3-8B", metavar="NAMES", type=lambda text: text.split(","),
-        help=f"heads of these models, by default SmolLM2-135M,Llama-3-8B; there are {', '.join(MODELS)}",
-    )  # fmt: skip
-    parser.add_argument("-b", "--batch", type=positives, help="sequences (default: 1,8,64,256; on CPU 1,8)")
-    parser.add_argument(
-        "-c", "--context", type=positives,
-        help="tokens of each sequence (default: 1024,8192,32768,131072; on CPU 1024,4096,16384)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prefill", type=positives, default=[], metavar="TOKENS",
-        help="also chunks of prompts: the last so many tokens of each sequence",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=PAGE_FORMATS, help="of pages and queries (default: bf16; on CPU f32)"
-    )
-    parser.add_argument("--page-size", type=positive, default=32, help="tokens of a page (default: 32)")
-    parser.add_argument(
-        "--implementation", metavar="NAMES",
-        help="such as xla,cpu_numba (default: all that this platform tries, but the specification)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=positive, default=4,
-        help="pools that are read in turn, so that caches are cold; fewer where memory is short (default: 4)",
-    )  # fmt: skip
-    parser.add_argument("-r", "--repeat", type=positive, default=7, help="turns (default: 7)")
-    parser.add_argument(
-        "--milliseconds", type=positive, default=50,
-        help="the least that one measurement lasts; shorter ones see clocks and launches (default: 50)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory",
-        type=positive,
-        metavar="MIB",
-        help="use so much (default: what is free; on CPU half of it)",
-    )
-    add_json(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against context, .svg or .png")
-    args = parser.parse_args()
     cpu = on_cpu()
-    args.batch = args.batch or ([1, 8] if cpu else [1, 8, 64, 256])
-    args.context = args.context or ([1024, 4096, 16384] if cpu else [1024, 8192, 32768, 131072])
-    args.dtype = args.dtype or ("f32" if cpu else "bf16")
+    parser = Parser(__doc__, page_size=32, implementation=None, repeat=7, memory=None, json=None, plot=None)
+    models = ["SmolLM2-135M", "Llama-3-8B"]
+    parser.add(
+        "-m --model",
+        f"models whose heads to use, of {', '.join(MODELS)}",
+        each(known("model", MODELS)),
+        models,
+    )
+    parser.add("-b --batch", "numbers of sequences", each(positive), [1, 8] if cpu else [1, 8, 64, 256])
+    contexts = [1024, 4096, 16384] if cpu else [1024, 8192, 32768, 131072]
+    parser.add("-c --context", "tokens per sequence", each(positive), contexts)
+    parser.add(
+        "--prefill", "also prefill: numbers of queries, the last tokens of each sequence", each(positive), []
+    )
+    parser.add("--dtype", "of pages and queries", default="f32" if cpu else "bf16", choices=PAGE_FORMATS)
+    parser.add(
+        "--layers", "pools to read in turn, so that caches are cold; fewer if memory is short", positive, 4
+    )
+    parser.add(
+        "--milliseconds",
+        "minimum duration of a measurement",
+        positive,
+        50,
+    )
+    args = parser.parse()
     args.least = args.milliseconds / 1000
-    check_writable(parser, args.json, args.plot)
-    wanted = shapes(args, parser)
-    implementations = choose_implementations(parser, args.implementation)
-    if args.plot and (missing := need("matplotlib", "--plot", "pip install matplotlib")):
-        parser.error(missing)
+    implementations = common.choose_implementations(parser, args.implementation)
 
-    room = args.memory << 20 if args.memory else free_memory()
-    bandwidth = Bandwidth(room // 4)
-    room -= bandwidth.bytes * (2 if cpu else 1)
+    free = args.memory << 20 if args.memory else free_memory()
+    bandwidth = Bandwidth(free // 4)
+    free -= bandwidth.bytes * (2 if cpu else 1)
     described, rates = bandwidth.describe()
-    device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    print(f"{device}; {described}")
+    print(f"{common.device()}; {described}")
     print(
-        f"{args.dtype} pages of {args.page_size} tokens in random order; one layer; medians of {args.repeat} turns; "
+        f"{args.dtype} pages of {args.page_size} tokens in random order; one layer; medians of {args.repeat} rounds; "
         f"* = all that is read may stay in the chip's caches\n"
     )
-    print(line(_HEADS))
-    print(f"|{'|'.join('---' if head in _LEFT else '---:' for head in _HEADS)}|", flush=True)
+    print(common.head(*_HEADS, left=("model", "test", "implementation")), flush=True)
     rows: list[Row] = []
-    for shape in wanted:
-        for row in measure(shape, implementations, bandwidth, args, room):
+    for shape in shapes(args):
+        for row in measure(shape, implementations, bandwidth, args, free):
             rows.append(row)
-            print(line(row.cells()), flush=True)
-    values = [row.values() for row in rows]
-    write_json(args.json, {"bandwidth": rates, "limit": bandwidth.kind, "rows": values})
+            print(common.row(*row.cells()), flush=True)
+    values = {"bandwidth": rates, "limit": bandwidth.kind, "rows": [row.values() for row in rows]}
+    common.write_json(args.json, values)
     if not rows:
         raise SystemExit("nothing was measured")
     if args.plot:
-        limit = statistics.median(rate for row in rows for rate in row.limit)
-        draw(rows, args.plot, limit, bandwidth.kind, device)
+        draw(rows, args.plot, statistics.median(rate for row in rows for rate in row.limit), bandwidth.kind)
 
 
 if __name__ == "__main__":

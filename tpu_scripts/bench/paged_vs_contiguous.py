@@ -1,113 +1,88 @@
-"""Tokens a second, paged against contiguous, over batch sizes and live contexts.
+"""Tokens per second on a paged and on a contiguous cache, over batch sizes and live contexts.
 
     python -m tpu_scripts.bench.paged_vs_contiguous
 
-Both caches run the same model in one process, in turns, so that a machine's changing speed hits both alike. The context
-is filled by reserving slots over random keys and values, which costs no forward pass and changes no time. Compile time
-is not counted.
+Needs: jax for the device, and pip install -e ".[model]".
+
+Both caches run the same model in one process, in turns. The context is filled by reserving slots over random keys and
+values, which costs no forward pass and does not change the time of a step. Compiling is not timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
 from jaxpaged_model.checkpoint.loading import load_model
 from jaxpaged_model.llama import functional, random_params
 
-from jaxpaged import GenerateStream, generate_stream
-from tpu_scripts.common import SMOLLM2_135M, generation_rate, make_cache, prompt_rate, with_noise
+from jaxpaged import generate_stream
+from tpu_scripts import common
+from tpu_scripts.bench.models import (
+    SMOLLM2_135M,
+    generation_rate,
+    make_cache,
+    prompt_rate,
+    prompts_of,
+    with_noise,
+)
+from tpu_scripts.common import Parser, each, natural, positive
 
-
-def numbers(text: str) -> list[int]:
-    """The positive numbers of a list like "1,4,8"."""
-    return [int(x) for x in text.split(",") if int(x) > 0]
+_KINDS = ("paged", "contiguous")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__, model_file=None, batch=[1, 4, 8], page_size=32, repeat=5, json=None)
+    parser.add(
+        "--live", "live tokens per sequence while it generates; 0: skip", each(natural), [128, 700, 4000]
     )
-    parser.add_argument(
-        "-m", "--model", type=Path, help="a GGUF file or Hugging Face folder (default: random weights)"
-    )
-    parser.add_argument("-b", "--batch", default="1,4,8")
-    parser.add_argument("--live", default="128,700,4000", help="live tokens of each sequence; 0 = none")
-    parser.add_argument("-p", "--prompt", default="128,700,4000", help="prompt lengths to prefill; 0 = none")
-    parser.add_argument("-c", "--context", type=int, default=4096)
-    parser.add_argument("-n", "--steps", type=int, default=24, help="decode steps of one measurement")
-    parser.add_argument("-r", "--repeat", type=int, default=5)
-    parser.add_argument("--page-size", type=int, default=32)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
-
+    parser.add("-p --prompt", "tokens of prompts to prefill; 0: skip", each(natural), [128, 700, 4000])
+    parser.add("-c --context", "tokens that a sequence can have", positive, 4096)
+    parser.add("-n --steps", "decode steps of a measurement", positive, 24)
+    args = parser.parse()
     if args.model is None:
         config, params = SMOLLM2_135M, random_params(SMOLLM2_135M)
         model = functional(config)
     else:
         loaded = load_model(args.model)
         config, params, model = loaded.config, loaded.params, loaded.function
-
-    def rate_of(
-        measure: Callable[[GenerateStream, int], float],
-        streams: dict[str, GenerateStream],
-        tokens: int,
-        kind: str,
-    ) -> float:
-        return measure(streams[kind], tokens)
-
-    kinds = ("paged", "contiguous")
-    rows = []
     print(
-        f"{config.name}; {jax.devices()[0].device_kind}, jax {jax.__version__}; context {args.context}, pages of "
-        f"{args.page_size}; median of {args.repeat} runs in turns\n"
+        f"{config.name}; {common.device()}; context {args.context}, pages of {args.page_size}; "
+        f"medians of {args.repeat} rounds\n"
     )
-    print("| test | batch | tokens | paged t/s | contiguous t/s | paged / contiguous |")
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    heads = ("test", "batch", "tokens", "paged t/s", "contiguous t/s", "paged / contiguous")
+    print(common.head(*heads), flush=True)
+    rows = []
 
-    def report(test: str, batch: int, tokens: int, measure: Callable[[str], float]) -> None:
-        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(args.repeat):
-            for kind in kinds:
-                rates[kind].append(measure(kind))
-        ratio = statistics.median(p / c for p, c in zip(rates["paged"], rates["contiguous"], strict=True))
-        paged, contiguous = (statistics.median(rates[kind]) for kind in kinds)
-        rows.append({"test": test, "batch": batch, "tokens": tokens, "ratio": ratio, "rates": rates})
-        print(f"| {test} | {batch} | {tokens} | {paged:.1f} | {contiguous:.1f} | {ratio:.2f} |", flush=True)
-
-    for batch in numbers(args.batch):
+    def compiled(batch: int, prompts: Any, **options: Any) -> dict[str, Any]:
         streams = {}
-        for kind in kinds:
+        for kind in _KINDS:
             cache = with_noise(make_cache(kind, config, batch, args.context, args.page_size))
-            streams[kind] = generate_stream(
-                model,
-                params,
-                cache,
-                [[1]] * batch,
-                max_new_tokens=args.steps + 1,
-                every=args.steps,
-                batch_size=batch,
-            )
+            streams[kind] = generate_stream(model, params, cache, prompts, **options)
             streams[kind].compile()
-        for live in numbers(args.live):
-            report("generation", batch, live, partial(rate_of, generation_rate, streams, live))
-    for batch, length in itertools.product(numbers(args.batch), numbers(args.prompt)):
-        prompts = [(np.arange(length) % 250).tolist()] * batch
-        streams = {}
-        for kind in kinds:
-            cache = make_cache(kind, config, batch, args.context, args.page_size)
-            streams[kind] = generate_stream(model, params, cache, prompts, max_new_tokens=1)
-            streams[kind].compile()
-        report("prompt", batch, length, partial(rate_of, prompt_rate, streams, length))
-    if args.json:
-        args.json.write_text(json.dumps(rows))
+        return streams
+
+    def report(test: str, tokens: int, streams: dict[str, Any], rate: Callable[..., float]) -> None:
+        batch = streams["paged"].num_samples
+        measures = {kind: partial(rate, stream, tokens) for kind, stream in streams.items()}
+        rates = common.in_turns(measures, args.repeat)
+        ratio = common.median_ratio(rates["paged"], rates["contiguous"])
+        rows.append({"test": test, "batch": batch, "tokens": tokens, "ratio": ratio, "rates": rates})
+        medians = (f"{statistics.median(rates[kind]):.1f}" for kind in _KINDS)
+        print(common.row(test, batch, tokens, *medians, f"{ratio:.2f}"), flush=True)
+
+    for batch in args.batch:
+        options = {"max_new_tokens": args.steps + 1, "every": args.steps, "batch_size": batch}
+        streams = compiled(batch, [[1]] * batch, **options)
+        for live in filter(None, args.live):
+            report("generation", live, streams, generation_rate)
+    for batch in args.batch:
+        for length in filter(None, args.prompt):
+            streams = compiled(batch, prompts_of(config, batch, length), max_new_tokens=1)
+            report("prompt", length, streams, prompt_rate)
+    common.write_json(args.json, {"rows": rows})
 
 
 if __name__ == "__main__":

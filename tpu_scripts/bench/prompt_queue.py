@@ -1,11 +1,13 @@
-"""A queue of prompts in one program against static batches that wait for their longest, tokens a second.
+"""Tokens per second of a queue of prompts in one program, against static batches that wait for their longest output.
 
     python -m tpu_scripts.bench.prompt_queue
 
+Needs: pip install -e ".[model]".
+
 Prompts and outputs have lengths spread exponentially, the same ones each way, and every output runs to its length. The
 queue is one call of ``generate`` with all prompts. Static batches are a call for each group of as many prompts as there
-are sequences, in order; "sorted" groups them by output length, which nobody knows beforehand. All ways in turns, so
-that a machine's changing speed hits them alike; medians. Compilation is not timed.
+are sequences, in order; "sorted" groups them by output length, which nobody knows beforehand. All ways in turns;
+medians. Compiling is not timed.
 """
 
 from __future__ import annotations
@@ -13,54 +15,44 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
-import jax
 import numpy as np
 from jaxpaged_model import tiny
 from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 
-from jaxpaged import PagedKVCache, generate
+from jaxpaged import generate
+from tpu_scripts import common
+from tpu_scripts.bench.models import make_cache
+from tpu_scripts.common import Parser, natural, positive
 
-_PAGE_SIZE = 32
 Texts = dict[int, list[int]]
 
 
-def lengths(rng: np.random.Generator, mean: int, least: int, count: int) -> list[int]:
-    """Spread exponentially, none above four times the mean."""
+def sample_lengths(rng: np.random.Generator, mean: int, least: int, count: int) -> list[int]:
+    """Exponentially distributed lengths of at most four times the mean."""
     return np.clip(rng.exponential(mean, count).round(), least, 4 * mean).astype(int).tolist()
 
 
 class Workload:
-    """Prompts, what is to follow each, and a cache that is handed from run to run."""
+    """Prompts, lengths of their outputs, and a cache that is passed from run to run."""
 
     def __init__(self, loaded: LoadedModel, args: argparse.Namespace) -> None:
         rng = np.random.default_rng(args.seed)
         vocab = loaded.config.vocab_size
         self.model, self.params = loaded.function, loaded.params
-        self.slots, self.batch_size = args.slots, args.batch_size
-        self.outputs = lengths(rng, args.output, 4, args.prompts)
-        self.prompts = [
-            rng.integers(0, vocab, n).tolist() for n in lengths(rng, args.prompt, 4, args.prompts)
-        ]
+        self.batch_size = args.batch_size
+        self.outputs = sample_lengths(rng, args.output, 4, args.prompts)
+        lengths = sample_lengths(rng, args.prompt, 4, args.prompts)
+        self.prompts = [rng.integers(0, vocab, n).tolist() for n in lengths]
         # Pages for the longest prompt with the longest output in every sequence: none ever waits for pages.
-        pages = -(-4 * (args.prompt + args.output) // _PAGE_SIZE)
-        self.cache = PagedKVCache.create(
-            num_layers=loaded.config.num_layers,
-            num_kv_heads=loaded.config.num_kv_heads,
-            head_dim=loaded.config.head_dim,
-            num_pages=args.slots * pages,
-            max_seqs=args.slots,
-            max_pages_per_seq=pages,
-            page_size=_PAGE_SIZE,
-        )
+        self.cache = make_cache("paged", loaded.config, args.slots, 4 * (args.prompt + args.output))
 
-    def run(self, order: Sequence[int], size: int) -> tuple[Texts, int]:
-        """All prompts, in calls of ``size``: what was generated, and how often the model ran."""
+    def run(self, order: Sequence[int], size: int) -> tuple[Texts, int, float]:
+        """Generates all texts, ``size`` prompts a call; returns them, the number of model runs and the seconds."""
         texts: Texts = {}
-        steps = 0
+        steps, start_time = 0, time.perf_counter()
         for start in range(0, len(order), size):
             group = order[start : start + size]
             result, self.cache = generate(
@@ -74,51 +66,43 @@ class Workload:
             tokens, counts = np.asarray(result.tokens), np.asarray(result.num_tokens)
             texts |= {i: tokens[row, : counts[row]].tolist() for row, i in enumerate(group)}
             steps += int(result.num_steps)
-        return texts, steps
+        return texts, steps, time.perf_counter() - start_time
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", type=Path, default=tiny.PATH)
-    parser.add_argument("--prompts", type=int, default=64, help="how many")
-    parser.add_argument("--slots", type=int, default=8, help="sequences of the cache")
-    parser.add_argument("--prompt", type=int, default=64, help="mean tokens of a prompt")
-    parser.add_argument("--output", type=int, default=64, help="mean tokens of an output")
-    parser.add_argument("--batch-size", type=int, default=64, help="tokens of a step that reads prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-r", "--repeat", type=int, default=7)
-    args = parser.parse_args()
+    parser = Parser(__doc__, model_file=tiny.PATH, repeat=7)
+    parser.add("--prompts", "number of prompts", positive, 64)
+    parser.add("--slots", "sequences of the cache", positive, 8)
+    parser.add("--prompt", "mean tokens of a prompt", positive, 64)
+    parser.add("--output", "mean tokens of an output", positive, 64)
+    parser.add("--batch-size", "tokens of a prefill step", positive, 64)
+    parser.add("--seed", "of the lengths and prompts", natural, 0)
+    args = parser.parse()
     loaded = load_model(args.model)
     work = Workload(loaded, args)
-    everyone = list(range(args.prompts))
-    by_length = sorted(everyone, key=lambda i: work.outputs[i])
-    ways: dict[str, Callable[[], tuple[Texts, int]]] = {
-        "queue": lambda: work.run(everyone, len(everyone)),
-        "static": lambda: work.run(everyone, args.slots),
-        "static, sorted": lambda: work.run(by_length, args.slots),
+    in_order = list(range(args.prompts))
+    by_length = sorted(in_order, key=lambda i: work.outputs[i])
+    ways = {
+        "queue": partial(work.run, in_order, args.prompts),
+        "static": partial(work.run, in_order, args.slots),
+        "static, sorted": partial(work.run, by_length, args.slots),
     }
-    first: dict[str, Any] = {name: way() for name, way in ways.items()}
-    for name, (texts, _) in first.items():
+    first = {name: way() for name, way in ways.items()}
+    for name, (texts, *_) in first.items():
         if texts != first["queue"][0]:
             raise SystemExit(f"{name} and queue: the texts differ")
     tokens = sum(work.outputs)
     print(
-        f"{loaded.config.name}; {jax.devices()[0].device_kind}, jax {jax.__version__}; {args.prompts} prompts, "
-        f"{sum(map(len, work.prompts))} tokens in and {tokens} out, {args.slots} sequences\n"
+        f"{loaded.config.name}; {common.device()}; {args.prompts} prompts, {sum(map(len, work.prompts))} tokens in "
+        f"and {tokens} out, {args.slots} sequences\n"
     )
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.repeat):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    print("| | runs of the model | tokens generated a second | queue / this |")
-    print("|---|---:|---:|---:|")
+    runs = common.in_turns(ways, args.repeat)
+    seconds = {name: [run[2] for run in found] for name, found in runs.items()}
+    print(common.head("", "runs of the model", "tokens generated per second", "queue / this"))
     for name, times in seconds.items():
-        ratio = statistics.median(t / q for t, q in zip(times, seconds["queue"], strict=True))
-        print(f"| {name} | {first[name][1]} | {tokens / statistics.median(times):.0f} | {ratio:.2f} |")
+        ratio = common.median_ratio(times, seconds["queue"])
+        rate = tokens / statistics.median(times)
+        print(common.row(name, first[name][1], f"{rate:.0f}", f"{ratio:.2f}"))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The share of KV memory that sharing pages saves, over beams and samples, as the PagedAttention paper measures it.
+"""KV memory saved by sharing pages between beams and samples, as the PagedAttention paper measures it.
 
-    python -m tpu_scripts.bench.sharing -o build/sharing.json --picture docs/pictures/sharing.svg
+    python -m tpu_scripts.bench.sharing --json sharing.json --plot docs/pictures/sharing.svg
+
+Needs: pip install -e ".[model]"; --plot needs matplotlib.
 
 Saved = 1 - pages in use / pages that the same sequences would take if each had its own, both summed over all decode
 steps (arXiv:2309.06180, Fig. 15). Beams fork and end as the embedded model makes them. Samples share their prompt and
-nothing else, so for them tables are enough and no model runs. Prompts are pieces of Python files that the model never
+nothing else, so for them tables are enough and no model runs. Prompts are parts of Python files that the model never
 saw. Lengths of prompts and outputs are spread exponentially around the means that the paper gives for its two data
 sets, and every sequence runs to its end.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +26,8 @@ from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 from jaxpaged_model.tiny.corpus import read_corpus
 
 from jaxpaged import PagedKVCache, beam_search, reserve, seq_remove, seq_reorder
+from tpu_scripts import common
+from tpu_scripts.common import Parser, each, positive
 
 MEANS = {"Alpaca": (19, 58), "ShareGPT": (161, 338)}
 PAPER = {
@@ -34,26 +36,26 @@ PAPER = {
     ("samples", "ShareGPT"): "16.2 - 30.5",
     ("beams", "ShareGPT"): "44.3 - 66.3",
 }
-"""In percent, for 2 to 6 samples or beams, pages of 16 tokens."""
+"""Percentages saved for 2 to 6 samples or beams, pages of 16 tokens."""
 _LONGEST = 1024
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured once."""
+    """One measurement."""
 
     method: str
     lengths: str
     count: int
     page_size: int
     saved: float
-    """Summed over the decode steps."""
+    """Share of the pages saved, summed over the decode steps."""
     saved_at_peak: float
     seconds: float
 
 
-def draw_lengths(name: str, count: int) -> tuple[list[int], list[int]]:
-    """Tokens of ``count`` prompts and of their outputs."""
+def sample_lengths(name: str, count: int) -> tuple[list[int], list[int]]:
+    """Numbers of tokens of ``count`` prompts and of their outputs."""
     # The quantiles of the distribution, so that a few prompts have its mean; paired at random.
     quantiles = -np.log1p(-(np.arange(count) + 0.5) / count)
     prompt, output = (np.ceil(mean * quantiles).astype(int) for mean in MEANS[name])
@@ -61,8 +63,8 @@ def draw_lengths(name: str, count: int) -> tuple[list[int], list[int]]:
     return prompt.tolist(), np.minimum(output, _LONGEST - prompt).tolist()
 
 
-def draw_prompts(loaded: LoadedModel, lengths: list[int]) -> list[list[int]]:
-    """Pieces of files that the model did not learn."""
+def sample_prompts(loaded: LoadedModel, lengths: list[int]) -> list[list[int]]:
+    """Parts of files that the model was not trained on."""
     rng = np.random.default_rng(1)
     texts = [loaded.tokenizer.encode(text) for text in read_corpus().held_out.values()]
     texts = [text for text in texts if len(text) > _LONGEST]
@@ -75,13 +77,13 @@ def draw_prompts(loaded: LoadedModel, lengths: list[int]) -> list[list[int]]:
 
 
 def pages_for(prompts: list[int], outputs: list[int], count: int, page_size: int) -> int:
-    """Pages that ``count`` sequences of each prompt take without sharing."""
+    """Number of pages that ``count`` sequences of each prompt take without sharing."""
     return count * sum(-(-(p + o) // page_size) for p, o in zip(prompts, outputs, strict=True))
 
 
 def beams(loaded: LoadedModel, name: str, prompts: int, width: int, page_size: int) -> Row:
     start = time.perf_counter()
-    lengths, outputs = draw_lengths(name, prompts)
+    lengths, outputs = sample_lengths(name, prompts)
     config = loaded.config
     cache = PagedKVCache.create(
         num_layers=config.num_layers,
@@ -89,14 +91,14 @@ def beams(loaded: LoadedModel, name: str, prompts: int, width: int, page_size: i
         head_dim=config.head_dim,
         num_pages=pages_for(lengths, outputs, width, page_size),
         max_seqs=prompts * width,
-        max_pages_per_seq=-(-_LONGEST // page_size) + 1,
+        max_seq_len=_LONGEST,
         page_size=page_size,
     )
     result, _ = beam_search(
         loaded.function,
         loaded.params,
         cache,
-        draw_prompts(loaded, lengths),
+        sample_prompts(loaded, lengths),
         num_beams=width,
         max_new_tokens=outputs,
         early_stopping="never",
@@ -119,7 +121,7 @@ def _decode(
     cache = seq_reorder(cache, first)
 
     def step(cache: PagedKVCache, i: jax.Array) -> tuple[PagedKVCache, jax.Array]:
-        # The last token that is generated is never fed back.
+        # The last generated token is not an input.
         cache, _ = seq_remove(cache, i >= outputs - 1)
         cache, _, _ = reserve(cache, (i < outputs - 1).astype(jnp.int32), num_tokens=s, max_new=1)
         return cache, jnp.stack([cache.pages_used, jnp.sum(cache.table.num_entries)])
@@ -127,16 +129,16 @@ def _decode(
     return jax.lax.scan(step, cache, jnp.arange(steps))[1]
 
 
-def samples(name: str, prompts: int, count: int, page_size: int) -> Row:
+def samples(_: LoadedModel, name: str, prompts: int, count: int, page_size: int) -> Row:
     start = time.perf_counter()
-    lengths, outputs = draw_lengths(name, prompts)
+    lengths, outputs = sample_lengths(name, prompts)
     cache = PagedKVCache.create(
         num_layers=1,
         num_kv_heads=1,
         head_dim=1,
         num_pages=pages_for(lengths, outputs, count, page_size),
         max_seqs=prompts * count,
-        max_pages_per_seq=-(-_LONGEST // page_size) + 1,
+        max_seq_len=_LONGEST,
         page_size=page_size,
     )
     each = [jnp.repeat(jnp.asarray(x), count) for x in (lengths, outputs)]
@@ -146,82 +148,57 @@ def samples(name: str, prompts: int, count: int, page_size: int) -> Row:
 
 
 def table(rows: list[Row], page_sizes: list[int]) -> str:
-    """Markdown: percent saved, a line for each method, data set and count."""
-    by_key = {(r.method, r.lengths, r.count, r.page_size): r for r in rows}
-    heads = [f"pages of {size}" for size in page_sizes]
-    lines = [
-        f"| | lengths | count | {' | '.join(heads)} | paper, for 2 to 6 |",
-        f"|---|---|---:|{'---:|' * len(heads)}---:|",
-    ]
-    for method, name, count in dict.fromkeys((r.method, r.lengths, r.count) for r in rows):
-        cells = [f"{100 * by_key[method, name, count, size].saved:.1f}%" for size in page_sizes]
-        lines.append(f"| {method} | {name} | {count} | {' | '.join(cells)} | {PAPER[method, name]}% |")
+    """Markdown table of the percentages saved, a row per method, data set and count."""
+    saved = {(r.method, r.lengths, r.count, r.page_size): f"{100 * r.saved:.1f}%" for r in rows}
+    heads = ("", "lengths", "count", *(f"pages of {size}" for size in page_sizes), "paper, for 2 to 6")
+    lines = [common.head(*heads, left=heads[:2])]
+    for key in dict.fromkeys((r.method, r.lengths, r.count) for r in rows):
+        cells = (saved[(*key, size)] for size in page_sizes)
+        lines.append(common.row(*key, *cells, f"{PAPER[key[:2]]}%"))
     return "\n".join(lines)
 
 
 def draw(rows: list[Row], page_sizes: list[int], path: Path) -> None:
-    """A panel for samples and one for beams."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"svg.hashsalt": "jaxpaged", "font.size": 10, "font.family": "sans-serif"})
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    colours = {"Alpaca": "#2f6fb0", "ShareGPT": "#c8552b"}
-    for panel, method in zip(panels, ("samples", "beams"), strict=True):
-        counts = sorted({r.count for r in rows})
-        for name, colour in colours.items():
-            low, high = (float(x) for x in PAPER[method, name].split(" - "))
-            panel.fill_between(
-                [counts[0], counts[-1]], low, high, color=colour, alpha=0.13, lw=0,
-                label=f"paper, {name}: {low:.0f} to {high:.0f}%",
-            )  # fmt: skip
-            for size, style in zip(page_sizes, (":", "-", "--"), strict=False):
-                chosen = [r for r in rows if (r.method, r.lengths, r.page_size) == (method, name, size)]
-                panel.plot(
-                    [r.count for r in chosen], [100 * r.saved for r in chosen], style, color=colour,
-                    marker="o", ms=3.5, label=f"{name} lengths, pages of {size}",
-                )  # fmt: skip
-        panel.set_title(f"parallel {method}" if method == "samples" else "beam search")
-        panel.set_xlabel("samples" if method == "samples" else "beams")
-        panel.set_xticks(counts)
-        panel.grid(axis="y", color="#dddddd", lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("KV memory saved by sharing, %")
-    panels[0].set_ylim(0, 80)
-    handles, labels = panels[1].get_legend_handles_labels()
-    labels = [label.split(":")[0] for label in labels]
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
+    """Draws the percentages saved over the count: a panel for samples and one for beams."""
+    counts = sorted({r.count for r in rows})
+    with common.figure(path, "", ncols=2, figsize=(9, 3.6), sharey=True) as (figure, axes):
+        for panel, method in zip(axes[0], ("samples", "beams"), strict=True):
+            for name, colour in zip(MEANS, common.COLOURS, strict=False):
+                low, high = (float(x) for x in PAPER[method, name].split(" - "))
+                ends, label = [counts[0], counts[-1]], f"paper, {name}"
+                panel.fill_between(ends, low, high, color=colour, alpha=0.13, lw=0, label=label)
+                for size, style in zip(page_sizes, (":", "-", "--"), strict=False):
+                    own = [r for r in rows if (r.method, r.lengths, r.page_size) == (method, name, size)]
+                    x, y = [r.count for r in own], [100 * r.saved for r in own]
+                    label = f"{name} lengths, pages of {size}"
+                    panel.plot(x, y, style, color=colour, marker="o", ms=3.5, label=label)
+            panel.set_title("parallel samples" if method == "samples" else "beam search")
+            panel.set_xlabel(method)
+            panel.set_xticks(counts)
+        axes[0, 0].set_ylabel("KV memory saved by sharing, %")
+        axes[0, 0].set_ylim(0, 80)
+        handles, labels = axes[0, 1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompts", type=int, default=24, help="prompts at once")
-    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 6], help="samples, and beams")
-    parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("-o", "--output", type=Path, help="write JSON here")
-    parser.add_argument("--picture", type=Path, help="write a plot here, .svg or .png")
-    args = parser.parse_args()
+    parser = Parser(__doc__, json=None, plot=None)
+    parser.add("--prompts", "prompts at once", positive, 24)
+    parser.add("--counts", "numbers of samples, and of beams", each(positive), [2, 4, 6])
+    parser.add("--page-sizes", "tokens per page", each(common.page_size), [8, 16, 32])
+    args = parser.parse()
     loaded = load_model(tiny.PATH)
     rows = []
-    for method in ("samples", "beams"):
+    for method in (samples, beams):
         for name in MEANS:
             for count in args.counts:
-                for page_size in args.page_sizes:
-                    if method == "beams":
-                        row = beams(loaded, name, args.prompts, count, page_size)
-                    else:
-                        row = samples(name, args.prompts, count, page_size)
-                    rows.append(row)
-                    print(row, flush=True)
+                for size in args.page_sizes:
+                    rows.append(method(loaded, name, args.prompts, count, size))
+                    print(rows[-1], flush=True)
     print(table(rows, args.page_sizes))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    if args.picture:
-        draw(rows, args.page_sizes, args.picture)
+    common.write_json(args.json, {"rows": [asdict(row) for row in rows]})
+    if args.plot:
+        draw(rows, args.page_sizes, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Prompt-lookup decoding against plain greedy decoding: what is drafted, what is accepted, tokens a second.
+"""Prompt-lookup decoding against plain greedy decoding: drafted and accepted tokens, and tokens per second.
 
     python -m tpu_scripts.bench.speculative
 
-One sequence at a time, in turns, so that a machine's changing speed hits both alike; medians, and the median of the
-ratios of the turns. The first step and compilation are not timed.
+Needs: pip install -e ".[model]".
+
+One sequence at a time, in turns; medians, and the median of the ratios of each round. The first step and compiling are
+not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,11 @@ from jaxpaged_model import tiny
 from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 from jaxpaged_model.tiny.corpus import read_corpus
 
-from jaxpaged import PagedKVCache, generate_stream, lookup_stream
+from jaxpaged import generate_stream
+from jaxpaged.generation.speculative import lookup_stream
+from tpu_scripts import common
+from tpu_scripts.bench.models import Pool, make_cache
+from tpu_scripts.common import Parser, each, positive
 
 _REPETITIVE = """class Point:
     def get_x(self):
@@ -36,12 +41,11 @@ _REPETITIVE = """class Point:
 _SHORT = '''def parse_header(line):
     """Split a header line into its name and its value."""
 '''
-_PAGE_SIZE = 32
 _FILE_TOKENS = 200
 
 
 def texts(loaded: LoadedModel) -> dict[str, list[int]]:
-    """Prompts by what they are."""
+    """Tokens of prompts, by name."""
     encode = loaded.tokenizer.encode
     prompts = {"repetitive": encode(_REPETITIVE), "ordinary": encode(_SHORT)}
     files = sorted(read_corpus().held_out.items(), key=lambda item: -len(item[1]))
@@ -50,20 +54,8 @@ def texts(loaded: LoadedModel) -> dict[str, list[int]]:
     }
 
 
-def empty_cache(loaded: LoadedModel, tokens: int) -> PagedKVCache:
-    config, pages = loaded.config, -(-tokens // _PAGE_SIZE)
-    return PagedKVCache.create(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        num_pages=pages,
-        max_seqs=1,
-        page_size=_PAGE_SIZE,
-    )
-
-
 def rate(stream: Any) -> float:
-    """Tokens a second after the first step; the stream's cache is empty before and after."""
+    """Tokens per second after the first step; the stream's cache is empty before and after."""
     chunks = iter(stream)
     first = len(next(chunks).tokens[0])
     start = time.perf_counter()
@@ -73,48 +65,36 @@ def rate(stream: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", type=Path, default=tiny.PATH)
-    parser.add_argument("-n", "--predict", type=int, default=256)
-    parser.add_argument("-k", "--num-draft", type=int, nargs="+", default=[8])
-    parser.add_argument("-r", "--repeat", type=int, default=15)
-    args = parser.parse_args()
+    parser = Parser(__doc__, model_file=tiny.PATH, repeat=15)
+    parser.add("-n --predict", "tokens to generate", positive, 256)
+    parser.add("-k --num-draft", "tokens of a draft", each(positive), [8])
+    args = parser.parse()
     loaded = load_model(args.model)
-    model = loaded.function
-    print("| prompt | K | drafted | accepted | steps | plain t/s | lookup t/s | ratio |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    options: dict[str, Any] = {"max_new_tokens": args.predict, "every": args.predict}
+    heads = ("prompt", "K", "drafted", "accepted", "steps", "plain t/s", "lookup t/s", "ratio")
+    print(common.head(*heads), flush=True)
     for name, ids in texts(loaded).items():
-        cache = empty_cache(loaded, len(ids) + args.predict)
-        common: dict[str, Any] = {"max_new_tokens": args.predict, "every": args.predict}
-        plain = generate_stream(model, loaded.params, cache, [ids], **common)
+        pool = Pool(make_cache("paged", loaded.config, 1, len(ids) + args.predict))
+        plain = generate_stream(loaded.function, loaded.params, pool.cache, [ids], **options)
         plain.compile()
         for num_draft in args.num_draft:
-            lookup = lookup_stream(model, loaded.params, plain.cache, [ids], num_draft=num_draft, **common)
+            lookup = lookup_stream(
+                loaded.function, loaded.params, pool.cache, [ids], num_draft=num_draft, **options
+            )
             lookup.compile()
-            rates: list[tuple[float, float]] = []
-            for _ in range(args.repeat):
-                one = rate(plain)
-                lookup.cache = plain.cache
-                rates.append((one, rate(lookup)))
-                plain.cache = lookup.cache
+            ways = {"plain": partial(pool.lend, plain, rate), "lookup": partial(pool.lend, lookup, rate)}
+            rates = common.in_turns(ways, args.repeat)
             theirs, ours = plain.result, lookup.result
             assert theirs is not None
             assert ours is not None
             if not np.array_equal(theirs.tokens[0], ours.tokens[0]):
                 raise SystemExit(f"{name}: the texts differ")
             drafted, accepted = int(ours.drafted[0]), int(ours.accepted[0])
-            cells = [
-                name,
-                str(num_draft),
-                str(drafted),
-                f"{accepted} ({accepted / max(1, drafted):.0%})",
-                f"{int(ours.num_steps[0])} for {int(ours.num_tokens[0])} tokens",
-                *(f"{statistics.median(x):.0f}" for x in zip(*rates, strict=True)),
-                f"{statistics.median(b / a for a, b in rates):.2f}",
-            ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            share = f"{accepted} ({accepted / max(1, drafted):.0%})"
+            steps = f"{int(ours.num_steps[0])} for {int(ours.num_tokens[0])} tokens"
+            medians = (f"{statistics.median(found):.0f}" for found in rates.values())
+            ratio = common.median_ratio(rates["lookup"], rates["plain"])
+            print(common.row(name, num_draft, drafted, share, steps, *medians, f"{ratio:.2f}"), flush=True)
 
 
 if __name__ == "__main__":

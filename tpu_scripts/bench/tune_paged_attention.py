@@ -1,4 +1,4 @@
-"""Measures block sizes of the attention kernel on the TPU or GPU at hand, and writes them to attention/tuning.py.
+"""Measures block sizes of the attention kernel on this TPU or GPU, and writes the fastest to attention/tuning.py.
 
     python -m tpu_scripts.bench.tune_paged_attention --dry-run       # lists what would be measured; runs anywhere
     python -m tpu_scripts.bench.tune_paged_attention -m Llama-3-8B
@@ -6,9 +6,9 @@
 Needs: a TPU (pip install -e ".[tpu]") or a Hopper GPU (".[cuda13]"). On a CPU there is nothing to tune.
 
 For the heads of every model, every page size, decode and prefill, each candidate is compiled and measured as
-bench_paged_attention does it, in turns with the kernel's own choice. The fastest is written where it beats that choice
-by 3% or more; elsewhere the kernel goes on choosing. A candidate that does not compile, or does not fit, is passed
-over. Entries of other devices stay in the file.
+bench.paged_attention does it, in turns with the kernel's own choice. The fastest is written where it beats that choice
+by 3% or more; elsewhere the kernel goes on choosing. A candidate that does not compile, or does not fit, is skipped.
+Entries of other devices stay in the file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,35 +30,23 @@ from jaxpaged.attention import tuning
 from jaxpaged.attention.api import PREFERENCES, default_platform
 from jaxpaged.attention.cases import MODELS
 from jaxpaged.attention.tuning import Key, current_device_kind, trial
-from jaxpaged.pages.formats import LANES, MAX_PAGE_SIZE, MIN_PAGE_SIZE, PAGE_FORMATS
-from tpu_scripts.bench.paged_attention import Attention, Shape, line
-from tpu_scripts.common import (
-    Parser,
-    add_json,
-    check_writable,
-    choose_models,
-    command_line,
-    free_memory,
-    in_turns,
-    mebibytes,
-    median_ratio,
-    noise,
-    note,
-    positive,
-    positives,
-    write_json,
-)
+from jaxpaged.pages.formats import LANES, PAGE_FORMATS
+from tpu_scripts import common
+from tpu_scripts.bench.memory import free_memory
+from tpu_scripts.bench.models import noise
+from tpu_scripts.bench.paged_attention import Attention, Shape
+from tpu_scripts.common import Parser, each, known, mebibytes, note, page_size, positive
 
 LEAST_GAIN = 1.03
-"""What a candidate has to be faster by: less is noise, and an entry that is not needed is one to keep up."""
+"""Speed-up from which a candidate is written; less is noise."""
 LAYERS = 2
 Sizes = dict[str, int]
 
 
 def candidates(platform: str, key: Key) -> list[Sizes]:
-    """The block sizes to measure for a kernel, under the names that it has for them."""
+    """Block sizes to measure for a kernel, under the kernel's names."""
     if platform == "tpu":
-        # Whole rows of 128 numbers; a tile of scores has 64 to 512 rows where prompts are read.
+        # Whole rows of 128 lanes; a tile of scores has 64 to 512 rows in prefill.
         packed = LANES // key.head_dim if LANES % key.head_dim == 0 else 1
         tokens = (128, 256, 512, 1024, 2048) if key.kind == "decode" else (256, 512, 1024)
         pages = [n // key.page_size for n in tokens if n >= key.page_size and n // packed % LANES == 0]
@@ -72,31 +61,28 @@ def candidates(platform: str, key: Key) -> list[Sizes]:
 
 
 def shapes(args: Any, device_kind: str) -> dict[Key, Shape]:
-    """What to measure, once for models that have the same heads."""
+    """Shapes to measure; models with the same heads are one."""
     found: dict[Key, Shape] = {}
-    for model, page_size, kind in itertools.product(args.model, args.page_size, ("decode", "prefill")):
-        shape = (
-            Shape(model, args.batch, args.context, 1, page_size, args.dtype)
-            if kind == "decode"
-            else Shape(model, 1, args.context, args.chunk, page_size, args.dtype)
-        )
+    for model, size, kind in itertools.product(args.model, args.page_size, ("decode", "prefill")):
+        batch, queries = (args.batch, 1) if kind == "decode" else (1, args.chunk)
+        shape = Shape(model, batch, args.context, queries, size, args.dtype)
         num_q_heads, num_kv_heads, head_dim = shape.heads
         dtype = np.dtype(PAGE_FORMATS[args.dtype].dtype).name
-        key = Key(device_kind, num_kv_heads, num_q_heads // num_kv_heads, head_dim, page_size, dtype, kind)
+        key = Key(device_kind, num_kv_heads, num_q_heads // num_kv_heads, head_dim, size, dtype, kind)
         found.setdefault(key, shape)
     return found
 
 
-def measure(platform: str, key: Key, shape: Shape, args: Any, room: int) -> Iterator[dict[str, Any]]:
-    """The candidates of a key with their times, fastest first; the kernel's own choice is ``{}``."""
+def measure(platform: str, key: Key, shape: Shape, args: Any, free: int) -> Iterator[dict[str, Any]]:
+    """Yields the candidates of a key with their times, fastest first; ``{}`` is the kernel's own choice."""
     (implementation,) = PREFERENCES[platform]
-    layers = min(LAYERS, room // shape.layer_bytes())
+    layers = min(LAYERS, free // shape.layer_bytes())
     if not layers:
         note(f"left out: {shape.model}, {key.kind}: {mebibytes(shape.layer_bytes())} MiB of pages do not fit")
         return
     programs: dict[str, Attention] = {}
     for sizes in ({}, *candidates(platform, key)):
-        # Programs that were traced with other sizes must not be found again.
+        # Programs traced with other sizes must not be reused.
         jax.clear_caches()
         with trial(sizes or None) as running:
             try:
@@ -104,7 +90,7 @@ def measure(platform: str, key: Key, shape: Shape, args: Any, room: int) -> Iter
             except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
                 said = str(error).splitlines()[0][:200]
                 if sizes:
-                    note(f"passed over: {sizes}: {said}")
+                    note(f"skipped: {sizes}: {said}")
                     continue
                 note(f"left out: {shape.model}, {key.kind}, pages of {key.page_size}: {said}")
                 return
@@ -115,35 +101,35 @@ def measure(platform: str, key: Key, shape: Shape, args: Any, room: int) -> Iter
     k_pools, v_pools = (tuple(noise(pool) for _ in range(layers)) for _ in range(2))
     arguments = (noise(some.q), k_pools, v_pools, some.table, some.batch)
     runs = {name: program.prepare(arguments, args.milliseconds / 1000) for name, program in programs.items()}
-    taken = in_turns(runs, args.repeat)
+    taken = common.in_turns(runs, args.repeat)
     own = taken["{}"]
     for name, seconds in sorted(taken.items(), key=lambda item: statistics.median(item[1])):
-        yield {"sizes": json.loads(name), "seconds": seconds, "gain": median_ratio(own, seconds)}
+        yield {"sizes": json.loads(name), "seconds": seconds, "gain": common.median_ratio(own, seconds)}
 
 
 # --- the file -----------------------------------------------------------------------------------------------
 
 
 def render(measured: Mapping[str, tuple[str, str]], table: Mapping[Key, Mapping[str, int]]) -> str:
-    """The part between the marks, as ``ruff format`` leaves it."""
+    """Text between the marks, formatted as by ruff."""
     text = "MEASURED: dict[str, tuple[str, str]] = {"
     for device, (when, command) in sorted(measured.items()):
         text += f"\n    {json.dumps(device)}: (\n        {json.dumps(when)},\n        {json.dumps(command)},\n    ),"
     text += "\n}" if measured else "}"
-    text += '\n"""By device: the date and the version of jax, and the command."""\n\n'
+    text += '\n"""Date, version of jax, and command, by device."""\n\n'
     text += "TABLE: dict[Key, dict[str, int]] = {"
     for key, sizes in sorted(table.items()):
         arguments = ", ".join(json.dumps(value) for value in key)
         text += f"\n    Key({arguments}): {json.dumps(dict(sizes))},"
     text += "\n}" if table else "}"
-    text += '\n"""The sizes that were faster than the kernel\'s own choice, under the kernel\'s names."""\n'
+    text += '\n"""Sizes that were faster than the kernel\'s own choice, under the kernel\'s names."""\n'
     return text
 
 
 def rewrite(
     source: str, measured: Mapping[str, tuple[str, str]], table: Mapping[Key, Mapping[str, int]]
 ) -> str:
-    """``source``, the text of tuning.py, with another table.
+    """Replaces the table in ``source``, the text of tuning.py.
 
     Raises:
       ValueError: the marks are not there.
@@ -157,10 +143,13 @@ def rewrite(
 def merged(
     results: Mapping[Key, Sequence[Mapping[str, Any]]], today: str
 ) -> tuple[dict[str, tuple[str, str]], dict[Key, Sizes]]:
-    """The table with what was just measured: an entry that is no gain any more goes."""
+    """Merges new results into the table; an entry that is no gain any more is removed."""
     measured, table = dict(tuning.MEASURED), dict(tuning.TABLE)
     for key, rows in results.items():
-        measured[key.device_kind] = (f"{today}, jax {jax.__version__}", command_line())
+        measured[key.device_kind] = (
+            f"{today}, jax {jax.__version__}",
+            " ".join([common.program(), *sys.argv[1:]]),
+        )
         table.pop(key, None)
         if rows and rows[0]["gain"] >= LEAST_GAIN:
             table[key] = rows[0]["sizes"]
@@ -168,79 +157,62 @@ def merged(
 
 
 def list_candidates(platforms: Sequence[str], args: Any) -> None:
-    """What would be measured: every size with every other."""
-    print("| platform | kind | KV heads | group | head_dim | page size | dtype | candidates |")
-    print("|---|---|---:|---:|---:|---:|---|---|")
+    """Prints a table of all candidates."""
+    heads = ("platform", "kind", "KV heads", "group", "head_dim", "page size", "dtype", "candidates")
+    print(common.head(*heads, left=("platform", "kind", "dtype", "candidates")))
     for platform in platforms:
         for key in shapes(args, platform):
             sizes = candidates(platform, key)
-            names = {name: sorted({each[name] for each in sizes}) for name in sizes[0]}
+            names = {name: sorted({size[name] for size in sizes}) for name in sizes[0]}
             listed = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in names.items())
             numbers = (key.num_kv_heads, key.group, key.head_dim, key.page_size)
-            print(line([platform, key.kind, *map(str, numbers), key.dtype, f"{len(sizes)}: {listed}"]))
+            print(common.row(platform, key.kind, *numbers, key.dtype, f"{len(sizes)}: {listed}"))
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "-m", "--model", default=list(MODELS), metavar="NAMES", type=lambda text: text.split(","),
-        help=f"heads of these models (default: all, {', '.join(MODELS)})",
-    )  # fmt: skip
-    parser.add_argument("--page-size", type=positives, default=[16, 32, 64], help="(default: 16,32,64)")
-    parser.add_argument("-b", "--batch", type=positive, default=8, help="sequences that decode (default: 8)")
-    parser.add_argument("-c", "--context", type=positive, default=8192, help="tokens of each (default: 8192)")
-    parser.add_argument(
-        "--chunk", type=positive, default=512, help="tokens of a prompt in a step of prefill (default: 512)"
-    )
-    parser.add_argument("--dtype", choices=PAGE_FORMATS, default="bf16", help="(default: bf16)")
-    parser.add_argument("-r", "--repeat", type=positive, default=7, help="turns (default: 7)")
-    parser.add_argument(
-        "--milliseconds", type=positive, default=50, help="the least that one measurement lasts (default: 50)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list the candidates, measure nothing")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path(tuning.__file__), metavar="FILE",
-        help="the file to write the table into (default: the jaxpaged/attention/tuning.py that is in use)",
-    )  # fmt: skip
-    add_json(parser)
-    args = parser.parse_args()
-    choose_models(parser, args.model, MODELS)
-    for size in args.page_size:
-        if not MIN_PAGE_SIZE <= size <= MAX_PAGE_SIZE or size & (size - 1):
-            parser.error(f"page size {size} is no power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
+    output = Path(tuning.__file__)
+    parser = Parser(__doc__, repeat=7, json=None)
+    parser.add("-m --model", "models whose heads to tune", each(known("model", MODELS)), list(MODELS))
+    parser.add("--page-size", "tokens per page", each(page_size), [16, 32, 64])
+    parser.add("-b --batch", "sequences of a decode step", positive, 8)
+    parser.add("-c --context", "tokens per sequence", positive, 8192)
+    parser.add("--chunk", "prompt tokens of a prefill step", positive, 512)
+    parser.add("--dtype", "of pages and queries", default="bf16", choices=PAGE_FORMATS)
+    parser.add("--milliseconds", "minimum duration of a measurement", positive, 50)
+    parser.flag("--dry-run", "list the candidates, measure nothing")
+    parser.add("-o --output", "file to write the table into", Path, output)
+    args = parser.parse()
     if args.chunk > args.context:
         parser.error(f"a chunk of {args.chunk} tokens is longer than the context of {args.context}")
-    check_writable(parser, args.json, args.output)
     platform = {"cuda": "gpu"}.get(default_platform(), default_platform())
     if args.dry_run:
         list_candidates(["tpu", "gpu"] if platform == "cpu" else [platform], args)
         return
     if platform not in ("tpu", "gpu"):
         print(
-            f"nothing to tune on {platform}: the CPU kernel's block sizes are constants of cpu_numba.py, and "
-            "bench_paged_attention compares it with xla; --dry-run lists the candidates for TPU and GPU"
+            f"nothing to tune on {platform}: the CPU kernel's block sizes are constants, and bench.paged_attention "
+            "compares it with xla; --dry-run lists the candidates for TPU and GPU"
         )
         return
     results: dict[Key, list[dict[str, Any]]] = {}
-    print("| kind | KV heads | group | head_dim | page size | own choice us | fastest | us | gain |")
-    print("|---|---:|---:|---:|---:|---:|---|---:|---:|", flush=True)
+    heads = ("kind", "KV heads", "group", "head_dim", "page size", "own choice us", "fastest", "us", "gain")
+    print(common.head(*heads, left=("kind", "fastest")), flush=True)
     for key, shape in shapes(args, current_device_kind()).items():
         rows = list(measure(platform, key, shape, args, free_memory()))
         if not rows:
             continue
         results[key] = rows
-        own = next(row for row in rows if not row["sizes"])
-        best = rows[0]
-        cells = [key.kind, *map(str, (key.num_kv_heads, key.group, key.head_dim, key.page_size))]
-        cells += [f"{1e6 * statistics.median(own['seconds']):,.1f}"]
-        cells += [" ".join(f"{k}={v}" for k, v in best["sizes"].items()) or "own choice"]
-        cells += [f"{1e6 * statistics.median(best['seconds']):,.1f}", f"{best['gain']:.2f}"]
-        print(line(cells), flush=True)
+        best, own = rows[0], next(row for row in rows if not row["sizes"])
+        sizes = " ".join(f"{name}={value}" for name, value in best["sizes"].items()) or "own choice"
+        own_us, best_us = (f"{1e6 * statistics.median(row['seconds']):,.1f}" for row in (own, best))
+        numbers = (key.num_kv_heads, key.group, key.head_dim, key.page_size)
+        print(common.row(key.kind, *numbers, own_us, sizes, best_us, f"{best['gain']:.2f}"), flush=True)
     if not results:
         raise SystemExit("nothing was measured")
-    write_json(args.json, {"rows": [key._asdict() | row for key, rows in results.items() for row in rows]})
+    rows = [key._asdict() | row for key, found in results.items() for row in found]
+    common.write_json(args.json, {"rows": rows})
     measured, table = merged(results, datetime.date.today().isoformat())
-    source = Path(tuning.__file__).read_text(encoding="utf-8")
+    source = output.read_text(encoding="utf-8")
     args.output.write_text(rewrite(source, measured, table), encoding="utf-8")
     note(f"{len(table)} entries in {args.output}")
 

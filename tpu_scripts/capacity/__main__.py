@@ -1,48 +1,62 @@
-"""How many chips serve a day of requests within limits: calculated by simulation, measured nowhere.
+"""Number of chips that serve a day of requests within latency targets: calculated by simulation, measured nowhere.
 
     python -m tpu_scripts.capacity
     python -m tpu_scripts.capacity -m llama-3.1-8b --chips v6e,h100 --tp 1,2 --ttft 500 --tpot 30
     python -m tpu_scripts.capacity -m config.json --requests 250000 -ctk q8_0 -ctv q8_0
     python -m tpu_scripts.capacity --price v6e=2,h100=3 --json plan.json --plot plan.svg
 
-Requests of a day are drawn from a distribution that the first lines of the output state: a Poisson process with one
-smooth hump a day, lognormal lengths, and a share that begins with one of some system prompts. For each kind of chip
+Needs: the model's readers (pip install -e ".[model]"); --plot needs matplotlib. No device.
+
+Requests of a day are sampled from a distribution that the first lines of the output state: a Poisson process with one
+smooth peak a day, lognormal lengths, and a share that begins with one of some system prompts. For each kind of chip
 and each number of devices that split the model (--tp), one replica of the server is simulated step by step, with the
 rules of jaxpaged.engine for admission, chunks of prompts, shared pages and preemption (tpu_scripts/capacity/replica.py
-says where it is simpler), and gets its share of the requests. What counts is the window around the peak, after three
-minutes that fill the replica. Bisection finds the smallest number of replicas whose p95 there meets both targets.
+says where it is simpler), and gets its share of the requests. What counts is the window around the peak, after a
+warm-up of three minutes. Bisection finds the smallest number of replicas with a p95 that meets both targets there.
 
-What a step takes is a roofline: the larger of bytes (weights and live keys and values) over bandwidth and operations
-over peak, of the rows that the program is compiled for, each at a stated efficiency, and two all-reduces a layer where
-devices split the model. Pages are what the memory has room for beside the weights, of the size that the real cache has
-with these formats and KV heads; with more devices than KV heads each head is there several times.
-
-Needs: the model's readers (pip install -e ".[model]"); a picture needs matplotlib. No device.
+The time of a step is a roofline: the larger of bytes (weights and live keys and values) over bandwidth and operations
+over peak, of the rows that the program is compiled for, each at a stated efficiency, and two all-reduces per layer if
+devices split the model. The pool has as many pages as fit into the memory beside the weights, of the size that the real
+cache has with these formats and KV heads; with more devices than KV heads each head is replicated.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
+from tpu_scripts import common
 from tpu_scripts.capacity.load import Lengths
 from tpu_scripts.capacity.options import Question, asked
 from tpu_scripts.capacity.picture import counts_around, draw
 from tpu_scripts.capacity.search import PERCENTILES, Impossible, Result, Setup, make_setup
-from tpu_scripts.common import command_line, note
+from tpu_scripts.common import note
 
-_HEADS = (
-    "chip", "tp", "replicas", "chips", "pool pages", "peak use", "preempted / 1,000", "TTFT ms p50", "p95", "p99",
-    "TPOT ms p50", "p95", "p99", "running", "busy", "of peak op/s",
-)  # fmt: skip
+_HEADS = [
+    "chip",
+    "tp",
+    "replicas",
+    "chips",
+    "pool pages",
+    "peak use",
+    "preempted / 1,000",
+    "TTFT ms p50",
+    "p95",
+    "p99",
+    "TPOT ms p50",
+    "p95",
+    "p99",
+    "running",
+    "busy",
+    "of peak op/s",
+]
 Row = tuple[Setup, Result]
 
 
 def stated(question: Question) -> str:
-    """The paragraphs above the table: everything that the numbers follow from."""
+    """Paragraphs above the table: all inputs of the calculation."""
     config, server, given = question.config, question.server, question.assumed
     search, load, targets = question.search, question.search.load, question.search.targets
 
@@ -52,7 +66,7 @@ def stated(question: Question) -> str:
     shares = (
         f"{100 * load.shared:g}% behind one of {load.prefixes} system prompts of {load.prefix_tokens:,} tokens"
         if load.shared
-        else "no shared beginning"
+        else "no shared prefix"
     )
     formats = (
         server.k_format if server.k_format == server.v_format else f"{server.k_format}/{server.v_format}"
@@ -63,25 +77,21 @@ def stated(question: Question) -> str:
             f"parameters of {given.weight_bits:g} bits, {formats} pages of {server.page_size} tokens, -np "
             f"{server.slots} -b {server.batch_tokens} --decode-steps {server.decode_steps}"
             + ("" if server.prefix_cache else " --no-prefix-cache"),
-            f"load: {load.per_day:,.0f} requests a day, Poisson, {float(load.rate(load.peak_hour * 3600)):,.1f} a "
+            f"load: {load.per_day:,.0f} requests per day, Poisson, {float(load.rate(load.peak_hour * 3600)):,.1f} per "
             f"second at the peak at {load.peak_hour:g} h, {load.peak:g} times the mean; prompts lognormal, "
             f"{said(load.prompt)}, {shares}; outputs lognormal, {said(load.output)}; seed {load.seed}",
             f"targets: p95 of {search.window / 60:g} minutes around the peak, TTFT {1e3 * targets.ttft:g} ms and TPOT "
             f"{1e3 * targets.tpot:g} ms",
             f"assumed: {100 * given.memory_efficiency:g}% of the bandwidth, {100 * given.compute_efficiency:g}% of the "
             f"peak of operations, {100 * given.link_efficiency:g}% of the links and {1e6 * given.reduce_seconds:g} us "
-            f"an all-reduce, {1e3 * given.host_seconds:g} ms of the host a look at the queue, "
+            f"per all-reduce, {1e3 * given.host_seconds:g} ms of the host per scheduling, "
             f"{100 * given.utilization:g}% of the memory",
         )
     )
 
 
-def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def cells(setup: Setup, result: Result, prices: Mapping[str, float]) -> list[str]:
-    """A row of the table."""
+    """Cells of a row."""
     chips = setup.chips(result.replicas)
     found = [
         setup.chip.name,
@@ -104,7 +114,7 @@ def cells(setup: Setup, result: Result, prices: Mapping[str, float]) -> list[str
 
 
 def values(setup: Setup, result: Result, prices: Mapping[str, float]) -> dict[str, Any]:
-    """The same for JSON, in seconds and bytes."""
+    """Values of a row for JSON, in seconds and bytes."""
     chips = setup.chips(result.replicas)
     found: dict[str, Any] = {
         "chip": setup.chip.name,
@@ -125,7 +135,7 @@ def values(setup: Setup, result: Result, prices: Mapping[str, float]) -> dict[st
 
 
 def chosen(rows: Sequence[Row], prices: Mapping[str, float]) -> Row:
-    """The cheapest, where there are prices, else the one of fewest chips; of equals the one that is quicker."""
+    """Cheapest row if there are prices, else the one of fewest chips; of equals the faster one."""
     priced = [row for row in rows if row[0].chip.name in prices]
 
     def cost(row: Row) -> tuple[float, float]:
@@ -136,25 +146,24 @@ def chosen(rows: Sequence[Row], prices: Mapping[str, float]) -> Row:
 
 
 def found_rows(question: Question) -> list[Row]:
-    """Prints each row when it is there; what cannot serve is a line on stderr."""
+    """Computes and prints the rows; what cannot serve is a line on stderr."""
     rows = []
     for chip in question.chips:
         for tensor in question.tensors:
             try:
-                setup = make_setup(
-                    question.config, chip, tensor, question.server, question.assumed, question.search.load.longest
-                )  # fmt: skip
+                longest = question.search.load.longest
+                setup = make_setup(question.config, chip, tensor, question.server, question.assumed, longest)
                 result = question.search.fewest(setup)
             except Impossible as reason:
                 note(f"left out: {chip.name} tp={tensor}: {reason}")
                 continue
             rows.append((setup, result))
-            print(line(cells(setup, result, question.prices)), flush=True)
+            print(common.row(*cells(setup, result, question.prices)), flush=True)
     return rows
 
 
 def more(question: Question, rows: Sequence[Row]) -> dict[str, Any]:
-    """What is not in the table: a day, and latencies around the numbers that were found; draws them."""
+    """Simulates a day, and latencies around the numbers found, for --plot and --json; draws them."""
     search, prices = question.search, question.prices
     if not (question.plot or question.day):
         return {}
@@ -163,7 +172,9 @@ def more(question: Question, rows: Sequence[Row]) -> dict[str, Any]:
         note(f"--day {question.day[0]}:{question.day[1]} is left out, as above; another is shown")
     setup, result = named[0] if named else chosen(rows, prices)
     day = search.day(setup, result.replicas)
-    shown = {"day": {"chip": setup.chip.name, "tp": setup.tensor, "replicas": result.replicas, **day}}
+    shown: dict[str, Any] = {
+        "day": {"chip": setup.chip.name, "tp": setup.tensor, "replicas": result.replicas, **day}
+    }
     if question.plot is None:
         return shown
     names = dict.fromkeys(setup.chip.name for setup, _ in rows)
@@ -177,33 +188,28 @@ def more(question: Question, rows: Sequence[Row]) -> dict[str, Any]:
         f"{search.window / 60:g} minutes around the peak; of each chip the tp that takes the fewest"
     )
     draw(curves, (setup, result.replicas, day), search.targets, title, question.plot)
-    return shown | {
-        "curves": [values(one, each, prices) for one, _, results in curves for each in results]
-    }  # fmt: skip
+    shown["curves"] = [values(one, each, prices) for one, _, results in curves for each in results]
+    return shown
 
 
 def main() -> int:
     question = asked(__doc__)
     print(stated(question) + "\n")
-    heads = (*_HEADS, "price a day") if question.prices else _HEADS
-    print(line(heads))
-    print(f"|{'|'.join('---' if head == 'chip' else '---:' for head in heads)}|", flush=True)
+    print(common.head(*_HEADS, *(["price a day"] if question.prices else [])), flush=True)
     rows = found_rows(question)
     if not rows:
         note("nothing serves this load within these targets")
         return 1
     shown = more(question, rows)
-    if question.json:
-        head = {
-            "calculated": True,
-            "command": command_line(),
-            "model": asdict(question.config),
-            "search": asdict(question.search),
-            "server": asdict(question.server),
-            "assumed": asdict(question.assumed),
-        }
-        body = {"rows": [values(*row, question.prices) for row in rows]}
-        question.json.write_text(json.dumps(head | body | shown, indent=1) + "\n")
+    inputs = {
+        "calculated": True,
+        "model": asdict(question.config),
+        "search": asdict(question.search),
+        "server": asdict(question.server),
+        "assumed": asdict(question.assumed),
+    }
+    found = {"rows": [values(*row, question.prices) for row in rows]}
+    common.write_json(question.json, inputs | found | shown, measured=False)
     return 0
 
 

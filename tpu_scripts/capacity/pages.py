@@ -1,6 +1,6 @@
-"""The pool of a simulated replica: how many pages are held, which stay behind, and which of these leave first.
+"""Pool of a simulated replica: pages held, pages cached, and the order of eviction.
 
-The counting of ``jaxpaged.engine.PagedPool`` and its prefix index, without pages: see ``capacity_replica``.
+The counts of ``jaxpaged.engine.PagedPool`` and its prefix index, without pages; see ``replica``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections import deque
 
 
 class Pages:
-    """Counts of a pool: pages that running requests hold, and cached ones in the order in which they can leave."""
+    """Counts of a pool: pages held by running requests, and cached ones in the order of eviction."""
 
     def __init__(self, num_pages: int, keeps: bool, num_prefixes: int, prefix_pages: int) -> None:
-        """``keeps``: pages stay when nobody uses them, as with a prefix cache."""
+        """``keeps``: unused pages stay cached, as with a prefix cache."""
         self.num_pages = num_pages
         self.keeps = keeps
         self.used = self.cached = self.peak = self.evictions = 0
-        # [pages] each, so that whoever comes back takes its own out of the middle.
+        # [pages] each, so that a request that returns takes its own out of the middle.
         self._order: deque[list[int]] = deque()
         self._own: dict[int, list[int]] = {}
         self.whole = prefix_pages
@@ -34,7 +34,7 @@ class Pages:
             self.peak = self.used
 
     def ensure(self, count: int) -> None:
-        """Makes so many pages free; there are as many that nobody uses."""
+        """Makes ``count`` pages free by evicting cached ones."""
         missing = count + self.used + self.cached - self.num_pages
         if missing > 0:
             self._evict(missing)
@@ -57,19 +57,18 @@ class Pages:
             self._order.append(pages)
         return pages
 
-    def leave(self, count: int) -> None:
-        """Pages of a request that is done; nobody will ask for them, but the pool does not know."""
+    def release(self, count: int) -> None:
+        """Releases pages of a finished request; they stay cached, as the pool cannot know that none will need them."""
         self.used -= count
         self._keep(count)
 
-    def leave_for_now(self, request: int, count: int, whole: int) -> None:
-        """Pages of a request that gives way, of which ``whole`` are full."""
+    def preempt(self, request: int, count: int, whole: int) -> None:
+        """Releases pages of a preempted request, of which ``whole`` are full."""
         self.used -= count
         self._own[request] = self._keep(whole)
 
     def found(self, request: int, prefix: int) -> tuple[int, int, int]:
-        """What a waiting request could begin with: whole pages of the shared beginning, whole ones of its own behind
-        them, and how many of all these nobody uses now."""
+        """Cached pages of a waiting request: whole ones of its shared prefix, its own behind them, and unused ones."""
         shared = self._prefix[prefix][0] if prefix >= 0 else 0
         idle = shared if prefix >= 0 and not self._users[prefix] else 0
         own = self._own.get(request)
@@ -78,7 +77,7 @@ class Pages:
         return shared, own[0], idle + own[0]
 
     def touch(self, request: int, prefix: int, shared: int, own: int) -> None:
-        """The request, which waits on, has looked at what was found: of all that nobody uses, it leaves last."""
+        """Moves the pages found for a request that keeps waiting to the end of the order of eviction."""
         if own:
             self._own[request] = self._moved_behind(self._own[request])
         if shared and not self._users[prefix]:
@@ -93,7 +92,7 @@ class Pages:
         return moved
 
     def acquire(self, request: int, prefix: int, shared: int, own: int) -> None:
-        """The request holds what was found."""
+        """Gives a request the pages that were found."""
         if shared:
             if not self._users[prefix]:
                 self._take_out(self._prefix[prefix], shared)
@@ -112,9 +111,8 @@ class Pages:
         while self._order and not self._order[0][0]:
             self._order.popleft()
 
-    def read(self, prefix: int, shared: int, whole: int) -> int:
-        """A request that shared so many pages of its beginning read it up to ``whole`` pages: how many of its own can
-        be found there from now on, because they were the first."""
+    def publish(self, prefix: int, shared: int, whole: int) -> int:
+        """Adds a request's prefilled pages to the shared prefix; returns how many, 0 if they were there."""
         whole = min(whole, self.whole)
         if not self.keeps or self._prefix[prefix][0] != shared or whole <= shared:
             return 0
@@ -123,8 +121,8 @@ class Pages:
         self._prefix[prefix] = [whole]
         return whole - shared
 
-    def let_go(self, prefix: int) -> None:
-        """A request uses a shared beginning no more."""
+    def release_prefix(self, prefix: int) -> None:
+        """Releases one user of a shared prefix."""
         self._users[prefix] -= 1
         if not self._users[prefix]:
             count = self._prefix[prefix][0]

@@ -1,22 +1,22 @@
-"""One replica of the server, simulated step by step: its pool, whom it admits, and who gives way.
+"""One replica of the server, simulated step by step: its pool, admission, and preemption.
 
-What ``jaxpaged.engine.Scheduler`` decides of a step is decided here the same way: one budget of tokens, of the compiled
-sizes; those that run go first, oldest first; what is left of it admits who waits, in order, while there are sequences
-and pages for all that is still to be read and one more for each that runs; when pages run out the newest gives way and
-nobody is admitted; up to ``decode_steps`` tokens between two looks at the queue, fewer where they would take longer
-than a reader notices, and a look as soon as one ends that somebody waits for. As in ``PagedPool`` whole pages of a
-shared beginning are held once, its last tokens are copied, pages that nobody uses stay until they are needed, least
-recently used first, and who gave way finds those of its own that are still there.
+It decides what ``jaxpaged.engine.Scheduler`` decides of a step: one budget of tokens, of the compiled sizes; running
+requests go first, oldest first; the rest of the budget admits waiting ones, in order, while there are sequences, and
+pages for all that is still to be prefilled and one more per running request; when pages run out the newest is preempted
+and none is admitted; up to ``decode_steps`` tokens between two schedulings, fewer if they would take longer than a
+reader notices, and a scheduling as soon as one ends that another waits for. As in ``PagedPool`` whole pages of a shared
+prefix are held once, its last tokens are copied, unused pages stay until they are needed, least recently used first,
+and a preempted request finds those of its own that are still there.
 
-Because requests come one after the other, all that decode do so in lockstep: they are a few sums, a heap of ends and a
-count by place in the last page, and a step costs the same however many they are.
+All decoding requests advance in lockstep: they are a few sums, a heap of ends and a count by slot in the last page, and
+a step costs the same whatever their number.
 
 Simpler than the engine:
-  * who gives way is always computed again; the server may copy its pages to host memory (``--swap-space``).
-  * a request ends after the tokens drawn for it, each has one sample, all have one priority, and none is cancelled.
-  * the queue has no end; the server turns requests away behind ``--max-queue``.
-  * of a page that is not full, tokens are shared where they end a shared beginning, and nowhere else.
-  * steps between two looks follow from the last step's time, not from the median of eight.
+  * preempted requests are always recomputed; the server may copy their pages to host memory (``--swap-space``).
+  * a request ends after its sampled number of tokens, each has one sample, all have one priority, none is cancelled.
+  * the queue is unbounded; the server rejects requests behind ``--max-queue``.
+  * of a page that is not full, tokens are shared where they end a shared prefix, and nowhere else.
+  * steps between two schedulings follow from the last step's time, not from the median of eight.
   * a window of attention counts as full attention.
 """
 
@@ -37,41 +37,41 @@ from tpu_scripts.capacity.pages import Pages
 
 _LEAST_FILLED, _LEAST_READ = 0.7, 16
 _ROUND_TRIP_SECONDS = 0.04
-"""As the scheduler and the engine have them."""
+"""Constants of the scheduler and the engine."""
 
 Watch = Callable[[float, float, int, int, int], None]
-"""Called for each look at the queue: when it began, how long until the next one, both in seconds, then how many wait,
-how many run meanwhile, and pages that these hold at its end."""
+"""Called for each scheduling with its start and the time to the next one, in seconds, the numbers of waiting and of
+running requests, and the pages that these hold at its end."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """Sizes of a server."""
+    """Options of a server."""
 
     times: StepTimes
     num_pages: int
     page_size: int = 32
     slots: int = 256
     batch_tokens: int = 512
-    """Tokens of a step, at most."""
+    """Maximum tokens of a step."""
     decode_steps: int = 8
     prefix_cache: bool = True
     shares_tails: bool = True
-    """Whether pages are shared in part; formats that seal pages cannot."""
+    """True if pages are shared in part; residual formats cannot."""
 
 
 @dataclass
 class Outcome:
-    """What came of R requests."""
+    """Results of R requests."""
 
     first: np.ndarray
-    """f64[R]: seconds when the first token was handed out; nan: never, because the run was given up."""
+    """Seconds when the first token was returned, nan if the run was aborted, f64[R]."""
     finish: np.ndarray
-    """f64[R]: when the last one was."""
+    """Seconds when the last token was returned, f64[R]."""
     begun: np.ndarray
-    """f64[R]: when its first step began."""
+    """Seconds when the first step began, f64[R]."""
     generated: np.ndarray
-    """i64[R]: tokens handed out."""
+    """Number of returned tokens, i64[R]."""
     begin: float
     """Seconds of the first arrival; ``end`` of the last token."""
     end: float
@@ -80,21 +80,21 @@ class Outcome:
     steps: int
     """Runs of the model."""
     peak_pages: int
-    """Pages that running requests held at most."""
+    """Maximum number of pages held by running requests."""
     preemptions: int
     evictions: int
-    """Cached pages given up for others."""
+    """Number of cached pages evicted."""
     cached_tokens: int
-    """Tokens that were in the pool already when a request was first admitted."""
+    """Tokens found in the pool when a request was first admitted."""
     useful_tokens: int
-    """Computed of those that are done, each once and without what was found."""
-    given_up: bool
-    """Whether it ended because too many requests were too late."""
+    """Computed tokens of finished requests, each once and without those found in the pool."""
+    aborted: bool
+    """True if it ended because too many requests were late."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Gives a run up as soon as more than ``most`` of the counted requests are later than this."""
+    """Latencies; a run is aborted as soon as more than ``most`` of the counted requests exceed one of them."""
 
     ttft: float
     """Seconds."""
@@ -103,7 +103,7 @@ class Limits:
 
 
 class _Run:
-    """The state of a simulation; requests are numbered in order of arrival."""
+    """State of a simulation; requests are numbered in order of arrival."""
 
     def __init__(
         self, replica: Replica, requests: Requests, prefix_tokens: int, limits: Limits | None
@@ -127,27 +127,27 @@ class _Run:
 
         self.now = self.arrival[0] if count else 0.0
         self.waiting: deque[int] = deque()
-        self.reading: tuple[int, int, int] | None = None
-        """The one request that a step read a part of: which, tokens computed, pages of its own."""
+        self.partial: tuple[int, int, int] | None = None
+        """The request that is prefilled in part: index, tokens computed, own pages."""
         self.steps = 0
-        """Decode steps so far: the clock that all who decode share."""
+        """Decode steps so far: the clock of all decoding requests."""
         self.decoding = 0
         self.base = [0] * count
-        """Of who decodes: tokens computed minus ``steps``, which stays the same while it does."""
+        """Tokens computed minus ``steps``, constant while a request decodes."""
         self.base_sum = 0
         self.ends: list[tuple[int, int]] = []
-        """A heap of (``steps`` at the last token, request); stale where ``end_of`` says otherwise."""
+        """Heap of (``steps`` at the last token, request); stale where ``end_of`` differs."""
         self.latest = 0
-        """Of those ends that are not stale."""
+        """Latest end that is not stale."""
         self.end_of = [-1] * count
-        """-1: it does not decode."""
-        self.places = [0] * replica.page_size
-        """How many decode whose ``base`` is this, modulo the page size: they need a page when it meets the clock."""
+        """End of each request, -1 if it does not decode."""
+        self.base_counts = [0] * replica.page_size
+        """Number of decoding requests by ``base`` modulo the page size: they need a page when it meets the clock."""
         self.stack: list[int] = []
-        """Who decodes, newest last; those that are done are still in it."""
+        """Decoding requests, newest last; finished ones are still in it."""
         self.generated = [0] * count
         self.shared = [0] * count
-        """Whole pages of a shared beginning that a running request holds with others."""
+        """Whole pages of a shared prefix held by each running request."""
         self.wanted = replica.decode_steps
         nan = float("nan")
         self.first, self.finish, self.begun = [nan] * count, [nan] * count, [nan] * count
@@ -163,7 +163,7 @@ class _Run:
             while come < count and arrival[come] <= self.now:
                 waiting.append(come)
                 come += 1
-            if not waiting and not self.decoding and self.reading is None:
+            if not waiting and not self.decoding and self.partial is None:
                 if come == count:
                     break
                 self.now = arrival[come]
@@ -173,9 +173,9 @@ class _Run:
             running = self.decoding + len(chunks)
             steps = 1 if preempted else self.replica.decode_steps
             if any(count > 1 or computed + 1 < self._length(r) for r, computed, count, _ in chunks):
-                ended = self._read(chunks)
-            else:  # of whom one token is to be read, that one decodes
-                self.reading = None
+                ended = self._prefill(chunks)
+            else:  # one token left to prefill is a decode step
+                self.partial = None
                 for request, computed, _, own in chunks:
                     self._start_to_decode(
                         request, computed, own, self.output[request] - self.generated[request]
@@ -203,34 +203,34 @@ class _Run:
             evictions=pages.evictions,
             cached_tokens=self.cached_tokens,
             useful_tokens=self.useful_tokens,
-            given_up=come < count or bool(waiting) or self.decoding > 0 or self.reading is not None,
+            aborted=come < count or bool(waiting) or self.decoding > 0 or self.partial is not None,
         )
 
     # Planning
 
     def _plan(self) -> tuple[list[tuple[int, int, int, int]], bool]:
-        """Admits and preempts: ``(prompts that the step reads, whether somebody gave way)``.
+        """Admits and preempts; returns ``(chunks of prompts, True if a request was preempted)``.
 
-        A prompt is (request, tokens computed, tokens to compute, pages of its own so far).
+        A chunk is (request, tokens computed, tokens to compute, own pages so far).
         """
         pages, page_size = self.pages, self.replica.page_size
         preempted = False
-        budget = self._budget() if self.waiting or self.reading else self.sizes[-1]
-        needed = self.places[-self.steps % page_size]
+        budget = self._budget() if self.waiting or self.partial else self.sizes[-1]
+        needed = self.base_counts[-self.steps % page_size]
         chunk = None
-        if self.reading is not None:
-            request, computed, own = self.reading
+        if self.partial is not None:
+            request, computed, own = self.partial
             count = min(self._length(request) - computed, budget - self.decoding)
             if count > 0:
                 chunk = request, computed, count, own
                 needed += self._pages_to(request, computed + count, own)
         while needed > pages.available:
             preempted = True
-            if self.reading is not None:
+            if self.partial is not None:
                 if chunk is not None:
                     needed -= self._pages_to(request, computed + count, own)
                     chunk = None
-                self._preempt_reader()
+                self._preempt_partial()
             else:
                 needed -= self._preempt_newest()
         chunks = [] if chunk is None else [chunk]
@@ -240,8 +240,8 @@ class _Run:
 
     def _budget(self) -> int:
         wanted = decoding = self.decoding
-        if self.reading is not None:
-            wanted += self._length(self.reading[0]) - self.reading[1]
+        if self.partial is not None:
+            wanted += self._length(self.partial[0]) - self.partial[1]
             decoding += 1
         largest = self.sizes[-1]
         for request in self.waiting:
@@ -249,7 +249,7 @@ class _Run:
                 break
             wanted += self._length(request)
             decoding += 1
-        decoding = self.decoding + (self.reading is not None)
+        decoding = self.decoding + (self.partial is not None)
         smaller = 0
         for size in self.sizes:
             if wanted <= size:
@@ -260,11 +260,11 @@ class _Run:
 
     def _admit(self, chunks: list[tuple[int, int, int, int]], needed: int, budget: int) -> None:
         pages, page_size = self.pages, self.replica.page_size
-        running = self.decoding + (self.reading is not None)
+        running = self.decoding + (self.partial is not None)
         left = budget - self.decoding - sum(count for _, _, count, _ in chunks)
         promised = needed
-        if self.reading is not None:
-            request, computed, own = self.reading
+        if self.partial is not None:
+            request, computed, own = self.partial
             planned = computed + (chunks[0][2] if chunks else 0)
             promised += self._pages_to(request, self._length(request), own)
             promised -= self._pages_to(request, planned, own) if chunks else 0
@@ -294,21 +294,21 @@ class _Run:
             left -= count
 
     def _length(self, request: int) -> int:
-        """Tokens of a request that waits or is read."""
+        """Tokens of a waiting or partly prefilled request."""
         return self.prompt[request] + self.generated[request]
 
     def _pages_to(self, request: int, computed: int, own: int) -> int:
-        """Pages that a request takes to have so many tokens computed."""
+        """Additional pages of a request for so many computed tokens."""
         return -(-computed // self.replica.page_size) - self.shared[request] - own
 
-    def _preempt_reader(self) -> None:
-        assert self.reading is not None
-        request, computed, own = self.reading
-        self.reading = None
-        self._wait_again(request, computed, own)
+    def _preempt_partial(self) -> None:
+        assert self.partial is not None
+        request, computed, own = self.partial
+        self.partial = None
+        self._requeue(request, computed, own)
 
     def _preempt_newest(self) -> int:
-        """The newest that decodes waits again; pages that it would have needed for the next token."""
+        """Preempts the newest decoding request; returns the pages that its next token would have needed."""
         while self.end_of[self.stack[-1]] < 0:
             self.stack.pop()
         request = self.stack.pop()
@@ -316,34 +316,34 @@ class _Run:
         self.generated[request] = self.output[request] - (self.end_of[request] - self.steps)
         self._stop(request)
         self.latest = max((end for end, other in self.ends if self.end_of[other] == end), default=0)
-        self._wait_again(request, computed, self._pages_to(request, computed, 0))
+        self._requeue(request, computed, self._pages_to(request, computed, 0))
         return int(computed % self.replica.page_size == 0)
 
-    def _wait_again(self, request: int, computed: int, own: int) -> None:
+    def _requeue(self, request: int, computed: int, own: int) -> None:
         self.preemptions += 1
         whole = computed // self.replica.page_size - self.shared[request]
-        self.pages.leave_for_now(request, own, max(0, whole))
+        self.pages.preempt(request, own, max(0, whole))
         self._release(request)
         self.waiting.appendleft(request)
 
     def _release(self, request: int) -> None:
         if self.shared[request]:
-            self.pages.let_go(self.prefix[request])
+            self.pages.release_prefix(self.prefix[request])
             self.shared[request] = 0
 
     def _stop(self, request: int) -> None:
-        """The request decodes no more."""
+        """Removes a request from those that decode."""
         self.end_of[request] = -1
         self.decoding -= 1
         self.base_sum -= self.base[request]
-        self.places[self.base[request] % self.replica.page_size] -= 1
+        self.base_counts[self.base[request] % self.replica.page_size] -= 1
 
     # Computing
 
-    def _read(self, chunks: list[tuple[int, int, int, int]]) -> list[int]:
-        """A step that reads prompts, and computes a token of each that decodes; who is done."""
+    def _prefill(self, chunks: list[tuple[int, int, int, int]]) -> list[int]:
+        """Runs a step of prompt chunks and one token of each decoding request; returns the finished ones."""
         pages, page_size = self.pages, self.replica.page_size
-        pages.take(self.places[-self.steps % page_size])
+        pages.take(self.base_counts[-self.steps % page_size])
         rows, read = self.decoding, self.base_sum + self.decoding * (self.steps + 1)
         pairs = read
         self.steps += 1
@@ -357,21 +357,21 @@ class _Run:
         self.busy += seconds
         self.runs += 1
         ended = self._ended_now()
-        self.reading = None
-        handed_out = self.now + self.times.host
+        self.partial = None
+        returned = self.now + self.times.host
         for request, computed, count, own in chunks:
             computed += count
             more = self._pages_to(request, computed, own)
             pages.take(more)
             own += more
             if (prefix := self.prefix[request]) >= 0:
-                found = pages.read(prefix, self.shared[request], computed // page_size)
+                found = pages.publish(prefix, self.shared[request], computed // page_size)
                 self.shared[request] += found
                 own -= found
             if computed < self._length(request):
-                self.reading = request, computed, own
+                self.partial = request, computed, own
                 continue
-            self._first_token(request, handed_out)
+            self._first_token(request, returned)
             left = self.output[request] - self.generated[request] - 1
             if left:
                 self._start_to_decode(request, computed, own, left)
@@ -387,11 +387,11 @@ class _Run:
                 self.late_first += when - self.arrival[request] > limits.ttft
 
     def _start_to_decode(self, request: int, computed: int, own: int, left: int) -> None:
-        """The request joins those that decode, with so many tokens computed and so many to come."""
-        self.pages.take(self._pages_to(request, computed, own))  # a copy, where it shares a part of a page
+        """Adds a request to those that decode, with ``computed`` tokens and ``left`` to come."""
+        self.pages.take(self._pages_to(request, computed, own))  # a copy, if it shares a part of a page
         base = self.base[request] = computed - self.steps
         self.base_sum += base
-        self.places[base % self.replica.page_size] += 1
+        self.base_counts[base % self.replica.page_size] += 1
         self.decoding += 1
         end = self.end_of[request] = self.steps + left
         self.latest = max(self.latest, end)
@@ -399,21 +399,26 @@ class _Run:
         self.stack.append(request)
 
     def _decode(self, most: int) -> list[int]:
-        """Up to so many decode steps in one program; who is done."""
-        pages, places, page_size, times = self.pages, self.places, self.replica.page_size, self.times
+        """Runs up to ``most`` decode steps in one program; returns the finished requests."""
+        pages, base_counts, page_size, times = (
+            self.pages,
+            self.base_counts,
+            self.replica.page_size,
+            self.times,
+        )
         steps = max(1, min(most, self.wanted, self.latest - self.steps))
         while steps > 1 and self._pages_of(steps) > pages.available:
             steps //= 2
-        pages.ensure(self._pages_of(steps))  # some may end, and not take theirs
+        pages.ensure(self._pages_of(steps))  # requests that end do not take theirs
         blocked, ended = bool(self.waiting), []
         rows = self.decode_sizes[bisect.bisect_left(self.decode_sizes, self.decoding)]
-        # Of a step: the larger of two straight lines in the tokens read.
+        # A step takes the larger of two linear functions of the tokens read.
         fixed = rows * times.reduce_row + times.reduce
         compute = rows * (times.row + times.logits)
         weights, kv_token, pair = times.weights, times.kv_token, times.pair
         total, done = 0.0, 0
         while done < steps and self.decoding:
-            pages.take(places[-self.steps % page_size])
+            pages.take(base_counts[-self.steps % page_size])
             self.steps += 1
             read = self.base_sum + self.decoding * self.steps
             total += fixed + max(weights + read * kv_token, compute + read * pair)
@@ -429,12 +434,12 @@ class _Run:
         return ended
 
     def _pages_of(self, steps: int) -> int:
-        """Pages that all who decode take in so many steps."""
+        """Pages that all decoding requests take in so many steps."""
         size = self.replica.page_size
-        return sum(self.places[(-self.steps - i) % size] for i in range(steps))
+        return sum(self.base_counts[(-self.steps - i) % size] for i in range(steps))
 
     def _ended_now(self) -> list[int]:
-        """Takes those from the lockstep that had their last token; their pages are theirs until they are handed out."""
+        """Removes requests that had their last token; they hold their pages until it is returned."""
         ended, ends = [], self.ends
         while ends and ends[0][0] <= self.steps:
             end, request = heapq.heappop(ends)
@@ -444,7 +449,7 @@ class _Run:
         return ended
 
     def _end(self, request: int) -> None:
-        """Hands out the last token, and takes the pages."""
+        """Returns the last token and releases the pages."""
         output, now = self.output[request], self.now
         self.generated[request] = output
         self.finish[request] = now
@@ -453,12 +458,12 @@ class _Run:
             self.late_tokens += now - self.first[request] > limits.tpot * (output - 1)
         computed = self.prompt[request] + output - 1
         self.useful_tokens += computed
-        self.pages.leave(self._pages_to(request, computed, 0))
+        self.pages.release(self._pages_to(request, computed, 0))
         self._release(request)
 
 
 def _sizes(largest: int) -> list[int]:
-    """Sizes of programs, as the engine has them: ``largest``, and each half of the next, down to 1."""
+    """Sizes of the engine's programs: ``largest``, and half of the next one each, down to 1."""
     sizes = [largest]
     while sizes[0] > 1:
         sizes.insert(0, -(-sizes[0] // 2))
@@ -473,14 +478,14 @@ def simulate(
     limits: Limits | None = None,
     watch: Watch | None = None,
 ) -> Outcome:
-    """Serves the requests until all are done.
+    """Serves the requests until all are finished.
 
     Args:
       replica: the server.
       requests: in order of arrival.
-      prefix_tokens: of each shared beginning.
-      limits: give up when it is certain that they are missed.
-      watch: is told of each look at the queue.
+      prefix_tokens: tokens of each shared prefix.
+      limits: abort when they are missed.
+      watch: called for each scheduling.
 
     Raises:
       ValueError: a request does not fit the pool, even alone.

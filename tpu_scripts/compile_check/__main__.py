@@ -1,4 +1,4 @@
-"""Compiles the attention kernels for every TPU and for a Hopper GPU, on a machine that has neither.
+"""Compiles the kernels for every TPU and for a Hopper GPU, on a machine that has neither.
 
     python -m tpu_scripts.compile_check [--quick] [--meshes] [--json FILE]
     python -m tpu_scripts.compile_check --python-tpu .venv-tpu/bin/python --python-gpu .venv-gpu/bin/python
@@ -6,8 +6,8 @@
 Needs: for TPUs pip install -e ".[tpu]"; for GPUs jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version, and
 nvidia-cuda-nvcc. No driver and no device. The two can be installed into one environment or into two.
 
-Runs compile_check.tpu and compile_check.gpu; with --meshes also compile_check.mesh, which pip install -e ".[model]" is
-for. They can be called alone and say more in their --help. Exit status: 0, what could be checked is right; 1, something
+Runs compile_check.tpu and compile_check.gpu; with --meshes also compile_check.mesh, which needs pip install -e
+".[model]". They can be run alone; their --help says more. Exit status: 0, what could be checked is right; 1, something
 is not; 2, nothing could be checked.
 """
 
@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpu_scripts.common import Parser, add_json, check_writable
+from tpu_scripts import common
+from tpu_scripts.common import Parser
+from tpu_scripts.compile_check.devices import FAILED, NOT_CHECKED, OK
+from tpu_scripts.workers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-OK, FAILED, NOT_CHECKED = range(3)
-"""Exit statuses, of this script and of those that it runs."""
 INSTALL = {
     "tpu": 'pip install -e ".[tpu]"',
     "gpu": "pip install jax-cuda13-plugin==J jax-cuda13-pjrt==J nvidia-cuda-nvcc, J being jax's version",
@@ -37,7 +37,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class Check:
-    """What came out of one of them."""
+    """Result of one check."""
 
     target: str
     meshes: bool
@@ -57,23 +57,24 @@ class Check:
         return f"{self.name}: {found}, {len(self.rows)} programs in {self.seconds:.0f} s"
 
 
-def run(target: str, python: str, quick: bool, meshes: bool = False) -> Check:
+def run(target: str, python: str, quick: bool, meshes: bool) -> Check:
     """Runs one check, of kernels or of steps over meshes; its tables go to stdout as they come."""
+    print(f"== {target}{' meshes' * meshes}", flush=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        script = "compile_check." + ("mesh" if meshes else target)
-        command = [python, "-m", f"tpu_scripts.{script}", "--json", str(rows)]
+        file = Path(folder) / "rows.json"
+        script = f"tpu_scripts.compile_check.{'mesh' if meshes else target}"
+        command = [python, "-m", script, "--json", str(file)]
         command += ["--quick"] * quick + ["--platform", target] * meshes
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=False)
-        found = json.loads(rows.read_text()) if rows.exists() else []
+        rows = json.loads(file.read_text())["rows"] if file.exists() else []
     status = done.returncode if done.returncode in (OK, NOT_CHECKED) else FAILED
-    return Check(target, meshes, status, time.perf_counter() - start, found)
+    return Check(target, meshes, status, time.perf_counter() - start, rows)
 
 
-def summed_up(checks: list[Check]) -> int:
-    """The exit status of all together."""
+def combined_status(checks: list[Check]) -> int:
+    """Exit status of all checks together."""
     statuses = {check.status for check in checks}
     if FAILED in statuses:
         return FAILED
@@ -81,37 +82,29 @@ def summed_up(checks: list[Check]) -> int:
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--meshes", action="store_true", help="also steps of a model over meshes of devices")
+    parser = Parser(__doc__, json=None)
+    parser.flag("--quick", "fewer shapes")
+    parser.flag("--meshes", "also steps of a model over meshes of devices")
     for target in INSTALL:
-        parser.add_argument(
-            f"--python-{target}", default=sys.executable, metavar="PYTHON",
-            help=f"the interpreter that compiles for {target.upper()}s (default: this one)",
-        )  # fmt: skip
-    add_json(parser)
-    args = parser.parse_args()
-    check_writable(parser, args.json)
-    pythons = {target: getattr(args, f"python_{target}") for target in INSTALL}
-    for target, python in pythons.items():
-        if shutil.which(python) is None:
-            parser.error(f"--python-{target}: {python} is no program")
-    paths = {
-        target: str(Path(shutil.which(python) or python).absolute()) for target, python in pythons.items()
-    }
-    checks = []
-    for target in pythons:
-        print(f"== {target}", flush=True)
-        checks.append(run(target, paths[target], args.quick))
-        if args.meshes:
-            print(f"== {target} meshes", flush=True)
-            checks.append(run(target, paths[target], args.quick, meshes=True))
+        parser.add(
+            f"--python-{target}", f"interpreter that compiles for {target.upper()}s (default: this one)"
+        )
+    args = parser.parse()
+    pythons = {}
+    for target in INSTALL:
+        python = getattr(args, f"python_{target}") or sys.executable
+        if (found := shutil.which(python)) is None:
+            parser.error(f"--python-{target}: {python} is not a program")
+        pythons[target] = str(Path(found).absolute())
+    kinds = (False, True) if args.meshes else (False,)
+    checks = [
+        run(target, python, args.quick, meshes) for target, python in pythons.items() for meshes in kinds
+    ]
     print()
     for check in checks:
         print(check.line())
-    if args.json:
-        args.json.write_text(json.dumps({check.name: check.rows for check in checks}, indent=1) + "\n")
-    return summed_up(checks)
+    common.write_json(args.json, {check.name: check.rows for check in checks}, measured=False)
+    return combined_status(checks)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,57 @@
-"""Compiles the GPU kernel for a Hopper GPU, on a machine that has none: registers, shared memory, spills.
+"""Compiles the GPU kernels for a Hopper GPU, on a machine that has none: registers, shared memory, spills.
 
     pip install jax-cuda13-plugin==J jax-cuda13-pjrt==J nvidia-cuda-nvcc    # J: the version of jax; no driver, no GPU
     python -m tpu_scripts.compile_check.gpu [--quick] [--json FILE]
 
+Needs: the packages above.
+
 Every model of ``jaxpaged.attention.cases.MODELS``, decode steps of 1, 8 and 64 sequences and a chunk of 512 prompt
-tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotations that a model passes. Models of head_dim 64, 128 and
-256 also with quantized pages, of 32 and 64 tokens. It goes all the way to machine code for sm_90a, so what does not fit
-a block's shared memory or its registers shows as on hardware; times do not. More rows compile a whole donated step of
-one layer, the write of its keys and values and the attention, and check that XLA works on the pool in place. The last
-ones compile products with quantized weights, of each type that a GGUF file may have.
+tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotation offsets that a model passes. Models of head_dim 64,
+128 and 256 also with quantized pages, of 32 and 64 tokens. It goes all the way to machine code for sm_90a, so what does
+not fit a block's shared memory or its registers shows as on hardware; times do not. More rows compile a whole donated
+step of one layer, the write of its keys and values and the attention, and check that XLA works on the pool in place.
+The last ones compile products with quantized weights, of each type that a GGUF file may have.
 
 Exit status: 0, all compiled and nothing spilled; 1, something did not; 2, a package is missing.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import importlib.metadata
-import importlib.util
-import json
+import itertools
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-CONTEXT, NUM_PAGES, PROMPT, PROMPT_SEQS = 8192, 8192, 512, 8
-BATCHES = (1, 8, 64)
-PAGE_SIZES = (16, 32, 64)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "Mistral-7B": {"window": 4096},
-    "Gemma-2-9B": {"window": 4096, "soft_cap": 50.0},
-}
-"""What else these models ask of attention."""
-QUANTIZED = ("q8_0", "q8_0/q4_0", "q4_0", "q4_0 turned")
-"""Formats of keys and values; "turned": rows are stored under a Hadamard turn."""
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.attention.base import make_config
+from jaxpaged.attention.cases import MODELS
+from jaxpaged.pages.formats import page_format
+from tpu_scripts import common
+from tpu_scripts.common import Parser, note
+from tpu_scripts.compile_check.devices import (
+    FAILED,
+    LLAMA_3_8B_PRODUCTS,
+    MASKS,
+    NOT_CHECKED,
+    OK,
+    Compiler,
+    cell,
+    environment,
+    num_bytes,
+    same_heads,
+)
+from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
+
+NUM_PAGES, PROMPT, PROMPT_SEQS = 8192, 512, 8
+QUANTIZED = ("q8_0", "q8_0/q4_0", "q4_0", "q4_0 Hadamard")
+"""Formats of keys and values; "Hadamard": rows are stored under a Hadamard transform."""
 QUANTIZED_MODELS = ("SmolLM2-135M", "Llama-3-8B", "Gemma-2-9B")
 COLUMNS = {
     "models": "model",
@@ -55,326 +66,186 @@ COLUMNS = {
     "spill_bytes": "spills",
     "temp_bytes": "temp bytes",
     "seconds": "seconds",
-    "ok": "ok",
+    "result": "result",
 }
 
-# Facts of NVIDIA's data sheet and programming guide for compute capability 9.0, in the fields that XLA asks for.
-H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  l2_cache_size: 62914560
-  memory_bandwidth: 4800000000000
-  device_memory_size: 150754820096
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-runtime_version { major: 13 minor: 0 patch: 0 }
-dnn_version_info { major: 9 minor: 12 }
-"""
 
-
-def ptxas_folder() -> str | None:
-    """Where ptxas is: on the path, or in the wheel ``nvidia-cuda-nvcc``."""
-    found = shutil.which("ptxas")
-    if found is not None:
-        return str(Path(found).parent)
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvcc") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((str(Path(str(f.locate())).parent) for f in files if f.name == "ptxas"), None)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="pages of 32 tokens, batch 8 and prompt alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
-    parser.add_argument("--inside", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.inside is not None:
-        compile_all(args.quick, args.json, args.inside)
-        return
-    folder = ptxas_folder()
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or folder is None:
-        print(
+def main() -> int:
+    if run_as_worker(work):
+        return OK
+    parser = Parser(__doc__, json=None)
+    parser.flag("--quick", "only pages of 32 tokens, batch 8 and prompts")
+    args = parser.parse()
+    found = environment("gpu")
+    if found is None:
+        note(
             "needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and nvidia-cuda-nvcc (pip install)"
         )
-        sys.exit(2)
-    # Set before jax is imported: no driver is looked for, and Mosaic leaves ptxas' report behind.
+        return NOT_CHECKED
+    rows: list[dict[str, Any]] = []
+    heads = COLUMNS.values()
+    print(common.head(*heads, left=("model", "pages", "kind", "result")), flush=True)
+    # The variables are set before jax starts: no driver is looked for, and Mosaic keeps the report of ptxas.
     with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | {
-            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-            "JAX_PLATFORMS": "cpu",
-            "MOSAIC_GPU_DUMP_TO": dump,
-            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        }
-        run = [sys.executable, "-m", "tpu_scripts.compile_check.gpu", *sys.argv[1:], "--inside", dump]
-        done = subprocess.run(run, env=environment, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:  # otherwise it says of each kernel that there is no disassembler, and no more
-        print(done.stderr, file=sys.stderr)
-    sys.exit(done.returncode)
+        variables = {**found, "MOSAIC_GPU_DUMP_TO": dump}
+        with Worker("tpu_scripts.compile_check.gpu", {"quick": args.quick}, variables) as worker:
+            try:
+                for row in worker.rows():
+                    rows.append(row)
+                    print(common.row(*(cell(row, name) for name in COLUMNS)), flush=True)
+            except WorkerFailed as reason:
+                rows.append({"models": "all others", "result": str(reason)})
+                print(common.row("all others", str(reason)))
+    failed = sum(row["result"] != "ok" for row in rows)
+    print(f"\n{len(rows)} programs, {failed} failed; jax {jax.__version__}, sm_90a")
+    common.write_json(args.json, {"rows": rows}, measured=False)
+    return FAILED if failed else OK
 
 
-def compile_all(quick: bool, target: Path | None, dump: Path) -> None:
-    """Compiles every case and prints a table; exits with 1 where something failed."""
-    print("| " + " | ".join(COLUMNS.values()) + " |")
-    print("|---|---|---|" + "---:|" * (len(COLUMNS) - 4) + "---|")
-    rows = []
-    cases = [functools.partial(compile_attention, dump, *case) for case in attention_cases(quick)]
-    for compile_case in (
-        *cases,
-        *(
-            functools.partial(compile_step, dump, head_dim, pages)
-            for head_dim in (64, 128)
-            for pages in ("bf16", "q8_0", "q4_0")
-        ),
-        *(functools.partial(compile_product, dump, *case) for case in product_cases(quick)),
-    ):
-        rows.append(compile_case())
-        if rows[0].get("registers") == "as above":
-            rows[0]["ok"] = "ptxas reported nothing"
-        print("| " + " | ".join(str(rows[-1].get(name, "")) for name in COLUMNS) + " |", flush=True)
-    failed = sum(row["ok"] != "ok" for row in rows)
-    print(f"\n{len(rows)} programs, {failed} failed; jax {importlib.metadata.version('jax')}, sm_90a")
-    if target is not None:
-        target.write_text(json.dumps(rows, indent=1))
-    sys.exit(failed > 0)
+def work(quick: bool) -> Iterator[dict[str, Any]]:
+    """Compiles every case."""
+    compiler = GpuCompiler(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+    for number, row in enumerate(compiler.rows(quick)):
+        if number == 0 and row.get("registers") == "as above":
+            row["result"] = "ptxas reported nothing"
+        yield row
 
 
-def attention_cases(
-    quick: bool,
-) -> list[tuple[str, dict[str, Any], dict[str, Any], int, int | None, int, str]]:
-    """``(models, heads, options, tokens, max_q_len, page_size, pages)``; models of one shape are one case."""
-    from jaxpaged.attention.cases import MODELS
-
-    names: dict[str, list[str]] = {}
-    shapes = {}
-    for name, heads in MODELS.items():
-        shape = heads, OPTIONS.get(name, {})
-        shapes[repr(shape)] = shape
-        names.setdefault(repr(shape), []).append(name)
-    kinds = [(batch, 1) for batch in ((8,) if quick else BATCHES)] + [(PROMPT, None)]
-    plain = [
-        (", ".join(names[key]), *shapes[key], tokens, max_q_len, page_size, "bf16")
-        for page_size in ((32,) if quick else PAGE_SIZES)
-        for key in shapes
-        for tokens, max_q_len in kinds
-    ]
-    quantized = [
-        (name, MODELS[name], OPTIONS.get(name, {}), tokens, max_q_len, page_size, pages)
-        for page_size in ((32,) if quick else (32, 64))
-        for name in QUANTIZED_MODELS
-        for pages in QUANTIZED
-        for tokens, max_q_len in ((8, 1), (PROMPT, None))
-    ]
-    return plain + quantized
-
-
-def formats_of(pages: str) -> tuple[Any, Any]:
-    """The formats of keys and of values that ``pages`` names."""
-    from jaxpaged.pages.formats import page_format
-
-    names, _, turned = pages.partition(" ")
+def formats_of(pages: str) -> list[Any]:
+    """Formats of keys and of values, such as "q8_0/q4_0"."""
+    names, _, hadamard = pages.partition(" ")
     k_name, _, v_name = names.partition("/")
-    return page_format(k_name).with_hadamard(bool(turned)), page_format(v_name or k_name).with_hadamard(
-        bool(turned)
-    )
+    return [page_format(name).with_hadamard(bool(hadamard)) for name in (k_name, v_name or k_name)]
 
 
-def describe_device() -> tuple[Any, Any]:
-    """The mesh of one H200 that is not there, and the sharding of an array on it."""
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+class GpuCompiler(Compiler):
+    """Compiles for one H200, and reads the report of ptxas."""
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices), ("device",))
-    return mesh, NamedSharding(mesh, PartitionSpec())
+    def __init__(self, dump: Path) -> None:
+        super().__init__("H200:1x1x1")
+        self.dump = dump
 
+    def rows(self, quick: bool) -> Iterator[dict[str, Any]]:
+        from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
-def arguments(
-    heads: dict[str, Any], tokens: int, max_q_len: int | None, page_size: int, pages: str, sharding: Any
-) -> tuple[Any, ...]:
-    """``(q, k_pages, v_pages, table, batch, rope)`` without data."""
-    import jax
-    import jax.numpy as jnp
+        steps = [(batch, 1) for batch in ((8,) if quick else (1, 8, 64))] + [(PROMPT, None)]
+        for page_size in (32,) if quick else (16, 32, 64):
+            for names, step in itertools.product(same_heads(MODELS), steps):
+                yield self.attention(names, *step, page_size, "bf16")
+        for page_size in (32,) if quick else (32, 64):
+            for name, pages, step in itertools.product(QUANTIZED_MODELS, QUANTIZED, ((8, 1), (PROMPT, None))):
+                yield self.attention([name], *step, page_size, pages)
+        for head_dim, pages in itertools.product((64, 128), ("bf16", "q8_0", "q4_0")):
+            yield self.donated_step(head_dim, pages)
+        for name, sizes in itertools.product(WEIGHT_FORMATS, LLAMA_3_8B_PRODUCTS[: 1 if quick else 2]):
+            yield self.product(name, *sizes)
 
-    from jaxpaged.pages.batch import Batch
-    from jaxpaged.pages.block_table import BlockTable
-    from jaxpaged.pages.rope import Rope
+    def arguments(
+        self, heads: dict[str, int], tokens: int, max_q_len: int | None, page_size: int, pages: str
+    ) -> tuple[Any, ...]:
+        """``(q, k_pages, v_pages, table, batch, rope)`` of a step."""
+        max_seqs = tokens if max_q_len == 1 else PROMPT_SEQS
+        pools = [self.pool(storage, NUM_PAGES, heads, page_size) for storage in formats_of(pages)]
+        q = self.array(tokens, heads["num_q_heads"], heads["head_dim"], dtype=jnp.bfloat16)
+        return q, *pools, *self.step(tokens, max_q_len, max_seqs, page_size, heads["head_dim"])
 
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def attention(
+        self, names: list[str], tokens: int, max_q_len: int | None, page_size: int, pages: str
+    ) -> dict[str, Any]:
+        """Row of attention alone."""
+        from jaxpaged.attention.gpu import backend as mosaic_gpu
 
-    head_dim, max_seqs = heads["head_dim"], tokens if max_q_len == 1 else PROMPT_SEQS
-    k_pages, v_pages = (
-        jax.tree.map(
-            lambda part: array(*part.shape, dtype=part.dtype),
-            jax.eval_shape(
-                functools.partial(one.create, NUM_PAGES, heads["num_kv_heads"], page_size, head_dim)
-            ),
+        heads, masks = MODELS[names[0]], MASKS.get(names[0], {})
+        config = make_config(heads["head_dim"], None, masks.get("window"), masks.get("soft_cap"))
+
+        def attend(q: Any, k_pages: Any, v_pages: Any, table: Any, batch: Any, rope: Any) -> Any:
+            return mosaic_gpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)
+
+        given = self.arguments(heads, tokens, max_q_len, page_size, pages)
+        q, k_pages, _, table, *_ = given
+        kind = f"decode {tokens}" if max_q_len == 1 else f"prompt {tokens}"
+        row = {"models": ", ".join(names), "pages": pages, "kind": kind, "page_size": page_size}
+        stored = k_pages.dtype if pages == "bf16" else tuple(formats_of(pages))
+        sizes = mosaic_gpu.describe(
+            q.shape,
+            k_pages.shape,
+            stored,
+            max_q_len,
+            table.max_seqs,
+            table.max_pages_per_seq,
+            q_dtype=q.dtype,
         )
-        for one in formats_of(pages)
-    )
-    table = BlockTable(*[array(max_seqs, CONTEXT // page_size)] * 5, array(max_seqs))
-    batch = Batch(*[array(tokens)] * 5, array(max_seqs + 1), max_q_len)
-    rope = Rope.create([1e4 ** (-2 * i / head_dim) for i in range(head_dim // 2)])
-    q = array(tokens, heads["num_q_heads"], head_dim, dtype=jnp.bfloat16)
-    return q, k_pages, v_pages, table, batch, rope
+        planned = sizes["shared_memory_bytes"]
+        row |= {name: sizes[name] for name in ("blocks", "splits", "blocks_per_sm", "shared_memory_bytes")}
+        row |= self.report(attend, *given)[1]
+        if row["result"] == "ok" and row["shared_memory_bytes"] != planned:
+            row["result"] = f"shared memory planned: {planned}"
+        return row
 
+    def donated_step(self, head_dim: int, pages: str) -> dict[str, Any]:
+        """Row of a layer's donated step, which has to write and read the pool in place."""
+        from jaxpaged.attention.gpu import backend as mosaic_gpu
 
-def compile_attention(
-    dump: Path,
-    models: str,
-    heads: dict[str, Any],
-    options: dict[str, Any],
-    tokens: int,
-    max_q_len: int | None,
-    page_size: int,
-    pages: str,
-) -> dict[str, Any]:
-    """One row of the table: attention alone."""
-    import jax
-
-    from jaxpaged.attention.base import make_config
-    from jaxpaged.attention.gpu import backend as mosaic_gpu
-
-    mesh, sharding = describe_device()
-    config = make_config(heads["head_dim"], None, options.get("window"), options.get("soft_cap"))
-
-    def attention(q: Any, k_pages: Any, v_pages: Any, table: Any, batch: Any, rope: Any) -> Any:
-        return mosaic_gpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)
-
-    given = arguments(heads, tokens, max_q_len, page_size, pages, sharding)
-    q, k_pages, _, table, *_ = given
-    kind = f"decode {tokens}" if max_q_len == 1 else f"prompt {tokens}"
-    row: dict[str, Any] = {"models": models, "pages": pages, "kind": kind, "page_size": page_size}
-    sizes = mosaic_gpu.describe(
-        q.shape,
-        k_pages.shape,
-        k_pages.dtype if pages == "bf16" else formats_of(pages),
-        max_q_len,
-        table.max_seqs,
-        table.max_pages_per_seq,
-        q_dtype=q.dtype,
-    )
-    row |= {name: sizes[name] for name in ("blocks", "splits", "blocks_per_sm", "shared_memory_bytes")}
-    compiled = compile_and_report(jax.jit(attention), given, mesh, dump, row)
-    if compiled is not None and row["shared_memory_bytes"] != sizes["shared_memory_bytes"]:
-        row["ok"] = f"shared memory planned: {sizes['shared_memory_bytes']}"
-    return row
-
-
-def compile_step(dump: Path, head_dim: int, pages: str) -> dict[str, Any]:
-    """One row: a layer's donated step, which has to write and read the pool where it lies."""
-    import jax
-
-    from jaxpaged.attention.base import make_config
-    from jaxpaged.attention.gpu import backend as mosaic_gpu
-
-    mesh, sharding = describe_device()
-    write = formats_of(pages)[0].write
-
-    def step(k_pages: Any, v_pages: Any, q: Any, k: Any, table: Any, batch: Any, rope: Any) -> Any:
-        k_pages = write(k_pages, batch.page, batch.slot, k)
-        v_pages = write(v_pages, batch.page, batch.slot, k)
+        write = formats_of(pages)[0].write
         config = make_config(head_dim, None, None, None)
-        out, _ = mosaic_gpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)
-        return k_pages, v_pages, out
 
-    heads = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": head_dim}
-    q, k_pages, v_pages, table, batch, rope = arguments(heads, 8, 1, 32, pages, sharding)
-    k = jax.ShapeDtypeStruct((8, 8, head_dim), q.dtype, sharding=sharding)
-    row: dict[str, Any] = {
-        "models": f"donated step, head_dim {head_dim}",
-        "pages": pages,
-        "kind": "decode 8",
-        "page_size": 32,
-    }
-    given = k_pages, v_pages, q, k, table, batch, rope
-    compiled = compile_and_report(jax.jit(step, donate_argnums=(0, 1)), given, mesh, dump, row)
-    if compiled is not None:
-        parts = jax.tree.leaves((k_pages, v_pages))
-        pool = sum(part.size * part.dtype.itemsize for part in parts)
-        row |= {"pool_bytes": pool, "alias_bytes": compiled.memory_analysis().alias_size_in_bytes}
-        # Whatever the compiler calls the numbers of a pool, it has as many rows as the pool.
-        copies = re.findall(rf"= \w+\[{NUM_PAGES},\S* (?:copy|transpose)", compiled.as_text())
-        if row["alias_bytes"] < pool or row["temp_bytes"] * 8 > pool or copies:
-            row["ok"] = f"not in place: {row['alias_bytes']} of {pool} bytes aliased, {len(copies)} copies"
-    return row
+        def step(k_pages: Any, v_pages: Any, q: Any, k: Any, table: Any, batch: Any, rope: Any) -> Any:
+            k_pages = write(k_pages, batch.page, batch.slot, k)
+            v_pages = write(v_pages, batch.page, batch.slot, k)
+            out, _ = mosaic_gpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)
+            return k_pages, v_pages, out
 
+        heads = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": head_dim}
+        q, *pools, table, batch, rope = self.arguments(heads, 8, 1, 32, pages)
+        k = self.array(8, 8, head_dim, dtype=q.dtype)
+        row = {
+            "models": f"donated step, head_dim {head_dim}",
+            "pages": pages,
+            "kind": "decode 8",
+            "page_size": 32,
+        }
+        program, found = self.report(step, *pools, q, k, table, batch, rope, donate=(0, 1))
+        row |= found
+        if program is not None:
+            pool = row["pool_bytes"] = num_bytes(pools)
+            # Whatever the compiler calls the numbers of a pool, it has as many rows as the pool.
+            copies = re.findall(rf"= \w+\[{NUM_PAGES},\S* (?:copy|transpose)", program.as_text())
+            if row["alias_bytes"] < pool or row["temp_bytes"] * 8 > pool or copies:
+                aliased = f"{row['alias_bytes']} of {pool} bytes aliased"
+                row["result"] = f"not in place: {aliased}, {len(copies)} copies"
+        return row
 
-def product_cases(quick: bool) -> list[tuple[str, int, int]]:
-    """``(format, rows, columns)``: Llama-3-8B's queries, keys and values as one matrix, and the last of its MLP."""
-    from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+    def product(self, name: str, rows: int, columns: int) -> dict[str, Any]:
+        """Row of eight rows of activations times a matrix."""
+        from jaxpaged_model.quantized import gpu_kernel, lanes
+        from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
-    sizes = ((6144, 4096),) if quick else ((6144, 4096), (4096, 14336))
-    return [(name, *size) for name in WEIGHT_FORMATS for size in sizes]
+        fmt = WEIGHT_FORMATS[name]
+        parts = self.arrays(lanes.part_shapes(fmt, rows, columns))
+        x = self.array(8, columns, dtype=jnp.bfloat16)
+        row = {"models": f"{name} weights, {rows} x {columns}", "kind": "product 8"}
+        return row | self.report(partial(gpu_kernel.matmul, fmt), x, parts)[1]
 
-
-def compile_product(dump: Path, name: str, rows: int, columns: int) -> dict[str, Any]:
-    """One row: eight rows of activations times a matrix."""
-    import jax
-    import jax.numpy as jnp
-    from jaxpaged_model.quantized import gpu_kernel, lanes
-    from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
-
-    mesh, sharding = describe_device()
-    fmt = WEIGHT_FORMATS[name]
-    parts = {
-        part: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-        for part, shape in lanes.part_shapes(fmt, rows, columns).items()
-    }
-    x = jax.ShapeDtypeStruct((8, columns), jnp.bfloat16, sharding=sharding)
-    row: dict[str, Any] = {"models": f"{name} weights, {rows} x {columns}", "kind": "product 8"}
-    compile_and_report(jax.jit(functools.partial(gpu_kernel.matmul, fmt)), (x, parts), mesh, dump, row)
-    return row
-
-
-def compile_and_report(
-    function: Any, given: tuple[Any, ...], mesh: Any, dump: Path, row: dict[str, Any]
-) -> Any:
-    """Compiles and adds to the row what came out; returns the program, or None where there is none."""
-    import jax
-
-    start = time.perf_counter()
-    try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            compiled = function.trace(*given).lower(lowering_platforms=("cuda",)).compile()
-    except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-        row["ok"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return None
-    row["seconds"] = round(time.perf_counter() - start, 1)
-    row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-    report = "".join(file.read_text() for file in dump.glob("*.ptxas"))
-    resources = "".join(file.read_text() for file in dump.glob("*.resources.txt"))
-    for file in dump.iterdir():
-        file.unlink()
-    # Not every jax reports all of it: none where a kernel is the same as an earlier one, and 0.10 no shared memory.
-    row["registers"] = ", ".join(re.findall(r"Used (\d+) registers", report)) or "as above"
-    row["spill_bytes"] = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-    if found := re.search(r"smem_scratch_bytes=(\d+)", resources):
-        row["shared_memory_bytes"] = int(found[1])
-    row["ok"] = "ok" if row["spill_bytes"] == 0 else "spills"
-    return compiled
+    def report(
+        self, function: Any, *arguments: Any, donate: tuple[int, ...] = ()
+    ) -> tuple[Any, dict[str, Any]]:
+        """Compiles, and adds registers, spills and shared memory to the sizes."""
+        program, row = self.compile(function, *arguments, donate=donate)
+        if program is None:
+            return program, row
+        text = "".join(file.read_text() for file in self.dump.glob("*.ptxas"))
+        resources = "".join(file.read_text() for file in self.dump.glob("*.resources.txt"))
+        for file in self.dump.iterdir():
+            file.unlink()
+        # Not every jax reports all: nothing for a kernel that is the same as an earlier one, 0.10 no shared memory.
+        row["registers"] = ", ".join(re.findall(r"Used (\d+) registers", text)) or "as above"
+        row["spill_bytes"] = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+        if found := re.search(r"smem_scratch_bytes=(\d+)", resources):
+            row["shared_memory_bytes"] = int(found[1])
+        if row["spill_bytes"]:
+            row["result"] = "spills"
+        return program, row
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

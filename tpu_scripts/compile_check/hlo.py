@@ -1,7 +1,4 @@
-"""What is in a compiled program: its collectives, the axes of the mesh that they are over, and attention kernels.
-
-Read off the text of optimised HLO, as XLA of several versions writes it.
-"""
+"""Collectives of a compiled program, their mesh axes, and its attention kernels, parsed from optimised HLO."""
 
 from __future__ import annotations
 
@@ -24,20 +21,20 @@ KINDS = (
     "collective-broadcast",
     "send",
 )
-"""Instructions that carry values to other devices; those that receive them are not counted again."""
+"""Instructions that send values to other devices; those that receive them are not counted again."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """An instruction that tells other devices something."""
+    """An instruction that sends values to other devices."""
 
     kind: str
     over: str
     """Names of the mesh axes whose devices are grouped; "" where every device is alone; "?" where no axes fit."""
     in_loop: bool
-    """Whether a loop repeats it."""
+    """True if it is inside a loop."""
     payload: int
-    """Bytes of its operands: what each device puts in."""
+    """Bytes of its operands on each device."""
 
 
 @dataclass
@@ -45,15 +42,12 @@ class _Computation:
     collectives: list[Collective] = field(default_factory=list)
     kernels: int = 0
     calls: list[tuple[str, bool]] = field(default_factory=list)
-    """Other computations, and whether in a loop; one that is named twice runs twice."""
+    """Called computations, with True if in a loop; one that is named twice runs twice."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a program has of collectives and of attention kernels, each as often as the program has it.
-
-    Of the sides of a branch both count, and of a loop one turn.
-    """
+    """Collectives and number of attention kernels of a program; both sides of a branch and one iteration of a loop."""
 
     collectives: tuple[Collective, ...]
     kernels: int
@@ -73,7 +67,7 @@ def contents_of(text: str, axes: Mapping[str, int]) -> Contents:
     """Reads a compiled program.
 
     Args:
-      text: of its optimised HLO.
+      text: its optimised HLO.
       axes: names and sizes of the mesh's axes; its devices are numbered along the last one first.
     """
     computations: dict[str, _Computation] = {}
@@ -89,7 +83,7 @@ def contents_of(text: str, axes: Mapping[str, int]) -> Contents:
             continue
         name, shape, operation, rest = found.groups()
         sizes[name] = bytes_of(shape)
-        if operation.endswith(("-done", "-update")):  # of what was counted when it was started
+        if operation.endswith(("-done", "-update")):  # counted at its start
             continue
         kind = operation.removesuffix("-start")
         if kind in KINDS:
@@ -118,7 +112,7 @@ def contents_of(text: str, axes: Mapping[str, int]) -> Contents:
 
 
 def _operands(rest: str) -> list[str]:
-    """Names of the operands, of the text behind an instruction's parenthesis."""
+    """Names of the operands in the text behind an instruction's parenthesis."""
     depth, end = 1, 0
     while depth and end < len(rest):
         depth += {"(": 1, ")": -1}.get(rest[end], 0)
@@ -127,7 +121,7 @@ def _operands(rest: str) -> list[str]:
 
 
 def bytes_of(shape: str) -> int:
-    """Bytes of an array, or of all in a tuple, as HLO writes their shapes: "(bf16[8,128]{1,0}, s32[])"."""
+    """Bytes of a shape in HLO, an array or a tuple: "(bf16[8,128]{1,0}, s32[])"."""
     total = 0
     for letters, bits, dims in _ARRAY.findall(shape):
         count = math.prod(int(dim) for dim in dims.split(",") if dim)
@@ -136,7 +130,7 @@ def bytes_of(shape: str) -> int:
 
 
 def groups_of(attributes: str) -> list[list[int]] | None:
-    """The groups of devices of a collective in any of the ways in which HLO writes them; None: in another way.
+    """Groups of devices of a collective, in any notation of HLO; None for another notation.
 
     ``{{0,1},{2,3}}``; ``[2,2]<=[4]`` and ``[2,2]<=[2,2]T(1,0)``, rows of an iota that may be transposed;
     ``mesh['data'=2,'tensor'=2] {'tensor'}``, axes of a mesh. Pairs of a permutation are groups too. No group is ``[]``,
@@ -158,7 +152,7 @@ def groups_of(attributes: str) -> list[list[int]] | None:
 
 
 def _along(names: set[str], axes: Mapping[str, int]) -> list[list[int]]:
-    """Groups of the devices that differ along these axes alone."""
+    """Groups of devices that differ along these axes alone."""
     numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
     kept = [i for i, name in enumerate(axes) if name not in names]
     grouped = [i for i, name in enumerate(axes) if name in names]
@@ -168,7 +162,7 @@ def _along(names: set[str], axes: Mapping[str, int]) -> list[list[int]]:
 
 
 def axes_of(groups: list[list[int]] | None, axes: Mapping[str, int]) -> str:
-    """The axes that groups of devices lie along, joined by "+": see ``Collective.over``."""
+    """Axes of the groups of devices, joined by "+"; see ``Collective.over``."""
     if groups is None:
         return "?"
     found = {frozenset(group) for group in groups or _along(set(axes), axes)}

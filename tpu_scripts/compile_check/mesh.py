@@ -1,4 +1,4 @@
-"""Compiles whole steps of a model for eight TPUs and four GPUs, without one, and counts what devices tell each other.
+"""Compiles whole steps of a model for eight TPUs and four GPUs, without one, and counts the collectives.
 
     python -m tpu_scripts.compile_check.mesh [--quick] [--platform tpu] [--target v5e:2x4] [--mesh data=2,tensor=4]
 
@@ -6,40 +6,47 @@ Needs: pip install -e ".[model,tpu]", or ".[model]" and jax-cuda13-plugin, jax-c
 nvidia-cuda-nvcc and absl-py. No driver and no device.
 
 The model has the sizes of Llama-3.1-8B and fewer layers, in bfloat16; pages of 32 tokens, 8 sequences of up to 8192 on
-each data shard. On each mesh: a step of one token a sequence, a step of 512 tokens of prompts, both with their reserve,
-attention by the platform's own kernel and the likeliest token; the reserve alone, and every operation on sequences. On
-the first mesh of a platform also the loop of ``generate``. Compilers are the real ones; nothing runs, so the times are
-those of compiling.
+each data shard. On each mesh: a step of one token per sequence, a step of 512 tokens of prompts, both with their
+reserve, attention by the platform's own kernel and the likeliest token; the reserve alone, and every operation on
+sequences. On the first mesh of a platform also the loop of ``generate``. Compilers are the real ones; nothing runs, so
+the times are those of compiling.
 
-Right is: every program compiles; a step sums twice a layer over "tensor", with a context that is spread it merges with
-two more over "context", and there is no other collective, but for the copy of a shared page between the devices of a
-context; operations on sequences have none; every layer has its kernel; and pools are written where they lie, without
-room for a copy. Exit status: 0, all of it is right; 1, something is not; 2, nothing could be checked.
+A program is right if it compiles; if a step has two sums per layer over "tensor", two more over "context" where a
+context is sharded, and no other collective, except for the copy of a shared page between the devices of a context;
+if operations on sequences have no collective; if every layer has its kernel; and if pools are updated in place,
+without memory for a copy. Exit status: 0, all of them are right; 1, one is not; 2, nothing could be checked.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_scripts.compile_check.gpu import H200, ptxas_folder
+from jaxpaged import PagedKVCache
+from jaxpaged.cache import interface
+from jaxpaged.generation import loop as generation
+from jaxpaged.generation.request import make_request
+from jaxpaged.sharding import mesh as sharding
+from jaxpaged.sharding.context import ContextKVCache
+from jaxpaged.sharding.mesh import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, SPECS
+from tpu_scripts import common
+from tpu_scripts.common import Parser, note, positive
+from tpu_scripts.compile_check import devices
+from tpu_scripts.compile_check.devices import CONTEXT, FAILED, NOT_CHECKED, OK, cell, num_bytes
 from tpu_scripts.compile_check.hlo import Contents, contents_of
+from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 
-ROOT = Path(__file__).resolve().parents[2]
 CHIPS_8 = ("data=2,tensor=4", "tensor=8", "data=8", "context=2,tensor=4")
 CHIPS_4 = ("data=2,tensor=2", "tensor=4", "data=4", "context=2,tensor=2")
 TARGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -47,32 +54,39 @@ TARGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "v6e:2x4": ("tpu", CHIPS_8),
     "H200:1x1x4": ("gpu", CHIPS_4),
 }
-"""Platform and meshes of each; of a GPU the numbers are slices, hosts of each, and GPUs of each: four on one host."""
+"""Platform and meshes of each target."""
 KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
-PAGE_SIZE, CONTEXT, MAX_SEQS, PROMPT = 32, 8192, 8, 512
+PAGE_SIZE, MAX_SEQS, PROMPT = 32, 8, 512
 POOL_TOKENS = 1 << 19
-"""Tokens of a pool: more than a chip's inner memory holds, where compilers would keep a small pool for a while."""
+"""Tokens of a pool; a smaller one might fit into a chip's own memory, where compilers would keep it for a while."""
 STEPS = {"decode": MAX_SEQS, "prompt": PROMPT}
-"""Programs that run the model once, and the tokens of each."""
+"""Programs that run the model once, and their tokens."""
 QUERIES = ("seq_length", "seq_position_min", "seq_position_max")
-"""Programs that change nothing: the cache stays as it is."""
+"""Programs that leave the cache as it is."""
 WINDOW = 4096
-"""What a layer sees, where pages behind it are given back."""
-WORKER_SECONDS = 7200
+"""Sliding window of seq_drop_unseen."""
 COLUMNS = {
-    "target": "target", "mesh": "mesh", "program": "program", "result": "result", "seconds": "s",
-    "collectives": "collectives", "payload": "bytes of each", "kernels": "kernels", "argument_bytes": "arguments MiB",
-    "pool_bytes": "of them pool", "temp_bytes": "temp MiB",
-}  # fmt: skip
+    "target": "target",
+    "mesh": "mesh",
+    "program": "program",
+    "result": "result",
+    "seconds": "s",
+    "collectives": "collectives",
+    "payload": "bytes of each",
+    "kernels": "kernels",
+    "argument_mib": "arguments MiB",
+    "pool_mib": "of them pool",
+    "temp_mib": "temp MiB",
+}
 
 
-# --- what has to be in it ---------------------------------------------------------------------------------------
+# --- expected programs -----------------------------------------------------------------------------------------
 
 
 def expected(program: str, axes: Mapping[str, int], layers: int) -> Counter[tuple[str, str, bool]]:
-    """How many collectives a program should have: of ``(kind, over, in_loop)``.
+    """Expected numbers of collectives of a program, by ``(kind, over, in_loop)``.
 
-    Of ``generate`` those in its loops, which are two: one reads prompts, the other decodes.
+    Those of ``generate`` are in its two loops: one prefills, the other decodes.
     """
     counts: Counter[tuple[str, str, bool]] = Counter()
     runs = {"generate": 2}.get(program, int(program in STEPS))
@@ -87,16 +101,16 @@ def expected(program: str, axes: Mapping[str, int], layers: int) -> Counter[tupl
 def verdict(
     program: str, axes: Mapping[str, int], layers: int, found: Contents, memory: Mapping[str, int]
 ) -> str:
-    """ "ok", or what is wrong.
+    """Returns "ok", or what is wrong.
 
     Args:
       memory: ``alias_bytes``, ``temp_bytes`` and ``pool_bytes`` of one device.
     """
     # Sums over one device move nothing; compilers are free to leave them.
-    told = [one for one in found.collectives if one.over]
-    if program == "generate":  # behind its loops every device is told every shard's result
-        told = [one for one in told if one.in_loop or one.over != "data"]
-    counts = Counter((one.kind, one.over, one.in_loop) for one in told)
+    sent = [one for one in found.collectives if one.over]
+    if program == "generate":  # behind its loops the results of all shards are gathered
+        sent = [one for one in sent if one.in_loop or one.over != "data"]
+    counts = Counter((one.kind, one.over, one.in_loop) for one in sent)
     wanted = expected(program, axes, layers)
     problems = []
     if counts != wanted:
@@ -105,9 +119,9 @@ def verdict(
         problems.append(f"{found.kernels} attention kernels in {layers} layers")
     if program not in QUERIES and memory["alias_bytes"] < memory["pool_bytes"]:
         problems.append(f"pool not in place: {memory['alias_bytes']} of {memory['pool_bytes']} bytes aliased")
-    # Keys or values of one layer; nothing else that is large has to be kept for a while.
+    # Keys or values of one layer; no other large temporary is needed.
     if memory["temp_bytes"] >= memory["pool_bytes"] // (2 * layers):
-        problems.append(f"{memory['temp_bytes']} bytes of temporaries: room for a copy of a layer's pool")
+        problems.append(f"{memory['temp_bytes']} bytes of temporaries: as large as a copy of a layer's pool")
     return "; ".join(problems) or "ok"
 
 
@@ -120,7 +134,7 @@ def _listed(counts: Mapping[tuple[str, str, bool], int]) -> str:
 
 
 def row_of(found: Contents) -> dict[str, Any]:
-    """What a row of the table says of a program's contents."""
+    """Columns of the table that describe a program's contents."""
     counts = Counter((one.kind, one.over, one.in_loop) for one in found.collectives)
     payloads = {
         key: sorted({one.payload for one in found.collectives if (one.kind, one.over, one.in_loop) == key})
@@ -137,117 +151,83 @@ def row_of(found: Contents) -> dict[str, Any]:
     }
 
 
-# --- in the process of one mesh ---------------------------------------------------------------------------------
+# --- in a worker --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Program:
-    """A function, what it is given and gives, and shapes in the place of arrays."""
+    """A function, the kinds of its arguments and results, and shapes in place of arrays."""
 
     function: Callable[..., Any]
-    takes: tuple[str, ...]
-    gives: str | tuple[str, ...]
+    in_specs: tuple[str, ...]
+    out_specs: str | tuple[str, ...]
     arguments: tuple[Any, ...]
 
 
 class MeshCompiler:
-    """Compiles programs for a mesh of devices that are not there."""
+    """Compiles programs for a mesh of devices."""
 
     def __init__(self, target: str, mesh: str, layers: int) -> None:
-        import jax
-        import jax.numpy as jnp
-        from jax.experimental import topologies
         from jaxpaged_model.config import ModelConfig, RopeScaling
         from jaxpaged_model.llama import abstract_params, functional
 
-        from jaxpaged import PagedKVCache
-        from jaxpaged.sharding.context import ContextKVCache
-        from jaxpaged.sharding.mesh import CONTEXT as SPREAD
-        from jaxpaged.sharding.mesh import (
-            DATA,
-            PARAMS,
-            SPECS,
-            TENSOR,
-            ShardedCache,
-            cache_specs,
-            make_mesh,
-            parse_mesh,
-        )
-
         self.platform = TARGETS[target][0]
-        if self.platform == "gpu":
-            topology = topologies.get_topology_desc(
-                platform="cuda", target_config=H200, topology=target.partition(":")[2]
-            )
-        else:
-            topology = topologies.get_topology_desc(target, platform="tpu")
-        self.mesh = make_mesh(**parse_mesh(mesh), devices=topology.devices)
+        self.mesh = sharding.make_mesh(**sharding.parse_mesh(mesh), devices=devices.devices(target))
         self.axes = dict(self.mesh.shape)
         scaling = RopeScaling("llama3", factor=8.0, original_context_length=8192)
-        config = ModelConfig(
-            "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=layers, num_q_heads=32,
-            num_kv_heads=8, head_dim=128, context_length=131072, rope_theta=500000.0, rope_scaling=scaling,
-        )  # fmt: skip
-        local = config.shard(self.axes[TENSOR])
+        # Llama-3.1-8B: vocab_size, hidden_size, intermediate_size, num_layers, num_q_heads, num_kv_heads, head_dim, ...
+        sizes_8b = (128256, 4096, 14336, layers, 32, 8, 128, 131072)
+        config = ModelConfig("llama", *sizes_8b, rope_theta=500000.0, rope_scaling=scaling)
+        local = config.shard(self.axes["tensor"])
         self.layers = layers
-        self.model = functional(local, jnp.bfloat16, axis=TENSOR)
-        entries = CONTEXT // PAGE_SIZE
+        self.model = functional(local, jnp.bfloat16, axis="tensor")
         sizes: dict[str, Any] = {
-            "num_layers": layers, "num_kv_heads": local.num_kv_heads, "head_dim": local.head_dim,
-            "num_pages": POOL_TOKENS // PAGE_SIZE, "page_size": PAGE_SIZE,
-            "max_seqs": MAX_SEQS, "max_pages_per_seq": entries,
-            "dtype": "bf16", "layout": "lanes" if self.platform == "tpu" else "plain",
-        }  # fmt: skip
+            "num_layers": layers,
+            "num_kv_heads": local.num_kv_heads,
+            "head_dim": local.head_dim,
+            "num_pages": POOL_TOKENS // PAGE_SIZE,
+            "page_size": PAGE_SIZE,
+            "max_seqs": MAX_SEQS,
+            "max_seq_len": CONTEXT - PAGE_SIZE,
+            "rope": local.rope,
+            "dtype": "bf16",
+            "layout": "lanes" if self.platform == "tpu" else "plain",
+        }
 
         def make_cache() -> Any:
-            if self.axes[SPREAD] > 1:
-                return ContextKVCache.create(**sizes, axis_size=self.axes[SPREAD])
+            if self.axes["context"] > 1:
+                return ContextKVCache.create(**sizes, axis_size=self.axes["context"])
             return PagedKVCache.create(**sizes)
 
         def make_params() -> Any:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(local, jnp.bfloat16))
 
         own = jax.eval_shape(make_cache)
-        self.pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((own.k_pages, own.v_pages)))
-        self.cache = ShardedCache(self.stack(make_cache, cache_specs(own)), self.mesh, config.num_kv_heads)
+        self.pool_bytes = num_bytes((own.k_pages, own.v_pages))
+        stacked = self.stack(make_cache, sharding.cache_specs(own))
+        self.cache = sharding.ShardedCache(stacked, self.mesh, config.num_kv_heads)
         self.params = self.stack(make_params, SPECS[PARAMS])
-        self.shards = self.axes[DATA]
 
     def stack(self, make: Callable[[], Any], specs: Any) -> Any:
-        """What ``make`` makes on each device, as it lies over the mesh: shapes and shardings."""
-        import jax
-        from jax.sharding import NamedSharding, PartitionSpec
-
-        from jaxpaged.sharding.mesh import stacked
+        """Shapes and shardings of what ``make`` returns on each device, stacked over the mesh."""
 
         def placed(spec: Any, part: Any) -> Any:
-            sharding = NamedSharding(self.mesh, spec)
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+            named = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named), part)
 
-        whole = jax.eval_shape(
-            jax.shard_map(
-                lambda: stacked(make(), specs), mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False
-            )
-        )
+        def on_device() -> Any:
+            return sharding.stacked(make(), specs)
+
+        sharded = jax.shard_map(on_device, mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False)
+        whole = jax.eval_shape(sharded)
         return jax.tree.map(placed, specs, whole, is_leaf=lambda node: isinstance(node, PartitionSpec))
 
     def rows(self, *shape: int, dtype: Any = np.int32) -> Any:
-        """An argument that each data shard has of its own."""
-        import jax.numpy as jnp
-
-        from jaxpaged.sharding.mesh import BATCH, SPECS
-
+        """Argument of which each data shard has its own."""
         return self.stack(lambda: jnp.zeros(shape, dtype), SPECS[BATCH])
 
     def programs(self, quick: bool, whole: bool) -> Iterator[tuple[str, Program]]:
-        """All of them; ``whole``: the loop of ``generate`` too."""
-        import jax
-        import jax.numpy as jnp
-        from jax.sharding import NamedSharding, PartitionSpec
-
-        from jaxpaged.cache import sequences
-        from jaxpaged.sharding.mesh import BATCH, CACHE, PARAMS, REPLICATED
-
+        """Yields names and programs; ``whole``: with the loop of ``generate``."""
         same = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
         counts, marked = self.rows(MAX_SEQS), self.rows(MAX_SEQS, dtype=bool)
 
@@ -261,12 +241,12 @@ class MeshCompiler:
             if quick and name != "decode":
                 continue
             given = self.params, self.cache, self.rows(tokens), counts
-            takes, gives = (PARAMS, CACHE, BATCH, BATCH), (CACHE, BATCH)
-            yield name, Program(functools.partial(step, tokens), takes, gives, given)
+            specs = (PARAMS, CACHE, BATCH, BATCH), (CACHE, BATCH)
+            yield name, Program(functools.partial(step, tokens), *specs, given)
 
-        def edit(function: Any, gives: Any, *given: Any) -> Program:
-            takes = tuple(REPLICATED if x is same else BATCH for x in given)
-            return Program(function, (CACHE, *takes), gives, (self.cache, *given))
+        def edit(function: Any, out_specs: Any, *given: Any) -> Program:
+            in_specs = tuple(REPLICATED if x is same else BATCH for x in given)
+            return Program(function, (CACHE, *in_specs), out_specs, (self.cache, *given))
 
         def reserve(cache: Any, num_new: Any) -> Any:
             return cache.reserve(num_new, num_tokens=PROMPT)
@@ -275,27 +255,21 @@ class MeshCompiler:
         if quick:
             return
         pair = (CACHE, BATCH)
-        yield "seq_remove", edit(sequences.seq_remove, pair, marked, same, same)
-        yield "seq_copy", edit(sequences.seq_copy, pair, same, same, same, same)
-        yield "seq_keep", edit(sequences.seq_keep, pair, same)
-        yield "seq_shift", edit(sequences.seq_shift, pair, same, same, same, same)
-        yield "seq_reorder", edit(sequences.seq_reorder, CACHE, counts)
-        yield "seq_drop_unseen", edit(lambda c: sequences.seq_drop_unseen(c, WINDOW), CACHE)
+        yield "seq_remove", edit(interface.seq_remove, pair, marked, same, same)
+        yield "seq_copy", edit(interface.seq_copy, pair, same, same, same, same)
+        yield "seq_keep", edit(interface.seq_keep, pair, same)
+        yield "seq_shift", edit(interface.seq_shift, pair, same, same, same, same)
+        yield "seq_reorder", edit(interface.seq_reorder, CACHE, counts)
+        yield "seq_drop_unseen", edit(lambda c: c.seq_drop_unseen(WINDOW), CACHE)
         for query in QUERIES:
-            yield query, edit(getattr(sequences, query), BATCH)
+            yield query, edit(getattr(interface, query), BATCH)
         if whole:
             yield "generate", self.generate()
 
     def generate(self) -> Program:
-        """The whole loop, for a prompt for each sequence."""
-        import jax
-
-        from jaxpaged.generation import loop as generation
-        from jaxpaged.generation.request import make_request
-        from jaxpaged.sharding.mesh import BATCH, CACHE, GATHERED, PARAMS, SPECS
-
+        """The whole loop, for one prompt per sequence."""
         prompts = [[1] * PROMPT] * MAX_SEQS
-        # As of one shard; on the mesh each has as much.
+        # The request of one shard; each has as much.
         request, shape = make_request(
             MAX_SEQS,
             prompts,
@@ -308,135 +282,71 @@ class MeshCompiler:
             context_shift=None,
             window=None,
         )
-        given = self.stack(
-            lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), request), SPECS[BATCH]
-        )
+        given = self.stack(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), request), SPECS[BATCH])
         loop = functools.partial(generation._generate, self.model, shape)
         return Program(loop, (PARAMS, CACHE, BATCH), (GATHERED, CACHE), (self.params, self.cache, given))
 
     def compile(self, name: str, program: Program) -> dict[str, Any]:
-        """The row of one program."""
-        import jax
-
-        from jaxpaged.sharding.mesh import CACHE, over_mesh
-
+        """Compiles and checks one program."""
         start = time.perf_counter()
         lowered_for = {"gpu": "cuda"}.get(self.platform, self.platform)
-        function = over_mesh(program.function, program.takes, program.gives)
-        donated = () if name in QUERIES else program.takes.index(CACHE)
+        function = sharding.over_mesh(program.function, program.in_specs, program.out_specs)
+        donated = () if name in QUERIES else program.in_specs.index(CACHE)
         try:
             traced = jax.jit(function, donate_argnums=donated).trace(*program.arguments)
             compiled = traced.lower(lowering_platforms=(lowered_for,)).compile()
         except Exception as error:  # compilers' have no public name, and whatever it is, it is the result
-            return {"result": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        seconds, sizes = time.perf_counter() - start, compiled.memory_analysis()
-        memory = {
-            "argument_bytes": sizes.argument_size_in_bytes,
-            "alias_bytes": sizes.alias_size_in_bytes,
-            "temp_bytes": sizes.temp_size_in_bytes,
-            "code_bytes": sizes.generated_code_size_in_bytes,
-            "pool_bytes": self.pool_bytes,
-        }
+            return {"result": devices.one_line(error)}
+        seconds = round(time.perf_counter() - start, 1)
+        memory = {**devices.sizes_of(compiled), "pool_bytes": self.pool_bytes}
         found = contents_of(compiled.as_text(), self.axes)
         result = verdict(name, self.axes, self.layers, found, memory)
-        return {"result": result, "seconds": round(seconds, 1), **row_of(found), **memory}
+        return {"result": result, "seconds": seconds, **row_of(found), **memory}
 
 
-def work(target: str, mesh: str, layers: int, quick: bool, rows: Path) -> None:
-    """Compiles everything for one mesh: a line of the table and a line of JSON each."""
+def work(target: str, mesh: str, layers: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Compiles everything for one mesh."""
     compiler = MeshCompiler(target, mesh, layers)
     platform, meshes = TARGETS[target]
     first = next(name for name, (other, _) in TARGETS.items() if other == platform)
-    whole = (target, mesh) == (first, meshes[0])
-    for name, program in compiler.programs(quick, whole):
-        row = {"target": target, "mesh": mesh, "program": name, "layers": layers}
-        row |= compiler.compile(name, program)
-        print_row(row)
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    for name, program in compiler.programs(quick, whole=(target, mesh) == (first, meshes[0])):
+        yield {"program": name, **compiler.compile(name, program)}
 
 
-# --- all of them ------------------------------------------------------------------------------------------------
-
-
-def print_row(row: Mapping[str, Any]) -> None:
-    def cell(name: str) -> str:
-        value = row.get(name, "")
-        return f"{value / 2**20:.1f}" if name.endswith("_bytes") and value != "" else str(value)
-
-    print("| " + " | ".join(map(cell, COLUMNS)) + " |", flush=True)
+# --- all meshes ---------------------------------------------------------------------------------------------
 
 
 def environment_of(platform: str) -> dict[str, str] | None:
-    """What a worker's environment has more; None where the platform's compiler is not here, or what a model needs."""
-    if importlib.util.find_spec("flax") is None:
+    """Variables of a worker; None if the platform's compiler or the model's libraries are not installed."""
+    found = devices.environment(platform)
+    if found is None or importlib.util.find_spec("flax") is None:
         return None
-    shared = {"JAX_PLATFORMS": "cpu", "JAXPAGED_ATTENTION": KERNELS[platform]}
-    if platform == "tpu":
-        if importlib.util.find_spec("libtpu") is None:
-            return None
-        return shared | {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that exists; the topology is named when compiling
-            "TPU_LOG_DIR": "disabled",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        }
-    folder = ptxas_folder()
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or folder is None:
-        return None
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    return shared | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PATH": path}
+    return found | {"JAXPAGED_ATTENTION": KERNELS[platform]}
 
 
-def run_worker(
-    target: str, mesh: str, layers: int, quick: bool, environment: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """Compiles for one mesh in a process of its own: a compiler that aborts takes no other mesh with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows, said = Path(folder) / "rows.jsonl", Path(folder) / "stderr"
-        command = [sys.executable, "-m", "tpu_scripts.compile_check.mesh", "--worker", str(rows)]
-        command += ["--target", target, "--mesh", mesh, "--layers", str(layers)] + ["--quick"] * quick
-        problem = ""
-        with said.open("w") as errors:
-            try:
-                done = subprocess.run(
-                    command, env={**os.environ, **environment}, cwd=ROOT, stderr=errors, check=False,
-                    timeout=WORKER_SECONDS,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                problem = f"not done after {WORKER_SECONDS} s"
-            else:
-                if done.returncode:
-                    problem = f"exit status {done.returncode}: {' '.join(said.read_text().split())[-300:]}"
-        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    if problem:
-        found.append({"target": target, "mesh": mesh, "program": "all others", "result": problem})
-        print_row(found[-1])
-    return found
+def run_worker(task: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one mesh, from a process of its own: a compiler that aborts affects no other mesh."""
+    with Worker("tpu_scripts.compile_check.mesh", task, environment, limit=3600) as worker:
+        try:
+            yield from worker.rows()
+        except WorkerFailed as reason:
+            yield {"program": "all others", "result": str(reason)}
 
 
 def main() -> int:
-    from jaxpaged.sharding.mesh import MeshError, parse_mesh
-    from tpu_scripts.common import Parser, add_json, check_writable, positive
-
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="decode and reserve, on one mesh of a platform")
-    parser.add_argument("--platform", choices=KERNELS, help="this one alone")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="this one alone; may be repeated")
-    parser.add_argument("--mesh", action="append", metavar="AXES", help="this one alone; may be repeated")
-    parser.add_argument("--layers", type=positive, default=2, help="of the model (default: %(default)s)")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    add_json(parser)
-    args = parser.parse_args()
-    if args.worker is not None:
-        work(args.target[0], args.mesh[0], args.layers, args.quick, args.worker)
-        return 0
-    check_writable(parser, args.json)
+    if run_as_worker(work):
+        return OK
+    parser = Parser(__doc__, json=None)
+    parser.flag("--quick", "decode and reserve, on one mesh of a platform")
+    parser.add("--platform", "only this platform", choices=KERNELS)
+    parser.add("--target", "only this target; may be repeated", action="append", choices=TARGETS)
+    parser.add("--mesh", "only this mesh; may be repeated", action="append")
+    parser.add("--layers", "layers of the model", positive, 2)
+    args = parser.parse()
     for mesh in args.mesh or ():
         try:
-            parse_mesh(mesh)
-        except MeshError as error:
+            sharding.parse_mesh(mesh)
+        except sharding.MeshError as error:
             parser.error(f"--mesh: {error}")
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -446,18 +356,20 @@ def main() -> int:
         if environment is None or args.platform not in (None, platform) or (args.quick and platform in seen):
             continue
         if not seen:
-            print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}", flush=True)
+            print(common.head(*COLUMNS.values(), left=tuple(COLUMNS.values())), flush=True)
         seen.add(platform)
         for mesh in args.mesh or (meshes[:1] if args.quick else meshes):
-            rows += run_worker(target, mesh, args.layers, args.quick, environment)
-    failed = [row for row in rows if row["result"] != "ok"]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            where = {"target": target, "mesh": mesh, "layers": args.layers}
+            for row in run_worker({**where, "quick": args.quick}, environment):
+                rows.append({**where, **row})
+                print(common.row(*(cell(rows[-1], column) for column in COLUMNS)), flush=True)
+    failed = sum(row["result"] != "ok" for row in rows)
     if not rows:
-        print("needs flax, and libtpu or CUDA's compiler; --help says what to install", file=sys.stderr)
-        return 2
-    print(f"\n{len(rows) - len(failed)} programs are right, {len(failed)} are not")
-    return 1 if failed else 0
+        note("needs flax, and libtpu or CUDA's compiler; --help says what to install")
+        return NOT_CHECKED
+    common.write_json(args.json, {"rows": rows}, measured=False)
+    print(f"\n{len(rows) - failed} programs are right, {failed} are not")
+    return FAILED if failed else OK
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``check_other_kernels`` asks of a kernel: the states of the conformance kit, and some of its own."""
+"""Checks of ``kernel_check.other_kernels``: states of the conformance kit, and some of its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxpaged.testing.conformance import CASES, Built, Case, benign_fill, build_
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table: a question, and the states that ask it."""
+    """Row of the table: a name, and the states to test."""
 
     name: str
     builds: Mapping[str, Callable[[str], Built]]
-    """By label; each is given the dtype of pages that the kernel prefers."""
+    """Builders of states by label; their argument is the format of pages that the kernel prefers."""
     of_values: bool = False
-    """The arrays' values ask it, not their shapes: a compiler cannot tell."""
+    """True if the values of the arrays matter, so that compiling is not enough."""
     lse: bool = False
 
 
@@ -37,13 +37,13 @@ def _case(dtype: str, **changes: Any) -> Case:
 
 
 def _benign(**changes: Any) -> Callable[[str], Built]:
-    """A state that provokes nothing but what ``changes`` say."""
+    """Returns a builder of a benign state with ``changes``."""
     keep = changes.pop("keep", ())
     return lambda dtype: benign_fill(build_case(_case(**{"dtype": dtype} | changes)), keep=keep)
 
 
 def _stale(choose: Callable[[Built, np.ndarray], int], keep: tuple[str, ...] = ()) -> Callable[[str], Built]:
-    """Table rows hold, behind their sequences' entries, the page that ``choose`` names from the live ones."""
+    """Returns a builder whose table rows have, behind their entries, the page that ``choose`` returns."""
 
     def build(dtype: str) -> Built:
         built = benign_fill(build_case(_case(dtype, lengths=(75, 32, 16))), keep=keep)

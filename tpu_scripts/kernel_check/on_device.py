@@ -1,4 +1,4 @@
-"""Runs the kernels on the TPU or GPU of this machine, and says which of their results are right.
+"""Runs the kernels on the TPU or GPU of this machine, and checks their results.
 
     python -m tpu_scripts.kernel_check.on_device
     python -m tpu_scripts.kernel_check.on_device --only decode --json FILE
@@ -6,8 +6,8 @@
 Needs: a TPU or a GPU, and jax for it (pip install -e ".[model,tpu]" or ".[model,cuda13]").
 
 Attention is checked by the conformance kit, queries in float32 and in bfloat16, pages of two bytes and quantized ones,
-against its oracle in numpy; products with quantized weights of every type against products with the numbers that the
-codes stand for. The same cases run in CI in the kernels' interpreters; here they run compiled. Exit status: 0, all that
+against its oracle in numpy; products with quantized weights of every type against products with the dequantized
+weights. The same cases run in CI in the kernels' interpreters; here they run compiled. Exit status: 0, all that
 is not refused is right; 1, something is not; 2, there is nothing to check.
 """
 
@@ -17,6 +17,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,55 +27,43 @@ import numpy as np
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.cases import CASES, QUANTIZED_CASES, Case
 from jaxpaged.testing.conformance import Built, Verdict, build_case, judge
-from tpu_scripts.common import (
-    Parser,
-    add_json,
-    check_writable,
-    choose_implementations,
-    note,
-    on_cpu,
-    write_json,
-)
+from tpu_scripts import common
+from tpu_scripts.common import Parser, note, on_cpu
 
 KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 FLOAT32, QUANTIZED, BFLOAT16 = 1e-4, 2.5e-3, 2e-2
-"""Tolerances: float32 queries are multiplied in two terms of bfloat16; what quantized pages hold becomes float16; an
+"""Tolerances: float32 queries are multiplied as two terms of bfloat16; quantized pages are dequantized to float16; an
 output of bfloat16 has 8 bits."""
 
 
 def with_truth(built: Built) -> Built:
-    """The case with what the specification makes of its rounded pages and queries, computed on the CPU in float32."""
+    """Replaces the expected output by the reference's for the rounded pages and queries, on the CPU in float32."""
     options = {key: value for key, value in built.options.items() if key not in ("sinks", "rope")}
+    options |= {"return_lse": True, "implementation": "reference"}
     cpu = jax.devices("cpu")[0]
-    arguments = jax.device_put(
-        (built.q, built.k_pages, built.v_pages, built.table, built.batch, built.sinks, built.rope), cpu
-    )
-    q, k_pages, v_pages, table, batch, sinks, rope = arguments
+    arrays = (built.q, built.k_pages, built.v_pages, built.table, built.batch, built.sinks, built.rope)
+    *arrays, sinks, rope = jax.device_put(arrays, cpu)
     with jax.default_device(cpu):
-        out, lse = paged_attention(
-            q, k_pages, v_pages, table, batch, sinks=sinks, rope=rope, **options, return_lse=True,
-            implementation="reference",
-        )  # fmt: skip
+        out, lse = paged_attention(*arrays, sinks=sinks, rope=rope, **options)
     return dataclasses.replace(built, out=np.asarray(out, np.float64), lse=np.asarray(lse, np.float64))
 
 
 def attention_cases(only: str) -> Iterator[tuple[str, Built, float]]:
-    """Cases over pages of bfloat16, float16 and quantized ones, as the kernels take them."""
+    """Yields name, case and tolerance, over pages of bfloat16, float16 and quantized ones."""
     for case in (*CASES, *QUANTIZED_CASES):
         if only not in case.name:
             continue
         stored: Case = dataclasses.replace(case, dtype="bf16") if case.dtype == "f32" else case
         built = build_case(stored)
-        yield (
-            f"{case.name}, f32 queries",
-            with_truth(built),
-            QUANTIZED if case in QUANTIZED_CASES else FLOAT32,
-        )
+        tolerance = QUANTIZED if case in QUANTIZED_CASES else FLOAT32
+        yield f"{case.name}, f32 queries", with_truth(built), tolerance
         half = dataclasses.replace(built, q=built.q.astype(jnp.bfloat16))
         yield f"{case.name}, bf16 queries", with_truth(half), BFLOAT16
 
 
 def judged(implementation: str, built: Built, tolerance: float) -> Verdict:
+    """Verdict of the conformance kit on one case."""
+
     def attention(*arguments: Any, **options: Any) -> Any:
         arrays = {"sinks": options.pop("sinks"), "rope": options.pop("rope", None)}
         run = jax.jit(
@@ -85,11 +74,11 @@ def judged(implementation: str, built: Built, tolerance: float) -> Verdict:
         with jax.default_matmul_precision("highest"):
             return run(arguments, arrays)
 
-    return guarded(lambda: judge(attention, built, rtol=tolerance, atol=tolerance))
+    return judge(attention, built, rtol=tolerance, atol=tolerance)
 
 
 def guarded(check: Callable[[], Verdict]) -> Verdict:
-    """What came of a check; a kernel that does not compile, or whose program fails, is one row and not the end."""
+    """Verdict of a check; a kernel that does not compile, or fails, is one row and not the end."""
     try:
         return check()
     except Exception as error:
@@ -97,7 +86,7 @@ def guarded(check: Callable[[], Verdict]) -> Verdict:
 
 
 def product_verdict(name: str, tokens: int, kernel: Any, rows: int = 512, columns: int = 1024) -> Verdict:
-    """One matrix of any codes, times rows of normal numbers."""
+    """Verdict of a matrix of random codes times normal random rows."""
     from jaxpaged_model.quantized import lanes
     from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
@@ -121,6 +110,7 @@ def product_verdict(name: str, tokens: int, kernel: Any, rows: int = 512, column
 
 
 def products(only: str, platform: str) -> Iterator[tuple[str, Callable[[], Verdict]]]:
+    """Yields the checks of products with quantized weights."""
     from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
     if platform == "gpu":
@@ -135,45 +125,39 @@ def products(only: str, platform: str) -> Iterator[tuple[str, Callable[[], Verdi
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--only", default="", metavar="PART", help="cases whose name contains this")
-    parser.add_argument(
-        "--implementation", metavar="NAMES", help="of attention (default: the platform's own kernel alone)"
-    )
-    add_json(parser)
-    args = parser.parse_args()
-    check_writable(parser, args.json)
+    parser = Parser(__doc__, implementation=None, json=None)
+    parser.add("--only", "cases whose name contains this", default="")
+    args = parser.parse()
     if on_cpu():
-        note(
-            "check_on_device: JAX found no TPU or GPU here; make test runs these cases in the kernels' interpreters"
-        )
+        note("JAX found no TPU or GPU here; make test runs these cases in the kernels' interpreters")
         return 2
-    platform = jax.default_backend()
-    kernel = KERNELS["gpu" if platform in ("gpu", "cuda") else "tpu"]
+    platform = "tpu" if jax.default_backend() == "tpu" else "gpu"
+    names = [KERNELS[platform]]
+    if args.implementation:
+        names = common.choose_implementations(parser, args.implementation)
     rows: list[dict[str, Any]] = []
 
-    def row(name: str, who: str, verdict: Verdict, start: float) -> None:
+    def check(name: str, who: str, verdict_of: Callable[[], Verdict]) -> None:
+        start = time.perf_counter()
+        verdict = guarded(verdict_of)
         seconds = time.perf_counter() - start
         rows.append({"case": name, "implementation": who, **dataclasses.asdict(verdict), "seconds": seconds})
-        print(f"| {name} | {who} | {verdict} | {verdict.max_error:.2g} | {seconds:.1f} |", flush=True)
+        cells = (name, who, verdict, f"{verdict.max_error:.2g}", f"{seconds:.1f}")
+        print(common.row(*cells), flush=True)
 
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| case | implementation | found | max error | s |\n|---|---|---|---:|---:|")
-    if args.implementation:
-        choose_implementations(parser, args.implementation)
+    heads = ("case", "implementation", "found", "max error", "s")
+    print(f"{common.device()}\n\n{common.head(*heads, left=heads[:3])}", flush=True)
     for name, built, tolerance in attention_cases(args.only):
-        for who in args.implementation.split(",") if args.implementation else [kernel]:
-            start = time.perf_counter()
-            row(name, who, judged(who, built, tolerance), start)
-    for name, verdict_of in products(args.only, "gpu" if kernel == "mosaic_gpu" else "tpu"):
-        start = time.perf_counter()
-        row(name, "quantized product", guarded(verdict_of), start)
-    write_json(args.json, {"rows": rows})
+        for who in names:
+            check(name, who, partial(judged, who, built, tolerance))
+    for name, verdict_of in products(args.only, platform):
+        check(name, "quantized product", verdict_of)
+    common.write_json(args.json, {"rows": rows})
     kinds = [entry["kind"] for entry in rows]
     wrong = len(kinds) - kinds.count("ok") - kinds.count("refused")
     print(f"\n{kinds.count('ok')} right, {kinds.count('refused')} refused, {wrong} wrong")
     if not rows:
-        note(f"check_on_device: no case has {args.only!r} in its name")
+        note(f"no case has {args.only!r} in its name")
         return 2
     return 1 if wrong else 0
 

@@ -1,60 +1,55 @@
-"""The conformance kit over other people's paged attention, and over the project's own: which serves what.
+"""Runs the conformance kit over other people's paged attention and over the project's own, and shows which serves what.
 
     python -m tpu_scripts.kernel_check.other_kernels [--json FILE] [--only NAME]
     pip install "jax[tpu]"   # for the kernels that are compiled for a TPU; without it those are left out, and named
 
-No TPU and no GPU is needed: kernels run in Pallas' interpreters, or are compiled or lowered without being run. Each
-kernel runs in a process of its own, with a limit on every check, so that one that hangs or crashes is a cell of the
-table. ``docs/conformance.md`` has the table and explains its rows.
+Needs: jax; no TPU and no GPU.
+
+Kernels run in Pallas' interpreters, or are compiled or lowered without being run. Each kernel runs in a process of its
+own, with a limit on every check, so that one that hangs or crashes is a cell of the table. docs/conformance.md has the
+table and explains its rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
-import queue
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpaged.testing.conformance import judge
-from tpu_scripts.kernel_check.adapters import KERNELS, Arrays, CannotExpress, Kernel, Prepared
+from tpu_scripts import common
+from tpu_scripts.common import Parser, note, number
+from tpu_scripts.compile_check.devices import TPU_ENVIRONMENT, Compiler
+from tpu_scripts.kernel_check.adapters import KERNELS, Arrays, Call, CannotExpress, Kernel, Prepared
 from tpu_scripts.kernel_check.cases import CHECKS, Check
+from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 
-# --- asking -------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of one variant of one check."""
+    """Result of one variant of one check."""
 
     kind: str
     """"ok", "wrong", "NaN", "NaN leaks", "compiles", "lowers", "refused", "cannot be expressed", "not run" or "not
-    asked"."""
+    tested"."""
     detail: str = ""
 
 
-_WORDS = 220
-"""Characters of a message that are short."""
+_SHORT = 220
+"""Characters of a short message."""
 
 
-def _in_its_own_words(error: Exception) -> str:
-    """The line of an error's message that says what is wrong; of an assertion without one, the assertion."""
+def _message(error: Exception) -> str:
+    """Line of an error's message that says what is wrong; of an assertion without a message, the assertion."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""
@@ -62,15 +57,15 @@ def _in_its_own_words(error: Exception) -> str:
     said = lines[0]
     if "callback" in said:  # an interpreter's own error stands last
         said = lines[-1]
-    said = re.sub(r"( at)? /\S+", "", said)  # where a file lies on this machine
+    said = re.sub(r"( at)? /\S+", "", said)  # paths of this machine
     said = re.sub(r"\s+", " ", said)
-    # Whole sentences, as many as are short together, and the first one in any case.
-    end = max(said.rfind(". ", 0, _WORDS), said.find(". ")) if len(said) > _WORDS else -1
+    # As many whole sentences as are short together, and at least the first.
+    end = max(said.rfind(". ", 0, _SHORT), said.find(". ")) if len(said) > _SHORT else -1
     return said[: end + 1] if end >= 0 else said[:300]
 
 
 def _compile(kernel: Kernel, prepared: Prepared) -> None:
-    """As far as one comes without the device.
+    """Compiles, or lowers, without the device.
 
     Raises:
       Exception: whatever the compilers of TPUs and GPUs raise.
@@ -83,14 +78,10 @@ def _compile(kernel: Kernel, prepared: Prepared) -> None:
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
             jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",))
         return
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc("v5e:2x2", platform="tpu")
-    # Kernels that ask for the chip find it in the mesh.
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arrays]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiler = Compiler("v5e:2x2")
+    shapes = [compiler.array(*x.shape, dtype=x.dtype) for x in arrays]
+    # Kernels that query the chip find it in the mesh.
+    with jax.sharding.use_abstract_mesh(compiler.mesh.abstract_mesh):
         jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
 
 
@@ -106,37 +97,35 @@ def _interpret_for_tpu(run: Callable[..., Any], arrays: Arrays) -> Any:
 
 
 def _race_was_found() -> bool:
-    """Whether the interpreter saw a race since it was reset; jax has no public name for it."""
+    """True if the interpreter saw a race since it was reset; jax has no public name for it."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
 
 
 def ask(kernel: Kernel, check: Check, label: str) -> Cell:
-    """One variant of a check, put to a kernel."""
-    runs = kernel.how in ("run", "interpret")
-    if check.of_values and not runs:
-        return Cell("not asked")
+    """Runs one variant of a check."""
+    if check.of_values and not kernel.runs:
+        return Cell("not tested")
     built = check.builds[label](kernel.dtype)
 
     def attention(*args: Any, **options: Any) -> Any:
-        run, arrays, back = kernel.prepare(*args, **options)
+        run, arrays, back = kernel.prepare(Call(*args, **options))
         return back(_interpret_for_tpu(run, arrays) if kernel.how == "interpret" else run(*arrays))
 
     try:
-        if not runs:
+        if not kernel.runs:
             # Queries of the pages' dtype, as these kernels are used.
             q = built.q.astype(built.k_pages.dtype)
             options = built.options | ({"return_lse": True} if check.lse else {})
-            _compile(
-                kernel, kernel.prepare(q, built.k_pages, built.v_pages, built.table, built.batch, **options)
-            )
+            call = Call(q, built.k_pages, built.v_pages, built.table, built.batch, **options)
+            _compile(kernel, kernel.prepare(call))
             return Cell("compiles" if kernel.how == "v5e" else "lowers")
         verdict = judge(attention, built, rtol=kernel.tolerance, atol=kernel.tolerance, lse=check.lse)
     except CannotExpress as reason:
         return Cell("cannot be expressed", str(reason))
     except Exception as error:
-        return Cell("refused", _in_its_own_words(error))
+        return Cell("refused", _message(error))
     if verdict.kind == "ok":
         return Cell("ok", "but a race" if kernel.how == "interpret" and _race_was_found() else "")
     if verdict.kind == "nan":
@@ -150,100 +139,48 @@ def ask(kernel: Kernel, check: Check, label: str) -> Cell:
     return Cell("wrong", verdict.reason or f"{verdict.max_error:.1g}")
 
 
-_PLACES = [(check.name, label) for check in CHECKS for label in check.builds]
-_MARK = "CELL "
+_VARIANTS = [(check, label) for check in CHECKS for label in check.builds]
+_COMPILES_FASTER = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+"""Variables of a kernel that is run: results are compared, not timed."""
 
 
-def _child(name: str, skip: int) -> None:
-    """Asks one kernel everything from the place ``skip`` on; a line for each start and each answer."""
-    kernel = next(k for k in KERNELS if k.name == name)
-    checks = {check.name: check for check in CHECKS}
-    for place in range(skip, len(_PLACES)):
-        print(f"{_MARK}{json.dumps([place])}", flush=True)
-        check, label = _PLACES[place]
-        cell = ask(kernel, checks[check], label)
-        print(f"{_MARK}{json.dumps([place, cell.kind, cell.detail])}", flush=True)
+def work(name: str, first: int) -> Iterator[dict[str, Any]]:
+    """Tests one kernel from variant ``first`` on."""
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    for check, label in _VARIANTS[first:]:
+        yield dataclasses.asdict(ask(kernel, check, label))
         jax.clear_caches()
 
 
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    # What libtpu asks for on a machine without a TPU.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-}
+def answers(kernel: Kernel, limit: float) -> list[Cell]:
+    """Tests one kernel; a worker that hangs or dies is followed by another, behind the variant it was at."""
+    cells: list[Cell] = []
+    environment = {**TPU_ENVIRONMENT, **(_COMPILES_FASTER if kernel.runs else {})}
+    while len(cells) < len(_VARIANTS):
+        task = {"name": kernel.name, "first": len(cells)}
+        with Worker("tpu_scripts.kernel_check.other_kernels", task, environment, limit) as worker:
+            try:
+                for row in worker.rows():
+                    cells.append(Cell(**row))
+                    _report(kernel, cells)
+            except WorkerFailed as reason:
+                cells.append(Cell("not run", str(reason)))
+                _report(kernel, cells)
+    return cells
 
 
-_FASTER_TO_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-"""Where a kernel is run: results are compared, not timed."""
+def _report(kernel: Kernel, cells: list[Cell]) -> None:
+    check, label = _VARIANTS[len(cells) - 1]
+    note(f"{kernel.name} | {check.name} {label} | {cells[-1].kind} {cells[-1].detail}")
 
 
-def answers(name: str, limit: float) -> Iterator[tuple[tuple[str, str], Cell]]:
-    """Every place and its cell; a process that hangs or dies is followed by another, behind the place it was at."""
-    place = 0
-    kernel = next(k for k in KERNELS if k.name == name)
-    environment = (
-        os.environ | _ENVIRONMENT | (_FASTER_TO_COMPILE if kernel.how in ("run", "interpret") else {})
-    )
-    while place < len(_PLACES):
-        command = [
-            sys.executable,
-            "-m",
-            "tpu_scripts.kernel_check.other_kernels",
-            "--child",
-            name,
-            "--from",
-            str(place),
-        ]
-        with tempfile.TemporaryFile("w+") as complaints:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=environment
-            )
-            lines: queue.Queue[str | None] = queue.Queue()
+# --- the table ----------------------------------------------------------------------------------------------
 
-            def read(stream: Any, lines: queue.Queue[str | None] = lines) -> None:
-                for line in stream:
-                    lines.put(line)
-                lines.put(None)
-
-            threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
-            why = ""
-            while True:
-                try:
-                    line = lines.get(timeout=limit)
-                except queue.Empty:
-                    process.kill()
-                    why = f"no end within {limit:.0f} s"
-                    break
-                if line is None:
-                    break
-                if line.startswith(_MARK):
-                    at, *cell = json.loads(line.removeprefix(_MARK))
-                    if cell:
-                        yield _PLACES[at], Cell(*cell)
-                        place = at + 1
-            status = process.wait()
-            if place == len(_PLACES):
-                return
-            if not why:
-                complaints.seek(0)
-                last = ["", *complaints.read().strip().splitlines()][-1]
-                signalled = signal.Signals(-status).name if status < 0 else f"status {status}"
-                why = f"the process ended with {signalled}: {last}"[:300]
-        yield _PLACES[place], Cell("not run", why)
-        place += 1
-
-
-# --- telling ------------------------------------------------------------------------------------------------
-
-_SHOWN = {"NaN": "**NaN**", "NaN leaks": "**NaN leaks**", "not asked": ""}
+_SHOWN = {"NaN": "**NaN**", "NaN leaks": "**NaN leaks**", "not tested": ""}
 
 
 class Notes:
-    """Numbered notes under a table, each said once."""
+    """Numbered notes under a table, without repetitions."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -254,7 +191,7 @@ class Notes:
         return self.texts.index(text) + 1
 
 
-def _say(cell: Cell, notes: Notes) -> str:
+def _cell(cell: Cell, notes: Notes) -> str:
     shown = _SHOWN.get(cell.kind, cell.kind)
     if cell.kind == "wrong":
         return f"**wrong** ({cell.detail})"
@@ -264,80 +201,68 @@ def _say(cell: Cell, notes: Notes) -> str:
 
 
 def _summary(cells: Mapping[str, Cell], notes: Notes) -> str:
-    said: dict[str, list[str]] = {}
+    labels_by_text: dict[str, list[str]] = {}
     for label, cell in cells.items():
-        said.setdefault(_say(cell, notes), []).append(label)
-    if len(said) == 1:
-        return next(iter(said))
-    return "; ".join(f"{', '.join(labels)}: {text}" for text, labels in said.items())
+        labels_by_text.setdefault(_cell(cell, notes), []).append(label)
+    if len(labels_by_text) == 1:
+        return next(iter(labels_by_text))
+    return "; ".join(f"{', '.join(labels)}: {text}" for text, labels in labels_by_text.items())
 
 
 def _count(cells: Mapping[str, Cell]) -> str:
     kinds = Counter(cell.kind for cell in cells.values())
     return ", ".join(
-        f"{number} {_SHOWN.get(kind, kind)}" for kind, number in kinds.items() if kind != "not asked"
+        f"{number} {_SHOWN.get(kind, kind)}" for kind, number in kinds.items() if kind != "not tested"
     )
 
 
-def table(group: str, results: Mapping[str, Mapping[tuple[str, str], Cell]]) -> str:
-    """The kernels of a group, a column each, and the notes below."""
+def table(group: str, results: Mapping[str, list[Cell]]) -> str:
+    """Markdown of the kernels of a group, a column each, with the notes below."""
     kernels = [kernel for kernel in KERNELS if kernel.group == group and kernel.name in results]
     notes = Notes()
-    rows = [["", *(kernel.name for kernel in kernels)], ["---"] * (len(kernels) + 1)]
+    heads = ("", *(kernel.name for kernel in kernels))
+    lines = [f"### {group}", "", common.head(*heads, left=heads)]
     for check in CHECKS:
-        row = [check.name]
+        texts = []
         for kernel in kernels:
-            cells = {
-                label: results[kernel.name].get((check.name, label), Cell("not run"))
-                for label in check.builds
-            }
+            found = zip(_VARIANTS, results[kernel.name], strict=True)
+            cells = {label: cell for (other, label), cell in found if other is check}
             text = _count(cells) if check is CHECKS[-1] else _summary(cells, notes)
             if check.name in kernel.documented and text != "ok":
                 text += f" (documented [{notes.number(kernel.documented[check.name])}])"
-            row.append(text)
-        rows.append(row)
-    lines = [f"### {group}", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
-    lines += [f"{number}. {text}" for number, text in enumerate(notes.texts, 1)]
+            texts.append(text)
+        lines.append(common.row(check.name, *texts))
+    lines += ["", *(f"{number}. {text}" for number, text in enumerate(notes.texts, 1))]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", metavar="NAME", help="kernels whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell there too")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds for one check of one kernel")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--from", dest="skip", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return _child(args.child, args.skip)
-    chosen = [kernel for kernel in KERNELS if args.only is None or args.only in kernel.name]
+    if run_as_worker(work):
+        return
+    parser = Parser(__doc__, json=None)
+    parser.add("--only", "kernels whose name contains this", default="")
+    parser.add("--limit", "seconds for one check of one kernel", number(1, 1e6), 240.0)
+    args = parser.parse()
+    chosen = [kernel for kernel in KERNELS if args.only in kernel.name]
     if not chosen:
-        parser.error(f"no kernel is called {args.only!r}; there are {'; '.join(k.name for k in KERNELS)}")
-    results: dict[str, dict[tuple[str, str], Cell]] = {}
+        parser.error(
+            f"no kernel has {args.only!r} in its name; there are {'; '.join(k.name for k in KERNELS)}"
+        )
+    results = {}
     for kernel in chosen:
         if why := kernel.missing():
-            print(f"left out: {kernel.name}: {why}", file=sys.stderr)
-            continue
-        results[kernel.name] = {}
-        for place, cell in answers(kernel.name, args.limit):
-            results[kernel.name][place] = cell
-            print(
-                f"{kernel.name} | {' '.join(place)} | {cell.kind} {cell.detail}", file=sys.stderr, flush=True
-            )
+            note(f"left out: {kernel.name}: {why}")
+        else:
+            results[kernel.name] = answers(kernel, args.limit)
     print(f"jax {jax.__version__}\n")
     for group in dict.fromkeys(kernel.group for kernel in chosen if kernel.name in results):
         print(table(group, results))
-    if args.json:
-        cells = [
-            {"kernel": name, "check": check, "variant": label, **dataclasses.asdict(cell)}
-            for name, found in results.items()
-            for (check, label), cell in found.items()
-        ]
-        args.json.write_text(json.dumps({"jax": jax.__version__, "cells": cells}, indent=1) + "\n")
-    return None
+    cells = [
+        {"kernel": name, "check": check.name, "variant": label, **dataclasses.asdict(cell)}
+        for name, found in results.items()
+        for (check, label), cell in zip(_VARIANTS, found, strict=True)
+    ]
+    common.write_json(args.json, {"cells": cells}, measured=False)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.engine import Engine, EngineConfig, MeshEngine
 from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, agree, num_shards
 
-_SPARE_ENTRIES = 4
-"""Entries of a sequence beyond those that its tokens fill: context shifts split some."""
+_SPARE_PAGES = 3
+"""Block table entries of a sequence beyond its context: context shifts split some."""
 _SHIFT_PAGES = 2
 _SMALLEST_CONTEXT = 8
 _SHARE_OF_CPU, _SHARE_OF_DEVICE = 0.25, 0.8
@@ -95,7 +95,7 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
             num_pages=plan.num_pages,
             max_seqs=plan.num_seqs,
             page_size=options.page_size,
-            max_pages_per_seq=-(-plan.context // options.page_size) + _SPARE_ENTRIES,
+            max_seq_len=plan.context + _SPARE_PAGES * options.page_size,
         )
 
     cache: Any
@@ -104,7 +104,7 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
         jax.block_until_ready(cache)
     sizes = EngineConfig(
         n_ctx=plan.context,
-        vocab_size=config.vocab_size,
+        vocab_size=ready.loaded.vocab_size,
         max_batch_tokens=options.step_tokens,
         decode_steps=options.decode_steps,
         max_waiting=options.max_queue,
@@ -140,9 +140,7 @@ def plan_pool(
     if not options.paged:
         return _contiguous(options, cache_type, config, context, mesh)
     abstract = jax.eval_shape(
-        lambda: cache_type.paged(
-            config, num_pages=1, max_seqs=1, page_size=options.page_size, max_pages_per_seq=1
-        )
+        lambda: cache_type.paged(config, num_pages=1, max_seqs=1, page_size=options.page_size, max_seq_len=1)
     )
     page_bytes = abstract.bytes_per_page * tensor  # on all devices of a shard
     extra = parallel * abstract.bytes_of_staging * tensor

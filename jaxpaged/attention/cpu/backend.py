@@ -109,17 +109,17 @@ def paged_attention(
     hadamard = hadamard_size(head_dim) if has_hadamard(k_pages) else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
-    places = max(len(pages.open) if isinstance(pages, ResidualPages) else 0 for pages in (k_pages, v_pages))
-    sizes = num_kv_heads, page_size, num_pages, places
+    slots = max(len(pages.residual) if isinstance(pages, ResidualPages) else 0 for pages in (k_pages, v_pages))
+    sizes = num_kv_heads, page_size, num_pages, slots
     options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
     out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
     lse = jax.ShapeDtypeStruct((tokens, num_q_heads), jnp.float32)
     quantized = isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages)
-    attended, log_sums = jax.ffi.ffi_call(_target(quantized), (out, lse))(
+    attended, log_sums = jax.ffi.ffi_call(_target(quantized), (out, lse), vmap_method="expand_dims")(
         q.astype(jnp.float32),
         *_parts(k_pages),
         *_parts(v_pages),
-        _places(k_pages, v_pages),
+        _staging_slots(k_pages, v_pages),
         table.pages,
         table.first_slot,
         table.num_tokens,
@@ -129,7 +129,7 @@ def paged_attention(
         batch.cu_q_lens,
         batch.position,
         batch.rope_positions,
-        jnp.full(num_q_heads, -jnp.inf) if sinks is None else sinks.astype(jnp.float32),
+        jnp.full(num_q_heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
         jnp.zeros(0, jnp.uint32) if rope is None else rope.phase_step,
         numbers,
         options,
@@ -169,15 +169,15 @@ def _parts(pages: Pages) -> list[Array]:
         return [pages, *(jnp.zeros(0, jnp.uint8) for _ in range(4))]
     parts = dict(pages.parts)
     more = parts.pop("fifth_bits", parts.pop("block_scales", None))
-    opened = pages.open if isinstance(pages, ResidualPages) else None
+    opened = pages.residual if isinstance(pages, ResidualPages) else None
     found = parts.get("codes"), parts.get("scales"), parts.get("minima"), more, opened
     return [jnp.zeros(0, jnp.uint8) if part is None else part for part in found]
 
 
-def _places(k_pages: Pages, v_pages: Pages) -> Array:
-    """i32[N]: where each page is open."""
+def _staging_slots(k_pages: Pages, v_pages: Pages) -> Array:
+    """i32[N]: staging slot of each page."""
     for pages in (k_pages, v_pages):
         if isinstance(pages, ResidualPages):
-            sealed = jnp.full(pages.shape[0], len(pages.open), jnp.int32)
-            return sealed if pages.place is None else pages.place
+            quantized = jnp.full(pages.shape[0], len(pages.residual), jnp.int32)
+            return quantized if pages.slot_of_page is None else pages.slot_of_page
     return jnp.zeros(0, jnp.int32)

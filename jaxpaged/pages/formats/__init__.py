@@ -8,6 +8,7 @@ inside a page array but the kernels of attention. Formats with one number a valu
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxpaged.pages.formats import ggml, hadamard
 from jaxpaged.pages.formats.blocks import BlockFormat as BlockFormat
@@ -55,26 +56,37 @@ PAGE_FORMATS: dict[str, PageFormat] = {one.name: one for one in _FORMATS}
 """Every format by its name: that of keys, whose ``for_values`` is the one of values."""
 
 
-def page_format(name: str) -> PageFormat:
-    """The format called ``name``, its rows turned as measured to be better.
+def page_format(name: DTypeLike) -> PageFormat:
+    """Format of that name, or plain pages of that dtype (jnp.bfloat16, "bfloat16").
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: it is unknown.
     """
-    if name not in PAGE_FORMATS:
-        raise ValueError(f"page format {name!r} is not known; known are {', '.join(PAGE_FORMATS)}")
-    return PAGE_FORMATS[name]
+    if isinstance(name, str) and name in PAGE_FORMATS:
+        return PAGE_FORMATS[name]
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    for storage in PAGE_FORMATS.values():
+        if type(storage) in (PageFormat, Float8Format) and storage.dtype == dtype:
+            return storage
+    raise ValueError(f"page format {name!r} is not known; known are {', '.join(PAGE_FORMATS)}")
 
 
 def formats_of(
-    dtype: str, k_dtype: str | None = None, v_dtype: str | None = None, hadamard: bool | None = None
+    dtype: DTypeLike,
+    k_dtype: DTypeLike | None = None,
+    v_dtype: DTypeLike | None = None,
+    hadamard: bool | None = None,
 ) -> tuple[PageFormat, PageFormat]:
     """The formats of keys and of values of a cache; arguments as for ``PagedKVCache.create``.
 
     Raises:
       ValueError: an unknown name.
     """
-    k, v = page_format(k_dtype or dtype), page_format(v_dtype or dtype).for_values()
+    k, v = (page_format(dtype if given is None else given) for given in (k_dtype, v_dtype))
+    v = v.for_values()
     return (k, v) if hadamard is None else (k.with_hadamard(hadamard), v.with_hadamard(hadamard))
 
 

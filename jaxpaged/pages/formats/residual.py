@@ -28,10 +28,10 @@ RESIDUAL_DTYPE = jnp.float16
 class ResidualPages(BlockPages):
     """One layer's sealed pages, ``[num_pages, num_kv_heads, ...]`` each part, and its open ones."""
 
-    open: Array = field(kw_only=True)
+    residual: Array = field(kw_only=True)
     """f16[S, num_kv_heads, page_size, head_dim]: turned, if the format turns rows."""
-    place: Array | None = field(kw_only=True, default=None)
-    """i32[N], where attention reads: ``StagingSlots.place``; S = sealed."""
+    slot_of_page: Array | None = field(kw_only=True, default=None)
+    """i32[N], where attention reads: ``StagingSlots.slot_of_page``; S = sealed."""
 
 
 class PageCode:
@@ -85,7 +85,7 @@ class ResidualFormat(BlockFormat):
             for name, (shape, dtype) in self.code.parts(page_size, head_dim).items()
         }
         opened = jnp.zeros((num_residual, num_kv_heads, page_size, head_dim), RESIDUAL_DTYPE)
-        return ResidualPages(parts, self, page_size, head_dim, open=opened)
+        return ResidualPages(parts, self, page_size, head_dim, residual=opened)
 
     def write_step(
         self,
@@ -109,9 +109,9 @@ class ResidualFormat(BlockFormat):
         last, slots = len(rows) - 1, jnp.arange(pages.page_size)
 
         def seal(i: Array, parts: dict[str, Array]) -> dict[str, Array]:
-            begun = lax.dynamic_index_in_dim(pages.open, finalized.place[i], keepdims=False).astype(
-                jnp.float32
-            )
+            begun = lax.dynamic_index_in_dim(
+                pages.residual, finalized.staging_slot[i], keepdims=False
+            ).astype(jnp.float32)
             row = finalized.first_row[i] + slots - finalized.first_slot[i]
             fresh = rows.at[jnp.clip(row, 0, last)].get(mode="clip").swapaxes(0, 1)
             full = jnp.where((slots >= finalized.first_slot[i])[:, None], fresh, begun)
@@ -120,13 +120,12 @@ class ResidualFormat(BlockFormat):
 
         # First what is sealed: a place may be another page's from this step on.
         parts = lax.fori_loop(0, finalized.count, seal, pages.parts)
-        place = staging.place.at[page].get(mode="fill", fill_value=staging.num_staging_slots)
-        opened = pages.open.at[place, :, slot].set(rows.astype(RESIDUAL_DTYPE), mode="drop")
-        return replace(pages, parts=parts, open=opened)
+        opened = pages.residual.at[staging.slot(page), :, slot].set(rows.astype(RESIDUAL_DTYPE), mode="drop")
+        return replace(pages, parts=parts, residual=opened)
 
     def copy_residual(self, pages: ResidualPages, source: Array, target: Array) -> ResidualPages:
         """Copies the open page at place ``source i32[]`` to place ``target i32[]``."""
-        return replace(pages, open=pages.open.at[target].set(pages.open[source]))
+        return replace(pages, residual=pages.residual.at[target].set(pages.residual[source]))
 
     def decode(self, parts: Mapping[str, Array], page_size: int, head_dim: int) -> Array:  # type: ignore[override]
         """f32[..., page_size, head_dim] of the parts of pages, as they were stored: turned, if rows are."""
@@ -136,11 +135,13 @@ class ResidualFormat(BlockFormat):
         """f32[..., num_kv_heads, page_size, head_dim]: the pages ``page i32[...]``, open ones too, as stored."""
         parts = {name: taken(part, page, slices) for name, part in pages.parts.items()}
         sealed = self.decode(parts, pages.page_size, pages.head_dim)
-        if pages.place is None:
+        if pages.slot_of_page is None:
             return sealed
-        place = pages.place[page]
-        opened = taken(pages.open, jnp.minimum(place, len(pages.open) - 1), slices).astype(jnp.float32)
-        return jnp.where((place < len(pages.open))[..., None, None, None], opened, sealed)
+        place = pages.slot_of_page[page]
+        opened = taken(pages.residual, jnp.minimum(place, len(pages.residual) - 1), slices).astype(
+            jnp.float32
+        )
+        return jnp.where((place < len(pages.residual))[..., None, None, None], opened, sealed)
 
     def gather(self, pages: ResidualPages, page: Array, slot: Array, target: Array) -> ResidualPages:  # type: ignore[override]
         """Quantizes into page ``target i32[]`` the rows at ``(page i32[page_size], slot i32[page_size])``, read before.

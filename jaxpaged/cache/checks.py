@@ -1,0 +1,108 @@
+"""Checks of arguments that all caches share: static sizes and formats, and shapes at trace time."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxpaged.attention.api import default_platform
+from jaxpaged.pages.formats import PageFormat, formats_of
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ``ValueError`` for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+
+
+def storage_formats(
+    dtype: DTypeLike | None,
+    k_dtype: DTypeLike | None = None,
+    v_dtype: DTypeLike | None = None,
+    hadamard: bool | None = None,
+) -> tuple[PageFormat, PageFormat]:
+    """Formats of keys and values; by default bf16 where JAX computes on a GPU or TPU, f32 on a CPU.
+
+    Raises:
+      ValueError: a format that is not known.
+    """
+    if dtype is None:
+        dtype = "f32" if default_platform() == "cpu" else "bf16"
+    return formats_of(dtype, k_dtype, v_dtype, hadamard)
+
+
+def check_layer(layer: int, num_layers: int) -> int:
+    """``layer`` as an int, if it is static and in [0, num_layers).
+
+    Raises:
+      ValueError: it is not.
+    """
+    try:
+        index = operator.index(layer)
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        raise ValueError(f"layer must be a static integer, got {layer}") from None
+    if not 0 <= index < num_layers:
+        raise ValueError(f"layer must be in [0, {num_layers}), got {index}")
+    return index
+
+
+def check_step_rows(k: Array, v: Array, num_tokens: int, num_kv_heads: int, head_dim: int) -> None:
+    """Checks a step's keys and values, which a write would otherwise broadcast.
+
+    Raises:
+      ValueError: one is not ``[num_tokens, num_kv_heads, head_dim]``, or not of floating point.
+    """
+    expected = num_tokens, num_kv_heads, head_dim
+    for name, rows in (("k", k), ("v", v)):
+        if jnp.shape(rows) != expected:
+            raise ValueError(
+                f"{name} must be [tokens, num_kv_heads, head_dim] = {expected}, got {jnp.shape(rows)}"
+            )
+        if not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of floating point, got {rows.dtype}")
+
+
+def step_rows(num_new: Array | np.ndarray, max_seqs: int, num_tokens: int | None) -> int:
+    """T, the static number of rows of a step: ``num_tokens``, or the sum of a concrete ``num_new``.
+
+    Raises:
+      ValueError: ``num_new`` is not i32[S], or traced while ``num_tokens`` is left out.
+    """
+    if np.shape(num_new) != (max_seqs,):
+        raise ValueError(
+            f"num_new must have one count per sequence, [{max_seqs}], got shape {np.shape(num_new)}"
+        )
+    if not jnp.issubdtype(jnp.result_type(num_new), jnp.integer):
+        raise ValueError(f"num_new must be of integers, got {jnp.result_type(num_new)}")
+    if num_tokens is not None:
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be positive, got {num_tokens}")
+        return num_tokens
+    if isinstance(num_new, jax.core.Tracer):
+        raise ValueError("num_tokens must be given under jit: it is the static number of rows of the step")
+    return max(1, int(np.maximum(np.asarray(num_new), 0).sum()))
+
+
+def sequence_mask(seq: Any, max_seqs: int) -> Array:
+    """bool[S] of ``seq``, an id, ``ALL`` (any negative id) or bool[S]; all False for an id >= S.
+
+    Raises:
+      ValueError: a mask of another shape, or ids that are not one integer.
+    """
+    seq = jnp.asarray(seq)
+    if seq.dtype == jnp.bool_:
+        if seq.shape != (max_seqs,):
+            raise ValueError(f"a mask of sequences must have shape ({max_seqs},), got {seq.shape}")
+        return seq
+    if seq.ndim or not jnp.issubdtype(seq.dtype, jnp.integer):
+        raise ValueError(
+            f"a sequence must be one integer or bool[{max_seqs}], got {seq.dtype}{list(seq.shape)}"
+        )
+    return (seq < 0) | (jnp.arange(max_seqs) == seq)
