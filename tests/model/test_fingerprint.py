@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jaxpaged_model.checkpoint.fingerprint import fingerprint
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
-from jaxpaged_model.checkpoint.loading import load_model, read_gguf_config
+from jaxpaged_model.checkpoint.loading import config_of, load_model
 from small_models import config_json, random_weights, write_converted_gguf, write_folder
 
 CONFIG = config_json("llama")
@@ -20,7 +20,7 @@ WEIGHTS = random_weights(CONFIG)
 
 def of_gguf(path: Path) -> str:
     file = GGUFFile(path)
-    return fingerprint(read_gguf_config(file), file)
+    return fingerprint(config_of(file), file)
 
 
 def test_copies_and_other_shards_have_the_same(tmp_path: Path) -> None:

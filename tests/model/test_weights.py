@@ -215,7 +215,7 @@ def test_folders_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     refused(folder, "names files that are missing: model-00002-of-00002.safetensors")
     whole = (tmp_path / "moved").read_bytes()
     (folder / "model-00002-of-00002.safetensors").write_bytes(whole[:-10])
-    refused(folder, "cut off or no safetensors file")
+    refused(folder, "truncated or no safetensors file")
 
     del weights["model.layers.1.mlp.up_proj.weight"]
     refused(

@@ -1,4 +1,4 @@
-"""``write_gguf``: a model as a GGUF file that llama.cpp and ``load_model`` read."""
+"""``write_gguf``: writes a model as a GGUF file for llama.cpp and ``load_model``."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def write_gguf(
 ) -> None:
     """Writes a model as one GGUF file.
 
-    Norms and biases stay F32; with ``"Q8_0"``, matrices whose rows are no multiple of 32 long are written as
-    F16, as llama.cpp does. A mistral becomes the architecture "llama", the name that llama.cpp knows it by.
+    Norms and biases stay F32; with ``"Q8_0"``, matrices with rows of a length that is no multiple of 32
+    are written as F16, as llama.cpp does. The architecture of a mistral is "llama", as in llama.cpp.
 
     Args:
       path: the file, overwritten.
       config: the model.
       params: its weights, any floating dtype.
       quantization: type of the matrices.
-      tokenizer_metadata: keys ``tokenizer.*`` with plain values: texts, booleans, numbers (whole ones are
-        written as uint32), lists of one of these (whole numbers as int32).
+      tokenizer_metadata: keys ``tokenizer.*`` with plain values: texts, booleans, numbers (integers are
+        written as uint32), lists of one of these (integers as int32).
 
     Raises:
-      ValueError: weights are quantized already; nothing is written.
+      ValueError: the weights are quantized; nothing is written.
     """
     weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
     places = placements(config, "gguf")
     if missing := [place.path for place in places.values() if place.path not in weights]:
         raise ValueError(
-            f"{missing[0]} is not among the params, or it is quantized in memory; dense weights are needed: "
+            f"{missing[0]} is not in the params, or it is quantized in memory; dense weights are needed: "
             'load_model(path, weights="dequantized")'
         )
     architecture = "llama" if config.architecture == "mistral" else config.architecture
@@ -121,7 +121,7 @@ def _add_config(writer: gguf.GGUFWriter, architecture: str, c: ModelConfig) -> N
 
 def _add_rope_scaling(writer: gguf.GGUFWriter, architecture: str, scaling: RopeScaling) -> None:
     if scaling.kind not in ("linear", "yarn"):
-        return  # written as the tensor rope_freqs.weight
+        return  # in the tensor rope_freqs.weight
     writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
     writer.add_rope_scaling_factor(scaling.factor)
     if scaling.kind == "linear":
@@ -131,13 +131,13 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, architecture: str, scaling: RopeS
     writer.add_float32(prefix + "yarn_beta_fast", scaling.beta_fast)
     writer.add_float32(prefix + "yarn_beta_slow", scaling.beta_slow)
     if scaling.attention_factor is not None:
-        # What a file says is multiplied by YaRN's own factor when it is read.
+        # A reader multiplies the factor in the file by YaRN's own.
         own = 0.1 * np.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
         writer.add_rope_scaling_attn_factors(scaling.attention_factor / float(own))
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """What each frequency is divided by, for the kinds of scaling that GGUF keeps as a tensor."""
+    """Divisor of each frequency, for the kinds of scaling that GGUF stores as a tensor."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "factors"):
         return None

@@ -1,4 +1,4 @@
-"""A model's fingerprint: tells whether keys and values that were kept come from the same weights."""
+"""A model's fingerprint: identifies the weights that saved keys and values were computed with."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from jaxpaged_model.config import ModelConfig
 
 
 class SampledSource(TensorSource, Protocol):
-    """A file or folder that hands out a few bytes of a tensor without reading all of it."""
+    """A file or folder from which a few bytes of a tensor can be read."""
 
     def sample(self, name: str) -> bytes: ...
 
 
 def fingerprint(config: ModelConfig, source: SampledSource) -> str:
-    """SHA-256 over the configuration and, of every tensor, its name, type, shape and some of its bytes.
+    """SHA-256 of the configuration and of every tensor's name, type, shape and some of its bytes.
 
-    Training changes all of a tensor, so that its beginning, middle and end tell it from any other; reading a large
-    file to its end would take longer than what a kept prompt saves. The path, the model's name and settings that keep
-    their default do not count, so that a copy, or a program that knows more settings, finds the same.
+    Training changes all of a tensor, so its beginning, middle and end identify it; reading a large file
+    to its end would take longer than what a saved prompt saves. The path, the model's name and fields
+    with their default value are left out, so that a copy of the file, or a version of this program with
+    more fields, has the same fingerprint.
 
     Returns:
       64 hexadecimal digits.

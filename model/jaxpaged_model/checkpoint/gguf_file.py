@@ -1,9 +1,9 @@
-"""GGUF files: the header checked and read, tensors dequantized one at a time.
+"""GGUF files: reads and checks the header, dequantizes tensors one at a time.
 
-The header is walked here, not by ``gguf.GGUFReader``: that makes array views of every string, which takes
-5 seconds for a vocabulary of 49,152 tokens and 22 for one of 128,256 (here 0.1 and 0.3), and meets damaged
-files with assorted exceptions or endless loops. Type numbers, block sizes and dequantization are the ``gguf``
-package's.
+The header is not read with ``gguf.GGUFReader``, which makes array views of every string: 5 seconds for a
+vocabulary of 49,152 tokens, 22 for one of 128,256 (here 0.1 and 0.3). It also answers damaged files with
+various exceptions or endless loops. Type numbers, block sizes and dequantization are those of the ``gguf``
+package.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -64,19 +64,19 @@ _SCALARS = {
 }
 _RAW = {GGMLType.F32: np.dtype("<f4"), GGMLType.F16: np.dtype("<f2"), GGMLType.BF16: np.dtype(jnp.bfloat16)}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGMLType}
-_PART = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
+_PART = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.gguf)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies.
+    """Location of one tensor.
 
     Attributes:
-      shape: rows first, as numpy counts; a file lists the same numbers backwards.
+      shape: rows first, as in numpy; a file has the reverse order.
       dtype: name of the type, such as ``"Q8_0"``.
-      offset: first byte in ``part``, counted from the file's start.
-      num_bytes: bytes in the file.
-      part: which of the parts of a split model holds it, 0 for a single file.
+      offset: position of the first byte in the file ``part``.
+      num_bytes: size in the file.
+      part: index of the part of a split model that holds it, 0 for a single file.
     """
 
     name: str
@@ -88,16 +88,17 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """An open GGUF file (all parts of it, when the model is split), memory-mapped.
+    """An open, memory-mapped GGUF file, with all parts if the model is split.
 
     Attributes:
-      path: the file that was named.
-      metadata: every key with a plain Python value; arrays are lists.
-      tensors: what the file holds, in the file's order.
-      size_bytes: bytes of all parts.
+      path: the file, or the first part.
+      metadata: plain Python values by key; arrays are lists.
+      tensors: by name, in the order of the file.
+      size_bytes: size of all parts.
 
     Raises:
-      ModelError: no GGUF file, cut off, damaged, of a version or with tensor types that are not supported.
+      ModelError: no GGUF file, truncated, damaged, or of a version or with tensor types that are not
+        supported.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -122,7 +123,7 @@ class GGUFFile:
         self.size_bytes = sum(len(data) for data in self._parts)
 
     def sample(self, name: str) -> bytes:
-        """The tensor's first, middle and last KiB as they stand in the file."""
+        """First, middle and last KiB of the tensor's bytes in the file."""
         tensor = self.tensors[name]
         end = tensor.offset + tensor.num_bytes
         starts = (tensor.offset, tensor.offset + tensor.num_bytes // 2, max(tensor.offset, end - 1024))
@@ -130,9 +131,9 @@ class GGUFFile:
         return b"".join(data[start : min(start + 1024, end)].tobytes() for start in starts)
 
     def raw(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """One tensor's bytes as they stand in the file, u8 ``[rows, bytes of a row]``, mapped and not copied.
+        """One tensor's bytes in the file, u8 ``[rows, bytes of a row]``, mapped and not copied.
 
-        ``part`` are slices of its axes; in the last one they begin and end with blocks of numbers.
+        ``part`` are slices of its axes; that of the last axis begins and ends at multiples of a block.
         """
         tensor = self.tensors[name]
         raw = np.asarray(self._parts[tensor.part][tensor.offset : tensor.offset + tensor.num_bytes])
@@ -142,26 +143,26 @@ class GGUFFile:
         block, block_bytes = gguf.GGML_QUANT_SIZES[GGMLType[tensor.dtype]]
         begin, end, _ = part[-1].indices(tensor.shape[-1])
         if begin % block or end % block:
-            raise ValueError(f"{name}: {begin} to {end} are no whole blocks of {block} numbers")
+            raise ValueError(f"{name}: {begin} to {end} are not multiples of a block of {block}")
         return raw[(*part[:-1], slice(begin // block * block_bytes, end // block * block_bytes))]
 
     def forget(self, name: str) -> None:
-        """Gives the memory that a tensor's mapped bytes take back to the system; reading them again brings it back."""
+        """Releases the memory of a tensor's mapped bytes; reading them again maps them again."""
         tensor = self.tensors[name]
         mapped = getattr(self._parts[tensor.part], "_mmap", None)
         if mapped is None or not hasattr(mapped, "madvise"):  # Windows has no such call
             return
-        # Whole pages inside the tensor: its neighbours may not have been read yet.
+        # Whole pages inside the tensor: those that it shares with neighbours may not have been read yet.
         begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.offset + tensor.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """One tensor's values, or those of a part, in float32, or in float16 or bfloat16 where stored so; a copy."""
+        """One tensor's values, or those of a part, copied, in float32, or float16 or bfloat16 if stored so."""
         tensor, kind = self.tensors[name], GGMLType[self.tensors[name].dtype]
         cut = slice(None)
-        if part is not None:  # whole blocks are read, and what is too much is cut off
+        if part is not None:  # reads whole blocks and drops the values outside the part
             block = gguf.GGML_QUANT_SIZES[kind][0]
             begin, end, _ = part[-1].indices(tensor.shape[-1])
             before, behind = begin // block * block, -(-end // block) * block
@@ -169,28 +170,35 @@ class GGUFFile:
         raw = self.raw(name, part)
         if kind in _RAW:
             return np.array(raw).view(_RAW[kind])
-        # A damaged scale may be infinite; what comes of it is the reader's to judge, not a warning.
+        # A damaged scale may be infinite: no warning.
         with np.errstate(all="ignore"):
             return gguf.dequantize(np.ascontiguousarray(raw), kind)[..., cut]
 
 
-def _part_names(path: Path, count: int, number: int) -> list[Path]:
+def split_parts(name: str) -> tuple[int, list[str]]:
+    """Returns (number of the part, from 1, names of all parts) by a file's name; a single file is its only part."""
+    match = _PART.match(name)
+    if match is None:
+        return 1, [name]
+    stem, count, end = match["stem"], int(match["count"]), match["end"]
+    return int(match["number"]), [f"{stem}-{i + 1:05d}-of-{count:05d}{end}" for i in range(count)]
+
+
+def _part_names(path: Path, count: int, index: int) -> list[Path]:
     """The files of a split model, the one at ``path`` first of them."""
-    match = _PART.match(path.name)
-    if match is None or int(match["count"]) != count:
+    number, names = split_parts(path.name)
+    if len(names) != count:
         raise ModelError(
             f"{path}: is one of {count} parts of a split model; they must be named "
             f"NAME-00001-of-{count:05d}.gguf and so on"
         )
-    if int(match["number"]) != 1 or number != 0:
-        first = f"{match['stem']}-00001-of-{count:05d}.gguf"
+    if number != 1 or index != 0:
         raise ModelError(
-            f"{path}: is not the first part of a split model; name {first}, the others are found beside it"
+            f"{path}: is not the first part of a split model; name {names[0]}, the others are found beside it"
         )
-    names = [path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
-    if missing := [name.name for name in names if not name.is_file()]:
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
         raise ModelError(f"{path}: {len(missing)} of {count} parts are missing: {_some(missing)}")
-    return names
+    return [path.with_name(name) for name in names]
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -223,20 +231,23 @@ class _Part:
         for _ in range(num_fields):
             key = self._string("a metadata key", strict=True)
             if key in self.metadata:
-                raise ModelError(f"{path}: damaged: metadata key {key!r} occurs twice")
+                raise self._damaged(f"metadata key {key!r} occurs twice")
             self.metadata[key] = self._value(self._number("<I", f"the type of {key!r}"), key)
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        self.tensors = self._place(infos)
+        self.tensors = self._locate(infos)
 
     def _damaged(self, what: str) -> ModelError:
         return ModelError(f"{self.path}: damaged: {what}")
 
-    def _take(self, size: int, what: str) -> memoryview:
-        end = self.offset + size
+    def _check_end(self, end: int, what: str) -> None:
         if end > self.size:
             raise ModelError(
-                f"{self.path}: cut off in {what}: {end} bytes are needed, the file has {self.size}"
+                f"{self.path}: truncated in {what}: {end} bytes are needed, the file has {self.size}"
             )
+
+    def _take(self, size: int, what: str) -> memoryview:
+        end = self.offset + size
+        self._check_end(end, what)
         taken = self.view[self.offset : end]
         self.offset = end
         return taken
@@ -248,7 +259,7 @@ class _Part:
         needed = self.offset + count * smallest
         if needed > self.size:
             raise ModelError(
-                f"{self.path}: cut off or damaged: {count} {what} need at least {needed} bytes, "
+                f"{self.path}: truncated or damaged: {count} {what} need at least {needed} bytes, "
                 f"the file has {self.size}"
             )
 
@@ -279,7 +290,7 @@ class _Part:
         return (raw.view(np.uint8) != 0).tolist() if kind == ValueType.BOOL else raw.tolist()
 
     def _strings(self, count: int, key: str) -> list[str]:
-        """A vocabulary is hundreds of thousands of strings: this loop is the one that has to be quick."""
+        """Reads strings; a loop with little overhead, because vocabularies have hundreds of thousands."""
         strings: list[str] = []
         offset, view, size = self.offset, self.view, self.size
         length_at = struct.Struct("<Q").unpack_from
@@ -304,7 +315,7 @@ class _Part:
         dims = struct.unpack(f"<{num_dims}Q", self._take(8 * num_dims, what))
         return name, dims[::-1], self._number("<I", what), self._number("<Q", what)
 
-    def _place(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GGUFTensor]:
+    def _locate(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GGUFTensor]:
         metadata = Metadata(self.metadata, file=str(self.path))
         alignment = metadata.integer("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if alignment & (alignment - 1):
@@ -329,11 +340,7 @@ class _Part:
             if offset % alignment:
                 raise self._damaged(f"tensor {name!r} starts at {offset}, not at a multiple of {alignment}")
             num_bytes = math.prod(shape) // block * block_bytes
-            if start + offset + num_bytes > self.size:
-                raise ModelError(
-                    f"{self.path}: cut off in tensor {name!r}: {start + offset + num_bytes} bytes are "
-                    f"needed, the file has {self.size}"
-                )
+            self._check_end(start + offset + num_bytes, f"tensor {name!r}")
             tensors[name] = GGUFTensor(name, shape, dtype.name, start + offset, num_bytes, self.number)
         if unsupported:
             found = ", ".join(f"{name} ({count} tensors)" for name, count in unsupported.items())
@@ -345,15 +352,11 @@ class _Part:
 
 
 def _map(path: Path) -> np.ndarray:
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder, not a GGUF file")
     try:
-        if path.is_dir():
-            raise ModelError(f"{path}: is a folder, not a GGUF file")
-        size = path.stat().st_size
-        if size == 0:
+        if path.stat().st_size == 0:
             raise ModelError(f"{path}: the file is empty; a GGUF file is needed")
         return np.memmap(path, mode="r", dtype=np.uint8)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ModelError(f"{path}: cannot be read: {reason}") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -1,7 +1,7 @@
-"""``-hf user/repo[:quant]``: models from the Hugging Face hub, kept in its usual cache.
+"""``-hf user/repo[:quant]``: models from the Hugging Face hub, in its usual cache.
 
-``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` mean what they mean to
-huggingface_hub.
+``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` have the same meaning
+as for huggingface_hub.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from jaxpaged_model.checkpoint.gguf_file import split_parts
 from jaxpaged_model.metadata import ModelError
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")
-"""What is taken where no quant is named, in this order, as in llama.cpp; else the first GGUF file."""
+"""Default quants in order of preference, as in llama.cpp; else the first GGUF file is used."""
 
 FOLDER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 NOT_IN_FOLDER = ("*/*", "consolidated*")
@@ -36,8 +37,7 @@ SIDECARS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 TIMEOUT_S = 15.0
 
 _SPEC = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<quant>[\w.-]+))?$", re.ASCII)
-_PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
-# What huggingface_hub's HTTP library raises when nobody answers: httpx in its versions 1, httpx2 in 2.
+# huggingface_hub's base class of connection errors: httpx in its versions 1, httpx2 in 2.
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 T = TypeVar("T")
@@ -64,18 +64,18 @@ def resolve(
 ) -> Path:
     """Downloads a model, or finds it in the cache, and returns the path for ``load_model``.
 
-    From a repository with GGUF files one of them is taken, with all its parts if it is split: the one that
-    names the quant. From another, configuration, tokenizer and safetensors are taken, as a folder. When the
-    hub cannot be reached, what the cache holds is used.
+    From a repository with GGUF files, the one that names the quant is downloaded, with all its parts if
+    it is split; from another, the folder with configuration, tokenizer and safetensors. If the hub
+    cannot be reached, the cache is used.
 
     Args:
       spec: ``user/repo`` or ``user/repo:quant``.
-      cache_dir: None takes huggingface_hub's.
-      offline: look into the cache only.
-      endpoint: address of the hub; None takes ``HF_ENDPOINT``.
+      cache_dir: None = huggingface_hub's.
+      offline: True to use the cache only.
+      endpoint: address of the hub; None = ``HF_ENDPOINT``.
 
     Raises:
-      ModelError: no such repository or quant, no access, no answer, or nothing of it in the cache.
+      ModelError: no such repository or quant, no access, no answer, or the model is not in the cache.
     """
     wanted = HubSpec.parse(spec)
     if offline or constants.HF_HUB_OFFLINE:
@@ -105,16 +105,16 @@ def resolve(
 
 
 def choose_gguf(spec: HubSpec, names: Iterable[str]) -> list[str]:
-    """The GGUF file to take of a repository's files, with all its parts; empty where there is none at all.
+    """The GGUF file to use of a repository's files, with all its parts; empty if it has none.
 
-    A quant is matched in any case, followed by a point or a hyphen, as llama.cpp does.
+    A quant is matched regardless of case, followed by a period or a hyphen, as in llama.cpp.
 
     Raises:
-      ModelError: no file names the quant; those that exist are listed.
+      ModelError: no file names the quant; the message lists those that exist.
     """
     models = [name for name in sorted(names) if name.lower().endswith(".gguf")]
     models = [name for name in models if not any(s in PurePosixPath(name).name for s in SIDECARS)]
-    first = [name for name in models if (part := _PART.match(name)) is None or int(part["number"]) == 1]
+    first = [name for name in models if split_parts(name)[0] == 1]
     if not first:
         if spec.quant is not None:
             raise ModelError(f"{spec.repo} has no GGUF files, so no {spec.quant!r}; leave the quant out")
@@ -122,18 +122,10 @@ def choose_gguf(spec: HubSpec, names: Iterable[str]) -> list[str]:
     for quant in (spec.quant,) if spec.quant is not None else DEFAULT_QUANTS:
         pattern = re.compile(re.escape(quant) + "[.-]", re.IGNORECASE)
         if found := next((name for name in first if pattern.search(name)), None):
-            return _parts(found)
+            return split_parts(found)[1]
     if spec.quant is not None:
         raise ModelError(f"{spec.repo} has no GGUF file of quant {spec.quant!r}; it has {', '.join(first)}")
-    return _parts(first[0])
-
-
-def _parts(name: str) -> list[str]:
-    match = _PART.match(name)
-    if match is None:
-        return [name]
-    count = int(match["count"])
-    return [f"{match['stem']}-{i:05d}-of-{count:05d}{name[-5:]}" for i in range(1, count + 1)]
+    return split_parts(first[0])[1]
 
 
 class _Unreachable(Exception):
@@ -141,7 +133,7 @@ class _Unreachable(Exception):
 
 
 def _explained(spec: HubSpec, endpoint: str, call: Callable[[], T]) -> T:
-    """Runs a call to the hub; what goes wrong becomes one line."""
+    """Runs a call to the hub; its errors become ModelErrors of one line."""
     try:
         return call()
     except GatedRepoError:
@@ -173,7 +165,7 @@ def _line(error: Exception) -> str:
 
 
 def _from_cache(spec: HubSpec, cache_dir: str | Path | None, why: str) -> Path:
-    """The newest cached revision that holds what is wanted."""
+    """The newest cached revision with all files of the model."""
     try:
         repos = huggingface_hub.scan_cache_dir(cache_dir).repos
     except CacheNotFound:

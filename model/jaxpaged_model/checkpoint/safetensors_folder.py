@@ -19,7 +19,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class SafetensorsTensor:
-    """Where one tensor lies: ``dtype`` as safetensors names it (``"BF16"``), ``file`` inside the folder."""
+    """Location of one tensor: ``dtype`` by safetensors' name (``"BF16"``), ``file`` inside the folder."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,12 +33,12 @@ class SafetensorsFolder:
 
     Attributes:
       path: the folder.
-      config: ``config.json`` as it stands.
-      tensors: what the files hold, file after file.
-      size_bytes: bytes of all weight files.
+      config: content of ``config.json``.
+      tensors: by name, in the order of the files.
+      size_bytes: size of all weight files.
 
     Raises:
-      ModelError: a file is missing, damaged or cut off, or of a kind that is not supported.
+      ModelError: a file is missing, damaged or truncated, or of a kind that is not supported.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,16 +62,16 @@ class SafetensorsFolder:
         self.size_bytes = sum((self.path / name).stat().st_size for name in names)
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """One tensor's values in the type in which they are stored; ``part`` are slices of its axes, read alone."""
+        """One tensor's values in their stored type; ``part``, slices of its axes, reads a part alone."""
         file = self._open[self.tensors[name].file]
         return file.get_tensor(name) if part is None else file.get_slice(name)[part]
 
     def raw(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """There are no quantized tensors here, which alone are read so."""
+        """Raises NotImplementedError: a folder has no quantized tensors."""
         raise NotImplementedError(f"{self.path}: {name} is not quantized")
 
     def forget(self, name: str) -> None:
-        """Nothing stays."""
+        """Does nothing: no pages of tensors stay mapped."""
 
     def sample(self, name: str) -> bytes:
         """The tensor's first, middle and last row."""
@@ -98,10 +98,7 @@ class SafetensorsFolder:
             return names
         if (self.path / SINGLE).is_file():
             return [SINGLE]
-        others = sorted(p.name for p in self.path.glob("*.bin")) + sorted(
-            p.name for p in self.path.glob("*.pth")
-        )
-        if others:
+        if others := [p.name for kind in ("*.bin", "*.pth") for p in sorted(self.path.glob(kind))]:
             raise ModelError(
                 f"{self.path}: holds {others[0]} only; weights are needed as safetensors ({SINGLE})"
             )
@@ -113,7 +110,7 @@ class SafetensorsFolder:
             return safe_open(path, framework="numpy")
         except SafetensorError as error:
             raise ModelError(
-                f"{path}: cut off or no safetensors file ({path.stat().st_size} bytes): {error}"
+                f"{path}: truncated or no safetensors file ({path.stat().st_size} bytes): {error}"
             ) from None
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""RMSNorm, of dense layers and before products that norm by themselves."""
+"""RMSNorm as a function."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def normed(x: Array, scale: Array, eps: float) -> Array:
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 (arXiv:1910.07467); of ``x``'s dtype."""
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, computed in float32, in ``x``'s dtype.
+
+    Reference: arXiv:1910.07467.
+    """
     wide = x.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * factor).astype(x.dtype) * scale.astype(x.dtype)

@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
-from jaxpaged_model.quantized.norm import normed
+from jaxpaged_model.quantized.norm import rms_norm
 
 Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
@@ -71,7 +71,7 @@ def product(
         wide = x.astype(jnp.float32)
         out = cpu.product(wide, name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact)
         return out.astype(x.dtype)
-    x = x if norm is None else normed(x, *norm)
+    x = x if norm is None else rms_norm(x, *norm)
     out = _matmul(wanted, x, name, parts, 2 * outputs if gated else outputs, layout)
     if gated:
         out = jax.nn.silu(out[:, :outputs]) * out[:, outputs:]
