@@ -1,4 +1,4 @@
-"""What every way of generating is asked, checked on the host and laid out in arrays: prompts, limits, stop tokens."""
+"""Arguments that all loops have in common, checked on the host and laid out in arrays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import Array
+
+PromptsLike = Sequence[npt.ArrayLike] | npt.NDArray[Any] | Array
+"""Token ids: a sequence of lists or 1-D arrays, or one array ``[B, T]`` padded on the right."""
+
+_INT_MAX = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as arrays, so that others never recompile; a row a sequence, S = max_seqs of the cache."""
+    """Prompts in arrays, so that other prompts do not recompile. S = max_seqs, one row a sequence."""
 
     tokens: Array
     """i32[S, longest prompt, padded]"""
@@ -24,12 +30,15 @@ class Prompts:
 
     @property
     def last_tokens(self) -> Array:
-        """i32[S]: the last token of each prompt; arbitrary where there is none."""
-        return self.tokens[jnp.arange(self.lens.shape[0]), jnp.maximum(self.lens - 1, 0)]
+        """i32[S]: last token of each prompt; arbitrary where there is none."""
+        last = jnp.maximum(self.lens - 1, 0)[:, None]
+        return jnp.take_along_axis(self.tokens, last, axis=1)[:, 0]
 
 
-def bucket(count: int, smallest: int = 8) -> int:
-    """The next power of two, or one and a half of one: few compiled shapes, a third of padding at most."""
+def bucket(count: int, smallest: int = 16) -> int:
+    """Smallest of ``smallest * (1, 1.5, 2, 3, 4, 6, ...)`` that holds ``count``: few compiled shapes, and at most a
+    third of padding beyond ``smallest``.
+    """
     size = smallest
     while size < count:
         if size * 3 // 2 >= count:
@@ -38,38 +47,122 @@ def bucket(count: int, smallest: int = 8) -> int:
     return size
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
-    """Checks token ids, and how many of them a step that reads prompts takes.
+def chunk_size(num_tokens: int, batch_size: int) -> int:
+    """Tokens of a prefill step: steps of one size, as few as ``batch_size`` allows, with little padding.
 
     Raises:
-      ValueError: an empty prompt, a negative id, a ``batch_size`` below 1.
+      ValueError: ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
+    steps = -(-num_tokens // batch_size)
+    return min(bucket(-(-num_tokens // steps)), batch_size)
+
+
+def token_lists(prompts: PromptsLike, prompt_lens: npt.ArrayLike | None = None) -> list[np.ndarray]:
+    """Checks prompts and returns them as a list of ``i32[length]``.
+
+    Args:
+      prompts: see ``PromptsLike``.
+      prompt_lens: i32[B], tokens of each prompt; what is behind them is padding. Default: no padding.
+
+    Raises:
+      ValueError: another rank or dtype, an empty prompt, an id that is negative or wider than 32 bits, a length below
+        1 or beyond its prompt.
+    """
+    if isinstance(prompts, np.ndarray | Array) and prompts.ndim != 2:
+        raise ValueError(
+            f"prompts must be lists of token ids or an array [B, T], got {prompts.dtype}{list(prompts.shape)}"
+        )
+    rows = np.asarray(prompts) if isinstance(prompts, Array) else prompts
+    ids = [_token_ids(f"prompt {i}", row) for i, row in enumerate(rows)]
+    if prompt_lens is not None:
+        lens = _integers("prompt_lens", prompt_lens, len(ids))
+        for i, (row, length) in enumerate(zip(ids, lens, strict=True)):
+            if not 1 <= length <= len(row):
+                raise ValueError(f"prompt_lens[{i}] must be 1 to {len(row)}, got {length}")
+        ids = [row[:length] for row, length in zip(ids, lens, strict=True)]
+    for i, row in enumerate(ids):
+        if len(row) == 0:
             raise ValueError(f"prompt {i} is empty: it needs at least one token")
-        if min(prompt) < 0:
-            raise ValueError(f"prompt {i} holds a negative token id, {min(prompt)}")
+        if row.min() < 0:
+            raise ValueError(f"prompt {i} holds a negative token id, {row.min()}")
+    return [row.astype(np.int32) for row in ids]
+
+
+def _token_ids(name: str, ids: npt.ArrayLike) -> np.ndarray:
+    """Integers ``[length]``, not yet checked for their range but for its upper end."""
+    try:
+        row = np.asarray(ids)
+    except ValueError:  # lists of different lengths inside
+        row = np.empty((0, 0))
+    if row.shape == (0,):
+        return row.astype(np.int32)
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be a list or 1-D array of integer token ids, got {_short(ids)}")
+    if row.max() > _INT_MAX:
+        raise ValueError(f"{name} holds a token id that does not fit 32 bits, {row.max()}")
+    return row
+
+
+def _integers(name: str, values: npt.ArrayLike, count: int) -> np.ndarray:
+    """``values`` as integers ``[count]``."""
+    column = np.asarray(values)
+    if column.shape != (count,) or column.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be {count} integers, one for each prompt, got {_short(values)}")
+    return column
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:40]}..."
+
+
+def token_limits(max_new_tokens: npt.ArrayLike, num_prompts: int, smallest: int) -> np.ndarray:
+    """``max_new_tokens`` as i32[num_prompts].
+
+    Raises:
+      ValueError: neither one integer nor one for each prompt, or a limit below ``smallest``.
+    """
+    given = np.asarray(max_new_tokens)
+    given = np.repeat(given, num_prompts) if given.ndim == 0 else given
+    limits = _integers("max_new_tokens", given, num_prompts)
+    if not smallest <= limits.min() <= limits.max() <= _INT_MAX:
+        raise ValueError(
+            f"max_new_tokens must be at least {smallest} and fit 32 bits, got {_short(max_new_tokens)}"
+        )
+    return limits.astype(np.int32)
+
+
+def pack_stop_ids(stop_ids: npt.ArrayLike) -> np.ndarray:
+    """i32[n]: stop tokens, each once, padded with -1 so that their number does not recompile.
+
+    Raises:
+      ValueError: not integers.
+    """
+    unique = np.unique(_token_ids("stop_ids", stop_ids))
+    return np.pad(unique.astype(np.int32), (0, bucket(len(unique)) - len(unique)), constant_values=-1)
 
 
 def pack_prompts(
-    prompts: Sequence[Sequence[int]], *, max_seqs: int, stride: int = 1, batch_size: int, shards: int = 1
+    prompts: Sequence[np.ndarray], *, max_seqs: int, stride: int = 1, batch_size: int, shards: int = 1
 ) -> tuple[Prompts, int]:
     """Prompts as host arrays, and the static number of tokens of a prefill step; 0 = no step.
 
     Args:
-      prompts: token ids, none empty.
-      max_seqs: S, of each data shard.
+      prompts: of ``token_lists``.
+      max_seqs: S, sequences of each data shard.
       stride: prompt i is for sequence ``i * stride``.
-      batch_size: tokens of a prefill step at most.
-      shards: D. Prompts are dealt to so many: prompt i is for sequence ``i // D * stride`` of shard ``i % D``.
+      batch_size: largest number of tokens of a prefill step.
+      shards: D. Prompt i is for sequence ``i // D * stride`` of data shard ``i % D``.
 
     Returns:
-      ``(prompts, chunk)``; the arrays of the prompts have one more axis in front, ``[D, ...]``.
+      ``(prompts, chunk)``; arrays have one more leading axis, ``[D, ...]``.
 
     Raises:
-      ValueError: no prompt or too many, an empty prompt, a negative id, a ``batch_size`` below 1.
+      ValueError: no prompt or too many, or a ``batch_size`` below 1.
     """
     most = max_seqs // stride * shards
     if not 1 <= len(prompts) <= most:
@@ -78,39 +171,19 @@ def pack_prompts(
         raise ValueError(
             f"prompts must be 1 to {most} (max_seqs = {max_seqs}{each}{where}), got {len(prompts)}"
         )
-    check_prompts(prompts, batch_size)
     lens = np.zeros((shards, max_seqs), np.int32)
     tokens = np.zeros((shards, max_seqs, bucket(max(map(len, prompts)))), np.int32)
     for i, prompt in enumerate(prompts):
         place = i % shards, i // shards * stride
         lens[place] = len(prompt)
         tokens[(*place, slice(len(prompt)))] = prompt
-    total = int(np.maximum(lens - 1, 0).sum(axis=1).max())
-    # Steps of one size, as few as there must be: another size would compile the model once more.
-    chunk = min(bucket(-(-total // -(-total // batch_size))), batch_size) if total else 0
+    chunk = chunk_size(int(lens.sum(axis=1).max()), batch_size)
     arrays: Any = (tokens, lens)
-    return Prompts(*arrays), chunk
+    return Prompts(*arrays), chunk if lens.max() > 1 else 0
 
 
-def pack_limits(
-    max_new_tokens: int | Sequence[int], num_prompts: int, max_prompts: int, shards: int = 1
-) -> Any:
-    """i32[D, max_prompts]: tokens that may be generated after each prompt; 0 where there is none. Dealt to D shards as
-    ``pack_prompts`` deals prompts.
-
-    Raises:
-      ValueError: a limit below 1.
-    """
-    limits = np.zeros(max_prompts * shards, np.int32)
-    limits[:num_prompts] = max_new_tokens
-    if limits[:num_prompts].min() < 1:
-        raise ValueError(f"max_new_tokens must be positive, got {limits[:num_prompts].min()}")
-    return limits.reshape(max_prompts, shards).T
-
-
-def pack_stop_ids(stop_ids: Sequence[int]) -> Array:
-    """i32[n]: the stop tokens, each once, and -1 behind them: their number makes no program of its own."""
-    unique = list(dict.fromkeys(stop_ids))
-    stops = np.full(max(8, len(unique)), -1, np.int32)
-    stops[: len(unique)] = unique
-    return jnp.asarray(stops)
+def pack_limits(limits: np.ndarray, max_prompts: int, shards: int = 1) -> Any:
+    """i32[D, max_prompts]: limit of each prompt, distributed as by ``pack_prompts``; 0 where there is none."""
+    padded = np.zeros(max_prompts * shards, np.int32)
+    padded[: len(limits)] = limits
+    return padded.reshape(max_prompts, shards).T

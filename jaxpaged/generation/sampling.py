@@ -9,7 +9,7 @@ sorted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +107,10 @@ class SamplingParams:
             seeds = jax.random.bits(seed, (num_seqs,), jnp.uint32)
         else:
             allowed = "must be from 0 to 2**32 - 1, or a key of jax.random"
-            column = integers("seed", seed, 0, 2**32 - 1, allowed).astype(np.uint32)
+            column = integers("seed", seed, 0, 2**32 - 1, allowed)
             if np.ndim(seed) == 0:
-                column = column + np.arange(num_seqs, dtype=np.uint32)
-            seeds = jnp.asarray(column)
+                column = (column + np.arange(num_seqs)) % 2**32
+            seeds = jnp.asarray(column, jnp.uint32)
 
         inf, smallest = np.inf, float(np.finfo(np.float32).tiny)
         return cls(
@@ -212,7 +212,7 @@ def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
     return jnp.where(active[:, None], pushed, recent)
 
 
-def _is_key(seed: Any) -> bool:
+def _is_key(seed: Any) -> TypeGuard[Array]:
     """True for a key of ``jax.random``: typed, or a JAX array uint32[2]; a list or numpy array holds seeds."""
     return isinstance(seed, Array) and (
         jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or (seed.dtype == jnp.uint32 and seed.shape == (2,))

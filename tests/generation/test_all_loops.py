@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_transformer import VOCAB, paged, toy, toy_params
+from toy_transformer import VOCAB, paged, toy, toy_params, traces
 
 from jaxpaged import (
     FINISH_LENGTH,
@@ -56,23 +57,56 @@ LOOPS: dict[str, Loop] = {
 every_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 
 
+NEVER = 2**30
+
+
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return toy_params()
+    """Weights with 15 columns of padding in the vocabulary, which would win or be NaN, and no NaN elsewhere."""
+    weights = toy_params()
+    padding = jnp.full((weights["head"].shape[0], 15), jnp.nan).at[:, 1].set(1e3)
+    return weights | {
+        "head": jnp.concatenate([weights["head"], padding], axis=1),
+        "nan_from": jnp.full(6, NEVER, jnp.int32),
+    }
+
+
+def padded(params: Any, tokens: Any, cache: Any, batch: Any, rows: Any) -> Any:
+    """The toy, with a NaN in the logits of sequence s from position ``nan_from[s]`` on."""
+    logits, cache = toy(params, tokens, cache, batch, rows)
+    wrong = batch.position[rows] >= params["nan_from"][jnp.minimum(batch.sequence[rows], 5)]
+    return logits.at[:, 3].set(jnp.where(wrong, jnp.nan, logits[:, 3])), cache
+
+
+MODEL = LimitVocab(padded, VOCAB)
+
+
+def run(
+    loop: Loop, params: Any, prompts: Any = PROMPTS, **options: Any
+) -> tuple[list[list[int]], list[int], Any]:
+    """Of one model and one size of everything, so that a loop is compiled once for most tests."""
+    return loop(MODEL, params, paged(6, 60), prompts, max_new_tokens=LIMIT, **options)
+
+
+@every_loop
+def test_ids_behind_a_limited_vocabulary_are_never_sampled(loop: Loop, params: Any) -> None:
+    texts, reasons, _ = run(loop, params)
+    assert reasons == [FINISH_LENGTH] * 3
+    assert {len(text) for text in texts} == {LIMIT}
+    assert all(0 <= token < VOCAB for text in texts for token in text)
+    if loop is not beams:
+        unpadded = params | {"head": params["head"][:, :VOCAB]}
+        expected, _, _ = LOOPS["generate"](toy, unpadded, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
+        assert texts == expected
 
 
 @every_loop
 def test_nan_ends_its_own_sequence_with_a_reason_and_frees_its_pages(loop: Loop, params: Any) -> None:
-    def overflowing(params: Any, tokens: Any, cache: Any, batch: Any, rows: Any) -> Any:
-        logits, cache = toy(params, tokens, cache, batch, rows)
-        # The second prompt has 19 tokens: its fifth logits are those of position 22.
-        wrong = (batch.sequence[rows] == second) & (batch.position[rows] >= 22)
-        return logits.at[:, 3].set(jnp.where(wrong, jnp.nan, logits[:, 3])), cache
-
-    second = 2 if loop is beams else 1
-    arguments = (params, paged(6, 60), PROMPTS)
-    healthy, _, _ = loop(toy, *arguments, max_new_tokens=LIMIT)
-    texts, reasons, cache = loop(overflowing, params, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
+    healthy, _, _ = run(loop, params)
+    # The second prompt has 19 tokens: position 22 gives its fifth logits.
+    sequence = 2 if loop is beams else 1
+    broken = params | {"nan_from": params["nan_from"].at[sequence].set(22)}
+    texts, reasons, cache = run(loop, broken)
     assert reasons == [FINISH_LENGTH, FINISH_NAN, FINISH_LENGTH]
     assert [texts[0], texts[2]] == [healthy[0], healthy[2]]
     assert texts[1] == ([] if loop is beams else healthy[1][:4])
@@ -82,29 +116,104 @@ def test_nan_ends_its_own_sequence_with_a_reason_and_frees_its_pages(loop: Loop,
 
 @every_loop
 def test_nan_in_the_first_logits_gives_no_token(loop: Loop, params: Any) -> None:
-    broken = params | {"head": params["head"] * jnp.nan}
-    texts, reasons, cache = loop(toy, broken, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
+    texts, reasons, cache = run(loop, params | {"nan_from": jnp.zeros(6, jnp.int32)})
     assert (texts, reasons) == ([[]] * 3, [FINISH_NAN] * 3)
     assert int(cache.pages_used) == 0
 
 
-@pytest.mark.parametrize("loop", [generate, generate_lookup])
-def test_a_kept_sequence_with_nan_is_not_kept(loop: Any, params: Any) -> None:
-    broken = params | {"head": params["head"] * jnp.nan}
-    _, cache = loop(toy, broken, paged(3, 60), PROMPTS, max_new_tokens=LIMIT, keep=True)
-    assert int(cache.pages_used) == 0
-
-
-@every_loop
-def test_ids_behind_a_limited_vocabulary_are_never_sampled(loop: Loop, params: Any) -> None:
-    padding = jnp.full((params["head"].shape[0], 15), jnp.nan).at[:, 1].set(1e3)
-    padded = params | {"head": jnp.concatenate([params["head"], padding], axis=1)}
-    expected, _, _ = loop(toy, params, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
-    texts, reasons, _ = loop(LimitVocab(toy, VOCAB), padded, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
-    assert texts == expected
-    assert reasons == [FINISH_LENGTH] * 3
+@pytest.mark.parametrize("name", ["generate", "lookup"])
+def test_a_kept_sequence_with_nan_is_not_kept(name: str, params: Any) -> None:
+    broken = params | {"nan_from": params["nan_from"].at[1].set(22)}
+    _, reasons, cache = run(LOOPS[name], broken, keep=True)
+    assert reasons == [FINISH_LENGTH, FINISH_NAN, FINISH_LENGTH]
+    assert [bool(n) for n in cache.lengths[:3]] == [True, False, True]
 
 
 def test_a_limit_beyond_the_logits_is_refused(params: Any) -> None:
-    with pytest.raises(ValueError, match="vocab_size must be 1 to 97"):
-        generate(LimitVocab(toy, VOCAB + 1), params, paged(3, 60), PROMPTS, max_new_tokens=1)
+    with pytest.raises(ValueError, match="vocab_size must be 1 to 112"):
+        generate(LimitVocab(toy, 113), params, paged(6, 60), PROMPTS, max_new_tokens=1)
+
+
+LENS = [len(prompt) for prompt in PROMPTS]
+ARRAY = np.full((3, max(LENS) + 2), 96)
+for row, prompt in zip(ARRAY, PROMPTS, strict=True):
+    row[: len(prompt)] = prompt
+
+
+@every_loop
+@pytest.mark.parametrize(
+    ("prompts", "lens"),
+    [
+        (ARRAY, LENS),
+        (jnp.asarray(ARRAY), jnp.asarray(LENS)),
+        (ARRAY.astype(np.uint8), np.asarray(LENS, np.int64)),
+        ([np.asarray(prompt) for prompt in PROMPTS], None),
+        ([jnp.asarray(prompt) for prompt in PROMPTS], None),
+        (ARRAY.tolist(), LENS),
+    ],
+    ids=["numpy", "jax", "other dtypes", "list of numpy", "list of jax", "padded lists"],
+)
+def test_prompts_may_be_arrays(loop: Loop, params: Any, prompts: Any, lens: Any) -> None:
+    assert run(loop, params, prompts, prompt_lens=lens)[:2] == run(loop, params)[:2]
+
+
+@every_loop
+@pytest.mark.parametrize(
+    ("prompts", "lens", "message"),
+    [
+        (
+            ARRAY.astype(float),
+            None,
+            "prompt 0 must be a list or 1-D array of integer token ids, got float64[21]",
+        ),
+        (
+            jnp.zeros((3, 4), bool),
+            None,
+            "prompt 0 must be a list or 1-D array of integer token ids, got bool[4]",
+        ),
+        (np.arange(5), None, "prompts must be lists of token ids or an array [B, T], got int64[5]"),
+        (jnp.zeros((2, 3, 4), jnp.int32), None, "an array [B, T], got int32[2, 3, 4]"),
+        ([1, 2, 3], None, "prompt 0 must be a list or 1-D array of integer token ids, got 1"),
+        (
+            [[1, 2], [3, [4, 5]]],
+            None,
+            "prompt 1 must be a list or 1-D array of integer token ids, got [3, [4, 5]]",
+        ),
+        ([[1, 2], "text"], None, "prompt 1 must be a list or 1-D array of integer token ids, got 'text'"),
+        ([[1, 2], []], None, "prompt 1 is empty"),
+        ([[1, 2], [3, -4]], None, "prompt 1 holds a negative token id, -4"),
+        ([[1, 2**31]], None, "prompt 0 holds a token id that does not fit 32 bits, 2147483648"),
+        (ARRAY, [5, 19], "prompt_lens must be 3 integers, one for each prompt, got [5, 19]"),
+        (ARRAY, [5.0, 19.0, 11.0], "prompt_lens must be 3 integers"),
+        (ARRAY, [5, 22, 11], "prompt_lens[1] must be 1 to 21, got 22"),
+        (ARRAY, [0, 19, 11], "prompt_lens[0] must be 1 to 21, got 0"),
+    ],
+)
+def test_other_prompts_are_refused_in_a_line(
+    loop: Loop, params: Any, prompts: Any, lens: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run(loop, params, prompts, prompt_lens=lens)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["generate", "stream", "beams", "lookup"])
+def test_x64_changes_no_token(name: str, params: Any) -> None:
+    loop = LOOPS[name]
+    expected = run(loop, params)
+    with jax.enable_x64(True):
+        texts, reasons, cache = run(loop, params)
+        assert (texts, reasons) == expected[:2]
+        assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)} == {4}
+
+
+def test_prompts_of_5_to_16_tokens_share_a_program() -> None:
+    weights = toy_params()
+
+    def programs(length: int) -> int:
+        before = next(traces)
+        generate(toy, weights, paged(1, 8), [list(range(length))], max_new_tokens=LIMIT - length % 3)
+        return next(traces) - before - 1
+
+    assert programs(5) > 0
+    assert [programs(length) for length in range(5, 17)] == [0] * 12

@@ -172,7 +172,7 @@ def test_in_two_programs_it_finds_the_same(params: Any) -> None:
         stop_ids=STOPS,
         batch_size=16,
     )
-    prepared.read_prompts()
+    prepared.prefill()
     lengths = np.zeros(10, int)
     lengths[: 3 * WIDTH : WIDTH] = [len(p) - 1 for p in PROMPTS]
     assert prepared.cache.lengths.tolist() == lengths.tolist()
@@ -282,7 +282,7 @@ def test_other_prompts_limits_and_parameters_do_not_retrace(params: Any) -> None
 
 def test_the_program_writes_the_pool_in_place(params: Any) -> None:
     cache = paged(9, 4096, max_pages_per_seq=8)
-    request, shape = rooms._request(cache, PROMPTS, WIDTH, 8, 1.0, False, 1, (), 64)
+    request, shape = rooms._request(cache, PROMPTS, None, WIDTH, 8, 1.0, False, 1, (), 64)
     program = rooms._beam_search_donating.lower(toy, shape, params, cache, request).compile()
     memory = program.memory_analysis()
     pool = sum(x.nbytes for x in cache.k_pages + cache.v_pages)
@@ -307,7 +307,7 @@ def test_candidates_without_numbers_are_no_candidates() -> None:
         ({"prompts": [[1]] * 4}, "prompts must be 1 to 3"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[-2]]}, "negative token id"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"num_beams": 11}, "num_beams must be 1 to 10"),
         ({"num_return_sequences": 4}, "num_return_sequences must be 1 to 3"),

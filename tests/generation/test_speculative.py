@@ -180,7 +180,7 @@ def test_other_prompts_and_limits_do_not_retrace(params: Any) -> None:
 
 def test_the_program_writes_the_pool_in_place(params: Any) -> None:
     cache = paged(3, 4096, max_pages_per_seq=16)
-    request, shape = rooms._request(cache, PROMPTS, NUM_DRAFT, 3, LIMITS, (), 16, False)
+    request, shape = rooms._request(cache, PROMPTS, None, NUM_DRAFT, 3, LIMITS, (), 16, False)
     memory = rooms._generate_donating.lower(toy, shape, params, cache, request).compile().memory_analysis()
     pool = sum(x.nbytes for x in cache.k_pages + cache.v_pages)
     assert memory.alias_size_in_bytes >= pool
@@ -217,7 +217,7 @@ def test_a_draft_is_what_followed_the_longest_and_latest_match() -> None:
     [
         ({"prompts": []}, "prompts must be 1 to 4"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"max_new_tokens": [1, 1, 0]}, "max_new_tokens must be positive"),
+        ({"max_new_tokens": [1, 1, 0]}, "max_new_tokens must be at least 1"),
         ({"num_draft": 0}, "num_draft must be positive"),
         ({"ngram": 0}, "ngram must be positive"),
     ],
