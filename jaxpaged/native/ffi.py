@@ -24,8 +24,17 @@ import numba
 from numba import types
 
 from jaxpaged.compilation.cache_folder import cache_folder
-from jaxpaged.native.memory import call_address, fetch_add, free, load_i64, malloc, store_i64, yield_thread
-from jaxpaged.native.tiles import inlined, njit
+from jaxpaged.native.memory import (
+    call_address,
+    fetch_add,
+    free,
+    load_i32,
+    load_i64,
+    malloc,
+    store_i64,
+    yield_thread,
+)
+from jaxpaged.native.tiles import i64, inlined, njit
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "XLA_FFI_CallFrame": ("struct_size", "extension_start", "api", "ctx", "stage", "args", "rets", "attrs"),
@@ -88,6 +97,8 @@ def _fields_of(header: str, name: str) -> tuple[str, ...]:
 
 
 _MAJOR, _MINOR = check_layout()
+_BYTES, _HALVES = (2, 6, 20), (10, 16)
+"""XLA's numbers of the data types s8, u8, f8e4m3fn, and f16, bf16; kernels read no other type that has not 4 bytes."""
 
 
 # --- what a kernel reads of its call ------------------------------------------------------------------------
@@ -113,8 +124,43 @@ def data(buffer: int) -> int:
 
 @njit
 def size(buffer: int, axis: int) -> int:
-    """The size of a buffer along an axis."""
-    return load_i64(load_i64(buffer, 5), axis)
+    """Size of a buffer along an axis; -1 is the last one."""
+    return load_i64(load_i64(buffer, 5), axis if axis >= 0 else axis + load_i64(buffer, 4))
+
+
+@njit
+def num_batch_axes(buffer: int, rank: int) -> int:
+    """Axes that ``vmap`` (``vmap_method="expand_dims"``) has put before the ``rank`` axes of a buffer's own."""
+    return load_i64(buffer, 4) - rank
+
+
+@njit
+def batch_size(out: int, axes: int) -> int:
+    """Number of examples in a result with ``axes`` batch axes."""
+    count = i64(1)
+    for axis in range(axes):
+        count *= size(out, axis)
+    return count
+
+
+@njit
+def example_data(buffer: int, out: int, axes: int, index: int) -> int:
+    """Address of a buffer's elements in example ``index`` of ``batch_size(out, axes)``.
+
+    Each of the ``axes`` batch axes has the size that it has in the result ``out``, or 1 where the examples share one
+    array.
+    """
+    dtype = load_i32(buffer, 4)
+    stride = i64(1 if dtype in _BYTES else 2 if dtype in _HALVES else 4)
+    for axis in range(axes, load_i64(buffer, 4)):
+        stride *= size(buffer, axis)
+    address = data(buffer)
+    for axis in range(axes - 1, -1, -1):
+        if size(buffer, axis) > 1:
+            address += index % size(out, axis) * stride
+        index //= size(out, axis)
+        stride *= size(buffer, axis)
+    return address
 
 
 @njit
@@ -252,7 +298,7 @@ def register(
       task: ``(job) -> 0``: takes pieces until there are none, then releases the job.
       sources: files that the kernel is made of, beside those of ``jaxpaged.native``.
     """
-    with _kept_in(_folder(name, sources)) as cache:
+    with _kept(name, sources) as cache:
         c_function = numba.cfunc(types.int64(types.int64), error_model="numpy", cache=cache)
         compiled_task = c_function(task)
         # Code read from disk cannot know where the task lies now; it is linked by name.
@@ -271,10 +317,11 @@ def _folder(name: str, sources: Iterable[Path]) -> Path:
 
 
 @contextmanager
-def _kept_in(folder: Path) -> Iterator[bool]:
-    """numba keeps what is compiled meanwhile in ``folder``; False, if that cannot be written."""
+def _kept(name: str, sources: Iterable[Path]) -> Iterator[bool]:
+    """numba keeps what is compiled meanwhile on disk; False if there is no folder that can be written."""
     before = numba.config.CACHE_DIR
     try:
+        folder = _folder(name, sources)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         yield False

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from jaxpaged.native.ffi import JOB, argument, data, result, size
+from jaxpaged.native.ffi import JOB, argument, example_data, num_batch_axes, result, size
 from jaxpaged.native.memory import free, load_f32, load_i32, load_i64, malloc, store_f32, store_i64
 from jaxpaged.native.tiles import f32, i64, inlined, njit, padded
 
@@ -102,16 +102,18 @@ def visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int
 
 
 @inlined
-def plan(call: int, job: int, threads: int) -> int:
-    """Reads the call, cuts it into pieces of about the same work, and says how many they are."""
-    for i in range(INPUTS):
-        store_i64(job, JOB + i, data(argument(call, i)))
+def plan(call: int, job: int, threads: int, example: int) -> int:
+    """Reads one example of the call, cuts it into pieces of about the same work, and says how many they are."""
     q, table = argument(call, Q - JOB), argument(call, PAGES - JOB)
-    tokens, q_heads, dim = size(q, 0), size(q, 1), size(q, 2)
-    max_seqs, entries = size(table, 0), size(table, 1)
+    axes = num_batch_axes(q, 3)
+    for i in range(INPUTS):
+        store_i64(job, JOB + i, example_data(argument(call, i), result(call, 0), axes, example))
+    tokens, q_heads, dim = size(q, -3), size(q, -2), size(q, -1)
+    max_seqs, entries = size(table, -2), size(table, -1)
     options = load_i64(job, OPTIONS)
     kv_heads, page_size = i64(load_i32(options, 5)), i64(load_i32(options, 6))
-    out, lse = data(result(call, 0)), data(result(call, 1))
+    out = example_data(result(call, 0), result(call, 0), axes, example)
+    lse = example_data(result(call, 1), result(call, 0), axes, example)
     store_i64(job, OUT, out)
     store_i64(job, LSE, lse)
     store_i64(job, Q_HEADS, q_heads)
@@ -120,7 +122,7 @@ def plan(call: int, job: int, threads: int) -> int:
     store_i64(job, NUM_PAGES, load_i32(options, 7))
     store_i64(job, PAGE_SIZE, page_size)
     store_i64(job, ENTRIES, entries)
-    store_i64(job, HALF, size(argument(call, TURNS - JOB), 0))
+    store_i64(job, HALF, size(argument(call, TURNS - JOB), -1))
     store_i64(job, WINDOW, load_i32(options, 0))
     store_i64(job, INTERLEAVED, load_i32(options, 1))
     store_i64(job, K_KIND, load_i32(options, 2))

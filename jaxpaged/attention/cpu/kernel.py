@@ -74,11 +74,14 @@ from jaxpaged.attention.cpu.pages import (
 )
 from jaxpaged.native.ffi import (
     answers_query,
+    batch_size,
     new_job,
     next_piece,
+    num_batch_axes,
     num_threads,
     piece_done,
     release,
+    result,
     run_pieces,
 )
 from jaxpaged.native.memory import (
@@ -568,9 +571,10 @@ def handler(call: int) -> int:
     """What XLA calls."""
     if answers_query(call):
         return 0
-    job = new_job(JOB_SIZE)
-    threads = num_threads(call)
-    run_pieces(call, job, plan(call, job, threads), threads, symbol(_TASK))
-    merge(job)
-    release(job)
+    threads, out = num_threads(call), result(call, 0)
+    for example in range(batch_size(out, num_batch_axes(out, 3))):
+        job = new_job(JOB_SIZE)
+        run_pieces(call, job, plan(call, job, threads, example), threads, symbol(_TASK))
+        merge(job)
+        release(job)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -49,12 +49,39 @@ def product(
     """See ``product.product``, for ``x`` f32[T, columns]."""
     nothing = jnp.zeros(0, jnp.float32)
     scale, eps = (nothing, 0.0) if norm is None else norm
-    out = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
-    return jax.ffi.ffi_call(_target(name, exact), out)(
+    call = _call(_target(name, exact), outputs)
+    return call(
         x,
-        scale.astype(jnp.float32),
         nothing if add is None else add.astype(jnp.float32),
+        scale.astype(jnp.float32),
         *(parts.get(part, jnp.zeros(0, jnp.uint8)) for part in _PARTS),
         np.asarray([eps], np.float32),
         np.asarray([gated], np.int32),
     )
+
+
+@functools.cache
+def _call(target: str, outputs: int) -> Callable[..., Array]:
+    """The custom call, for ``(x, add, scale, *matrix)``. Examples of ``vmap`` that share a matrix are rows of one call."""
+
+    def one(x: Array, add: Array, scale: Array, *matrix: Array) -> Array:
+        out = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
+        return jax.ffi.ffi_call(target, out, vmap_method="sequential")(x, scale, add, *matrix)
+
+    call = jax.custom_batching.custom_vmap(one)
+
+    @call.def_vmap
+    def batched(
+        size: int, is_batched: list[bool], x: Array, add: Array, *matrix: Array
+    ) -> tuple[Array, bool]:
+        if any(is_batched[2:]):
+            axes = [0 if each else None for each in is_batched]
+            return jax.vmap(one, axes)(x, add, *matrix), True
+        x, add = (
+            rows if each or not rows.size else jnp.broadcast_to(rows, (size, *rows.shape))
+            for rows, each in zip((x, add), is_batched, strict=False)
+        )
+        out = call(x.reshape(-1, x.shape[-1]), add.reshape(-1, add.shape[-1]) if add.size else add, *matrix)
+        return out.reshape(size, -1, outputs), True
+
+    return jax.jit(call)
