@@ -31,7 +31,7 @@ class Drawn:
         self._numbers: dict[str, np.ndarray] = {}
         self._raw: dict[str, np.ndarray] = {}
         self.tensors: dict[str, Any] = {}
-        self.forgotten: list[str] = []
+        self.released: list[str] = []
         rng = np.random.default_rng(0)
         for name, place in placements(config, "gguf").items():
             dtype = "F32" if len(place.shape) == 1 else kind(place)
@@ -49,8 +49,8 @@ class Drawn:
     def raw(self, name: str) -> np.ndarray:
         return self._raw[name]
 
-    def forget(self, name: str) -> None:
-        self.forgotten.append(name)
+    def release(self, name: str) -> None:
+        self.released.append(name)
 
 
 def small(architecture: str, **changes: Any) -> ModelConfig:
@@ -148,7 +148,7 @@ def test_the_files_memory_is_given_back_tensor_by_tensor() -> None:
     config, kind = MODELS["llama, as Q4_K_M"]
     file = Drawn(config, kind)
     load_params(config, file, "gguf", plan=weight_plan(config, file, "gguf"))
-    assert file.forgotten == [name for name, tensor in file.tensors.items() if tensor.dtype != "F32"]
+    assert file.released == [name for name, tensor in file.tensors.items() if tensor.dtype != "F32"]
 
 
 def test_params_take_what_the_file_takes() -> None:

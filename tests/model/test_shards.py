@@ -45,7 +45,7 @@ class Watched:
 
     def __init__(self, file: Any) -> None:
         self.file, self.asked = file, dict.fromkeys(file.tensors, 0)
-        self.path, self.tensors, self.forget = file.path, file.tensors, file.forget
+        self.path, self.tensors, self.release = file.path, file.tensors, file.release
 
     def _watch(self, name: str, part: Any) -> None:
         shape = self.tensors[name].shape

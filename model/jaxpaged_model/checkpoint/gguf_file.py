@@ -146,7 +146,7 @@ class GGUFFile:
             raise ValueError(f"{name}: {begin} to {end} are not multiples of a block of {block}")
         return raw[(*part[:-1], slice(begin // block * block_bytes, end // block * block_bytes))]
 
-    def forget(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Releases the memory of a tensor's mapped bytes; reading them again maps them again."""
         tensor = self.tensors[name]
         mapped = getattr(self._parts[tensor.part], "_mmap", None)

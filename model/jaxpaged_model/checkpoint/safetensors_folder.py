@@ -70,8 +70,8 @@ class SafetensorsFolder:
         """Raises NotImplementedError: a folder has no quantized tensors."""
         raise NotImplementedError(f"{self.path}: {name} is not quantized")
 
-    def forget(self, name: str) -> None:
-        """Does nothing: no pages of tensors stay mapped."""
+    def release(self, name: str) -> None:
+        """Does nothing: no bytes stay mapped."""
 
     def sample(self, name: str) -> bytes:
         """The tensor's first, middle and last row."""

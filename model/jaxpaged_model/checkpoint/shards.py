@@ -1,14 +1,14 @@
-"""Loading a model onto a mesh: each device gets its part of every matrix, and each host reads the parts of its own.
+"""Loads a model onto a mesh: each device gets its shard of every matrix, each host reads those of its devices.
 
-The split is Megatron-LM's (arXiv:1909.08053): the matrices that begin attention and MLP are cut by rows, at heads,
-those that end them by columns, so that between them nothing has to be told. Embedding, norms and head are whole
-everywhere.
+The sharding is that of Megatron-LM (arXiv:1909.08053): the first matrices of attention and MLP are split
+by rows, at heads, the last ones by columns, so that nothing is communicated between them. Embedding,
+norms and head are replicated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from jaxpaged_model.checkpoint.weights import (
     Placement,
     Progress,
     TensorInfo,
+    TensorSource,
     check_tensors,
     load_params,
     placements,
@@ -37,16 +38,11 @@ _BY_ROWS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
 _BY_COLUMNS = ("attention.out", "mlp.down")
 
 
-class PartialSource(Protocol):
-    """A model file or folder that hands out parts of its tensors."""
+class PartialSource(TensorSource, Protocol):
+    """A model file or folder from which parts of tensors can be read."""
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
     def read(self, name: str, part: Part | None = None) -> np.ndarray: ...
     def raw(self, name: str, part: Part | None = None) -> np.ndarray: ...
-    def forget(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,16 +53,16 @@ class _Info:
 
 
 class ShardSource:
-    """What one of ``size`` devices needs of a file, as if that were a file of a smaller model.
+    """A file's tensors as one of ``size`` devices needs them: the source of a smaller model.
 
-    Where columns are cut inside a block of quantized numbers, the layer is said to be of "F32", and is dense.
+    A layer that is split inside a block of quantized numbers has the type "F32", and becomes dense.
 
     Args:
       config: the whole model.
-      file: its weights, which fit it (``check_tensors``).
-      naming: how its tensors are called.
-      rank: which of the devices.
-      size: how many there are.
+      file: its weights, checked with ``check_tensors``.
+      naming: convention of the tensors' names.
+      rank: index of the device.
+      size: number of devices.
     """
 
     def __init__(
@@ -74,8 +70,8 @@ class ShardSource:
     ) -> None:
         self._file = file
         self._parts: dict[str, Part | None] = {}
-        self._silent: set[str] = set()
-        """Biases that are added by another device."""
+        self._zero_biases: set[str] = set()
+        """Biases that device 0 adds, zero on the others."""
         self.tensors: dict[str, TensorInfo] = {}
         places = placements(config, naming)
         for name, info in file.tensors.items():
@@ -83,8 +79,8 @@ class ShardSource:
                 continue
             part = _part(config, placement, rank, size)
             self._parts[name] = part
-            if _is_end(placement, "bias") and rank:
-                self._silent.add(name)
+            if _is_last(placement, "bias") and rank:
+                self._zero_biases.add(name)
             shape, kind = info.shape, info.dtype
             if part is not None:
                 shape = tuple(len(range(*cut.indices(n))) for cut, n in zip(part, info.shape, strict=True))
@@ -98,8 +94,8 @@ class ShardSource:
         return self._file.path
 
     def read(self, name: str) -> np.ndarray:
-        """The device's numbers of a tensor."""
-        if name in self._silent:
+        """The device's values of a tensor."""
+        if name in self._zero_biases:
             return np.zeros(self.tensors[name].shape, np.float32)
         return self._file.read(name, self._parts[name])
 
@@ -107,33 +103,33 @@ class ShardSource:
         """The device's bytes of a quantized tensor, u8 ``[rows, bytes of a row]``."""
         return self._file.raw(name, self._parts[name])
 
-    def forget(self, name: str) -> None:
-        """See ``GGUFFile.forget``."""
-        self._file.forget(name)
+    def release(self, name: str) -> None:
+        """See ``GGUFFile.release``."""
+        self._file.release(name)
 
 
-def _is_end(placement: Placement, weight: str) -> bool:
+def _is_last(placement: Placement, weight: str) -> bool:
     path, _, last = placement.path.rpartition(".")
     return path.endswith(_BY_COLUMNS) and last == weight
 
 
 def _part(config: ModelConfig, placement: Placement, rank: int, size: int) -> Part | None:
-    """Which part of a tensor one device has; None = all."""
+    """The part of a tensor that one device has; None = all of it."""
     path = placement.path.rpartition(".")[0]
     whole = slice(None)
 
-    def cut(total: int, index: int, parts: int) -> slice:
+    def share(total: int, index: int, parts: int) -> slice:
         each = total // parts
         return slice(index * each, (index + 1) * each)
 
     if path.endswith(_BY_ROWS):
         index, parts = rank, size
         if path.endswith(("attention.k", "attention.v")) and config.num_kv_heads < size:
-            parts = config.num_kv_heads  # several devices have the same head
+            parts = config.num_kv_heads  # several devices share one head
             index = rank * parts // size
-        return (cut(placement.shape[0], index, parts), *[whole] * (len(placement.shape) - 1))
-    if _is_end(placement, "kernel"):
-        return whole, cut(placement.shape[1], rank, size)
+        return (share(placement.shape[0], index, parts), *[whole] * (len(placement.shape) - 1))
+    if _is_last(placement, "kernel"):
+        return whole, share(placement.shape[1], rank, size)
     return None
 
 
@@ -147,23 +143,23 @@ def load_shards(
     dtype: Any,
     progress: Progress | None = None,
 ) -> tuple[Params, WeightPlan]:
-    """Reads the parts of this process's devices, one device's after the other, and puts them there.
+    """Reads the shards of this process's devices, one device after the other.
 
     Args:
       config: the whole model.
       file: its weights.
-      naming: how its tensors are called.
-      mesh: of ``jaxpaged.sharding.mesh.make_mesh``.
-      plan: which layers stay quantized, given the config of one device and its source.
-      dtype: of the dense params.
-      progress: called with (bytes done, bytes in all) of what this process reads.
+      naming: convention of the tensors' names.
+      mesh: a mesh of ``jaxpaged.sharding.mesh.make_mesh``.
+      plan: function from (config of one device, its source) to the layers that stay quantized.
+      dtype: dtype of the dense params.
+      progress: called with (bytes done, total bytes), of the bytes that this process reads.
 
     Returns:
-      ``(params, plan)``; each weight has an axis in front, "tensor": a part for each device along it.
+      ``(params, plan)``; each weight has a leading axis "tensor", with the shard of each device.
 
     Raises:
       ModelError: as ``load_params``.
-      MeshError: the model cannot be dealt to so many devices.
+      MeshError: the model cannot be split over so many devices.
     """
     size = mesh.shape[TENSOR]
     local = config.shard(size)
@@ -175,7 +171,7 @@ def load_shards(
         for rank in range(size)
         if (found := [d for d in devices[:, rank] if d.process_index == here])
     }
-    pieces: list[list[jax.Array]] = []
+    shards: list[list[jax.Array]] = []
     structure: Any = None
     decided = WeightPlan()
     for i, (rank, places) in enumerate(ranks.items()):
@@ -186,11 +182,11 @@ def load_shards(
             params = load_params(local, source, naming, dtype=dtype, plan=decided, progress=report)
         leaves, structure = jax.tree.flatten(params)
         for device in places:
-            pieces.append([jax.device_put(leaf[None], device) for leaf in leaves])
+            shards.append([jax.device_put(leaf[None], device) for leaf in leaves])
     sharding = NamedSharding(mesh, PartitionSpec(TENSOR))
     stacked = [
         jax.make_array_from_single_device_arrays((size, *parts[0].shape[1:]), sharding, list(parts))
-        for parts in zip(*pieces, strict=True)
+        for parts in zip(*shards, strict=True)
     ]
     return jax.tree.unflatten(structure, stacked), decided
 

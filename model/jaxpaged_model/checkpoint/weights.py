@@ -1,11 +1,11 @@
-"""From the tensors of a file to the params of ``jaxpaged_model.llama``: names, layouts, shapes."""
+"""Maps the tensors of a file to the params of ``jaxpaged_model.llama``: names, layouts, shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,16 @@ from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
 from jaxpaged_model.quantized.linear import WeightPlan
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) after each tensor."""
+"""Called with (bytes done, total bytes) after each tensor."""
 
 Naming = Literal["gguf", "huggingface"]
 
 Part = tuple[slice, ...]
-"""What is wanted of a tensor: a slice of each of its axes, of step 1."""
+"""A part of a tensor: one slice for each axis, of step 1."""
 
 
 class TensorInfo(Protocol):
-    """What a file says about a tensor."""
+    """Shape, type and size of a tensor in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -40,26 +40,28 @@ class TensorInfo(Protocol):
 
 
 class TensorSource(Protocol):
-    """A model file or folder: its tensors in the order in which they are best read."""
+    """A model file or folder, see ``GGUFFile``; its tensors are in the order in which to read them."""
 
     @property
     def path(self) -> Path: ...
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
     def read(self, name: str) -> np.ndarray: ...
+    def raw(self, name: str) -> np.ndarray: ...
+    def release(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a file's tensor belongs and how it lies there.
+    """The weight that a file's tensor is, and the difference of their layouts.
 
     Attributes:
       path: dotted path of the weight in the params, such as ``"blocks.0.attention.q.kernel"``.
       shape: shape in the file; a linear layer is ``[out, in]`` there.
-      transpose: the params hold ``[in, out]``.
-      head_dim: where positive, rows belong to heads of this size whose first ``rotary_dim`` rows are
-        interleaved: row ``2 i + j`` in the file is row ``i + j * rotary_dim / 2`` here. GGUF files of the
-        architecture "llama" are laid out so.
+      transpose: True if the params have ``[in, out]``.
+      head_dim: if positive, the first ``rotary_dim`` rows of each head of this size are interleaved: row
+        ``2 i + j`` in the file is row ``i + j * rotary_dim / 2`` in the params. This is the layout of
+        GGUF files of the architecture "llama".
       rotary_dim: see ``head_dim``.
     """
 
@@ -70,7 +72,7 @@ class Placement:
     rotary_dim: int = 0
 
 
-# Module of the params -> the file's name; in the blocks the names are of one block.
+# Module of the params -> name in the file; inside a block without the block's prefix.
 _NAMES: dict[Naming, dict[str, str]] = {
     "gguf": {
         "embedding": "token_embd",
@@ -107,7 +109,7 @@ _NAMES: dict[Naming, dict[str, str]] = {
         "mlp.down": "mlp.down_proj",
     },
 }
-# Tensors that files carry and that say nothing new: frequencies follow from the configuration.
+# Tensors that are ignored: frequencies follow from the configuration.
 _REDUNDANT = (
     "rope_freqs.weight",
     "rope_freqs",
@@ -117,16 +119,12 @@ _REDUNDANT = (
 )
 
 
-def _interleaves(config: ModelConfig, naming: Naming) -> bool:
-    """Whether the rows of Q and K lie interleaved in such a file."""
-    return naming == "gguf" and config.architecture in ("llama", "mistral")
-
-
 def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
-    """Every tensor a file of this model must hold: ``{name in the file: Placement}``."""
+    """All tensors of a file of this model: ``{name in the file: Placement}``."""
     c, names = config, _NAMES[naming]
     q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    rope = (c.head_dim, c.rotary_dim) if _interleaves(c, naming) else ()
+    interleaved = naming == "gguf" and c.architecture in ("llama", "mistral")
+    rope = (c.head_dim, c.rotary_dim) if interleaved else ()
     result = {f"{names['embedding']}.weight": Placement("embedding.embedding", (c.vocab_size, c.hidden_size))}
 
     def linear(prefix: str, name: str, path: str, dims: tuple[int, int], bias: bool, *rope: int) -> None:
@@ -143,13 +141,8 @@ def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
         for part, dim, layout in (("q", q_dim, rope), ("k", kv_dim, rope), ("v", kv_dim, ())):
             name = f"attention.{part}"
             linear(prefix, names[name], path + name, (dim, c.hidden_size), c.qkv_bias, *layout)
-        linear(
-            prefix,
-            names["attention.out"],
-            path + "attention.out",
-            (c.hidden_size, q_dim),
-            c.attention_out_bias,
-        )
+        name, dims = "attention.out", (c.hidden_size, q_dim)
+        linear(prefix, names[name], path + name, dims, c.attention_out_bias)
         if c.qk_norm:
             for name in ("attention.q_norm", "attention.k_norm"):
                 norm(prefix, names[name], path + name, c.head_dim)
@@ -164,14 +157,14 @@ def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
 
 
 def check_tensors(config: ModelConfig, source: TensorSource, plan: Mapping[str, Placement]) -> None:
-    """Compares what the file holds with what the model needs, before anything is read.
+    """Compares the file's tensors with those of the model, before any is read.
 
     Raises:
-      ModelError: tensors are missing, unexpected, or of another shape; all are named, with both shapes.
+      ModelError: tensors are missing, unexpected, or of another shape; the message has names and shapes.
     """
     where, found = source.path, source.tensors
     if missing := [name for name in plan if name not in found]:
-        raise ModelError(f"{where}: {_listed(missing, 'tensor')} missing, needed by a {_sizes(config)}")
+        raise ModelError(f"{where}: {_tensors(missing)} missing, needed by a {_sizes(config)}")
     wrong = [
         f"{name} is {list(found[name].shape)}, needed is {list(placement.shape)}"
         for name, placement in plan.items()
@@ -183,13 +176,13 @@ def check_tensors(config: ModelConfig, source: TensorSource, plan: Mapping[str, 
     tied = "lm_head.weight" if config.tie_embeddings else None
     extra = [name for name in found if name not in plan and name != tied and not name.endswith(_REDUNDANT)]
     if extra:
-        raise ModelError(f"{where}: {_listed(extra, 'tensor')} unknown to a {_sizes(config)}")
+        raise ModelError(f"{where}: {_tensors(extra)} unknown to a {_sizes(config)}")
 
 
-def _listed(names: list[str], noun: str, most: int = 4) -> str:
+def _tensors(names: list[str], most: int = 4) -> str:
     shown = [name if name.isprintable() else repr(name) for name in names[:most]]
     listed = ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return f"{noun}s {listed} are" if len(names) > 1 else f"{noun} {listed} is"
+    return f"tensors {listed} are" if len(names) > 1 else f"tensor {listed} is"
 
 
 def _sizes(c: ModelConfig) -> str:
@@ -200,18 +193,11 @@ def _sizes(c: ModelConfig) -> str:
     )
 
 
-class QuantizedSource(TensorSource, Protocol):
-    """A file whose tensors can be had as they stand in it."""
-
-    def raw(self, name: str) -> np.ndarray: ...
-    def forget(self, name: str) -> None: ...
-
-
 _TOGETHER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention.qkv", ("attention.q", "attention.k", "attention.v")),
     ("mlp.gate_up", ("mlp.gate", "mlp.up")),
 )
-"""Layers that are one where they are quantized alike."""
+"""Layers that become one if all have the same quantized type."""
 
 
 def weight_plan(
@@ -222,7 +208,7 @@ def weight_plan(
     exact: bool = False,
     layout: Layout = "panels",
 ) -> WeightPlan:
-    """Which layers stay quantized as the file has them.
+    """Plan in which all layers that are quantized in the file stay so.
 
     Args:
       config, source, naming: as for ``load_params``.
@@ -250,22 +236,22 @@ def weight_plan(
 
 def load_params(
     config: ModelConfig,
-    source: TensorSource | QuantizedSource,
+    source: TensorSource,
     naming: Naming,
     *,
     dtype: Any = jnp.float32,
     plan: WeightPlan | None = None,
     progress: Progress | None = None,
 ) -> Params:
-    """Reads every weight, one tensor at a time: beside the params, memory for one tensor is needed.
+    """Reads all weights, one tensor at a time; needs memory for the params and one more tensor.
 
     Args:
-      config: what the file's model is.
-      source: the file or folder.
-      naming: how its tensors are called.
-      dtype: of the dense params.
-      plan: what stays quantized; None = nothing.
-      progress: called with (bytes done, bytes in all) after each tensor.
+      config: the model.
+      source: its file or folder.
+      naming: convention of the tensors' names.
+      dtype: dtype of the dense params.
+      plan: layers that stay quantized; None = none.
+      progress: called with (bytes done, total bytes) after each tensor.
 
     Raises:
       ModelError: see ``check_tensors``; or a tensor cannot be read.
@@ -285,36 +271,36 @@ def load_params(
 
 
 class _Loader:
-    """The params of a model, as its tensors come."""
+    """Collects the params of a model from its tensors, in any order."""
 
     def __init__(self, places: Iterable[Placement], dtype: Any, plan: WeightPlan) -> None:
         self._dtype, self._plan, self._layout = dtype, plan, LAYOUTS[plan.layout]
         self._params: list[tuple[tuple[str | int, ...], nnx.Param]] = []
         self._matrices: dict[str, dict[str, Any]] = {}
         self._biases: dict[str, dict[int, np.ndarray]] = {}
-        """Of a quantized layer, by the first of its rows that each is for."""
+        """Biases of quantized layers, by the first row of each."""
         self._rows = {place.path.rpartition(".")[0]: place.shape[0] for place in places}
 
-    def add(self, source: TensorSource | QuantizedSource, name: str, placement: Placement) -> None:
+    def add(self, source: TensorSource, name: str, placement: Placement) -> None:
         path, _, weight = placement.path.rpartition(".")
         together, before, rows = self._joined(path)
         kind = self._plan.of(together)
         if kind is None:
-            # Cast before it moves: half the bytes go to an accelerator.
+            # Converted before the transfer to an accelerator, which is then of half the bytes.
             value = from_file(source.read(name), placement).astype(self._dtype, order="C", copy=False)
             self._put(placement.path, value)
         elif weight == "bias":
             self._biases.setdefault(together, {})[before] = from_file(source.read(name), placement)
         else:
-            file, fmt = cast(QuantizedSource, source), WEIGHT_FORMATS[kind]
+            fmt = WEIGHT_FORMATS[kind]
             if together not in self._matrices:
                 self._matrices[together] = self._layout.empty_parts(fmt, rows, placement.shape[1])
-            raw = from_file(file.raw(name), replace(placement, transpose=False))
+            raw = from_file(source.raw(name), replace(placement, transpose=False))
             self._layout.pack(fmt, raw, self._matrices[together], before)
-            file.forget(name)
+            source.release(name)
 
     def _joined(self, path: str) -> tuple[str, int, int]:
-        """The layer that holds ``path``, the rows before it there, and all rows."""
+        """Returns (layer that contains ``path``, rows before it there, all rows of the layer)."""
         for together, parts in _TOGETHER:
             for part in parts:
                 block = path.removesuffix(part)
@@ -325,7 +311,9 @@ class _Loader:
 
     def _put(self, path: str, value: np.ndarray) -> None:
         keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
-        self._params.append((keys, nnx.Param(jax.device_put(value))))  # which copies nothing that is aligned
+        self._params.append(
+            (keys, nnx.Param(jax.device_put(value)))
+        )  # aligned arrays are not copied on a CPU
 
     def params(self) -> Params:
         for path, parts in self._matrices.items():
@@ -338,7 +326,7 @@ class _Loader:
 
 
 def from_file(x: np.ndarray, placement: Placement) -> np.ndarray:
-    """A file's tensor as the params hold it."""
+    """Converts a file's tensor to the layout of the params."""
     if placement.head_dim:
         rotary_dim = placement.rotary_dim
         heads = x.reshape(-1, placement.head_dim, *x.shape[1:])
@@ -349,7 +337,7 @@ def from_file(x: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def to_file(x: np.ndarray, placement: Placement) -> np.ndarray:
-    """A weight of the params as a file holds it: the inverse of ``from_file``."""
+    """Converts a weight of the params to a file's layout; inverse of ``from_file``."""
     x = x.T if placement.transpose else x
     if placement.head_dim:
         rotary_dim = placement.rotary_dim
