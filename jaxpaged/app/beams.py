@@ -31,7 +31,7 @@ def complete(session: Session, prompt: str) -> int:
         max_new_tokens=new,
         length_penalty=o.length_penalty,
         stop_ids=sorted(loaded.tokenizer.stop_ids),
-        batch_size=o.prefill_step,
+        batch_size=o.step_tokens,
     )
     notice = "searching ..." if o.log and sys.stderr.isatty() else ""
     click.echo(notice, nl=False, err=True)

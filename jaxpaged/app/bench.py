@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,52 +24,26 @@ from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
-from jaxpaged.app.options import Weights
+from jaxpaged.app.measure_options import BenchOptions
 from jaxpaged.sharding.mesh import BATCH, CACHE, CONTEXT, PARAMS, REPLICATED, fetch, num_shards, over_mesh
 
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to measure."""
+def cache_types(options: BenchOptions, own: str) -> tuple[CacheType, ...]:
+    """Page formats to compare, for a model of ``own`` dtype.
 
-    model: Path | None
-    hf: str | None
-    offline: bool
-    dtype: str
-    weights: Weights
-    exact: bool
-    n_prompt: tuple[int, ...]
-    n_gen: tuple[int, ...]
-    batch: tuple[int, ...]
-    depth: tuple[int, ...]
-    kinds: tuple[str, ...]
-    repetitions: int
-    ubatch_size: int
-    page_size: int
-    cache_type_k: tuple[str, ...] | None
-    """None = as ``dtype``."""
-    cache_type_v: tuple[str, ...] | None
-    """None = as ``cache_type_k``."""
-    hadamard: str
-    output: str
-    mesh: str | None = None
-
-    def cache_types(self, own: str) -> tuple[CacheType, ...]:
-        """What to compare, for a model of ``own`` dtype.
-
-        Raises:
-          InputError: as many formats of keys as of values are not given.
-        """
-        keys = self.cache_type_k or (own,)
-        values = self.cache_type_v or keys
-        most = max(len(keys), len(values))
-        if {len(keys), len(values)} - {1, most}:
-            raise InputError(f"-ctk has {len(keys)} formats and -ctv {len(values)}: they go in pairs")
-        keys, values = (names * most if len(names) == 1 else names for names in (keys, values))
-        pairs = dict.fromkeys(zip(keys, values, strict=True))
-        return tuple(CacheType.of(k, v, self.hadamard) for k, v in pairs)
+    Raises:
+      InputError: keys and values have different numbers of formats.
+    """
+    keys = options.cache_type_k or (own,)
+    values = options.cache_type_v or keys
+    most = max(len(keys), len(values))
+    if {len(keys), len(values)} - {1, most}:
+        raise InputError(f"-ctk has {len(keys)} formats and -ctv {len(values)}: they go in pairs")
+    keys, values = (names * most if len(names) == 1 else names for names in (keys, values))
+    pairs = dict.fromkeys(zip(keys, values, strict=True))
+    return tuple(CacheType.of(k, v, options.hadamard) for k, v in pairs)
 
 
 @dataclass
@@ -243,7 +216,7 @@ def caches_of(options: BenchOptions, own: str, mesh: Mesh | None) -> list[tuple[
     Raises:
       InputError: none can be.
     """
-    types = options.cache_types(own)
+    types = cache_types(options, own)
     sealing = [one for one in types if one.has_residual]
     if sealing and "contiguous" in options.kinds:
         names = "; ".join(map(str, sealing))

@@ -13,7 +13,7 @@ from jaxpaged_model.text.chat import BUILTIN_TEMPLATES, ChatTemplateError, rende
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError, say
-from jaxpaged.app.options import GenerateOptions
+from jaxpaged.app.options import RunFlags
 from jaxpaged.app.output import print_json
 from jaxpaged.app.prompt import read_text, unescape
 from jaxpaged.app.prompt_cache import PromptCache
@@ -21,7 +21,7 @@ from jaxpaged.app.session import Session
 from jaxpaged.generation.loop import FINISH_NAN, FINISH_STOP
 
 
-def template_of(options: GenerateOptions, model_template: str | None) -> str | None:
+def template_of(options: RunFlags, model_template: str | None) -> str | None:
     """The chat template asked for, else the model's; None where there is none."""
     if options.chat_template is not None and options.chat_template_file is not None:
         raise InputError("--chat-template and --chat-template-file both give a template; give one of them")

@@ -6,33 +6,22 @@ import os
 import sys
 import textwrap
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from jaxpaged import __version__
 from jaxpaged.app import interrupt
-from jaxpaged.app.bench_serve.options import BENCH_SERVE_OPTIONS, BenchServeOptions
+from jaxpaged.app.bench_serve.options import BenchServeOptions
 from jaxpaged.app.errors import InputError, say
+from jaxpaged.app.flags import flags_of, take
 from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
-from jaxpaged.app.options import (
-    GENERATE_OPTIONS,
-    MESH_OPTIONS,
-    MODEL_OPTIONS,
-    WHICH_MODEL,
-    CountList,
-    GenerateOptions,
-    chain,
-    option,
-    page_options,
-)
+from jaxpaged.app.measure_options import BenchOptions, ExplainOptions, PerplexityOptions
+from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.processes import ProcessOptions, ending_together, start
-from jaxpaged.app.server.options import SERVE_OPTIONS, ServeOptions
+from jaxpaged.app.server.options import ServeOptions
 
 _BROKEN_PIPE = 141
-_AT_LEAST_1 = click.IntRange(min=1)
-_OF_PLATFORM = "f32 on a CPU, else bf16"
 
 
 class Application(click.Group):
@@ -112,18 +101,17 @@ Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names anot
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_GENERATE_EPILOG)
-@GENERATE_OPTIONS
-def generate(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, **flags: Any
-) -> None:
+@flags_of(GenerateOptions, ProcessOptions)
+def generate(**flags: Any) -> None:
     """Continue a prompt, or chat. The flags are llama.cpp's.
 
     \b
     -c is the context of each sequence: it is not divided by -np.
     A pool of pages is as large as what this run can fill, not as the context.
     """
+    processes = take(ProcessOptions, flags)
     options = GenerateOptions(**flags, sampling_flags=_written("Sampling"))
-    _prepare(options.threads, ProcessOptions(coordinator, num_processes, process_id))
+    _prepare(options.threads, processes)
     from jaxpaged.app.generate import run
 
     with ending_together():
@@ -131,33 +119,8 @@ def generate(
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
-@chain(
-    *MODEL_OPTIONS,
-    *MESH_OPTIONS,
-    option("Tests", "-p", "--n-prompt", "n_prompt", type=CountList(0), default="512", show_default=True,
-           help="Prompt tokens to read; 0 = no such test."),
-    option("Tests", "-n", "--n-gen", "n_gen", type=CountList(0), default="128", show_default=True,
-           help="Tokens to generate; 0 = no such test."),
-    option("Tests", "-b", "--batch", "batch", type=CountList(1), default="1,8", show_default=True,
-           help="Sequences at once."),
-    option("Tests", "-d", "--n-depth", "depth", type=CountList(0), default="0", show_default=True,
-           help="Tokens already in each sequence's context."),
-    option("Tests", "--kv", default="paged,contiguous", show_default=True, help="Kinds of cache to compare."),
-    option("Tests", "-r", "--repetitions", type=_AT_LEAST_1, default=5, show_default=True, metavar="N"),
-    option("Tests", "-ub", "--ubatch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
-           help="Prompt tokens of one step."),
-    page_options(v_default="as -ctk", several=True),
-    option("Output", "-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md",
-           show_default=True, help="Markdown, JSON or CSV."),
-)  # fmt: skip
-def bench(
-    threads: int | None,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    kv: str,
-    **flags: Any,
-) -> None:
+@flags_of(BenchOptions, ProcessOptions)
+def bench(**flags: Any) -> None:
     """Measure tokens a second, as llama-bench does: pp<N> reads a prompt, tg<N> generates, @ d<D> at a depth.
 
     \b
@@ -167,30 +130,17 @@ def bench(
       jaxpaged bench -m model.gguf -b 8 -d 2048 --kv paged -ctk f32,f16,q8_0,q4_0
       jaxpaged bench -m model.gguf -b 64 --mesh data=2,tensor=4
     """
-    kinds = tuple(dict.fromkeys(kv.split(",")))
-    if unknown := [kind for kind in kinds if kind not in ("paged", "contiguous")]:
-        raise InputError(f"--kv {kv}: {unknown[0]!r} is no kind of cache; there are paged and contiguous")
-    _prepare(threads, ProcessOptions(coordinator, num_processes, process_id))
-    from jaxpaged.app.bench import BenchOptions, run
+    processes, options = take(ProcessOptions, flags), BenchOptions(**flags)
+    _prepare(options.threads, processes)
+    from jaxpaged.app.bench import run
 
     with ending_together():
-        run(BenchOptions(kinds=kinds, **flags))
+        run(options)
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
-@chain(
-    *WHICH_MODEL,
-    option("Steps", "--platform", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where.  [default: this machine]"),
-    option("Steps", "-b", "--batch", "batch", type=CountList(1), default="1,8", show_default=True,
-           help="Sequences that decode at once."),
-    option("Steps", "-c", "--ctx-size", "context", type=_AT_LEAST_1, default=4096, show_default=True, metavar="N",
-           help="Tokens that each sequence holds."),
-    option("Steps", "-ub", "--ubatch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
-           help="Prompt tokens of one step."),
-    page_options(k_default=_OF_PLATFORM, v_default=_OF_PLATFORM),
-    option("Output", "--json", "as_json", is_flag=True, help="One object instead of text."),
-)  # fmt: skip
-def explain(platform: str | None, **flags: Any) -> None:
+@flags_of(ExplainOptions)
+def explain(**flags: Any) -> None:
     """Tell which attention a model gets on a platform: implementation, block sizes, memory, bytes a step, and why.
 
     \b
@@ -199,10 +149,9 @@ def explain(platform: str | None, **flags: Any) -> None:
       jaxpaged explain -m model.gguf --platform gpu -ctk q8_0 -ctv q4_0
     """
     _prepare(None)
-    from jaxpaged.app.explain import ExplainOptions, run
-    from jaxpaged.attention.api import default_platform
+    from jaxpaged.app.explain import run
 
-    run(ExplainOptions(platform=platform or default_platform(), **flags))
+    run(ExplainOptions(**flags))
 
 
 _PERPLEXITY_EPILOG = """\b
@@ -225,36 +174,19 @@ what a token sees depends on how many come at once. -ub 512 reads as a prompt is
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_PERPLEXITY_EPILOG)
-@chain(
-    *MODEL_OPTIONS,
-    option("Text", "-f", "--file", metavar="FILE",
-           help="The text, - for stdin.  [default: Python that the embedded model was not trained on]"),
-    option("Text", "-c", "--ctx-size", type=click.IntRange(0, 2**24), metavar="N",
-           help="Tokens of a chunk, at most the model's context; 0 = that.  [default: 512]"),
-    option("Text", "--chunks", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
-           help="Read at most so many; -1 = all."),
-    option("Steps", "-b", "--batch-size", type=_AT_LEAST_1, default=512, show_default=True, metavar="N",
-           help="Tokens of a chunk that one step computes."),
-    option("Steps", "-ub", "--ubatch-size", type=_AT_LEAST_1, metavar="N", help="A lower limit for the same."),
-    option("Steps", "-np", "--parallel", type=_AT_LEAST_1, metavar="N",
-           help="Chunks side by side.  [default: what makes 512 tokens a step, 32 at most]"),
-    page_options(),
-    option("Output", "--kl-divergence", is_flag=True, help="Compare with exact products and f32 pages, by token."),
-    option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
-    option("Output", "--log-disable", "log", is_flag=True, flag_value=False, default=True,
-           help="Print nothing but errors on stderr."),
-)  # fmt: skip
-def perplexity(threads: int | None, **flags: Any) -> None:
+@flags_of(PerplexityOptions)
+def perplexity(**flags: Any) -> None:
     """Measure how well a model predicts a text that it reads through a cache, as llama-perplexity does.
 
     \b
     Prints the perplexity after each chunk, and at the end over all.
       jaxpaged perplexity -m model.gguf -f wiki.test.raw -c 512
     """
-    _prepare(threads)
-    from jaxpaged.app.perplexity import PerplexityOptions, run
+    options = PerplexityOptions(**flags)
+    _prepare(options.threads)
+    from jaxpaged.app.perplexity import run
 
-    run(PerplexityOptions(**flags))
+    run(options)
 
 
 _SERVE_EPILOG = f"""\b
@@ -285,14 +217,8 @@ bad input.
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_SERVE_EPILOG)
-@SERVE_OPTIONS
-def serve(
-    api_key_file: Path | None,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    **flags: Any,
-) -> None:
+@flags_of(ServeOptions, ProcessOptions)
+def serve(**flags: Any) -> None:
     """Serve a model to many clients at once: OpenAI's API, llama-server's, and a page in the browser.
 
     \b
@@ -300,8 +226,9 @@ def serve(
     /completion, /tokenize, /slots, /props, /health ...    llama-server's clients
     /                                                      chat, and the pool as it fills
     """
-    options = ServeOptions.of_flags(api_key_file=api_key_file, environment=os.environ, **flags)
-    _prepare(options.threads, ProcessOptions(coordinator, num_processes, process_id))
+    processes = take(ProcessOptions, flags)
+    options = ServeOptions.of_flags(environment=os.environ, **flags)
+    _prepare(options.threads, processes)
     try:
         from jaxpaged.app.server.serve import run
     except ModuleNotFoundError as error:
@@ -347,7 +274,7 @@ own largest throughput.
 
 
 @application.command("bench-serve", cls=LlamaCommand, context_settings=_CONTEXT, epilog=_BENCH_SERVE_EPILOG)
-@BENCH_SERVE_OPTIONS
+@flags_of(BenchServeOptions)
 def bench_serve(**flags: Any) -> None:
     """Measure servers under load: throughput, latencies, goodput, memory.
 
@@ -355,7 +282,8 @@ def bench_serve(**flags: Any) -> None:
     Starts jaxpaged serve itself, paged and contiguous in turns, or measures any OpenAI-compatible server (--url).
       jaxpaged bench-serve -m model.gguf --kv-memory 256M -c 2048 --plot serve.svg
     """
-    options = BenchServeOptions.of_flags(written=_written, **flags)
+    options = BenchServeOptions(**flags)
+    options.check(_written)
     try:
         from jaxpaged.app.bench_serve.run import run
     except ModuleNotFoundError as error:

@@ -20,7 +20,7 @@ from jaxpaged.app.errors import InputError
 from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import model_file
 from jaxpaged.app.measure_options import ExplainOptions
-from jaxpaged.attention.api import VARIABLE
+from jaxpaged.attention.api import VARIABLE, default_platform
 from jaxpaged.attention.explain import Explanation, Step, explain
 from jaxpaged.attention.tpu.block_sizes import Blocks
 from jaxpaged.cache.paged import PagedKVCache
@@ -33,6 +33,8 @@ def run(options: ExplainOptions) -> None:
     Raises:
       InputError: no such model, or pages that cannot be.
     """
+    if options.platform == "auto":
+        options = dataclasses.replace(options, platform=default_platform())
     check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
     path = model_file(options.model, options.hf, options.offline)
     try:

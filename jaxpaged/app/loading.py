@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxpaged_model.checkpoint.loading import LoadedModel, Weights, load_model
+from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
+from jaxpaged.app.options import ModelFlags
 from jaxpaged.app.processes import open_mesh
 from jaxpaged.app.timings import since_start
 from jaxpaged.pages.batch import Batch
@@ -57,36 +58,7 @@ class ForbidTokens:
         return None if key is None else f"{key} without {self.tokens}"
 
 
-class ModelOptions(Protocol):
-    """The flags that say which model, and how it is to be in memory."""
-
-    @property
-    def model(self) -> Path | None: ...
-    @property
-    def hf(self) -> str | None: ...
-    @property
-    def offline(self) -> bool: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def weights(self) -> Weights: ...
-    @property
-    def exact(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """``ModelOptions`` of a program that has not all of those flags."""
-
-    model: Path | None
-    dtype: str
-    hf: str | None = None
-    offline: bool = True
-    weights: Weights = "auto"
-    exact: bool = False
-
-
-def open_model(options: ModelOptions, *, mesh: str | None = None, show_progress: bool = True) -> ReadyModel:
+def open_model(options: ModelFlags, *, mesh: str | None = None, show_progress: bool = True) -> ReadyModel:
     """Loads the model that ``-m`` or ``-hf`` names, else the embedded one, onto the devices that ``--mesh`` names.
 
     Raises:

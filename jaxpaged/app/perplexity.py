@@ -7,8 +7,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +17,7 @@ from jaxpaged.app.cache_type import CacheType, bits_per_value, check_hadamard
 from jaxpaged.app.divergence import Divergence, pair, percent, perplexity, running_perplexity
 from jaxpaged.app.errors import InputError, nan_message, out_of_memory_is_input, say
 from jaxpaged.app.loading import ReadyModel, open_model
-from jaxpaged.app.options import Weights
+from jaxpaged.app.measure_options import PerplexityOptions
 from jaxpaged.app.prompt import read_text
 from jaxpaged.app.scoring import Scores, cut, default_parallel, score
 
@@ -32,38 +30,6 @@ _RUNNING = (
 )
 BASE = CacheType("f32", "f32")
 """What ``--kl-divergence`` compares with."""
-
-
-@dataclass(frozen=True)
-class PerplexityOptions:
-    """One run of ``jaxpaged perplexity``, as asked for."""
-
-    model: Path | None
-    hf: str | None
-    offline: bool
-    dtype: str
-    weights: Weights
-    exact: bool
-    file: str | None
-    ctx_size: int | None
-    """None = 512, or the model's context where that is shorter; 0 = the model's."""
-    chunks: int
-    """-1 = all."""
-    batch_size: int
-    ubatch_size: int | None
-    parallel: int | None
-    kl_divergence: bool
-    page_size: int
-    cache_type_k: str | None
-    cache_type_v: str | None
-    hadamard: str
-    as_json: bool
-    log: bool
-
-    @property
-    def step(self) -> int:
-        """Tokens of each chunk that one step computes."""
-        return min(self.batch_size, self.ubatch_size or self.batch_size)
 
 
 def run(options: PerplexityOptions) -> None:
@@ -83,7 +49,7 @@ def run(options: PerplexityOptions) -> None:
     tokens = tokens_of(ready.loaded.tokenizer, text)
     chunks = chunks_of(ready.loaded.tokenizer, tokens, n_ctx, o.file or HELD_OUT)
     chunks = chunks if o.chunks < 0 else chunks[: o.chunks]
-    step = min(o.step, n_ctx)
+    step = min(o.step_tokens, n_ctx)
     parallel = min(o.parallel or default_parallel(step), len(chunks))
     with out_of_memory_is_input("a smaller -c, -ub or -np needs less"):
         caches = [
@@ -178,7 +144,7 @@ def _measured(
         loaded.tokenizer.vocab_size,
         caches,
         chunks,
-        step=options.step,
+        step=options.step_tokens,
         base=loaded.exact_function if options.kl_divergence else None,
     )
     found: list[Scores] = []

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged.app.errors import InputError, say
+from jaxpaged.app.flags import AT_LEAST_0, AT_LEAST_1, heading
 
+_devices = heading("Devices")
 _STARTUP_SECONDS = 120
 """How long processes wait for each other at the begin."""
 _HEARTBEAT_SECONDS = 20
@@ -27,11 +29,24 @@ LOST = 3
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """The flags that say which processes there are; None where the environment is to tell."""
+    """Which processes there are; None = as the environment says."""
 
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    coordinator: str | None = _devices(
+        "--coordinator",
+        "Run in several processes, each started with the same flags: address of the first of them.  "
+        "[default: that of SLURM, Open MPI, a TPU pod or GKE]",
+        envvar="JAX_COORDINATOR_ADDRESS",
+        metavar="HOST:PORT",
+    )
+    num_processes: int | None = _devices(
+        "--num-processes", "With --coordinator: number of processes.", type=AT_LEAST_1
+    )
+    process_id: int | None = _devices(
+        "--process-id",
+        "With --coordinator: number of this process, from 0; process 0 reads and writes.",
+        type=AT_LEAST_0,
+        metavar="I",
+    )
 
 
 def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) -> None:

@@ -162,8 +162,8 @@ class Session:
         each = num_seqs if o.beams > 1 else BatchSharding.of(loaded.mesh, 1, num_seqs).samples_each
         if o.context_shift:
             tokens, spare = min(tokens, self.context), 2
-        if self.window is not None and self.window + o.prefill_step < tokens:
-            tokens, spare = self.window + o.prefill_step, 2
+        if self.window is not None and self.window + o.step_tokens < tokens:
+            tokens, spare = self.window + o.step_tokens, 2
         return CachePlan.make(
             loaded.local_config,
             mesh=loaded.mesh,
@@ -266,7 +266,7 @@ class Session:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop_ids=sorted(loaded.tokenizer.stop_ids),
-            batch_size=o.prefill_step,
+            batch_size=o.step_tokens,
             samples=samples,
             keep=keep,
             context_shift=context_shift,

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from jaxpaged.app.options import CountList
+from jaxpaged.app.flags import count_list
 
 FLAGS = ("-p", "8", "-n", "8", "-b", "2", "-d", "8", "--page-size", "8")
 
@@ -41,10 +41,10 @@ def test_formats(jaxpaged, model_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["-b", "1,x"], "'1,x' is not a list of whole numbers"),
+        (["-b", "1,x"], "'1,x' is not a list of integers"),
         (["-b", "0"], "0 in '0' is below 1"),
         (["-d", "-1"], "-1 in '-1' is below 0"),
-        (["--kv", "paged,ring"], "'ring' is no kind of cache"),
+        (["--kv", "paged,ring"], "'ring' is not one of 'paged', 'contiguous'"),
         (["-r", "0"], "0"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
         (["-ctk", "f32,q9"], "'q9' is not one of 'f32', "),
@@ -74,4 +74,4 @@ def test_formats_are_compared_in_one_table(here, wide_model_path):
 
 
 def test_lists_keep_their_order_once():
-    assert CountList(0).convert("8,1,8,2", None, None) == (8, 1, 2)
+    assert count_list(0).convert("8,1,8,2", None, None) == (8, 1, 2)

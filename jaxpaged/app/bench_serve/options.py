@@ -1,4 +1,4 @@
-"""The flags of ``jaxpaged bench-serve``, and what they are once checked."""
+"""The flags of ``jaxpaged bench-serve``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,8 +22,9 @@ from jaxpaged.app.bench_serve.lengths import (
     parse_lengths,
 )
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.options import MODEL_OPTIONS, CountList, FiniteFloat, NameList, chain, option, page_options
-from jaxpaged.app.server.options import ByteSize
+from jaxpaged.app.flags import AT_LEAST_1, CONTEXT_SIZE, FiniteFloat, Parsed, count_list, heading, name_list
+from jaxpaged.app.options import ModelFlags, PageFlags
+from jaxpaged.app.server.options import BYTES
 
 VARIANTS = {
     "paged": ("--kv-cache-paged",),
@@ -32,100 +32,237 @@ VARIANTS = {
     "prefix": ("--kv-cache-paged", "--prefix-cache"),
     "no-prefix": ("--kv-cache-paged", "--no-prefix-cache"),
 }
-"""What the server is started with, by the name of the variant."""
+"""Flags of ``jaxpaged serve`` for each variant."""
 GOODPUT_METRICS = ("ttft", "tpot", "e2e", "normalized")
 _DECIDED = ("--host", "--port", "--api-key", "--api-key-file", "-h", "--help")
-"""Flags of the server that the benchmark gives itself, or that end the server before it serves."""
-_MOST_REQUESTS, _MOST_CLIENTS, _LONGEST_SECONDS = 100_000, 4096, 7 * 86400
-_AT_LEAST_1 = click.IntRange(min=1)
+"""Flags of the server that the benchmark sets itself, or that end the server before it serves."""
+_USUAL_SLOTS = 32
+_MOST_CLIENTS = 4096
+_SECONDS = FiniteFloat(0, 7 * 86400, above=True)
 
 
-@dataclass(frozen=True)
-class BenchServeOptions:
-    """One benchmark, as asked for."""
+def _parse_rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(dict.fromkeys(float(word) for word in text.split(",")))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of numbers such as 0.5,2") from None
+    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise ValueError(f"{text!r}: requests a second are above 0")
+    return rates
 
-    url: str | None = None
-    """None: servers of its own."""
-    api_key: str | None = None
-    served_model: str | None = None
-    allow_remote: bool = False
-    compare: tuple[str, ...] = ("paged", "contiguous")
-    server_flags: tuple[str, ...] = ()
-    """For every server of its own."""
-    start_timeout: float = 600.0
-    lengths: Lengths = field(default_factory=ShareGPTLike)
-    requests: int | None = None
-    """Of a level of load; None: 4 a client, 16 at least."""
-    clients: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    rates: tuple[float, ...] = ()
-    """Requests a second; none: a closed loop of ``clients``."""
-    shared_prefix: int = 0
-    ctx_size: int = 0
-    """0 = the server's."""
-    vocab: int | None = None
-    seed: int = 0
-    warmup: int = 4
-    repetitions: int = 1
-    timeout: float = 600.0
-    """Seconds of a request."""
-    time_limit: float = 1800.0
-    """Seconds of a level."""
-    retries: int = 100
-    goodput: tuple[tuple[str, float], ...] = ()
-    logprobs: bool = False
-    output: Path | None = None
-    as_json: bool = False
-    plot: Path | None = None
+
+def _parse_goodput(text: str) -> tuple[tuple[str, float], ...]:
+    """Limits such as ``ttft:500 tpot:50``, in milliseconds."""
+    limits: dict[str, float] = {}
+    for word in re.split(r"[\s,]+", text.strip()):
+        name, _, number = word.partition(":")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{word!r} is not a limit such as ttft:500") from None
+        if name not in GOODPUT_METRICS or not 0 < limits[name] < math.inf:
+            raise ValueError(f"{word!r} is not one of {', '.join(GOODPUT_METRICS)} with milliseconds")
+    return tuple(limits.items())
+
+
+def _result_file(*suffixes: str) -> Parsed:
+    """A file that can be written, checked before anything is measured; its name has one of ``suffixes``, if any."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise ValueError(f"{text}: the name must end in {' or '.join(suffixes)}")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise ValueError(f"{text}: cannot be written")
+        return path
+
+    return Parsed("file", parse)
+
+
+_theirs = heading("A server that runs")
+_own = heading("Own servers")
+_load = heading("Load")
+_work = heading("Workload")
+_limit = heading("Limits")
+_output = heading("Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchServeOptions(PageFlags, ModelFlags):
+    """One run of ``jaxpaged bench-serve``."""
+
+    url: str | None = _theirs(
+        "--url",
+        "Measure this OpenAI-compatible server (jaxpaged, llama-server, vLLM, ...) by its /v1/completions.",
+        metavar="URL",
+    )
+    api_key: str | None = _theirs(
+        "--api-key",
+        "Sent as a bearer token.  [default: the environment's JAXPAGED_API_KEY]",
+        envvar="JAXPAGED_API_KEY",
+        metavar="KEY",
+    )
+    served_model: str | None = _theirs(
+        "--served-model", "Model name in requests.  [default: the first of /v1/models]", metavar="NAME"
+    )
+    allow_remote: bool = _theirs(
+        "--allow-remote", "Allow --url on another machine, which you may load.", False
+    )
+    compare: tuple[str, ...] = _own(
+        "--compare",
+        f"Servers to start, one at a time: {', '.join(VARIANTS)}. contiguous gets as many slots of -c tokens "
+        "as --kv-memory holds, at most -np; prefix and no-prefix are paged with and without the prefix cache.",
+        ("paged", "contiguous"),
+        name_list(tuple(VARIANTS)),
+        metavar="NAME,...",
+    )
+    kv_memory: int | None = _own(
+        "--kv-memory", "Memory for keys and values of each server, such as 64M.", type=BYTES, metavar="SIZE"
+    )
+    parallel: int | None = _own(
+        "-np, --parallel",
+        "Sequences at once.  [default: the most --clients]",
+        type=click.IntRange(1, _MOST_CLIENTS),
+    )
+    batch_size: int | None = _own("-b, --batch-size", "Tokens of a step.", type=AT_LEAST_1)
+    server_args: str = _own(
+        "--server-args",
+        "More flags of jaxpaged serve, in one word: --server-args '--decode-steps 4'.",
+        "",
+        show_default=False,
+        metavar="'FLAGS'",
+    )
+    start_timeout: float = _own("--start-timeout", "Time to load and compile.", 600.0, _SECONDS, metavar="S")
+    clients: tuple[int, ...] = _load(
+        "--clients",
+        "Closed loop: each client sends its next request when the one before is answered.",
+        (1, 2, 4, 8, 16, 32),
+        count_list(1),
+        metavar="N,...",
+    )
+    rates: tuple[float, ...] = _load(
+        "--rate",
+        "Open loop instead: requests a second, arriving as a Poisson process.",
+        (),
+        Parsed("rate,rate,...", _parse_rates),
+        metavar="R,...",
+    )
+    requests: int | None = _load(
+        "--requests",
+        "Requests of each level of load.  [default: 4 a client, at least 16; 64 with --rate]",
+        type=click.IntRange(1, 100_000),
+    )
+    warmup: int = _load("--warmup", "Short requests before the first level.", 4, click.IntRange(0, 256))
+    repetitions: int = _load(
+        "-r, --repetitions",
+        "Repetitions of everything, servers in turns; tables have medians.",
+        1,
+        click.IntRange(1, 100),
+    )
+    lengths: Lengths = _work(
+        "--lengths",
+        f"Prompt and output tokens. sharegpt-like[:SCALE]: lognormal, means {PROMPT_MEAN:.0f} and "
+        f"{OUTPUT_MEAN:.0f} times SCALE, sigma {SIGMA:g}, clipped to the context. uniform:LOW:HIGH: each of "
+        "both. fixed:PROMPT:OUTPUT.",
+        ShareGPTLike(),
+        Parsed("lengths", parse_lengths),
+        show_default=DEFAULT,
+        metavar="DISTRIBUTION",
+    )
+    shared_prefix: int = _work(
+        "--shared-prefix", "Tokens that all prompts of a level of load begin with.", 0, CONTEXT_SIZE
+    )
+    ctx_size: int = _work(
+        "-c, --ctx-size",
+        "Tokens of prompt and output together, and the context of own servers.  [default: the server's]",
+        0,
+        CONTEXT_SIZE,
+        show_default=False,
+    )
+    vocab: int | None = _work(
+        "--vocab",
+        "Token ids are sampled below N.  [default: what /v1/models says]",
+        type=click.IntRange(2, 2**24),
+    )
+    seed: int = _work(
+        "-s, --seed",
+        "Seed of lengths, tokens and arrivals: the same seed gives the same requests.",
+        0,
+        click.IntRange(0, 2**32 - 1),
+        metavar="S",
+    )
+    timeout: float = _limit("--timeout", "Time limit of a request.", 600.0, _SECONDS, metavar="S")
+    time_limit: float = _limit(
+        "--time-limit",
+        "Time limit of a level of load; requests not answered by then are errors.",
+        1800.0,
+        _SECONDS,
+        metavar="S",
+    )
+    retries: int = _limit(
+        "--retries",
+        "Retries of a request refused with 429 or 503, after the Retry-After (10 s at most).",
+        100,
+        click.IntRange(0, 10_000),
+    )
+    goodput: tuple[tuple[str, float], ...] = _output(
+        "--goodput",
+        "Count requests within limits in ms: 'ttft:500 tpot:50'; also e2e, and normalized (e2e by output "
+        "tokens). The comparison at equal latency uses them, too.",
+        (),
+        Parsed("limits", _parse_goodput),
+        metavar="'LIMITS'",
+    )
+    logprobs: bool = _output(
+        "--logprobs",
+        "Ask for log-probabilities, which say how many tokens a chunk has; costs the server a little.",
+        False,
+    )
+    output: Path | None = _output(
+        "-o, --output", "Write everything as JSON.", type=_result_file(), metavar="FILE"
+    )
+    as_json: bool = _output("--json", "Print the JSON instead of the tables.", False)
+    plot: Path | None = _output(
+        "--plot", "Draw it, .svg or .png.", type=_result_file(".svg", ".png"), metavar="FILE"
+    )
 
     @property
     def limits(self) -> dict[str, float]:
-        """Of the goodput, in milliseconds."""
+        """Limits of the goodput, in milliseconds."""
         return dict(self.goodput)
 
-    @classmethod
-    def of_flags(
-        cls,
-        *,
-        url: str | None,
-        written: Callable[[str], tuple[str, ...]],
-        kv_memory: int | None,
-        parallel: int | None,
-        server_args: str,
-        **flags: Any,
-    ) -> BenchServeOptions:
-        """The options of a command line.
-
-        Args:
-          written: the flags of a group of the help that stand on the command line.
+    def check(self, written: Callable[[str], tuple[str, ...]]) -> None:
+        """Refuses flags that contradict each other; ``written`` gives the flags under a heading that were given.
 
         Raises:
-          InputError: flags that contradict each other.
+          InputError: they do.
         """
-        passed = {name: flags.pop(name) for name in _PASSED}
         own = [*written("Model"), *written("Own servers"), *written("KV cache")]
         theirs = written("A server that runs")
-        if url is not None and own:
-            raise InputError(f"{own[0]} is for servers that this command starts; {url} runs already")
-        if url is None and theirs:
+        if self.url is not None and own:
+            raise InputError(f"{own[0]} is for servers that this command starts; {self.url} runs already")
+        if self.url is None and theirs:
             raise InputError(f"{theirs[0]} is for a server that runs already; --url says where")
         if written("Load") == ("--clients", "--rate"):
             raise InputError("--clients and --rate are two kinds of load; give one of them")
-        compare, rates, clients = flags["compare"], flags["rates"], flags["clients"]
-        if url is None and kv_memory is None and {"paged", "contiguous"} <= set(compare):
+        if self.url is None and self.kv_memory is None and {"paged", "contiguous"} <= set(self.compare):
             raise InputError(
                 "--kv-memory is missing: paged and contiguous are compared with the same bytes, such as 64M"
             )
-        slots = parallel or (_USUAL_SLOTS if rates else max(clients))
-        server_flags: list[str] = [f"--parallel={slots}"]
-        for name, flag in _PASSED.items():
-            value = passed[name]
-            if value is not None and value is not False:
-                server_flags.append(flag if value is True else f"{flag}={value}")
-        if flags["ctx_size"]:
-            server_flags.append(f"--ctx-size={flags['ctx_size']}")
-        if kv_memory is not None:
-            server_flags.append(f"--kv-memory={kv_memory}")
-        return cls(url=url, server_flags=(*server_flags, *_words(server_args)), **flags)
+        _ = self.server_flags  # refuses --server-args
+
+    @property
+    def server_flags(self) -> tuple[str, ...]:
+        """Flags of every server that is started."""
+        slots = self.parallel or (_USUAL_SLOTS if self.rates else max(self.clients))
+        flags = [f"--parallel={slots}"]
+        passed = {field.name for cls in (ModelFlags, PageFlags) for field in fields(cls)}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name in {*passed, "batch_size", "ctx_size", "kv_memory"}:
+                name = next(n for n in field.metadata["flag"][1] if n.startswith("--")).partition("/")[0]
+                flags.append(name if value is True else f"{name}={value}")
+        return (*flags, *_words(self.server_args))
 
 
 def _words(server_args: str) -> list[str]:
@@ -139,152 +276,3 @@ def _words(server_args: str) -> list[str]:
                 f"--server-args: {word} is not for you to choose here; --url measures a server of yours"
             )
     return words
-
-
-_PASSED = {
-    "model": "--model", "hf": "--hf-repo", "offline": "--offline", "dtype": "--dtype", "threads": "--threads",
-    "weights": "--weights", "exact": "--exact",
-    "batch_size": "--batch-size", "page_size": "--page-size", "cache_type_k": "--cache-type-k",
-    "cache_type_v": "--cache-type-v", "hadamard": "--hadamard",
-}  # fmt: skip
-"""Flags that go to ``jaxpaged serve`` as they are, by the names of their values here."""
-_USUAL_SLOTS = 32
-
-
-class LengthsType(click.ParamType):
-    """A distribution of lengths."""
-
-    name = "lengths"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lengths:
-        if not isinstance(value, str):
-            return value
-        try:
-            return parse_lengths(value)
-        except ValueError as error:
-            self.fail(f"{error}.", param, ctx)
-
-
-class RateList(click.ParamType):
-    """Positive numbers with commas between them."""
-
-    name = "rate,rate,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            rates = tuple(dict.fromkeys(float(word) for word in str(value).split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.5,2.", param, ctx)
-        if not all(math.isfinite(rate) and rate > 0 for rate in rates):
-            self.fail(f"{value!r}: requests a second are above 0.", param, ctx)
-        return rates
-
-
-class GoodputType(click.ParamType):
-    """Limits such as ``ttft:500 tpot:50``, in milliseconds."""
-
-    name = "limits"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[str, float], ...]:
-        if isinstance(value, tuple):
-            return value
-        limits: dict[str, float] = {}
-        for word in re.split(r"[\s,]+", str(value).strip()):
-            name, _, number = word.partition(":")
-            try:
-                limits[name] = float(number)
-            except ValueError:
-                self.fail(f"{word!r} is not a limit such as ttft:500.", param, ctx)
-            if name not in GOODPUT_METRICS or not 0 < limits[name] < math.inf:
-                self.fail(
-                    f"{word!r} is not one of {', '.join(GOODPUT_METRICS)} with milliseconds.", param, ctx
-                )
-        return tuple(limits.items())
-
-
-class ResultFile(click.ParamType):
-    """A file that can be made: its folder is there, and its name ends as it should."""
-
-    name = "file"
-
-    def __init__(self, *suffixes: str) -> None:
-        self.suffixes = suffixes
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(value)
-        if self.suffixes and path.suffix.lower() not in self.suffixes:
-            self.fail(f"{value}: the name must end in {' or '.join(self.suffixes)}.", param, ctx)
-        # Now, not after an hour of measuring.
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-            self.fail(f"{value}: cannot be written.", param, ctx)
-        return path
-
-
-BENCH_SERVE_OPTIONS = chain(
-    option("A server that runs", "--url", metavar="URL",
-           help="Measure this OpenAI-compatible server (jaxpaged, llama-server, vLLM, ...), by its /v1/completions."),
-    option("A server that runs", "--api-key", envvar="JAXPAGED_API_KEY", metavar="KEY",
-           help="Sent as a bearer token.  [default: the environment's JAXPAGED_API_KEY]"),
-    option("A server that runs", "--served-model", metavar="NAME",
-           help="The name that requests carry.  [default: the first of /v1/models]"),
-    option("A server that runs", "--allow-remote", is_flag=True,
-           help="--url may be another machine, which is yours to load."),
-    option("Own servers", "--compare", type=NameList(tuple(VARIANTS)), default="paged,contiguous", show_default=True,
-           metavar="NAME,...",
-           help=f"Servers to start, one at a time: {', '.join(VARIANTS)}. contiguous gets as many slots of -c tokens "
-                "as --kv-memory holds, at most -np; prefix and no-prefix are paged with and without the prefix cache."),
-    option("Own servers", "--kv-memory", type=ByteSize(), metavar="SIZE",
-           help="Memory for keys and values of each server, such as 64M."),
-    option("Own servers", "-np", "--parallel", type=click.IntRange(1, _MOST_CLIENTS), metavar="N",
-           help="Sequences at once.  [default: the most --clients]"),
-    option("Own servers", "-b", "--batch-size", type=_AT_LEAST_1, metavar="N", help="Tokens of a step."),
-    option("Own servers", "--server-args", default="", metavar="'FLAGS'",
-           help="More flags of jaxpaged serve, in one word: --server-args '--decode-steps 4'."),
-    option("Own servers", "--start-timeout", type=FiniteFloat(0, _LONGEST_SECONDS, above=True), default=600.0,
-           show_default=True, metavar="S", help="For loading and compiling."),
-    *MODEL_OPTIONS,
-    page_options(),
-    option("Load", "--clients", type=CountList(1), default="1,2,4,8,16,32", show_default=True, metavar="N,...",
-           help="Closed loop: each client sends its next request when the one before is answered."),
-    option("Load", "--rate", "rates", type=RateList(), default=(), metavar="R,...",
-           help="Open loop instead: requests a second, arriving as a Poisson process."),
-    option("Load", "--requests", type=click.IntRange(1, _MOST_REQUESTS), metavar="N",
-           help="Of each level of load.  [default: 4 a client, 16 at least; 64 with --rate]"),
-    option("Load", "--warmup", type=click.IntRange(0, 256), default=4, show_default=True, metavar="N",
-           help="Short requests before the first level."),
-    option("Load", "-r", "--repetitions", type=click.IntRange(1, 100), default=1, show_default=True, metavar="N",
-           help="Of everything, servers in turns; the table has medians."),
-    option("Workload", "--lengths", type=LengthsType(), default=DEFAULT, show_default=True, metavar="DISTRIBUTION",
-           help=f"Prompt and output tokens. sharegpt-like[:SCALE]: lognormal, means {PROMPT_MEAN:.0f} and "
-                f"{OUTPUT_MEAN:.0f} times SCALE, sigma {SIGMA:g}, clipped to the context. uniform:LOW:HIGH: each of "
-                "both. fixed:PROMPT:OUTPUT."),
-    option("Workload", "--shared-prefix", type=click.IntRange(0, 2**24), default=0, show_default=True, metavar="N",
-           help="A system prompt of N tokens before all prompts, another one at each level."),
-    option("Workload", "-c", "--ctx-size", type=click.IntRange(0, 2**24), default=0, metavar="N",
-           help="Tokens that prompt and output may have, and the context of own servers.  [default: the server's]"),
-    option("Workload", "--vocab", type=click.IntRange(2, 2**24), metavar="N",
-           help="Token ids are drawn below N.  [default: what /v1/models says]"),
-    option("Workload", "-s", "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="S",
-           help="Of lengths, tokens and arrivals: the same seed, the same requests."),
-    option("Limits", "--timeout", type=FiniteFloat(0, _LONGEST_SECONDS, above=True), default=600.0, show_default=True,
-           metavar="S", help="Of a request."),
-    option("Limits", "--time-limit", type=FiniteFloat(0, _LONGEST_SECONDS, above=True), default=1800.0,
-           show_default=True, metavar="S", help="Of a level of load; what is not answered then is an error."),
-    option("Limits", "--retries", type=click.IntRange(0, 10_000), default=100, show_default=True, metavar="N",
-           help="Of a request that is told 429 or 503, after the Retry-After (10 s at most)."),
-    option("Output", "--goodput", type=GoodputType(), default=(), metavar="'LIMITS'",
-           help="Count requests within limits, in ms: 'ttft:500 tpot:50'; also e2e, and normalized (e2e by output "
-                "tokens). The comparison at equal latency takes them, too."),
-    option("Output", "--logprobs", is_flag=True,
-           help="Ask for log-probabilities, so that each chunk tells its tokens exactly; costs the server a little."),
-    option("Output", "-o", "--output", type=ResultFile(), metavar="FILE", help="Write everything as JSON."),
-    option("Output", "--json", "as_json", is_flag=True, help="Print the JSON instead of the tables."),
-    option("Output", "--plot", type=ResultFile(".svg", ".png"), metavar="FILE", help="Draw it, .svg or .png."),
-)  # fmt: skip
-"""All the flags of ``jaxpaged bench-serve``; a decorator."""
