@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxpaged_model.checkpoint.export import write_gguf
@@ -19,7 +20,9 @@ from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import Layout
 from jaxpaged_model.quantized.linear import WeightPlan
 from quantized_matrices import bits_per_weight, numbers, random_weights_raw
-from small_models import VOCAB, logits, random_params, tokenizer_metadata
+from small_models import VOCAB, Dense, logits, random_params, tokenizer_metadata
+
+from jaxpaged.pages.batch import Batch
 
 
 class Drawn:
@@ -121,6 +124,33 @@ def test_logits_do_not_depend_on_x64(layout: Layout | None) -> None:
         found = logits(config, again, function=functional(config, plan=plan))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_batch_of_a_vmap_equals_a_loop() -> None:
+    """vmap of the model, also inside of other transformations, over tokens and over weights."""
+    config, kind = small("llama", num_layers=1, tie_embeddings=True), lambda _: "Q8_0"
+    file = Drawn(config, kind)
+    plan = weight_plan(config, file, "gguf", exact=True)
+    params = load_params(config, file, "gguf", plan=plan)
+    model, position = functional(config, plan=plan), jnp.arange(5, dtype=jnp.int32)
+    zeros = jnp.zeros(5, jnp.int32)
+    batch = Batch(zeros, position, position, zeros, position, jnp.array([0, 5], jnp.int32))
+    tokens = jnp.arange(15, dtype=jnp.int32).reshape(3, 5)
+
+    @jax.jit
+    def logits_of(params: Any, tokens: Any) -> Any:
+        return model(params, tokens, Dense(), batch, position)[0]
+
+    def scanned(params: Any, tokens: Any) -> Any:
+        return jax.lax.scan(lambda carry, _: (carry, logits_of(params, tokens)), 0, None, length=1)[1][0]
+
+    wanted = np.stack([logits_of(params, row) for row in tokens])
+    for found in (
+        jax.vmap(logits_of, (None, 0))(params, tokens),
+        jax.jit(jax.vmap(scanned, (None, 0)))(params, tokens),
+        jax.vmap(logits_of)(jax.tree.map(lambda x: jnp.stack([x] * 3), params), tokens),
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_are_quantized_alike_are_one() -> None:
