@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from jaxpaged_model.tiny import PATH as TINY
 from script_kit import run, table
 
-from tpu_scripts.bench import llama_cpp as bench_against_llama_cpp
-from tpu_scripts.bench import llama_cpp_side, turns
+from tpu_scripts.bench import llama_cpp as bench
+from tpu_scripts.bench import llama_cpp_side
 from tpu_scripts.bench.llama_cpp import CONTIGUOUS, PAGED
-from tpu_scripts.bench.llama_cpp_side import LLAMA_CPP, LLAMA_CPP_PAGED
-from tpu_scripts.bench.turns import Cell, Failure
+from tpu_scripts.bench.llama_cpp_side import LLAMA_CPP, LLAMA_CPP_PAGED, Cell, Failure
+from tpu_scripts.common import in_turns
 
 PROGRAM = """#!{python} -SE
 import json, sys
@@ -64,8 +65,8 @@ def llama_cpp(tmp_path):
         (["-m", "nowhere.gguf"], "-m nowhere.gguf: no such file"),
         (["-m", __file__], "test_bench_llama_cpp.py: not a GGUF file"),
         (["-m", TINY, "-p", "0", "-n", "0"], "-p and -n are both 0"),
-        (["-m", TINY, "-d", "0,-1"], "must be a whole number, got '-1'"),
-        (["-m", TINY, "-d", "2000"], "ask for 2,712 tokens in a sequence; the mo"),
+        (["-m", TINY, "-d", "0,-1"], "must be a non-negative integer, got '-1'"),
+        (["-m", TINY, "-d", "2000"], "need 2,712 tokens per sequence; the mo"),
         (["-m", TINY, "-d", "0", "--llama-bench", "no-such"], "--llama-bench no-such: no such program"),
         (["-m", TINY, "-d", "0", "--llama-bench", "x", "--only-ours"], "give one of them"),
     ],
@@ -76,11 +77,14 @@ def test_bad_input_is_one_line(monkeypatch, capsys, arguments, complaint):
     assert complaint in said and said.count("\n") == 1
 
 
-def test_no_row_is_favoured_by_its_turn():
-    orders = turns.turns(4, 8)
-    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
-    for place in range(4):
-        assert sorted(order[place] for order in orders) == [0, 0, 1, 1, 2, 2, 3, 3]
+def test_no_measure_is_favoured_by_its_turn():
+    asked = []
+    found = in_turns({name: partial(asked.append, name) for name in "abcd"}, 8)
+    assert all(len(values) == 8 for values in found.values())
+    rounds = [asked[i : i + 4] for i in range(0, 32, 4)]
+    assert all(sorted(order) == list("abcd") for order in rounds)
+    for position in range(4):
+        assert sorted(order[position] for order in rounds) == list("aabbccdd")
 
 
 def test_what_is_counted_is_what_llama_cpp_counts():
@@ -138,18 +142,14 @@ def test_no_llama_cpp_is_one_line(monkeypatch, capsys):
 
 
 def test_a_child_that_fails_is_one_line():
-    child = bench_against_llama_cpp.Child(PAGED, Path(__file__), 1, None)
-    try:
-        with pytest.raises(
-            Failure, match=r"jaxpaged paged failed: .*test_bench_llama_cpp.py: not a GGUF file"
-        ):
-            child.load()
-    finally:
-        child.close()
+    child = bench.Child(PAGED, Path(__file__), 1, None)
+    message = r"jaxpaged paged failed: .*test_bench_llama_cpp.py: not a GGUF file"
+    with child.worker, pytest.raises(Failure, match=message):
+        child.load()
 
 
-class Told:
-    """A row whose seconds are told; it notes when it was asked."""
+class GivenSide:
+    """Side with given seconds, which records when it was asked."""
 
     def __init__(self, name, seconds, asked, reason=None):
         self.name, self.seconds, self.asked, self.reason = name, iter(seconds), asked, reason
@@ -166,15 +166,15 @@ class Told:
 def test_the_table_has_a_row_a_side():
     asked = []
     sides = [
-        Told(LLAMA_CPP, [1, 2, 4], asked),
-        Told(LLAMA_CPP_PAGED, [], asked, "not known to this build"),
-        Told(PAGED, [1, 1, 4], asked),
+        GivenSide(LLAMA_CPP, [1, 2, 4], asked),
+        GivenSide(LLAMA_CPP_PAGED, [], asked, "not known to this build"),
+        GivenSide(PAGED, [1, 1, 4], asked),
     ]
-    row = turns.measure(sides, Cell(1, 9, 40, 10), 3, lambda _: None)
+    row = llama_cpp_side.measure(sides, Cell(1, 9, 40, 10), 3, lambda _: None)
     assert asked == [LLAMA_CPP, PAGED, PAGED, LLAMA_CPP, LLAMA_CPP, PAGED]
     assert json.loads(json.dumps(row)) == row
     names = [LLAMA_CPP, LLAMA_CPP_PAGED, PAGED]
-    assert table("\n".join(bench_against_llama_cpp.table([row], names))) == [
+    assert table("\n".join(bench.table([row], names))) == [
         {"t/s": LLAMA_CPP, "pp40 @ d9": "20.0 (10.0-40.0)", "tg10 @ d9": "2.5 (1.2-5.0)"},
         {"t/s": f"{LLAMA_CPP_PAGED}: not known to this build", "pp40 @ d9": "-", "tg10 @ d9": "-"},
         # In its turns 1, 1/4 and 4 times llama.cpp; the ratio of the medians would be 2.

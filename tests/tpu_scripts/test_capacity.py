@@ -114,7 +114,7 @@ def test_more_replicas_get_the_same_requests_more_slowly():
 @pytest.mark.parametrize("pool", POOLS)
 def test_every_request_ends_once_with_its_tokens(pool):
     replica, requests, outcome, looks = served(pool)
-    assert not outcome.given_up and not np.isnan(outcome.finish).any()
+    assert not outcome.aborted and not np.isnan(outcome.finish).any()
     np.testing.assert_array_equal(outcome.generated, requests.output)
     assert np.all(requests.arrival <= outcome.begun)
     assert np.all(outcome.begun < outcome.first) and np.all(outcome.first <= outcome.finish)
@@ -189,14 +189,14 @@ def test_one_server_of_constant_service_is_m_d_1():
         assert outcome.busy / (outcome.end - outcome.begin) == pytest.approx(rho, rel=0.03)
 
 
-def test_a_run_is_given_up_when_the_targets_are_missed():
+def test_a_run_is_aborted_when_the_targets_are_missed():
     _, requests, outcome, _ = served("tight")
     ttft, tpot = latencies(requests, outcome)
     replica = Replica(TIMES, POOLS["tight"], slots=32, batch_tokens=128)
     late = Limits(float(np.percentile(ttft, 50)), float(tpot.max()), len(ttft) // 20)
-    assert simulate(replica, requests, prefix_tokens=SMALL.prefix_tokens, limits=late).given_up
+    assert simulate(replica, requests, prefix_tokens=SMALL.prefix_tokens, limits=late).aborted
     kept = Limits(float(ttft.max()), float(tpot.max()) + 1e-9, 0)
-    assert not simulate(replica, requests, prefix_tokens=SMALL.prefix_tokens, limits=kept).given_up
+    assert not simulate(replica, requests, prefix_tokens=SMALL.prefix_tokens, limits=kept).aborted
 
 
 def test_a_request_that_never_fits_is_refused():
@@ -355,7 +355,7 @@ def test_the_fewest_replicas_are_found_and_more_are_no_worse():
     for fewer, more in itertools.pairwise(results):
         assert more.ttft[1] <= 1.05 * fewer.ttft[1] and more.tpot[1] <= 1.02 * fewer.tpot[1]
         assert more.peak_pages <= fewer.peak_pages
-    with pytest.raises(Impossible, match="requests that meet nobody"):
+    with pytest.raises(Impossible, match="requests one at a time"):
         Search(load, Targets(ttft=1e-3, tpot=0.04), window=600).fewest(slow)
 
 
@@ -423,9 +423,9 @@ def test_it_teaches():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["-m", "gpt-9"], "unknown model 'gpt-9': no file of that name, and of shapes llama-3.1-8b, "),
-        (["--chips", "v6e,v9"], "unknown chip 'v9'; there are v5e, v6e, "),
-        (["--tp", "0"], "'0' is no whole number above 0"),
+        (["-m", "gpt-9"], "unknown model 'gpt-9': no such file, and known shapes are llama-3.1-8b, "),
+        (["--chips", "v6e,v9"], "unknown chip 'v9'; known are v5e, v6e, "),
+        (["--tp", "0"], "must be a positive integer, got '0'"),
         (["--requests", "many"], "must be a number from 1 to 1e+09, got 'many'"),
         (["--peak", "0.5"], "must be a number from 1 to 24, got '0.5'"),
         (["--prompt", "800"], "must be MEDIAN:SIGMA:MOST, such as 800:1:4096, got '800'"),

@@ -19,10 +19,9 @@ from script_kit import run, table
 from jaxpaged.attention import api, candidates, paged_attention, tuning
 from jaxpaged.attention.tuning import Key, trial, tuned
 from jaxpaged.testing.conformance import build_case
-from tpu_scripts import common
 from tpu_scripts.bench import generate as bench_generate
+from tpu_scripts.bench import models, tune_paged_attention
 from tpu_scripts.bench import quality as measure_quality
-from tpu_scripts.bench import tune_paged_attention
 from tpu_scripts.bench.paged_attention import Attention, Row, Shape
 from tpu_scripts.compile_check import __main__ as compile_check
 
@@ -55,27 +54,27 @@ def test_each_teaches(script):
 @pytest.mark.parametrize(
     ("script", "arguments", "complaint"),
     [
-        ("bench.paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
-        ("bench.paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
-        ("bench.paged_attention", ["-c", "64,x"], "'x' is no whole number above 0"),
+        ("bench.paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; known are SmolLM2-135M, "),
+        ("bench.paged_attention", ["-b", "-1"], "must be a positive integer, got '-1'"),
+        ("bench.paged_attention", ["-c", "64,x"], "must be a positive integer, got 'x'"),
         ("bench.paged_attention", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
         (
             "bench.paged_attention",
             ["--implementation", "cuda"],
-            "unknown implementation 'cuda'; there are cpu_",
+            "unknown implementation 'cuda'; known are cpu_",
         ),
         ("bench.paged_attention", ["--json", "nowhere/rows.json"], "cannot write nowhere/rows.json"),
-        ("bench.generate", ["-m", "GPT-9"], "unknown model 'GPT-9': no file of that name, and of shapes "),
-        ("bench.generate", ["-b", "-1"], "'-1' is no whole number above 0"),
-        ("bench.generate", ["--implementation", "xla,cuda"], "unknown implementation 'cuda'; there are cpu_"),
+        ("bench.generate", ["-m", "GPT-9"], "unknown model 'GPT-9': no such file, and known shapes are "),
+        ("bench.generate", ["-b", "-1"], "must be a positive integer, got '-1'"),
+        ("bench.generate", ["--implementation", "xla,cuda"], "unknown implementation 'cuda'; known are cpu_"),
         ("bench.generate", ["--live", "0", "-p", "0"], "nothing to measure"),
         ("bench.generate", ["-m", "Llama-3-8B", "--memory", "100"], "the weights of Llama-3-8B shape"),
-        ("bench.tune_paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; there are SmolLM2-135M, "),
-        ("bench.tune_paged_attention", ["-b", "-1"], "'-1' is no whole number above 0"),
+        ("bench.tune_paged_attention", ["-m", "GPT-9"], "unknown model 'GPT-9'; known are SmolLM2-135M, "),
+        ("bench.tune_paged_attention", ["-b", "-1"], "must be a positive integer, got '-1'"),
         (
             "bench.tune_paged_attention",
             ["--page-size", "24"],
-            "page size 24 is no power of two from 8 to 256",
+            "page_size must be a power of two from 8 to 256",
         ),
         ("bench.quality", ["-f", "nowhere.txt"], "-f nowhere.txt: No such file or directory"),
         (
@@ -84,9 +83,9 @@ def test_each_teaches(script):
             "no such page format; there are f32, bf16, f16",
         ),
         ("bench.quality", ["-f", __file__, "-c", "4096"], "-c 4096 is more than the 1024 tokens"),
-        ("bench.quality", ["-f", __file__, "--distances", "40"], "have passages 48 to 464 apart"),
+        ("bench.quality", ["-f", __file__, "--distances", "40"], "allow 48 to 464"),
         ("bench.quality", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
-        ("compile_check", ["--python-tpu", "no-such-python"], "no-such-python is no program"),
+        ("compile_check", ["--python-tpu", "no-such-python"], "no-such-python is not a program"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, script, arguments, complaint):
@@ -132,7 +131,7 @@ def test_a_forced_implementation_is_what_is_compiled(monkeypatch):
 def test_named_shapes_are_the_models():
     """By the number of parameters that their authors give."""
     millions = {"SmolLM2-135M": 135, "Qwen3-0.6B": 596, "Llama-3-8B": 8030, "Qwen3-8B": 8191}
-    found = {name: round(c.num_parameters() / 1e6) for name, c in common.MODEL_SHAPES.items()}
+    found = {name: round(c.num_parameters() / 1e6) for name, c in models.MODEL_SHAPES.items()}
     assert found == millions
 
 
@@ -140,8 +139,8 @@ def test_attention_of_layers_is_attention(monkeypatch):
     """What is timed computes what a single call computes, on the pages in their order."""
     shape = Shape("SmolLM2-135M", batch=2, context=50, queries=3, page_size=16, dtype="f32")
     program = Attention(shape, "xla", layers=2)
-    pool = common.noise(shape.pool())
-    q = common.noise(program.q)
+    pool = models.noise(shape.pool())
+    q = models.noise(program.q)
     found = program._run(1, q, (pool, pool), (pool, pool), program.table, program.batch)
     mixed = q
     for _ in range(2):
@@ -184,7 +183,7 @@ def test_attention_is_measured(monkeypatch, capsys, tmp_path):
     ]
     assert set(wanted) <= {(row["test"], row["batch"], row["context"]) for row in rows}
     assert re.search(
-        "left out: SmolLM2-135M, decode, batch 100, context 128: 18.8 MiB of pages, there is room for ",
+        "left out: SmolLM2-135M, decode, batch 100, context 128: 18.8 MiB of pages, ",
         said.err,
     )
     found = json.loads((tmp_path / "rows.json").read_text())
@@ -198,7 +197,7 @@ def test_attention_is_measured(monkeypatch, capsys, tmp_path):
 def test_generation_is_measured(monkeypatch, capsys, tmp_path):
     pytest.importorskip("numba")
     monkeypatch.delenv("JAXPAGED_ATTENTION", raising=False)
-    monkeypatch.setitem(common.MODEL_SHAPES, "toy", TOY)
+    monkeypatch.setitem(models.MODEL_SHAPES, "toy", TOY)
     arguments = "-m toy -b 1 --live 5,20,61 -p 9 -n 3 -r 1 --page-size 8 --implementation xla,cpu_numba"
     assert run(monkeypatch, "bench.generate", *arguments.split(), "--json", tmp_path / "rows.json") == 0
     said = capsys.readouterr()
@@ -289,7 +288,7 @@ def test_sizes_under_trial_reach_the_kernel(monkeypatch, capsys):
     rows = list(tune_paged_attention.measure("tpu", KEY, shape, options, 1 << 26))
     assert {json.dumps(row["sizes"]) for row in rows} == {"{}", '{"pages": 8}'}
     assert {"pages": 4} in asked and {"pages": 8} in asked and {} in asked
-    assert "passed over: {'pages': 4}: xla: 4 pages are too few" in capsys.readouterr().err
+    assert "skipped: {'pages': 4}: xla: 4 pages are too few" in capsys.readouterr().err
 
 
 def test_candidates_are_listed_anywhere(monkeypatch, capsys):
@@ -319,7 +318,7 @@ def test_checks_are_summed_up(monkeypatch, capfd, tmp_path, tpu, gpu, status):
         python = tmp_path / target
         python.write_text(
             f'#!/bin/sh\n[ "$2" = tpu_scripts.compile_check.{target} ] && [ "$5" = --quick ] || exit 1\n'
-            f'[ {code} = 2 ] || echo "[1, 2]" > "$4"\nexit {code}\n'
+            f'[ {code} = 2 ] || echo \'{{"rows": [1, 2]}}\' > "$4"\nexit {code}\n'
         )
         python.chmod(0o755)
         arguments += [f"--python-{target}", python]
@@ -329,7 +328,7 @@ def test_checks_are_summed_up(monkeypatch, capfd, tmp_path, tpu, gpu, status):
         expected = {0: "ok, 2 programs", 2: "not checked; it needs pip install"}.get(code, "FAILED")
         assert f"{target}: {expected}" in said
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows == {"tpu": [1, 2] if tpu != 2 else [], "gpu": [1, 2] if gpu != 2 else []}
+    assert rows["tpu"] == ([1, 2] if tpu != 2 else []) and rows["gpu"] == ([1, 2] if gpu != 2 else [])
 
 
 def test_both_checks_are_there():
@@ -367,9 +366,9 @@ def test_quality_is_a_row_a_variant(monkeypatch, capsys, tmp_path):
         "100",
         "0",
     )
-    assert (plain["K"], plain["V"], plain["turned"], turned["turned"]) == ("q8_0", "q4_0", "no", "yes")
+    assert (plain["K"], plain["V"], plain["Hadamard"], turned["Hadamard"]) == ("q8_0", "q4_0", "no", "yes")
     assert plain["bits"] == turned["bits"] == "6.5"
     values = json.loads(found[0].read_text())
-    assert [row["turned"] for row in values["rows"]] == [None, False, True]
+    assert [row["hadamard"] for row in values["rows"]] == [None, False, True]
     assert all(0 < row["kld"]["value"] < 0.1 and row["kept"]["value"] > 0.5 for row in values["rows"][1:])
     assert found[1].is_file() == ("--plot" in flags)

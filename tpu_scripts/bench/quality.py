@@ -48,6 +48,7 @@ from jaxpaged.app.cache_type import CacheType, bits_per_value, check_formats
 from jaxpaged.app.divergence import Divergence, Estimate
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.loading import ReadyModel, open_model
+from jaxpaged.app.options import ModelFlags
 from jaxpaged.app.perplexity import BASE, HELD_OUT, chunks_of, context_of, scored_text, tokens_of
 from jaxpaged.app.scoring import Scores, default_parallel, score
 from jaxpaged.pages.formats import PAGE_FORMATS

@@ -61,15 +61,8 @@ def main() -> None:
     model, params = functional(config), random_params(config)
     measures = {}
     for pages, entries in ((32, 32), (512, 32), (32, 512)):
-        cache = PagedKVCache.create(
-            num_layers=args.layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            num_pages=pages,
-            max_seqs=1,
-            max_seq_len=(entries - 1) * 32,
-            rope=config.rope,
-        )
+        sizes = {"num_pages": pages, "max_seqs": 1, "max_seq_len": (entries - 1) * 32}
+        cache = PagedKVCache.create(**config.cache_spec, **sizes)
         stream = generate_stream(model, params, cache, [[1]], max_new_tokens=65, every=64, batch_size=1)
         stream.compile()
         name = f"pool of {pages} pages, table of {entries} entries"

@@ -182,14 +182,11 @@ class MeshCompiler:
         self.layers = layers
         self.model = functional(local, jnp.bfloat16, axis="tensor")
         sizes: dict[str, Any] = {
-            "num_layers": layers,
-            "num_kv_heads": local.num_kv_heads,
-            "head_dim": local.head_dim,
+            **local.cache_spec,
             "num_pages": POOL_TOKENS // PAGE_SIZE,
             "page_size": PAGE_SIZE,
             "max_seqs": MAX_SEQS,
             "max_seq_len": CONTEXT - PAGE_SIZE,
-            "rope": local.rope,
             "dtype": "bf16",
             "layout": "lanes" if self.platform == "tpu" else "plain",
         }
