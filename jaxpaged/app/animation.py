@@ -13,7 +13,7 @@ from jaxpaged.pictures.page_map import PageMap, draw_page_map
 _MOST_FRAMES = 400
 
 
-class PageFilm:
+class PageMapRecorder:
     """The states of a pool that were looked at; of a long run, fewer and fewer of them."""
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +24,7 @@ class PageFilm:
         self._passed = 0
 
     @classmethod
-    def open(cls, options: GenerateOptions) -> PageFilm | None:
+    def open(cls, options: GenerateOptions) -> PageMapRecorder | None:
         """The film that the options ask for.
 
         Raises:

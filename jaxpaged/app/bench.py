@@ -25,7 +25,9 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.measure_options import BenchOptions
-from jaxpaged.sharding.mesh import BATCH, CACHE, CONTEXT, PARAMS, REPLICATED, fetch, num_shards, over_mesh
+from jaxpaged.sharding.mesh import CONTEXT, num_shards
+from jaxpaged.sharding.multihost import fetch
+from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, over_mesh
 
 _SEED = 0
 
@@ -203,7 +205,7 @@ def run(options: BenchOptions) -> None:
             click.echo(_FORMATS[options.output](ready, done))
 
     try:
-        with interrupt.last_words(report), out_of_memory_is_input("a smaller -b, -p, -n or -d needs less"):
+        with interrupt.before_exit(report), out_of_memory_is_input("a smaller -b, -p, -n or -d needs less"):
             for batch, depth, (n_prompt, n_gen) in itertools.product(options.batch, options.depth, tests):
                 done += measure(ready, options, caches, batch, depth, n_prompt, n_gen)
     finally:

@@ -135,7 +135,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
         click.echo(err=True)
     if kept is not None and last is not None:
         kept.save_all(cache, held)
-    session.end_film()
+    session.write_page_map()
     session.print_report(plan, last)
     if last is not None:
         session.refuse_nan(last)

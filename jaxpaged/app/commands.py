@@ -18,7 +18,7 @@ from jaxpaged.app.flags import flags_of, take
 from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
 from jaxpaged.app.measure_options import BenchOptions, ExplainOptions, PerplexityOptions
 from jaxpaged.app.options import GenerateOptions
-from jaxpaged.app.processes import ProcessOptions, ending_together, start
+from jaxpaged.app.processes import ProcessOptions, exit_with_others, start
 from jaxpaged.app.server.options import ServeOptions
 
 _BROKEN_PIPE = 141
@@ -114,7 +114,7 @@ def generate(**flags: Any) -> None:
     _prepare(options.threads, processes)
     from jaxpaged.app.generate import run
 
-    with ending_together():
+    with exit_with_others():
         click.get_current_context().exit(run(options))
 
 
@@ -134,7 +134,7 @@ def bench(**flags: Any) -> None:
     _prepare(options.threads, processes)
     from jaxpaged.app.bench import run
 
-    with ending_together():
+    with exit_with_others():
         run(options)
 
 
@@ -238,7 +238,7 @@ def serve(**flags: Any) -> None:
             f"the server needs the package {error.name!r}: pip install 'jaxpaged[serve]'"
         ) from None
 
-    with ending_together():
+    with exit_with_others():
         click.get_current_context().exit(run(options))
 
 

@@ -15,7 +15,7 @@ from jaxpaged.app.output import print_json, text_of
 from jaxpaged.app.prompt import read_prompt
 from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
-from jaxpaged.sharding.mesh import agree
+from jaxpaged.sharding.multihost import broadcast_object
 
 _NO_PROMPT = "no prompt: give -p TEXT, -f FILE (-f - for stdin), or -cnv to chat"
 
@@ -26,7 +26,7 @@ def run(options: GenerateOptions) -> int:
     Raises:
       InputError: anything about the flags, the prompt or the model that cannot be used.
     """
-    prompt = agree(read_prompt(options) if processes.speaks() else None)
+    prompt = broadcast_object(read_prompt(options) if processes.is_main() else None)
     wants_chat = options.conversation
     if wants_chat is None and (options.system is not None or options.single_turn):
         wants_chat = True
@@ -101,7 +101,7 @@ def complete(session: Session, prompt: str) -> int:
     # Behind the text: a full disk must not cost it.
     if kept is not None:
         kept.save_all(result.cache, ids + result.tokens[0])
-    session.end_film()
+    session.write_page_map()
     session.print_report(plan, result)
     session.refuse_nan(result)
     return interrupt.STATUS if result.interrupted else 0

@@ -27,7 +27,7 @@ class _Mode(Enum):
 
 _mode = _Mode.LEAVE
 _noted = threading.Event()
-_last_words: list[Callable[[], None]] = []
+_callbacks: list[Callable[[], None]] = []
 
 
 def listen() -> None:
@@ -47,7 +47,7 @@ def defer() -> None:
     _mode = _Mode.NOTE
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Whether Ctrl-C came since ``defer``."""
     return _noted.is_set()
 
@@ -67,13 +67,13 @@ def raising() -> Iterator[None]:
 
 
 @contextmanager
-def last_words(speak: Callable[[], None]) -> Iterator[None]:
-    """Calls ``speak``, on another thread, should Ctrl-C end the process in here."""
-    _last_words.append(speak)
+def before_exit(callback: Callable[[], None]) -> Iterator[None]:
+    """Calls ``callback``, on another thread, should Ctrl-C end the process in here."""
+    _callbacks.append(callback)
     try:
         yield
     finally:
-        _last_words.remove(speak)
+        _callbacks.remove(callback)
 
 
 def _nothing(*_: Any) -> None:
@@ -86,8 +86,8 @@ def _hear(reader: socket.socket, _writer: socket.socket) -> None:
             _noted.set()
         elif _mode is not _Mode.RAISE:
             try:
-                for speak in reversed(_last_words):
-                    speak()
+                for callback in reversed(_callbacks):
+                    callback()
                 if sys.stderr.isatty():
                     sys.stderr.write("\n")
             finally:

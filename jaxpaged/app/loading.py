@@ -124,6 +124,6 @@ def _progress(show: bool, name: str) -> Iterator[Callable[[int, int], None] | No
 
     columns: tuple[Any, ...] = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    with interrupt.last_words(progress.stop), progress as bar:  # the bar hides the cursor
+    with interrupt.before_exit(progress.stop), progress as bar:  # the bar hides the cursor
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -35,7 +35,7 @@ def _host_memory() -> Iterator[int]:
         yield limit - int((_CGROUP / "memory.current").read_text())
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Hands memory that was freed back to the system, where the C library (glibc) keeps it otherwise.
 
     Compiling and loading programs allocates hundreds of megabytes for a moment, which stay with the process.

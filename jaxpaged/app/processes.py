@@ -1,7 +1,7 @@
 """The processes of a run on several hosts, and its mesh: who they are, what they agree on, and how a run ends.
 
 Every process runs the whole command; process 0 reads what users give and writes what they see. What the others could
-decide otherwise, a random seed or how long a step takes, they are told (``sharding.agree``).
+decide otherwise, a random seed or how long a step takes, they are told (``sharding.multihost.broadcast_object``).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
         where = "the cluster's environment" if o.coordinator is None else f"--coordinator {o.coordinator}"
         raise InputError(f"{where}: the processes of this run did not come together: {reason}") from error
     # Before JAX looks for devices, and not where there is one process: Gloo connects several.
-    _keep_stdout()
+    _protect_stdout()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -94,13 +94,13 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
 
 def _check_alike(arguments: Sequence[str]) -> None:
     """Processes that were told different things would run different programs, and break off in the middle of one."""
-    from jaxpaged.sharding.mesh import share
+    from jaxpaged.sharding.multihost import allgather_objects
 
     words = [word for word in arguments if not word.startswith("--process-id=")]
     if "--process-id" in words:
         at = words.index("--process-id")
         del words[at : at + 2]
-    told = share(words)
+    told = allgather_objects(words)
     for number, other in enumerate(told):
         if other != told[0]:
             raise InputError(
@@ -109,7 +109,7 @@ def _check_alike(arguments: Sequence[str]) -> None:
             )
 
 
-def _keep_stdout() -> None:
+def _protect_stdout() -> None:
     """What libraries print to stdout, as Gloo does of each connection, goes nowhere: it is the place of the result."""
     sys.stdout.flush()
     own = os.dup(1)
@@ -165,7 +165,7 @@ def count() -> int:
     return jax.process_count()
 
 
-def speaks() -> bool:
+def is_main() -> bool:
     """Whether this is the process that reads and writes."""
     import jax
 
@@ -173,24 +173,24 @@ def speaks() -> bool:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def exit_with_others() -> Iterator[None]:
     """Turns the loss of another process into one line and the end of this one; around all that computes."""
     import jax
 
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        leave_if_lost(error)
+        exit_if_lost(error)
         raise
 
 
-def leave_if_lost(error: BaseException) -> None:
+def exit_if_lost(error: BaseException) -> None:
     """Ends this process where an error comes of the loss of another."""
     if is_loss(error):
-        leave(error)
+        exit_lost(error)
 
 
-def leave(error: BaseException) -> None:
+def exit_lost(error: BaseException) -> None:
     """Ends this process at once: what the lost one owes can never come, and JAX would wait for it at the end."""
     reason = " ".join(str(error).split())
     say(

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpaged.app import interrupt
-from jaxpaged.app.memory import give_back
+from jaxpaged.app.memory import trim_memory
 from jaxpaged.app.timings import Timings
 from jaxpaged.generation.loop import FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.generation.speculative import LookupResult, LookupStream, lookup_stream
 from jaxpaged.generation.stream import GenerateStream, generate_stream
-from jaxpaged.sharding.mesh import agree
+from jaxpaged.sharding.multihost import broadcast_object
 
 _CHUNK_SECONDS = 0.1
 _MOST_STEPS = 64
@@ -124,7 +124,7 @@ def generate(
     first = last = None
     on_start()
     start = time.perf_counter()
-    for chunk in () if interrupt.asked() else stream:
+    for chunk in () if interrupt.requested() else stream:
         now = time.perf_counter()
         for row, tokens in enumerate(chunk.tokens):
             run.tokens[row] += tokens
@@ -145,7 +145,7 @@ def generate(
         elif last is not None:
             # Long enough that coming back costs nothing, short enough to read along and to stop.
             steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
-            stream.every = agree(min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS))
+            stream.every = broadcast_object(min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS))
         on_tokens(chunk.tokens)
         if on_cache is not None:
             on_cache(stream.cache, max(map(len, run.tokens)))
@@ -153,9 +153,9 @@ def generate(
                 first = now = time.perf_counter()
         last = time.perf_counter()
         run.timings.predicted_ms = 1e3 * (now - first)
-        if agree(interrupt.asked()):
+        if broadcast_object(interrupt.requested()):
             break
-    run.interrupted = interrupt.asked()
+    run.interrupted = interrupt.requested()
     run.timings.predicted_n = sum(map(len, run.tokens))
     run.cache = stream.cache
     return run
@@ -166,7 +166,7 @@ def _compile(stream: GenerateStream | LookupStream) -> None:
     pool = ThreadPoolExecutor(1)
     compiled = pool.submit(stream.compile)
     pool.shutdown(wait=False)
-    while not interrupt.asked():
+    while not interrupt.requested():
         if wait([compiled], timeout=_POLL_SECONDS).done:
             compiled.result()
-            return give_back()
+            return trim_memory()

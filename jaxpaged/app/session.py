@@ -12,7 +12,7 @@ import click
 from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import processes
-from jaxpaged.app.animation import PageFilm
+from jaxpaged.app.animation import PageMapRecorder
 from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, nan_message, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
@@ -23,7 +23,8 @@ from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.generation.loop import FINISH_NAN
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import BatchSharding, agree
+from jaxpaged.sharding.mesh import BatchSharding
+from jaxpaged.sharding.multihost import broadcast_object
 
 _ENDLESS = 2**18
 """Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""
@@ -47,7 +48,7 @@ class Session:
     """Seconds from the process's begin to the first token of the first run."""
     start: list[str] = field(default_factory=list)
     """What the time up to then was spent on, for people."""
-    film: PageFilm | None = None
+    recorder: PageMapRecorder | None = None
     """The pictures of the pool, if they were asked for."""
 
     @classmethod
@@ -65,16 +66,16 @@ class Session:
             raise InputError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
         check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
         _check_processes(options)
-        film = PageFilm.open(options)
+        recorder = PageMapRecorder.open(options)
         ready = open_model(options, mesh=options.mesh, show_progress=options.log)
         trained = ready.loaded.config.context_length
         session = cls(
             options,
             ready,
             context=options.ctx_size or trained,
-            seed=agree(secrets.randbits(32)) if options.seed < 0 else options.seed,
+            seed=broadcast_object(secrets.randbits(32)) if options.seed < 0 else options.seed,
             timings=Timings(load_ms=ready.load_ms),
-            film=film,
+            recorder=recorder,
         )
         loaded = ready.loaded
         session.note(f"model = {loaded.path}, {loaded.description}, computing in {ready.dtype}")
@@ -96,7 +97,7 @@ class Session:
 
     def note(self, line: str) -> None:
         """A line on stderr, unless --log-disable."""
-        if self.options.log and processes.speaks():
+        if self.options.log and processes.is_main():
             say(line)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -159,7 +160,7 @@ class Session:
         """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens, the first ``shared`` the same in all."""
         o, spare, loaded = self.options, 0, self.ready.loaded
         # Samples are dealt to the shards of a mesh; the beams of a search stay together.
-        each = num_seqs if o.beams > 1 else BatchSharding.of(loaded.mesh, 1, num_seqs).samples_each
+        each = num_seqs if o.beams > 1 else BatchSharding.of(loaded.mesh, 1, num_seqs).samples_per_shard
         if o.context_shift:
             tokens, spare = min(tokens, self.context), 2
         if self.window is not None and self.window + o.step_tokens < tokens:
@@ -230,7 +231,7 @@ class Session:
             seed=[self.seed_of(row) for row in range(rows)],
         )
         notice = ""
-        if o.log and o.warmup and sys.stderr.isatty() and processes.speaks():
+        if o.log and o.warmup and sys.stderr.isatty() and processes.is_main():
             notice = "compiling ..."
         click.echo(notice, nl=False, err=True)
 
@@ -240,17 +241,17 @@ class Session:
             if on_start is not None:
                 on_start()
 
-        film, read = self.film, False
-        if film is not None:
-            film.add("before the prompt", cache)
+        recorder, read = self.recorder, False
+        if recorder is not None:
+            recorder.add("before the prompt", cache)
 
         def look(cache: Any, generated: int) -> None:
             nonlocal read
             if on_prompt is not None and not read:
                 on_prompt(cache)
-            if film is not None:
+            if recorder is not None:
                 label = f"{generated} tokens generated" if read else "prompt read, first token generated"
-                film.add(label, cache, film.every if read else None)
+                recorder.add(label, cache, recorder.every if read else None)
             read = True
 
         def tell(tokens: list[list[int]]) -> None:
@@ -274,7 +275,7 @@ class Session:
             lookup=o.lookup if max_new_tokens else 0,
             history=[history] * len(prompts),
             warmup=o.warmup,
-            every=None if film is None else lambda: film.every,
+            every=None if recorder is None else lambda: recorder.every,
             on_start=start,
             on_cache=look,
             on_tokens=tell,
@@ -296,10 +297,10 @@ class Session:
             self.first_token or since_start(),
         )
 
-    def end_film(self) -> None:
+    def write_page_map(self) -> None:
         """Writes the pictures that were asked for."""
-        if self.film is not None:
-            self.film.write()
+        if self.recorder is not None:
+            self.recorder.write()
 
     def seed_of(self, row: int) -> int:
         """The seed of a sequence."""
@@ -319,9 +320,9 @@ class Session:
                 f"out of pages: the text{which} ends after {counts} tokens, all {plan.num_pages} pages of "
                 f"{plan.page_size} tokens are in use (--kv-pages)"
             )
-        for line in self.start if self.options.verbose and self.options.log and processes.speaks() else ():
+        for line in self.start if self.options.verbose and self.options.log and processes.is_main() else ():
             click.echo(line, err=True)
-        if self.options.perf and self.options.log and processes.speaks():
+        if self.options.perf and self.options.log and processes.is_main():
             drafts = [] if run is None or not run.drafted else [run.drafts_line()]
             for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:
                 click.echo(line, err=True)

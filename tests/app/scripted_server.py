@@ -10,7 +10,7 @@ import httpx
 
 from jaxpaged.app.bench_serve import watch
 from jaxpaged.app.bench_serve.client import Client
-from jaxpaged.app.bench_serve.load import press
+from jaxpaged.app.bench_serve.load import apply_load
 from jaxpaged.app.bench_serve.workload import RequestSpec
 
 
@@ -101,7 +101,7 @@ def run(stub, load, requests, *, timeout=100.0, max_retries=3, time_limit=1000.0
         async with httpx.AsyncClient(transport=transport, base_url="http://stub", timeout=None) as http:
             client = Client(http, "m", timeout=timeout, max_retries=max_retries, clock=loop.time)
             watcher = asyncio.create_task(watch.watch(http, [] if samples is None else samples, 1e3))
-            records = await press(client, requests, load, time_limit=time_limit)
+            records = await apply_load(client, requests, load, time_limit=time_limit)
             watcher.cancel()
             return records
 

@@ -8,9 +8,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jaxpaged import PagedKVCache, PageMap
+from jaxpaged import PagedKVCache
 from jaxpaged.app import animation as page_film
-from jaxpaged.app.animation import PageFilm
+from jaxpaged.app.animation import PageMapRecorder
+from jaxpaged.pictures.page_map import PageMap
 
 GREEDY = ("--temp", "0", "--ignore-eos", "--page-size", "8", "--no-warmup", "-p", "def f(x):", "-n", "12")
 
@@ -55,18 +56,18 @@ def test_the_fullest_moment_as_a_picture(here, model_path, tmp_path):
 
 def test_a_long_film_keeps_every_second_frame_and_looks_half_as_often(tmp_path, monkeypatch):
     monkeypatch.setattr(page_film, "_MOST_FRAMES", 4)
-    film = PageFilm(tmp_path / "film.html")
+    recorder = PageMapRecorder(tmp_path / "recorder.html")
     cache = PagedKVCache.create(
         num_layers=1, num_kv_heads=1, head_dim=1, num_pages=1, max_seqs=1, page_size=8
     )
     looks = []
     monkeypatch.setattr(PageMap, "of", lambda cache: looks.append(0) or PageMap(8, (0,), {}))
     for step in range(200):
-        film.add(str(step), cache, 1)
-    film.write()
-    labels = [int(frame["label"]) for frame in frames_of(film.path.read_text())]
+        recorder.add(str(step), cache, 1)
+    recorder.write()
+    labels = [int(frame["label"]) for frame in frames_of(recorder.path.read_text())]
     assert 4 <= len(labels) <= 8 and labels[0] == 0 and labels[-1] > 150
-    assert film.every == 32 and len(looks) < 50
+    assert recorder.every == 32 and len(looks) < 50
 
 
 @pytest.mark.parametrize("name", ["map.png", "map", "svg"])

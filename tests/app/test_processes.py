@@ -38,7 +38,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The calls of ``jax.distributed.initialize``, which does nothing; stdout stays where it is."""
     calls: list[tuple] = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *which, **_: calls.append(which))
-    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
+    monkeypatch.setattr(processes, "_protect_stdout", lambda: None)
     return calls
 
 

@@ -30,7 +30,7 @@ class Load:
         return float(self.clients or self.rate or 0)
 
 
-async def press(
+async def apply_load(
     client: Client,
     specs: Sequence[RequestSpec],
     load: Load,

@@ -20,7 +20,7 @@ from jaxpaged.app.bench_serve import plot, report, results, watch
 from jaxpaged.app.bench_serve.client import Client
 from jaxpaged.app.bench_serve.compare import compare
 from jaxpaged.app.bench_serve.info import ServerInfo, ask, check_url
-from jaxpaged.app.bench_serve.load import Load, press
+from jaxpaged.app.bench_serve.load import Load, apply_load
 from jaxpaged.app.bench_serve.machine import command_line, machine
 from jaxpaged.app.bench_serve.options import VARIANTS, BenchServeOptions
 from jaxpaged.app.bench_serve.servers import Variant, serving
@@ -44,7 +44,7 @@ def run(options: BenchServeOptions) -> None:
     url = None if options.url is None else check_url(options.url, allow_remote=options.allow_remote)
     bench = _Bench(options)
     # An interrupted run prints what it has; only a whole one is drawn, and can be wrong as a whole.
-    with interrupt.last_words(bench.print):
+    with interrupt.before_exit(bench.print):
         for repetition in range(options.repetitions):
             variants = _variants(options, url)
             # There and back, so that a machine that gets slower or faster does it to all alike.
@@ -145,7 +145,7 @@ class _Bench:
             return
         self.progress(f"{variant}: warms up")
         specs = workload.warmup(o.warmup, repetition)
-        for record in await press(client, specs, Load(clients=o.warmup), time_limit=o.time_limit):
+        for record in await apply_load(client, specs, Load(clients=o.warmup), time_limit=o.time_limit):
             if not record.ok:
                 raise InputError(f"{variant}: a request of the warm-up failed: {record.error}")
 
@@ -165,7 +165,7 @@ class _Bench:
         samples: list[watch.PoolSample] = []
         watcher = asyncio.create_task(watch.watch(http, samples, o.time_limit))
         try:
-            records = await press(
+            records = await apply_load(
                 client,
                 specs,
                 load,

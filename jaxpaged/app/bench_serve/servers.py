@@ -151,7 +151,7 @@ def _before_the_end(server: OwnServer) -> Iterator[None]:
     on_main = threading.current_thread() is threading.main_thread()  # others must not set handlers
     before = signal.signal(signal.SIGTERM, leave) if on_main else None
     try:
-        with interrupt.last_words(server.stop):
+        with interrupt.before_exit(server.stop):
             yield
     finally:
         if on_main:

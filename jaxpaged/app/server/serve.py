@@ -20,7 +20,7 @@ from jaxpaged.app import interrupt, processes
 from jaxpaged.app.chat import template_of
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.loading import ReadyModel, open_model
-from jaxpaged.app.memory import give_back
+from jaxpaged.app.memory import trim_memory
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.lockstep import LockstepEngine
@@ -48,7 +48,7 @@ def run(options: ServeOptions) -> int:
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
     """
-    if not processes.speaks():
+    if not processes.is_main():
         return _follow(options)
     with contextlib.ExitStack() as open_sockets:
         sockets: list[socket.socket] = []
@@ -114,7 +114,7 @@ async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
             _announce(options, sockets)
             await _until(asked, runner)
             if runner.failure is not None:
-                processes.leave_if_lost(runner.failure)
+                processes.exit_if_lost(runner.failure)
             if options.log and not asked.is_set():
                 say("error: the engine has failed")
             await _drain(state, runner)
@@ -180,7 +180,7 @@ def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     engine = build_engine(options, ready)
     with _compiling(options.log) as report:
         engine.compile(report)
-    give_back()
+    trim_memory()
     return EngineRunner(engine), model
 
 
@@ -201,8 +201,7 @@ def _compiling(show: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 
 def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
     loaded = ready.loaded
-    # It reads the two options that name a template, which are the same here.
-    template = template_of(options, loaded.tokenizer.chat_template)  # type: ignore[arg-type]
+    template = template_of(options, loaded.tokenizer.chat_template)
     own = template is not None
     if template is None:  # as llama-server does: a model that was not trained to chat still answers
         template = BUILTIN_TEMPLATES["chatml"]
@@ -212,7 +211,7 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
         loaded.tokenizer,
         template,
         own,
-        options.alias or (options.hf or loaded.path.name.removesuffix(".gguf"),),
+        options.alias or (options.hf or loaded.path.resolve().name.removesuffix(".gguf"),),
         str(loaded.path),
         loaded.config.context_length,
         loaded.description,
