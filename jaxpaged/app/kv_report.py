@@ -14,7 +14,8 @@ from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.generation.prompts import bucket
-from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, num_shards
+from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
+from jaxpaged.sharding.specs import ShardedCache
 
 _FEWEST_PAGES = 4
 """Of a pool that nobody bounds."""

@@ -21,7 +21,7 @@ from jaxpaged.engine.slots import SlotTable
 from jaxpaged.engine.swap import SwappedPages, numbered
 from jaxpaged.generation.loop import Model
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.sharding.mesh import BATCH, CACHE, GATHERED, PARAMS, PER_DEVICE
+from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, PER_DEVICE
 from jaxpaged.storage import snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
 

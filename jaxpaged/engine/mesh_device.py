@@ -16,13 +16,13 @@ from jaxpaged.engine.device import Device, HostTable, Program, Progress, name_of
 from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableState
 from jaxpaged.generation.loop import Model
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.sharding.mesh import (
+from jaxpaged.sharding.multihost import fetch
+from jaxpaged.sharding.specs import (
     BATCH,
     PER_DEVICE,
     SPECS,
     ShardedCache,
     cache_specs,
-    fetch,
     over_mesh,
     put,
     unstacked,

@@ -27,7 +27,8 @@ from jaxpaged.engine.request import EngineRequest, EngineStats, QueueFullError, 
 from jaxpaged.engine.slot_files import SlotTransfer
 from jaxpaged.engine.stats import PoolState, SlotState
 from jaxpaged.generation.loop import Model
-from jaxpaged.sharding.mesh import TENSOR, ShardedCache
+from jaxpaged.sharding.mesh import TENSOR
+from jaxpaged.sharding.specs import ShardedCache
 
 T = TypeVar("T")
 _REPLICATED = ("page_size", "waste", "bytes_per_page", "compiled", "compiled_late")

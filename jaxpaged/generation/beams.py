@@ -43,18 +43,8 @@ from jaxpaged.generation.prompts import (
     token_lists,
 )
 from jaxpaged.pages.batch import Batch
-from jaxpaged.sharding.mesh import (
-    BATCH,
-    CACHE,
-    GATHERED,
-    PARAMS,
-    STATIC,
-    BatchSharding,
-    mesh_of,
-    num_shards,
-    over_mesh,
-    put_rows,
-)
+from jaxpaged.sharding.mesh import BatchSharding, num_shards
+from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, STATIC, mesh_of, over_mesh, put_batch
 
 EarlyStopping = Literal[False, True, "never"]
 _EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
@@ -234,19 +224,19 @@ def _request(
     request = _Request(
         prompts=packed,
         max_new_tokens=pack_limits(limits, max_seqs // num_beams, shards),
-        stop_ids=sharding.same(pack_stop_ids(stop_ids)),
-        length_penalty=sharding.same(np.float32(length_penalty)),
-        early_stopping=sharding.same(np.int32(_EARLY_STOPPING.index(early_stopping))),
+        stop_ids=sharding.replicate(pack_stop_ids(stop_ids)),
+        length_penalty=sharding.replicate(np.float32(length_penalty)),
+        early_stopping=sharding.replicate(np.int32(_EARLY_STOPPING.index(early_stopping))),
     )
     shape = _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), chunk)
-    return put_rows(mesh, request), shape
+    return put_batch(mesh, request), shape
 
 
 def _gathered(result: BeamResult, mesh: Mesh | None) -> BeamResult:
     """Results of the data shards of a mesh in the order of the prompts, on the host; pages are summed up."""
     if mesh is None:
         return result
-    return BatchSharding.of(mesh, 1).gathered_result(
+    return BatchSharding.of(mesh, 1).gather_result(
         result,
         num_steps=np.max,
         pages_peak=np.sum,

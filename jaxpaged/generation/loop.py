@@ -25,17 +25,8 @@ from jaxpaged.generation.prompts import PromptsLike
 from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 from jaxpaged.pages.batch import Batch
-from jaxpaged.sharding.mesh import (
-    BATCH,
-    CACHE,
-    GATHERED,
-    PARAMS,
-    REPLICATED,
-    STATIC,
-    BatchSharding,
-    mesh_of,
-    over_mesh,
-)
+from jaxpaged.sharding.mesh import BatchSharding
+from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, STATIC, mesh_of, over_mesh
 
 RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES, FINISH_NAN = 0, 1, 2, 3, 4
 """Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of
@@ -440,7 +431,7 @@ advance_donating = jax.jit(
 
 def gather_result(result: GenerateResult, sharding: BatchSharding) -> GenerateResult:
     """Results of the data shards of a mesh in the caller's order, on the host; pages are summed up."""
-    return sharding.gathered_result(result, pages_peak=np.sum, num_steps=np.max)
+    return sharding.gather_result(result, pages_peak=np.sum, num_steps=np.max)
 
 
 def generate(

@@ -20,7 +20,8 @@ from jaxpaged.generation.prompts import (
     token_lists,
 )
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import BatchSharding, put_rows
+from jaxpaged.sharding.mesh import BatchSharding
+from jaxpaged.sharding.specs import put_batch
 
 
 @dataclass(frozen=True)
@@ -120,21 +121,21 @@ def make_request(
     if not ids:
         raise ValueError("prompts must be at least 1, got 0")
     sharding = BatchSharding.of(mesh, len(ids), num_samples)
-    s, n = max_seqs // sharding.shards, sharding.samples_each  # of one data shard
+    s, n = max_seqs // sharding.shards, sharding.samples_per_shard  # of one data shard
     if not 1 <= n <= s:
         raise ValueError(f"n must be 1 to {s} (the cache's max_seqs), got {n}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
     if len(history) not in (0, len(ids)):
         raise ValueError(f"history must be of each of {len(ids)} prompts, got {len(history)}")
-    counts = sharding.count_each(len(ids))
+    counts = sharding.prompts_per_shard(len(ids))
     most = int(counts.max())
     queue = most * n > s
     if keep and queue:
         raise ValueError(f"keep needs a sequence for each of {most * n} rows, the cache has {s}")
     count = len(ids) * num_samples
     num_prompts = bucket(most) if queue else -(-s // n)
-    num_prompts *= 1 if sharding.splits else sharding.shards
+    num_prompts *= 1 if sharding.split_samples else sharding.shards
     rows = num_prompts * num_samples
     limits = np.zeros(rows, np.int32)
     limits[:count] = np.repeat(token_limits(max_new_tokens, len(ids), 0), num_samples)
@@ -159,22 +160,22 @@ def make_request(
         _check_context(context_shift, lens)
         wanted = np.where(context_shift.n_keep < 0, whole, np.minimum(context_shift.n_keep, whole))
         keeps = np.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
-    sharded_lens = sharding.prompts(lens)
+    sharded_lens = sharding.shard_prompts(lens)
     chunk = chunk_size(int(sharded_lens.sum(axis=1).max()), batch_size)
     chunk = chunk if s == 1 else max(chunk, s + 1)  # the sequences that already decode take part
     bounds = [context_shift.n_ctx] if context_shift is not None else []
     bounds += [window + chunk] if window is not None else []
     request = Request(
-        prompts=sharding.prompts(padded),
+        prompts=sharding.shard_prompts(padded),
         prompt_lens=sharded_lens,
         num_prompts=counts,
-        max_new_tokens=sharding.rows(limits),
-        stop_ids=sharding.same(pack_stop_ids(stop_ids)),
-        sampling=jax.tree.map(sharding.rows, sampling),
-        recent=sharding.prompts(recent),
-        n_ctx=sharding.same(np.int32(0 if context_shift is None else context_shift.n_ctx)),
-        n_keep=sharding.prompts(keeps),
-        n_discard=sharding.same(np.int32(0 if context_shift is None else context_shift.n_discard)),
+        max_new_tokens=sharding.shard_rows(limits),
+        stop_ids=sharding.replicate(pack_stop_ids(stop_ids)),
+        sampling=jax.tree.map(sharding.shard_rows, sampling),
+        recent=sharding.shard_prompts(recent),
+        n_ctx=sharding.replicate(np.int32(0 if context_shift is None else context_shift.n_ctx)),
+        n_keep=sharding.shard_prompts(keeps),
+        n_discard=sharding.replicate(np.int32(0 if context_shift is None else context_shift.n_discard)),
     )
     shape = Shape(
         chunk=chunk,
@@ -186,7 +187,7 @@ def make_request(
         window=window,
         limit=min(bounds, default=None),
     )
-    return put_rows(mesh, request), shape
+    return put_batch(mesh, request), shape
 
 
 def _sampling_rows(sampling: SamplingParams | None, count: int, max_seqs: int, rows: int) -> SamplingParams:

@@ -1,9 +1,9 @@
-"""From logits to tokens: one row of parameters a sequence, in the meaning and order of llama.cpp's chain.
+"""Sampling: logits to tokens, with one row of parameters a sequence, as in llama.cpp's chain.
 
-penalties -> top-k -> top-p -> min-p -> temperature -> draw. The three truncations look at probabilities at
-temperature 1, and each keeps a prefix of the tokens sorted by descending logit, so together they keep one
-prefix. Its end mostly follows from a short head of it and one sum over the row: that is why a row is seldom
-sorted.
+penalties -> top-k -> top-p -> min-p -> temperature -> sample. The three truncations look at
+probabilities at temperature 1, and each keeps a prefix of the tokens sorted by descending logit, so
+together they keep one prefix. Its end mostly follows from a short head of it and one sum over the row,
+so a row is seldom sorted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array, lax
 
-# Heads of the sorted row that are tried, the first on the whole batch, the second on each row that the first
-# did not settle; what neither settles is sorted. 128 candidates hold llama.cpp's default top_k of 40 and cost
-# a CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152 logits a hundred times.
+# Heads of the sorted row that are tried: the first on the whole batch, the second on each row that the
+# first did not settle; other rows are sorted. 128 candidates hold llama.cpp's default top_k of 40 and
+# cost a CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152 logits a hundred
+# times.
 _HEAD = 128
 _LONG_HEAD = 2048
 _CHUNK = 128
@@ -29,29 +30,29 @@ _INT_MAX = np.iinfo(np.int32).max
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingParams:
-    """How each sequence's next token is chosen; arrays, so that changing a value never recompiles.
+    """Sampling parameters of S sequences; arrays, so that other values do not recompile.
 
-    Shapes: S = sequences, one row each. Nothing here is checked on the device; ``create`` checks on the host.
+    ``create`` checks values on the host; nothing is checked on the device.
     """
 
     temperature: Array
-    """f32[S]: divides the logits that are left; 0 or less (or subnormal) takes the likeliest."""
+    """f32[S]: divisor of the logits that are left; 0 or less (or subnormal) is greedy."""
     top_k: Array
-    """i32[S]: keeps the ``top_k`` likeliest tokens; 0 or less is off."""
+    """i32[S]: number of likeliest tokens kept; 0 or less is off."""
     top_p: Array
-    """f32[S]: keeps the fewest likeliest tokens whose probabilities sum to ``top_p``; 1 or more is off."""
+    """f32[S]: least probability of the likeliest tokens kept, in sum; 1 or more is off."""
     min_p: Array
-    """f32[S]: keeps tokens at least ``min_p`` times as probable as the likeliest one; 0 or less is off."""
+    """f32[S]: least probability of a token kept, relative to the likeliest; 0 or less is off."""
     repeat_penalty: Array
-    """f32[S]: divides positive logits of recent tokens and multiplies the others; 1 is off."""
+    """f32[S]: divisor of positive logits of recent tokens, factor of the others; 1 is off."""
     repeat_last_n: Array
-    """i32[S]: how many recent tokens the three penalties look at; 0 is none, negative is all there are."""
+    """i32[S]: number of recent tokens that penalties apply to; negative is all of them."""
     presence_penalty: Array
-    """f32[S]: taken once from the logit of every recent token; 0 is off."""
+    """f32[S]: subtracted once from the logit of every recent token; 0 is off."""
     frequency_penalty: Array
-    """f32[S]: taken from a recent token's logit once for each time it occurs; 0 is off."""
+    """f32[S]: subtracted from a recent token's logit for each occurrence; 0 is off."""
     seed: Array
-    """u32[S]: with the position it determines the draw; rows that shall differ need different seeds."""
+    """u32[S]: determines the random numbers together with the position."""
 
     @property
     def num_seqs(self) -> int:
@@ -78,12 +79,12 @@ class SamplingParams:
         Args:
           num_seqs: S, at least 1.
           temperature: this and the others but ``seed``: one value for every sequence, or S values.
-          seed: an integer, which gives row i the seed ``seed + i`` (modulo 2**32); S integers, of which equal ones
-            give equal random numbers; or a key of ``jax.random``, typed or ``uint32[2]``, which gives each row a
-            seed of its own.
+          seed: an integer, with ``seed + i`` (modulo 2**32) as the seed of row i; S integers, one a
+            row; or a key of ``jax.random``, typed or a JAX array ``uint32[2]``, from which each row
+            gets a seed of its own.
 
         Raises:
-          ValueError: a value that means nothing; the line names the parameter, the value and what is allowed.
+          ValueError: an invalid value; names the parameter, the value and the allowed range.
 
         Example:
           >>> SamplingParams.create(2, temperature=[0.0, 0.7], top_k=20, seed=5).seed.tolist()
@@ -93,7 +94,7 @@ class SamplingParams:
             raise ValueError(f"num_seqs = {num_seqs}: must be at least 1")
 
         def floats(name: str, value: npt.ArrayLike, low: float, high: float, allowed: str) -> Array:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+            with np.errstate(over="ignore"):  # becomes infinite, and is refused below
                 column = _column(name, value, num_seqs, "fiu", "a number").astype(np.float32)
             _refuse(name, value, np.isfinite(column) & (column >= low) & (column <= high), allowed)
             return jnp.asarray(column)
@@ -141,41 +142,40 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls, num_seqs: int) -> SamplingParams:
-        """The likeliest token for each of ``num_seqs`` sequences, always."""
+        """Parameters of greedy decoding for ``num_seqs`` sequences."""
         return cls.create(num_seqs, temperature=0.0)
 
 
 def sample(logits: Array, params: SamplingParams, position: Array, recent: Array) -> Array:
-    """Chooses the next token of every sequence.
+    """Samples the next token of every sequence.
 
-    With logits z, sorted so that z_0 >= z_1 >= ... (equal ones by id), and p_i = exp(z_i) / sum(exp(z)) over
-    what the step before left:
+    With logits z, sorted so that z_0 >= z_1 >= ... (equal ones by id), and p_i = exp(z_i) / sum(exp(z))
+    over the tokens that the previous step left:
 
-    1. A token that occurs c > 0 times among the last ``repeat_last_n`` recent ones:
+    1. For a token that occurs c > 0 times among the last ``repeat_last_n`` recent ones:
        z <- z / ``repeat_penalty`` if z > 0 else z * ``repeat_penalty``;
        z <- z - c * ``frequency_penalty`` - ``presence_penalty``.
     2. Keep i < ``top_k``; then i < n for the least n with p_0 + ... + p_{n-1} >= ``top_p``; then
        p_i >= ``min_p`` * p_0. The likeliest token always stays.
-    3. Weigh what is left with w_i = exp((z_i - z_0) / ``temperature``), and take the first i with
-       w_0 + ... + w_i > u * sum(w), u the uniform number of ``(seed, position)``.
+    3. With weights w_i = exp((z_i - z_0) / ``temperature``) of the tokens left, take the first i with
+       w_0 + ... + w_i > u * sum(w), where u is the uniform number of ``(seed, position)``.
 
-    A row's token depends on that row alone: not on the other rows, their number or its place among them.
-    Sorting, penalties and drawing are skipped at run time where no row asks for them; the values of
-    ``params`` never lead to another trace.
+    A row's token depends on that row alone. Sorting, penalties and random numbers are skipped at run
+    time if no row needs them; values of ``params`` never cause a retrace.
 
     Args:
-      logits: float[S, V], any floating dtype, computed in float32. +inf counts as the largest finite number.
-        A token at -inf is never sampled; where all of a row are, the result is token 0.
+      logits: float[S, V], any floating dtype, computed in float32. +inf counts as the largest finite
+        number. A token at -inf is never sampled; if all of a row are, the result is token 0.
       params: S rows.
-      position: i32[S], position of the token to be drawn, in its sequence: each has a draw of its own.
-      recent: i32[S, R], the latest tokens of each sequence, right-aligned, the latest last; on the left
-        whatever is outside [0, V), such as -1. R may be 0; ``repeat_last_n`` reaches no further than R.
+      position: i32[S], position of the sampled token in its sequence; each has its own random number.
+      recent: i32[S, R], latest tokens of each sequence, right-aligned, the latest last, padded with
+        ids outside [0, V), such as -1. R may be 0; ``repeat_last_n`` is limited to R.
 
     Returns:
       i32[S], ids in [0, V); -1 for a row that holds NaN.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other, when traced.
+      ValueError: shapes or dtypes that do not match, at trace time.
 
     Example:
       >>> logits = jnp.array([[0.0, 2.0, 1.0]])
@@ -188,13 +188,13 @@ def sample(logits: Array, params: SamplingParams, position: Array, recent: Array
     _check(logits, params, position, recent)
     logits = logits.astype(jnp.float32)
     if recent.shape[1] > 0:
-        penalised = (params.repeat_last_n != 0) & (
+        penalized = (params.repeat_last_n != 0) & (
             (params.repeat_penalty != 1.0)
             | (params.presence_penalty != 0.0)
             | (params.frequency_penalty != 0.0)
         )
-        logits = lax.cond(jnp.any(penalised), _penalise, lambda z, _p, _r: z, logits, params, recent)
-    return lax.cond(jnp.all(_is_greedy(params)), _argmax, _draw, logits, params, position)
+        logits = lax.cond(jnp.any(penalized), _penalize, lambda z, _p, _r: z, logits, params, recent)
+    return lax.cond(jnp.all(_is_greedy(params)), _argmax, _sample_random, logits, params, position)
 
 
 def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
@@ -203,7 +203,7 @@ def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
     Args:
       recent: i32[S, R], as ``sample`` takes it; ``jnp.full((S, R), -1)`` to begin with.
       tokens: i32[S].
-      active: bool[S]; the other rows stay as they are.
+      active: bool[S]; other rows do not change.
 
     Returns:
       i32[S, R].
@@ -254,17 +254,17 @@ def _check(logits: Array, params: SamplingParams, position: Array, recent: Array
 
 
 def _is_greedy(params: SamplingParams) -> Array:
-    # NaN too, and subnormal numbers, which some devices flush to zero: neither may divide.
+    # Also NaN, and subnormal numbers, which some devices flush to zero: neither may divide.
     return ~(params.temperature >= jnp.finfo(jnp.float32).tiny)
 
 
-def _penalise(logits: Array, params: SamplingParams, recent: Array) -> Array:
-    """Step 1 of ``sample``, touching only the recent tokens: O(S * R log R) beside the copy of the logits."""
+def _penalize(logits: Array, params: SamplingParams, recent: Array) -> Array:
+    """Step 1 of ``sample``, on the recent tokens only: O(S * R log R) beside the copy of the logits."""
     vocab_size, size = logits.shape[1], recent.shape[1]
     age = size - jnp.arange(size, dtype=jnp.int32)
     last_n = jnp.where(params.repeat_last_n < 0, size, params.repeat_last_n)[:, None]
     seen = (age <= last_n) & (recent >= 0) & (recent < vocab_size)
-    # Sorted, a token's occurrences are a run: its length is the count, and all its members write one value.
+    # Sorted, the occurrences of a token are a run, whose length is the count; all write the same value.
     token = jnp.sort(jnp.where(seen, recent, vocab_size), axis=1)
     index = jnp.arange(size, dtype=jnp.int32)
     changes = token[:, 1:] != token[:, :-1]
@@ -283,22 +283,22 @@ def _penalise(logits: Array, params: SamplingParams, recent: Array) -> Array:
 
 
 def _clean(logits: Array) -> Array:
-    """Logits in one total order: NaN as +inf, all others finite or -inf, one zero (``lax.top_k`` puts 0.0 before -0.0).
+    """Logits in a total order: NaN as +inf, others finite or -inf, -0.0 as 0.0 (``lax.top_k`` sorts them apart).
 
-    A row's greatest value is +inf exactly if the row holds NaN, so detecting NaN costs no further pass.
+    The greatest value of a row is +inf exactly if the row holds NaN, so detecting NaN costs no pass.
     """
     z = jnp.where(jnp.isnan(logits), jnp.inf, jnp.minimum(logits, jnp.finfo(jnp.float32).max))
     return jnp.where(z == 0.0, 0.0, z)
 
 
 def _chunked(x: Array, fill: float) -> Array:
-    """``[S, V]`` as ``[S, C, _CHUNK]``: reductions by chunk vectorise, in one order whatever S is."""
+    """``[S, V]`` as ``[S, C, _CHUNK]``: reductions by chunk vectorize, in an order independent of S."""
     padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _CHUNK)), constant_values=fill)
     return padded.reshape(x.shape[0], -1, _CHUNK)
 
 
 def _argmax(logits: Array, _params: SamplingParams, _position: Array) -> Array:
-    """Lowest id of the greatest logit; by chunks, which XLA:CPU vectorises and a plain argmax not."""
+    """Lowest id of the greatest logit; by chunks, which XLA:CPU vectorizes, unlike a plain argmax."""
     chunks = _chunked(_clean(logits), -jnp.inf)
     chunk = jnp.argmax(chunks.max(axis=2), axis=1)
     winner = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
@@ -306,7 +306,7 @@ def _argmax(logits: Array, _params: SamplingParams, _position: Array) -> Array:
     return jnp.where(winner.max(axis=1) == jnp.inf, -1, token)
 
 
-def _draw(logits: Array, params: SamplingParams, position: Array) -> Array:
+def _sample_random(logits: Array, params: SamplingParams, position: Array) -> Array:
     """Steps 2 and 3 of ``sample``."""
     z = _clean(logits)
     uniform = jax.vmap(_uniform)(params.seed, position)
@@ -319,15 +319,15 @@ def _draw(logits: Array, params: SamplingParams, position: Array) -> Array:
     token, settled = _choose(values, ids, z.shape[1], params, uniform, mass)
 
     def finish(token: Array) -> Array:
-        # Row by row: a single request without truncation must not make the others pay for a sort.
+        # Row by row: a request without truncation must not cost the others a sort.
         rows = (z, params, uniform, mass, token, settled)
-        return lax.map(lambda row: lax.cond(row[-1], lambda row: row[-2], _draw_row, row), rows)
+        return lax.map(lambda row: lax.cond(row[-1], lambda row: row[-2], _sample_row, row), rows)
 
     return lax.cond(jnp.all(settled), lambda token: token, finish, token)
 
 
-def _draw_row(row: tuple[Array, SamplingParams, Array, Array, Array, Array]) -> Array:
-    """The token of a row that its first ``_HEAD`` candidates did not settle; ``z f32[V]``, scalars."""
+def _sample_row(row: tuple[Array, SamplingParams, Array, Array, Array, Array]) -> Array:
+    """Token of a row that its first ``_HEAD`` candidates did not settle; ``z f32[V]``, scalars."""
     z, params, uniform, mass = jax.tree.map(lambda leaf: leaf[None], row[:4])
     vocab_size = z.shape[1]
 
@@ -344,24 +344,24 @@ def _draw_row(row: tuple[Array, SamplingParams, Array, Array, Array, Array]) -> 
 
 
 def _uniform(seed: Array, position: Array) -> Array:
-    """f32[] in [0, 1). The generator is named: the draw must not follow a process-wide default."""
+    """f32[] in [0, 1). The generator is named, to be independent of the process-wide default."""
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
     return jax.random.uniform(key, dtype=jnp.float32)
 
 
 def _whole_row_needed(vocab_size: int, params: SamplingParams) -> Array:
-    """bool[S]: top-k is off, so that the probabilities are relative to the whole row."""
+    """bool[S]: top-k is off, so probabilities are relative to the whole row."""
     return ~_is_greedy(params) & ((params.top_k <= 0) | (params.top_k >= vocab_size))
 
 
 def _gap(z: Array) -> Array:
-    """``z`` less its maximum, the exponent of an unnormalised probability; -inf where all of z are."""
+    """``z`` minus its maximum, the exponent of an unnormalized probability; -inf if all of z are."""
     greatest = z.max(axis=1, keepdims=True)
     return z - jnp.where(greatest == -jnp.inf, 0.0, greatest)
 
 
 def _log_min_p(params: SamplingParams) -> Array:
-    """f32[S, 1]: the least gap that min-p keeps."""
+    """f32[S, 1]: least gap that min-p keeps."""
     return jnp.where(params.min_p > 0.0, jnp.log(params.min_p), -jnp.inf)[:, None]
 
 
@@ -370,21 +370,20 @@ def _temper(gap: Array, params: SamplingParams) -> Array:
 
 
 def _mass(z: Array, params: SamplingParams) -> Array:
-    """f32[S]: the sum over the whole row that a row without top-k needs and its head does not tell.
+    """f32[S]: sum over the whole row, which a row without top-k needs beside its head.
 
-    With top-p on, of the probabilities that it accumulates; else of the weights of the draw. Both are
-    relative to the likeliest token.
+    Sum of probabilities with top-p, else of the weights of step 3; both relative to the likeliest token.
     """
     gap = _gap(z)
-    drawn = jnp.where(gap >= _log_min_p(params), _temper(gap, params), -jnp.inf)
-    weight = jnp.exp(jnp.where(params.top_p[:, None] < 1.0, gap, drawn))
+    tempered = jnp.where(gap >= _log_min_p(params), _temper(gap, params), -jnp.inf)
+    weight = jnp.exp(jnp.where(params.top_p[:, None] < 1.0, gap, tempered))
     return _chunked(weight, 0.0).sum(axis=1).sum(axis=1)
 
 
 def _choose(
     values: Array, ids: Array, vocab_size: int, params: SamplingParams, uniform: Array, mass: Array | None
 ) -> tuple[Array, Array]:
-    """Truncates and draws among the K likeliest candidates of each row, if they are enough to do so.
+    """Truncates and samples among the K likeliest candidates of each row, if these determine the token.
 
     Args:
       values: f32[S, K], clean logits, descending.
@@ -395,7 +394,7 @@ def _choose(
       mass: ``_mass`` of the rows without top-k; None where K = V.
 
     Returns:
-      ``(token i32[S], settled bool[S])``; the token means nothing unless settled.
+      ``(token i32[S], settled bool[S])``; the token is arbitrary unless settled.
     """
     size = values.shape[1]
     index = jnp.arange(size, dtype=jnp.int32)
@@ -413,26 +412,26 @@ def _choose(
 
     weight = jnp.where(index < kept[:, None], jnp.exp(_temper(gap, params)), 0.0)
     cumulative = lax.cumsum(weight, axis=1)
-    drawn_from = cumulative[:, -1]
+    total_weight = cumulative[:, -1]
     settled = jnp.ones_like(greedy)
     if mass is not None:
         unlimited = top_k == vocab_size
         without_top_p = params.top_p >= 1.0
-        # Is the end of what is kept in sight?
-        closed = (
+        # The end of the kept prefix is among the candidates.
+        bounded = (
             (top_k <= size)
             | (unlimited & (by_top_p <= size))
             | ((unlimited | without_top_p) & (by_min_p < size))
         )
-        # Where it is not, a draw that falls within sight will do, if at most min-p truncates: then `mass` is
-        # the sum of all the weights.
-        open_end = unlimited & without_top_p & ~closed
-        drawn_from = jnp.where(open_end, mass, drawn_from)
-        settled = greedy | closed | (open_end & (uniform * drawn_from < cumulative[:, -1]))
+        # Elsewhere, a random number that falls on a candidate suffices if at most min-p truncates:
+        # `mass` is then the sum of all weights.
+        unbounded = unlimited & without_top_p & ~bounded
+        total_weight = jnp.where(unbounded, mass, total_weight)
+        settled = greedy | bounded | (unbounded & (uniform * total_weight < cumulative[:, -1]))
 
-    rank = jnp.sum(cumulative <= (uniform * drawn_from)[:, None], axis=1, dtype=jnp.int32)
+    rank = jnp.sum(cumulative <= (uniform * total_weight)[:, None], axis=1, dtype=jnp.int32)
     rank = jnp.where(greedy, 0, jnp.clip(rank, 0, jnp.maximum(kept - 1, 0)))
-    rank = jnp.minimum(rank, size - 1)  # a row that is not settled may keep more than is here
+    rank = jnp.minimum(rank, size - 1)  # a row that is not settled may keep more than K
     token = jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0]
     invalid = values[:, 0] == jnp.inf
     return jnp.where(invalid, -1, token), settled | invalid

@@ -44,19 +44,18 @@ from jaxpaged.generation.prompts import (
 )
 from jaxpaged.generation.sampling import SamplingParams, sample
 from jaxpaged.generation.stream import TokenStream
-from jaxpaged.sharding.mesh import (
+from jaxpaged.sharding.mesh import BatchSharding, num_shards
+from jaxpaged.sharding.multihost import fetch
+from jaxpaged.sharding.specs import (
     BATCH,
     CACHE,
     GATHERED,
     PARAMS,
     REPLICATED,
     STATIC,
-    BatchSharding,
-    fetch,
     mesh_of,
-    num_shards,
     over_mesh,
-    put_rows,
+    put_batch,
 )
 
 
@@ -183,9 +182,9 @@ def _request(
     request = _Request(
         packed,
         pack_limits(limits, max_seqs, shards),
-        BatchSharding(shards, 1).same(pack_stop_ids(stop_ids)),
+        BatchSharding(shards, 1).replicate(pack_stop_ids(stop_ids)),
     )
-    return put_rows(mesh, request), _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
+    return put_batch(mesh, request), _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
@@ -400,7 +399,7 @@ _results_jitted = jax.jit(
 
 def _gathered(result: LookupResult, mesh: Mesh | None) -> LookupResult:
     """Results of the data shards of a mesh in the order of the prompts, on the host; pages are summed up."""
-    return result if mesh is None else BatchSharding.of(mesh, 1).gathered_result(result, pages_peak=np.sum)
+    return result if mesh is None else BatchSharding.of(mesh, 1).gather_result(result, pages_peak=np.sum)
 
 
 def generate_lookup(

@@ -22,7 +22,9 @@ from jaxpaged.generation.loop import (
 from jaxpaged.generation.prompts import PromptsLike
 from jaxpaged.generation.request import ContextShift, make_request
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import BatchSharding, fetch, mesh_of
+from jaxpaged.sharding.mesh import BatchSharding
+from jaxpaged.sharding.multihost import fetch
+from jaxpaged.sharding.specs import mesh_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, cache_specs, share, stacked, unstacked
+from jaxpaged.sharding.mesh import CONTEXT, TENSOR
+from jaxpaged.sharding.multihost import allgather_objects
+from jaxpaged.sharding.specs import ShardedCache, cache_specs, stacked, unstacked
 from jaxpaged.storage import snapshots
 from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, write_snapshot
 
@@ -47,7 +49,7 @@ def snapshot(
         for rank, part in _parts(cache, shard)
     }
     ranks: dict[int, Snapshot] = {}
-    for others in share(taken):
+    for others in allgather_objects(taken):
         ranks |= others
     whole = [ranks[rank] for rank in _with_own_heads(cache)]
     joined: Any = [
@@ -60,7 +62,7 @@ def snapshot(
         heads = sum(one.num_kv_heads for one in whole)
         named = replace(whole[0], sequences=(seq,), entries=entries)
         write_snapshot(path, replace(named, num_kv_heads=heads, keys=joined[0], values=joined[1]))
-    share(None)  # the file is there when anybody goes on
+    allgather_objects(None)  # the file is there when anybody goes on
 
 
 def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> ShardedCache:
@@ -110,7 +112,7 @@ def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> 
         jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, list(one.values()))
         for leaf, one in zip(leaves, data, strict=True)
     ]
-    return cache.replaced(jax.tree.unflatten(structure, arrays))
+    return replace(cache, parts=jax.tree.unflatten(structure, arrays))
 
 
 def _place(cache: ShardedCache, seq: int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from jaxpaged_model import tiny
 from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 
 from jaxpaged import ContiguousKVCache, PagedKVCache
-from jaxpaged.sharding.mesh import ShardedCache, make_mesh
+from jaxpaged.sharding.mesh import make_mesh
+from jaxpaged.sharding.specs import ShardedCache
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": small_models.config_json("qwen2"),  # biases on Q, K and V

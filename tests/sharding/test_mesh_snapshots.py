@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpaged.generation.loop import generate
-from jaxpaged.sharding.mesh import ShardedCache
+from jaxpaged.sharding.specs import ShardedCache
 from jaxpaged.storage import mesh_snapshots, snapshots
 from jaxpaged.storage.snapshot_file import SnapshotError, read_snapshot
 

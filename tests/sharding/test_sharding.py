@@ -16,21 +16,8 @@ from hypothesis import strategies as st
 from jaxpaged.cache import interface
 from jaxpaged.cache import sharing as adoption
 from jaxpaged.generation.loop import generate
-from jaxpaged.sharding.mesh import (
-    BATCH,
-    CACHE,
-    GATHERED,
-    PARAMS,
-    REPLICATED,
-    BatchSharding,
-    MeshError,
-    ShardedCache,
-    check_heads,
-    make_mesh,
-    over_mesh,
-    parse_mesh,
-    put,
-)
+from jaxpaged.sharding.mesh import BatchSharding, MeshError, check_heads, make_mesh, parse_mesh
+from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, ShardedCache, over_mesh, put
 from tpu_scripts.compile_check.hlo import contents_of
 
 DATA, TENSOR, S, N, T = 2, 4, 3, 16, 8
@@ -47,8 +34,10 @@ def model():
     return mesh_kit.loaded("tiny", mesh_kit.mesh_of(DATA, TENSOR))
 
 
-def compiled(function, sharded: ShardedCache, takes, gives, *arguments, donate: int = 0):
-    return jax.jit(over_mesh(function, takes, gives), donate_argnums=donate).lower(*arguments).compile()
+def compiled(function, sharded: ShardedCache, in_kinds, out_kinds, *arguments, donate: int = 0):
+    return (
+        jax.jit(over_mesh(function, in_kinds, out_kinds), donate_argnums=donate).lower(*arguments).compile()
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +88,7 @@ def test_a_mesh_takes_the_devices_that_it_needs():
     ("q_heads", "kv_heads", "allowed"),
     [(4, 2, "1, 2, 4"), (9, 3, "1, 3, 9"), (32, 8, "1, 2, 4, 8, 16, 32"), (12, 4, "1, 2, 4, 12")],
 )
-def test_heads_are_dealt_evenly_or_refused_with_what_is_allowed(q_heads: int, kv_heads: int, allowed: str):
+def test_heads_are_split_evenly_or_refused_with_the_allowed_sizes(q_heads: int, kv_heads: int, allowed: str):
     fitting = [int(size) for size in allowed.split(", ")]
     for size in range(1, q_heads + 2):
         if size in fitting:
@@ -110,20 +99,22 @@ def test_heads_are_dealt_evenly_or_refused_with_what_is_allowed(q_heads: int, kv
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8))
-def test_what_is_dealt_comes_back_in_order(shards: int, prompts: int, samples: int):
+def test_sharded_rows_are_gathered_in_order(shards: int, prompts: int, samples: int):
     mesh = type("Mesh", (), {"shape": {"data": shards}})
-    deal = BatchSharding.of(mesh, prompts, samples)
-    padded = prompts if deal.splits else -(-prompts // shards) * shards
+    sharding = BatchSharding.of(mesh, prompts, samples)
+    padded = prompts if sharding.split_samples else -(-prompts // shards) * shards
     rows = np.arange(padded * samples)
-    dealt = deal.rows(rows)
-    assert dealt.shape == (shards, len(rows) // shards)
-    np.testing.assert_array_equal(deal.gathered(dealt), rows)
+    sharded = sharding.shard_rows(rows)
+    assert sharded.shape == (shards, len(rows) // shards)
+    np.testing.assert_array_equal(sharding.gather_rows(sharded), rows)
     # Each shard's rows are samples of the prompts that it has, in their order.
-    owned = deal.prompts(np.arange(padded))
+    owned = sharding.shard_prompts(np.arange(padded))
     for d in range(shards):
-        of_prompt = dealt[d] // samples
-        np.testing.assert_array_equal(of_prompt, np.repeat(owned[d], deal.samples_each))
-    assert deal.count_each(prompts).sum() == (prompts * shards if deal.splits else prompts)
+        of_prompt = sharded[d] // samples
+        np.testing.assert_array_equal(of_prompt, np.repeat(owned[d], sharding.samples_per_shard))
+    assert sharding.prompts_per_shard(prompts).sum() == (
+        prompts * shards if sharding.split_samples else prompts
+    )
 
 
 def test_nothing_that_edits_tables_talks(model):
@@ -145,8 +136,8 @@ def test_nothing_that_edits_tables_talks(model):
         "adopt": (adoption.seq_attach, (BATCH, BATCH), (CACHE, BATCH), (np.zeros((DATA, S, N), np.int32), counts)),
         "clear": (interface.clear, (), (CACHE,), ()),
     }  # fmt: skip
-    for name, (function, takes, gives, arguments) in programs.items():
-        program = compiled(function, sharded, (CACHE, *takes), gives, sharded, *arguments)
+    for name, (function, in_kinds, out_kinds, arguments) in programs.items():
+        program = compiled(function, sharded, (CACHE, *in_kinds), out_kinds, sharded, *arguments)
         assert not collectives(program, model.mesh), name
 
 

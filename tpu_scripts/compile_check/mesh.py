@@ -39,7 +39,7 @@ from jaxpaged.generation import loop as generation
 from jaxpaged.generation.request import make_request
 from jaxpaged.sharding import mesh as sharding
 from jaxpaged.sharding.context import ContextKVCache
-from jaxpaged.sharding.mesh import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, SPECS
+from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, SPECS
 from tpu_scripts import common
 from tpu_scripts.common import Parser, note, positive
 from tpu_scripts.compile_check import devices

@@ -19,7 +19,9 @@ from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.engine import Engine, EngineConfig, MeshEngine
-from jaxpaged.sharding.mesh import CONTEXT, TENSOR, ShardedCache, agree, num_shards
+from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
+from jaxpaged.sharding.multihost import broadcast_object
+from jaxpaged.sharding.specs import ShardedCache
 
 _SPARE_PAGES = 3
 """Block table entries of a sequence beyond its context: context shifts split some."""
@@ -149,7 +151,7 @@ def plan_pool(
     if options.kv_pages is not None:
         pages = options.kv_pages // shards
     else:
-        budget = agree(_budget(options.kv_memory, mesh)) - extra
+        budget = broadcast_object(_budget(options.kv_memory, mesh)) - extra
         pages = budget // page_bytes
         if options.kv_memory is None:
             pages = min(pages, fills)
@@ -179,7 +181,7 @@ def _contiguous(
         return tensor * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.k, cache.v)))
 
     each = num_bytes(1)
-    rows = min(parallel, agree(_budget(options.kv_memory, mesh)) // each)
+    rows = min(parallel, broadcast_object(_budget(options.kv_memory, mesh)) // each)
     if rows < 1:
         raise InputError(
             f"one slot of {context} tokens takes {readable(each)}, and there is memory for none; "

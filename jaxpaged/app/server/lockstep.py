@@ -23,7 +23,7 @@ from jaxpaged.engine import (
     SlotState,
     SlotTransfer,
 )
-from jaxpaged.sharding.mesh import agree
+from jaxpaged.sharding.multihost import broadcast_object
 
 IDLE_SECONDS = 2.0
 """Between two words while nothing is to do."""
@@ -40,7 +40,7 @@ class LockstepEngine:
     def follow(self) -> None:
         """Does what process 0 does until that ends."""
         while True:
-            calls: list[_Call] = agree([])
+            calls: list[_Call] = broadcast_object([])
             for name, arguments in calls:
                 if name == "close":
                     return
@@ -49,7 +49,7 @@ class LockstepEngine:
 
     def _tell(self, *calls: _Call) -> None:
         told, self._calls = [*self._calls, *calls], []
-        agree(told)
+        broadcast_object(told)
 
     def idle(self) -> None:
         """Nothing to do for a while."""
