@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from jaxpaged.app.errors import InputError, say
-from jaxpaged.compilation.cache_folder import cache_folder
+from jaxpaged.compilation.cache_folder import cache_folder, private_folder
 
 
 def prepare(threads: int | None = None) -> None:
@@ -37,14 +38,12 @@ def _use_compilation_cache() -> None:
     from jaxpaged.compilation import executable_cache
 
     try:
-        folder = cache_folder() / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = private_folder(cache_folder() / "xla")
         executable_cache.set_directory(cache_folder() / "programs")
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "not writable", str(folder))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         say(f"warning: no compilation cache, every start compiles: {where}{error.strerror or error}")
+        warnings.filterwarnings("ignore", "no kernel cache", RuntimeWarning)  # the same reason
         return
     import jax
 

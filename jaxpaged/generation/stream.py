@@ -108,7 +108,7 @@ class GenerateStream(TokenStream):
             lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
         )
         self._programs = begin.program, advance.program
-        self.cache_hit = begin.found and advance.found
+        self.cache_hit = begin.cache_hit and advance.cache_hit
 
     def _begin(self) -> Any:
         return self._programs[0](self.cache, self.request)

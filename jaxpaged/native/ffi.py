@@ -11,9 +11,11 @@ comes with jaxlib, field by field, with what is assumed here.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from jaxpaged.compilation.cache_folder import cache_folder
+from jaxpaged.compilation.cache_folder import cache_folder, private_folder, read_entry, write_entry
 from jaxpaged.native.memory import (
     call_address,
     fetch_add,
@@ -281,53 +283,73 @@ def run_pieces(call: int, job: int, pieces: int, threads: int, task: int) -> Non
 
 # --- compiling ----------------------------------------------------------------------------------------------
 
-Compiled = tuple[Any, ...]
+Compiled = tuple[Any, Any]
 _REGISTERED: dict[str, Compiled] = {}
-"""Keeps compiled functions alive, whose addresses XLA has."""
+"""References to compiled functions, whose addresses XLA has."""
 
 
 def register(
     name: str, handler: Callable[[int], int], task: Callable[[int], int], sources: Iterable[Path]
 ) -> None:
-    """Makes a kernel the custom call ``name`` of the CPU platform; compiled the first time, read from disk later.
+    """Registers a kernel as the custom call ``name`` of the CPU platform, compiled or loaded from the kernel cache.
 
     Args:
-      name: what ``jax.ffi.ffi_call`` will be asked for.
-      handler: ``(call) -> 0``, a function of a module (numba keeps no closures); finds the task as
+      name: target name for ``jax.ffi.ffi_call``.
+      handler: ``(call) -> 0``, a function of a module (numba caches no closures); finds the task as
         ``symbol("NAME_task")``.
-      task: ``(job) -> 0``: takes pieces until there are none, then releases the job.
-      sources: files that the kernel is made of, beside those of ``jaxpaged.native``.
+      task: ``(job) -> 0``: processes work items until none is left, then releases the job.
+      sources: files with the kernel's code, beside those of ``jaxpaged.native``.
+
+    Warns:
+      RuntimeWarning: the cache folder cannot be used, so the kernel was compiled.
     """
-    with _kept(name, sources) as cache:
-        c_function = numba.cfunc(types.int64(types.int64), error_model="numpy", cache=cache)
-        compiled_task = c_function(task)
-        # Code read from disk cannot know where the task lies now; it is linked by name.
-        llvm.add_symbol(f"{name}_task", compiled_task.address)
-        compiled_handler = c_function(handler)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(compiled_handler.ctypes), platform="cpu")
-    _REGISTERED[name] = compiled_task, compiled_handler
+    try:
+        compiled = _compile_cached(name, handler, task, sources)
+    except OSError as error:
+        warnings.warn(f"no kernel cache, every process compiles: {error}", RuntimeWarning, stacklevel=2)
+        compiled = _compile(name, handler, task, cache=False)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(compiled[1].ctypes), platform="cpu")
+    _REGISTERED[name] = compiled
 
 
-def _folder(name: str, sources: Iterable[Path]) -> Path:
-    """A folder for what these sources compile to: numba looks at the date of one file alone."""
-    content = hashlib.sha256(f"{name} {version('jaxlib')} {llvm.get_host_cpu_name()}".encode())
-    for path in sorted({*Path(__file__).parent.glob("*.py"), *sources}):
-        content.update(path.read_bytes())
-    return cache_folder() / "kernels" / content.hexdigest()[:16]
+def _compile(
+    name: str, handler: Callable[[int], int], task: Callable[[int], int], *, cache: bool
+) -> Compiled:
+    c_function = numba.cfunc(types.int64(types.int64), error_model="numpy", cache=cache)
+    compiled_task = c_function(task)
+    # Cached code cannot hold this process' address of the task; it is linked by name.
+    llvm.add_symbol(f"{name}_task", compiled_task.address)
+    return compiled_task, c_function(handler)
 
 
-@contextmanager
-def _kept(name: str, sources: Iterable[Path]) -> Iterator[bool]:
-    """numba keeps what is compiled meanwhile on disk; False if there is no folder that can be written."""
+def _compile_cached(
+    name: str, handler: Callable[[int], int], task: Callable[[int], int], sources: Iterable[Path]
+) -> Compiled:
+    """Compiles with a copy of numba's cache: numba runs any file of it, damaged or not.
+
+    Raises:
+      OSError: the cache folder or a temporary one cannot be used.
+    """
+    # numba's own key is the date of one file.
+    key = hashlib.sha256(f"{name} {version('jaxlib')} {version('numba')} {llvm.get_host_cpu_name()}".encode())
+    for source in sorted({*Path(__file__).parent.glob("*.py"), *sources}):
+        key.update(source.read_bytes())
+    entry = private_folder(cache_folder() / "kernels") / f"{key.hexdigest()[:32]}.kernel"
     before = numba.config.CACHE_DIR
-    try:
-        folder = _folder(name, sources)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        yield False
-        return
-    numba.config.CACHE_DIR = str(folder)
-    try:
-        yield True
-    finally:
-        numba.config.CACHE_DIR = before
+    with tempfile.TemporaryDirectory() as folder:
+        content = read_entry(entry)
+        for relative, bytes_of_file in ({} if content is None else pickle.loads(content)).items():
+            file = Path(folder, relative)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(bytes_of_file)
+        numba.config.CACHE_DIR = folder
+        try:
+            compiled = _compile(name, handler, task, cache=True)
+        finally:
+            numba.config.CACHE_DIR = before
+        if not all(function.cache_hits for function in compiled):
+            files = (file for file in Path(folder).rglob("*") if file.is_file())
+            write_entry(
+                entry, pickle.dumps({str(file.relative_to(folder)): file.read_bytes() for file in files})
+            )
+    return compiled

@@ -15,7 +15,6 @@ from jaxpaged.app import environment as app_environment
 from jaxpaged.app.chat import template_of
 from jaxpaged.app.perplexity import scored_text
 from jaxpaged.app.prompt import read_prompt
-from jaxpaged.native import ffi
 
 BOM = b"\xef\xbb\xbf"
 
@@ -90,5 +89,3 @@ def test_without_a_home_nothing_is_cached(monkeypatch, capsys):
         "jaxpaged: warning: no compilation cache, every start compiles: no home folder; JAXPAGED_CACHE names a "
         "cache folder\n"
     )
-    with ffi._kept("kernel", ()) as kept:
-        assert not kept

@@ -1,6 +1,7 @@
-"""Custom calls made of numba functions: the structures they read, and the threads they run on."""
+"""Custom calls made of numba functions: structures, threads, and the kernel cache."""
 
 import concurrent.futures
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ pytest.importorskip("numba")
 from jaxpaged.native import ffi
 from jaxpaged.native.memory import load_f32, load_i64, store_f32, store_i64, symbol
 
+NAME = "jaxpaged_test_doubling"
 IN, OUT, ROWS, COLUMNS, THREADS = range(ffi.JOB, ffi.JOB + 5)
 
 
@@ -47,27 +49,26 @@ def doubling_handler(call):
     return 0
 
 
-@pytest.fixture(scope="module")
-def double():
-    ffi.register("jaxpaged_test_doubling", doubling_handler, doubling_task, [Path(__file__)])
+@jax.jit
+def double(x):
+    shapes = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
+    return jax.ffi.ffi_call(NAME, shapes)(x)
 
-    @jax.jit
-    def call(x):
-        shapes = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
-        return jax.ffi.ffi_call("jaxpaged_test_doubling", shapes)(x)
 
-    return call
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    ffi.register(NAME, doubling_handler, doubling_task, [Path(__file__)])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 1000])
-def test_every_piece_is_done_once(double, rows):
+def test_every_piece_is_done_once(rows):
     x = np.random.default_rng(rows).standard_normal((rows, 7)).astype(np.float32)
     out, threads = double(x)
     np.testing.assert_array_equal(out, 2 * x)
     assert threads[0] >= 1
 
 
-def test_calls_from_many_threads_do_not_meet(double):
+def test_calls_from_many_threads_do_not_meet():
     xs = [np.full((50, 11), i, np.float32) for i in range(8)]
 
     def many(x):
@@ -77,7 +78,7 @@ def test_calls_from_many_threads_do_not_meet(double):
         assert all(pool.map(many, xs))
 
 
-def test_a_call_inside_a_loop_inside_a_program(double):
+def test_a_call_inside_a_loop_inside_a_program():
     x = jnp.ones((4, 4))
     out = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda _, x: double(x)[0], x))(x)
     np.testing.assert_array_equal(out, 1024 * np.ones((4, 4)))
@@ -106,22 +107,57 @@ def test_the_layout_is_compared_with_jaxlibs_header(monkeypatch, tmp_path):
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
-    """What is kept is found again, and linked to where the task lies in the new process."""
+    """Cached code is linked to the address of the task in the new process."""
     script = (
-        "import jax, numpy as np\n"
-        "from jaxpaged.attention.cases import Case\n"
-        "from jaxpaged.testing.conformance import build_case, check_conformance\n"
-        "from jaxpaged.attention import paged_attention\n"
+        "import jax, test_ffi\n"
         "from jaxpaged.native import ffi\n"
-        "case = Case('c', num_q_heads=2, num_kv_heads=1, head_dim=16, lengths=(40,), q_lens=(3,))\n"
-        "check_conformance(lambda *a, **k: paged_attention(*a, implementation='cpu_numba', **k), case)\n"
-        "print([f.cache_hits for f in ffi._REGISTERED['jaxpaged_paged_attention']])\n"
+        "ffi.register(test_ffi.NAME, test_ffi.doubling_handler, test_ffi.doubling_task, [])\n"
+        "assert (test_ffi.double(jax.numpy.ones((9, 7)))[0] == 2).all()\n"
+        "print([function.cache_hits for function in ffi._REGISTERED[test_ffi.NAME]])\n"
     )
-    environment = {"JAXPAGED_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
-    seen = [
+    environment = os.environ | {"JAXPAGED_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
         ).stdout
         for _ in range(2)
     ]
-    assert seen == ["[0, 0]\n", "[1, 1]\n"]
+    assert outputs == ["[0, 0]\n", "[1, 1]\n"]
+
+
+@pytest.fixture
+def compile_again(monkeypatch, tmp_path):
+    """Registers the kernel with an empty cache folder; returns the cache hits of its two functions."""
+    monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path))
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
+
+    def register():
+        ffi.register(NAME, doubling_handler, doubling_task, [])
+        return [function.cache_hits for function in ffi._REGISTERED[NAME]]
+
+    return register
+
+
+def test_damaged_cache_entries_are_rebuilt(compile_again, tmp_path):
+    """numba itself runs a damaged file, and crashes."""
+    assert compile_again() == [0, 0]
+    for damage in (
+        lambda content: b"",
+        lambda content: content[:-9],
+        lambda content: content[: len(content) // 2] + bytes(500) + content[len(content) // 2 + 500 :],
+    ):
+        assert compile_again() == [1, 1]
+        for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+            file.write_bytes(damage(file.read_bytes()))
+        assert compile_again() == [0, 0]
+
+
+def test_without_a_usable_cache_folder_kernels_compile(compile_again, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "open" / "kernels").mkdir(parents=True)
+    (tmp_path / "open" / "kernels").chmod(0o777)
+    for folder, reason in (("file", "Not a directory"), ("open", "another user owns it or may write to it")):
+        monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path / folder))
+        with pytest.warns(RuntimeWarning, match=f"no kernel cache, every process compiles: .*{reason}"):
+            assert compile_again() == [0, 0]
+    assert not list((tmp_path / "open" / "kernels").iterdir())

@@ -1,4 +1,4 @@
-"""Products with quantized matrices on CPUs: the custom calls of ``cpu_kernel.py``, one for each format."""
+"""Products with quantized matrices on CPUs: a custom call of ``cpu_kernel.py`` for each format."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 
 @functools.cache
 def _target(name: str, exact: bool) -> str:
-    """The name of the custom call."""
-    variant = f"{cpu_kernel.__name__}_{name}__{'exact' if exact else 'whole'}"
+    """Registers the custom call of a format; returns its name."""
+    variant = f"{cpu_kernel.__name__}_{name}__{'exact' if exact else 'rounded'}"
     spec = importlib.util.spec_from_file_location(variant, cpu_kernel.__file__)
     assert spec is not None
     assert spec.loader is not None
     kernel = sys.modules[variant] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernel)
-    sources = [Path(str(room.__file__)) for room in (cpu_kernel, cpu_vectors, formats, panels)]
+    sources = [Path(str(module.__file__)) for module in (cpu_kernel, cpu_vectors, formats, panels)]
     register(kernel.NAME, kernel.handler, kernel.task, sources)
     register_target_loader(kernel.NAME, _target, name, exact)
     return kernel.NAME
@@ -62,7 +62,10 @@ def product(
 
 @functools.cache
 def _call(target: str, outputs: int) -> Callable[..., Array]:
-    """The custom call, for ``(x, add, scale, *matrix)``. Examples of ``vmap`` that share a matrix are rows of one call."""
+    """The custom call as a function of ``(x, add, scale, *matrix)``.
+
+    Under ``vmap``, examples that share a matrix become the rows of one call.
+    """
 
     def one(x: Array, add: Array, scale: Array, *matrix: Array) -> Array:
         out = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
