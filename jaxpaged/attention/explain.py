@@ -85,7 +85,11 @@ def _bytes_read(pages: Pages, step: Step) -> int:
     if not isinstance(pages, ResidualPages):
         return step.max_seqs * seen * page_bytes // step.page_size
     opened = min(seen, step.live_tokens % step.page_size)
-    return step.max_seqs * ((seen - opened) * page_bytes + opened * _page_bytes(pages.residual)) // step.page_size
+    return (
+        step.max_seqs
+        * ((seen - opened) * page_bytes + opened * _page_bytes(pages.residual))
+        // step.page_size
+    )
 
 
 def _page_bytes(part: Array) -> int:

@@ -109,7 +109,9 @@ def paged_attention(
     hadamard = hadamard_size(head_dim) if has_hadamard(k_pages) else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
-    slots = max(len(pages.residual) if isinstance(pages, ResidualPages) else 0 for pages in (k_pages, v_pages))
+    slots = max(
+        len(pages.residual) if isinstance(pages, ResidualPages) else 0 for pages in (k_pages, v_pages)
+    )
     sizes = num_kv_heads, page_size, num_pages, slots
     options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
     out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
