@@ -204,6 +204,8 @@ def _edit(
     each = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (s,)) for a in arguments]
     ids = jnp.nonzero(marked, size=s, fill_value=0)[0].astype(jnp.int32)
     count = jnp.sum(marked, dtype=jnp.int32)
+    # Several rows are all checked before the first one is changed.
+    checks = jnp.where(count > 1, count, 0) if can_fail else jnp.int32(0)
 
     def visit(
         i: Array, carry: tuple[PageAllocator, BlockTable, Array]
@@ -212,15 +214,16 @@ def _edit(
         at = ids[i % count]
         row = tables.get_row(table, at)
         edited, fitted = edit(row, *(a[at] for a in each), n)
-        # The first round only checks; the second one applies, if all rows passed.
-        applies = (i >= count) & ok
+        applies = (i >= checks) & ok & fitted
         ok &= fitted | (i >= count)
         new = tables.choose(applies, edited, row)
-        allocator = _swap_pages(allocator, jnp.where(applies, row.pages, n), jnp.where(applies, new.pages, n))
+        allocator = _swap_pages(
+            allocator, jnp.where(applies, row.pages, n), jnp.where(applies, new.pages, n)
+        )
         return allocator, tables.set_row(table, at, new), ok
 
-    start = 0 if can_fail else count
-    allocator, table, ok = jax.lax.fori_loop(start, 2 * count, visit, (cache.allocator, cache.table, known))
+    state = cache.allocator, cache.table, known
+    allocator, table, ok = jax.lax.fori_loop(0, checks + count, visit, state)
     return replace(cache, allocator=allocator, table=table), ok
 
 
