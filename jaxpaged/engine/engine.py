@@ -30,7 +30,7 @@ from jaxpaged.engine import slot_files
 from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.device import Device, Progress
 from jaxpaged.engine.pool import PagedPool, Pool
-from jaxpaged.engine.programs import StepInput, StepOutput, StepShape
+from jaxpaged.engine.programs import NAN_TOKEN, StepInput, StepOutput, StepShape
 from jaxpaged.engine.request import (
     ContextError,
     EngineRequest,
@@ -400,7 +400,8 @@ class Engine:
         for sample, count in plan.work.items():
             slot = sample.slot
             assert slot is not None
-            drawn = [int(token) for token in tokens[:, slot] if token >= 0]
+            column = tokens[:, slot]
+            drawn = [int(token) for token in column if token >= 0]
             self._counts.prompt_tokens += max(0, min(count, sample.prompt_len - sample.num_computed))
             # Of what was drawn, all but the last was computed in turn.
             sample.num_computed += count + max(0, len(drawn) - 1)
@@ -410,7 +411,10 @@ class Engine:
             self._counts.generated_tokens += len(drawn)
             self.pool.computed(sample)
             read = sample.num_uncomputed == 0 or bool(drawn)
-            if stop is not None:
+            if NAN_TOKEN in column:
+                self._counts.nan_samples += 1
+                self._finish(sample, "nan")
+            elif stop is not None:
                 self._finish(sample, "stop")
             elif sample.num_generated >= sample.limit and read:
                 self._finish(sample, "length")

@@ -250,6 +250,11 @@ class PagedPool(Pool):
         pinned: list[int] = []
         unpinned: list[int] = []
         for sample in samples:
+            if sample.finish_reason == "nan":
+                chain = sample.chain
+                pinned += self._release(sample)
+                unpinned += self.index.drop(chain)[0]
+                continue
             tail, superseded = self._keep_tail(sample)
             pinned += tail + self._release(sample)
             unpinned += superseded

@@ -221,6 +221,17 @@ class PrefixIndex:
         self._forget(node)
         return [*pages, node.page]
 
+    def drop(self, chain: Sequence[Node]) -> tuple[list[int], int]:
+        """Removes the end of a chain that is neither used nor continued: ``(pages to unpin, tokens in them)``."""
+        pages: list[int] = []
+        tokens = 0
+        for node in reversed(chain):
+            if node.users or node.children:
+                break
+            tokens += len(node.tokens)
+            pages += self.give_up(node)
+        return pages, tokens
+
     def _forget(self, node: Node) -> None:
         del self._nodes[node.key]
         same = node.siblings[node.tokens[0]]

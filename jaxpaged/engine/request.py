@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "nan"]
+"""nan: the model's logits held NaN, and the tokens so far may mean nothing."""
 
 MAX_STOP_IDS = 32
 """Stop tokens that a request may name."""
@@ -237,6 +238,8 @@ class EngineStats:
     """Cached pages given up for others."""
     shifts: int
     """Context shifts."""
+    nan_samples: int
+    """Samples that ended because the model's logits held NaN."""
     compiled: int
     """Programs compiled at the start."""
     compiled_late: int

@@ -120,13 +120,6 @@ def erase(device: Device, pool: Pool, root: bytes, tokens: list[int]) -> int:
     if not isinstance(pool, PagedPool):
         return 0
     match = pool.index.match(root, tokens, len(tokens))
-    unpinned: list[int] = []
-    erased = 0
-    chain = [*match.nodes, *([] if match.tail is None else [match.tail])]
-    for node in reversed(chain):
-        if node.users or node.children:
-            break
-        erased += len(node.tokens)
-        unpinned += pool.index.give_up(node)
+    unpinned, num_tokens = pool.index.drop([*match.nodes, *([] if match.tail is None else [match.tail])])
     device.edit(unpinned=unpinned)
-    return erased
+    return num_tokens

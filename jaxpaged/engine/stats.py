@@ -64,6 +64,7 @@ class StepCounts:
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    nan_samples: int = 0
     compiled_late: int = 0
 
 

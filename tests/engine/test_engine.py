@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_kit import (
@@ -23,6 +25,7 @@ from engine_kit import (
 from toy_transformer import VOCAB, toy_log_probabilities
 
 from jaxpaged.engine import ContextError, EngineRequest, PoolError, QueueFullError, RefusedError
+from jaxpaged.engine.swap import SwapCosts
 from jaxpaged.pages import allocator
 
 
@@ -234,3 +237,43 @@ def test_a_pool_smaller_than_a_request_refuses_it():
         engine.add_request(greedy("a", prompt(0, 20), 10))
     assert (error.value.requested, error.value.total) == (4, 3)
     engine.add_request(greedy("b", prompt(0, 20), 4))
+
+
+def test_nan_logits_end_their_own_request_and_leave_nothing_behind(engine, monkeypatch):
+    """Weights whose keys, values and logits are NaN from token 13 on."""
+    monkeypatch.setattr(
+        engine.device, "_params", params() | {"embedding": params()["embedding"].at[13].set(jnp.nan)}
+    )
+    texts = [text for text in (prompt(i, 20) for i in range(99)) if 13 not in (*text, *alone(text, 9))]
+    before = engine.stats()
+    sick = greedy("sick", (*texts[0], 13, *texts[0][:4]), 9)
+    later = greedy("later", texts[1], 9, logit_bias={13: 1e6}, num_logprobs=1)
+    results = finish(engine, sick, greedy("healthy", texts[2], 9), later)
+    assert (results["sick", 0].tokens, results["sick", 0].finish_reason) == ([], "nan")
+    assert (results["later", 0].tokens, results["later", 0].finish_reason) == ([13], "nan")
+    assert results["healthy", 0].tokens == alone(texts[2], 9)
+    stats = engine.stats()
+    assert stats.nan_samples - before.nan_samples == 2
+    assert stats.generated_tokens - before.generated_tokens == 10
+    assert stats.pages_free + stats.pages_cached == NUM_PAGES
+    assert finish(engine, greedy("again", sick.prompt, 9))["again", 0].outputs[0].num_cached == 0
+    # Pages that hold NaN serve others as any.
+    for i, text in enumerate(texts[:6]):
+        assert finish(engine, greedy(f"r{i}", text, 9))[f"r{i}", 0].tokens == alone(text, 9)
+
+
+def test_texts_are_the_same_with_64_bit_types(engine, monkeypatch):
+    monkeypatch.setattr(SwapCosts, "swap_is_cheaper", lambda *_: True)
+    sampled = {"temperature": 1.2, "top_k": 0, "seed": 2**32 - 2, "num_logprobs": 2}
+    requests = [
+        greedy("penalty", prompt(1, 12), 25, frequency_penalty=0.5),
+        EngineRequest("sampled", prompt(2, 12), max_new_tokens=25, n=2, **sampled),
+        greedy("biased", prompt(4, 12), 25, logit_bias={5: 2.0}),
+    ]
+    expected = finish(engine, *requests)
+    with jax.enable_x64(True):
+        wide = make_engine(num_pages=FEW_PAGES, max_batch_tokens=SLOTS, context_shift=True, n_ctx=40)
+        assert len(finish(wide, greedy("shifted", prompt(3, 30), 60, n_keep=3))["shifted", 0].tokens) == 60
+        results = finish(wide, *requests)
+    assert wide.stats().swaps
+    assert {key: x.tokens for key, x in results.items()} == {key: x.tokens for key, x in expected.items()}
