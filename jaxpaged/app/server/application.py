@@ -46,6 +46,7 @@ def create_application(state: ServerState) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.handle_http)
     app.add_exception_handler(Exception, errors.handle_bug)
     # The one added last is the first to see a request.
+    app.add_middleware(security.HeadAsGet)
     app.add_middleware(security.LimitBody, limit=options.max_body)
     app.add_middleware(security.RequireKey, keys=options.api_keys, public=public)
     if options.cors_origins:
@@ -54,7 +55,7 @@ def create_application(state: ServerState) -> FastAPI:
             allow_origins=[origin for origin in options.cors_origins if origin != "localhost"],
             allow_origin_regex=_LOCAL if "localhost" in options.cors_origins else None,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
+            allow_headers=["*"],  # OpenAI's JavaScript client sends headers of its own (x-stainless-...)
         )
     app.add_middleware(security.LimitHeaders)
     app.add_middleware(security.CountErrors, metrics=state.metrics)

@@ -13,6 +13,7 @@ from jaxpaged_model.text.tokenizer import Tokenizer
 from jaxpaged.app.server.errors import ApiError, as_api_error
 from jaxpaged.app.server.interfaces import Runner, Stream
 from jaxpaged.app.server.runner import EngineFailedError
+from jaxpaged.app.server.sampling_schema import special_stops
 from jaxpaged.app.server.state import ServerState
 from jaxpaged.app.server.text import SampleText, TextPart
 from jaxpaged.engine.request import EngineRequest, RefusedError, RequestTimes, SampleOutput
@@ -46,8 +47,6 @@ class Choice:
     """Which of the prompts it continues."""
     num_prompt: int
     text: SampleText
-    num_tokens: int = 0
-    """All that were generated, those of a stop string too."""
     slot: int = -1
     """The one it ran in; -1 = none yet."""
     num_cached: int = 0
@@ -57,6 +56,18 @@ class Choice:
     last_token: float = 0.0
     stop_type: StopType | None = None
     """None: it goes on."""
+    special_stop: str | None = None
+    """The special token that ended it, if the request named it as a stop string."""
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it."""
+        return self.text.stopped_by or self.special_stop
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated, those of a stop string included."""
+        return self.text.num_tokens
 
     @property
     def finish_reason(self) -> str | None:
@@ -98,10 +109,7 @@ def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextP
     """All that the updates bring of each choice, in their order."""
     parts = [TextPart() for _ in choices]
     for update in updates:
-        part = parts[update.choice.index]
-        part.text += update.part.text
-        part.tokens += update.part.tokens
-        part.logprobs += update.part.logprobs
+        parts[update.choice.index].extend(update.part)
     return parts
 
 
@@ -114,6 +122,7 @@ class Generation:
                 400, f"{len(job.prompts)} prompts with n = {job.n}: at most {MAX_CHOICES} choices", param="n"
             )
         self._state, self._runner, self._job = state, runner, job
+        self._special_stops: dict[int | None, str] = {**special_stops(job.stops, tokenizer)}
         self._streams: dict[int, Stream] = {}
         self._pumps: list[asyncio.Task[None]] = []
         self._news: asyncio.Queue[tuple[int, SampleOutput] | ApiError] = asyncio.Queue()
@@ -186,8 +195,13 @@ class Generation:
             if choice.stop_type is not None:  # on its way while the choice was ended
                 continue
             now = time.monotonic()
-            self._measure(choice, output, now)
-            choice.num_tokens += len(output.tokens)
+            before = choice.num_tokens
+            # Tokens of one output came together: the time since the last one is divided among them.
+            seconds = (now - choice.last_token) / max(1, len(output.tokens)) if before else None
+            if output.tokens:
+                choice.last_token = now
+                if not before:
+                    self._state.metrics.began(output.times)
             choice.slot, choice.num_cached, choice.times = output.slot, output.num_cached, output.times
             choice.truncated = choice.truncated or output.truncated
             # Who asks for log-probabilities gets each token's with its own text, as from llama-server.
@@ -198,6 +212,8 @@ class Generation:
                 if choice.stop_type is not None:
                     open_choices -= 1
                     break
+            for _ in range(choice.num_tokens - before if seconds is not None else 0):
+                self._state.metrics.inter_token.observe(seconds)
 
     async def _take(self, choice: Choice, output: SampleOutput, start: int, end: int, now: float) -> Update:
         """The output's tokens from ``start`` to ``end``."""
@@ -210,16 +226,18 @@ class Generation:
             return Update(choice, part)
         elif output.finish_reason == "abort":
             raise ApiError(503, "the request was aborted")
-        elif output.finish_reason is not None:
-            choice.stop_type = "eos" if output.finish_reason == "stop" else "limit"
-        elif self._is_late(choice, now):
+        elif output.finish_reason == "nan":
+            raise ApiError(
+                500, "the model's logits hold NaN: its weights, or their dtype, cannot compute this text"
+            )
+        elif output.finish_reason == "stop":
+            choice.special_stop = self._special_stops.get(output.stop_token)
+            choice.stop_type = "eos" if choice.special_stop is None else "word"
+        elif output.finish_reason is not None or self._is_late(choice, now):
             choice.stop_type = "limit"
         if choice.stop_type is not None:
-            if choice.stop_type != "word":
-                rest = choice.text.finish()
-                part = TextPart(
-                    part.text + rest.text, part.tokens + rest.tokens, part.logprobs + rest.logprobs
-                )
+            if choice.text.stopped_by is None:
+                part.extend(choice.text.finish())
                 if choice.text.stopped_by is not None:  # a last character, never completed, was a stop string
                     choice.stop_type = "word"
             if output.finish_reason is None:
@@ -232,18 +250,6 @@ class Generation:
                 now=now,
             )
         return Update(choice, part)
-
-    def _measure(self, choice: Choice, output: SampleOutput, now: float) -> None:
-        if not output.tokens:
-            return
-        count = len(output.tokens)
-        if not choice.num_tokens:
-            self._state.metrics.began(output.times)
-        else:
-            # Tokens of one look at the engine come together; the time between two looks is theirs in equal parts.
-            for _ in range(count):
-                self._state.metrics.inter_token.observe((now - choice.last_token) / count)
-        choice.last_token = now
 
     def _is_late(self, choice: Choice, now: float) -> bool:
         limit = self._job.seconds

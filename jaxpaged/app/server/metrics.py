@@ -67,6 +67,7 @@ class _EngineCollector(Collector):
             "jaxpaged_swaps": (stats.swaps, "Those whose pages went to host memory."),
             "jaxpaged_evictions": (stats.evictions, "Cached pages given up for others."),
             "jaxpaged_context_shifts": (stats.shifts, "Context shifts."),
+            "jaxpaged_nan_samples": (stats.nan_samples, "Samples ended because the model's logits held NaN."),
             "jaxpaged_late_compilations": (
                 stats.compiled_late,
                 "Programs compiled after the start; 0 unless something is wrong.",

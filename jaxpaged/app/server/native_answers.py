@@ -129,7 +129,7 @@ class NativeAnswer:
             "has_new_line": choice.has_new_line,
             "truncated": choice.truncated,
             "stop_type": choice.stop_type,
-            "stopping_word": choice.text.stopped_by or "",
+            "stopping_word": choice.stopped_by or "",
             "tokens_cached": choice.num_cached,
             "timings": choice.timings(),
         }

@@ -51,6 +51,7 @@ async def completion(request: Request, body: NativeRequest) -> Response:
             seed=seed,
             num_logprobs=body.n_probs or None,
             logit_bias=bias_of(body.biases, model.tokenizer, text=True),
+            stops=body.stops,
         ),
         body.stops,
         body.t_max_predict_ms / 1e3 if body.t_max_predict_ms > 0 else None,

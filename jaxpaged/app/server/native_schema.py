@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from jaxpaged.app.server.openai_schema import MAX_PROMPTS, TemplateFields
 from jaxpaged.app.server.sampling_schema import (
     MAX_STOP_LENGTH,
     MAX_STOPS,
-    Count,
+    Limit,
     SamplingFields,
     StrictModel,
     TokenId,
+    refuse_empty_prompt,
 )
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
 
@@ -45,7 +46,7 @@ class NativeRequest(SamplingFields):
     )
     model: Annotated[str | None, Field(max_length=1024)] = None
     n_predict: Annotated[int | None, Field(ge=-2, le=2**31 - 1)] = None
-    max_tokens: Count | None = None
+    max_tokens: Limit | None = None
     n_cmpl: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
     stop: (
@@ -67,6 +68,8 @@ class NativeRequest(SamplingFields):
     response_fields: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=64)] | None = (
         None
     )
+
+    _prompt_is_not_empty = field_validator("prompt", mode="before")(refuse_empty_prompt)
 
     @model_validator(mode="after")
     def _servable(self) -> NativeRequest:
@@ -139,4 +142,4 @@ class TemplateRequest(TemplateFields):
 class SlotFile(StrictModel):
     """The body of saving and restoring a slot: a name in the folder of ``--slot-save-path``, and no path."""
 
-    filename: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
+    filename: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")] | None = None

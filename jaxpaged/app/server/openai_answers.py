@@ -89,8 +89,12 @@ class Answer:
         }
 
     def token_text(self, token: int) -> str:
-        """A token as text; bytes that are no character on their own are U+FFFD."""
-        return self.model.tokenizer.token_bytes(token).decode(errors="replace")
+        """A token as text; one that is a part of a character as OpenAI writes it, ``bytes:\\xf0\\x9f``."""
+        data = self.model.tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @dataclass
@@ -101,11 +105,9 @@ class CompletionAnswer(Answer):
     """The prompts' texts, where they are to be repeated."""
     kind: str = "text_completion"
     chunk_kind: str = "text_completion"
-    offsets: dict[int, int] = field(default_factory=dict)
-    """Characters of each choice that its chunks have had."""
 
     def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
-        return self._choice(choice, self._echo(choice) + part.text, self._logprobs(choice, part))
+        return self._choice(choice, self._echo(choice) + part.text, self._logprobs(part))
 
     def opening(self) -> list[dict[str, Any]]:
         if not self.echoes:
@@ -119,7 +121,7 @@ class CompletionAnswer(Answer):
     def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
         choice, part = update.choice, update.part
         if part.text or part.logprobs:
-            delta = self._choice(choice, part.text, self._logprobs(choice, part))
+            delta = self._choice(choice, part.text, self._logprobs(part))
             yield self.frame(self.chunk_kind, [delta | {"finish_reason": None}])
         if choice.stop_type is not None:
             yield self.frame(self.chunk_kind, [self._choice(choice, "", None)])
@@ -135,25 +137,23 @@ class CompletionAnswer(Answer):
     def _echo(self, choice: Choice) -> str:
         return self.echoes[choice.prompt] if self.echoes else ""
 
-    def _logprobs(self, choice: Choice, part: TextPart) -> dict[str, Any] | None:
+    def _logprobs(self, part: TextPart) -> dict[str, Any] | None:
         if not part.logprobs:
             return None
-        texts = [self.token_text(entry.token) for entry in part.logprobs]
-        offset, offsets = self.offsets.get(choice.index, 0), []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self.offsets[choice.index] = offset
         return {
-            "tokens": texts,
+            "tokens": [self.token_text(entry.token) for entry in part.logprobs],
             "token_logprobs": [_finite(entry.logprob) for entry in part.logprobs],
-            "top_logprobs": [
-                {self.token_text(token): _finite(value) for token, value in entry.top}
-                | {text: _finite(entry.logprob)}
-                for text, entry in zip(texts, part.logprobs, strict=True)
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [self._top(entry) for entry in part.logprobs],
+            "text_offset": part.offsets,
         }
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Log-probabilities by text; of several tokens with one text, all but the first by id."""
+        top: dict[str, float] = {}
+        for token, value in (dict(entry.top) | {entry.token: entry.logprob}).items():
+            text = self.token_text(token)
+            top[f"token_id:{token}" if text in top else text] = _finite(value)
+        return top
 
 
 @dataclass

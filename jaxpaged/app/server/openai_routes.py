@@ -119,6 +119,7 @@ async def _answer(
             seed=seed,
             num_logprobs=num_logprobs,
             logit_bias=bias_of((body.logit_bias or {}).items(), model.tokenizer, text=False),
+            stops=body.stops,
         ),
         body.stops,
     )

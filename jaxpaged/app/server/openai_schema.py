@@ -12,11 +12,12 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxpaged.app.server.sampling_schema import (
     MAX_STOPS,
-    Count,
+    Limit,
     SamplingFields,
     StopString,
     StrictModel,
     TokenId,
+    refuse_empty_prompt,
 )
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
 
@@ -25,6 +26,7 @@ TEMPLATE_ARGUMENTS = ("enable_thinking", "add_generation_prompt")
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 _MAX_NAMES = 16
+_MAX_ANNOTATIONS = 1024
 
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -45,8 +47,8 @@ class OpenAIFields(SamplingFields):
 
     model: Annotated[str | None, Field(max_length=1024)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
-    max_tokens: Count | None = None
-    n_predict: Annotated[int | None, Field(ge=-1, le=2**31 - 1)] = None
+    max_tokens: Limit | None = None
+    n_predict: Limit | None = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=1e6, allow_inf_nan=False)] = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     logit_bias: Annotated[dict[str, Bias] | None, Field(max_length=MAX_LOGIT_BIAS)] = None
@@ -77,9 +79,8 @@ class OpenAIFields(SamplingFields):
     @property
     def limit(self) -> int | None:
         """Tokens to generate at most; None = as many as fit."""
-        if self.max_tokens is None and self.n_predict is not None and self.n_predict >= 0:
-            return self.n_predict
-        return self.max_tokens
+        limit = self.n_predict if self.max_tokens is None else self.max_tokens
+        return None if limit is None or limit < 0 else limit
 
     @property
     def include_usage(self) -> bool:
@@ -105,6 +106,8 @@ class CompletionRequest(OpenAIFields):
     best_of: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
     suffix: Any = None
 
+    _prompt_is_not_empty = field_validator("prompt", mode="before")(refuse_empty_prompt)
+
     @model_validator(mode="after")
     def _servable(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -117,30 +120,50 @@ class CompletionRequest(OpenAIFields):
 
 
 class TextPart(StrictModel):
-    """A part of a message; images and sound are not understood."""
+    """A part of a message; images and audio are not supported."""
 
     type: Literal["text"]
     text: str
 
 
+class RefusalPart(StrictModel):
+    """A part of an assistant's message that says no."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class Message(StrictModel):
-    """One turn of a conversation."""
+    """One message of a conversation; an assistant's may have all fields of an answer, as clients send it back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart | RefusalPart] | None = None
     name: Annotated[str | None, Field(max_length=256)] = None
-    refusal: None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: Annotated[list[Any] | None, Field(max_length=_MAX_ANNOTATIONS)] = None
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any] | None, Field(max_length=0)] = None
 
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.refusal):
+            raise ValueError("messages: content is missing")
+        return self
+
     def plain(self) -> dict[str, str]:
-        """The message as a chat template reads it; parts on lines of their own, as in llama.cpp and vLLM."""
-        text = (
-            self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        )
+        """The message as a chat template reads it; parts on separate lines, as in llama.cpp and vLLM."""
+        text = self.refusal or "" if self.content is None else self.content
+        if not isinstance(text, str):
+            text = "\n".join(part.text for part in text)
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message if self.name is None else message | {"name": self.name}
+        extras = {"name": self.name, "reasoning_content": self.reasoning_content}
+        return message | {key: value for key, value in extras.items() if value is not None}
 
 
 class TemplateFields(StrictModel):
@@ -190,7 +213,7 @@ class ChatRequest(OpenAIFields, TemplateFields):
         "moderation": (),
     }
 
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     tools: Any = None
@@ -225,8 +248,6 @@ class ChatRequest(OpenAIFields, TemplateFields):
             raise ValueError("top_logprobs needs logprobs: true")
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        if self.max_tokens is None:
+            self.max_tokens = self.max_completion_tokens
         return self
-
-    @property
-    def limit(self) -> int | None:
-        return super().limit if self.max_completion_tokens is None else self.max_completion_tokens

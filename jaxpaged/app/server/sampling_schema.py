@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 from jaxpaged_model.text.tokenizer import Tokenizer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jaxpaged.app.errors import say
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, EngineRequest
@@ -22,6 +23,8 @@ MAX_STOP_LENGTH = 512
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Count = Annotated[int, Field(ge=0, le=_INT32)]
+Limit = Annotated[int, Field(ge=-1, le=_INT32)]
+"""Tokens to generate at most; -1 = as many as fit."""
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Penalty = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
@@ -30,6 +33,13 @@ class StrictModel(BaseModel):
     """Names and types to the letter: "5", 5.0 and true are no whole numbers, and an unknown name is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def refuse_empty_prompt(prompt: Any) -> Any:
+    """Names the rule that ``[]`` breaks, where a union of types would list all its members."""
+    if isinstance(prompt, list) and (not prompt or [] in prompt):
+        raise ValueError("prompt: an empty list; give a text, or a list of at least one token or text")
+    return prompt
 
 
 class SamplingFields(StrictModel):
@@ -121,6 +131,7 @@ def engine_request(
     seed: int,
     num_logprobs: int | None,
     logit_bias: dict[int, float],
+    stops: Sequence[str] = (),
 ) -> EngineRequest:
     """The engine's request.
 
@@ -129,7 +140,7 @@ def engine_request(
       ApiError: a token that the vocabulary does not have.
     """
     ignore_eos = options.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
-    stop_ids = frozenset(fields.stop_token_ids or ())
+    stop_ids = frozenset(fields.stop_token_ids or ()) | special_stops(stops, tokenizer).keys()
     if ignore_eos:  # as in llama.cpp, what would end the text is not drawn
         logit_bias = logit_bias | dict.fromkeys(tokenizer.stop_ids - stop_ids, float("-inf"))
     else:
@@ -140,6 +151,11 @@ def engine_request(
         max_new_tokens = options.predict
     keep = options.keep if fields.n_keep is None else fields.n_keep
     begins = tokenizer.bos_id is not None and prompt[0] == tokenizer.bos_id
+    if begins and options.log and len(prompt) > 1 and prompt[1] == tokenizer.bos_id:
+        bos = tokenizer.token_bytes(prompt[0]).decode(errors="replace")
+        say(
+            f"warning: a prompt begins with two BOS tokens; leave {bos!r} out of the text, the tokenizer adds it"
+        )
     return EngineRequest(
         request_id=request_id,
         prompt=tuple(prompt),
@@ -165,6 +181,17 @@ def engine_request(
         n_discard=fields.n_discard,
         slot=fields.id_slot if fields.id_slot >= 0 else None,
     )
+
+
+def special_stops(stops: Iterable[str], tokenizer: Tokenizer) -> dict[int, str]:
+    """Stop strings that name a special token, by its id: such tokens have no text in which they could be found."""
+    found = {}
+    for stop in stops:
+        ids = tokenizer.encode(stop, add_special=False, parse_special=True)
+        hidden = len(ids) == 1 and not tokenizer.stream(at_start=False).push(ids[0])
+        if hidden and tokenizer.token_bytes(ids[0]) == stop.encode():
+            found[ids[0]] = stop
+    return found
 
 
 def seed_of(fields: SamplingFields, options: ServeOptions) -> int:

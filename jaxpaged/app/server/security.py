@@ -24,6 +24,16 @@ _DISCARDED = 8
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 
 
+class HeadAsGet:
+    """Answers HEAD like GET on every path; the HTTP server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+
 class CountErrors:
     """Counts the answers with an error status."""
 

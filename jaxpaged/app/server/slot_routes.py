@@ -86,7 +86,7 @@ async def slot_action(
     if action == "erase":
         erased = await runner.call(lambda engine: _erase(engine, id_slot))
         return json_response({"id_slot": id_slot, "n_erased": erased})
-    if body is None:
+    if body is None or body.filename is None:
         raise ApiError(400, "missing parameter: 'filename'", param="filename")
     path = folder / body.filename
     start = time.perf_counter()
@@ -98,6 +98,7 @@ async def slot_action(
         raise ApiError(400, f"there is no file {body.filename!r}", param="filename") from None
     except (OSError, ValueError) as error:  # a full disk, or a file of another model: not the server's end
         reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+        reason = reason.removeprefix(f"{path}: ")  # the server's folders are not the client's business
         raise ApiError(400, f"{body.filename}: {reason}"[:500], param="filename") from None
     milliseconds = 1e3 * (time.perf_counter() - start)
     count, size = ("n_saved", "n_written") if action == "save" else ("n_restored", "n_read")

@@ -70,7 +70,16 @@ class TextPart:
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """Characters of the sample's text before each token."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def extend(self, other: TextPart) -> None:
+        """Appends another part."""
+        self.text += other.text
+        self.tokens += other.tokens
+        self.offsets += other.offsets
+        self.logprobs += other.logprobs
 
 
 class SampleText:
@@ -81,6 +90,8 @@ class SampleText:
         self._finder = StopFinder(stops)
         self._waiting: deque[tuple[int, int, int, TokenLogprobs | None]] = deque()
         self._seen = self._shown = 0
+        self.num_tokens = 0
+        """Tokens generated, up to and including the one that completes a stop string."""
 
     @property
     def stopped_by(self) -> str | None:
@@ -94,6 +105,7 @@ class SampleText:
             if self.stopped_by is not None:
                 break
             piece = self._decoder.push(token)
+            self.num_tokens += 1
             start, self._seen = self._seen, self._seen + len(piece)
             self._waiting.append((start, self._seen, token, logprobs[i] if logprobs else None))
             text += self._finder.feed(piece)
@@ -112,8 +124,9 @@ class SampleText:
             self._waiting[0][1] <= self._shown
             or (ended and (self._waiting[0][0] < self._shown or self.stopped_by is None))
         ):
-            _, _, token, logprobs = self._waiting.popleft()
+            start, _, token, logprobs = self._waiting.popleft()
             part.tokens.append(token)
+            part.offsets.append(start)
             if logprobs is not None:
                 part.logprobs.append(logprobs)
         if ended:

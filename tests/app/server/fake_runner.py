@@ -39,11 +39,14 @@ class FakeStream:
         limit = len(request.prompt) + 1 if request.max_new_tokens is None else request.max_new_tokens
         said = [token for token in request.prompt if token not in request.stop_ids]
         arrived = time.monotonic()
-        for i in range(0, max(limit, 1), runner.burst):
+        for i in range(0, limit + runner.burst, runner.burst):
             for index in sorted(self.open):
                 await asyncio.sleep(runner.delay)
                 if runner.failed:
                     raise EngineFailedError("out of order")
+                if i and runner.nan:
+                    yield self._output(index, (), "nan", arrived)
+                    continue
                 if index not in self.open:
                     continue
                 if i >= len(said) or limit == 0:
@@ -94,7 +97,7 @@ class FakeEngine:
 
     def restore_slot(self, slot: int, path: Path) -> SlotTransfer:
         if path.read_text() != "0":
-            raise ValueError("a file of another model")
+            raise ValueError(f"{path}: a file of another model")
         return SlotTransfer(7, 70, 0.0)
 
     def erase_slot(self, slot: int) -> int:
@@ -106,7 +109,7 @@ class FakeRunner:
 
     def __init__(self, n_ctx: int = 512) -> None:
         self.n_ctx, self.max_seqs = n_ctx, 2
-        self.draining = self.failed = False
+        self.draining = self.failed = self.nan = False
         self.full: int | None = None
         self.delay = 0.0
         self.burst = 1
@@ -155,6 +158,7 @@ class FakeRunner:
             swaps=0,
             evictions=0,
             shifts=0,
+            nan_samples=0,
             compiled=5,
             compiled_late=0,
         )

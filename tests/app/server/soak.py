@@ -209,7 +209,7 @@ class Client:
     async def ask_nonsense(self) -> None:
         bad = self.rng.choice(
             [
-                {"prompt": 5}, {"prompt": ""}, {"prompt": "x", "max_tokens": -1}, {"prompt": "x", "n": 10**9},
+                {"prompt": 5}, {"prompt": ""}, {"prompt": "x", "max_tokens": -2}, {"prompt": "x", "n": 10**9},
                 {"prompt": "x" * 20000}, {"prompt": [10**9]}, {"prompt": "x", "temperature": "hot"}, {},
             ]
         )  # fmt: skip

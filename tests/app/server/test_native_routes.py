@@ -266,6 +266,12 @@ def test_props_and_health(server):
     check_error(server.post("/props", {}), 501)
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/slots", "/nowhere", "/v1/completions"])
+def test_head_is_answered_as_get(server, path):
+    got, head = server.get(path), server.ask("HEAD", path)
+    assert (head.status_code, head.headers["content-type"]) == (got.status_code, got.headers["content-type"])
+
+
 def test_503_until_the_model_is_there_and_when_the_server_ends(server):
     model, server.state.model = server.state.model, None
     for path in ("/health", "/v1/models", "/props", "/slots"):
@@ -294,7 +300,9 @@ def test_slots_in_files(server, slots_folder):
     assert body["n_saved"] == 7 and body["n_written"] == 70 and body["timings"]["save_ms"] >= 0
     assert (slots_folder / "a.bin").exists()
     assert server.post("/slots/1?action=restore", {"filename": "a.bin"}).json()["n_restored"] == 7
-    assert server.post("/slots/1?action=erase").json() == {"id_slot": 1, "n_erased": 7}
+    for nothing in (None, {}):
+        assert server.post("/slots/1?action=erase", nothing).json() == {"id_slot": 1, "n_erased": 7}
+        assert "filename" in check_error(server.post("/slots/1?action=save", nothing), 400)["message"]
     (slots_folder / "b.bin").write_text("1")
     for slot, action, body in (
         (0, "restore", {"filename": "b.bin"}),
@@ -305,7 +313,8 @@ def test_slots_in_files(server, slots_folder):
         (10**30, "erase", None),
         (0, "burn", None),
     ):
-        check_error(server.post(f"/slots/{slot}?action={action}", body), 400)
+        error = check_error(server.post(f"/slots/{slot}?action={action}", body), 400)
+        assert str(slots_folder) not in error["message"]
     check_error(server.post("/slots/0"), 400)
 
 

@@ -53,6 +53,41 @@ def test_a_stop_string_ends_the_text_before_it_and_the_sample_at_once(server, st
     assert not server.runner.streams and not server.state.generations
 
 
+@pytest.mark.parametrize("burst", [1, 3, 64])
+def test_tokens_that_come_together_with_a_stop_string_do_not_count_behind_it(server, burst):
+    server.runner.burst = burst
+    body = {"prompt": PROMPT, "stop": "return", "logprobs": 0, "stream_options": {"include_usage": True}}
+    up_to_stop = len(TOKENIZER.encode(PROMPT[: PROMPT.index("return") + 6]))
+    *_, last, _ = server.stream("/v1/completions", body)
+    for answer in (last, server.post("/v1/completions", {"prompt": PROMPT, "stop": "return"}).json()):
+        assert (
+            answer["usage"]["completion_tokens"] == answer["timings"]["predicted_n"] == up_to_stop < len(IDS)
+        )
+    chunks = server.stream("/completion", {"prompt": PROMPT, "stop": ["return"]})
+    assert [chunk["tokens_predicted"] for chunk in chunks][-1] == up_to_stop
+    assert [token for chunk in chunks for token in chunk["tokens"]] == IDS[:up_to_stop]
+    assert server.state.metrics.predicted_tokens == 3 * (up_to_stop - 1)
+
+
+def test_a_stop_string_may_be_the_text_of_a_special_token(server):
+    end = TOKENIZER.token_bytes(TOKENIZER.eos_id).decode()
+    body = {"prompt": PROMPT, "stop": [end], "ignore_eos": True}
+    answer = server.post("/completion", body).json()
+    assert (answer["content"], answer["stop_type"], answer["stopping_word"]) == (PROMPT, "word", end)
+    assert server.post("/v1/completions", body).json()["choices"][0]["finish_reason"] == "stop"
+    assert all(request.stop_ids == {TOKENIZER.eos_id} for request in server.runner.requests)
+    assert not any(request.logit_bias for request in server.runner.requests)
+
+
+def test_nan_ends_its_own_request_with_500(server):
+    server.runner.nan = True
+    assert "NaN" in check_error(server.post("/v1/completions", {"prompt": PROMPT}), 500)["message"]
+    *_, error, done = server.stream("/v1/chat/completions", CHAT)
+    assert (error["error"]["code"], done) == (500, "[DONE]")
+    server.runner.nan = False
+    assert server.post("/v1/completions", {"prompt": PROMPT}).json()["choices"][0]["text"] == PROMPT
+
+
 def test_a_stream_has_one_id_and_ends_once(server):
     body = {"prompt": PROMPT, "max_tokens": 3, "n": 2, "stream_options": {"include_usage": True}}
     *chunks, usage, done = server.stream("/v1/completions", body)
@@ -134,6 +169,30 @@ def test_logprobs_add_up_to_the_text(server):
     assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
 
 
+@pytest.mark.parametrize("burst", [1, 64])
+def test_parts_of_characters_have_names_of_their_own_and_offsets_in_the_text(server, burst):
+    server.runner.burst = burst
+    text = "a🙂<|endoftext|>é🙂b"
+    ids = TOKENIZER.encode(text, parse_special=True)
+    ask = {"prompt": ids, "logprobs": 20, "ignore_eos": True}
+    logprobs = server.post("/v1/completions", ask).json()["choices"][0]["logprobs"]
+    chunks = [chunk["choices"][0]["logprobs"] for chunk in server.stream("/v1/completions", ask)[:-1]]
+    chunks = [chunk for chunk in chunks if chunk]
+    assert logprobs == {name: [x for chunk in chunks for x in chunk[name]] for name in logprobs}
+    spelled = b"".join(
+        bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+        if name.startswith("bytes:")
+        else name.encode()
+        for name in logprobs["tokens"]
+    )
+    assert spelled.decode() == text
+    assert [len(top) for top in logprobs["top_logprobs"]] == [20 + (token >= 20) for token in ids]
+    shown = text.replace("<|endoftext|>", "")
+    for i, offset in enumerate(logprobs["text_offset"]):
+        assert shown.startswith(TOKENIZER.decode(ids[:i]).rstrip("\ufffd"))
+        assert offset == len(TOKENIZER.decode(ids[:i]).rstrip("\ufffd"))
+
+
 def test_parameters_reach_the_engine(server):
     sent = {
         "prompt": PROMPT, "temperature": 0.5, "top_p": 0.0, "top_k": 3, "min_p": 0.1, "seed": 2**40 + 5,
@@ -172,6 +231,8 @@ def test_the_server_gives_what_a_request_leaves_out(server):
         {"service_tier": "auto"},
         {"parallel_tool_calls": True},
         {"max_tokens": 5, "max_completion_tokens": 5},
+        {"max_tokens": -1},
+        {"max_completion_tokens": -1},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"model": "gpt-4o"},
         {"model": None},
@@ -179,6 +240,36 @@ def test_the_server_gives_what_a_request_leaves_out(server):
 )
 def test_what_clients_send_along_is_accepted(server, extra):
     assert server.post("/v1/chat/completions", CHAT | extra).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
+def test_minus_one_is_no_limit(server, path):
+    server.post(path, {"prompt": PROMPT, "max_tokens": -1})
+    assert server.runner.requests[0].max_new_tokens is None
+
+
+def test_an_answer_can_be_sent_back(server):
+    ours = server.post("/v1/chat/completions", CHAT).json()["choices"][0]["message"]
+    extras = {"name": "a", "annotations": [{"type": "url_citation"}], "audio": None, "tool_calls": None}
+    answers = [
+        (ours, ours["content"]),
+        (ours | extras | {"function_call": None, "reasoning_content": "Hm."}, ours["content"]),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "No."),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+    ]
+    for answer, text in answers:
+        messages = [*CHAT["messages"], answer, {"role": "user", "content": "And?"}]
+        prompt = server.post("/apply-template", {"messages": messages}).json()["prompt"]
+        assert f"<|im_start|>assistant\n{text}<|im_end|>" in prompt
+        assert server.post("/v1/chat/completions", {"messages": messages}).status_code == 200
+    for wrong in ({"role": "user", "content": None}, {"role": "assistant"}, ours | {"tool_calls": [{}]}):
+        check_error(server.post("/v1/chat/completions", {"messages": [wrong, *CHAT["messages"]]}), 400)
+
+
+def test_two_bos_are_warned_of(server, capsys):
+    for prompt, lines in (([0, 5], 0), ([5, 0, 0], 0), ([0, 0, 5], 1)):
+        assert server.post("/v1/completions", {"prompt": prompt}).status_code == 200
+        assert capsys.readouterr().err.count("two BOS") == lines
 
 
 @pytest.mark.parametrize(
@@ -192,7 +283,7 @@ def test_what_clients_send_along_is_accepted(server, extra):
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"temperature": "hot"}, "temperature"),
@@ -252,6 +343,12 @@ def test_what_cannot_be_served_is_refused_by_name(server, extra, param):
 )
 def test_prompts_that_are_none_are_refused(server, body):
     check_error(server.post("/v1/completions", body), 400)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
+@pytest.mark.parametrize("prompt", [[], [[]], [[1], []]])
+def test_an_empty_list_is_named(server, path, prompt):
+    assert "at least one" in check_error(server.post(path, {"prompt": prompt}), 400)["message"]
 
 
 def test_a_prompt_that_is_too_long_says_how_long(server):

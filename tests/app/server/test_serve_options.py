@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from jaxpaged_model import tiny
+from jaxpaged_model.checkpoint.loading import load_model
 
 from jaxpaged.app.commands import application
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.server.options import ByteSize, Memory, ServeOptions, all_keys
+from jaxpaged.app.server import serve
+from jaxpaged.app.server.building import build_engine
+from jaxpaged.app.server.options import ServeOptions, all_keys, parse_bytes, parse_memory
+from jaxpaged.engine import EngineRequest, RefusedError
 
 
 @pytest.fixture
@@ -101,12 +108,12 @@ def test_flags_as_they_are_typed(parsed):
     ],
 )
 def test_memory(text, expected):
-    assert Memory().convert(text, None, None) == expected
+    assert parse_memory(text) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("0", 0), ("1k", 1024), ("8MB", 2**23), ("1 G", 2**30)])
 def test_bytes(text, expected):
-    assert ByteSize().convert(text, None, None) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,3 +178,27 @@ def test_help_needs_neither_jax_nor_a_web_framework():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(".", "Model.v1"), ("tiny-q8_0.gguf", "tiny-q8_0"), ("..", "models")]
+)
+def test_a_model_is_named_after_its_file_or_folder(tmp_path, monkeypatch, path, name):
+    folder = tmp_path / "models" / "Model.v1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    loaded = SimpleNamespace(
+        path=Path(path), tokenizer=SimpleNamespace(chat_template="x"), config=SimpleNamespace(context_length=1),
+        description="", size_bytes=0, fingerprint="",
+    )  # fmt: skip
+    assert serve._served(ServeOptions(), SimpleNamespace(loaded=loaded)).names == (name,)
+
+
+def test_ids_between_the_tokenizers_and_a_padded_models_are_refused():
+    loaded = load_model(tiny.PATH)
+    size = loaded.tokenizer.vocab_size
+    padded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, vocab_size=size + 60))
+    options = ServeOptions(ctx_size=64, parallel=1, kv_pages=4, log=False)
+    engine = build_engine(options, SimpleNamespace(loaded=padded, dtype="f32", call=None))
+    with pytest.raises(RefusedError, match=f"token {size} is not one of the model's, 0 to {size - 1}"):
+        engine.check(EngineRequest("a", (size,)))

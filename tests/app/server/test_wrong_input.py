@@ -192,6 +192,12 @@ def test_other_sites_may_use_it_only_where_they_are_named():
     response = server.ask("OPTIONS", "/completion", headers=preflight)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://a.example"
+    openai = preflight | {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+    response = server.ask("OPTIONS", "/v1/chat/completions", headers=openai)
+    assert response.status_code == 200
+    assert "x-stainless-os" in response.headers["access-control-allow-headers"]
+    response = server.ask("OPTIONS", "/completion", headers=openai | {"Origin": "https://b.example"})
+    assert response.status_code == 400 and "access-control-allow-origin" not in response.headers
 
 
 def test_localhost_stands_for_the_pages_of_this_machine():
