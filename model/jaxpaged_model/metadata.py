@@ -10,7 +10,7 @@ from typing import Any
 
 LARGEST = 2**31 - 1
 REQUIRED: Any = object()
-_KINDS = {str: "texts", int: "whole numbers", float: "numbers", bool: "true or false"}
+_KINDS = {str: "strings", int: "integers", float: "numbers", bool: "booleans"}
 
 
 class ModelError(ValueError):
@@ -54,8 +54,8 @@ class Metadata:
         return value
 
     def integer(self, key: str, default: Any = REQUIRED, *, least: int | None = 1) -> Any:
-        """A whole number from ``least`` to 2**31 - 1, or any if that is None."""
-        value = self._typed(key, default, int, "a whole number")
+        """An integer from ``least`` to 2**31 - 1, or any if that is None."""
+        value = self._typed(key, default, int, "an integer")
         if value is not default and least is not None and not least <= value <= LARGEST:
             raise self.error(key, f"must be from {least} to {LARGEST}, got {value}")
         return value
@@ -76,7 +76,7 @@ class Metadata:
 
     def text(self, key: str, default: Any = REQUIRED) -> Any:
         """A str."""
-        return self._typed(key, default, str, "a text")
+        return self._typed(key, default, str, "a string")
 
     def array(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
         """A list whose elements are all of ``kind``: str, int, float or bool."""
@@ -90,7 +90,7 @@ class Metadata:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """True if ``value`` is of ``kind``; whole numbers are floats too, booleans are no numbers."""
+    """True if ``value`` is of ``kind``; integers are floats too, booleans are no numbers."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

@@ -122,8 +122,8 @@ def test_gguf_tensors_tell_of_biases_and_tying() -> None:
     ("changes", "message"),
     [
         ({"block_count": None}, "llama.block_count is missing"),
-        ({"block_count": "four"}, "llama.block_count must be a whole number, got 'four'"),
-        ({"block_count": True}, "llama.block_count must be a whole number"),
+        ({"block_count": "four"}, "llama.block_count must be an integer, got 'four'"),
+        ({"block_count": True}, "llama.block_count must be an integer"),
         ({"block_count": 2**31 - 1}, "block_count is 2147483647, but there are only 6 tensors"),
         ({"embedding_length": 2**40}, "must be from 1 to 2147483647"),
         ({"attention__head_count": 0}, "llama.attention.head_count must be from 1"),
@@ -257,7 +257,7 @@ def test_yarn_mscale() -> None:
     ("changes", "message"),
     [
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": 64.5}, "hidden_size must be a whole number"),
+        ({"hidden_size": 64.5}, "hidden_size must be an integer"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "'dynamic' is not supported; supported are default, linear",

@@ -277,6 +277,6 @@ def test_keys_of_the_files_layout_have_their_type_checked(tmp_path: Path) -> Non
         writer.write_tensors_to_file()
         writer.close()
         with pytest.raises(
-            ModelError, match=f"m.gguf: {key} must be a (whole number|power of two), got {value!r}"
+            ModelError, match=f"m.gguf: {key} must be an? (integer|power of two), got {value!r}"
         ):
             GGUFFile(tmp_path / "m.gguf")

@@ -75,8 +75,8 @@ def test_what_stands_around_a_product(monkeypatch):
     ("x", "rows", "columns", "complaint"),
     [
         (jnp.float32, 64, 256, "multiplies bfloat16, not float32"),
-        (jnp.bfloat16, 72, 256, "64 rows of a matrix at a time, which has 72"),
-        (jnp.bfloat16, 64, 96, "64 columns at a time: no Q8_0 matrix of 96 columns"),
+        (jnp.bfloat16, 72, 256, "needs a multiple of 64 rows, not 72"),
+        (jnp.bfloat16, 64, 96, "64 columns in a step, which do not divide 96 of Q8_0"),
         (65, 64, 256, "at most 64 rows of activations, not 65"),
     ],
 )

@@ -462,11 +462,11 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("file", "content", "message"),
         [
-            ("tokenizer_config.json", {"eos_token": 2}, "eos_token must be a text, or an object"),
+            ("tokenizer_config.json", {"eos_token": 2}, "eos_token must be a string, or an object"),
             (
                 "tokenizer_config.json",
                 {"bos_token": {"content": 1}},
-                "bos_token must be a text, or an object",
+                "bos_token must be a string, or an object",
             ),
             (
                 "tokenizer_config.json",
@@ -476,20 +476,20 @@ class TestFolder:
             (
                 "tokenizer_config.json",
                 {"chat_template": 3},
-                "chat_template must be a text, or a list of texts",
+                "chat_template must be a string, or a list of named strings",
             ),
-            ("special_tokens_map.json", {"bos_token": [1]}, "bos_token must be a text, or an object"),
+            ("special_tokens_map.json", {"bos_token": [1]}, "bos_token must be a string, or an object"),
             (
                 "generation_config.json",
                 {"eos_token_id": "two"},
-                "eos_token_id must be a whole number, got 'two'",
+                "eos_token_id must be an integer, got 'two'",
             ),
             (
                 "generation_config.json",
                 {"eos_token_id": [2, None]},
-                "eos_token_id must be a list of whole numbers",
+                "eos_token_id must be a list of integers",
             ),
-            ("config.json", {"bos_token_id": 1.5}, "bos_token_id must be a whole number, got 1.5"),
+            ("config.json", {"bos_token_id": 1.5}, "bos_token_id must be an integer, got 1.5"),
             ("config.json", [], "must hold a JSON object"),
         ],
     )

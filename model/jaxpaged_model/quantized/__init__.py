@@ -1,5 +1,5 @@
-"""Weights that stay quantized in memory: their formats, how they lie there, and products with them.
+"""Weights that stay quantized in memory.
 
-``formats`` says what a GGUF type's numbers are, ``panels`` how a matrix of them is kept, ``linear`` has the layers of a
-model, and ``product`` chooses who computes them on a platform.
+``formats`` defines GGUF's types, ``panels`` and ``lanes`` the layouts of matrices in memory, ``linear``
+the layers of a model; ``product`` chooses the implementation of products on a platform.
 """

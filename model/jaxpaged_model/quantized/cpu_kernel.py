@@ -1,10 +1,10 @@
-"""The kernel of products with quantized matrices on CPUs: what a call does before, between and after the products.
+"""CPU kernel of products with quantized matrices: scheduling, and the operations before and after the products.
 
-A call computes ``f(norm(x) @ W.T)`` whole, so that a layer is a few calls: rows of ``x`` may be normed first (RMSNorm),
-and of a matrix that holds two, gate and up, ``silu(gate) * up`` is what leaves; else something may be added. Pieces are
-a run of panels times some rows. Each weight is read once for all rows of a piece.
+A call computes ``f(norm(x) @ W.T)``, so that a transformer layer is a few calls: optionally an RMSNorm of
+``x`` first, and afterwards a sum, or ``silu(gate) * up`` if the matrix is the concatenation of gate and up.
+A work item is a range of panels times some rows; each weight is read once for all of these rows.
 
-The file is loaded once for each format and exactness, see ``cpu.py``: numba compiles what the module's name asks for.
+The module is loaded once for each format and exactness, see ``cpu.py``; its ``__name__`` selects the variant.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ EXACT = _VARIANT[-1] == "exact"
 NAME = f"jaxpaged_product_{FORMAT.name}{'_exact' if EXACT else ''}"
 _TASK = f"{NAME}_task"
 
-_PIECE_ROWS = 64
-"""Rows of a piece: with 2,000 columns, they and a panel stay in the second-level cache."""
+_ITEM_ROWS = 64
+"""Rows of a work item: with 2,000 columns, they and a panel fit into the second-level cache."""
 _SHARED_ROWS = 16
-"""Up to so many rows, the thread of the call prepares them alone: the others would start later than it ends."""
-_PIECES_A_THREAD = 4
+"""Number of rows up to which the calling thread prepares them alone: other threads would start too late."""
+_ITEMS_PER_THREAD = 4
 _SMALL = 1 << 18
-"""Bytes of codes, times rows, below which one thread does all: another one takes some microseconds to begin."""
+"""Bytes of codes, times rows, below which one thread computes all: starting another takes microseconds."""
 
-# What a job holds, by index: addresses of inputs, then the rest.
+# Indices of a job's numbers: addresses of inputs, then the rest.
 INPUTS = 10
 (X, NORM, ADD, CODES, SCALES, STEPS, MINIMA, MIN_STEPS, NUMBERS, OPTIONS) = range(JOB, JOB + INPUTS)
 (
@@ -86,7 +86,7 @@ _group_sums = group_sums(FORMAT)
 
 @njit
 def _prepare(job: int, first: int, count: int) -> None:
-    """Norms and quantizes rows of ``x``."""
+    """Normalizes and quantizes rows of ``x``."""
     columns = load_i64(job, COLUMNS)
     blocks, groups = columns // BLOCK, columns // _GROUP
     for t in range(first, first + count):
@@ -116,7 +116,7 @@ def _prepare(job: int, first: int, count: int) -> None:
 
 @njit
 def _times_panel(job: int, panel: int, first: int, rows: int, out: int) -> None:
-    """``out[rows, 16]``: some rows times one panel."""
+    """Multiplies some rows with one panel: ``out[rows, 16]``."""
     columns = load_i64(job, COLUMNS)
     blocks, groups = columns // BLOCK, columns // _GROUP
     scales_in_row = columns // SUPER_BLOCK if _HAS_STEPS else groups
@@ -146,8 +146,8 @@ def _times_panel(job: int, panel: int, first: int, rows: int, out: int) -> None:
 
 
 @njit
-def _taken(rows: int) -> int:
-    """How many of ``rows`` rows one product takes."""
+def _rows_at_once(rows: int) -> int:
+    """Number of rows of the next product, of ``rows`` that are left."""
     if rows >= _MOST_ROWS:
         return _MOST_ROWS
     return 4 if rows >= 4 else (2 if rows >= 2 else 1)
@@ -155,7 +155,7 @@ def _taken(rows: int) -> int:
 
 @njit
 def _write(job: int, panel: int, first: int, rows: int, sums: int) -> None:
-    """What becomes of a tile's sums, those of up behind those of gate."""
+    """Writes a tile's sums, after gate or addition; the sums of up follow those of gate."""
     outputs = load_i64(job, OUTPUTS)
     here = min(outputs - panel * ROWS, ROWS)
     is_gated, is_added = load_i64(job, GATED) != 0, load_i64(job, ADDED) != 0
@@ -178,15 +178,15 @@ def _write(job: int, panel: int, first: int, rows: int, sums: int) -> None:
 
 @inlined
 def _multiply(job: int, index: int, sums: int) -> None:
-    """One piece: a run of panels, some rows."""
+    """Computes one work item: a range of panels, some rows."""
     runs, run = load_i64(job, RUNS), load_i64(job, RUN)
     panels, tokens = load_i64(job, PANELS), load_i64(job, TOKENS)
-    begin = index // runs * _PIECE_ROWS
-    end = min(begin + _PIECE_ROWS, tokens)
+    begin = index // runs * _ITEM_ROWS
+    end = min(begin + _ITEM_ROWS, tokens)
     for panel in range(index % runs * run, min((index % runs + 1) * run, panels)):
         row = begin
         while row < end:
-            rows = _taken(end - row)
+            rows = _rows_at_once(end - row)
             _times_panel(job, panel, row, rows, sums)
             if load_i64(job, GATED) != 0:
                 _times_panel(job, panels + panel, row, rows, sums + 4 * ROWS * _MOST_ROWS)
@@ -195,7 +195,7 @@ def _multiply(job: int, index: int, sums: int) -> None:
 
 
 def task(job: int) -> int:
-    """Does pieces until there is none left."""
+    """Computes work items until none is left."""
     index = next_piece(job)
     if index >= 0:
         memory = malloc(8 * ROWS * _MOST_ROWS + 64)
@@ -230,8 +230,8 @@ def _read_call(call: int, job: int) -> None:
 
 
 @inlined
-def _take_memory(job: int) -> int:
-    """What activations become; the address to be freed."""
+def _allocate_activations(job: int) -> int:
+    """Allocates memory for quantized activations; returns the address to be freed."""
     tokens, columns = load_i64(job, TOKENS), load_i64(job, COLUMNS)
     groups = columns // _GROUP
     own = not EXACT or load_i64(job, NORMED) != 0
@@ -249,18 +249,18 @@ def _take_memory(job: int) -> int:
 
 
 def handler(call: int) -> int:
-    """What XLA calls."""
+    """Entry point of the custom call."""
     if answers_query(call):
         return 0
     job = new_job(JOB_SIZE)
     _read_call(call, job)
-    memory = _take_memory(job)
+    memory = _allocate_activations(job)
     tokens, panels, columns = load_i64(job, TOKENS), load_i64(job, PANELS), load_i64(job, COLUMNS)
     threads = num_threads(call)
     if tokens <= _SHARED_ROWS:
         _prepare(job, 0, tokens)
     else:
-        # A job of its own: a thread that comes late may still hold it when the next one has begun.
+        # A separate job: a late thread may still read it when the multiplication has begun.
         first = new_job(JOB_SIZE)
         for i in range(JOB, JOB + JOB_SIZE):
             store_i64(first, i, load_i64(job, i))
@@ -269,8 +269,8 @@ def handler(call: int) -> int:
         release(first)
     if panels * (columns // BLOCK) * _CODE_BYTES * tokens < _SMALL:
         threads = 1
-    blocks_of_rows = -(-tokens // _PIECE_ROWS)
-    wanted = max(threads * _PIECES_A_THREAD // blocks_of_rows, 1) if threads > 1 else 1
+    blocks_of_rows = -(-tokens // _ITEM_ROWS)
+    wanted = max(threads * _ITEMS_PER_THREAD // blocks_of_rows, 1) if threads > 1 else 1
     run = -(-panels // wanted)
     runs = -(-panels // run)
     store_i64(job, STAGE, _MULTIPLY)

@@ -1,11 +1,11 @@
-"""Products of a panel's block with rows of activations, as vector instructions for numba functions.
+"""Products of a panel with rows of activations, as LLVM vector instructions for numba functions.
 
-Sixteen lanes are sixteen rows of the matrix, see ``panels.py``. Activations become whole numbers of 16 bits, with a
-scale for each block of 32, and four columns at a time go into a sum of whole numbers: two instructions where the CPU
-has AVX-512 VNNI or Arm's dot product. (ggml's kernels take activations of 8 bits, one instruction; a small model's
-predictions are off by a mean KL divergence of 2e-4 then, and with 16 bits by 1e-8: docs/reports/performance.md.) A sum
-starts at ``-zero`` times the sum of the activations, so that codes need not be moved to signed numbers. Exact
-products take activations as float32, and codes are widened in registers.
+The sixteen elements of a vector are sixteen rows of the matrix, see ``panels.py``. Activations are rounded to
+16-bit integers with a scale for each block of 32, and an integer sum accumulates four columns at a time, with
+two instructions of AVX-512 VNNI or Arm's dot product. (ggml's kernels round activations to 8 bits, which needs
+one instruction; the mean KL divergence of a small model is 2e-4 with 8 bits and 1e-8 with 16:
+docs/weights.md.) A sum starts at ``-zero`` times the sum of the activations, so that codes stay unsigned. Exact
+products use float32 activations and convert codes in registers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _QUAD = 4
 
 
 def _host_has(*features: str) -> bool:
-    """Whether code is compiled for a CPU that has all of them; NUMBA_CPU_FEATURES speaks for another."""
+    """True if the target CPU has all of these features; NUMBA_CPU_FEATURES can name another CPU's."""
     if config.CPU_NAME:
         return {f"+{feature}" for feature in features} <= set((config.CPU_FEATURES or "").split(","))
     return all(llvm.get_host_cpu_features().get(feature) for feature in features)
@@ -46,12 +46,12 @@ def _instruction_set() -> str:
 
 
 INSTRUCTIONS = _instruction_set()
-"""Which instructions multiply whole numbers: "avx512vnni", "avx2", "neon" or "any"."""
+"""Instructions of integer products: "avx512vnni", "avx2", "neon" or "any"."""
 _AHEAD = 4096
-"""How far before they are read codes are asked for, in bytes: with 8 rows of activations, a CPU looks less than two
-blocks ahead by itself, and waits for memory instead of computing meanwhile; 8 rows of Q8_0 take 0.73 of the time."""
+"""Prefetch distance of codes in bytes: with 8 rows of activations, the CPU's own prefetcher is less than two blocks
+ahead, and products wait for memory; with it, 8 rows of Q8_0 take 0.73 of the time."""
 ROW_SIZES = (1, 2, 4, 8) if _host_has("avx512f") else (1, 2, 4)
-"""Rows of activations that a product takes at once: their sums stay in registers."""
+"""Numbers of rows of activations of one product; their sums stay in registers."""
 
 
 def _load(c: Code, address: Any, kind: Any) -> Any:
@@ -63,7 +63,7 @@ def _offset(c: Code, address: Any, index: Any, size: int) -> Any:
 
 
 def _prefetch(c: Code, address: Any, lines: int) -> None:
-    """Asks for lines of 64 bytes that are read soon; any address may be named."""
+    """Prefetches lines of 64 bytes; any address is allowed."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
     name = "llvm.prefetch.p0"
     function = c.b.module.globals.get(name) or ir.Function(c.b.module, kind, name)
@@ -94,15 +94,15 @@ def _intrinsic(c: Code, name: str, result: Any, *args: Any) -> Any:
 
 # --- sums of four products --------------------------------------------------------------------------------------
 #
-# Activations are whole numbers of 16 bits. The four of a quad take two words: what is multiplied with the even and with
-# the odd bytes of a code's word; on Arm, whose instruction multiplies bytes, their high and their low bytes.
+# Activations are 16-bit integers. The four of a quad are two words: the factors of the even and of the odd bytes of a
+# word of codes. Arm's instruction multiplies bytes: there they are the high and the low bytes of the four.
 
 SIXTEEN_BITS = 127 * 256
-"""What a block's largest activation becomes: its high byte is at most 127, when the low one has a sign of its own."""
+"""Largest activation of a block: its high byte is then at most 127, with a signed low byte."""
 
 
 def _madd_vnni(c: Code, total: Any, codes: Any, factors: Any) -> Any:
-    # Until LLVM 21 the intrinsic had pairs as words; LLVM reads that form from text in later versions, too.
+    # Until LLVM 21 the operands were 32-bit words; later versions still parse that form from text.
     name = "llvm.x86.avx512.vpdpwssd.512"
     if llvm.llvm_version_info[0] < 22:
         return _intrinsic(c, name, _WORDS, total, codes, factors)
@@ -126,7 +126,7 @@ def _madd_any(c: Code, total: Any, codes: Any, factors: Any) -> Any:
 
 
 class _OfPairs:
-    """Even and odd bytes of codes, as 16-bit numbers that are not negative."""
+    """Products of 16-bit integers: the even and the odd bytes of codes, zero-extended."""
 
     order = (0, 2, 1, 3)
     signed = False
@@ -134,22 +134,22 @@ class _OfPairs:
     def __init__(self, madd: Callable[..., Any]) -> None:
         self._madd = madd
 
-    def words(self, c: Code, whole: Any) -> Any:
-        """16 whole numbers as they are stored, bytes."""
-        pairs = c.b.trunc(whole, ir.VectorType(_I16, ROWS))
+    def words(self, c: Code, integers: Any) -> Any:
+        """Stored form of 16 integer activations."""
+        pairs = c.b.trunc(integers, ir.VectorType(_I16, ROWS))
         return c.shuffle(pairs, pairs, [4 * q + i for q in range(ROWS // 4) for i in self.order])
 
     def codes(self, c: Code, quad: Any) -> list[Any]:
-        """What the two words of activations are multiplied with."""
+        """The codes that are multiplied with each of the two words of activations."""
         low = ir.Constant(_WORDS, [0x00FF00FF] * ROWS)
         return [c.b.and_(quad, low), c.b.and_(c.b.lshr(quad, ir.Constant(_WORDS, [8] * ROWS)), low)]
 
     def begin(self, c: Code, start: Any) -> list[Any]:
-        """Sums of whole numbers that start at ``start``."""
+        """Integer sums that start at ``start``."""
         return [start]
 
     def add(self, c: Code, sums: list[Any], codes: list[Any], factors: list[Any]) -> list[Any]:
-        """``sums`` and the products of a quad."""
+        """Adds the products of a quad to ``sums``."""
         total = sums[0]
         for code, factor in zip(codes, factors, strict=True):
             total = self._madd(c, total, code, factor)
@@ -161,14 +161,14 @@ class _OfPairs:
 
 
 class _OfBytes:
-    """High and low bytes of activations, each with a sum of its own: Arm's product of bytes, both signed."""
+    """Arm's products of signed bytes: separate sums for the high and the low bytes of activations."""
 
     signed = True
 
-    def words(self, c: Code, whole: Any) -> Any:
+    def words(self, c: Code, integers: Any) -> Any:
         eight, narrow = ir.Constant(_WORDS, [8] * ROWS), ir.VectorType(_I8, ROWS)
-        high = c.b.ashr(c.b.add(whole, ir.Constant(_WORDS, [128] * ROWS)), eight)
-        low = c.b.sub(whole, c.b.shl(high, eight))
+        high = c.b.ashr(c.b.add(integers, ir.Constant(_WORDS, [128] * ROWS)), eight)
+        low = c.b.sub(integers, c.b.shl(high, eight))
         order = [part + 4 * q + i for q in range(ROWS // 4) for part in (0, ROWS) for i in range(4)]
         return c.shuffle(c.b.trunc(high, narrow), c.b.trunc(low, narrow), order)
 
@@ -199,7 +199,7 @@ _PRODUCTS: _OfPairs | _OfBytes = _OfBytes() if INSTRUCTIONS == "neon" else _OfPa
 
 
 def code_of_zero(fmt: WeightFormat) -> int:
-    """What a group's sum has to be corrected by, times the activations' sum; signed codes of 8 bits are less 128."""
+    """Factor of the activations' sum that corrects a group's sum; signed 8-bit codes have 128 subtracted."""
     return fmt.zero - 128 if _PRODUCTS.signed and _has_8_bits(fmt) else fmt.zero
 
 
@@ -213,7 +213,7 @@ def _byte_vector(value: int) -> Any:
 
 
 def _looked_up(c: Code, table: tuple[int, ...], index: Any) -> Any:
-    """``table[index]``, 64 bytes, index below 16."""
+    """Looks up 64 bytes in a table of 16."""
     if INSTRUCTIONS == "any":
         found = ir.Constant(_WORDS, [0] * ROWS)
         for code, value in enumerate(table):
@@ -238,14 +238,14 @@ def _looked_up(c: Code, table: tuple[int, ...], index: Any) -> Any:
 
 
 def _quads(c: Code, fmt: WeightFormat, codes: Any) -> list[Any]:
-    """The eight quads of a block, a byte each code, as 16 words; table formats give what is looked up."""
+    """Unpacks the eight quads of a block, each as 16 words of four bytes: codes, or values of the table."""
     vectors = [_load(c, c.b.add(codes, _I64(4 * ROWS * i)), _WORDS) for i in range(fmt.bits)]
     quads: list[Any] = []
     for q in range(QUADS):
         code, done = None, 0
         for bits in fmt.planes:
             part, shift = vectors[done + q % bits], bits * (q // bits) - done
-            # Shifted at once to where the plane belongs in a code; what else comes along is masked.
+            # One shift to the plane's position in a code; the mask removes other bits.
             if shift > 0:
                 part = c.b.lshr(part, ir.Constant(_WORDS, [shift] * ROWS))
             elif shift < 0:
@@ -262,17 +262,16 @@ def _quads(c: Code, fmt: WeightFormat, codes: Any) -> list[Any]:
 
 PANEL_ARGUMENTS = 13
 """``(codes, scales, steps, minima, min_steps, blocks, a, lda, factors, starts, sums, groups, out)``: addresses of a
-panel's parts; its blocks; activations, the distance of their rows in bytes; of each row and block its scale, of each
-row and group where its sum of whole numbers starts, and the sum of its activations; groups of a row; where 16 sums a
-row go, row after row."""
+panel's parts; number of blocks; activations and the stride of their rows in bytes; scales of activations by row and
+block; start values of integer sums, and sums of activations, by row and group; number of groups; results [rows, 16]."""
 
 
 def panel_product(fmt: WeightFormat, rows: int, exact: bool) -> Any:
-    """``out[rows, 16] = a[rows] @ panel.T``, a function for numba of one tuple, see ``PANEL_ARGUMENTS``."""
+    """``out[rows, 16] = a[rows] @ panel.T``, a numba function of one tuple, see ``PANEL_ARGUMENTS``."""
     in_block = BLOCK // fmt.group
 
     def lanes(c: Code, address: Any, index: Any, kind: Any) -> Any:
-        """Sixteen numbers of any type, as float32."""
+        """Loads sixteen numbers of any type as float32."""
         value = _load(
             c, _offset(c, address, index, ROWS * (2 if kind is _F16 else 1)), ir.VectorType(kind, ROWS)
         )
@@ -287,7 +286,7 @@ def panel_product(fmt: WeightFormat, rows: int, exact: bool) -> Any:
         return c.b.fmul(big, c.b.sitofp(wide, _FLOATS))
 
     def number(c: Code, address: Any, row: Any, index: Any, kind: Any) -> Any:
-        """One of a row's numbers, in all lanes."""
+        """Loads one of a row's numbers to all elements of a vector."""
         value = c.b.load(pointer(c.b, _offset(c, address, c.b.add(row, index), 4), kind), align=4, typ=kind)
         return c.spread(value, _WORDS if kind is _I32 else _FLOATS)
 
@@ -308,7 +307,7 @@ def panel_product(fmt: WeightFormat, rows: int, exact: bool) -> Any:
                 if exact:
                     products = float_products(c, quads, mine, row_of, block)
                 else:
-                    products = whole_products(c, quads, mine, row_of, block, starts, of_groups, group)
+                    products = integer_products(c, quads, mine, row_of, block, starts, of_groups, group)
                 factor = scale(c, scales, steps, block, group, True)
                 for r in range(rows):
                     own = factor if exact else c.b.fmul(factor, number(c, factors, of_blocks[r], block, _F32))
@@ -321,7 +320,7 @@ def panel_product(fmt: WeightFormat, rows: int, exact: bool) -> Any:
         for r in range(rows):
             c.store(c.get(totals[r]), c.at(out, ROWS * r))
 
-    def whole_products(
+    def integer_products(
         c: Code, quads: list[Any], mine: range, row_of: list[Any], block: Any, starts: Any, of_groups: list[Any],
         group: Any,
     ) -> list[Any]:  # fmt: skip
@@ -364,7 +363,7 @@ def _sum_of_lanes(c: Code, value: Any) -> Any:
 
 
 def _write_square_sum(c: Code, row: Any, count: Any) -> Any:
-    """The sum of squares of ``count`` float32, a multiple of 32."""
+    """Sum of squares of ``count`` float32, a multiple of 32."""
     sums = c.variables(2, ir.Constant(_FLOATS, [0.0] * ROWS))
     with c.loop(count, 2 * ROWS) as i:
         for half in (0, 1):
@@ -391,9 +390,9 @@ scaled = instructions(
 
 
 def quantize_row(fmt: WeightFormat) -> Any:
-    """``((row, blocks, out, factors, starts, sums))``: a row as whole numbers, and what ``panel_product`` wants beside.
+    """``((row, blocks, out, factors, starts, sums))``: rounds a row to integers; writes ``panel_product``'s arguments.
 
-    One that is not finite makes all sums with it NaN, as it would unquantized.
+    A value that is not finite makes all sums of its block NaN.
     """
     in_block, zero = BLOCK // fmt.group, code_of_zero(fmt)
 
@@ -404,22 +403,21 @@ def quantize_row(fmt: WeightFormat) -> Any:
             largest = c.b.extract_element(c.halves(top, c.largest, 1), _I32(0))
             some = c.b.fcmp_ordered(">", largest, _F32(0.0))
             inverse = c.b.select(some, c.b.fdiv(_F32(SIXTEEN_BITS), largest), _F32(0.0))
-            wholes = []
+            integers = []
             for half, x in enumerate(halves):
                 near = c.call("nearbyint", c.b.fmul(x, c.spread(inverse, _FLOATS)))
-                whole = c.b.fptosi(near, _WORDS)
-                wholes.append(whole)
-                words = _PRODUCTS.words(c, whole)
+                integers.append(c.b.fptosi(near, _WORDS))
+                words = _PRODUCTS.words(c, integers[half])
                 place = c.b.add(_offset(c, out, block, 2 * BLOCK), _I64(2 * ROWS * half))
                 c.b.store(words, pointer(c.b, place, words.type), align=1)
-            # 0 * x is NaN where x is none or infinite.
+            # 0 * x is NaN if x is NaN or infinite.
             nothing = [c.b.fmul(x, ir.Constant(_FLOATS, [0.0] * ROWS)) for x in halves]
             check = _sum_of_lanes(c, c.b.fadd(*nothing))
             factor = c.b.fadd(c.b.fdiv(largest, _F32(SIXTEEN_BITS)), check)
             c.store(factor, c.at(factors, block))
-            parts = wholes if in_block == 2 else [c.b.add(*wholes)]
-            for part, whole in enumerate(parts):
-                total = _sum_of_lanes(c, whole)
+            parts = integers if in_block == 2 else [c.b.add(*integers)]
+            for part, values in enumerate(parts):
+                total = _sum_of_lanes(c, values)
                 group = c.b.add(c.b.mul(block, _I64(in_block)), _I64(part))
                 c.store(c.b.mul(total, _I32(-zero)), c.at(starts, group))
                 if fmt.has_minima:
@@ -429,7 +427,7 @@ def quantize_row(fmt: WeightFormat) -> Any:
 
 
 def group_sums(fmt: WeightFormat) -> Any:
-    """``((row, blocks, sums))``: the sum of each group of float32."""
+    """``((row, blocks, sums))``: sums of each group of float32."""
 
     def write(c: Code, row: Any, blocks: Any, sums: Any) -> None:
         with c.loop(blocks, 1) as block:
@@ -443,11 +441,11 @@ def group_sums(fmt: WeightFormat) -> Any:
     return instructions(write, types.void, *(types.int64,) * 3)
 
 
-# --- what becomes of the sums -----------------------------------------------------------------------------------
+# --- after the products -----------------------------------------------------------------------------------------
 
 
 def _write_gated(c: Code, gate: Any, up: Any, out: Any) -> None:
-    """``silu(gate) * up`` of 16 numbers, silu(x) = x / (1 + exp(-x)), with no exponential of a positive number."""
+    """``silu(gate) * up`` of 16 numbers, silu(x) = x / (1 + exp(-x)), without exponentials of positive numbers."""
     one = c.constant(1.0)
     for i in range(0, ROWS, WIDTH):
         x = c.load(c.at(gate, i))

@@ -1,10 +1,10 @@
-"""What the quantized types of GGUF files are: small codes, and for each group of them a scale and perhaps a minimum.
+"""The quantized types of GGUF files: codes of a few bits, with a scale and perhaps a minimum for each group.
 
-A number is ``scale * (code - zero)``, or ``scale * code - minimum``. Where scales and minima are whole numbers of a few
-bits, a super-block of 256 has one float16 that they are multiplied by.
+A number is ``scale * (code - zero)``, or ``scale * code - minimum``. In K-quants, scales and minima are
+integers of a few bits, multiplied by one float16 for a super-block of 256 numbers.
 
-Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (github.com/ggml-org/llama.cpp). The bytes are read here, not by
-the ``gguf`` package, because that gives float32 alone; tests compare the two.
+Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (github.com/ggml-org/llama.cpp). The ``gguf`` package
+only dequantizes to float32; tests compare the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BLOCK = 32
-"""Numbers that share what is computed at once; every group is a block or half of one."""
+"""Columns of a block; every group is a block or half of one."""
 SUPER_BLOCK = 256
 _HALF_FLOAT = np.dtype("<f2")
 
@@ -26,10 +26,10 @@ class Unpacked:
 
     Attributes:
       codes: u8 ``[n, numbers]``.
-      scales: f16 ``[n, 1]``, one a block of the file.
-      minima: as ``scales``, where the format has them.
-      steps: i8 ``[n, groups]``, which the scale is multiplied by; None where groups have their own scales.
-      min_steps: u8 ``[n, groups]``, the same of minima.
+      scales: f16 ``[n, 1]``, one for each block of the file.
+      minima: like ``scales``; None if the format has none.
+      steps: i8 ``[n, groups]``, factors of the scale; None if each group has its own float16 scale.
+      min_steps: u8 ``[n, groups]``, factors of the minimum, likewise.
     """
 
     codes: np.ndarray
@@ -44,14 +44,14 @@ class WeightFormat:
     """A quantized type of GGUF.
 
     Attributes:
-      name: as GGUF calls it.
-      planes: the bits of a code, split as they are kept: ``(4, 2)`` are four low bits and two high ones.
-      zero: the code that stands for 0 (of ``table``'s numbers where there is one).
+      name: GGUF's name.
+      planes: the bits of a code, split into planes: ``(4, 2)`` are four low bits and two high ones.
+      zero: the code of 0, or the value of 0 in ``table``.
       group: numbers with one scale, 32 or 16.
       file_block: numbers of a block of the file, 32 or 256.
       file_bytes: bytes of such a block.
-      has_minima: whether groups have minima.
-      table: what codes are looked up in, moved to 0 .. 255; None where they count by themselves.
+      has_minima: True if groups have minima.
+      table: values of the codes, plus 128; None if a code is its own value.
     """
 
     name: str
@@ -66,16 +66,28 @@ class WeightFormat:
 
     @property
     def has_steps(self) -> bool:
-        """Whether scales are whole numbers, times one float16 for 256 numbers."""
+        """True if scales are integers, times one float16 for 256 numbers."""
         return self.file_block == SUPER_BLOCK
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return sum(self.planes)
 
+    @property
+    def factors(self) -> dict[str, tuple[int, type]]:
+        """Parts beside the codes: ``{name: (columns that share a number, numpy type)}``."""
+        wide = SUPER_BLOCK if self.has_steps else self.group
+        parts = {
+            "scales": (wide, np.float16), "steps": (self.group, np.int8),
+            "minima": (wide, np.float16), "min_steps": (self.group, np.uint8),
+        }  # fmt: skip
+        absent = set() if self.has_steps else {"steps", "min_steps"}
+        absent |= set() if self.has_minima else {"minima", "min_steps"}
+        return {name: part for name, part in parts.items() if name not in absent}
+
     def unpack(self, raw: np.ndarray) -> Unpacked:
-        """The parts of a matrix's rows: ``raw`` u8 ``[rows, bytes]``; parts are ``[rows, all of a row]``."""
+        """Splits a matrix's rows, u8 ``[rows, bytes]``, into its parts, ``[rows, numbers of a row]`` each."""
         rows = len(raw)
         found = self.unpack_blocks(raw.reshape(-1, self.file_bytes))
 
@@ -94,7 +106,7 @@ def _f16(raw: np.ndarray, start: int) -> np.ndarray:
 
 
 def _split(raw: np.ndarray, bits: int, run: int) -> np.ndarray:
-    """Codes of ``bits`` bits; ``run`` bytes hold the first of each byte, then the second of each, and so on."""
+    """Unpacks codes of ``bits`` bits: of each run of bytes the lowest bits of all, then the next bits of all."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     parts = raw.reshape(len(raw), -1, 1, run) >> shifts
     return (parts & np.uint8((1 << bits) - 1)).reshape(len(raw), -1)
@@ -154,7 +166,7 @@ def _q2_k(raw: np.ndarray) -> Unpacked:
 
 
 def _less_32(steps: np.ndarray) -> np.ndarray:
-    """Codes of 6 bits as the signed numbers that they stand for."""
+    """Signed values of codes of 6 bits."""
     return steps.astype(np.int8) - np.int8(32)
 
 
@@ -189,4 +201,4 @@ _FORMATS = (
     WeightFormat("IQ4_XS", (4,), 128, 32, 256, 136, table=_IQ4_TABLE, unpack_blocks=_iq4_xs),
 )
 WEIGHT_FORMATS: dict[str, WeightFormat] = {one.name: one for one in _FORMATS}
-"""Every format by its name."""
+"""All formats by name."""

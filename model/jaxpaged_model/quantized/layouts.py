@@ -1,4 +1,4 @@
-"""The two ways in which a quantized matrix lies in memory; their modules have the same functions."""
+"""The two memory layouts of a quantized matrix; their modules have the same functions."""
 
 from __future__ import annotations
 

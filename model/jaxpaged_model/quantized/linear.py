@@ -1,4 +1,4 @@
-"""Layers whose weights stay quantized, in Flax NNX, and the plan that says which layers of a model those are."""
+"""Layers with quantized weights, in Flax NNX, and the plan of a model's quantized layers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxpaged_model.quantized.product import product
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Which layers are quantized, and how; all others have dense weights.
+    """The quantized layers of a model and their formats; all others are dense.
 
     Attributes:
       formats: pairs of a layer's path in the model, such as ``"blocks.0.attention.qkv"``, and its format.
       exact: see ``product.product``.
-      layout: how their matrices lie in memory.
+      layout: memory layout of the matrices.
     """
 
     formats: tuple[tuple[str, str], ...] = ()
@@ -38,12 +38,12 @@ class WeightPlan:
         return replace(self, exact=True) if self.formats else self
 
     def of(self, path: str) -> str | None:
-        """The format of a layer; None where it is dense."""
+        """The format of a layer, None if it is dense."""
         return self._by_path.get(path)
 
 
 class _Quantized(nnx.Module):
-    """A matrix: each part is a parameter of its name."""
+    """A quantized matrix; each part is a parameter of that name."""
 
     def __init__(self, name: str, rows: int, columns: int, *, exact: bool, layout: Layout) -> None:
         self.format, self.rows, self.columns, self.exact, self.layout = name, rows, columns, exact, layout
@@ -53,7 +53,7 @@ class _Quantized(nnx.Module):
             setattr(self, part, nnx.Param(jnp.zeros(shape.shape, shape.dtype)))
 
     def parts(self) -> dict[str, Array]:
-        """See ``panels.Parts`` and ``lanes.Parts``."""
+        """The matrix's parts, see ``panels.Parts`` and ``lanes.Parts``."""
         return {name: getattr(self, name)[...] for name in self.part_names}
 
     def _product(self, x: Array, outputs: int, **around: Any) -> Array:
@@ -61,14 +61,14 @@ class _Quantized(nnx.Module):
 
 
 class QuantizedLinear(_Quantized):
-    """``norm(x) @ W.T + bias + add``, or of a gated one ``silu(gate) * up``.
+    """``norm(x) @ W.T + bias + add``, or, if gated, ``silu(gate) * up``.
 
     Args:
-      name: the format of the weights.
+      name: format of the weights.
       dim_in, dim_out: columns and rows; of a gated layer, rows of each of its two matrices.
-      use_bias: whether there is one.
+      use_bias: True to add a bias.
       gated: see ``product.product``.
-      dtype: of the bias.
+      dtype: dtype of the bias.
       exact, layout: see ``product.product``.
     """
 
@@ -96,7 +96,7 @@ class QuantizedLinear(_Quantized):
 
 
 class QuantizedEmbedding(_Quantized):
-    """A row for each token; with tied embeddings, the model's last layer as well."""
+    """Token embedding; with tied embeddings also the output layer."""
 
     def __init__(
         self, name: str, num_tokens: int, dim: int, *, dtype: Any, exact: bool, layout: Layout
@@ -109,5 +109,5 @@ class QuantizedEmbedding(_Quantized):
         return rows.astype(self.dtype)
 
     def attend(self, x: Array, *, norm: tuple[Array, float] | None = None) -> Array:
-        """``norm(x) @ W.T``: a number for each token."""
+        """Logits ``norm(x) @ W.T``."""
         return self._product(x, self.rows, norm=norm)

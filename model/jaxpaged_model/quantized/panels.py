@@ -1,11 +1,12 @@
-"""How a quantized matrix lies in memory: panels of 16 rows, whose codes a CPU multiplies without rearranging them.
+"""Memory layout of a quantized matrix for CPUs: panels of 16 rows, in the order in which they are multiplied.
 
-Of each block of 32 columns a panel has eight quads, 16 rows times 4 columns, which are the 64 bytes of a vector: a
-product of pairs or fours sums up columns, and each lane keeps a row of its own. Codes of fewer bits share vectors:
-a plane of ``bits`` bits takes ``bits`` vectors, and quad q has bits ``bits * (q // bits)`` and up of vector
-``q % bits``. The planes of a block follow one another, so that a panel is read from its begin to its end.
+Each block of 32 columns of a panel is eight quads of 16 rows and 4 columns, which are the 64 bytes of a
+vector: multiply-add instructions sum over columns, and each element of the vector belongs to one row.
+Codes of fewer bits share vectors: a plane of ``bits`` bits takes ``bits`` vectors, and quad q has the bits
+from ``bits * (q // bits)`` on of vector ``q % bits``. The planes of a block are consecutive, so that a
+panel is read sequentially.
 
-Source of the idea: the packed operands of matrix products (GotoBLAS, doi:10.1145/1356052.1356053) and ggml's
+References: the packed operands of matrix products (GotoBLAS, doi:10.1145/1356052.1356053) and ggml's
 repacked types (``ggml-cpu/repack.cpp``).
 """
 
@@ -20,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged_model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS, WeightFormat
+from jaxpaged_model.quantized.formats import BLOCK, WEIGHT_FORMATS, WeightFormat
 
 ROWS = 16
-"""Rows of a panel: a matrix that follows another in memory begins at a multiple of it."""
+"""Rows of a panel; concatenated matrices begin at multiples of it."""
 QUADS = 8
-"""Of a block: four columns each."""
+"""Quads of a block, of four columns each."""
 _QUAD = 4
 ALIGNMENT = 64
-"""Bytes: a line of the cache, and what XLA wants of memory that it is to use without copying it."""
+"""Bytes of a cache line, and XLA's alignment of arrays that it does not copy."""
 
 Parts = dict[str, Any]
 """``codes`` u8[panels, blocks, 64 * bits]; ``scales`` f16[panels, groups, 16], or with steps f16[panels,
@@ -36,32 +37,22 @@ super-blocks, 16]; ``minima`` like ``scales``; ``steps`` i8[panels, groups, 16];
 
 
 def num_panels(rows: int) -> int:
-    """Panels of a matrix of ``rows`` rows; the last one is filled up with zeros."""
+    """Panels of a matrix of ``rows`` rows; the last one is padded with zeros."""
     return -(-rows // ROWS)
 
 
 def part_shapes(fmt: WeightFormat, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a matrix's parts."""
     panels = num_panels(rows)
-
-    def lanes(count: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((panels, count, ROWS), dtype)
-
-    groups = columns // fmt.group
-    scales = lanes(columns // SUPER_BLOCK if fmt.has_steps else groups, jnp.float16)
     codes = jax.ShapeDtypeStruct((panels, columns // BLOCK, ROWS * _QUAD * fmt.bits), jnp.uint8)
-    parts = {"codes": codes, "scales": scales}
-    if fmt.has_steps:
-        parts["steps"] = lanes(groups, jnp.int8)
-    if fmt.has_minima:
-        parts["minima"] = scales
-        if fmt.has_steps:
-            parts["min_steps"] = lanes(groups, jnp.uint8)
-    return parts
+    return {"codes": codes} | {
+        name: jax.ShapeDtypeStruct((panels, columns // shared, ROWS), dtype)
+        for name, (shared, dtype) in fmt.factors.items()
+    }
 
 
 def empty_parts(fmt: WeightFormat, rows: int, columns: int) -> Parts:
-    """numpy arrays for a matrix's parts, nothing written into them, aligned so that XLA takes them as they are."""
+    """Uninitialized numpy arrays for a matrix's parts, aligned so that XLA does not copy them."""
     return {
         name: _aligned(one.shape, np.dtype(one.dtype))
         for name, one in part_shapes(fmt, rows, columns).items()
@@ -76,7 +67,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> None:
-    """Writes a matrix of a file, u8 ``[rows, bytes]``, into the parts of a larger one from ``first_row`` on.
+    """Writes a matrix of a file, u8 ``[rows, bytes]``, to rows ``first_row`` and up of a matrix's parts.
 
     Raises:
       ValueError: ``first_row`` is not the first of a panel.
@@ -87,24 +78,20 @@ def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> 
     found = fmt.unpack(raw)
     for name in out:
         part = getattr(found, name)
-        lanes = _filled(part)
-        panels = slice(first_panel, first_panel + len(lanes) // ROWS)
-        lanes = lanes.reshape(-1, ROWS, part.shape[1])
+        if missing := -len(part) % ROWS:
+            part = np.pad(part, ((0, missing), (0, 0)))
+        by_panel = part.reshape(-1, ROWS, part.shape[1])
+        target = out[name][first_panel : first_panel + len(by_panel)]
         if name == "codes":
-            _pack_codes(fmt, lanes, out[name][panels])
+            _pack_codes(fmt, by_panel, target)
         else:
-            out[name][panels] = lanes.swapaxes(1, 2)
-
-
-def _filled(part: np.ndarray) -> np.ndarray:
-    missing = -len(part) % ROWS
-    return np.pad(part, ((0, missing), (0, 0))) if missing else part
+            target[...] = by_panel.swapaxes(1, 2)
 
 
 def _pack_codes(fmt: WeightFormat, codes: np.ndarray, out: np.ndarray) -> None:
-    """``codes`` u8[panels, 16, columns] into ``out`` u8[panels, blocks, 64 * bits]."""
+    """Packs ``codes`` u8[panels, 16, columns] into ``out`` u8[panels, blocks, 64 * bits]."""
     panels, _, columns = codes.shape
-    # Four columns at a time are moved as one number: [panels, 16, blocks, quads] -> [panels, blocks, quads, 16].
+    # Four columns are moved as one 32-bit number: [panels, 16, blocks, quads] -> [panels, blocks, quads, 16].
     words = np.ascontiguousarray(codes).view(np.uint32).reshape(panels, ROWS, columns // BLOCK, QUADS)
     quads = words.transpose(0, 2, 3, 1)
     into = out.view(np.uint32).reshape(panels, columns // BLOCK, fmt.bits, ROWS)
@@ -122,18 +109,18 @@ def _pack_codes(fmt: WeightFormat, codes: np.ndarray, out: np.ndarray) -> None:
         done += bits
 
 
-# --- back to numbers, on any platform ---------------------------------------------------------------------------
+# --- dequantization, on any platform ----------------------------------------------------------------------------
 
 
 def dequantized(name: str, parts: Mapping[str, Array], rows: int, columns: int) -> Array:
-    """f32 ``[rows, columns]`` of a matrix's parts."""
+    """Dequantizes a matrix: f32 ``[rows, columns]``."""
     fmt = WEIGHT_FORMATS[name]
     numbers = _numbers(fmt, parts)
     return numbers.swapaxes(1, 2).reshape(-1, numbers.shape[1])[:rows, :columns]
 
 
 def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -> Array:
-    """f32 ``[n, columns]``: the rows at ``index`` i32[n], which is inside the matrix."""
+    """Dequantizes the rows at ``index`` i32[n], which must be inside the matrix: f32 ``[n, columns]``."""
     fmt = WEIGHT_FORMATS[name]
     panel, lane = index // ROWS, index % ROWS
     taken = {}
@@ -147,7 +134,7 @@ def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -
 
 
 def _numbers(fmt: WeightFormat, parts: Mapping[str, Array]) -> Array:
-    """f32[panels, columns, lanes] of parts with any number of lanes."""
+    """Dequantizes parts with any number of rows in a panel: f32[panels, columns, rows of a panel]."""
     codes = parts["codes"]
     panels, blocks, _ = codes.shape
     vectors = codes.reshape(panels, blocks, fmt.bits, -1, _QUAD)
@@ -157,7 +144,7 @@ def _numbers(fmt: WeightFormat, parts: Mapping[str, Array]) -> Array:
         shifted = [plane >> np.uint8(shift) for shift in range(0, 8, bits)]
         quads |= (jnp.concatenate(shifted, axis=2) & np.uint8((1 << bits) - 1)) << np.uint8(done)
         done += bits
-    # [panels, blocks, quads, lanes, 4] -> [panels, columns, lanes]
+    # [panels, blocks, quads, rows, 4] -> [panels, columns, rows]
     by_column = quads.swapaxes(3, 4).reshape(panels, blocks * BLOCK, -1)
     if fmt.table is not None:
         by_column = jnp.asarray(fmt.table, jnp.uint8)[by_column]
@@ -170,7 +157,7 @@ def _numbers(fmt: WeightFormat, parts: Mapping[str, Array]) -> Array:
 
 
 def _scale(scales: Array, steps: Array | None) -> Array:
-    """f32[panels, groups, 1, lanes]"""
+    """Scale of each group: f32[panels, groups, 1, rows of a panel]."""
     wide = scales.astype(jnp.float32)
     if steps is not None:
         wide = jnp.repeat(wide, steps.shape[1] // wide.shape[1], axis=1) * steps.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""A product with a quantized matrix, on whatever platform it runs."""
+"""Products with quantized matrices on any platform."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
 
 def choose(platform: str | None = None) -> Implementation:
-    """Who computes products on a platform, by default the one that JAX uses."""
+    """The implementation for a platform; None = JAX's default backend."""
     platform = platform or jax.default_backend()
     if platform == "cpu":
         return "cpu" if importlib.util.find_spec("numba") is not None else "xla"
@@ -28,7 +28,7 @@ def choose(platform: str | None = None) -> Implementation:
 
 
 def layout_for(platform: str | None = None) -> Layout:
-    """How matrices have to lie for it."""
+    """The memory layout of matrices for that implementation."""
     return "panels" if choose(platform) == "cpu" else "lanes"
 
 
@@ -45,21 +45,21 @@ def product(
     layout: Layout = "panels",
     implementation: Implementation | None = None,
 ) -> Array:
-    """``x @ W.T``, with what stands around it in a transformer's layer.
+    """``x @ W.T``, fused with the operations before and after it in a transformer layer.
 
     Args:
       x: ``[T, columns]``, any floating dtype.
       name: the format, one of ``WEIGHT_FORMATS``.
       parts: the matrix, see ``panels.Parts`` and ``lanes.Parts``.
-      outputs: its rows; where it is ``gated``, half of them.
-      norm: ``(scale [columns], eps)``: ``x`` is normed first (RMSNorm).
-      add: ``[T, outputs]``, added in the end.
-      gated: the matrix holds gate and up, one behind the other, of ``outputs`` rows each, a multiple of 16; what
-        leaves is ``silu(gate) * up``.
-      exact: activations stay float32; else kernels may take them as whole numbers of 16 bits, with a scale for each
-        32 of them, which is off by less than 1e-4 of what a product is.
-      layout: how it lies there.
-      implementation: None = as ``choose`` says; what cannot serve a layout or a dtype leaves it to XLA.
+      outputs: rows of the matrix, or half of them if ``gated``.
+      norm: ``(scale [columns], eps)`` of an RMSNorm of ``x`` before the product.
+      add: ``[T, outputs]``, added to the product.
+      gated: True if the matrix is the concatenation of gate and up, of ``outputs`` rows each, a multiple
+        of 16; the result is ``silu(gate) * up``.
+      exact: True for float32 activations; otherwise kernels may round them to 16-bit integers with a
+        scale for each 32, a relative error below 1e-4.
+      layout: memory layout of the matrix.
+      implementation: None = ``choose()``; XLA computes what it does not support.
 
     Returns:
       ``[T, outputs]`` of ``x``'s dtype.
@@ -79,7 +79,7 @@ def product(
 
 
 def _kernel(wanted: Implementation) -> Any:
-    """Imported when it is needed: no platform has the libraries of both."""
+    """Imports a kernel when it is used: no platform has the libraries of both."""
     if wanted == "tpu":
         from jaxpaged_model.quantized import tpu_kernel
 
@@ -92,7 +92,7 @@ def _kernel(wanted: Implementation) -> Any:
 def _matmul(
     wanted: Implementation, x: Array, name: str, parts: Mapping[str, Array], rows: int, layout: Layout
 ) -> Array:
-    """``x @ W.T`` by a kernel that reads the matrix, or by XLA, which makes numbers of all of it first."""
+    """``x @ W.T`` by a kernel that reads the quantized matrix, or by XLA, which dequantizes all of it first."""
     if layout == "lanes" and wanted in ("gpu", "tpu"):
         with contextlib.suppress(NotImplementedError):
             return _kernel(wanted).matmul(WEIGHT_FORMATS[name], x, dict(parts))

@@ -1,7 +1,7 @@
-"""The TPU kernel of products with quantized matrices: a tile of codes becomes numbers in VMEM, where they are used.
+"""TPU kernel of products with quantized matrices, which dequantizes tiles in VMEM.
 
-A program takes ``bn`` rows of the matrix and, step by step, the codes of all its columns. Of every run of columns
-(see ``lanes``) a step has the same piece, because one byte holds codes of several runs; activations come ordered so.
+A program computes ``bn`` rows of the matrix and loops over its columns. One byte holds codes of several runs
+of columns (see ``lanes``), so a step has the same columns of every run; activations are reordered accordingly.
 """
 
 from __future__ import annotations
@@ -20,53 +20,47 @@ from jaxpaged_model.quantized import lanes
 from jaxpaged_model.quantized.formats import WeightFormat
 
 _ALIGNED = 256
-"""Columns whose groups of 32 have scales in whole registers."""
-_MOST_COLUMNS = 1024
-"""Of a piece of a run: half a megabyte of numbers, with 128 rows of the matrix."""
-_MOST_TOKENS = 512
+"""Columns for which the scales of groups of 32 fill whole registers."""
+_MAX_BK = 1024
+"""Half a megabyte of dequantized numbers, with 128 rows of the matrix."""
+_MAX_BT = 512
 
 
-class Cut(NamedTuple):
-    """How a product is cut; static."""
+class TileConfig(NamedTuple):
+    """Block sizes of a product; static."""
 
-    piece: int
-    """Columns of a run that a step takes."""
+    bk: int
+    """Columns of each run in a step."""
     steps: int
-    """Of a program: pieces of a run."""
+    """Steps of a program."""
     bn: int
-    """Rows of the matrix that a program takes."""
+    """Rows of the matrix in a program."""
     bt: int
-    """Rows of activations."""
+    """Rows of activations in a program."""
 
     @classmethod
-    def of(cls, fmt: WeightFormat, rows: int, columns: int, tokens: int, dtype: Any) -> Cut:
-        """For a matrix and ``tokens`` rows of activations of ``dtype``."""
+    def create(cls, fmt: WeightFormat, rows: int, columns: int, tokens: int, dtype: Any) -> TileConfig:
+        """Block sizes for a matrix and ``tokens`` rows of activations of ``dtype``."""
         length = lanes.run_length(fmt, columns)
-        fits = [p for p in range(_ALIGNED, _MOST_COLUMNS + 1, _ALIGNED) if length % p == 0]
-        piece = fits[-1] if fits else length
+        bk = max((k for k in range(_ALIGNED, _MAX_BK + 1, _ALIGNED) if length % k == 0), default=length)
         smallest = 8 * 4 // jnp.dtype(dtype).itemsize
-        bt = min(-(-tokens // smallest) * smallest, _MOST_TOKENS)
+        bt = min(-(-tokens // smallest) * smallest, _MAX_BT)
         bn = rows if rows < 128 else (256 if rows % 256 == 0 and bt <= 64 else 128)
-        return cls(piece, length // piece, bn, bt)
+        return cls(bk, length // bk, bn, bt)
 
 
 def _spread(super_scales: Array, groups: int) -> Array:
-    """f32[groups, n] of f32[super-blocks, n]."""
+    """Repeats f32[super-blocks, n] for each group: f32[groups, n]."""
     each = groups // super_scales.shape[0]
     shape = (super_scales.shape[0], each, super_scales.shape[1])
     return jnp.broadcast_to(super_scales[:, None], shape).reshape(groups, -1)
 
 
-def _other_parts(fmt: WeightFormat, columns: int) -> list[str]:
-    return [name for name in lanes.part_shapes(fmt, 1, columns) if name != "codes"]
-
-
-def _kernel(fmt: WeightFormat, cut: Cut, columns: int, num_segments: int, *refs: Any) -> None:
-    names = _other_parts(fmt, columns)
+def _kernel(fmt: WeightFormat, config: TileConfig, columns: int, num_segments: int, *refs: Any) -> None:
     x_ref, segments, others = refs[0], refs[1 : 1 + num_segments], refs[1 + num_segments :]
-    given = dict(zip(names, others, strict=False))
-    out_ref, sums_ref, *factors = others[len(names) :]
-    length, groups = lanes.run_length(fmt, columns), cut.piece // fmt.group
+    given = dict(zip(fmt.factors, others, strict=False))
+    out_ref, sums_ref, *factors = others[len(fmt.factors) :]
+    length, groups = lanes.run_length(fmt, columns), config.bk // fmt.group
     step = pl.program_id(2)
 
     @pl.when(step == 0)
@@ -87,72 +81,72 @@ def _kernel(fmt: WeightFormat, cut: Cut, columns: int, num_segments: int, *refs:
     for i in range(lanes.num_runs(fmt)):
         first = i * length // fmt.group
         here = pl.ds(first, groups)
-        if cut.steps > 1:
+        if config.steps > 1:
             here = pl.ds(pl.multiple_of(first + step * groups, 8), groups)
         whole = lanes.codes_of(fmt, codes.__getitem__, i) - fmt.zero
         numbers = whole.astype(jnp.float32).reshape(groups, fmt.group, -1)
         numbers = numbers * factors[0][here][:, None]
         if fmt.has_minima:
             numbers = numbers - factors[1][here][:, None]
-        x = x_ref[:, i * cut.piece : (i + 1) * cut.piece]
+        x = x_ref[:, i * config.bk : (i + 1) * config.bk]
         exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         total += jnp.dot(
             x,
-            numbers.reshape(cut.piece, -1).astype(x.dtype),
+            numbers.reshape(config.bk, -1).astype(x.dtype),
             precision=exact,
             preferred_element_type=jnp.float32,
         )
     sums_ref[...] = total
 
-    @pl.when(step == cut.steps - 1)
+    @pl.when(step == config.steps - 1)
     def _() -> None:
         out_ref[...] = sums_ref[...].astype(out_ref.dtype)
 
 
-def _ordered(fmt: WeightFormat, cut: Cut, x: Array, columns: int) -> Array:
-    """Activations ``[T, columns]`` with those of a step side by side, filled up with zeros."""
-    full = lanes.filled(fmt, columns)
-    x = jnp.pad(x, ((0, -x.shape[0] % cut.bt), (0, full - columns)))
+def _ordered(fmt: WeightFormat, config: TileConfig, x: Array, columns: int) -> Array:
+    """Reorders activations ``[T, columns]`` so that those of a step are contiguous; pads them with zeros."""
+    full = lanes.padded(fmt, columns)
+    x = jnp.pad(x, ((0, -x.shape[0] % config.bt), (0, full - columns)))
     runs = lanes.num_runs(fmt)
-    if runs == 1 or cut.steps == 1:
+    if runs == 1 or config.steps == 1:
         return x
-    return x.reshape(x.shape[0], runs, cut.steps, cut.piece).swapaxes(1, 2).reshape(x.shape)
+    return x.reshape(x.shape[0], runs, config.steps, config.bk).swapaxes(1, 2).reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "interpret"))
 def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: bool = False) -> Array:
-    """``x @ W.T``: ``[T, rows]`` of ``x [T, columns]``, float32 or bfloat16, and the parts of ``lanes``.
+    """``x @ W.T``: ``[T, rows]`` from ``x [T, columns]``, float32 or bfloat16, and a matrix's parts.
 
     Raises:
-      NotImplementedError: ``x`` is of another dtype.
+      NotImplementedError: another dtype.
     """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"the TPU kernel multiplies float32 and bfloat16, not {x.dtype}")
     tokens, columns = x.shape
     rows = parts["codes"].shape[1]
-    cut = Cut.of(fmt, rows, columns, tokens, x.dtype)
-    ordered, length = _ordered(fmt, cut, x, columns), lanes.run_length(fmt, columns)
+    config = TileConfig.create(fmt, rows, columns, tokens, x.dtype)
+    ordered, length = _ordered(fmt, config, x, columns), lanes.run_length(fmt, columns)
     num_segments = parts["codes"].shape[0] // length
-    grid = (-(-rows // cut.bn), ordered.shape[0] // cut.bt, cut.steps)
+    grid = (-(-rows // config.bn), ordered.shape[0] // config.bt, config.steps)
 
     def segment(i: int) -> Any:
-        return pl.BlockSpec((cut.piece, cut.bn), lambda n, t, c, i=i: (i * cut.steps + c, n))
+        return pl.BlockSpec((config.bk, config.bn), lambda n, t, c, i=i: (i * config.steps + c, n))
 
-    others = [parts[name] for name in _other_parts(fmt, columns)]
+    others = [parts[name] for name in fmt.factors]
     others = [lax.bitcast_convert_type(p, jnp.int16) if p.dtype == jnp.float16 else p for p in others]
-    groups = lanes.filled(fmt, columns) // fmt.group
-    factors = [pltpu.VMEM((groups, cut.bn), jnp.float32)] * (2 if fmt.has_minima else 1)
+    groups = lanes.padded(fmt, columns) // fmt.group
+    factors = [pltpu.VMEM((groups, config.bn), jnp.float32)] * (2 if fmt.has_minima else 1)
     out = pl.pallas_call(
-        functools.partial(_kernel, fmt, cut, columns, num_segments),
+        functools.partial(_kernel, fmt, config, columns, num_segments),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((cut.bt, lanes.num_runs(fmt) * cut.piece), lambda n, t, c: (t, c)),
+            pl.BlockSpec((config.bt, lanes.num_runs(fmt) * config.bk), lambda n, t, c: (t, c)),
             *map(segment, range(num_segments)),
-            *(pl.BlockSpec((part.shape[0], cut.bn), lambda n, t, c: (0, n)) for part in others),
+            *(pl.BlockSpec((part.shape[0], config.bn), lambda n, t, c: (0, n)) for part in others),
         ],
-        out_specs=pl.BlockSpec((cut.bt, cut.bn), lambda n, t, c: (t, n)),
+        out_specs=pl.BlockSpec((config.bt, config.bn), lambda n, t, c: (t, n)),
         out_shape=jax.ShapeDtypeStruct((ordered.shape[0], rows), x.dtype),
-        scratch_shapes=[pltpu.VMEM((cut.bt, cut.bn), jnp.float32), *factors],
+        scratch_shapes=[pltpu.VMEM((config.bt, config.bn), jnp.float32), *factors],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 << 20
         ),

@@ -99,7 +99,7 @@ def _token_text(file: Metadata, name: str) -> str | None:
     entry = file.get(name)
     text = entry.get("content") if isinstance(entry, dict) else entry
     if text is not None and not isinstance(text, str):
-        raise file.wrong(name, 'a text, or an object with a text as its "content"')
+        raise file.wrong(name, 'a string, or an object with a string as its "content"')
     return text
 
 
@@ -166,5 +166,5 @@ def _folder_template(folder: Path, config: Metadata) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise file.wrong("chat_template", "a text, or a list of texts with names")
+        raise file.wrong("chat_template", "a string, or a list of named strings")
     return template
