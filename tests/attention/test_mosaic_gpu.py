@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,9 +85,7 @@ def served(case):
     return case.head_dim % 16 == 0
 
 
-EVERY_CASE = os.environ.get("JAXPAGED_EVERY_KERNEL_CASE") == "1"
-"""All cases take minutes; without it, those that reach every branch of the kernel between them (make test-kernels)."""
-TELLING = {
+REPRESENTATIVE = {
     "smollm2_decode_idle",
     "smollm2_mixed",
     "qwen3_mixed_f16",
@@ -101,13 +98,16 @@ TELLING = {
     "everything",
     "unsplit",
 }
+"""Cases that reach every branch of the kernel between them; the others are slow."""
 FLOAT_QUERIES = [
-    c for c in (*CASES, *MORE_CASES) if served(c) and c.head_dim < 256 and (EVERY_CASE or c.name in TELLING)
+    pytest.param(case, id=case.name, marks=() if case.name in REPRESENTATIVE else pytest.mark.slow)
+    for case in (*CASES, *MORE_CASES)
+    if served(case) and case.head_dim < 256
 ]
 
 
 @needs_interpreter
-@pytest.mark.parametrize("case", FLOAT_QUERIES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FLOAT_QUERIES)
 def test_the_kernel_conforms(case):
     """Float32 queries: two terms of the pages' dtype keep 16 bits of them."""
     check_conformance(interpreted, build(case), rtol=1e-4, atol=1e-4)

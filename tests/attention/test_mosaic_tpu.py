@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 
 import jax
@@ -27,9 +26,7 @@ INTERPRETER = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
 )
 
-EVERY_CASE = os.environ.get("JAXPAGED_EVERY_KERNEL_CASE") == "1"
-"""All cases in both layouts take minutes; without it, those that reach every branch of the kernel between them."""
-TELLING = (
+REPRESENTATIVE = (
     ("smollm2_decode_idle", "lanes"),
     ("llama3_decode_bf16", "plain"),
     ("smollm2_mixed", "lanes"),
@@ -44,6 +41,7 @@ TELLING = (
     ("group_5_everything", "plain"),
     ("pages_of_256", "lanes"),
 )
+"""Cases that reach every branch of the kernel between them; the others, in both layouts, are slow."""
 
 
 def races_found() -> bool:
@@ -107,9 +105,14 @@ def smallest(built: Built, queries: int = 8) -> Blocks:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(case.name, layout) for case in CASES for layout in ("plain", "lanes") if case.dtype != "f16"]
-    if EVERY_CASE
-    else TELLING,
+    [
+        pytest.param(
+            case.name, layout, marks=() if (case.name, layout) in REPRESENTATIVE else pytest.mark.slow
+        )
+        for case in CASES
+        for layout in ("plain", "lanes")
+        if case.dtype != "f16"
+    ],
 )
 def test_the_kernel_conforms_and_nothing_races(name: str, layout: str) -> None:
     built = build_case(next(case for case in CASES if case.name == name))
@@ -130,10 +133,7 @@ def quantized_cases() -> Iterator[tuple[Case, int]]:
         kinds = {"dtype": dtype, "v_dtype": v_dtype, "hadamard": hadamard}
         return dataclasses.replace(cases[name], name=f"{name}_{dtype}_{v_dtype}", **kinds)
 
-    if not EVERY_CASE:
-        yield over("q8_0_smollm2_decode", "q8_0", "q4_0", True), 2  # shifted
-        yield cases["q4_0"], 16  # shifted, turned
-        return
+    yield over("q8_0_smollm2_decode", "q8_0", "q4_0", True), 2  # shifted
     for dtype, v_dtype, hadamard, queries in (
         ("q8_0", "q8_0", False, 2),
         ("q8_0", "q4_0", True, 16),
@@ -151,7 +151,16 @@ def quantized_cases() -> Iterator[tuple[Case, int]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "queries"), [pytest.param(*each, id=f"{each[0].name}-{each[1]}") for each in quantized_cases()]
+    ("case", "queries"),
+    [
+        pytest.param(
+            *each,
+            id=name,
+            marks=() if name in ("q8_0_smollm2_decode_q8_0_q4_0-2", "q4_0-16") else pytest.mark.slow,
+        )
+        for each in quantized_cases()
+        for name in [f"{each[0].name}-{each[1]}"]
+    ],
 )
 def test_the_kernel_conforms_over_quantized_pages(case: Case, queries: int) -> None:
     built = on_lanes(build_case(case))
