@@ -1,4 +1,4 @@
-"""The text the embedded model learns: Python's standard library, a fixed share of its files held out."""
+"""Training data of the embedded model: Python's standard library, with a fixed share of its files held out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 END_OF_TEXT = "<|endoftext|>"
 
-# The splitting of GGUF's pre-tokenizer "llama-bpe".
+# The pattern of GGUF's pre-tokenizer "llama-bpe".
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Tables rather than prose or code, or files that are broken on purpose.
+# Tables, or files with deliberate errors.
 SKIPPED_FOLDERS = {"site-packages", "encodings", "pydoc_data", "__pycache__", "data", "encoded_modules"}
 LARGEST_FILE = 300_000
 HELD_OUT_ONE_IN = 50
@@ -34,7 +34,7 @@ class Corpus:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is set aside: by a hash of its name, so every machine sets aside the same ones."""
+    """True if a file is held out, which the hash of its name decides, the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -55,7 +55,7 @@ def read_corpus(folder: Path | None = None) -> Corpus:
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with a token for every byte, learnt from the training files."""
+    """Trains byte-level BPE, with a token for every byte, on the training files."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -75,17 +75,17 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: dict[str, str]) -> list[np.ndarray]:
-    """Each file's tokens, i32, END_OF_TEXT behind it."""
+    """Tokens of each file, i32, followed by END_OF_TEXT."""
     end = token_id(tokenizer, END_OF_TEXT)
     encoded = tokenizer.encode_batch(list(texts.values()), add_special_tokens=False)
     return [np.asarray([*e.ids, end], np.int32) for e in encoded]
 
 
 def token_id(tokenizer: Tokenizer, text: str) -> int:
-    """The id of a token that must exist.
+    """The id of a token.
 
     Raises:
-      KeyError: it does not.
+      KeyError: there is no such token.
     """
     number = tokenizer.token_to_id(text)
     if number is None:
@@ -94,7 +94,7 @@ def token_id(tokenizer: Tokenizer, text: str) -> int:
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, object]:
-    """The tokenizer as GGUF metadata, in the words llama.cpp uses."""
+    """The tokenizer as GGUF metadata."""
     description = json.loads(tokenizer.to_str())["model"]
     texts = [text for text, _ in sorted(description["vocab"].items(), key=lambda item: item[1])]
     end = token_id(tokenizer, END_OF_TEXT)

@@ -1,7 +1,7 @@
-"""Turns a finished training run into what ships: ``python -m jaxpaged_model.tiny.publish --run build/tiny``.
+"""Publishes a finished training run: ``python -m jaxpaged_model.tiny.publish --run build/tiny``.
 
-Writes the GGUF file and the picture of the loss curve beside this file, and prints the numbers of the model card: bits
-per byte on the held-out files for the float32 weights and for the Q8_0 file as ``load_model`` reads it, against xz.
+Writes the GGUF file and the loss curve next to this file, and prints the numbers of the model card: bits per byte on
+the held-out files of the float32 weights, of the Q8_0 file as ``load_model`` reads it, and of xz.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trains the embedded model: ``python -m jaxpaged_model.tiny.train`` (``make train-tiny``).
 
 A Llama of 3.8 million parameters learns the text of Python's standard library on a CPU. Matrices are optimized with
-Muon (Keller Jordan et al., 2024), embeddings and norms with AdamW; the learning rate warms up, holds, and falls
-linearly to zero as the budget of steps or minutes runs out, whichever comes first.
+Muon (Keller Jordan et al., 2024), embeddings and norms with AdamW; the learning rate warms up, stays constant, and
+decays linearly to zero at the limit of steps or minutes, whichever comes first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LONG_CONTEXT_FROM = 0.85
 
 
 class Dense:
-    """What stands for the cache in training: plain causal attention over ``num_seqs`` sequences of one length."""
+    """Replaces the cache in training: causal attention over ``num_seqs`` sequences of equal length."""
 
     def __init__(self, num_seqs: int) -> None:
         self.num_seqs = num_seqs
@@ -60,7 +60,7 @@ class Dense:
 
 
 def token_losses(params: Any, tokens: Array) -> Array:
-    """Negative log-likelihood in nats of ``tokens[:, 1:]`` given what stands before: ``f32[B, S - 1]``."""
+    """Negative log-likelihood in nats of ``tokens[:, 1:]`` given the tokens before: ``f32[B, S - 1]``."""
     num_seqs, length = tokens.shape[0], tokens.shape[1] - 1
     position = jnp.tile(jnp.arange(length), num_seqs)
     sequence = jnp.repeat(jnp.arange(num_seqs), length)
@@ -74,7 +74,7 @@ def token_losses(params: Any, tokens: Array) -> Array:
 
 
 def make_optimizer(params: Any) -> optax.GradientTransformation:
-    """Updates at learning-rate scale 1; ``train_step`` multiplies by the schedule."""
+    """Optimizer at learning-rate scale 1; ``train_step`` multiplies updates by the schedule."""
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "matrix" if "kernel" in jax.tree_util.keystr(path) else "rest", params
     )
@@ -101,13 +101,13 @@ losses_of = jax.jit(token_losses)
 
 
 def save_params(path: Path, params: Any) -> None:
-    """Writes weights to a safetensors file, each under its path in the pytree."""
+    """Writes weights to a safetensors file, by their paths in the pytree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     save_file({jax.tree_util.keystr(where): np.asarray(leaf) for where, leaf in leaves}, path)
 
 
 def read_params(path: Path) -> Any:
-    """The weights that ``save_params`` wrote."""
+    """Reads weights that ``save_params`` wrote."""
     tensors = load_file(path)
     return jax.tree_util.tree_map_with_path(
         lambda where, leaf: jnp.asarray(tensors[jax.tree_util.keystr(where)], leaf.dtype),
@@ -116,10 +116,10 @@ def read_params(path: Path) -> Any:
 
 
 def starting_params(init: Path | None, tokenizer: Tokenizer, seed: int) -> Any:
-    """Fresh weights, or those of a GGUF file to go on from.
+    """Random weights, or those of a GGUF file from which to continue.
 
     Raises:
-      SystemExit: the file's sizes or vocabulary are not this run's.
+      SystemExit: the file's sizes or vocabulary differ from this run's.
     """
     if init is None:
         return random_params(CONFIG, seed=seed)
@@ -145,7 +145,7 @@ class Score(NamedTuple):
 
 
 def evaluate(params: Any, files: list[np.ndarray], num_bytes: int, end: int, context: int = 512) -> Score:
-    """Compresses ``files`` with the model: windows that overlap by half, each token counted once."""
+    """Compression of ``files`` by the model: windows that overlap by half, each token counted once."""
     nats, step = 0.0, context // 2
     windows, counted = [], []
     for ids in files:
