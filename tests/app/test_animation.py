@@ -13,6 +13,8 @@ from jaxpaged.app import animation as page_film
 from jaxpaged.app.animation import PageMapRecorder
 from jaxpaged.pictures.page_map import PageMap
 
+pytestmark = pytest.mark.slow
+
 GREEDY = ("--temp", "0", "--ignore-eos", "--page-size", "8", "--no-warmup", "-p", "def f(x):", "-n", "12")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from jaxpaged.app.flags import count_list
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("-p", "8", "-n", "8", "-b", "2", "-d", "8", "--page-size", "8")
 
 

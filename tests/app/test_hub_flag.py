@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hub_server import serving
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_model_of_the_hub_is_downloaded_once(jaxpaged, model_path, tmp_path):

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROMPT = ("-p", "def f(x):", "--page-size", "8", "--ignore-eos")
 
 

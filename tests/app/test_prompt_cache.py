@@ -13,6 +13,8 @@ from jaxpaged_model.checkpoint.loading import load_model
 
 from jaxpaged import read_snapshot
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "def f(x):\n    return"
 GREEDY = ("--temp", "0", "--ignore-eos", "--page-size", "8", "-n", "12", "-e", "--no-warmup")
 

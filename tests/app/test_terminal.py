@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and terminals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="POSIX signals and terminals")]
 
 # A shell's background job ignores SIGINT, and so do its children; what has a handler here has the default there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -36,6 +36,8 @@ from tpu_scripts.capacity.load import DAY, Lengths, Load, Requests
 from tpu_scripts.capacity.replica import Limits, Replica, simulate
 from tpu_scripts.capacity.search import Impossible, Search, Server, Targets, latencies, make_setup
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HOST = 1e-3
 TIMES = StepTimes(

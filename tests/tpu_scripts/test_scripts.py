@@ -25,6 +25,8 @@ from tpu_scripts.bench import quality as measure_quality
 from tpu_scripts.bench.paged_attention import Attention, Row, Shape
 from tpu_scripts.compile_check import __main__ as compile_check
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     "bench.paged_attention",

@@ -20,9 +20,12 @@ from stub_server import ANSWER, Refusal, Stub, stub_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="no chromium with its chromedriver on this machine"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and CHROMEDRIVER), reason="no chromium with its chromedriver on this machine"
+    ),
+]
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

@@ -18,6 +18,8 @@ import openai
 import pytest
 import requests
 
+pytestmark = pytest.mark.slow
+
 KEY = "a-very-secret-key"
 HOSTS = "127.0.0.1,127.0.0.2" if sys.platform == "linux" else "127.0.0.1"  # elsewhere there is only the first
 PROMPT = "def main(path):\n    "

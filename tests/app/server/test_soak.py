@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
 from soak import soak
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_request_ends_rightly_and_every_page_comes_back():
