@@ -105,4 +105,4 @@ def sequence_mask(seq: Any, max_seqs: int) -> Array:
         raise ValueError(
             f"a sequence must be one integer or bool[{max_seqs}], got {seq.dtype}{list(seq.shape)}"
         )
-    return (seq < 0) | (jnp.arange(max_seqs) == seq)
+    return (seq < 0) | (jnp.arange(max_seqs, dtype=jnp.int32) == seq)

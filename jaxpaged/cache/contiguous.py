@@ -291,7 +291,7 @@ class ContiguousKVCache:
     def seq_keep(self, seq: Integer) -> tuple[ContiguousKVCache, Array]:
         """See ``interface.seq_keep``."""
         ok = (jnp.asarray(seq) >= 0) & (jnp.asarray(seq) < self.max_seqs)
-        kept = ~ok | (jnp.arange(self.max_seqs) == seq)
+        kept = ~ok | (jnp.arange(self.max_seqs, dtype=jnp.int32) == seq)
         return dataclasses.replace(self, lengths=jnp.where(kept, self.lengths, 0)), ok
 
     def clear(self, *, scrub: bool = False) -> ContiguousKVCache:

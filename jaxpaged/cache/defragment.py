@@ -82,7 +82,7 @@ def _defragmented(
       page j, tokens ``j * page_size ..``, is written to ``targets[j]``; N where nothing moves.
     """
     n, width = allocator.num_pages, row.max_pages_per_seq
-    entry = jnp.arange(width)
+    entry = jnp.arange(width, dtype=jnp.int32)
     used = entry < row.num_entries
     before = jnp.cumsum(row.num_tokens, dtype=jnp.int32) - row.num_tokens
     length = jnp.sum(row.num_tokens, dtype=jnp.int32)
@@ -154,7 +154,9 @@ def _defragmented(
 
 def _entry_of(before: Array, num_entries: Array, token: Array) -> Array:
     """i32: entry of a row that holds its ``token``-th token; ``before[P]``: tokens before each entry."""
-    known = jnp.where(jnp.arange(before.shape[0]) < num_entries, before, jnp.iinfo(jnp.int32).max)
+    known = jnp.where(
+        jnp.arange(before.shape[0], dtype=jnp.int32) < num_entries, before, jnp.iinfo(jnp.int32).max
+    )
     return jnp.clip(jnp.searchsorted(known, token, side="right") - 1, 0, before.shape[0] - 1)
 
 

@@ -126,7 +126,7 @@ def plan(state: Metadata, num_new: Array) -> Plan:
     shared = (into_last > 0) & (count > own)
     # Of sequences that share a page and write to it in this very step, each takes a copy until one
     # is left with the original to itself.
-    ids = jnp.arange(table.max_seqs)
+    ids = jnp.arange(table.max_seqs, dtype=jnp.int32)
     rivals = shared[None, :] & (last.pages[None, :] == last.pages[:, None]) & (ids[None, :] < ids[:, None])
     copied = shared & (count - jnp.sum(rivals * own, axis=1, dtype=jnp.int32) > own)
     fresh = -(-jnp.maximum(num_new - into_last, 0) // state.page_size)
@@ -192,7 +192,7 @@ def reserve(state: Metadata, num_new: Array, t: int, max_new: int | None) -> Res
         lambda pages: pages,
         table.pages,
     )
-    taken_fresh = taken.at[num_copied + jnp.arange(max_fresh)].get(mode="fill", fill_value=n)
+    taken_fresh = taken.at[num_copied + jnp.arange(max_fresh, dtype=jnp.int32)].get(mode="fill", fill_value=n)
 
     start = tables.position_max(table) + 1
     entry_seq, entry_rank, fresh_before = pack(fresh, max_fresh)
@@ -200,7 +200,7 @@ def reserve(state: Metadata, num_new: Array, t: int, max_new: int | None) -> Res
     entry = table.num_entries[owner] + entry_rank
     rest = (num_new - into_last)[owner] - entry_rank * ps
     grown = jnp.where(into_last > 0, table.num_entries - 1, table.max_pages_per_seq)
-    ids = jnp.arange(s)
+    ids = jnp.arange(s, dtype=jnp.int32)
 
     sequence, offset, cu_q_lens = pack(num_new, t)
     first_slot = last.first_slot + last.num_tokens

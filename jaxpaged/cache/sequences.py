@@ -136,7 +136,7 @@ class Sequences:
         """See ``interface.seq_keep``."""
         seq = jnp.asarray(seq)
         ok = (seq >= 0) & (seq < self.max_seqs)
-        kept, _ = self.seq_remove((jnp.arange(self.max_seqs) != seq) & ok)
+        kept, _ = self.seq_remove((jnp.arange(self.max_seqs, dtype=jnp.int32) != seq) & ok)
         return kept, ok
 
     def seq_shift(self, seq: Integer, p0: Integer, p1: Integer, delta: Integer) -> tuple[Self, Array]:
@@ -217,9 +217,7 @@ def _edit(
         applies = (i >= checks) & ok & fitted
         ok &= fitted | (i >= count)
         new = tables.choose(applies, edited, row)
-        allocator = _swap_pages(
-            allocator, jnp.where(applies, row.pages, n), jnp.where(applies, new.pages, n)
-        )
+        allocator = _swap_pages(allocator, jnp.where(applies, row.pages, n), jnp.where(applies, new.pages, n))
         return allocator, tables.set_row(table, at, new), ok
 
     state = cache.allocator, cache.table, known

@@ -43,7 +43,7 @@ def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[Pa
     n, ps, width = cache.num_pages, cache.page_size, cache.max_pages_per_seq
     num_tokens = jnp.asarray(num_tokens, jnp.int32)
     count = -(-num_tokens // ps)
-    used = jnp.arange(width) < count[:, None]
+    used = jnp.arange(width, dtype=jnp.int32) < count[:, None]
     pages = jnp.where(used & (pages >= 0), pages, n)
     held = cache.allocator.ref_counts.at[pages].get(mode="fill", fill_value=0) > 0
     adopts = num_tokens > 0
@@ -94,7 +94,7 @@ def seq_allocate(
     ok = (cache.table.num_entries[seq] == 0) & pages_of.can_allocate(cache.allocator, count)
     count = jnp.where(ok, count, 0)
     allocator, taken, _ = pages_of.allocate(cache.allocator, count, max_count=width)
-    used = (jnp.arange(width) < row.num_entries) & ok
+    used = (jnp.arange(width, dtype=jnp.int32) < row.num_entries) & ok
     pages = jnp.where(used, taken.at[row.pages].get(mode="fill", fill_value=n), n)
     # allocate counted each page once; entries are counted instead.
     allocator = pages_of.release(pages_of.retain(allocator, pages), taken)

@@ -1,4 +1,4 @@
-"""PageAllocator: which pages are free, and how many table entries point at the others."""
+"""PageAllocator: the free pages, and the reference counts of the others."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jax import Array
 class PageAllocator:
     """A stack of free pages and the reference counts of all pages. N = num_pages; "no page" is N.
 
-    Taking a page is a read from the top of the stack and never a search, so its cost does not depend on N.
+    Allocating reads from the top of the stack and never searches, so its cost does not depend on N.
     """
 
     free_pages: Array
-    """i32[N]: ``free_pages[:num_free]`` are exactly the pages of count 0, the next one to hand out last."""
+    """i32[N]: ``free_pages[:num_free]`` are exactly the pages of count 0; the last one is next."""
     num_free: Array
-    """i32[]"""
+    """i32[]: number of free pages."""
     ref_counts: Array
-    """i32[N]: how many table entries (and pins) point at each page."""
+    """i32[N]: number of table entries and pins that refer to each page."""
 
     @property
     def num_pages(self) -> int:
@@ -31,7 +31,9 @@ class PageAllocator:
 
 
 def create(num_pages: int) -> PageAllocator:
-    """All pages free; they are handed out 0, 1, 2, ... at first, and last returned, first out from then on.
+    """Creates an allocator with all pages free.
+
+    Pages are allocated in the order 0, 1, 2, ...; freed pages are reused first, last in, first out.
 
     Raises:
       ValueError: ``num_pages`` is not positive.
@@ -46,22 +48,24 @@ def create(num_pages: int) -> PageAllocator:
 
 
 def can_allocate(allocator: PageAllocator, count: Array | int) -> Array:
-    """bool[]: whether ``allocate`` of ``count`` pages would succeed."""
-    return (jnp.asarray(count) >= 0) & (jnp.asarray(count) <= allocator.num_free)
+    """bool[]: True if ``allocate`` of ``count`` pages would succeed."""
+    count = jnp.asarray(count, jnp.int32)
+    return (count >= 0) & (count <= allocator.num_free)
 
 
 def allocate(
     allocator: PageAllocator, count: Array | int, *, max_count: int
 ) -> tuple[PageAllocator, Array, Array]:
-    """Takes ``count`` pages, each with reference count 1; all of them or none.
+    """Allocates ``count`` pages with a reference count of 1, all of them or none.
 
     Args:
       allocator: the state.
-      count: i32[], pages wanted, at most ``max_count``.
-      max_count: static length of the answer.
+      count: i32[], number of pages, at most ``max_count``.
+      max_count: static length of the result.
 
     Returns:
-      ``(allocator, pages i32[max_count], ok bool[])``; pages beyond ``count`` are N, and all are N when not ok.
+      ``(allocator, pages i32[max_count], ok bool[])``; pages beyond ``count`` are N, and all of
+      them when not ok.
     """
     n = allocator.num_pages
     count = jnp.asarray(count, jnp.int32)
@@ -75,25 +79,25 @@ def allocate(
 
 
 def retain(allocator: PageAllocator, pages: Array) -> PageAllocator:
-    """One more reference to each of ``pages i32[M]``; N is ignored, and a page named twice counts twice."""
+    """Adds a reference to each of ``pages i32[M]``; ignores N, and counts duplicates."""
     ref_counts = allocator.ref_counts.at[pages].add(1, mode="drop")
     return PageAllocator(allocator.free_pages, allocator.num_free, ref_counts)
 
 
 def release(allocator: PageAllocator, pages: Array) -> PageAllocator:
-    """One reference less to each of ``pages i32[M]``; pages whose count falls to 0 return to the stack.
+    """Drops a reference to each of ``pages i32[M]``; frees pages that have none left.
 
-    N is ignored, and a page named twice loses two references. The cost depends on M, not on N.
+    Ignores N, and counts duplicates. The cost depends on M, not on N.
     """
     n, m = allocator.num_pages, pages.shape[0]
     ref_counts = allocator.ref_counts.at[pages].add(-1, mode="drop")
     emptied = ref_counts.at[pages].get(mode="fill", fill_value=1) == 0
-    # A page may be named several times and must be pushed once: its namings claim the (unused) count of the
-    # emptied page with negative numbers, the last naming wins, and the winner sets the count back to 0.
+    # A page may occur several times and must be pushed once. Its occurrences write negative numbers
+    # to its reference count, which is unused now; the last one wins, pushes it and restores the 0.
     claim = -1 - jnp.arange(m, dtype=jnp.int32)
     claims = ref_counts.at[jnp.where(emptied, pages, n)].min(claim, mode="drop")
     pushed = emptied & (claims.at[pages].get(mode="fill", fill_value=0) == claim)
     ref_counts = claims.at[jnp.where(pushed, pages, n)].set(0, mode="drop")
-    place = jnp.where(pushed, allocator.num_free + jnp.cumsum(pushed, dtype=jnp.int32) - 1, n)
-    free_pages = allocator.free_pages.at[place].set(pages, mode="drop")
+    top = jnp.where(pushed, allocator.num_free + jnp.cumsum(pushed, dtype=jnp.int32) - 1, n)
+    free_pages = allocator.free_pages.at[top].set(pages, mode="drop")
     return PageAllocator(free_pages, allocator.num_free + jnp.sum(pushed, dtype=jnp.int32), ref_counts)

@@ -1,8 +1,8 @@
-"""BlockTable: the entries of every sequence, and the pure edits of them.
+"""BlockTable: the page entries of every sequence, and pure edits of them.
 
-An entry is a slice of a page: tokens ``position .. position + num_tokens`` of a sequence lie in slots
-``first_slot .. first_slot + num_tokens`` of one page. Cutting a range out of a sequence therefore splits or shortens
-entries and moves no key or value. Edits here know tables alone; ``cache.py`` keeps the reference counts in step.
+An entry is a slice of a page: tokens at positions ``position .. position + num_tokens`` of a
+sequence lie in slots ``first_slot .. first_slot + num_tokens`` of one page. Removing a range thus
+splits or shortens entries and moves no key or value. Reference counts are the cache's to update.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockTable:
-    """Entries in sequence order, ``[S, P]``; a row's entries behind ``num_entries`` are padding.
+    """Entries of each sequence in order of position; those beyond ``num_entries`` are padding.
 
-    Padding holds page N ("no page", one past the last) and zeros. Edits work on one row, ``[P]``, as well.
+    Padding has page N ("no page", one past the last) and zeros. A single row has fields ``[P]``.
     """
 
     pages: Array
     """i32[S, P]: physical page of each entry; N = no entry."""
     first_slot: Array
-    """i32[S, P]: first slot of the page that belongs to the entry."""
+    """i32[S, P]: slot of the entry's first token."""
     num_tokens: Array
-    """i32[S, P]: tokens of the entry, at least 1; 0 in padding."""
+    """i32[S, P]: number of tokens, at least 1; 0 in padding."""
     position: Array
-    """i32[S, P]: logical position of the entry's first token; increases along the row."""
+    """i32[S, P]: position of the entry's first token; increases along the row."""
     rotation: Array
-    """i32[S, P]: position the entry's keys were rotated at, minus logical position."""
+    """i32[S, P]: rotation offset: position that keys were rotated at, minus their position."""
     num_entries: Array
-    """i32[S]"""
+    """i32[S]: number of entries."""
 
     @property
     def max_seqs(self) -> int:
@@ -42,12 +42,12 @@ class BlockTable:
 
     @property
     def max_pages_per_seq(self) -> int:
-        """P, static: entries a sequence can have."""
+        """P, static: maximal number of entries of a sequence."""
         return self.pages.shape[-1]
 
 
 def create(max_seqs: int, max_pages_per_seq: int, num_pages: int) -> BlockTable:
-    """A table of empty sequences.
+    """Creates a table of empty sequences.
 
     Raises:
       ValueError: a size is not positive.
@@ -69,17 +69,17 @@ def create(max_seqs: int, max_pages_per_seq: int, num_pages: int) -> BlockTable:
 
 
 def lengths(table: BlockTable) -> Array:
-    """i32[S]: tokens each sequence holds; 0 when empty."""
+    """i32[S]: number of tokens of each sequence."""
     return jnp.sum(table.num_tokens, axis=-1, dtype=jnp.int32)
 
 
 def position_min(table: BlockTable) -> Array:
-    """i32[S]: smallest position each sequence holds; -1 when empty."""
+    """i32[S]: smallest position of each sequence; -1 when empty."""
     return jnp.where(table.num_entries > 0, table.position[..., 0], -1)
 
 
 def position_max(table: BlockTable) -> Array:
-    """i32[S]: largest position each sequence holds; -1 when empty."""
+    """i32[S]: largest position of each sequence; -1 when empty."""
     last = last_entry(table)
     return jnp.where(table.num_entries > 0, last.position + last.num_tokens - 1, -1)
 
@@ -87,7 +87,7 @@ def position_max(table: BlockTable) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Entry:
-    """One entry a sequence, ``i32[S]`` each; the fields of BlockTable."""
+    """One entry of each sequence; fields of ``BlockTable``, ``i32[S]`` each."""
 
     pages: Array
     first_slot: Array
@@ -97,39 +97,34 @@ class Entry:
 
 
 def last_entry(table: BlockTable) -> Entry:
-    """Each sequence's last entry; padding's values (page of entry 0, zeros) for an empty sequence."""
+    """Last entry of each sequence; its first entry, which is padding, if it is empty."""
     index = jnp.maximum(table.num_entries - 1, 0)[..., None]
 
     def pick(field: Array) -> Array:
         return jnp.take_along_axis(field, index, axis=-1)[..., 0]
 
-    return Entry(
-        pick(table.pages),
-        pick(table.first_slot),
-        pick(table.num_tokens),
-        pick(table.position),
-        pick(table.rotation),
-    )
+    fields = table.pages, table.first_slot, table.num_tokens, table.position, table.rotation
+    return Entry(*map(pick, fields))
 
 
 def clamp_range(p0: Array | int, p1: Array | int) -> tuple[Array, Array]:
-    """Positions as llama.cpp reads them: p0 < 0 is 0, p1 < 0 is the end."""
+    """Range of positions as in llama.cpp, i32: p0 < 0 is 0, p1 < 0 is the end."""
     p0, p1 = jnp.asarray(p0, jnp.int32), jnp.asarray(p1, jnp.int32)
     return jnp.maximum(p0, 0), jnp.where(p1 < 0, jnp.iinfo(jnp.int32).max, p1)
 
 
 def cut(row: BlockTable, at: Array) -> tuple[BlockTable, Array]:
-    """Splits the entry of one row that holds positions on both sides of ``at``, if there is one.
+    """Splits the entry of a row that has positions on both sides of ``at``, if there is one.
 
     Returns:
-      ``(row, ok)``; not ok, and the row unchanged, when the split would need more than P entries.
+      ``(row, ok)``; not ok, and the row unchanged, if that takes more than P entries.
     """
     width = row.max_pages_per_seq
-    index = jnp.arange(width)
+    index = jnp.arange(width, dtype=jnp.int32)
     inside = (row.position < at) & (at < row.position + row.num_tokens)
     split = jnp.any(inside)
     ok = ~split | (row.num_entries < width)
-    k = jnp.where(split & ok, jnp.argmax(inside), width)  # width: nothing to split
+    k = jnp.where(split & ok, jnp.argmax(inside).astype(jnp.int32), width)
     source = jnp.where(index <= k, index, index - 1)
     left = at - row.position.at[k].get(mode="fill", fill_value=0)
     second = index == k + 1
@@ -148,12 +143,12 @@ def cut(row: BlockTable, at: Array) -> tuple[BlockTable, Array]:
 
 
 def keep(row: BlockTable, kept: Array, num_pages: int) -> BlockTable:
-    """The entries of one row where ``kept bool[P]`` holds, moved together."""
-    kept = kept & (jnp.arange(row.max_pages_per_seq) < row.num_entries)
-    place = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, row.max_pages_per_seq)
+    """The entries of a row where ``kept bool[P]`` is True, compacted."""
+    kept = kept & (jnp.arange(row.max_pages_per_seq, dtype=jnp.int32) < row.num_entries)
+    target = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, row.max_pages_per_seq)
 
     def compact(field: Array, padding: int) -> Array:
-        return jnp.full_like(field, padding).at[place].set(field, mode="drop")
+        return jnp.full_like(field, padding).at[target].set(field, mode="drop")
 
     return BlockTable(
         compact(row.pages, num_pages),
@@ -166,16 +161,16 @@ def keep(row: BlockTable, kept: Array, num_pages: int) -> BlockTable:
 
 
 def remove_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple[BlockTable, Array]:
-    """One row without the tokens in [p0, p1).
+    """Removes the tokens in [p0, p1) from a row.
 
     Returns:
-      ``(row, ok)``; not ok, and the row unchanged, when the range lies inside one entry of a full row: what is
-      left would need P + 1 entries.
+      ``(row, ok)``; not ok, and the row unchanged, if the range lies inside one entry of a full
+      row: the rest would take P + 1 entries.
     """
     within = (row.position < p0) & (p1 < row.position + row.num_tokens) & (p0 < p1)
     ok = ~jnp.any(within) | (row.num_entries < row.max_pages_per_seq)
-    # Cutting at p0 and at p1 may pass through P + 2 entries even when the result fits, so entries are shortened
-    # instead; only a range strictly inside one entry has to split it, once.
+    # Cutting at p0 and at p1 may take P + 2 entries even if the result fits, so entries are
+    # shortened instead; only a range strictly inside one entry splits it, once.
     split, _ = cut(row, jnp.where(jnp.any(within) & ok, p0, 0))
     start, end = split.position, split.position + split.num_tokens
     head = jnp.clip(p0 - start, 0, split.num_tokens)  # tokens before the range
@@ -190,21 +185,21 @@ def remove_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple
 def shift_range(
     row: BlockTable, p0: Array, p1: Array, delta: Array, num_pages: int
 ) -> tuple[BlockTable, Array]:
-    """One row with ``delta`` added to the positions in [p0, p1); keys keep the frame they were rotated in.
+    """Adds ``delta`` to the positions in [p0, p1) of a row; the rotation of keys is kept.
 
-    Tokens whose position becomes negative are dropped.
+    Tokens with a negative new position are removed.
 
     Returns:
-      ``(row, ok)``; not ok, and the row unchanged, when positions would collide, change places or leave int32, or when
-      the result needs more than P entries.
+      ``(row, ok)``; not ok, and the row unchanged, if positions would collide, change order or
+      overflow, or if the result takes more than P entries.
     """
     p1 = jnp.where(delta == 0, p0, p1)  # nothing moves, so nothing is split
-    # Two cuts may pass through P + 2 entries even when the result fits.
+    # Two cuts may take P + 2 entries even if the result fits.
     wide = _widened(row, 2, num_pages)
     wide, _ = cut(wide, jnp.where(p0 < p1, p0, 0))
     wide, _ = cut(wide, jnp.where(p0 < p1, p1, 0))
-    used = jnp.arange(wide.max_pages_per_seq) < wide.num_entries
-    moved = used & (wide.position >= p0) & (wide.position < p1)
+    index = jnp.arange(wide.max_pages_per_seq, dtype=jnp.int32)
+    moved = (index < wide.num_entries) & (wide.position >= p0) & (wide.position < p1)
     beyond = jnp.iinfo(jnp.int32).max - jnp.maximum(delta, 0)
     representable = jnp.all(~moved | (wide.position <= beyond - wide.num_tokens))
     shifted = replace(
@@ -213,7 +208,7 @@ def shift_range(
         rotation=wide.rotation - jnp.where(moved, delta, 0),
     )
     shifted = slice_range(shifted, *clamp_range(0, -1), num_pages)
-    behind = jnp.arange(1, wide.max_pages_per_seq) < shifted.num_entries
+    behind = index[1:] < shifted.num_entries
     ordered = jnp.all(~behind | (shifted.position[1:] >= (shifted.position + shifted.num_tokens)[:-1]))
     ok = representable & ordered & (shifted.num_entries <= row.max_pages_per_seq)
     narrow = jax.tree.map(lambda field: field[: row.max_pages_per_seq] if field.ndim else field, shifted)
@@ -221,7 +216,7 @@ def shift_range(
 
 
 def _widened(row: BlockTable, by: int, num_pages: int) -> BlockTable:
-    """One row with room for ``by`` more entries."""
+    """Pads a row to ``by`` more entries."""
 
     def pad(field: Array, padding: int) -> Array:
         return jnp.pad(field, (0, by), constant_values=padding)
@@ -237,7 +232,7 @@ def _widened(row: BlockTable, by: int, num_pages: int) -> BlockTable:
 
 
 def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockTable:
-    """One row with the tokens in [p0, p1) alone: entries are shortened or dropped, never split."""
+    """The tokens in [p0, p1) of a row; shortens or drops entries, never splits one."""
     end = row.position + row.num_tokens
     skipped = jnp.clip(p0 - row.position, 0, row.num_tokens)
     num_tokens = jnp.clip(jnp.minimum(end, p1) - jnp.maximum(row.position, p0), 0, row.num_tokens)
@@ -245,7 +240,7 @@ def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockT
 
 
 def _shortened(row: BlockTable, skipped: Array, num_tokens: Array, num_pages: int) -> BlockTable:
-    """One row whose entries hold ``num_tokens i32[P]`` tokens, from the one at ``skipped i32[P]`` on; none: it goes."""
+    """Shortens each entry of a row to ``num_tokens i32[P]`` tokens behind the first ``skipped i32[P]``; drops empty ones."""
     shortened = replace(
         row, first_slot=row.first_slot + skipped, num_tokens=num_tokens, position=row.position + skipped
     )
@@ -253,13 +248,13 @@ def _shortened(row: BlockTable, skipped: Array, num_tokens: Array, num_pages: in
 
 
 def empty_like(row: BlockTable, num_pages: int) -> BlockTable:
-    """The same row or table without entries."""
+    """A row or table of the same shape without entries."""
     zeros = jax.tree.map(jnp.zeros_like, row)
     return replace(zeros, pages=jnp.full_like(row.pages, num_pages))
 
 
 def choose(mask: Array, new: BlockTable, old: BlockTable) -> BlockTable:
-    """The rows of ``new`` where ``mask bool[S]`` holds, of ``old`` elsewhere; ``bool[]`` for all, or for one row."""
+    """Rows of ``new`` where ``mask``, bool[S] or bool[] for all rows, is True; of ``old`` elsewhere."""
 
     def chosen(new: Array, old: Array) -> Array:
         return jnp.where(mask.reshape(*mask.shape, *[1] * (new.ndim - mask.ndim)), new, old)
@@ -268,10 +263,10 @@ def choose(mask: Array, new: BlockTable, old: BlockTable) -> BlockTable:
 
 
 def get_row(table: BlockTable, seq: Array) -> BlockTable:
-    """The row of one sequence, ``[P]`` fields."""
+    """Row of one sequence, fields ``[P]``."""
     return jax.tree.map(lambda field: field[seq], table)
 
 
 def set_row(table: BlockTable, seq: Array, row: BlockTable) -> BlockTable:
-    """The table with the row of one sequence replaced."""
+    """Replaces the row of one sequence."""
     return jax.tree.map(lambda field, value: field.at[seq].set(value), table, row)

@@ -45,7 +45,7 @@ class StagingSlots:
     def in_use(self, ref_counts: Array) -> Array:
         """bool[S]: True for slots that hold a residual page; ``ref_counts i32[N]`` of the allocator."""
         held = ref_counts.at[self.page_of_slot].get(mode="fill", fill_value=0) > 0
-        return held & (self.slot(self.page_of_slot) == jnp.arange(self.num_slots))
+        return held & (self.slot(self.page_of_slot) == jnp.arange(self.num_slots, dtype=jnp.int32))
 
 
 @jax.tree_util.register_dataclass
