@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxpaged import __version__
+from jaxpaged.app.commands import application
 from jaxpaged.app.prompt import unescape
 
 CONTEXT = 128  # of the model in conftest.py
@@ -66,6 +67,15 @@ def test_the_environment_is_set_before_jax_starts(environment):
     environment = {k: v for k, v in environment.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_examples_of_the_docs_are_accepted():
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    examples = re.findall(r"^(?:.*\| |\w+=\S+ )?jaxpaged (.*)$", text, re.M)
+    assert len(examples) > 20
+    for example in examples:
+        name, *flags = shlex.split(example, comments=True)
+        application.commands[name].make_context(name, flags)
 
 
 def test_version(jaxpaged):
@@ -129,6 +139,13 @@ def test_contiguous_cache_gives_the_same_tokens(jaxpaged, model_path, paged):
         == contiguous["kv"]["bytes_contiguous"]
         == paged["kv"]["bytes_contiguous"]
     )
+
+
+def test_x64_changes_no_token(jaxpaged, model_path, paged):
+    flags = ("-p", "def f(x):", "-n", "40", *GREEDY, "--json", *SMALL_PAGES)
+    done = jaxpaged("generate", "-m", model_path, *flags, JAX_ENABLE_X64="1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == paged["tokens"]
 
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged):
@@ -263,10 +280,11 @@ def test_escapes():
     assert unescape(r"a\nb\t\\n\x41\'\"\q\x4") == "a\nb\t\\nA'\"" + r"\q\x4"
 
 
-def test_the_second_start_compiles_nothing(jaxpaged: Callable) -> None:
+@pytest.mark.slow
+def test_the_second_start_compiles_nothing(jaxpaged: Callable, tmp_path: Path) -> None:
     """Another process finds the programs and the kernels that they call; -v says so."""
     flags = ("-p", "def f(x):", "-n", "5", "--temp", "0", "--page-size", "64", "-v")
-    first, second = (jaxpaged("generate", *flags) for _ in range(2))
+    first, second = (jaxpaged("generate", *flags, JAXPAGED_CACHE=str(tmp_path)) for _ in range(2))
     assert first.returncode == second.returncode == 0 and first.stdout == second.stdout
     for done, how in ((first, "compiled"), (second, "found on disk")):
         said = dict(re.findall(r"^ *(\w[\w ]*) = +([\d.]+ s.*)$", done.stderr, re.M))
