@@ -63,7 +63,7 @@ class PromptCache:
             return cache, 0
         shared = min(self.saved.common_prefix(ids), len(ids) - 1)
         size = self.saved.page_size
-        if self.saved.sealed and -(-shared // size) * size <= self.saved.lengths[0]:
+        if self.saved.has_residual and -(-shared // size) * size <= self.saved.lengths[0]:
             shared -= shared % size  # a sealed page is not written again: no holes
         try:
             cache = restore(cache, self.saved, seq=0, p1=shared)

@@ -1,8 +1,7 @@
-"""Snapshots of caches that are spread over a mesh: files like any other, with all heads of a sequence.
+"""Snapshots of caches on a mesh, in files with all heads of a sequence.
 
-So what one mesh saved another restores, or a single device: heads are put together on the way out, and dealt on the way
-in. A sequence has the number that ``generate`` knows it by: sequence i is the ``i // data``-th of data shard
-``i % data``.
+A snapshot of one mesh can be restored on another, or on a single device: heads are joined when saving and
+split when restoring. Sequence i is number ``i // data`` of data shard ``i % data``, as for ``generate``.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ def snapshot(
     token_ids: Sequence[int],
     fingerprint: str,
 ) -> None:
-    """Saves one sequence to a safetensors file; of several processes, all call it, and the first one writes.
+    """Saves one sequence to a safetensors file. All processes call it, and the first one writes.
 
     Args:
-      cache: it is only read.
+      cache: not changed.
       path, token_ids, fingerprint: as for ``snapshots.snapshot``.
-      seq: the sequence.
+      seq: id of the sequence.
 
     Raises:
-      ValueError: as ``snapshots.snapshot``; a cache without pages, or one that spreads the pages of a sequence.
+      ValueError: as ``snapshots.snapshot``; a cache without pages, or with a "context" axis.
       OSError: the file cannot be written.
     """
-    shard, local = _place(cache, seq)
+    shard, local = _locate(cache, seq)
     taken = {
         rank: snapshots.take(part, seq=local, token_ids=token_ids, fingerprint=fingerprint)
         for rank, part in _parts(cache, shard)
@@ -58,27 +57,27 @@ def snapshot(
     ]
     if jax.process_index() == 0:
         entries = whole[0].entries.copy()
-        entries[:, 0] = seq  # one device knows it by its number there
+        entries[:, 0] = seq  # a shard has numbers of its own
         heads = sum(one.num_kv_heads for one in whole)
         named = replace(whole[0], sequences=(seq,), entries=entries)
         write_snapshot(path, replace(named, num_kv_heads=heads, keys=joined[0], values=joined[1]))
-    allgather_objects(None)  # the file is there when anybody goes on
+    allgather_objects(None)  # waits until the file is there
 
 
 def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> ShardedCache:
-    """Puts the only sequence of a snapshot into a cache, in the place of sequence ``seq``.
+    """Restores the only sequence of a snapshot as sequence ``seq``.
 
     Args:
       cache: **donated** when it succeeds, untouched when it raises.
-      saved: what ``snapshot_file.read_snapshot`` gave, the same in every process.
-      seq: default: the number that it was saved with.
+      saved: result of ``snapshot_file.read_snapshot``, the same in every process.
+      seq: default: the id with which it was saved.
 
     Raises:
       OutOfPages, SnapshotError, ValueError: as ``snapshots.restore``; as ``snapshot``.
     """
     if len(saved.sequences) != 1:
         raise ValueError(f"a mesh restores snapshots of one sequence; this one has {len(saved.sequences)}")
-    shard, local = _place(cache, saved.sequences[0] if seq is None else seq)
+    shard, local = _locate(cache, saved.sequences[0] if seq is None else seq)
     heads = _heads(cache)
     each = _local_heads(cache)
 
@@ -115,10 +114,10 @@ def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> 
     return replace(cache, parts=jax.tree.unflatten(structure, arrays))
 
 
-def _place(cache: ShardedCache, seq: int) -> tuple[int, int]:
-    """Data shard and number there of a sequence."""
+def _locate(cache: ShardedCache, seq: int) -> tuple[int, int]:
+    """Data shard of a sequence, and its number there."""
     if not isinstance(cache.parts, PagedKVCache) or cache.mesh.shape[CONTEXT] > 1:
-        raise ValueError("snapshots are of pages, and of sequences whose pages are not spread over devices")
+        raise ValueError('a snapshot on a mesh needs a paged cache and a "context" axis of size 1')
     if not 0 <= seq < cache.max_seqs:
         raise ValueError(f"seq must be an id from 0 to {cache.max_seqs - 1}, got {seq}")
     return seq % cache.num_shards, seq // cache.num_shards
@@ -134,14 +133,14 @@ def _heads(cache: ShardedCache) -> int:
 
 
 def _with_own_heads(cache: ShardedCache) -> list[int]:
-    """Devices along "tensor" that have all heads together, each once."""
+    """Ranks along "tensor" that have each head once."""
     size = cache.mesh.shape[TENSOR]
     first = {rank * _heads(cache) // size: rank for rank in reversed(range(size))}
     return sorted(first.values())
 
 
 def _parts(cache: ShardedCache, shard: int) -> Iterator[tuple[int, Any]]:
-    """This process's parts of a data shard, by their place along "tensor"; to be read."""
+    """Parts of a data shard in this process, with their ranks along "tensor"; not to be donated."""
     leaves, structure = jax.tree.flatten(cache.parts)
     data: list[dict[Any, Array]] = [{one.device: one.data for one in x.addressable_shards} for x in leaves]
     specs = cache_specs(cache.parts)

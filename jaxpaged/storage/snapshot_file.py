@@ -1,7 +1,7 @@
-"""Snapshot: sequences as they lie in a file, verified when read; knows no cache.
+"""Snapshot files: sequences outside of any pool, verified when read; independent of caches.
 
-The file is a safetensors file, so that anyone can look into it, and holds no code that loading would run. A row
-that several entries or sequences share is in it once; a slot that no token lives in is not in it at all.
+A snapshot is a safetensors file, so that it can be inspected, and loading runs no code of it. A row that
+several entries or sequences share is stored once, and free slots are not stored.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _MAX_SIZE = 1 << 16
 
 
 class SnapshotError(ValueError):
-    """A file that cannot be used, or not with this cache; the message is one line. Nothing was changed."""
+    """A file that cannot be used, or not with this cache; one line with the file's name. Nothing was changed."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a snapshot one by one, sequence after sequence, in order; ``i64[T]`` each."""
+    """Tokens of a snapshot in the order of their sequences; ``i64[T]`` each."""
 
     owner: np.ndarray
     """Index into ``Snapshot.sequences``."""
     home: np.ndarray
-    """The slot that held the token in the pool it came from: ``page * page_size + slot``."""
+    """Slot of the token in the pool it was saved from: ``page * page_size + slot``."""
     row: np.ndarray
-    """Where its key and value stand in ``Snapshot.keys`` and ``values``; shared rows are named by several tokens."""
+    """Index of its key and value in ``Snapshot.keys`` and ``values``; several tokens may share a row."""
     position: np.ndarray
     rotation: np.ndarray
-    """Position its key was rotated at, minus ``position``."""
+    """Position at which its key was rotated, minus ``position``."""
 
     def __getitem__(self, kept: np.ndarray) -> Tokens:
         return Tokens(
@@ -52,17 +52,17 @@ class Tokens:
 
 
 Stored = np.ndarray | dict[str, np.ndarray]
-"""One layer's keys or values: numbers, or the parts of quantized ones."""
+"""Keys or values of one layer: numbers, or the parts of quantized ones."""
 
 
 def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_residual: int) -> Any:
-    """What ``count`` rows, or sealed pages, of a format are: its parts as ``jax.ShapeDtypeStruct``.
+    """Shapes and dtypes of ``count`` stored rows of a format, or pages of a residual format.
 
     Args:
       storage: the format.
       sizes: num_kv_heads, page_size and head_dim.
-      count: of rows or pages.
-      num_residual: of open pages.
+      count: number of rows or pages.
+      num_residual: number of residual pages.
     """
     num_kv_heads, page_size, head_dim = sizes
     index: Any = np.zeros(count, np.int32)
@@ -76,37 +76,44 @@ def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_
     return jax.eval_shape(made)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     """Sequences outside of any pool. E = entries, T = tokens, R = rows, at most T."""
 
     fingerprint: str
-    """Of the model that computed the keys and values."""
+    """Identifies the model that computed the keys and values."""
     k_format: PageFormat
-    """Of the pages that the keys come from."""
+    """Format of the pages of keys."""
     v_format: PageFormat
     num_kv_heads: int
     head_dim: int
     page_size: int
-    """Tokens a page held in the pool that the sequences come from."""
+    """Tokens a page of the pool that the sequences were saved from."""
     sequences: tuple[int, ...]
-    """Their ids there, empty sequences included."""
+    """Ids of the sequences there, including empty ones."""
     entries: np.ndarray
-    """i32[E, 6]: sequence, page, first slot, tokens, position and rotation, as BlockTable has them; sequence after
-    sequence in the order of ``sequences``. Pages have numbers of the snapshot's own."""
+    """i32[E, 6]: sequence, page, first slot, tokens, position and rotation as in BlockTable, in the
+    order of ``sequences``. Pages are numbered within the snapshot."""
     tokens: np.ndarray
-    """i32[T]: the token ids, sequence after sequence."""
+    """i32[T]: token ids, in the order of ``sequences``."""
     keys: tuple[Stored, ...]
-    """L times rows as the format stores them, ``[R, num_kv_heads, ...]``, in the order in which the tokens first name
-    them; or sealed pages, ``[pages, num_kv_heads, ...]``, with the open ones, ``[O, ...]``, as part "residual"."""
+    """Rows of each layer as the format stores them, ``[R, num_kv_heads, ...]``, in the order in which
+    tokens first refer to them. Of a residual format, quantized pages ``[pages, num_kv_heads, ...]``, and
+    residual pages ``[O, ...]`` as part "residual"."""
     values: tuple[Stored, ...]
-    """As ``keys``."""
-    staging: np.ndarray
-    """i32[O]: which pages are open; none where no format seals pages."""
+    """Same layout as ``keys``."""
+    residual: np.ndarray
+    """i32[O]: residual pages; empty without a residual format."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Snapshot({len(self.sequences)} sequences, {len(self.tokens)} tokens, {len(self.keys)} layers of "
+            f"{self.num_kv_heads} KV heads of {self.head_dim} values, k {self.k_format.title}, v {self.v_format.title})"
+        )
 
     @property
-    def sealed(self) -> bool:
-        """Whether pages are kept whole, because rows cannot be taken out of them."""
+    def has_residual(self) -> bool:
+        """True if whole pages are stored, because a format cannot extract rows."""
         return self.k_format.has_residual or self.v_format.has_residual
 
     @property
@@ -123,14 +130,14 @@ class Snapshot:
         return {seq: part.tolist() for seq, part in zip(self.sequences, parts, strict=True)}
 
     def expand(self) -> Tokens:
-        """The tokens one by one."""
+        """Slot, row and position of each token."""
         return expand(self.sequences, self.entries, self.page_size)
 
     def common_prefix(self, token_ids: Sequence[int]) -> int:
-        """How many of ``token_ids`` the only sequence has from position 0 on, without a gap.
+        """Number of leading ``token_ids`` that the only sequence holds at positions 0, 1, ...
 
         Raises:
-          ValueError: there are several sequences, or none.
+          ValueError: several sequences, or none.
         """
         if len(self.sequences) != 1:
             raise ValueError(f"a prefix is of one sequence; the snapshot has {len(self.sequences)}")
@@ -142,7 +149,7 @@ class Snapshot:
 
 
 def expand(sequences: Sequence[int], entries: np.ndarray, page_size: int) -> Tokens:
-    """The tokens of ``entries i32[E, 6]`` one by one; see ``Snapshot.entries``."""
+    """Slot, row and position of each token of ``entries i32[E, 6]``; see ``Snapshot.entries``."""
     sequence, page, first, count, position, rotation = entries.astype(np.int64).T
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     home = np.repeat(page * page_size + first, count) + within
@@ -159,7 +166,7 @@ def expand(sequences: Sequence[int], entries: np.ndarray, page_size: int) -> Tok
 
 
 def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
-    """Writes the file beside ``path`` and renames it: a reader finds the old file or the new one, whole.
+    """Writes a file beside ``path`` and renames it: readers see the old file or the new one, complete.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -174,8 +181,8 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
             parts = stored if isinstance(stored, dict) else {"": stored}
             tensors |= {f"{name}.{i}.{part}".rstrip("."): rows for part, rows in parts.items()}
     tensors |= {"entries": snapshot.entries, "token_ids": snapshot.tokens}
-    if snapshot.sealed:
-        tensors["staging"] = snapshot.staging
+    if snapshot.has_residual:
+        tensors["residual"] = snapshot.residual
     metadata = {
         "kind": KIND,
         "version": str(VERSION),
@@ -194,7 +201,7 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
         part.touch()
         mode = part.stat().st_mode
         save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, part, metadata)
-        part.chmod(mode)  # safetensors may have put a file of its own here, which nobody else can read
+        part.chmod(mode)  # safetensors may have replaced the file by one that only its owner can read
         with open(part, "r+b") as file:
             head = _head(file)
             digest = _sha256(file, head)
@@ -203,65 +210,67 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
-    except _safetensors().SafetensorError as error:  # what safetensors makes of an OSError
-        raise OSError(f"{path}: cannot be written: {_first_line(error)}") from error
+    except _safetensors().SafetensorError as error:  # safetensors wraps an OSError
+        raise OSError(f"{target.name}: cannot be written: {_first_line(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
 
 
 def read_snapshot(path: str | os.PathLike[str], *, fingerprint: str) -> Snapshot:
-    """Reads a file that ``snapshot`` wrote, and verifies all of it.
+    """Reads a file of ``snapshot`` and verifies all of it.
 
     Args:
       path: the file.
-      fingerprint: what was given to ``snapshot``: of the model that is to go on with it.
+      fingerprint: of the model that will continue the sequences, as given to ``snapshot``.
 
     Raises:
-      SnapshotError: no snapshot, one of another version or model, cut off or damaged; one line that says which.
+      SnapshotError: no snapshot, one of another version or model, truncated or damaged; one line that
+        names the file without its folder.
       ImportError: safetensors is not installed.
       OSError: the file is missing or cannot be read.
     """
+    name = Path(path).name
     library = _safetensors()
     with open(path, "rb") as file:
         try:
             opened = library.safe_open(path, framework="numpy")
         except library.SafetensorError as error:
-            raise SnapshotError(f"{path}: no snapshot, or one that is cut off or damaged") from error
+            raise SnapshotError(f"{name}: no snapshot, or a truncated or damaged one") from error
         with opened as reader:
             metadata = reader.metadata() or {}
-            _check_kind(path, metadata)
+            _check_kind(name, metadata)
             stated = metadata.get("sha256", "")
             head = _head(file)
             if _sha256(file, _with_digest(head, stated, _BLANK)) != stated:
-                raise SnapshotError(f"{path}: damaged: the contents do not have the checksum they came with")
+                raise SnapshotError(f"{name}: damaged: its checksum does not match its contents")
             if (made_with := metadata.get("fingerprint", "")) != fingerprint:
                 raise SnapshotError(
-                    f"{path}: made with another model: its fingerprint is {_short(made_with)}, "
+                    f"{name}: made with another model: its fingerprint is {_short(made_with)}, "
                     f"this model's {_short(fingerprint)}"
                 )
-            names = reader.keys()
-            types = {reader.get_slice(name).get_dtype() for name in names}
-            if not types <= _TYPES:  # of some others safetensors makes no arrays
-                raise SnapshotError(f"{path}: not what version {VERSION} of a snapshot holds: types {types}")
-            tensors = {name: reader.get_tensor(name) for name in names}
+            keys = reader.keys()
+            types = {reader.get_slice(key).get_dtype() for key in keys}
+            if not types <= _TYPES:  # safetensors has no arrays of some others
+                raise SnapshotError(f"{name}: invalid in version {VERSION} of a snapshot: types {types}")
+            tensors = {key: reader.get_tensor(key) for key in keys}
     try:
         return _checked(metadata, tensors)
     except (KeyError, ValueError, IndexError) as error:
-        raise SnapshotError(f"{path}: not what version {VERSION} of a snapshot holds: {error}") from error
+        raise SnapshotError(f"{name}: invalid in version {VERSION} of a snapshot: {error}") from error
 
 
-def _check_kind(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+def _check_kind(name: str, metadata: dict[str, str]) -> None:
     if metadata.get("kind") != KIND:
-        raise SnapshotError(f"{path}: a safetensors file, but no snapshot of a jaxpaged cache")
+        raise SnapshotError(f"{name}: a safetensors file, but no snapshot of a jaxpaged cache")
     if metadata.get("version") != str(VERSION):
         raise SnapshotError(
-            f"{path}: a snapshot of version {_short(metadata.get('version', ''))}; this one reads {VERSION}"
+            f"{name}: a snapshot of version {_short(metadata.get('version', ''))}; supported is {VERSION}"
         )
 
 
 def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapshot:
-    """What was read, after a look at every law that ``restore`` relies on: a checksum proves no good intentions."""
+    """Snapshot of the data read, once all that ``restore`` relies on is checked: a checksum does not prove intent."""
     layers = range(int(metadata["num_layers"]))
     k_format, v_format = (titled(metadata[f"{side}_format"]) for side in ("k", "v"))
 
@@ -283,16 +292,16 @@ def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapsh
         tokens=tensors["token_ids"],
         keys=tuple(stored("k", layer, k_format) for layer in layers),
         values=tuple(stored("v", layer, v_format) for layer in layers),
-        staging=tensors.get("staging", np.zeros(0, np.int32)),
+        residual=tensors.get("residual", np.zeros(0, np.int32)),
     )
-    for name, wrong in _broken_laws(snapshot):
+    for name, wrong in _conditions(snapshot):
         if wrong:
             raise ValueError(name)
     return snapshot
 
 
-def _broken_laws(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
-    """Laws and whether they are broken, in an order in which each may rely on those before."""
+def _conditions(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
+    """Names of conditions and ``True`` if violated, in an order in which each may rely on those before."""
     ids, entries, tokens = snapshot.sequences, snapshot.entries, snapshot.tokens
     yield "sequences", list(ids) != sorted(set(ids)) or ids[0] < 0
     yield "entries", entries.dtype != np.int32 or entries.ndim != 2 or entries.shape[1] != 6
@@ -304,18 +313,21 @@ def _broken_laws(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
     unordered = (np.diff(sequence) == 0) & (position[1:] < (position + count)[:-1])
     yield "order of the positions", bool(unordered.any())
     yield "token_ids", tokens.dtype != np.int32 or tokens.shape != (count.sum(),)
-    rows, pages, opened = len(np.unique(snapshot.expand().home)), len(np.unique(page)), snapshot.staging
+    rows, pages, residual = len(np.unique(snapshot.expand().home)), len(np.unique(page)), snapshot.residual
     yield "layers", not snapshot.keys
-    if snapshot.sealed:
+    if snapshot.has_residual:
         yield "numbers of the pages", pages > 0 and int(page.max()) != pages - 1
-        yield "staging", opened.dtype != np.int32 or opened.ndim != 1
-        yield "staging", len(set(opened.tolist())) != len(opened) or not np.isin(opened, page).all()
-        yield "staging", not _end_with(page, sequence, opened)
+        yield "residual pages", residual.dtype != np.int32 or residual.ndim != 1
+        yield (
+            "residual pages",
+            len(set(residual.tolist())) != len(residual) or not np.isin(residual, page).all(),
+        )
+        yield "residual pages", not _end_with(page, sequence, residual)
     sizes = snapshot.num_kv_heads, snapshot.page_size, snapshot.head_dim
     yield "sizes", min(sizes) < 1 or max(sizes) > _MAX_SIZE
     for storage, layers in ((snapshot.k_format, snapshot.keys), (snapshot.v_format, snapshot.values)):
         storage.check(snapshot.page_size, snapshot.head_dim)
-        expected = shapes_of(storage, sizes, pages if storage.has_residual else rows, len(opened))
+        expected = shapes_of(storage, sizes, pages if storage.has_residual else rows, len(residual))
         names = expected.keys() if isinstance(expected, dict) else None
         for layer in layers:
             yield "keys and values", (layer.keys() if isinstance(layer, dict) else None) != names
@@ -323,17 +335,17 @@ def _broken_laws(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
             yield "keys and values", not all(jax.tree.leaves(same))
 
 
-def _end_with(page: np.ndarray, sequence: np.ndarray, opened: np.ndarray) -> bool:
-    """Whether each open page is the last one of every sequence that has it."""
+def _end_with(page: np.ndarray, sequence: np.ndarray, residual: np.ndarray) -> bool:
+    """True if each residual page is the last page of all sequences that have it."""
     for seq in np.unique(sequence):
         pages = page[sequence == seq]
-        if not set(pages[np.isin(pages, opened)].tolist()) <= {int(pages[-1])}:
+        if not set(pages[np.isin(pages, residual)].tolist()) <= {int(pages[-1])}:
             return False
     return True
 
 
 def _safetensors() -> Any:
-    """The library; imported here, because the core needs JAX and numpy alone."""
+    """The library, imported on first use, because the core depends on JAX and numpy only."""
     try:
         import safetensors.numpy
     except ModuleNotFoundError as error:
@@ -342,19 +354,19 @@ def _safetensors() -> Any:
 
 
 def _head(file: Any) -> bytes:
-    """The bytes before the tensors: the header's length in 8 bytes, and the header."""
+    """Bytes before the tensors: the header's length in 8 bytes, and the header."""
     file.seek(0)
     length = file.read(8)
     return length + file.read(int.from_bytes(length, "little"))
 
 
 def _with_digest(head: bytes, old: str, new: str) -> bytes:
-    """The header with other digits; the quotes of any other text in it would be escaped."""
+    """Header with another digest; quotes of any other text in it would be escaped."""
     return head.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
 
 
 def _sha256(file: Any, head: bytes) -> str:
-    """Of ``head``, in which the checksum's own digits are blank, and of all that stands behind it in the file."""
+    """Digest of ``head``, in which the checksum is blank, and of the rest of the file."""
     digest = hashlib.sha256(head)
     file.seek(len(head))
     while block := file.read(1 << 20):
@@ -367,5 +379,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _short(text: str) -> str:
-    """Text from a file, fit for a message."""
+    """Text from a file, shortened and quoted for a message."""
     return repr(text[:16] + ("..." if len(text) > 16 else ""))

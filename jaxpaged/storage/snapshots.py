@@ -1,8 +1,8 @@
-"""Sequences between a PagedKVCache and a file: host functions, not for ``jit``.
+"""Save and restore sequences of a PagedKVCache; host functions, not for ``jit``.
 
-What a file holds is a layout of rows in slots, apart from any pool. Putting it into a pool means choosing a slot for
-every row: the slot it had, where pages have the size they had, or the next one behind the row before it. Either way
-a row gets one slot, so that whatever was shared is shared again, in pages of any size.
+A snapshot holds rows in slots, independent of a pool. Restoring chooses a slot for each row: the slot it
+had, if pages have the same size, or the next one behind the previous row. Each row gets one slot, so that
+shared rows stay shared, in pages of any size.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def snapshot(
     token_ids: Sequence[int] | Sequence[Sequence[int]],
     fingerprint: str,
 ) -> None:
-    """Saves one sequence, or all, to a safetensors file: the rows of live tokens, and the entries that name them.
+    """Saves one sequence, or all, to a safetensors file: rows of live tokens, and table entries.
 
     Args:
-      cache: concrete, not traced; it is only read. One that is spread over a mesh is saved by ``mesh_snapshots``.
-      path: the file; one that is there is replaced, once the new one is complete.
+      cache: concrete, not traced; it is not changed. ``mesh_snapshots`` saves caches on a mesh.
+      path: the file; an existing one is replaced once the new one is complete.
       seq: an id, or ``ALL``.
-      token_ids: a token id for each token the sequence holds, in order; for ``ALL`` one such list a sequence.
-      fingerprint: any text that tells the model from others; ``read_snapshot`` has to be given the same.
+      token_ids: one token id for each token of the sequence, in order; for ``ALL`` one list a sequence.
+      fingerprint: any text that identifies the model; ``read_snapshot`` must be given the same.
 
     Raises:
-      ValueError: an id that is not there, or as many token ids as the sequence has tokens are not given.
+      ValueError: an id outside [0, S), or a number of token ids that is not the sequence's length.
       ImportError: safetensors is not installed.
       OSError: the file cannot be written.
     """
@@ -59,7 +59,7 @@ def take(
     token_ids: Sequence[int] | Sequence[Sequence[int]],
     fingerprint: str,
 ) -> Snapshot:
-    """What ``snapshot`` writes to a file.
+    """Copies sequences to the host: the content of ``snapshot``'s file.
 
     Raises:
       ValueError: as ``snapshot``.
@@ -78,17 +78,17 @@ def take(
     entries = np.concatenate([_entries(table, i) for i in ids])
     homes = expand(ids, entries, cache.page_size)
     page, slot = divmod(homes.home[np.unique(homes.row, return_index=True)[1]], cache.page_size)
-    # Numbers of its own, so that the same sequences make the same file wherever they lie.
-    pages, named, inverse = np.unique(entries[:, 1], return_index=True, return_inverse=True)
-    entries[:, 1] = np.argsort(np.argsort(named))[inverse]
-    pages, places = pages[np.argsort(named)], np.zeros(0, np.int32)
+    # Pages are renumbered, so that equal sequences give equal files wherever their pages are.
+    pages, first, inverse = np.unique(entries[:, 1], return_index=True, return_inverse=True)
+    entries[:, 1] = np.argsort(np.argsort(first))[inverse]
+    pages, slots = pages[np.argsort(first)], np.zeros(0, np.int32)
     if cache.staging is not None:
-        places = np.asarray(cache.staging.slot_of_page)[pages]
-    opened = np.flatnonzero(places < cache.max_seqs) if len(places) else np.zeros(0, np.int64)
+        slots = np.asarray(cache.staging.slot_of_page)[pages]
+    residual = np.flatnonzero(slots < cache.max_seqs) if len(slots) else np.zeros(0, np.int64)
 
     def stored(storage: PageFormat, layers: tuple[Any, ...]) -> tuple[Stored, ...]:
         if isinstance(storage, ResidualFormat):
-            return tuple(_read_pages(one, pages, places[opened]) for one in layers)
+            return tuple(_read_pages(one, pages, slots[residual]) for one in layers)
         return _read_rows(storage, layers, page, slot)
 
     keys, values = stored(cache.k_format, cache.k_pages), stored(cache.v_format, cache.v_pages)
@@ -105,35 +105,35 @@ def take(
         tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
         keys=keys,
         values=values,
-        staging=opened.astype(np.int32),
+        residual=residual.astype(np.int32),
     )
 
 
 def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> PagedKVCache:
-    """Puts the sequences of a snapshot into a cache, in the place of the sequences with their ids.
+    """Restores the sequences of a snapshot, replacing the sequences of a cache with their ids.
 
-    The pool may have another number of pages, and pages of another size, unless the format seals pages. What sequences
-    shared they share again. Keys keep the positions they were rotated at. Where it saves pages, rows are moved
-    together; otherwise they get the slots they had, so that a cache like the one they come from always has room for
-    them.
+    The pool may have another number of pages, and pages of another size, unless the format is a residual
+    one. Rows that were shared are shared again. Keys keep the positions at which they were rotated. Rows
+    are packed if that saves pages; otherwise they get the slots they had, so that a cache with as many
+    pages as the original always suffices.
 
     Args:
-      cache: **donated** when it succeeds, untouched when it raises. Sequences that the snapshot does not name stay.
-      saved: what ``read_snapshot`` gave.
-      seq: another id for the only sequence of the snapshot. As in llama.cpp, what it holds is forgotten first.
-      p1: restore the tokens at positions before this one alone; negative = all of them.
+      cache: **donated** when it succeeds, untouched when it raises. Other sequences do not change.
+      saved: result of ``read_snapshot``.
+      seq: another id for the only sequence of the snapshot; as in llama.cpp, its tokens are replaced.
+      p1: restore only tokens at positions before this one; negative = all.
 
     Returns:
       The cache.
 
     Raises:
-      OutOfPages: the pool, without the sequences that are replaced, has too few pages.
-      SnapshotError: pages of another format, sealed pages of another size, layers or heads of other sizes, fewer
-        sequences, or a sequence of more entries than the table's rows have.
-      ValueError: ``seq`` is not there, or the snapshot has several sequences for it.
+      OutOfPages: the pool, without the replaced sequences, has too few pages.
+      SnapshotError: pages of another format, pages of a residual format of another size, other layers
+        or heads, too few sequences, or a sequence with more entries than a row of the table.
+      ValueError: ``seq`` is outside [0, S), or the snapshot has not exactly one sequence for it.
     """
-    place = _plan(cache, saved, seq, p1)
-    layout, pages, places = place.layout, place.pages, place.places
+    plan = _plan(cache, saved, seq, p1)
+    layout, pages = plan.layout, plan.pages
     page, slot = divmod(layout.slot, cache.page_size)
 
     def written(
@@ -141,7 +141,7 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
     ) -> tuple[Any, ...]:
         if isinstance(storage, ResidualFormat):
             return tuple(
-                _write_pages(old, new, pages, layout.sources, places)
+                _write_pages(old, new, pages, layout.sources, plan.slots)
                 for old, new in zip(layers, saved_layers, strict=True)
             )
         rows = [jax.tree.map(lambda x: x[layout.rows], one) for one in saved_layers]
@@ -151,46 +151,46 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
     v_pages = written(cache.v_format, cache.v_pages, saved.values)
     return replace(
         cache,
-        allocator=place.allocator,
-        table=place.table,
+        allocator=plan.allocator,
+        table=plan.table,
         k_pages=k_pages,
         v_pages=v_pages,
-        staging=place.staging,
+        staging=plan.staging,
     )
 
 
 def check_restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> None:
-    """Raises what ``restore`` would; changes nothing."""
+    """Raises the errors of ``restore``, without changes."""
     _plan(cache, saved, seq, p1)
 
 
 @dataclass(frozen=True)
-class _Restored:
-    """Where a snapshot goes, and the tables afterwards."""
+class _Plan:
+    """Target of a snapshot in a pool, and the metadata afterwards."""
 
     layout: _Layout
     allocator: PageAllocator
     table: BlockTable
     staging: StagingSlots | None
     pages: np.ndarray
-    """The page taken for each of the layout's."""
-    places: np.ndarray
-    """The place of each open page."""
+    """Page allocated for each page of the layout."""
+    slots: np.ndarray
+    """Staging slot of each residual page; S = not restored."""
 
 
-def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Restored:
+def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Plan:
     _check_format(cache, saved)
     targets = _targets(cache, saved, seq)
     tokens = saved.expand()
     tokens = tokens if p1 < 0 else tokens[tokens.position < p1]
     layouts = []
-    if not saved.sealed:
+    if not saved.has_residual:
         layouts.append(_Layout.of(tokens, _packed(tokens, cache.page_size), cache.page_size))
     if cache.page_size == saved.page_size:
         layouts.insert(0, _Layout.of(tokens, tokens.home, cache.page_size))
     if not layouts:
         raise SnapshotError(
-            f"the snapshot has sealed pages of {saved.page_size} tokens, which cannot be cut anew; "
+            f"the snapshot has quantized pages of {saved.page_size} tokens, which cannot change their size; "
             f"the cache has pages of {cache.page_size}"
         )
     layout = min(layouts, key=lambda one: (one.widest > cache.max_pages_per_seq, one.num_pages))
@@ -198,15 +198,15 @@ def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Re
         raise SnapshotError(
             f"a sequence needs {layout.widest} table entries, max_pages_per_seq is {cache.max_pages_per_seq}"
         )
-    allocator, table, pages = _place(cache, layout, targets)
-    staging, places = cache.staging, np.zeros(0, np.int32)
+    allocator, table, pages = _allocate(cache, layout, targets)
+    staging, slots = cache.staging, np.zeros(0, np.int32)
     if staging is not None:
-        staging, places = _assign_staging_slots(staging, allocator, layout, pages, saved.staging)
-    return _Restored(layout, allocator, table, staging, pages, places)
+        staging, slots = _assign_staging_slots(staging, allocator, layout, pages, saved.residual)
+    return _Plan(layout, allocator, table, staging, pages, slots)
 
 
 def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:
-    """Layers, KV heads, and head_dim."""
+    """Numbers of layers and KV heads, and head_dim."""
     pages, storage = cache.k_pages[0], cache.k_format
     if isinstance(pages, BlockPages):
         return cache.num_layers, pages.shape[1], pages.head_dim
@@ -226,7 +226,7 @@ def _check_format(cache: PagedKVCache, saved: Snapshot) -> None:
 
 
 def _targets(cache: PagedKVCache, saved: Snapshot, seq: int | None) -> np.ndarray:
-    """i64[len(saved.sequences)]: where each goes; S for those that are empty and have no counterpart."""
+    """i64[len(saved.sequences)]: id of each in the cache; S for empty ones beyond it."""
     s = cache.max_seqs
     if seq is None:
         targets = np.asarray(saved.sequences)
@@ -241,7 +241,7 @@ def _targets(cache: PagedKVCache, saved: Snapshot, seq: int | None) -> np.ndarra
 
 
 def _entries(table: BlockTable, seq: int) -> np.ndarray:
-    """i32[entries of the sequence, 6], as ``Snapshot.entries``."""
+    """i32[entries of the sequence, 6], see ``Snapshot.entries``."""
     used = slice(int(table.num_entries[seq]))
     fields = (table.pages, table.first_slot, table.num_tokens, table.position, table.rotation)
     columns = [np.asarray(field)[seq, used] for field in fields]
@@ -250,18 +250,18 @@ def _entries(table: BlockTable, seq: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Slots for rows, and the entries that come of it. Pages are numbered from 0."""
+    """Slots of rows, and the resulting entries. Pages are numbered from 0."""
 
     rows: np.ndarray
-    """i64[R]: which rows of the snapshot are used."""
+    """i64[R]: rows of the snapshot that are used."""
     slot: np.ndarray
     """i64[R]: ``page * page_size + slot`` of each."""
     sources: np.ndarray
-    """i64[pages]: the page of the snapshot that each page comes from, where slots stay what they were."""
+    """i64[pages]: page of the snapshot for each page, if rows keep their slots."""
     entries: np.ndarray
     """i64[E, 6]: owner, page, first slot, tokens, position, rotation."""
-    place: np.ndarray
-    """i64[E]: which entry of its owner each is."""
+    index: np.ndarray
+    """i64[E]: index among the entries of its owner."""
 
     @property
     def num_pages(self) -> int:
@@ -269,12 +269,12 @@ class _Layout:
 
     @property
     def widest(self) -> int:
-        """Entries of the sequence that has most."""
-        return int(self.place.max(initial=-1)) + 1
+        """Largest number of entries of a sequence."""
+        return int(self.index.max(initial=-1)) + 1
 
     @classmethod
     def of(cls, tokens: Tokens, home: np.ndarray, page_size: int) -> _Layout:
-        """For tokens at slots ``home i64[T]``: each run of slots, positions and one rotation is an entry."""
+        """Layout for slots ``home i64[T]``: a run of slots and positions with one rotation is an entry."""
         used, dense = np.unique(home // page_size, return_inverse=True)
         at = dense * page_size + home % page_size
         page = at // page_size
@@ -294,12 +294,12 @@ class _Layout:
             tokens.rotation[starts],
         )
         rows, first = np.unique(tokens.row, return_index=True)
-        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
-        return cls(rows, at[first], used, np.stack([owner, *columns], axis=1), place)
+        index = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        return cls(rows, at[first], used, np.stack([owner, *columns], axis=1), index)
 
 
 def _packed(tokens: Tokens, page_size: int) -> np.ndarray:
-    """i64[T]: slots without gaps. Each sequence's own rows, those that none before it has, begin on a fresh page."""
+    """i64[T]: slots without gaps. Rows that a sequence does not share with earlier ones begin on a new page."""
     rows, first, inverse = np.unique(tokens.row, return_index=True, return_inverse=True)
     order = np.argsort(first)
     owner = tokens.owner[first[order]]
@@ -311,10 +311,10 @@ def _packed(tokens: Tokens, page_size: int) -> np.ndarray:
     return slot[inverse]
 
 
-def _place(
+def _allocate(
     cache: PagedKVCache, layout: _Layout, targets: np.ndarray
 ) -> tuple[PageAllocator, BlockTable, np.ndarray]:
-    """Allocator and table with the layout in the place of the targets, and the page taken for each of the layout's."""
+    """Allocator and table with the layout as the target sequences, and the page for each of the layout's."""
     allocator, table = jax.tree.map(np.array, (cache.allocator, cache.table))
     cleared = targets[targets < cache.max_seqs]
     counts = allocator.ref_counts
@@ -326,7 +326,7 @@ def _place(
     left = len(free) - layout.num_pages
     if left < 0:
         raise OutOfPages(layout.num_pages, len(free))
-    pages = free[left:][::-1]  # as the allocator takes them, from the top of the stack
+    pages = free[left:][::-1]  # from the top of the stack, as the allocator does
     owner, page, first, count, position, rotation = layout.entries.T
     np.add.at(counts, pages[page], 1)
     allocator.free_pages[:left] = free[:left]
@@ -340,7 +340,7 @@ def _place(
         (table.pages, pages[page]), (table.first_slot, first), (table.num_tokens, count),
         (table.position, position), (table.rotation, rotation),
     ):  # fmt: skip
-        field[seq, layout.place] = column
+        field[seq, layout.index] = column
     table.num_entries[cleared] = np.bincount(owner, minlength=len(targets))[targets < cache.max_seqs]
     state = replace(allocator, num_free=np.int32(left)), table
     return *jax.tree.map(
@@ -349,27 +349,27 @@ def _place(
 
 
 def _assign_staging_slots(
-    staging: StagingSlots, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, opened: np.ndarray
+    staging: StagingSlots, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, residual: np.ndarray
 ) -> tuple[StagingSlots, np.ndarray]:
-    """Places for the open pages of a snapshot: ``(staging, i32[O] the place of each, S = not restored)``."""
+    """Assigns slots to the residual pages of a snapshot: ``(staging, i32[O] slot of each, S = not restored)``."""
     s = staging.num_slots
-    # Counts hold what is restored too, whose pages were nobody's: what was open there is no longer.
+    # Counts include the restored pages, which were free: their former slots are not in use.
     counts = np.array(allocator.ref_counts)
     counts[pages] = 0
     free = np.flatnonzero(~np.asarray(staging.in_use(jnp.asarray(counts))))
-    place, page = np.array(staging.slot_of_page), np.array(staging.page_of_slot)
-    place[pages] = s
-    restored = np.isin(opened, layout.sources)
-    places = np.full(len(opened), s, np.int32)
-    places[restored] = free[: restored.sum()]
-    target = pages[np.searchsorted(layout.sources, opened[restored])]
-    place[target], page[places[restored]] = places[restored], target
+    slot_of_page, page_of_slot = np.array(staging.slot_of_page), np.array(staging.page_of_slot)
+    slot_of_page[pages] = s
+    restored = np.isin(residual, layout.sources)
+    slots = np.full(len(residual), s, np.int32)
+    slots[restored] = free[: restored.sum()]
+    target = pages[np.searchsorted(layout.sources, residual[restored])]
+    slot_of_page[target], page_of_slot[slots[restored]] = slots[restored], target
     state = jax.tree.map(
         lambda old, new: jax.device_put(new, old.sharding),
         staging,
-        StagingSlots(place, page),  # type: ignore[arg-type]
+        StagingSlots(slot_of_page, page_of_slot),  # type: ignore[arg-type]
     )
-    return state, places
+    return state, slots
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -383,22 +383,24 @@ def _write(storage: PageFormat, pages: Any, page: Array, slot: Array, rows: Any)
 
 
 @jax.jit
-def _read_residual(pages: ResidualPages, page: Array, place: Array) -> dict[str, Array]:
-    return {**{name: part[page] for name, part in pages.parts.items()}, "residual": pages.residual[place]}
+def _read_residual(pages: ResidualPages, page: Array, slot: Array) -> dict[str, Array]:
+    return {**{name: part[page] for name, part in pages.parts.items()}, "residual": pages.residual[slot]}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_residual(
-    pages: ResidualPages, stored: dict[str, Array], page: Array, place: Array
+    pages: ResidualPages, stored: dict[str, Array], page: Array, slot: Array
 ) -> ResidualPages:
     parts = {name: part.at[page].set(stored[name], mode="drop") for name, part in pages.parts.items()}
-    return replace(pages, parts=parts, residual=pages.residual.at[place].set(stored["residual"], mode="drop"))
+    return replace(pages, parts=parts, residual=pages.residual.at[slot].set(stored["residual"], mode="drop"))
 
 
-def _read_pages(pages: ResidualPages, page: np.ndarray, place: np.ndarray) -> dict[str, np.ndarray]:
-    found = _read_residual(pages, _padded(page), _padded(place))
+def _read_pages(pages: ResidualPages, page: np.ndarray, slot: np.ndarray) -> dict[str, np.ndarray]:
+    """Pages ``page``, and residual pages at the staging slots ``slot``."""
+    found = _read_residual(pages, _padded(page), _padded(slot))
     return {
-        name: np.asarray(part)[: len(place) if name == "residual" else len(page)] for name, part in found.items()
+        name: np.asarray(part)[: len(slot) if name == "residual" else len(page)]
+        for name, part in found.items()
     }
 
 
@@ -407,16 +409,16 @@ def _write_pages(
     stored: dict[str, np.ndarray],
     page: np.ndarray,
     source: np.ndarray,
-    place: np.ndarray,
+    slot: np.ndarray,
 ) -> ResidualPages:
-    """Page ``source[i]`` of what is stored becomes page ``page[i]``, open page j the one at ``place[j]``."""
+    """Writes stored page ``source[i]`` to page ``page[i]``, and residual page j to staging slot ``slot[j]``."""
     parts = {name: _padded(part if name == "residual" else part[source]) for name, part in stored.items()}
     num_pages = pages.shape[0]
-    return _write_residual(pages, parts, _padded(page, num_pages), _padded(place, len(pages.residual)))
+    return _write_residual(pages, parts, _padded(page, num_pages), _padded(slot, len(pages.residual)))
 
 
 def _padded(array: np.ndarray, padding: int = 0) -> np.ndarray:
-    """A length that is a power of two, so that few programs are compiled."""
+    """Pads to a power of two, so that few programs are compiled."""
     spare = (1 << max(len(array) - 1, 0).bit_length()) - len(array)
     return np.pad(array, [(0, spare)] + [(0, 0)] * (array.ndim - 1), constant_values=padding)
 

@@ -124,9 +124,9 @@ def test_one_sequence_and_its_beginning(tmp_path: Path) -> None:
         check_invariants(step(other, [6, 6, 1, 0], 6))
 
 
-def test_sealed_pages_of_another_size_and_other_formats_are_refused(tmp_path: Path) -> None:
+def test_residual_formats_with_pages_of_another_size_and_other_formats_are_refused(tmp_path: Path) -> None:
     saved = saved_as(shared(dtype="kivi4"), tmp_path / "file")
-    with pytest.raises(SnapshotError, match="sealed pages of 8 tokens, which cannot be cut anew"):
+    with pytest.raises(SnapshotError, match="quantized pages of 8 tokens, which cannot change their size"):
         restore(create(dtype="kivi4", page_size=16), saved)
     with pytest.raises(SnapshotError, match=re.escape("64 values in kivi4")):
         restore(create(dtype="kivi4", hadamard=not PAGE_FORMATS["kivi4"].hadamard), saved)
@@ -134,15 +134,18 @@ def test_sealed_pages_of_another_size_and_other_formats_are_refused(tmp_path: Pa
         restore(create(k_dtype="q4_0", v_dtype="kivi4", hadamard=False), saved)
 
 
-@pytest.mark.parametrize("staging", [[99], [0, 0], [-1], [0]])
-def test_open_pages_that_cannot_be_are_refused(tmp_path: Path, staging: list[int]) -> None:
+@pytest.mark.parametrize("residual", [[99], [0, 0], [-1], [0]])
+def test_impossible_residual_pages_are_refused(tmp_path: Path, residual: list[int]) -> None:
     saved = saved_as(shared(dtype="kivi4"), tmp_path / "file")
-    assert 0 not in saved.staging
-    wrong = np.asarray(staging, np.int32)
+    assert 0 not in saved.residual
+    wrong = np.asarray(residual, np.int32)
     layers = [
-        tuple({**one, "residual": np.resize(one["residual"], (len(wrong), *one["residual"].shape[1:]))} for one in side)
+        tuple(
+            {**one, "residual": np.resize(one["residual"], (len(wrong), *one["residual"].shape[1:]))}
+            for one in side
+        )
         for side in (saved.keys, saved.values)
     ]
-    write_snapshot(tmp_path / "file", replace(saved, staging=wrong, keys=layers[0], values=layers[1]))
-    with pytest.raises(SnapshotError, match="holds: staging"):
+    write_snapshot(tmp_path / "file", replace(saved, residual=wrong, keys=layers[0], values=layers[1]))
+    with pytest.raises(SnapshotError, match="snapshot: residual pages"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
