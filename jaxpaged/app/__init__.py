@@ -1,1 +1,1 @@
-"""The command line: the one room that knows both the cache and the models."""
+"""The command line and the server; the one package that imports both the cache and the models."""

@@ -1,4 +1,4 @@
-"""``--page-map``: the pool while a run goes on, as a picture of its fullest moment or a page to step through."""
+"""``--page-map``: the pool during a run, as a picture of its fullest moment or an animation."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _MOST_FRAMES = 400
 
 
 class PageMapRecorder:
-    """The states of a pool that were looked at; of a long run, fewer and fewer of them."""
+    """Snapshots of a pool during a run; the longer it gets, the fewer of them are kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.every = 1
-        """Decode steps between two looks."""
+        """Decode steps between two snapshots."""
         self._frames: list[tuple[str, PageMap]] = []
         self._passed = 0
 
     @classmethod
     def open(cls, options: GenerateOptions) -> PageMapRecorder | None:
-        """The film that the options ask for.
+        """The recorder that the options ask for, if any.
 
         Raises:
-          InputError: there is no pool to film, or no folder to write to.
+          InputError: the cache is not paged, or the folder does not exist.
         """
         if options.page_map is None:
             return None
@@ -39,7 +39,7 @@ class PageMapRecorder:
         return cls(options.page_map)
 
     def add(self, label: str, cache: Any, steps: int | None = None) -> None:
-        """Looks at the pool, if ``steps`` and those before it make up ``every``, or are None."""
+        """Records the pool, unless fewer than ``every`` steps have passed; ``steps`` None always does."""
         self._passed += self.every if steps is None else steps
         if self._passed < self.every:
             return

@@ -1,4 +1,4 @@
-"""``jaxpaged generate --beams``: the likeliest continuation that a beam search finds."""
+"""``jaxpaged generate --beams``: the best continuation of a beam search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxpaged.generation.loop import FINISH_NAN
 
 
 def complete(session: Session, prompt: str) -> int:
-    """Continues the prompt; nothing is printed before the search has ended, because nothing is decided before."""
+    """Continues the prompt and prints the best text when the search has ended; the exit status."""
     o, loaded = session.options, session.ready.loaded
     ids, new, plan = session.completion(prompt, o.beams)
     search = prepare_beam_search(
@@ -49,7 +49,7 @@ def complete(session: Session, prompt: str) -> int:
     timings, steps = session.timings, int(result.num_steps)
     timings.compile_ms = 1e3 * (compiled - start) if o.warmup else 0.0
     timings.prompt_n, timings.prompt_ms = len(ids), 1e3 * (read - compiled)
-    session.end_start(timings, cache_hit=False)  # the rest is the search: nothing is shown before its end
+    session.end_start(timings, cache_hit=False)
     timings.predicted_n, timings.predicted_ms = steps, 1e3 * (ended - read)
     session.pages_peak = int(result.pages_peak)
     run, scores = _run_of(result)
@@ -70,7 +70,7 @@ def complete(session: Session, prompt: str) -> int:
 
 
 def _run_of(result: BeamResult) -> tuple[Run, list[float]]:
-    """The sequences found, best first, and their scores; where there is none, an empty one."""
+    """The sequences found, best first, and their scores; one empty sequence if there is none."""
     tokens, counts = np.asarray(result.tokens)[0], np.asarray(result.num_tokens)[0]
     scores = np.asarray(result.score)[0]
     found = max(1, int(np.isfinite(scores).sum()))
@@ -89,7 +89,7 @@ def _sharing_line(beams: int, score: float, result: BeamResult) -> str:
 def _print_json(
     session: Session, prompt: list[int], run: Run, scores: list[float], report: KVReport, result: BeamResult
 ) -> None:
-    """One object, as for samples; ``choices`` holds every beam, with its score."""
+    """Prints one JSON object, as for samples; ``choices`` holds every beam with its score."""
     choices = [
         {"tokens": tokens, "text": text_of(session, tokens), "finish_reason": run.reason(row)}
         for row, tokens in enumerate(run.tokens)

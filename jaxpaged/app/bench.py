@@ -58,11 +58,11 @@ class Measurement:
     cache_type: CacheType
     batch: int
     num_tokens: int
-    """Tokens that one repetition computes, all sequences together."""
+    """Tokens of one repetition, all sequences together."""
     compile_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
     kv_bytes: int = 0
-    """KV memory in use at the end: pages, open ones too, or the whole of a contiguous cache."""
+    """KV memory in use at the end: pages and staging slots, or all of a contiguous cache."""
 
     @property
     def rates(self) -> list[float]:
@@ -75,7 +75,7 @@ class Measurement:
 
     @property
     def deviation(self) -> float:
-        """Of the sample; 0 for a single repetition."""
+        """Standard deviation of the rates; 0 for a single repetition."""
         return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
 
 
@@ -105,12 +105,12 @@ class _Bench:
         }
         self._decode = self._compile_decode(empty) if n_gen else None
         self.measurement.compile_seconds = time.perf_counter() - start
-        # Filled once by really reading that many tokens; each repetition starts from a copy.
+        # Filled once, by computing that many tokens; each repetition starts from a copy.
         self._filled = self._read(empty, depth)
         jax.block_until_ready(self._filled)
 
     def _steps(self, num_tokens: int) -> list[int]:
-        """The sizes of the steps that read ``num_tokens`` tokens of every sequence."""
+        """Sizes of the steps that prefill ``num_tokens`` tokens of every sequence."""
         total = self._batch * num_tokens
         return [self._step] * (total // self._step) + ([total % self._step] if total % self._step else [])
 
@@ -125,7 +125,7 @@ class _Bench:
         return jax.jit(spread, donate_argnums=1).lower(self._params, cache, *shapes).compile()
 
     def _compile_decode(self, cache: Any) -> Any:
-        """``n_gen`` steps of one token a sequence, each the likeliest after the one before; one program."""
+        """Compiles ``n_gen`` greedy decode steps of every sequence, as one program."""
 
         def decode(params: Any, cache: Any, tokens: jax.Array) -> Any:
             def step(_: Any, carry: Any) -> Any:
@@ -146,7 +146,7 @@ class _Bench:
         return rng.integers(0, self._vocab_size, count, dtype=np.int32)
 
     def _read(self, cache: Any, num_tokens: int) -> Any:
-        """The cache after ``num_tokens`` more tokens of every sequence, sequence after sequence."""
+        """The cache after a prefill of ``num_tokens`` tokens of every sequence, one sequence at a time."""
         left = [num_tokens] * self._batch
         logits = None
         for size in self._steps(num_tokens):
@@ -162,7 +162,7 @@ class _Bench:
         return cache
 
     def repeat(self, record: bool) -> None:
-        """Runs the test once; ``record`` False warms up."""
+        """Runs the test once; without ``record`` as a warm-up."""
         cache = jax.tree.map(jnp.copy, self._filled)
         tokens = self._tokens(self._batch)
         jax.block_until_ready((cache, tokens))
@@ -181,7 +181,7 @@ class _Bench:
 
 
 def run(options: BenchOptions) -> None:
-    """Measures and prints; a finished test of an interrupted run is printed too."""
+    """Measures and prints; if interrupted, prints the finished tests."""
     tests = [(n, 0) for n in options.n_prompt if n] + [(0, n) for n in options.n_gen if n]
     if not tests:
         raise InputError("nothing to measure: -p and -n are both 0")
@@ -213,16 +213,16 @@ def run(options: BenchOptions) -> None:
 
 
 def caches_of(options: BenchOptions, own: str, mesh: Mesh | None) -> list[tuple[str, CacheType]]:
-    """The caches to compare, kind and type, for a model of ``own`` dtype; what cannot be is left out, and said.
+    """Caches to compare, kind and type, for a model of ``own`` dtype; unsupported ones are left out with a line.
 
     Raises:
-      InputError: none can be.
+      InputError: none is supported.
     """
     types = cache_types(options, own)
-    sealing = [one for one in types if one.has_residual]
-    if sealing and "contiguous" in options.kinds:
-        names = "; ".join(map(str, sealing))
-        if len(sealing) == len(types) and "paged" not in options.kinds:
+    quantizing = [one for one in types if one.has_residual]
+    if quantizing and "contiguous" in options.kinds:
+        names = "; ".join(map(str, quantizing))
+        if len(quantizing) == len(types) and "paged" not in options.kinds:
             raise InputError(f"--kv contiguous: {names} quantizes whole pages")
         say(f"contiguous {names} is left out: it quantizes whole pages")
     kinds = options.kinds
@@ -243,7 +243,7 @@ def measure(
     n_prompt: int,
     n_gen: int,
 ) -> list[Measurement]:
-    """One test on every cache, in turns."""
+    """Runs one test on every cache, alternating between caches."""
     name, tokens = _name(depth, n_prompt, n_gen), depth + n_prompt + n_gen
     plans = [
         CachePlan.make(
@@ -271,13 +271,13 @@ def measure(
 
 
 def _name(depth: int, n_prompt: int, n_gen: int) -> str:
-    """What llama-bench calls a test."""
+    """Name of a test, as llama-bench has it."""
     name = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
     return f"{name} @ d{depth}" if depth else name
 
 
 def _progress(test: str = "", batch: int = 0, what: str = "") -> None:
-    """One line that is overwritten, on a terminal; without a test it is gone."""
+    """Shows a progress line on a terminal; without a test, erases it."""
     if sys.stderr.isatty():
         click.echo(f"\r\033[K{test} batch {batch}: {what}" if test else "\r\033[K", nl=False, err=True)
 

@@ -1,4 +1,4 @@
-"""How keys and values are kept, as ``-ctk``, ``-ctv`` and ``--hadamard`` say it."""
+"""Page formats of ``-ctk``, ``-ctv`` and ``--hadamard``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from jaxpaged.sharding.mesh import CONTEXT
 
 _HADAMARD: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
 _QUANTIZED = tuple(name for name, one in PAGE_FORMATS.items() if one.with_hadamard(True).hadamard)
-"""The formats whose rows can be turned."""
+"""Formats that support the Hadamard transform."""
 
 
 def check_formats(**flags: str | None) -> None:
-    """Refuses a page format that there is none of; formats by their flags, None = not given.
+    """Refuses unknown page formats; ``flags`` are formats by flag, None = not given.
 
     Raises:
-      InputError: with the names of those that there are.
+      InputError: a format is unknown; the message lists all formats.
     """
     for flag, name in flags.items():
         if name is not None and name not in PAGE_FORMATS:
@@ -34,21 +34,21 @@ def check_formats(**flags: str | None) -> None:
 
 
 def check_hadamard(hadamard: str, *formats: str | None) -> None:
-    """Refuses ``--hadamard on`` where none of the page formats quantizes; None = that of ``--dtype``.
+    """Refuses ``--hadamard on`` unless a page format quantizes; None = the model's dtype.
 
     Raises:
-      InputError: with the names of those that do.
+      InputError: none does; the message lists the formats that do.
     """
     if hadamard == "on" and not any(name in _QUANTIZED for name in formats):
         names = ", ".join(_QUANTIZED)
         raise InputError(
-            f"--hadamard on turns what is quantized, and nothing is: give -ctk or -ctv one of {names}"
+            f"--hadamard on transforms quantized pages, and none are: give -ctk or -ctv one of {names}"
         )
 
 
 @contextmanager
 def _refusal_is_input() -> Iterator[None]:
-    """Formats that cannot keep heads or pages of some size say so, and what they can."""
+    """Turns the ValueError of a format that does not support a size into an InputError."""
     try:
         yield
     except ValueError as error:
@@ -57,16 +57,16 @@ def _refusal_is_input() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CacheType:
-    """The page formats of keys and values, and whether heads are turned by a Hadamard matrix before they are kept."""
+    """Page formats of keys and values."""
 
     k: str
     v: str
     hadamard: bool | None = None
-    """None: as the formats ask for."""
+    """True: heads get a Hadamard transform before they are quantized; None: as the formats do by default."""
 
     @classmethod
     def of(cls, k: str, v: str, hadamard: str) -> CacheType:
-        """As flags say it; plain numbers are not turned either way."""
+        """The formats that flags name; ``hadamard`` has no effect on formats that do not quantize."""
         return cls(k, v, _HADAMARD[hadamard] if {k, v} & {*_QUANTIZED} else None)
 
     def __str__(self) -> str:
@@ -74,19 +74,19 @@ class CacheType:
         return (self.k if self.k == self.v else f"k={self.k} v={self.v}") + turned
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON and CSV."""
+        """The columns of JSON and CSV."""
         return {"type_k": self.k, "type_v": self.v, "hadamard": self.hadamard}
 
     @property
     def has_residual(self) -> bool:
-        """Whether pages are quantized when they are full, and never written again."""
+        """True if pages are quantized when full, and never written again."""
         return page_format(self.k).has_residual or page_format(self.v).has_residual
 
     def create(self, config: ModelConfig, *, num_seqs: int, tokens: int, page_size: int) -> PagedKVCache:
-        """An empty cache with room for ``tokens`` tokens of each of ``num_seqs`` sequences.
+        """Creates a cache for ``tokens`` tokens of each of ``num_seqs`` sequences.
 
         Raises:
-          InputError: these formats cannot keep heads of this size in pages of this size.
+          InputError: the formats do not support this head size in pages of this size.
         """
         pages = -(-tokens // page_size)
         return self.paged(
@@ -98,11 +98,12 @@ class CacheType:
         )
 
     def paged(self, config: ModelConfig, *, mesh: Mesh | None = None, **sizes: Any) -> Any:
-        """An empty cache of pages, of one device; ``sizes`` as for ``PagedKVCache.create``. On a mesh that spreads the
-        pages of a sequence it is a ``ContextKVCache``.
+        """Creates a paged cache of one device; ``sizes`` as for ``PagedKVCache.create``.
+
+        On a mesh with a context axis it is a ``ContextKVCache``.
 
         Raises:
-          InputError: these formats cannot keep heads of this size in pages of this size.
+          InputError: the formats do not support this head size in pages of this size.
         """
         spread = 1 if mesh is None else mesh.shape[CONTEXT]
         with _refusal_is_input():
@@ -113,10 +114,10 @@ class CacheType:
             return PagedKVCache.create(**self._arguments(config), **sizes)
 
     def contiguous(self, config: ModelConfig, **sizes: Any) -> ContiguousKVCache:
-        """An empty cache without pages; ``sizes`` as for ``ContiguousKVCache.create``.
+        """Creates a contiguous cache; ``sizes`` as for ``ContiguousKVCache.create``.
 
         Raises:
-          InputError: these formats need pages, or cannot keep heads of this size.
+          InputError: the formats need pages, or do not support this head size.
         """
         with _refusal_is_input():
             return ContiguousKVCache.create(**self._arguments(config), **sizes)
@@ -126,6 +127,6 @@ class CacheType:
 
 
 def bits_per_value(cache: PagedKVCache, config: ModelConfig) -> float:
-    """Bits that the pool keeps for each number of a key or value, scales and all."""
+    """Bits of the pool per number of a key or value, scales included."""
     numbers = 2 * config.num_layers * config.num_kv_heads * cache.page_size * config.head_dim
     return 8 * cache.bytes_per_page / numbers

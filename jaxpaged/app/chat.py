@@ -1,4 +1,4 @@
-"""The chat of ``jaxpaged generate -cnv``: turns on one cache, each prefilling only what is new."""
+"""``jaxpaged generate -cnv``: a chat on one cache; each message prefills only what is new."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxpaged.generation.loop import FINISH_NAN, FINISH_STOP
 
 
 def template_of(options: RunFlags, model_template: str | None) -> str | None:
-    """The chat template asked for, else the model's; None where there is none."""
+    """Source of the chat template that the flags name, else the model's; None if there is neither."""
     if options.chat_template is not None and options.chat_template_file is not None:
         raise InputError("--chat-template and --chat-template-file both give a template; give one of them")
     if options.chat_template_file is not None:
@@ -40,9 +40,9 @@ def template_of(options: RunFlags, model_template: str | None) -> str | None:
 
 
 def run(session: Session, prompt: str | None, template: str) -> int:
-    """Talks until the input ends; the exit status.
+    """Answers messages until the input ends; the exit status.
 
-    Ctrl-C during an answer ends the answer; a second one, or one at the prompt, the chat.
+    Ctrl-C during an answer ends the answer; a second one, or one at the prompt, ends the chat.
     """
     options = session.options
     interactive = sys.stdin.isatty() and not options.as_json
@@ -52,7 +52,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
     plan = session.plan(session.context, num_seqs=1)
     cache = plan.create()
     kept = PromptCache.open(session)
-    held: list[int] = []  # the tokens in the cache, and those that context shifts discarded from it
+    held: list[int] = []  # tokens in the cache, and those that context shifts discarded
     shift = None
     messages: list[dict[str, str]] = []
     if options.system is not None:
@@ -65,8 +65,8 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             messages.append({"role": "user", "content": message})
             ids = _tokens(session, template, messages)
             try:
-                shared = tokens_held(held, ids, by=plan.page_size if plan.cache_type.has_residual else 1)
-                if options.context_shift:  # what was discarded cannot serve another beginning
+                shared = reusable_tokens(held, ids, by=plan.page_size if plan.cache_type.has_residual else 1)
+                if options.context_shift:  # discarded tokens are no prefix of another text
                     shared = shared if shared == len(held) else 0
                     shift = shift or session.context_shift(ids)
                     session.check_prompt(ids[shared:])
@@ -116,7 +116,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
             cache = last.cache
             if shift is None or int(cache.lengths[0]) == 0:
                 held = known[: int(cache.lengths[0])]
-            else:  # all but the newest token was read, unless that was the one that ends an answer
+            else:  # the newest token is not in the cache, unless it ended the answer
                 held = known if last.finish_reason[0] == FINISH_STOP else known[:-1]
             if interactive and options.perf and last.tokens[0]:
                 numbers = last.timings.as_dict()
@@ -143,7 +143,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
 
 
 def _messages(first: str | None, interactive: bool) -> Iterator[str]:
-    """What the user says: the prompt, then lines of stdin that are not blank."""
+    """Messages of the user: the prompt, then each line of stdin that is not blank."""
     if interactive:
         with suppress(ImportError):  # line editing and history for `input`; Windows' console has its own
             import readline  # noqa: F401
@@ -165,7 +165,7 @@ def _messages(first: str | None, interactive: bool) -> Iterator[str]:
 
 
 def _ask() -> str:
-    """A line of the terminal; the sign that asks for it is no part of what stdout may be redirected to."""
+    """Reads a line from the terminal; the prompt sign goes to stderr if stdout is redirected."""
     click.echo(err=True)
     if sys.stdout.isatty():
         return input("> ")
@@ -187,11 +187,10 @@ def _tokens(session: Session, template: str, messages: list[dict[str, str]]) -> 
     return session.encode(text, add_special=not (bos and text.startswith(bos)))
 
 
-def tokens_held(held: list[int], ids: list[int], by: int = 1) -> int:
-    """How many of the tokens held serve again; at least one is left to compute.
+def reusable_tokens(held: list[int], ids: list[int], by: int = 1) -> int:
+    """Number of cached tokens that are a prefix of ``ids``; at least one of ``ids`` is left to compute.
 
-    Where some have to be forgotten, a multiple of ``by`` is left: a page that is sealed is not written again, and what
-    follows would leave a hole in it.
+    If cached tokens have to be removed, a multiple of ``by`` is kept: a finalized page is not written again.
     """
     limit = min(len(held), len(ids) - 1)
     found = next((i for i in range(limit) if held[i] != ids[i]), limit)
@@ -200,5 +199,5 @@ def tokens_held(held: list[int], ids: list[int], by: int = 1) -> int:
 
 @jax.jit(donate_argnums=0)
 def _truncate(cache, length):  # type: ignore[no-untyped-def]
-    """Forgets all but the first ``length`` tokens; the cache is donated."""
+    """Removes all but the first ``length`` tokens; the cache is donated."""
     return cache.seq_remove(0, length, -1)[0]

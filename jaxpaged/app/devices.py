@@ -1,4 +1,4 @@
-"""``jaxpaged devices``: what JAX would compute on."""
+"""``jaxpaged devices``: the devices that JAX computes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 
 
 def describe() -> list[str]:
-    """One line a device, the one in use first."""
+    """One line per device, after one for jax and its backend."""
     lines = [f"jax {jax.__version__}, backend {jax.default_backend()}"]
     for device in jax.devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -1,4 +1,4 @@
-"""What scored tokens say of a cache: perplexity, and how far its predictions are from another cache's.
+"""Perplexity of scored tokens, and the divergence of one cache's predictions from another's.
 
 The quantities are those that llama.cpp's llama-perplexity prints, and so are their uncertainties: one standard error of
 a mean over tokens taken as independent, ``sqrt(var / (n - 1))`` with the variance of the sample itself. What is a
@@ -28,23 +28,23 @@ class Estimate(NamedTuple):
 
     @classmethod
     def mean(cls, x: np.ndarray) -> Estimate:
-        """The mean of numbers in any shape. One number alone tells no error, and has 0."""
+        """Mean of an array of any shape; the error of a single number is 0."""
         x = np.asarray(x, np.float64)
         return cls(float(x.mean()), math.sqrt(x.var() / (x.size - 1)) if x.size > 1 else 0.0)
 
     def exp(self) -> Estimate:
-        """e to the power of it."""
+        """Its exponential."""
         value = math.exp(self.value)
         return Estimate(value, value * self.error)
 
     def sqrt(self) -> Estimate:
-        """Its square root; that of 0 has no slope, and error 0."""
+        """Its square root; the error of the root of 0 is 0."""
         value = math.sqrt(self.value)
         return Estimate(value, 0.5 * self.error / value if value else 0.0)
 
 
 def perplexity(scores: Scores) -> Estimate:
-    """e to the power of the mean negative log-likelihood."""
+    """Exponential of the mean negative log-likelihood."""
     return Estimate.mean(scores.nll).exp()
 
 
@@ -60,7 +60,7 @@ class Divergence:
 
     base: Scores
     scores: Scores
-    """What was scored beside ``base``, its divergence from it included."""
+    """Scores compared with ``base``, their divergence from it included."""
 
     @property
     def ppl(self) -> Estimate:
@@ -88,7 +88,7 @@ class Divergence:
 
     @property
     def correlation(self) -> float:
-        """Of the two negative log-likelihoods, from -1 to 1; nan where one of them never varies."""
+        """Correlation of the two negative log-likelihoods, from -1 to 1; nan if one of them is constant."""
         both = self.scores.nll - self.scores.nll.mean(), self.base.nll - self.base.nll.mean()
         spread = both[0].std() * both[1].std()
         return float(np.mean(both[0] * both[1]) / spread) if spread else math.nan
@@ -109,12 +109,12 @@ class Divergence:
 
     @property
     def delta_p(self) -> Estimate:
-        """Mean change of the probability of the token that does come."""
+        """Mean change of the probability of the text's next token."""
         return Estimate.mean(self._delta_p)
 
     @property
     def rms_delta_p(self) -> Estimate:
-        """The root of the mean square of that change."""
+        """Root mean square of that change."""
         return Estimate.mean(self._delta_p**2).sqrt()
 
     @property
@@ -124,11 +124,11 @@ class Divergence:
 
     @property
     def same_top(self) -> Estimate:
-        """Share of the tokens at which both find the same one likeliest."""
+        """Share of the positions with the same likeliest token."""
         return Estimate.mean(self.scores.same_top)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All quantities, for JSON."""
         ratios = {"ln_ratio": self.ln_ratio, "ratio": self.ratio, "difference": self.difference}
         probabilities = {"delta_p": self.delta_p, "rms_delta_p": self.rms_delta_p, "same_top": self.same_top}
         estimates = {"ppl": self.ppl, "ppl_base": self.ppl_base, **ratios, "kld": self.kld, **probabilities}
@@ -141,7 +141,7 @@ class Divergence:
         }
 
     def lines(self) -> list[str]:
-        """All of it, as llama-perplexity prints it at its end."""
+        """All quantities, in the format of llama-perplexity."""
         return [
             "====== Perplexity statistics ======",
             f"Mean PPL(Q)                   : {pair(self.ppl)}",
@@ -169,10 +169,10 @@ def _quantiles(x: np.ndarray, percent: tuple[float, ...]) -> dict[str, float]:
 
 
 def pair(estimate: Estimate, form: str = "10.6f") -> str:
-    """A value and its error, both in a format such as "10.6f"."""
+    """Formats a value and its error."""
     return f"{estimate.value:{form}} ± {estimate.error:{form}}"
 
 
 def percent(estimate: Estimate) -> str:
-    """The same in percent."""
+    """Formats a value and its error in percent."""
     return f"{100 * estimate.value:6.3f} ± {100 * estimate.error:5.3f} %"

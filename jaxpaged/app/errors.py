@@ -1,4 +1,4 @@
-"""What ends a command with one line instead of a traceback."""
+"""Errors that end a command with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import click
 
 
 class InputError(click.ClickException):
-    """Something the user gave cannot be used; the message names what is wrong and what is allowed."""
+    """Bad input; the message names what is wrong and what is allowed."""
 
     exit_code = 2
 
 
 def say(line: str) -> None:
-    """One line to the user beside the output: on stderr, so that stdout stays the result."""
+    """Prints a line on stderr; stdout is for results alone."""
     click.echo(f"jaxpaged: {line}", err=True)
 
 
 def nan_message(dtype: str) -> str:
-    """Error line of a model whose logits are NaN while it computes in ``dtype``."""
+    """Error message for NaN in the logits of a model that computes in ``dtype``."""
     other = "; --dtype f32 has the range that f16 lacks" if dtype == "f16" else ""
     return f"the model's logits are NaN: its weights hold NaN, or overflow in {dtype}{other}"
 
 
 @contextmanager
 def out_of_memory_is_input(advice: str) -> Iterator[None]:
-    """Raises InputError where memory does not suffice for what was asked for."""
+    """Turns running out of memory into an InputError that ends with ``advice``."""
     import jax
 
     try:

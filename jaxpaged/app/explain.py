@@ -1,4 +1,4 @@
-"""``jaxpaged explain``: which attention a model gets on a platform, with which blocks, and why."""
+"""``jaxpaged explain``: the attention implementation and block sizes of a model on a platform, and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(options: ExplainOptions) -> None:
     """Prints a paragraph for each kind of step.
 
     Raises:
-      InputError: no such model, or pages that cannot be.
+      InputError: no such model, or pages that are not supported.
     """
     if options.platform == "auto":
         options = dataclasses.replace(options, platform=default_platform())
@@ -80,10 +80,10 @@ def _cache_type(options: ExplainOptions) -> CacheType:
 
 
 def _rows(config: ModelConfig, options: ExplainOptions) -> Iterator[dict[str, Any]]:
-    """For decode steps of each batch size, then a step that reads a prompt: what there is to say."""
+    """Yields a description of a decode step for each batch size, and of a prefill step."""
     steps: list[tuple[str, int, int, int | None]] = [(f"decode, batch {b}", b, b, 1) for b in options.batch]
     steps.append((f"prompt, {options.ubatch_size} tokens a step", 1, options.ubatch_size, None))
-    # Layers that see alike are computed alike.
+    # Layers with the same window are computed alike.
     windows = Counter(config.window(layer) for layer in range(config.num_layers))
     for window, layers in windows.items():
         for name, seqs, tokens, max_q_len in steps:
@@ -125,7 +125,7 @@ def _step(
 
 
 def _cache(config: ModelConfig, options: ExplainOptions, num_seqs: int) -> PagedKVCache:
-    """Pages for the context of each sequence, as the platform lays them out; shapes in the place of arrays."""
+    """Abstract cache for the context of each sequence, in the layout of the platform."""
     lanes = options.platform == "tpu" and options.page_size * config.head_dim >= LANES
     entries = -(-options.context // options.page_size)
     sizes: dict[str, Any] = {

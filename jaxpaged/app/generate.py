@@ -1,4 +1,4 @@
-"""``jaxpaged generate``: continue a prompt once or several times, or hand over to the chat."""
+"""``jaxpaged generate``: continue a prompt once or several times, or chat."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(options: GenerateOptions) -> int:
     """Runs the command; the exit status.
 
     Raises:
-      InputError: anything about the flags, the prompt or the model that cannot be used.
+      InputError: flags, a prompt or a model that cannot be used.
     """
     prompt = broadcast_object(read_prompt(options) if processes.is_main() else None)
     wants_chat = options.conversation
@@ -71,7 +71,7 @@ def complete(session: Session, prompt: str) -> int:
     decoder = session.ready.loaded.tokenizer.stream(at_start=False)
 
     def show(tokens: list[list[int]]) -> None:
-        """The first sequence as it comes; the others wait for their turn."""
+        """Prints the first sequence as it is generated; the others follow at the end."""
         if not options.as_json:
             click.echo("".join(map(decoder.push, tokens[0])), nl=False)
 
@@ -98,7 +98,7 @@ def complete(session: Session, prompt: str) -> int:
         for row in range(1, options.parallel):
             header(row)
             click.echo(text_of(session, result.tokens[row]))
-    # Behind the text: a full disk must not cost it.
+    # After the text, which a full disk must not lose.
     if kept is not None:
         kept.save_all(result.cache, ids + result.tokens[0])
     session.write_page_map()

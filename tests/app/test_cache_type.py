@@ -11,7 +11,7 @@ import pytest
 from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app.cache_type import CacheType
-from jaxpaged.app.chat import tokens_held
+from jaxpaged.app.chat import reusable_tokens
 from jaxpaged.app.kv_report import CachePlan, KVReport
 from jaxpaged.app.options import CACHE_TYPES
 from jaxpaged.pages.formats import PAGE_FORMATS
@@ -86,10 +86,10 @@ def test_pages_that_are_sealed_are_filled_whatever_was_reused_of_them(generate, 
 
 
 def test_a_chat_that_forgets_forgets_whole_pages_where_they_are_sealed():
-    assert tokens_held([1, 2, 3, 4, 5], [1, 2, 3, 9, 5], by=2) == 2
-    assert tokens_held([1, 2, 3], [1, 2, 3, 4], by=2) == 3  # goes on behind what is held
-    assert tokens_held([1, 2, 3], [1, 2, 3], by=2) == 2
-    assert tokens_held([1, 2, 3, 4, 5], [1, 2, 3, 9, 5]) == 3
+    assert reusable_tokens([1, 2, 3, 4, 5], [1, 2, 3, 9, 5], by=2) == 2
+    assert reusable_tokens([1, 2, 3], [1, 2, 3, 4], by=2) == 3  # goes on behind what is held
+    assert reusable_tokens([1, 2, 3], [1, 2, 3], by=2) == 2
+    assert reusable_tokens([1, 2, 3, 4, 5], [1, 2, 3, 9, 5]) == 3
 
 
 @pytest.mark.parametrize(

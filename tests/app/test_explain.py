@@ -93,7 +93,7 @@ def test_an_implementation_may_be_forced(monkeypatch):
         (["-m", "nowhere.gguf"], "nowhere.gguf: no such file or folder"),
         (["--page-size", "33"], "33"),
         (["-c", "0"], "0 is not in the range"),
-        (["--hadamard", "on"], "--hadamard on turns what is quantized, and nothing is"),
+        (["--hadamard", "on"], "--hadamard on transforms quantized pages, and none are"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
