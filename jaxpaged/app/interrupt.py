@@ -1,7 +1,7 @@
-"""Ctrl-C, heard on a thread of its own: it ends the process at once, or only asks for the end.
+"""Ctrl-C, handled on a thread of its own: ends the process at once, or requests its end.
 
-Python hands a signal to the main thread, between two instructions: a compilation or a long prompt would have to
-end first, and a KeyboardInterrupt that comes up inside a library may be printed and lost.
+Python handles signals on the main thread between two instructions: a compilation or a long prompt would have to
+finish first, and a KeyboardInterrupt that is raised inside a library may be printed and lost.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ STATUS = 130
 
 
 class _Mode(Enum):
-    LEAVE = "the process ends"
-    NOTE = "the first is noted, the second ends the process"
+    EXIT = "the process exits"
+    REQUEST = "the first is a request, the second ends the process"
     RAISE = "the main thread gets a KeyboardInterrupt"
 
 
-_mode = _Mode.LEAVE
-_noted = threading.Event()
+_mode = _Mode.EXIT
+_requested = threading.Event()
 _callbacks: list[Callable[[], None]] = []
 
 
 def listen() -> None:
-    """From now on Ctrl-C ends the process with STATUS, without a word. For the main thread of a command's process."""
+    """Makes Ctrl-C end the process with STATUS and no traceback; call it on the main thread."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _nothing)
-    threading.Thread(target=_hear, args=(reader, writer), name="interrupt", daemon=True).start()
+    threading.Thread(target=_listen, args=(reader, writer), name="interrupt", daemon=True).start()
 
 
 def defer() -> None:
-    """From now on the first Ctrl-C is only noted: the caller looks at ``asked`` and comes to an end."""
+    """Makes the first Ctrl-C a request: the caller checks ``requested`` and ends."""
     global _mode
-    _mode = _Mode.NOTE
+    _mode = _Mode.REQUEST
 
 
 def requested() -> bool:
-    """Whether Ctrl-C came since ``defer``."""
-    return _noted.is_set()
+    """True if Ctrl-C was pressed since ``defer``."""
+    return _requested.is_set()
 
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """While the main thread waits for its user, Ctrl-C is a KeyboardInterrupt; afterwards it is deferred."""
+    """Makes Ctrl-C raise KeyboardInterrupt in the main thread; afterwards it is deferred."""
     global _mode
     _mode = _Mode.RAISE
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,13 +62,13 @@ def raising() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    _noted.clear()
-    _mode = _Mode.NOTE
+    _requested.clear()
+    _mode = _Mode.REQUEST
 
 
 @contextmanager
 def before_exit(callback: Callable[[], None]) -> Iterator[None]:
-    """Calls ``callback``, on another thread, should Ctrl-C end the process in here."""
+    """Calls ``callback`` on another thread if Ctrl-C ends the process inside the context."""
     _callbacks.append(callback)
     try:
         yield
@@ -77,13 +77,13 @@ def before_exit(callback: Callable[[], None]) -> Iterator[None]:
 
 
 def _nothing(*_: Any) -> None:
-    """The handler: Python writes to the wakeup socket only where there is one."""
+    """Signal handler, without which Python does not write to the wakeup socket."""
 
 
-def _hear(reader: socket.socket, _writer: socket.socket) -> None:
+def _listen(reader: socket.socket, _writer: socket.socket) -> None:
     while reader.recv(1):
-        if _mode is _Mode.NOTE and not _noted.is_set():
-            _noted.set()
+        if _mode is _Mode.REQUEST and not _requested.is_set():
+            _requested.set()
         elif _mode is not _Mode.RAISE:
             try:
                 for callback in reversed(_callbacks):

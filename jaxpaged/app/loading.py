@@ -1,4 +1,4 @@
-"""From the flags that name a model to a model in memory."""
+"""Loads the model that the flags name."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 
 @dataclass(frozen=True)
 class ReadyModel:
-    """A model in memory, and how to call it."""
+    """A loaded model, and how to call it."""
 
     loaded: LoadedModel
     call: ModelFn
     dtype: str
     load_ms: float
     opened: float
-    """Seconds from the process's begin until loading began."""
+    """Seconds from the start of the process until loading began."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class ForbidTokens:
 
 
 def open_model(options: ModelFlags, *, mesh: str | None = None, show_progress: bool = True) -> ReadyModel:
-    """Loads the model that ``-m`` or ``-hf`` names, else the embedded one, onto the devices that ``--mesh`` names.
+    """Loads the model that ``-m`` or ``-hf`` names, else the embedded one, onto the devices of ``--mesh``.
 
     Raises:
-      InputError: no such file, not a model, a model that cannot be used, a download that fails, or a mesh of other
-        devices than there are or that the model cannot be dealt to.
+      InputError: no such file, not a model, an unsupported model, a failed download, or a mesh that does not fit the
+        devices or the model.
     """
     dtype = options.dtype
     if dtype == "auto":
@@ -93,7 +93,7 @@ def open_model(options: ModelFlags, *, mesh: str | None = None, show_progress: b
 
 
 def model_file(path: Path | None, hf: str | None, offline: bool) -> Path:
-    """The file or folder that ``-m`` or ``-hf`` names, else the embedded model's.
+    """File or folder that ``-m`` or ``-hf`` names, else the embedded model's.
 
     Raises:
       InputError: both are given, or there is no such file.
@@ -115,7 +115,7 @@ def model_file(path: Path | None, hf: str | None, offline: bool) -> Path:
 
 @contextmanager
 def _progress(show: bool, name: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr, where that is a terminal."""
+    """Shows a progress bar on stderr, if that is a terminal."""
     if not show or not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""Memory: how much the device has left for a pool of pages, and what is given back."""
+"""Free memory of the device, and freed memory of the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes that the default device could still give; of a CPU what the system, or a container, has left."""
+    """Free bytes of the default device; of a CPU, those of the system or the container."""
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
@@ -36,9 +36,9 @@ def _host_memory() -> Iterator[int]:
 
 
 def trim_memory() -> None:
-    """Hands memory that was freed back to the system, where the C library (glibc) keeps it otherwise.
+    """Returns freed memory to the system, which glibc otherwise keeps.
 
-    Compiling and loading programs allocates hundreds of megabytes for a moment, which stay with the process.
+    Compiling and loading programs temporarily allocates hundreds of megabytes.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

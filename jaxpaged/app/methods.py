@@ -1,4 +1,4 @@
-"""Ways of generating that are no sampling, and the flags that do not go with them."""
+"""Checks the flags of beam search and prompt-lookup decoding."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from jaxpaged.app.options import GenerateOptions
 
 
 def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
-    """Refuses what ``--beams`` and ``--lookup`` cannot do.
+    """Refuses flags that exclude ``--beams`` or ``--lookup`` or would have no effect on them.
 
     Args:
-      options: what was asked for.
-      prompted: whether there is a prompt and no chat.
+      options: of the run.
+      prompted: True if there is a prompt and no chat.
 
     Raises:
-      InputError: a flag that excludes the method or would have no effect on it.
+      InputError: there is such a flag.
     """
     o = options
     if o.lookup:
@@ -34,7 +34,7 @@ def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
         if o.predict == 0:
             raise InputError(f"{name} and -n 0: there is nothing to search for")
         if flags := [flag for flag in o.sampling_flags if not (flag == "--temp" and o.temp <= 0)]:
-            raise InputError(f"{name} draws no tokens: {', '.join(flags)} would have no effect")
+            raise InputError(f"{name} samples no tokens: {', '.join(flags)} would have no effect")
 
 
 def _refuse(name: str, clashes: dict[str, bool]) -> None:

@@ -59,7 +59,7 @@ _output = heading("Output")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
-    """Which model."""
+    """Flags that name the model."""
 
     model: Path | None = _model(
         "-m, --model", "GGUF file, or Hugging Face folder.  [default: the embedded model]", type=FILE
@@ -72,7 +72,7 @@ class ModelFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(ModelFile):
-    """Which model, and how it is kept in memory."""
+    """Flags that name the model and say how it is loaded."""
 
     dtype: str = _model(
         "--dtype",
@@ -98,7 +98,7 @@ class ModelFlags(ModelFile):
 
 @dataclass(frozen=True, kw_only=True)
 class MeshFlags:
-    """Over which devices."""
+    """Flag of the device mesh."""
 
     mesh: str | None = _devices(
         "--mesh",
@@ -111,7 +111,7 @@ class MeshFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PageSizeFlags:
-    """How large pages are, and how they are quantized."""
+    """Flags of pages."""
 
     page_size: int = _cache(
         "--page-size",
@@ -131,7 +131,7 @@ class PageSizeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PageFlags(PageSizeFlags):
-    """How keys and values are stored; None = in the dtype that the model computes in."""
+    """Flags of pages and their formats; None = the dtype that the model computes in."""
 
     cache_type_k: str | None = _cache(
         "-ctk, --cache-type-k",
@@ -149,7 +149,7 @@ class PageFlags(PageSizeFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlags:
-    """How many tokens a step computes."""
+    """Flags of the size of a step."""
 
     batch_size: int = _batch("-b, --batch-size", "Prompt tokens of one step, at most.", 512, AT_LEAST_1)
     ubatch_size: int | None = _batch("-ub, --ubatch-size", "A lower limit for the same.", type=AT_LEAST_1)
@@ -162,7 +162,7 @@ class StepFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(StepFlags, PageFlags, MeshFlags, ModelFlags):
-    """What ``generate`` and ``serve`` have in common."""
+    """Flags that ``generate`` and ``serve`` share."""
 
     chat_template: str | None = _chat(
         "--chat-template", "chatml, llama3, ... or Jinja source.  [default: the model's]", metavar="NAME"

@@ -1,4 +1,4 @@
-"""What a run prints on stdout."""
+"""Output of a run on stdout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxpaged.app.session import Session
 
 
 def text_of(session: Session, tokens: list[int]) -> str:
-    """The text of generated tokens."""
+    """Text of generated tokens."""
     decoder = session.ready.loaded.tokenizer.stream(at_start=False)
     return "".join(map(decoder.push, tokens)) + decoder.flush()
 
 
 def print_json(session: Session, prompt: list[int], run: Run, plan: CachePlan) -> None:
-    """One object; several samples stand in ``choices`` beside the fields of the first."""
+    """Prints one JSON object: the fields of the first sample, and ``choices`` if there are several."""
     choices = [
         {"tokens": tokens, "text": text_of(session, tokens), "finish_reason": run.reason(row)}
         for row, tokens in enumerate(run.tokens)

@@ -1,4 +1,4 @@
-"""``jaxpaged perplexity``: what a text costs a model that reads it through a cache, as llama-perplexity measures it."""
+"""``jaxpaged perplexity``: perplexity of a text read through a cache, as llama-perplexity measures it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _RUNNING = (
     "              Δp RMS            Same top p"
 )
 BASE = CacheType("f32", "f32")
-"""What ``--kl-divergence`` compares with."""
+"""Reference cache of ``--kl-divergence``."""
 
 
 def run(options: PerplexityOptions) -> None:
     """Measures and prints.
 
     Raises:
-      InputError: anything about the flags, the text or the model that cannot be used.
+      InputError: flags, a text or a model that cannot be used.
     """
     o = options
     if o.chunks == 0:
         raise InputError("--chunks 0: there is nothing to measure")
-    check_hadamard(o.hadamard, o.cache_type_k, o.cache_type_v)  # before a model is loaded for nothing
+    check_hadamard(o.hadamard, o.cache_type_k, o.cache_type_v)
     text = scored_text(o.file)
     ready = open_model(o, show_progress=o.log)
     kind = CacheType.of(o.cache_type_k or ready.dtype, o.cache_type_v or ready.dtype, o.hadamard)
@@ -100,10 +100,10 @@ def scored_text(file: str | None) -> str:
 
 
 def context_of(trained: int, asked: int | None) -> int:
-    """Tokens of a chunk, for a model that was trained with ``trained``.
+    """Tokens of a chunk, for a model that was trained for ``trained`` tokens.
 
     Raises:
-      InputError: more than that, too few, or a number that has no half.
+      InputError: more than that, too few, or an odd number.
     """
     n_ctx = min(_CONTEXT, trained) if asked is None else asked or trained
     if n_ctx > trained:
@@ -116,16 +116,16 @@ def context_of(trained: int, asked: int | None) -> int:
 
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The whole text, with the token that begins texts where the model has one."""
+    """Token ids of the text, with BOS if the model's texts begin with it."""
     tokens = tokenizer.encode(text)
-    return tokens[:-1] if tokenizer.add_eos else tokens  # it goes on
+    return tokens[:-1] if tokenizer.add_eos else tokens
 
 
 def chunks_of(tokenizer: Tokenizer, tokens: list[int], n_ctx: int, source: str) -> np.ndarray:
-    """Tokens as chunks ``i32[C, n_ctx]``, each with BOS in the place of its first one if the model's texts begin so.
+    """Tokens as chunks ``i32[C, n_ctx]``; BOS replaces each first one if the model's texts begin with it.
 
     Raises:
-      InputError: there are fewer tokens than a chunk has.
+      InputError: there are fewer tokens than a chunk needs.
     """
     if len(tokens) < n_ctx:
         raise InputError(f"{source} has {len(tokens)} tokens; a chunk (-c) needs {n_ctx}")
@@ -135,7 +135,7 @@ def chunks_of(tokenizer: Tokenizer, tokens: list[int], n_ctx: int, source: str) 
 def _measured(
     ready: ReadyModel, caches: list[Any], chunks: np.ndarray, options: PerplexityOptions
 ) -> list[Scores]:
-    """The scores of each cache over all chunks; the estimates up to each chunk are printed as they come."""
+    """Scores of each cache over all chunks; prints the estimates up to each chunk."""
     loaded = ready.loaded
     parallel = caches[0].max_seqs
     groups = score(
@@ -155,7 +155,7 @@ def _measured(
         if any(np.isnan(scores.nll).any() for scores in group):
             raise InputError(nan_message(ready.dtype))
         if number == 0 and done < len(chunks):
-            # The first group compiled, too. Its estimates wait for the second, which tells how long all will take.
+            # It compiled, too: the second group shows how long all will take.
             start = time.perf_counter()
             continue
         if number == 1 and options.log:
@@ -173,7 +173,7 @@ def _time(seconds: float) -> str:
 
 
 def _print_estimates(found: list[Scores], done: int) -> None:
-    """The estimates after each chunk from number ``done`` on."""
+    """Prints the estimates after each chunk from number ``done`` on."""
     chunks = len(found[0].nll)
     if len(found) == 1:
         running = running_perplexity(found[0])

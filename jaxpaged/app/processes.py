@@ -29,7 +29,7 @@ LOST = 3
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Which processes there are; None = as the environment says."""
+    """Flags of a run in several processes; None = as the environment says."""
 
     coordinator: str | None = _devices(
         "--coordinator",

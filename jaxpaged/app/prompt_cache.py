@@ -1,4 +1,4 @@
-"""``--prompt-cache``: a prompt's keys and values in a file, for the next run whose prompt begins alike."""
+"""``--prompt-cache``: keys and values of a prompt in a file, for later runs with the same prefix."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jaxpaged.storage.snapshots import restore, snapshot
 
 @dataclass
 class PromptCache:
-    """The file of one run; sequence 0 of the cache goes into it and comes out of it."""
+    """The prompt cache of one run; it holds sequence 0 of the cache."""
 
     session: Session
     path: Path
     saved: Snapshot | None
-    """What the file held; None when there was none, or an empty one."""
+    """Content of the file; None if it was missing or empty."""
 
     @classmethod
     def open(cls, session: Session) -> PromptCache | None:
-        """Reads and verifies the file, if the run has one.
+        """Reads and verifies the file; None without ``--prompt-cache``.
 
         Raises:
-          InputError: it is damaged, no snapshot, or another model's; or there is no folder to write it to.
+          InputError: it is damaged, no snapshot, or another model's; or its folder does not exist.
         """
         path = session.options.prompt_cache
         if path is None:
@@ -49,13 +49,13 @@ class PromptCache:
         return cls(session, path, saved)
 
     def reuse(self, cache: Any, ids: Sequence[int]) -> tuple[Any, int]:
-        """Puts what the file has of a prompt's beginning into sequence 0, which is empty.
+        """Restores the longest prefix of a prompt that the file has into sequence 0, which is empty.
 
         Returns:
           ``(cache, tokens)``; at least one token of the prompt is left to compute, for its logits.
 
         Raises:
-          InputError: the file's pages are of another kind.
+          InputError: the file's pages have other formats.
         """
         if self.saved is None:
             made = "" if self.session.options.prompt_cache_ro else "; it will be made"
@@ -64,7 +64,7 @@ class PromptCache:
         shared = min(self.saved.common_prefix(ids), len(ids) - 1)
         size = self.saved.page_size
         if self.saved.has_residual and -(-shared // size) * size <= self.saved.lengths[0]:
-            shared -= shared % size  # a sealed page is not written again: no holes
+            shared -= shared % size  # a finalized page is not written again
         try:
             cache = restore(cache, self.saved, seq=0, p1=shared)
         except SnapshotError as error:
@@ -73,15 +73,15 @@ class PromptCache:
         return cache, shared
 
     def save_prompt(self, cache: Any, ids: Sequence[int]) -> None:
-        """Saves a prompt that was read just now, unless the file has it, or more shall be saved at the end."""
+        """Saves a prompt after its prefill, unless the file has it or more is saved at the end."""
         known = self.saved is not None and self.saved.common_prefix(ids) == len(ids)
         if not known and not self.session.options.prompt_cache_all:
             self._save(cache, ids)
 
     def save_all(self, cache: Any, ids: Sequence[int]) -> None:
-        """Saves, at the end of a run, what sequence 0 holds of ``ids``, the prompt and what was generated."""
+        """Saves the prompt and the generated tokens ``ids`` at the end of a run, with --prompt-cache-all."""
         if self.session.options.prompt_cache_all:
-            # The newest token was read only where the one behind it ended the text.
+            # The newest token is not in the cache, unless a stop token followed it.
             newest = len(ids) - int(cache.lengths[0])
             self._save(cache, ids[:-1] if newest == 1 else ids)
 

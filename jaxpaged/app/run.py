@@ -1,4 +1,4 @@
-"""One generation from start to end: compiled first, timed, its text handed on as it comes."""
+"""One generation: compiled first, timed, its tokens passed on as they are generated."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _POLL_SECONDS = 0.05
 
 @dataclass
 class Run:
-    """What one generation made; a row a sample."""
+    """Result of one generation, a row per sample."""
 
     tokens: list[list[int]]
     finish_reason: list[int]
     timings: Timings = field(default_factory=Timings)
     pages_peak: int = 0
     cache_hit: bool = False
-    """Nothing had to be compiled."""
+    """True if the programs were in the executable cache."""
     drafted: int = 0
-    """Tokens that lookup decoding drafted."""
+    """Tokens drafted by lookup decoding."""
     accepted: int = 0
-    """Those of them that are part of the text."""
+    """Drafted tokens that became part of the text."""
     interrupted: bool = False
-    """Ctrl-C came; the rest is what was there by then."""
+    """True if Ctrl-C ended it early."""
     cache: Any = None
     """The cache afterwards."""
 
@@ -47,13 +47,13 @@ class Run:
         return {FINISH_STOP: "stop", FINISH_NAN: "nan"}.get(self.finish_reason[row], "length")
 
     def drafts_line(self) -> str:
-        """What became of drafts, for people."""
+        """One line about accepted drafts."""
         share = self.accepted / max(1, self.drafted)
         return f"{'lookup':>16} = {self.accepted} of {self.drafted} drafted tokens accepted ({share:.0%})"
 
     @property
     def out_of_pages(self) -> list[int]:
-        """The prompts whose sequences found no free page."""
+        """Rows that ended because no page was free."""
         return [row for row, reason in enumerate(self.finish_reason) if reason == FINISH_OUT_OF_PAGES]
 
 
@@ -83,13 +83,12 @@ def generate(
 
     Args:
       warmup: compile before the clock of the prompt starts.
-      on_start: is called before the prompt is read; when there is a warmup, after that.
-      samples: of each prompt.
+      on_start: called before the prefill, after compiling.
+      samples: per prompt.
       lookup: tokens of a draft; above 0, prompt-lookup decoding, which is greedy.
-      every: how many decode steps to take before coming back; default: what a tenth of a second has room for.
-      on_cache: is given the cache, and how many tokens of each sample there are by then: first when the prompt is read,
-        then each time that the generation comes back.
-      on_tokens: is given each sample's new tokens, in order.
+      every: returns the decode steps per chunk; default: as many as take a tenth of a second.
+      on_cache: called with the cache and the number of tokens generated, after the prefill and after each chunk.
+      on_tokens: called with each sample's new tokens.
     """
     rows = len(prompts) * samples
     run = Run([[] for _ in range(rows)], [0] * rows)
@@ -143,13 +142,13 @@ def generate(
         elif every is not None:
             stream.every = min(every(), _MOST_STEPS)
         elif last is not None:
-            # Long enough that coming back costs nothing, short enough to read along and to stop.
+            # Long enough to cost nothing, short enough to read along and to stop.
             steps = stream.every * _CHUNK_SECONDS / max(now - last, 1e-6)
             stream.every = broadcast_object(min(max(1, int(steps)), 2 * stream.every, _MOST_STEPS))
         on_tokens(chunk.tokens)
         if on_cache is not None:
             on_cache(stream.cache, max(map(len, run.tokens)))
-            if first == now:  # saving a prompt is no part of generating
+            if first == now:  # saving a prompt does not count as generating
                 first = now = time.perf_counter()
         last = time.perf_counter()
         run.timings.predicted_ms = 1e3 * (now - first)
@@ -162,7 +161,7 @@ def generate(
 
 
 def _compile(stream: GenerateStream | LookupStream) -> None:
-    """Compiles, or returns as soon as Ctrl-C asks for it: the rest goes on aside, into the compilation cache."""
+    """Compiles, or returns on Ctrl-C, while compiling goes on into the compilation cache."""
     pool = ThreadPoolExecutor(1)
     compiled = pool.submit(stream.compile)
     pool.shutdown(wait=False)

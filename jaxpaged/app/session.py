@@ -1,4 +1,4 @@
-"""A loaded model with the settings of a run: what one prompt and a chat have in common."""
+"""A loaded model with the settings of a run, for one prompt or a chat."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import broadcast_object
 
 _ENDLESS = 2**18
-"""Tokens that -n -1 generates at most where contexts are shifted: room for them is taken at once."""
+"""Limit of -n -1 with context shifts; arrays for so many tokens are allocated at once."""
 _SMALLEST_SHIFTED = 8
 _SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
 
 
 @dataclass
 class Session:
-    """One process's model, context and seed, and the sums of what its runs took."""
+    """Model, context and seed of a process, and the sums of its runs' timings."""
 
     options: GenerateOptions
     ready: ReadyModel
     context: int
-    """Tokens that a sequence may hold."""
+    """Tokens of a sequence, at most."""
     seed: int
-    """Of the first sequence."""
+    """Seed of the first sequence."""
     timings: Timings = field(default_factory=Timings)
     pages_peak: int = 0
     first_token: float | None = None
-    """Seconds from the process's begin to the first token of the first run."""
+    """Seconds from the start of the process to the first token of the first run."""
     start: list[str] = field(default_factory=list)
-    """What the time up to then was spent on, for people."""
+    """Lines about what that time was spent on."""
     recorder: PageMapRecorder | None = None
-    """The pictures of the pool, if they were asked for."""
+    """Recorder of ``--page-map``."""
 
     @classmethod
     def open(cls, options: GenerateOptions) -> Session:
-        """Loads the model and tells of it on stderr."""
+        """Loads the model and describes it on stderr."""
         if options.context_shift and not options.paged:
             raise InputError("--context-shift needs a paged cache, not --no-kv-cache-paged")
         if options.context_shift and 0 < options.ctx_size < _SMALLEST_SHIFTED:
@@ -96,22 +96,22 @@ class Session:
         return ForbidTokens(self.ready.call, stops) if self.options.ignore_eos and stops else self.ready.call
 
     def note(self, line: str) -> None:
-        """A line on stderr, unless --log-disable."""
+        """Prints a line on stderr, unless --log-disable."""
         if self.options.log and processes.is_main():
             say(line)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of a prompt; control tokens written out in it are read as tokens."""
+        """Token ids of a prompt; the names of control tokens in it become these tokens."""
         tokenizer = self.ready.loaded.tokenizer
         ids = tokenizer.encode(text, add_special=add_special, parse_special=True)
         if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2:
             bos = tokenizer.decode(ids[:1], skip_special=False)
             self.note(f"warning: the prompt begins with {bos}, which the tokenizer adds as well")
-        # The end of the text is the model's to say.
+        # The text continues, so no EOS.
         return ids[:-1] if add_special and tokenizer.add_eos else ids
 
     def check_prompt(self, ids: Sequence[int]) -> None:
-        """Refuses a prompt that is empty or leaves no room in the context."""
+        """Raises InputError if a prompt is empty or fills the context."""
         if not ids:
             raise InputError("the prompt is empty, and this model has no token that begins a text")
         room = self.context - (self.options.predict != 0)
@@ -126,12 +126,12 @@ class Session:
                 say(f"{token:8d} -> {decode([token], skip_special=False)!r}")
 
     def new_tokens(self, prompt_length: int) -> int:
-        """How many tokens may follow a prompt."""
+        """Number of tokens to generate after a prompt, at most."""
         room = _ENDLESS if self.options.context_shift else self.context - prompt_length
         return room if self.options.predict < 0 else min(self.options.predict, room)
 
     def context_shift(self, prompt: Sequence[int]) -> ContextShift | None:
-        """How the context of a sequence that begins with ``prompt`` is shifted, if it is."""
+        """Context shift of a sequence that begins with ``prompt``; None without --context-shift."""
         o, tokenizer = self.options, self.ready.loaded.tokenizer
         if not o.context_shift:
             return None
@@ -141,25 +141,25 @@ class Session:
 
     @property
     def window(self) -> int | None:
-        """Tokens that the widest layer sees, if all are bounded, and pages can be given back."""
+        """Largest attention window, if all layers have one and pages outside of it can be freed; else None."""
         config = self.ready.loaded.config
         windows = [config.window(layer) for layer in range(config.num_layers)]
         bounded = [window for window in windows if window is not None]
         o = self.options
-        # What is to be kept in a file must not be forgotten first; beams and drafts give pages back at their end only.
+        # A prompt cache needs all pages; beams and drafts free pages at their end only.
         forgets = o.paged and o.prompt_cache is None and o.beams == 1 and o.lookup == 0
         return max(bounded) if forgets and len(bounded) == len(windows) else None
 
     @property
     def cache_type(self) -> CacheType:
-        """How keys and values are kept."""
+        """Page formats of keys and values."""
         o, own = self.options, self.ready.dtype
         return CacheType.of(o.cache_type_k or own, o.cache_type_v or own, o.hadamard)
 
     def plan(self, tokens: int, num_seqs: int, shared: int = 0) -> CachePlan:
-        """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens, the first ``shared`` the same in all."""
+        """Plans a cache for ``num_seqs`` sequences of ``tokens`` tokens, of which all share the first ``shared``."""
         o, spare, loaded = self.options, 0, self.ready.loaded
-        # Samples are dealt to the shards of a mesh; the beams of a search stay together.
+        # Samples are spread over the data shards of a mesh; the beams of a search are not.
         each = num_seqs if o.beams > 1 else BatchSharding.of(loaded.mesh, 1, num_seqs).samples_per_shard
         if o.context_shift:
             tokens, spare = min(tokens, self.context), 2
@@ -177,15 +177,15 @@ class Session:
             kv_pages=self.options.kv_pages,
             shared=shared,
             spare=spare,
-            # A draft may fill a page, which is then sealed with what is rejected of it.
+            # A draft may fill a page, which is then finalized with rejected tokens in it.
             unused=o.lookup if self.cache_type.has_residual else 0,
         )
 
     def completion(self, prompt: str, num_seqs: int) -> tuple[list[int], int, CachePlan]:
-        """What it takes to continue a prompt, without a chat, in ``num_seqs`` sequences.
+        """Prepares the continuation of a prompt, without a chat, in ``num_seqs`` sequences.
 
         Returns:
-          ``(ids, new, plan)``: the prompt's tokens, how many may follow, and a cache for them.
+          ``(ids, new, plan)``: the prompt's tokens, the number of tokens to generate, and a cache for them.
         """
         if self.options.system is not None:
             self.note("-sys has no effect outside a chat (-no-cnv)")
@@ -210,10 +210,13 @@ class Session:
         on_prompt: Callable[[Any], None] | None = None,
         on_tokens: Callable[[list[list[int]]], None],
     ) -> Run:
-        """Generates, and adds to the sums.
+        """Generates, and adds to the sums of timings.
 
-        ``history`` is what the cache holds before the prompts. ``on_start`` may write, ``on_prompt`` gets the cache
-        when the prompt is read, ``on_tokens`` each prompt's new tokens.
+        Args:
+          history: tokens that the cache already holds.
+          on_start: called before the prefill, and may print.
+          on_prompt: called with the cache after the prefill.
+          on_tokens: called with each row's new tokens.
         """
         o = self.options
         loaded = self.ready.loaded
@@ -245,7 +248,7 @@ class Session:
         if recorder is not None:
             recorder.add("before the prompt", cache)
 
-        def look(cache: Any, generated: int) -> None:
+        def record(cache: Any, generated: int) -> None:
             nonlocal read
             if on_prompt is not None and not read:
                 on_prompt(cache)
@@ -254,7 +257,7 @@ class Session:
                 recorder.add(label, cache, recorder.every if read else None)
             read = True
 
-        def tell(tokens: list[list[int]]) -> None:
+        def pass_on(tokens: list[list[int]]) -> None:
             if self.first_token is None:
                 self.first_token = since_start()
             on_tokens(tokens)
@@ -277,8 +280,8 @@ class Session:
             warmup=o.warmup,
             every=None if recorder is None else lambda: recorder.every,
             on_start=start,
-            on_cache=look,
-            on_tokens=tell,
+            on_cache=record,
+            on_tokens=pass_on,
         )
         if not self.start:
             self.end_start(run.timings, run.cache_hit)
@@ -287,7 +290,7 @@ class Session:
         return run
 
     def end_start(self, timings: Timings, cache_hit: bool) -> None:
-        """Notes what the time up to now, or to the first token, was spent on; ``timings`` are the first run's."""
+        """Records what the time up to the first token was spent on; ``timings`` are the first run's."""
         self.start = start_lines(
             self.ready.opened,
             self.ready.loaded.seconds,
@@ -298,20 +301,20 @@ class Session:
         )
 
     def write_page_map(self) -> None:
-        """Writes the pictures that were asked for."""
+        """Writes the file of ``--page-map``."""
         if self.recorder is not None:
             self.recorder.write()
 
     def seed_of(self, row: int) -> int:
-        """The seed of a sequence."""
+        """Seed of a sequence."""
         return (self.seed + row) % 2**32
 
     def report(self, plan: CachePlan) -> KVReport:
-        """KV memory up to now."""
+        """KV memory used so far."""
         return KVReport.of(plan, self.pages_peak)
 
     def print_report(self, plan: CachePlan, run: Run | None) -> None:
-        """The timing lines and the KV line, on stderr."""
+        """Prints timings and KV memory on stderr."""
         if run is not None and run.out_of_pages:
             rows = ", ".join(str(row + 1) for row in run.out_of_pages)
             which = f" of sequence {rows}" if len(run.tokens) > 1 else ""
@@ -334,9 +337,9 @@ class Session:
 
 
 def _check_processes(options: GenerateOptions) -> None:
-    """Refuses what a mesh, or several processes, cannot do."""
+    """Refuses flags that a mesh, or several processes, do not support."""
     mesh = processes.count() > 1 or options.mesh is not None
     if mesh and options.page_map is not None:
         raise InputError("--page-map draws the pool of one device, not of a --mesh")
     if processes.count() > 1 and options.prompt_cache is not None:
-        raise InputError("--prompt-cache is one process's; this run has several")
+        raise InputError("--prompt-cache works in one process; this run has several")

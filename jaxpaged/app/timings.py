@@ -1,4 +1,4 @@
-"""How long the parts of a run took, in llama.cpp's words."""
+"""Timings of a run, in llama.cpp's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _started = time.perf_counter()
 
 
 def mark_start() -> None:
-    """Tells when the process began: from the system where it says so, else now."""
+    """Records when the process started: as the system says, else now."""
     global _started
     try:
         # The 22nd field is ticks from the machine's start to the process's; the second one may hold spaces.
@@ -25,21 +25,22 @@ def mark_start() -> None:
 
 
 def since_start() -> float:
-    """Seconds since the process began."""
+    """Seconds since the process started."""
     return time.perf_counter() - _started
 
 
 def start_lines(
     opened: float, load: Mapping[str, float], compile_ms: float, found: bool, prompt_ms: float, first: float
 ) -> list[str]:
-    """What the time up to the first token was spent on.
+    """Lines about what the time up to the first token was spent on.
 
     Args:
-      opened: seconds from the process's begin until the model's file was opened.
+      opened: seconds from the start of the process until the model's file was opened.
       load: seconds of the parts of loading.
-      compile_ms, found: how long programs took, and whether they were on disk.
-      prompt_ms: the first step, or steps.
-      first: seconds from the process's begin to the first token.
+      compile_ms: milliseconds of compiling or loading programs.
+      found: True if the programs were on disk.
+      prompt_ms: milliseconds of the prefill.
+      first: seconds from the start of the process to the first token.
     """
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in load.items())
     how = "found on disk" if found else "compiled"
@@ -56,11 +57,11 @@ def start_lines(
 
 @dataclass
 class Timings:
-    """Milliseconds and tokens of one run; of several turns, their sums."""
+    """Milliseconds and tokens of one run, or sums of several."""
 
     load_ms: float = 0.0
     compile_ms: float = 0.0
-    """Compiling ahead of the run; 0 where it was part of it."""
+    """Compiling before the run; 0 with --no-warmup."""
     prompt_n: int = 0
     prompt_ms: float = 0.0
     """From the start of prefill to the first token."""
@@ -69,7 +70,7 @@ class Timings:
     """From the first token to the last."""
 
     def add(self, other: Timings) -> None:
-        """Adds another run's numbers."""
+        """Adds the numbers of another run."""
         self.load_ms += other.load_ms
         self.compile_ms += other.compile_ms
         self.prompt_n += other.prompt_n

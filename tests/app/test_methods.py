@@ -58,7 +58,10 @@ def test_lookup_gives_the_greedy_text(jaxpaged, model_path):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--beams 4 --temp 0.5 --top-k 3", "--beams 4 draws no tokens: --temp, --top-k would have no effect"),
+        (
+            "--beams 4 --temp 0.5 --top-k 3",
+            "--beams 4 samples no tokens: --temp, --top-k would have no effect",
+        ),
         ("--beams 4 -np 2", "--beams 4 and -np exclude each other"),
         ("--beams 4 --lookup 2 --temp 0", "--lookup 2 and --beams exclude each other"),
         ("--beams 4 --context-shift", "--beams 4 and --context-shift exclude each other"),
