@@ -1,4 +1,5 @@
-"""The host side of serving: requests, scheduling, pages and the prefix cache. It knows no model and no HTTP."""
+"""The host side of serving: requests, scheduling, pages, prefix cache. Independent of models and of
+HTTP."""
 
 from jaxpaged.engine.engine import Engine, EngineConfig
 from jaxpaged.engine.mesh_engine import MeshEngine

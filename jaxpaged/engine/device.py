@@ -1,4 +1,4 @@
-"""Device: the cache, the weights and the compiled programs of an engine, behind methods that take host data."""
+"""Device: cache, weights and compiled programs of an engine, behind methods that take host data."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, PER_DEVICE
 from jaxpaged.storage import snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
 
-_PAGES_AT_ONCE = 8
-"""Pages of one copy to or from the host."""
+_PAGES_PER_COPY = 8
+"""Pages in one copy to or from the host."""
 
 Progress = Callable[[int, int, str], None]
-"""``(programs compiled, programs in all, the one that comes next)``"""
+"""``(programs compiled, number of programs, name of the next one)``"""
 
 
 class HostTable:
@@ -57,27 +57,28 @@ class HostTable:
 
 @dataclass(frozen=True)
 class Program:
-    """One of the programs that are compiled at the start: ``function(*static, [params,] cache, *arguments)``."""
+    """A program compiled at start-up: ``function(*static, [params,] cache, *arguments)``."""
 
     name: str
     function: Callable[..., Any]
     static: tuple[Any, ...]
     arguments: tuple[Any, ...]
-    """Such that nothing happens."""
-    takes: tuple[str, ...]
-    """What the arguments are, of ``sharding``'s kinds."""
-    gives: tuple[str, ...]
-    """What it returns behind the cache, likewise."""
+    """Example arguments, with which the program changes nothing."""
+    in_kinds: tuple[str, ...]
+    """Sharding kind of each argument."""
+    out_kinds: tuple[str, ...]
+    """Sharding kind of each result after the cache."""
     reads_params: bool = False
 
     @property
     def kinds(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the whole of it takes, behind the static part, and gives."""
-        return (*((PARAMS,) if self.reads_params else ()), CACHE, *self.takes), (CACHE, *self.gives)
+        """Sharding kinds of all arguments but the static ones, and of all results."""
+        return (*((PARAMS,) if self.reads_params else ()), CACHE, *self.in_kinds), (CACHE, *self.out_kinds)
 
 
 class Device:
-    """What runs where the model is. ``view`` is what the table looks like after everything that was asked for."""
+    """Cache, weights and programs on the accelerator. ``state`` is the block table after all calls
+    so far."""
 
     def __init__(
         self,
@@ -99,47 +100,48 @@ class Device:
         self._shapes = [StepShape(rows, True, decode_steps) for rows in decode_rows]
         self._shapes += [StepShape(rows, False, 1) for rows in prompt_rows]
         self._programs: dict[str, Any] = {}
-        self._no_recent = self._sent(np.full((self.cache.max_seqs, num_recent), -1, np.int32))
+        self._no_recent = self._to_device(np.full((self.cache.max_seqs, num_recent), -1, np.int32))
         self.num_recent = num_recent
         self.state = self._fetch()
 
     @property
     def cache(self) -> Any:
-        """The cache; of a mesh, what one device has of it, with shapes in the place of arrays."""
+        """The cache; on a mesh, the part of one device with shapes in place of arrays."""
         return self._cache
 
-    def _sent(self, x: np.ndarray) -> Any:
+    def _to_device(self, x: np.ndarray) -> Any:
         return jax.device_put(x)
 
     def _fetch(self) -> HostTable:
         return HostTable(jax.tree.map(np.asarray, programs.table_state(self.cache)))
 
     def table(self) -> BlockTable:
-        """The block table, on the host."""
+        """The block table on the host."""
         return jax.tree.map(np.asarray, self.cache.table)
 
     def metadata(self) -> Any:
-        """The cache with its tables; of a mesh, with shapes in the place of pages."""
+        """The cache with its allocator and table; on a mesh, with shapes in place of pages."""
         return self.cache
 
     def snapshot(
         self, path: str | os.PathLike[str], slot: int, token_ids: Sequence[int], fingerprint: str
     ) -> None:
-        """Writes what a sequence holds to a file."""
+        """Writes a sequence to a file."""
         snapshots.snapshot(self.cache, path, seq=slot, token_ids=token_ids, fingerprint=fingerprint)
 
     def restore(self, saved: Snapshot, slot: int) -> None:
-        """Lets a sequence hold what a file has; unchanged where it raises."""
+        """Fills an empty sequence from a file; unchanged if it raises."""
         self._cache = snapshots.restore(self.cache, saved, seq=slot)
         self.state = self._fetch()
 
     @property
     def swaps(self) -> bool:
-        """Whether pages can go to the host: not where open pages lie apart from the pool."""
+        """True if pages can be swapped to the host: not with residual pages, which are outside the
+        pool."""
         return isinstance(self.cache, PagedKVCache) and self.cache.staging is None
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compiles every program there is, once; what comes later is an error in this room."""
+        """Compiles every program once. Nothing is compiled afterwards."""
         start = time.monotonic()
         todo = list(self.to_compile())
         for i, program in enumerate(todo):
@@ -160,7 +162,7 @@ class Device:
         return cached_compile(functools.partial(lower, *arguments), name, program.static, arguments).program
 
     def to_compile(self) -> Iterator[Program]:
-        """All that this engine will ever run."""
+        """All programs of this engine."""
         cache, s = self.cache, self.cache.max_seqs
         for shape in self._shapes:
             empty = self.step_input(shape, np.zeros(s, np.int32), np.zeros(shape.rows, np.int32))
@@ -181,16 +183,16 @@ class Device:
         nobody = (np.int32(s), np.int32(0), np.int32(0))
         yield Program("shift", programs.shift, (), nobody, three, (GATHERED, GATHERED))
         if self.swaps:
-            no_pages = np.full(_PAGES_AT_ONCE, cache.num_pages, np.int32)
-            yield Program("take_out", programs.take_out, (), (no_pages,), (BATCH,), (PER_DEVICE,))
+            no_pages = np.full(_PAGES_PER_COPY, cache.num_pages, np.int32)
+            yield Program("read_pages", programs.read_pages, (), (no_pages,), (BATCH,), (PER_DEVICE,))
             data = jax.tree.map(self._no_data, (cache.k_pages, cache.v_pages))
-            yield Program("put_back", programs.put_back, (), (no_pages, data), (BATCH, PER_DEVICE), ())
-            nowhere = (np.int32(s), self._empty_row(), np.int32(0))
-            yield Program("place", programs.place, (), nowhere, three, (GATHERED, GATHERED))
+            yield Program("write_pages", programs.write_pages, (), (no_pages, data), (BATCH, PER_DEVICE), ())
+            no_sequence = (np.int32(s), self._empty_row(), np.int32(0))
+            yield Program("allocate", programs.allocate, (), no_sequence, three, (GATHERED, GATHERED))
 
     def _no_data(self, pool: Any) -> np.ndarray:
-        """Zeros like a few pages of a layer."""
-        return np.zeros((_PAGES_AT_ONCE, *pool.shape[1:]), pool.dtype)
+        """Zeros in the shape of ``_PAGES_PER_COPY`` pages of a layer."""
+        return np.zeros((_PAGES_PER_COPY, *pool.shape[1:]), pool.dtype)
 
     def _empty_row(self) -> BlockTable:
         cache = self.cache
@@ -199,7 +201,7 @@ class Device:
         return BlockTable(*given)
 
     def _run(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        """Runs a program on the cache; what it returns behind that."""
+        """Runs a program on the cache; returns its other results."""
         out = self._programs[name](self._cache, *arguments)
         self._cache, *rest = out if isinstance(out, tuple) else (out,)
         return tuple(rest)
@@ -207,11 +209,11 @@ class Device:
     # Steps
 
     def decode_shape(self, num_rows: int) -> StepShape:
-        """The smallest program for so many sequences of one token each."""
+        """The smallest decode program for ``num_rows`` sequences."""
         return min((x for x in self._shapes if x.decode and x.rows >= num_rows), key=lambda x: x.rows)
 
     def prompt_shape(self, num_rows: int) -> StepShape:
-        """The smallest program for so many tokens."""
+        """The smallest prefill program for ``num_rows`` tokens."""
         return min((x for x in self._shapes if not x.decode and x.rows >= num_rows), key=lambda x: x.rows)
 
     def step_input(
@@ -227,7 +229,7 @@ class Device:
         steps: int = 1,
         stop_early: bool = False,
     ) -> StepInput:
-        """Host data as the programs take it; what is left out is zero."""
+        """Input of a step from host data; arguments left out are zero."""
         s = self.cache.max_seqs
         none = np.zeros(s, np.int32)
         return StepInput(
@@ -242,7 +244,7 @@ class Device:
         )
 
     def step(self, shape: StepShape, given: StepInput) -> StepOutput:
-        """One run of a step's program; its output is still on the device."""
+        """Runs a step; its output is still on the device."""
         program = self._programs[name_of(shape)]
         self._cache, out = program(self._params, self._cache, self.slots.on_device(), given)
         self.state = HostTable(out.table)
@@ -281,7 +283,8 @@ class Device:
             self._edit(unpinned=unpinned[i : i + width])
 
     def attach(self, rows: Sequence[tuple[int, Sequence[int], int]]) -> None:
-        """Attaches pages to empty sequences. rows: ``(sequence, pages, tokens that they hold)`` of each."""
+        """Attaches pages to empty sequences. rows: ``(sequence, pages, tokens that they hold)`` of
+        each."""
         for i in range(0, len(rows), programs.ATTACHED_PER_EDIT):
             self._edit(attached=rows[i : i + programs.ATTACHED_PER_EDIT])
 
@@ -305,7 +308,8 @@ class Device:
         assert ok, f"pages could not be attached to sequences {[slot for slot, _, _ in attached]}"
 
     def shift(self, slot: int, keep: int, discard: int) -> bool:
-        """Removes ``discard`` tokens of a sequence after the first ``keep``; False if its row is too narrow."""
+        """Removes ``discard`` tokens of a sequence after the first ``keep``; False if its row is
+        too narrow."""
         ok, state = self._run("shift", np.int32(slot), np.int32(keep), np.int32(discard))
         self.state = HostTable(state)
         return bool(ok)
@@ -313,35 +317,35 @@ class Device:
     # Pages to and from the host
 
     def swap_out(self, slot: int, num_computed: int) -> SwappedPages:
-        """Copies a sequence to host memory; it stays where it is."""
+        """Copies a sequence to host memory; it also stays in the cache."""
         table = self.table()
         row, pages = numbered(BlockTable(*(getattr(table, name)[slot] for name in _FIELDS)))
         chunks = []
-        for i in range(0, len(pages), _PAGES_AT_ONCE):
-            asked = np.zeros(_PAGES_AT_ONCE, np.int32)
-            asked[: len(pages) - i] = pages[i : i + _PAGES_AT_ONCE]
-            (data,) = self._run("take_out", asked)
+        for i in range(0, len(pages), _PAGES_PER_COPY):
+            asked = np.zeros(_PAGES_PER_COPY, np.int32)
+            asked[: len(pages) - i] = pages[i : i + _PAGES_PER_COPY]
+            (data,) = self._run("read_pages", asked)
             chunks.append(jax.tree.map(np.array, data))
         num_bytes = sum(leaf.nbytes for chunk in chunks for leaf in jax.tree.leaves(chunk))
         return SwappedPages(row, len(pages), chunks, num_computed, num_bytes)
 
     def swap_in(self, slot: int, swapped: SwappedPages) -> None:
-        """Gives an empty sequence what ``swap_out`` took; there are pages enough."""
+        """Restores a copy made by ``swap_out`` into an empty sequence; enough pages must be free."""
         count = np.int32(swapped.num_pages)
-        ok, state = self._run("place", np.int32(slot), swapped.row, count)
+        ok, state = self._run("allocate", np.int32(slot), swapped.row, count)
         self.state = HostTable(state)
-        assert ok, f"no room for a swapped sequence of {count} pages in sequence {slot}"
+        assert ok, f"a swapped sequence of {count} pages does not fit into sequence {slot}"
         numbers = np.full(swapped.num_pages, self.cache.num_pages, np.int32)
         used = int(swapped.row.num_entries)
         numbers[np.asarray(swapped.row.pages[:used])] = self.state.pages[slot, :used]
         for i, chunk in enumerate(swapped.chunks):
-            asked = np.full(_PAGES_AT_ONCE, self.cache.num_pages, np.int32)
-            _put(asked, numbers[i * _PAGES_AT_ONCE : (i + 1) * _PAGES_AT_ONCE])
-            self._run("put_back", asked, chunk)
+            asked = np.full(_PAGES_PER_COPY, self.cache.num_pages, np.int32)
+            _put(asked, numbers[i * _PAGES_PER_COPY : (i + 1) * _PAGES_PER_COPY])
+            self._run("write_pages", asked, chunk)
 
 
 def name_of(shape: StepShape) -> str:
-    """The name of a step's program."""
+    """Name of a step's program."""
     return f"{'decode' if shape.decode else 'prompt'} {shape.rows}"
 
 

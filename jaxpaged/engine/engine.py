@@ -1,4 +1,4 @@
-"""Engine: many requests on one cache, a step at a time; it knows no model's insides and no HTTP.
+"""Engine: continuous batching of requests on one cache, step by step.
 
     engine = Engine(model, params, cache, EngineConfig(n_ctx=2048, vocab_size=49152))
     engine.compile()
@@ -7,8 +7,8 @@
         for output in engine.step():
             ...
 
-One thread calls it. A step is planned on the host (``Scheduler``), runs as one program on the device (``Device``), and
-what it drew is handed out. Everything that a step needs is compiled by ``compile``; nothing is compiled afterwards.
+It must be called from one thread. ``Scheduler`` plans a step on the host and ``Device`` runs it as
+one program. ``compile`` compiles everything a step needs; nothing is compiled afterwards.
 """
 
 from __future__ import annotations
@@ -51,35 +51,37 @@ from jaxpaged.engine.stats import Monitor, PoolState, SlotState, StepCounts, slo
 from jaxpaged.generation.loop import Model
 
 _ROUND_TRIP_SECONDS = 0.04
-"""Decode steps that take longer together come back one by one: text would arrive in jerks."""
+"""Longest time of several decode steps in one program; longer ones would make streamed text jerky.
+"""
 _MOST_RECENT = 4096
-"""Tokens that penalties look at, at most."""
+"""Tokens that penalties can cover, at most."""
 _SHIFT_PAGES = 2
-"""Pages that a shifted context takes beyond those that its tokens fill."""
+"""Pages that a shifted context may take beyond those that its tokens fill."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes and choices of an engine."""
+    """Sizes and options of an engine."""
 
     n_ctx: int
-    """Tokens that a sequence may hold."""
+    """Tokens of a sequence, at most."""
     vocab_size: int
     max_batch_tokens: int = 512
-    """Tokens of a step: its budget."""
+    """Token budget of a step."""
     decode_steps: int = 8
-    """Decode steps of one round trip to the host, at most."""
+    """Decode steps per round trip to the host, at most."""
     max_waiting: int = 256
-    """Requests that may wait."""
+    """Waiting requests, at most."""
     prefix_cache: bool = True
     context_shift: bool = False
-    """Whether a full context forgets and goes on; otherwise the text ends there."""
+    """True: a full context drops its oldest tokens and continues. False: the text ends there."""
     swap_bytes: int = 2**30
-    """Host memory for preempted sequences; 0 = they are always computed again."""
+    """Host memory for preempted sequences; 0 = always recompute them."""
     fingerprint: str = ""
-    """Tells the model from others in files of slots."""
+    """Identifies the model in slot files."""
     lockstep: bool = False
-    """Nothing depends on how long things take: engines in several processes then decide alike."""
+    """True: no decision depends on time, so that engines in several processes make the same ones.
+    """
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "vocab_size", "max_batch_tokens", "decode_steps", "max_waiting"):
@@ -90,18 +92,19 @@ class EngineConfig:
 
 
 class Engine:
-    """See the module.
+    """Serves requests; see the module.
 
     Args:
-      model: as ``generation.generate`` takes it.
+      model: a ``generation.Model``.
       params: its weights.
-      cache: paged or contiguous, empty; the engine has it from now on. Its ``max_seqs`` are the sequences that run
-        at once.
-      config: see there.
-      device: makes what runs the programs; an engine that is one data shard of a mesh has its own.
+      cache: an empty cache, paged or contiguous, owned by the engine from now on; up to
+        ``max_seqs`` sequences run at once.
+      config: sizes and options.
+      device: constructor of the ``Device``; engines of a mesh's data shards have their own.
 
     Raises:
-      ValueError: a context that the cache cannot hold, or that shifts without pages.
+      ValueError: the cache cannot hold the context, or a context shift is asked of a contiguous
+        cache.
     """
 
     def __init__(
@@ -120,7 +123,8 @@ class Engine:
             model,
             params,
             cache,
-            # Rows that are not needed cost a CPU as much as those that are; two sequences are too few to compile for.
+            # On a CPU padding rows cost as much as others; a program for two sequences is not worth
+            # compiling.
             decode_rows=[rows for rows in _sizes(slots, 2) if rows != 2 or slots == 2],
             prompt_rows=sizes,
             decode_steps=config.decode_steps,
@@ -153,7 +157,7 @@ class Engine:
         self._monitor = Monitor(self.device, self.pool, self.scheduler)
         self._step_seconds: deque[float] = deque(maxlen=8)
 
-    # What it is
+    # Sizes and state
 
     @property
     def n_ctx(self) -> int:
@@ -165,43 +169,44 @@ class Engine:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page; of a contiguous cache those of a sequence."""
+        """Tokens of a page; of a sequence in a contiguous cache."""
         cache = self.device.cache
         return cache.page_size if isinstance(cache, PagedKVCache) else cache.max_length
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has anything to do."""
+        """True if ``step`` has anything to do."""
         return bool(self._samples or self._ended)
 
     @property
     def load(self) -> int:
-        """Tokens that those who run and wait have still to compute before each draws its next one."""
+        """Tokens to compute before every running and waiting sample has its next one."""
         samples = [*self.scheduler.running, *self.scheduler.waiting]
         return sum(sample.num_uncomputed for sample in samples)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait, with some of their samples or all."""
+        """Requests with waiting samples."""
         return len({sample.request.request_id for sample in self.scheduler.waiting})
 
     def serves(self, request_id: str) -> bool:
-        """Whether a request is not done."""
+        """True if the request exists and is not finished."""
         return request_id in self._samples
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compiles all that will ever run; ``progress`` is told of each program."""
+        """Compiles all programs; calls ``progress`` before each."""
         self.device.compile(progress)
 
     # Requests
 
     def check(self, request: EngineRequest) -> None:
-        """Refuses what can never be served.
+        """Refuses a request that can never be served.
 
         Raises:
-          RefusedError: a token that the model does not have, an id that is in use, ``n`` beyond the sequences.
-          ContextError: the prompt leaves no room in the context.
-          PoolError: the request does not fit the pool, even alone.
+          RefusedError: a token outside the vocabulary, an id in use, ``n`` above ``max_seqs``, an
+            unknown slot.
+          ContextError: the prompt fills the context.
+          PoolError: the request does not fit the whole pool.
         """
         vocab_size = self.config.vocab_size
         for what, tokens in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
@@ -232,11 +237,11 @@ class Engine:
         return request.max_new_tokens if self.config.context_shift else min(request.max_new_tokens, room)
 
     def add_request(self, request: EngineRequest) -> None:
-        """A request waits for its turn.
+        """Queues a request.
 
         Raises:
-          RefusedError: as ``check``; nothing was changed.
-          QueueFullError: too many wait.
+          RefusedError: see ``check``; nothing was changed.
+          QueueFullError: ``max_waiting`` requests wait already.
         """
         self.check(request)
         if self.num_waiting >= self.config.max_waiting:
@@ -262,9 +267,10 @@ class Engine:
             self.scheduler.add(sample)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its samples; one that is not there is no error. No output follows.
+        """Ends a request, or one of its samples, without further output. An unknown request is
+        ignored.
 
-        Its pages are back when the next ``step`` begins.
+        The next ``step`` begins by releasing its pages.
         """
         for sample in self._samples.get(request_id, []):
             if sample.finish_reason is None and index in (None, sample.index):
@@ -274,16 +280,16 @@ class Engine:
         sample.finish_reason = reason
         sample.times.finished = time.monotonic()
         if sample.slot is None:
-            self.scheduler.drop(sample)
-            self.pool.forget(sample)
+            self.scheduler.dequeue(sample)
+            self.pool.drop_swapped(sample)
         else:
             self._ended.append(sample)
         request_id = sample.request.request_id
         if all(other.finish_reason is not None for other in self._samples[request_id]):
             del self._samples[request_id]
 
-    def _end(self) -> None:
-        """Gives back the pages of those that are done."""
+    def _release_finished(self) -> None:
+        """Releases slots and pages of finished samples."""
         if self._ended:
             ended, self._ended = self._ended, []
             self.pool.end(ended)
@@ -295,7 +301,7 @@ class Engine:
     # Steps
 
     def step(self) -> list[SampleOutput]:
-        """Computes some tokens of those that run, lets others in, and tells what came of it."""
+        """Admits waiting samples, computes tokens of the running ones, and returns what changed."""
         before = num_compilations()
         outputs = self._step()
         self._counts.compiled_late += num_compilations() - before
@@ -311,8 +317,8 @@ class Engine:
         return outputs + self.end_step(plan, out, begin)
 
     def begin_step(self) -> tuple[list[SampleOutput], Plan]:
-        """Decides on a step: ``(what came of it already, the plan)``. Where the plan has work, ``end_step`` follows."""
-        self._end()
+        """Plans a step: ``(outputs so far, plan)``. ``end_step`` must follow if the plan has work."""
+        self._release_finished()
         outputs = self._shift_full_contexts()
         plan = self.scheduler.plan()
         for sample in plan.work:
@@ -326,26 +332,27 @@ class Engine:
     def end_step(
         self, plan: Plan, out: StepOutput, begin: float, *, observed: bool = True
     ) -> list[SampleOutput]:
-        """Takes what a step drew; it began at ``begin``, seconds. ``observed``: what it took tells of such plans."""
+        """Processes the output of a step that began at ``begin``, seconds. observed: count its time
+        as typical."""
         tokens = np.asarray(out.tokens)
         num_steps = int(out.num_steps)
         self._counts.steps += num_steps
         if observed and not self.config.lockstep:
             self._observe(plan, num_steps, time.monotonic() - begin)
-        if num_steps == 0:  # the pool was fuller than the host believed; nothing was computed
+        if num_steps == 0:  # fewer free pages than the host expected; nothing was computed
             self.scheduler.preempt_newest()
             return []
-        outputs = self._take(plan, out, tokens)
-        self._end()
+        outputs = self._process(plan, out, tokens)
+        self._release_finished()
         return outputs
 
     def shape_of(self, plan: Plan) -> StepShape:
-        """The smallest program that has room for a plan."""
+        """The smallest program that a plan fits."""
         total = sum(plan.work.values())
         return self.device.decode_shape(total) if plan.decodes else self.device.prompt_shape(total)
 
     def step_input(self, plan: Plan, shape: StepShape) -> StepInput:
-        """A plan as the program takes it; one without work for a shard that has none."""
+        """Input of the program from a plan; the plan may be empty, for a data shard without work."""
         s = self.max_seqs
         num_new, left, position = (np.zeros(s, np.int32) for _ in range(3))
         samples = np.zeros(s, bool)
@@ -358,7 +365,7 @@ class Engine:
             tokens[row : row + count] = sample.tokens[begin : begin + count]
             row += count
             num_new[slot] = count
-            left[slot] = self._left(sample)
+            left[slot] = self._tokens_left(sample)
             samples[slot] = count == sample.num_uncomputed and left[slot] > 0
             position[slot] = sample.position
             request = sample.request
@@ -378,8 +385,8 @@ class Engine:
             stop_early=plan.stop_early,
         )
 
-    def _left(self, sample: SampleState) -> int:
-        """Tokens that may be drawn before its text ends or its context is full."""
+    def _tokens_left(self, sample: SampleState) -> int:
+        """Tokens that may be sampled before the limit or the end of the context."""
         room = self.n_ctx + 1 - len(sample.tokens)
         return max(0, min(sample.limit - sample.num_generated, room))
 
@@ -391,8 +398,8 @@ class Engine:
         elif num_steps:
             self.pool.costs.observe_prompt(sum(plan.work.values()), seconds)
 
-    def _take(self, plan: Plan, out: StepOutput, tokens: np.ndarray) -> list[SampleOutput]:
-        """Hands out what a step drew, and ends those that are done."""
+    def _process(self, plan: Plan, out: StepOutput, tokens: np.ndarray) -> list[SampleOutput]:
+        """Appends sampled tokens, and finishes samples that reached their end."""
         now = time.monotonic()
         wanted = any(sample.request.num_logprobs is not None for sample in plan.work)
         logprobs = _Logprobs(out) if wanted else None
@@ -401,44 +408,44 @@ class Engine:
             slot = sample.slot
             assert slot is not None
             column = tokens[:, slot]
-            drawn = [int(token) for token in column if token >= 0]
+            sampled = [int(token) for token in column if token >= 0]
             self._counts.prompt_tokens += max(0, min(count, sample.prompt_len - sample.num_computed))
-            # Of what was drawn, all but the last was computed in turn.
-            sample.num_computed += count + max(0, len(drawn) - 1)
-            stop = drawn.pop() if drawn and drawn[-1] in sample.request.stop_ids else None
-            sample.tokens += drawn
-            sample.num_generated += len(drawn)
-            self._counts.generated_tokens += len(drawn)
+            # All sampled tokens but the last were computed too.
+            sample.num_computed += count + max(0, len(sampled) - 1)
+            stop = sampled.pop() if sampled and sampled[-1] in sample.request.stop_ids else None
+            sample.tokens += sampled
+            sample.num_generated += len(sampled)
+            self._counts.generated_tokens += len(sampled)
             self.pool.computed(sample)
-            read = sample.num_uncomputed == 0 or bool(drawn)
+            prefilled = sample.num_uncomputed == 0 or bool(sampled)
             if NAN_TOKEN in column:
                 self._counts.nan_samples += 1
                 self._finish(sample, "nan")
             elif stop is not None:
                 self._finish(sample, "stop")
-            elif sample.num_generated >= sample.limit and read:
+            elif sample.num_generated >= sample.limit and prefilled:
                 self._finish(sample, "length")
-            if not drawn and sample.finish_reason is None:
+            if not sampled and sample.finish_reason is None:
                 continue
             sample.times.first_token = sample.times.first_token or now
             rows = None
             if logprobs is not None and sample.request.num_logprobs is not None:
-                rows = logprobs.rows(slot, drawn, sample.request.num_logprobs)
-            outputs.append(self._output(sample, slot, drawn, rows, stop))
+                rows = logprobs.rows(slot, sampled, sample.request.num_logprobs)
+            outputs.append(self._output(sample, slot, sampled, rows, stop))
         return outputs
 
     def _output(
         self,
         sample: SampleState,
         slot: int,
-        drawn: list[int],
+        sampled: list[int],
         logprobs: tuple[TokenLogprobs, ...] | None = None,
         stop: int | None = None,
     ) -> SampleOutput:
         return SampleOutput(
             sample.request.request_id,
             sample.index,
-            tuple(drawn),
+            tuple(sampled),
             logprobs,
             sample.finish_reason,
             stop,
@@ -454,7 +461,8 @@ class Engine:
         return bool(sample.num_forgotten) or cut
 
     def _shift_full_contexts(self) -> list[SampleOutput]:
-        """Makes room where the newest token has none; the last outputs of those whose table row is too narrow."""
+        """Shifts contexts that are full; returns the last outputs of samples with too narrow a
+        table row."""
         outputs = []
         for sample in [s for s in self.scheduler.running if len(s.tokens) > self.n_ctx]:
             request = sample.request
@@ -471,28 +479,28 @@ class Engine:
             del sample.tokens[keep : keep + discard]
             sample.num_computed -= discard
             sample.num_forgotten += discard
-        self._end()
+        self._release_finished()
         return outputs
 
-    # What it shows
+    # Statistics
 
     def stats(self) -> EngineStats:
-        """Gauges and counters, now."""
+        """Gauges and counters as they are now."""
         return self._monitor.stats(self._counts)
 
     def pool_state(self) -> PoolState:
-        """A picture of the pool; of a contiguous cache each sequence is a page."""
+        """The state of each page; in a contiguous cache, of each sequence."""
         return self._monitor.pool_state()
 
     def slot_states(self) -> list[SlotState]:
-        """The slots, in order."""
+        """The state of each slot, in order."""
         return [slot_state(slot, sample, self.n_ctx) for slot, sample in enumerate(self._last)]
 
     def check_state(self) -> None:
-        """Checks cache and prefix index against each other (slow: for tests, and a look at a live server).
+        """Checks the invariants of cache and prefix index (slow: for tests and debugging).
 
         Raises:
-          InvariantError: the first law that is broken.
+          InvariantError: the first violated invariant.
         """
         cache = self.device.cache
         if isinstance(cache, PagedKVCache) and isinstance(self.pool, PagedPool):
@@ -500,20 +508,20 @@ class Engine:
             check_invariants(self.device.metadata(), pins)
 
     def drop_prefix_cache(self) -> int:
-        """Gives up every cached page that nobody uses; how many those were."""
+        """Releases every unused page of the prefix cache; returns their number."""
         if not isinstance(self.pool, PagedPool):
             return 0
         pages = self.pool.index.evict(self.pool.index.num_unused)
         self.device.edit(unpinned=pages)
         return len(pages)
 
-    # Slots and files
+    # Slot files
 
     def _idle(self, slot: int) -> SampleState | None:
-        """The last sample of a slot that nobody has now.
+        """The last sample of an idle slot.
 
         Raises:
-          RefusedError: there is no such slot, or it is busy.
+          RefusedError: there is no such slot, or it is busy (``SlotBusyError``).
         """
         if not 0 <= slot < self.max_seqs:
             raise RefusedError(f"slot {slot}: there are slots 0 to {self.max_seqs - 1}")
@@ -522,10 +530,11 @@ class Engine:
         return self._last[slot]
 
     def save_slot(self, slot: int, path: str | os.PathLike[str]) -> SlotTransfer:
-        """Writes what the pool has of a slot's last text to a file, between two steps.
+        """Writes the cached part of a slot's last text to a file, between two steps.
 
         Raises:
-          RefusedError: there is no such slot, it is busy (``SlotBusyError``), or nothing of its text is there.
+          RefusedError: there is no such slot, it is busy (``SlotBusyError``), or nothing of its
+            text is cached.
           OSError: the file cannot be written.
         """
         last = self._idle(slot)
@@ -535,11 +544,11 @@ class Engine:
         return slot_files.save(self.device, self.pool, slot, last.root, tokens, path, self.config.fingerprint)
 
     def restore_slot(self, slot: int, path: str | os.PathLike[str]) -> SlotTransfer:
-        """Takes a file's text into the prefix cache, and makes it the slot's last one.
+        """Loads a file's text into the prefix cache, and makes it the slot's last text.
 
         Raises:
           RefusedError: there is no such slot, or it is busy (``SlotBusyError``).
-          SnapshotError: the file does not fit; nothing was changed.
+          SnapshotError: the file is damaged or of another model; nothing was changed.
           OutOfPages: running requests leave too few pages.
           OSError: the file cannot be read.
         """
@@ -561,7 +570,8 @@ class Engine:
         return transfer
 
     def erase_slot(self, slot: int) -> int:
-        """Gives up the cached pages of a slot's last text that no other text shares; how many tokens those held.
+        """Releases cached pages of a slot's last text that no other text shares; returns their
+        tokens' number.
 
         Raises:
           RefusedError: there is no such slot, or it is busy (``SlotBusyError``).
@@ -574,7 +584,7 @@ class Engine:
 
 
 class _Logprobs:
-    """The log-probabilities of a step, on the host."""
+    """Log-probabilities of a step on the host."""
 
     def __init__(self, out: StepOutput) -> None:
         self._chosen = np.asarray(out.logprobs)
@@ -582,7 +592,7 @@ class _Logprobs:
         self._values = np.asarray(out.top_logprobs)
 
     def rows(self, slot: int, tokens: list[int], count: int) -> tuple[TokenLogprobs, ...]:
-        """Those of the tokens that a slot drew, with the ``count`` likeliest."""
+        """Log-probabilities of a slot's sampled tokens, each with the ``count`` likeliest ones."""
         return tuple(
             TokenLogprobs(
                 token,
@@ -600,7 +610,7 @@ class _Logprobs:
 
 
 def _sizes(largest: int, factor: int) -> list[int]:
-    """Sizes of programs: ``largest``, and each a ``factor`` smaller than the next, down to 1."""
+    """Program sizes: ``largest``, and each smaller by ``factor`` than the next, down to 1."""
     sizes = [largest]
     while sizes[0] > 1:
         sizes.insert(0, -(-sizes[0] // factor))

@@ -1,4 +1,5 @@
-"""The devices of an engine that serves from a mesh: one program for all data shards, and each shard's view of it."""
+"""MeshDevice: programs over all devices of a mesh, and a ``Device`` for the engine of each data
+shard."""
 
 from __future__ import annotations
 
@@ -30,16 +31,16 @@ from jaxpaged.sharding.specs import (
 from jaxpaged.storage import mesh_snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
 
-_JOINS: dict[str, Callable[..., np.ndarray]] = {BATCH: np.stack, PER_DEVICE: np.concatenate}
-"""How what shards are given is put together."""
+_STACK: dict[str, Callable[..., np.ndarray]] = {BATCH: np.stack, PER_DEVICE: np.concatenate}
+"""Function that combines the arguments of all shards, by sharding kind."""
 
 
 class MeshDevice:
-    """The cache on all devices, and the programs, which every data shard takes part in.
+    """The cache on all devices, and programs that all data shards run together.
 
     Args:
-      model, params: those of a mesh.
-      cache: empty.
+      model, params: loaded for the mesh.
+      cache: an empty cache.
     """
 
     def __init__(self, model: Model, params: Any, cache: ShardedCache) -> None:
@@ -50,19 +51,19 @@ class MeshDevice:
         self._slots: SlotParams | None = None
 
     def shard(self, index: int) -> Any:
-        """A constructor of ``Device`` for data shard ``index``; they are made in order."""
+        """Constructor of the ``Device`` of data shard ``index``; to be called in order."""
         assert index == len(self.shards)
         return functools.partial(ShardDevice, self, index)
 
     def compile(self, progress: Progress | None = None) -> None:
-        """As ``Device.compile``, for all shards."""
+        """Compiles every program once; see ``Device.compile``."""
         start = time.monotonic()
         todo = list(self.shards[0].to_compile())
         for i, program in enumerate(todo):
             if progress is not None:
                 progress(i, len(todo), program.name)
-            takes, gives = program.kinds
-            function = over_mesh(functools.partial(program.function, *program.static), takes, gives)
+            in_kinds, out_kinds = program.kinds
+            function = over_mesh(functools.partial(program.function, *program.static), in_kinds, out_kinds)
             params = (self._params,) if program.reads_params else ()
             arguments = (*params, self.cache, *self._stacked(program, {}))
             compiled = jax.jit(function, donate_argnums=len(params)).lower(*arguments).compile()
@@ -73,22 +74,22 @@ class MeshDevice:
             shard.compiled, shard.compile_seconds = len(todo), time.monotonic() - start
 
     def _stacked(self, program: Program, given: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        """Arguments of all shards: those given, and for the others such that nothing happens."""
+        """Arguments of all shards: those given, and for other shards ones that change nothing."""
         rows = [given.get(d, program.arguments) for d in range(len(self.shards))]
         return tuple(
-            put(self.cache.mesh, jax.tree.map(lambda *xs, kind=kind: _JOINS[kind](xs), *column), SPECS[kind])
-            for column, kind in zip(zip(*rows, strict=True), program.takes, strict=True)
+            put(self.cache.mesh, jax.tree.map(lambda *xs, kind=kind: _STACK[kind](xs), *column), SPECS[kind])
+            for column, kind in zip(zip(*rows, strict=True), program.in_kinds, strict=True)
         )
 
     def run(self, name: str, shard: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Runs a program for one shard; what it gives behind the cache."""
+        """Runs a program for one shard; returns that shard's results after the cache."""
         program, compiled = self._programs[name]
         out = compiled(self.cache, *self._stacked(program, {shard: arguments}))
         self.cache, *rest = out if isinstance(out, tuple) else (out,)
-        return tuple(self._own(one, shard, kind) for one, kind in zip(rest, program.gives, strict=True))
+        return tuple(self._own(one, shard, kind) for one, kind in zip(rest, program.out_kinds, strict=True))
 
     def _own(self, value: Any, shard: int, kind: str) -> Any:
-        """A shard's own part of what a program gave, on the host."""
+        """A shard's part of a result, on the host."""
         count = len(self.shards)
 
         def own(x: np.ndarray) -> np.ndarray:
@@ -97,7 +98,7 @@ class MeshDevice:
         return jax.tree.map(own, fetch(value))
 
     def step(self, shape: StepShape, inputs: Sequence[StepInput]) -> list[StepOutput]:
-        """One run of a step's program for all shards."""
+        """Runs a step of all shards."""
         _, compiled = self._programs[name_of(shape)]
         if self._slots is None or any(shard.slots.changed for shard in self.shards):
             params = [shard.slots.params for shard in self.shards]
@@ -107,16 +108,16 @@ class MeshDevice:
         given = put(self.cache.mesh, jax.tree.map(lambda *xs: np.stack(xs), *inputs))
         self.cache, out = compiled(self._params, self.cache, self._slots, given)
         outs = []
-        found = jax.tree.map(np.asarray, out)  # the same on every device
+        host = jax.tree.map(np.asarray, out)  # the same on every device
         for d, shard in enumerate(self.shards):
-            mine = jax.tree.map(lambda x, d=d: x[d], found)
+            mine = jax.tree.map(lambda x, d=d: x[d], host)
             shard.state = HostTable(mine.table)
             outs.append(mine)
         return outs
 
 
 class ShardDevice(Device):
-    """One data shard of a mesh, as its engine sees it."""
+    """The ``Device`` of one data shard."""
 
     def __init__(self, whole: MeshDevice, index: int, *arguments: Any, **options: Any) -> None:
         self._whole, self._index = whole, index
@@ -132,7 +133,7 @@ class ShardDevice(Device):
     def swaps(self) -> bool:
         return super().swaps and jax.process_count() == 1
 
-    def _sent(self, x: np.ndarray) -> Any:
+    def _to_device(self, x: np.ndarray) -> Any:
         return x
 
     def _no_data(self, pool: Any) -> np.ndarray:
@@ -169,11 +170,11 @@ class ShardDevice(Device):
         self, path: str | os.PathLike[str], slot: int, token_ids: Sequence[int], fingerprint: str
     ) -> None:
         mesh_snapshots.snapshot(
-            self._whole.cache, path, seq=self._number(slot), token_ids=token_ids, fingerprint=fingerprint
+            self._whole.cache, path, seq=self._global_slot(slot), token_ids=token_ids, fingerprint=fingerprint
         )
 
     def restore(self, saved: Snapshot, slot: int) -> None:
-        self._whole.cache = mesh_snapshots.restore(self._whole.cache, saved, seq=self._number(slot))
+        self._whole.cache = mesh_snapshots.restore(self._whole.cache, saved, seq=self._global_slot(slot))
         metadata = self.metadata()
         state: Any = (
             metadata.allocator.num_free,
@@ -183,5 +184,5 @@ class ShardDevice(Device):
         )
         self.state = HostTable(TableState(*state))
 
-    def _number(self, slot: int) -> int:
+    def _global_slot(self, slot: int) -> int:
         return slot * len(self._whole.shards) + self._index

@@ -1,11 +1,11 @@
-"""MeshEngine: an engine for each data shard of a mesh, which step together, behind the face of one engine.
+"""MeshEngine: one engine per data shard of a mesh, behind the interface of a single engine.
 
-A request goes to the shard that has most of its prompt in the prefix cache, unless that has much more to do than
-another, and stays there. Slots count through: slot i is sequence ``i % S`` of shard ``i // S``.
+A request goes to the shard with the fewest tokens to compute before its first token, cached ones
+not counted, and stays there. Slot i is sequence ``i % S`` of shard ``i // S``.
 
-Every step is one program on all devices. Where some shards decode and others read prompts, all run the program that
-reads; what a shard has not got to do costs it the time of the step. Tables and queues are the host's: in a run of
-several processes each has all of them, and decides alike.
+Every step is one program on all devices. If some shards decode and others prefill, all run the
+prefill program, and shards with less to do wait. Tables and queues are on the host: with several
+processes each process has all of them, and makes the same decisions.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from jaxpaged.sharding.mesh import TENSOR
 from jaxpaged.sharding.specs import ShardedCache
 
 T = TypeVar("T")
-_REPLICATED = ("page_size", "waste", "bytes_per_page", "compiled", "compiled_late")
-"""Of ``EngineStats``, what is not summed over shards."""
+_NOT_SUMMED = ("page_size", "waste", "bytes_per_page", "compiled", "compiled_late")
+"""Fields of ``EngineStats`` that are not summed over shards."""
 
 
 class MeshEngine:
-    """See the module; its methods are ``Engine``'s.
+    """Serves requests on a mesh; see the module. The methods are those of ``Engine``.
 
     Args:
-      model, params: of a mesh (``jaxpaged_model.checkpoint.loading.load_model(mesh=...)``).
-      cache: empty; the engine has it from now on.
-      config: of each shard; ``max_waiting`` is for all together.
+      model, params: loaded for a mesh (``jaxpaged_model.checkpoint.loading.load_model(mesh=...)``).
+      cache: an empty cache, owned by the engine from now on.
+      config: sizes and options of each shard; ``max_waiting`` is for all shards together.
 
     Raises:
-      ValueError: as ``Engine``.
+      ValueError: see ``Engine``.
     """
 
     def __init__(self, model: Model, params: Any, cache: ShardedCache, config: EngineConfig) -> None:
@@ -55,8 +55,8 @@ class MeshEngine:
             Engine(model, params, cache.local, config, device=self._device.shard(d))
             for d in range(cache.num_shards)
         ]
-        self._homes: dict[str, int] = {}
-        """The shard of each request."""
+        self._shard_of: dict[str, int] = {}
+        """Shard of each request id."""
         self._compiled_late = 0
 
     @property
@@ -69,7 +69,7 @@ class MeshEngine:
 
     @property
     def _each(self) -> int:
-        """Slots of a shard."""
+        """Slots per shard."""
         return self._engines[0].max_seqs
 
     @property
@@ -88,41 +88,40 @@ class MeshEngine:
 
     def check(self, request: EngineRequest) -> None:
         """See ``Engine.check``."""
-        home, local = self._routed(request)
-        if request.request_id in self._homes and self._serves(request.request_id):
+        shard, local = self._routed(request)
+        if request.request_id in self._shard_of and self._serves(request.request_id):
             raise RefusedError(f"a request {request.request_id!r} is being served already")
-        self._engines[home].check(local)
+        self._engines[shard].check(local)
 
     def add_request(self, request: EngineRequest) -> None:
         """See ``Engine.add_request``."""
         self.check(request)
         if sum(engine.num_waiting for engine in self._engines) >= self.config.max_waiting:
             raise QueueFullError(self.config.max_waiting)
-        home, local = self._routed(request)
-        self._engines[home].add_request(local)
-        self._homes = {name: d for name, d in self._homes.items() if self._serves(name)}
-        self._homes[request.request_id] = home
+        shard, local = self._routed(request)
+        self._engines[shard].add_request(local)
+        self._shard_of = {name: d for name, d in self._shard_of.items() if self._serves(name)}
+        self._shard_of[request.request_id] = shard
 
     def _serves(self, request_id: str) -> bool:
-        return self._engines[self._homes[request_id]].serves(request_id)
+        return self._engines[self._shard_of[request_id]].serves(request_id)
 
     def _routed(self, request: EngineRequest) -> tuple[int, EngineRequest]:
-        """The shard for a request, and the request as that shard knows it."""
+        """Shard of a request, and the request with its slot numbered within the shard."""
         if request.slot is not None:
             if not 0 <= request.slot < self.max_seqs:
                 raise RefusedError(f"slot {request.slot}: there are slots 0 to {self.max_seqs - 1}")
-            home, slot = divmod(request.slot, self._each)
-            return home, replace(request, slot=slot)
+            shard, slot = divmod(request.slot, self._each)
+            return shard, replace(request, slot=slot)
         load = [engine.load for engine in self._engines]
 
         def cost(shard: int) -> tuple[int, int]:
-            # A token that is found need not be computed; one that waits before it must be.
-            return load[shard] - self._found(shard, request), shard
+            return load[shard] - self._num_cached(shard, request), shard
 
         return min(range(len(self._engines)), key=cost), request
 
-    def _found(self, shard: int, request: EngineRequest) -> int:
-        """Tokens of the prompt that a shard's prefix cache has."""
+    def _num_cached(self, shard: int, request: EngineRequest) -> int:
+        """Tokens of the prompt in a shard's prefix cache."""
         pool = self._engines[shard].pool
         if not isinstance(pool, PagedPool):
             return 0
@@ -131,9 +130,9 @@ class MeshEngine:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """See ``Engine.abort``."""
-        home = self._homes.get(request_id)
-        if home is not None:
-            self._engines[home].abort(request_id, index)
+        shard = self._shard_of.get(request_id)
+        if shard is not None:
+            self._engines[shard].abort(request_id, index)
 
     # Steps
 
@@ -169,16 +168,16 @@ class MeshEngine:
     def _numbered(self, shard: int, outputs: list[SampleOutput]) -> list[SampleOutput]:
         return [replace(output, slot=shard * self._each + output.slot) for output in outputs]
 
-    # What it shows
+    # Statistics
 
     def stats(self) -> EngineStats:
-        """Of all shards together; bytes are those of all devices."""
+        """Statistics of all shards together; bytes are summed over devices."""
         each = [engine.stats() for engine in self._engines]
         first = each[0]
         total: dict[str, Any] = {
             one.name: sum(getattr(stats, one.name) for stats in each)
             for one in fields(EngineStats)
-            if one.name not in _REPLICATED
+            if one.name not in _NOT_SUMMED
         }
         slots = total["pages_used"] * first.page_size
         return replace(
@@ -190,7 +189,7 @@ class MeshEngine:
         )
 
     def pool_state(self) -> PoolState:
-        """The pools, one behind the other."""
+        """The state of each page; pools are concatenated."""
         pools = [engine.pool_state() for engine in self._engines]
         first = [shard * self._each for shard in range(len(pools))]
         return PoolState(
@@ -204,7 +203,7 @@ class MeshEngine:
         )
 
     def slot_states(self) -> list[SlotState]:
-        """The slots of all shards, in order."""
+        """The state of each slot of all shards, in order."""
         states = [state for engine in self._engines for state in engine.slot_states()]
         return [replace(state, id=i) for i, state in enumerate(states)]
 
@@ -217,7 +216,7 @@ class MeshEngine:
         """See ``Engine.drop_prefix_cache``."""
         return sum(engine.drop_prefix_cache() for engine in self._engines)
 
-    # Slots and files
+    # Slot files
 
     def _of_slot(self, slot: int, function: Callable[[Engine, int], T]) -> T:
         if not 0 <= slot < self.max_seqs:

@@ -1,8 +1,8 @@
-"""The pages of an engine as the host sees them: who holds them, what may be shared, what must give way.
+"""Host-side management of an engine's pages: holders, prefix sharing, eviction, preemption.
 
-``Pool`` is that of a contiguous cache, whose sequences have all their memory from the start. ``PagedPool`` counts
-pages, finds what a text shares with others, and moves pages between sequences, prefix cache and host memory. Counts
-come from the device with every program.
+``Pool`` is for a contiguous cache, where each sequence has all its memory from the start.
+``PagedPool`` counts pages, finds shared prefixes, and moves pages between sequences, prefix cache
+and host memory. Page counts come from the device with every program.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from jaxpaged.engine.swap import SwapCosts
 
 @dataclass(frozen=True)
 class Start:
-    """How a sample begins: with pages of others, or with its own from host memory."""
+    """Pages that a sample begins with: shared ones, or its own from host memory."""
 
     num_tokens: int = 0
-    """Tokens that it need not compute."""
+    """Tokens that need not be computed."""
     num_pages: int = 0
-    """Pages that it needs beside those that it shares, for all of its tokens."""
+    """Pages needed for all of its tokens, shared ones not counted."""
     nodes: tuple[Node, ...] = ()
     borrowed: Node | None = None
     tail_page: int | None = None
-    """The page of its last tokens, which it shares until it writes."""
+    """Page of its last tokens, shared until its first write."""
 
 
 @dataclass
 class PoolCounts:
-    """Counters; they only grow."""
+    """Monotonic counters."""
 
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -46,7 +46,7 @@ class PoolCounts:
 
 
 class Pool:
-    """A contiguous cache: there is always room for a sequence that is there."""
+    """The pool of a contiguous cache, where a sequence never lacks memory."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -56,11 +56,11 @@ class Pool:
 
     @property
     def available(self) -> int:
-        """Pages that are free, or could be; there is never a want of them where there are none."""
+        """Pages that are free or evictable; unlimited without pages."""
         return sys.maxsize
 
     def pages_for_text(self, num_tokens: int) -> int:
-        """Pages that a text takes at most."""
+        """Pages that a text takes, at most."""
         return 0
 
     def pages_for(self, sample: SampleState, count: int) -> int:
@@ -68,48 +68,49 @@ class Pool:
         return 0
 
     def ensure(self, count: int) -> None:
-        """Makes ``count`` pages free."""
+        """Evicts pages until ``count`` are free."""
 
     def root(self, request: EngineRequest) -> bytes:
-        """Where the chain of a request's pages starts."""
+        """Root key of a request's chain of pages."""
         return b""
 
     def start(self, sample: SampleState, running: Iterable[SampleState]) -> Start:
-        """What a waiting sample could begin with; it is held for it until ``admit`` or ``cancel``."""
+        """Finds pages that a waiting sample can begin with, and holds them until ``admit`` or
+        ``cancel``."""
         return Start()
 
     def cancel(self, start: Start) -> None:
-        """The sample waits on."""
+        """Releases the pages held by ``start``; the sample stays in the queue."""
 
     def admit(self, admitted: Sequence[tuple[SampleState, Start]]) -> None:
-        """The samples, each with its slot, begin."""
+        """Starts samples in their slots."""
 
     def computed(self, sample: SampleState) -> None:
-        """A step computed tokens of the sample."""
+        """Indexes pages that a step completed."""
 
     def end(self, samples: Sequence[SampleState]) -> None:
-        """Takes the pages of samples that are done; what their slots are is free again."""
+        """Releases the pages of finished samples."""
         self.device.edit(removed=[s.slot for s in samples if s.slot is not None])
 
     def preempt(self, sample: SampleState) -> None:
-        """Takes the pages of a sample that will come back."""
+        """Releases the pages of a running sample that goes back to the queue."""
         raise NotImplementedError
 
     def shift(self, sample: SampleState, keep: int, discard: int) -> bool:
-        """Forgets tokens of a sample's context; False: it cannot."""
+        """Drops ``discard`` tokens of a context after the first ``keep``; False if it cannot."""
         return False
 
-    def forget(self, sample: SampleState) -> None:
-        """A sample that waits in host memory is not wanted any more."""
+    def drop_swapped(self, sample: SampleState) -> None:
+        """Frees a sample's copy in host memory, if there is one."""
 
 
 class PagedPool(Pool):
-    """See the module.
+    """The pool of a paged cache; see the module.
 
     Args:
-      device: with a paged cache.
-      prefix_cache: whether pages stay in the pool for texts that begin the same.
-      swap_bytes: host memory for sequences that are preempted.
+      device: a device with a paged cache.
+      prefix_cache: keep pages of finished samples for later texts with the same prefix.
+      swap_bytes: host memory for preempted sequences.
     """
 
     def __init__(self, device: Device, *, prefix_cache: bool, swap_bytes: int) -> None:
@@ -120,7 +121,7 @@ class PagedPool(Pool):
         self.index = PrefixIndex(self.page_size)
         self._prefix_cache = prefix_cache
         self._swap_bytes = swap_bytes if device.swaps else 0
-        # Of an open page, which lies apart from the pool, there are as many as sequences, and none to keep.
+        # A residual page is in its sequence's staging slot, where it cannot be kept or shared.
         self._shares_tails = cache.staging is None
 
     @property
@@ -139,15 +140,15 @@ class PagedPool(Pool):
         if missing > 0:
             self.device.edit(unpinned=self.index.evict(missing))
 
-    # Beginning
+    # Admission
 
-    def _keeps(self, request: EngineRequest) -> bool:
+    def _caches(self, request: EngineRequest) -> bool:
         return self._prefix_cache and request.cache_prompt
 
     def root(self, request: EngineRequest) -> bytes:
-        if self._keeps(request):
+        if self._caches(request):
             return root_key(cache_salt=request.cache_salt)
-        # The samples of a request share its prompt all the same.
+        # Samples of one request share its prompt anyway.
         return root_key(cache_salt=request.cache_salt, request=request.request_id)
 
     def start(self, sample: SampleState, running: Iterable[SampleState]) -> Start:
@@ -163,8 +164,8 @@ class PagedPool(Pool):
         if self._shares_tails:
             begin = len(match.nodes) * self.page_size
             rest = sample.tokens[begin : min(limit, begin + self.page_size)]
-            for other in running:  # what is being written now is in no index yet
-                if num_tail < len(rest) and _goes_on(other, sample.root, match.nodes):
+            for other in running:  # a page that is being written is not in the index yet
+                if num_tail < len(rest) and _continues(other, sample.root, match.nodes):
                     count = common_prefix(other.tokens[begin : other.num_computed], rest)
                     if count > num_tail:
                         num_tail, borrowed = count, None
@@ -180,7 +181,7 @@ class PagedPool(Pool):
         )
 
     def cancel(self, start: Start) -> None:
-        self.index.give_back(start.nodes + (() if start.borrowed is None else (start.borrowed,)))
+        self.index.release_shared(start.nodes + (() if start.borrowed is None else (start.borrowed,)))
 
     def admit(self, admitted: Sequence[tuple[SampleState, Start]]) -> None:
         attached = []
@@ -191,7 +192,7 @@ class PagedPool(Pool):
                 self.ensure(sample.swapped.num_pages)
                 self.device.swap_in(sample.slot, sample.swapped)
                 self.costs.observe_copy(sample.swapped.num_bytes, time.monotonic() - begin)
-                self.forget(sample)
+                self.drop_swapped(sample)
             elif start.num_tokens:
                 tail = [] if start.tail_page is None else [start.tail_page]
                 attached.append(
@@ -210,8 +211,8 @@ class PagedPool(Pool):
 
     def computed(self, sample: SampleState) -> None:
         sample.copies = False
-        if sample.borrowed is not None:  # it wrote, and so has a copy
-            self.index.give_back([sample.borrowed])
+        if sample.borrowed is not None:  # its first write copied the page
+            self.index.release_shared([sample.borrowed])
             sample.borrowed = None
         ps = self.page_size
         while sample.indexed and (len(sample.chain) + 1) * ps <= sample.num_computed:
@@ -219,8 +220,8 @@ class PagedPool(Pool):
             parent = sample.chain[-1] if sample.chain else None
             page = int(self.device.state.pages[sample.slot, i])
             node, new = self.index.insert(sample.root, parent, sample.tokens[i * ps : (i + 1) * ps], page)
-            if not new and not self._keeps(sample.request):
-                # Who leaves last would leave a page that it does not hold: nothing pins it.
+            if not new and not self._caches(sample.request):
+                # Not to be used without pinning it: its page belongs to another sequence.
                 self.index.release([node], keep=False)
                 sample.indexed = False
                 return
@@ -228,20 +229,20 @@ class PagedPool(Pool):
 
     def shift(self, sample: SampleState, keep: int, discard: int) -> bool:
         assert sample.slot is not None
-        self.device.edit(pinned=self._release(sample))  # before the sequence lets go of pages of its chain
+        self.device.edit(pinned=self._release(sample))  # before the sequence releases pages of its chain
         sample.indexed = False
         if not self.device.shift(sample.slot, keep, discard):
             return False
         self.counts.shifts += 1
         return True
 
-    # Ending
+    # Release
 
     def _release(self, sample: SampleState) -> list[int]:
-        """A sample uses the index no more; pages to pin before its sequence ends."""
-        keep = self._keeps(sample.request)
+        """Releases a sample's nodes; returns pages to pin before its sequence is removed."""
+        keep = self._caches(sample.request)
         if sample.borrowed is not None:
-            self.index.give_back([sample.borrowed])
+            self.index.release_shared([sample.borrowed])
         pinned = self.index.release(sample.chain, keep=keep)
         sample.chain, sample.borrowed = [], None
         return pinned
@@ -262,13 +263,13 @@ class PagedPool(Pool):
         self.device.edit(pinned=pinned, removed=removed, unpinned=unpinned)
 
     def _keep_tail(self, sample: SampleState) -> tuple[list[int], list[int]]:
-        """Indexes the last page of a sample that ends: ``(page to pin, pages to unpin)``."""
+        """Indexes the partial last page of a finished sample: ``(page to pin, pages to unpin)``."""
         begin = len(sample.chain) * self.page_size
         tail = tuple(sample.tokens[begin : sample.num_computed])
         possible = (
             sample.indexed and sample.slot is not None and sample.borrowed is None and self._shares_tails
         )
-        if not possible or not tail or len(tail) >= self.page_size or not self._keeps(sample.request):
+        if not possible or not tail or len(tail) >= self.page_size or not self._caches(sample.request):
             return [], []
         parent = sample.chain[-1] if sample.chain else None
         others = self.index.beginning_with(sample.root, parent, tail[0])
@@ -277,7 +278,7 @@ class PagedPool(Pool):
         superseded: list[int] = []
         for other in others:
             if other.tokens == tail[: len(other.tokens)]:
-                superseded += self.index.give_up(other)
+                superseded += self.index.remove(other)
         page = int(self.device.state.pages[sample.slot, len(sample.chain)])
         node, _ = self.index.insert(sample.root, parent, tail, page)
         return self.index.release([node]), superseded
@@ -288,7 +289,7 @@ class PagedPool(Pool):
         cache = self.device.cache
         num_bytes = self.pages_for_text(sample.num_computed) * cache.bytes_per_page
         fits = self.swapped_bytes + num_bytes <= self._swap_bytes
-        # What was forgotten cannot be computed again as it was.
+        # A shifted context cannot be recomputed: its dropped tokens are unknown.
         if fits and (sample.num_forgotten or self.costs.swap_is_cheaper(sample.num_computed, num_bytes)):
             begin = time.monotonic()
             sample.swapped = self.device.swap_out(sample.slot, sample.num_computed)
@@ -299,14 +300,15 @@ class PagedPool(Pool):
         sample.slot, sample.num_computed = None, 0
         sample.indexed = sample.swapped is None and not sample.num_forgotten
 
-    def forget(self, sample: SampleState) -> None:
+    def drop_swapped(self, sample: SampleState) -> None:
         if sample.swapped is not None:
             self.swapped_bytes -= sample.swapped.num_bytes
             sample.swapped = None
 
 
-def _goes_on(other: SampleState, root: bytes, nodes: tuple[Node, ...]) -> bool:
-    """Whether a running sample begins with the pages ``nodes``, and its next page is not yet whole."""
+def _continues(other: SampleState, root: bytes, nodes: tuple[Node, ...]) -> bool:
+    """True if a running sample begins with the pages of ``nodes`` and is still filling its next
+    page."""
     if other.slot is None or not other.indexed or other.root != root or len(other.chain) != len(nodes):
         return False
     return not nodes or other.chain[-1] is nodes[-1]

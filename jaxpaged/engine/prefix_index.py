@@ -1,14 +1,16 @@
-"""PrefixIndex: which page holds which tokens behind which beginning; host data that knows neither tables nor devices.
+"""PrefixIndex: an index of pages by their tokens and all tokens before them, on the host.
 
-A node is a page whose keys and values were computed from its tokens behind all the tokens of its ancestors. Its key
-is a hash chain, ``sha256(parent's key, tokens)``, that starts from the tagged extras of a request. A key only finds a
-node: the tokens are compared before anybody gets the page.
+A node is a page with keys and values of its tokens, computed after the tokens of all its ancestors.
+Its key is a hash chain, ``sha256(parent's key, tokens)``, starting from the tagged extras of a
+request. After a lookup by key the tokens are compared too.
 
-Sequences use nodes (``users``). Pages of nodes that none uses stay in the pool until they are needed, least recently
-used first, and of one chain the last first: a node always has at least the users of its descendants, and whoever lets
-a chain go lets the last node go first, so that the order of the list is the order in which nodes can leave.
+Sequences hold nodes (``users``). Pages of unused nodes stay in the pool until they are evicted,
+least recently used first. A node has at least as many users as its descendants, and chains are
+released from their end, so the order of the list of unused nodes is also one in which they can be
+removed.
 
-Reference: vLLM's automatic prefix caching; its tokens-verified, salted keys answer what others had reported there.
+Reference: vLLM's automatic prefix caching; its tokens-verified, salted keys answer what others had
+  reported there.
 """
 
 from __future__ import annotations
@@ -22,35 +24,35 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _CANDIDATES = 32
-"""Pages that begin with the same token behind the same beginning and are compared for the best match."""
+"""Sibling pages with the same first token that are compared for the best match, at most."""
 
 
 @dataclass(eq=False)
 class Node:
-    """One page's worth of tokens, or fewer at the end of a text."""
+    """A page of tokens, or fewer at the end of a text."""
 
     key: bytes
     root: bytes
-    """The key that its chain starts from."""
+    """Key at the start of its chain."""
     parent: Node | None
     siblings: dict[int, list[Node]]
-    """Where it is found: the nodes of its parent by their first token."""
+    """Children of its parent, by first token."""
     tokens: tuple[int, ...]
     page: int
     users: int = 0
     pinned: bool = False
-    """Whether the index itself keeps the page in the pool."""
+    """True if the index holds a reference to the page."""
     children: dict[int, list[Node]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Match:
-    """What the index has of the beginning of a text."""
+    """The longest indexed prefix of a text."""
 
     nodes: tuple[Node, ...]
-    """Whole pages, from the beginning on."""
+    """Full pages, in order."""
     tail: Node | None
-    """A page whose first ``num_tail`` tokens go on behind them."""
+    """Page of which the first ``num_tail`` tokens continue the match."""
     num_tail: int
 
     @property
@@ -59,9 +61,10 @@ class Match:
 
 
 def root_key(**extras: str) -> bytes:
-    """The key that a chain starts from: what, beside its tokens, decides whether a page may be shared.
+    """Key at the start of a chain, from everything but tokens that must agree for pages to be
+    shared.
 
-    Every extra is tagged with its name and its length, so that no two sets of them run together.
+    Each extra is tagged with its name and length, so that different extras never give the same key.
     """
     digest = hashlib.sha256(b"jaxpaged prefix 1")
     for name, value in sorted(extras.items()):
@@ -71,12 +74,12 @@ def root_key(**extras: str) -> bytes:
 
 
 def child_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a page with ``tokens`` behind the page of key ``parent``."""
+    """Key of a page with ``tokens`` after the page of key ``parent``."""
     return hashlib.sha256(parent + np.asarray(tokens, "<i4").tobytes()).digest()
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """Length of the common prefix of two texts."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
@@ -86,7 +89,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PrefixIndex:
-    """See the module. ``page_size`` tokens make a whole page."""
+    """Index of pages with ``page_size`` tokens; see the module."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -100,21 +103,22 @@ class PrefixIndex:
 
     @property
     def num_unused(self) -> int:
-        """Pages that ``evict`` could give."""
+        """Number of evictable pages."""
         return len(self._unused)
 
     def pinned_pages(self) -> list[int]:
-        """Pages that the index keeps in the pool."""
+        """Pages that the index holds a reference to."""
         return [node.page for node in self._nodes.values() if node.pinned]
 
     def match(self, root: bytes, tokens: Sequence[int], limit: int, *, tails: bool = True) -> Match:
-        """The longest beginning of ``tokens`` that the index has, ``limit`` tokens at most.
+        """The longest indexed prefix of a text.
 
         Args:
           root: the chain's ``root_key``.
           tokens: the text.
-          limit: at most so many tokens; one less than the text, where its last token must be computed.
-          tails: whether the last page may be matched in part.
+          limit: tokens to match, at most; one less than the text if its last token must be
+            computed.
+          tails: allow a partial match of the last page.
         """
         ps, key = self.page_size, root
         nodes: list[Node] = []
@@ -137,19 +141,20 @@ class PrefixIndex:
         return Match(tuple(nodes), tail, num_tail)
 
     def acquire(self, nodes: Iterable[Node]) -> None:
-        """One more user of each node."""
+        """Adds a user to each node."""
         for node in nodes:
             node.users += 1
             self._unused.pop(node.key, None)
 
     def insert(self, root: bytes, parent: Node | None, tokens: Sequence[int], page: int) -> tuple[Node, bool]:
-        """The node of these tokens behind ``parent``, used once more; ``(node, whether it is new and has this page)``.
+        """Finds or adds the node of ``tokens`` after ``parent``, and adds a user: ``(node, True if
+        it was added)``.
 
         Args:
           root: the chain's ``root_key``.
-          parent: the page before; None for the first one.
-          tokens: a whole page of them, or fewer at the end of a text.
-          page: the page that holds them, should the index not have them yet.
+          parent: node of the page before; None for the first page.
+          tokens: tokens of a page, fewer at the end of a text.
+          page: page of a node that is added.
         """
         tokens = tuple(tokens)
         key = child_key(root if parent is None else parent.key, tokens)
@@ -164,75 +169,78 @@ class PrefixIndex:
         return node, new
 
     def beginning_with(self, root: bytes, parent: Node | None, token: int) -> list[Node]:
-        """The pages behind ``parent`` that begin with ``token``."""
+        """Children of ``parent`` that begin with ``token``."""
         siblings = self._roots.get(root, {}) if parent is None else parent.children
         return list(siblings.get(token, []))
 
     def release(self, nodes: Sequence[Node], *, keep: bool = True) -> list[int]:
-        """One user less of each node of a chain; the pages that must be pinned before their sequence ends.
+        """Removes a user from each node of a chain; returns pages to pin before their sequence is
+        removed.
 
         Args:
-          nodes: of one sequence, in order.
-          keep: False: what nobody uses any more is forgotten, and nothing is pinned.
+          nodes: nodes of one sequence, in order.
+          keep: False: pin nothing, and remove unused nodes that are not pinned.
         """
         pinned = []
         for node in reversed(nodes):
             node.users -= 1
-            if keep and not node.pinned:  # its sequence may be the one that ends
+            if keep and not node.pinned:  # the sequence may be the only holder of the page
                 node.pinned = True
                 pinned.append(node.page)
             if node.users == 0:
                 if node.pinned:
                     self._unused[node.key] = node
                 else:
-                    self._forget(node)
+                    self._delete(node)
         return pinned
 
-    def give_back(self, nodes: Sequence[Node]) -> None:
-        """``acquire`` taken back by who holds none of their pages alone: whoever does, or the index, still does."""
+    def release_shared(self, nodes: Sequence[Node]) -> None:
+        """Reverts ``acquire``, where other sequences or the index hold the pages too."""
         for node in reversed(nodes):
             node.users -= 1
             if node.users == 0:
-                assert node.pinned, "the last sequence that held the page pinned it when it ended"
+                assert node.pinned, "the page of an unused node is pinned"
                 self._unused[node.key] = node
 
     def evict(self, count: int) -> list[int]:
-        """Gives up the ``count`` pages least recently used, or all that nobody uses; they are to be unpinned."""
+        """Removes the ``count`` least recently used nodes, or all unused ones; returns their pages,
+        to be unpinned."""
         pages: list[int] = []
         while self._unused and len(pages) < count:
             _, node = self._unused.popitem(last=False)
-            assert not node.children, "a chain is let go from its end"
-            self._forget(node)
+            assert not node.children, "chains are released from their end"
+            self._delete(node)
             pages.append(node.page)
         self.evictions += len(pages)
         return pages
 
-    def give_up(self, node: Node) -> list[int]:
-        """``evict`` of one node, and what lies behind it, if nobody uses it."""
+    def remove(self, node: Node) -> list[int]:
+        """Removes a node and its descendants if it is unused; returns their pages, to be unpinned."""
         if node.users or self._nodes.get(node.key) is not node:
             return []
         pages = [
             page
             for siblings in list(node.children.values())
             for child in list(siblings)
-            for page in self.give_up(child)
+            for page in self.remove(child)
         ]
         self._unused.pop(node.key, None)
-        self._forget(node)
+        self._delete(node)
         return [*pages, node.page]
 
     def drop(self, chain: Sequence[Node]) -> tuple[list[int], int]:
-        """Removes the end of a chain that is neither used nor continued: ``(pages to unpin, tokens in them)``."""
+        """Removes the unused end of a chain that no other chain continues: ``(pages to unpin, their
+        tokens)``."""
         pages: list[int] = []
         tokens = 0
         for node in reversed(chain):
             if node.users or node.children:
                 break
             tokens += len(node.tokens)
-            pages += self.give_up(node)
+            pages += self.remove(node)
         return pages, tokens
 
-    def _forget(self, node: Node) -> None:
+    def _delete(self, node: Node) -> None:
         del self._nodes[node.key]
         same = node.siblings[node.tokens[0]]
         same.remove(node)

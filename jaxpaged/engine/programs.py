@@ -1,8 +1,9 @@
-"""The engine's device programs: a step of the model with sampling, edits of the block table, pages to the host.
+"""Device programs of an engine: a step of the model with sampling, edits of the block table, copies
+of pages.
 
-Pure functions of arrays with a handful of static sizes, so that an engine compiles all that it will ever run when it
-starts. The cache is donated to each of them and comes back; a program is queued behind the one before it by the cache
-that it takes, so no page is read or handed on before the step that writes it is done.
+Pure functions of arrays with a few static sizes, so that an engine can compile all of them at
+start-up. Each takes the donated cache and returns it, so the programs run in order: no page is read
+before the step that writes it is done.
 """
 
 from __future__ import annotations
@@ -15,16 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxpaged.cache import sharing
 from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.cache.reserve import free_slots
-from jaxpaged.cache.sharing import (
-    PagesOfLayers,
-    read_pages,
-    seq_allocate,
-    seq_attach,
-    write_pages,
-)
+from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
@@ -33,7 +29,7 @@ from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
 
 Given = Any
-"""An array: numpy when the host gives it, a JAX array inside a program."""
+"""An array: numpy on the host, a JAX array inside a program."""
 NAN_TOKEN = -2
 """In place of a token: the logits held NaN."""
 ATTACHED_PER_EDIT = 8
@@ -44,72 +40,75 @@ _Sequences = tuple[PageAllocator, BlockTable]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SlotParams:
-    """What stays the same of each of the S sequences while it runs."""
+    """Parameters of the S sequences that do not change while they run."""
 
     sampling: SamplingParams
     """S rows."""
     stop_ids: Given
-    """i32[S, MAX_STOP_IDS]: tokens that end it; -1 in padding."""
+    """i32[S, MAX_STOP_IDS]: stop tokens; -1 in padding."""
     bias_ids: Given
-    """i32[S, B]: tokens whose logits are changed; V and more in padding."""
+    """i32[S, B]: tokens with a logit bias; V or more in padding."""
     bias: Given
-    """f32[S, B]: by how much."""
+    """f32[S, B]: the biases."""
     wants_logprobs: Given
-    """bool[S]"""
+    """bool[S]: True if log-probabilities are returned."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInput:
-    """What one run computes. T = its rows; S sequences."""
+    """Input of one step. T = rows of the program; S sequences."""
 
     num_new: Given
-    """i32[S]: tokens of each sequence that are computed."""
+    """i32[S]: tokens to compute of each sequence."""
     tokens: Given
-    """i32[T]: they, sequence after sequence."""
+    """i32[T]: those tokens, concatenated in sequence order."""
     samples: Given
-    """bool[S]: whether the last of them is followed by a token that is to be drawn."""
+    """bool[S]: True if a token is sampled after the last of them."""
     left: Given
-    """i32[S]: tokens that may still be drawn."""
+    """i32[S]: tokens that may still be sampled."""
     position: Given
-    """i32[S]: of the first token that is drawn, counted from the beginning of the text, whatever was forgotten."""
+    """i32[S]: position of the first sampled token in the whole text, which context shifts do not
+    change."""
     recent: Given
-    """i32[S, W]: the tokens that penalties look at, newest last; -1 in padding."""
+    """i32[S, W]: recent tokens for penalties, newest last; -1 in padding."""
     steps: Given
-    """i32[]: how many tokens to draw for each, one after the other; at most the program's K."""
+    """i32[]: decode steps to run, at most the program's K."""
     stop_early: Given
-    """bool[]: come back as soon as a sequence ends."""
+    """bool[]: return as soon as a sequence ends."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """K = most steps of the program."""
+    """Output of one step. K = decode steps of the program, at most."""
 
     tokens: Array
-    """i32[K, S]: sampled tokens, stop tokens included; -1 = none; NAN_TOKEN = the logits held NaN."""
+    """i32[K, S]: sampled tokens, stop tokens included; -1 = none; NAN_TOKEN = the logits held NaN.
+    """
     logprobs: Array
-    """f32[K, S]: of these tokens, where they were wanted."""
+    """f32[K, S]: their log-probabilities, where requested."""
     top_tokens: Array
-    """i32[K, S, MAX_LOGPROBS]: the likeliest."""
+    """i32[K, S, MAX_LOGPROBS]: the likeliest tokens, in order; -1 in padding."""
     top_logprobs: Array
-    """f32[K, S, MAX_LOGPROBS]"""
+    """f32[K, S, MAX_LOGPROBS]: log-probabilities of those."""
     num_steps: Array
-    """i32[]: how often the model ran."""
+    """i32[]: steps that ran."""
     ok: Array
-    """bool[]: False: pages ran out at the step behind the last one, which changed nothing."""
+    """bool[]: False if the pool had too few pages for one more step, which changed nothing."""
     table: Any
-    """``TableState`` of the cache afterwards."""
+    """``TableState`` after the step."""
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that a compiled step depends on, beside the model and the cache."""
+    """Static sizes of a step."""
 
     rows: int
     """T"""
     decode: bool
-    """Each sequence computes one token at most: as many sequences as rows, several steps in one program."""
+    """True: one token a sequence and several steps in one program. False: any number of tokens, one
+    step."""
     max_steps: int
     """K"""
 
@@ -117,12 +116,13 @@ class StepShape:
 def step(
     model: Model, shape: StepShape, params: Any, cache: Cache, slots: SlotParams, given: StepInput
 ) -> tuple[Cache, StepOutput]:
-    """Runs the model, draws tokens and, where the shape decodes, goes on with them.
+    """Runs the model and samples; a decode shape repeats that with the sampled tokens.
 
-    A sequence that drew a stop token, or all that it may draw, idles until the others are done.
+    A sequence that sampled a stop token, or all tokens left to it, is idle until the others are
+    done.
     """
     s, k = given.num_new.shape[0], shape.max_steps
-    drawn = StepOutput(
+    sampled = StepOutput(
         tokens=jnp.full((k, s), -1, jnp.int32),
         logprobs=jnp.zeros((k, s), jnp.float32),
         top_tokens=jnp.full((k, s, MAX_LOGPROBS), -1, jnp.int32),
@@ -133,25 +133,25 @@ def step(
     )
 
     def once(carry: tuple[Cache, StepOutput, StepInput, Array]) -> tuple[Cache, StepOutput, StepInput, Array]:
-        cache, drawn, given, _ = carry
+        cache, sampled, given, _ = carry
         cache, batch, ok = cache.reserve(
             given.num_new, num_tokens=shape.rows, max_new=1 if shape.decode else shape.rows
         )
-        if shape.decode:  # one token a row: as many logits as rows, however many sequences there might be
+        if shape.decode:  # logits of as many rows as the program has, not of all S sequences
             rows, owner = jnp.arange(shape.rows), batch.sequence
         else:
             rows, owner = batch.last_rows, jnp.arange(s)
         logits, cache = model(params, given.tokens, cache, batch, rows)
-        tokens, logprobs, top_tokens, top_logprobs = _draw(logits, slots, given, owner)
+        tokens, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, given, owner)
         samples = given.samples & (given.num_new > 0) & ok
         failed = tokens < 0
-        i = drawn.num_steps
-        drawn = replace(
-            drawn,
-            tokens=drawn.tokens.at[i].set(jnp.where(samples, jnp.where(failed, NAN_TOKEN, tokens), -1)),
-            logprobs=drawn.logprobs.at[i].set(logprobs),
-            top_tokens=drawn.top_tokens.at[i].set(top_tokens),
-            top_logprobs=drawn.top_logprobs.at[i].set(top_logprobs),
+        i = sampled.num_steps
+        sampled = replace(
+            sampled,
+            tokens=sampled.tokens.at[i].set(jnp.where(samples, jnp.where(failed, NAN_TOKEN, tokens), -1)),
+            logprobs=sampled.logprobs.at[i].set(logprobs),
+            top_tokens=sampled.top_tokens.at[i].set(top_tokens),
+            top_logprobs=sampled.top_logprobs.at[i].set(top_logprobs),
             num_steps=i + ok,
             ok=ok,
         )
@@ -169,16 +169,16 @@ def step(
                 position=given.position + samples,
                 recent=push_recent(given.recent, tokens, samples),
             )
-        return cache, drawn, given, jnp.any(samples & ~goes_on)
+        return cache, sampled, given, jnp.any(samples & ~goes_on)
 
     def goes_on(carry: tuple[Cache, StepOutput, StepInput, Array]) -> Array:
-        _, drawn, given, ended = carry
-        more = drawn.ok & (drawn.num_steps < given.steps) & jnp.any(given.num_new > 0)
+        _, sampled, given, ended = carry
+        more = sampled.ok & (sampled.num_steps < given.steps) & jnp.any(given.num_new > 0)
         return more & ~(ended & given.stop_early)
 
-    carry = (cache, drawn, given, jnp.bool_(False))
-    cache, drawn, _, _ = lax.while_loop(goes_on, once, carry) if shape.decode else once(carry)
-    return cache, replace(drawn, table=table_state(cache))
+    carry = (cache, sampled, given, jnp.bool_(False))
+    cache, sampled, _, _ = lax.while_loop(goes_on, once, carry) if shape.decode else once(carry)
+    return cache, replace(sampled, table=table_state(cache))
 
 
 @jax.tree_util.register_dataclass
@@ -206,13 +206,14 @@ def table_state(cache: Any) -> TableState:
     return TableState(jnp.int32(0), jnp.zeros(s, jnp.int32), none, none)
 
 
-def _draw(
+def _sample_tokens(
     logits: Array, slots: SlotParams, given: StepInput, owner: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Draws a token for the sequence ``owner i32[R]`` of each row of ``logits f32[R, V]``; S = nobody's row.
+    """Samples a token from each row of ``logits f32[R, V]``, for the sequence ``owner i32[R]``; S =
+    padding.
 
     Returns:
-      ``(tokens, logprobs, top_tokens, top_logprobs)``, a row a sequence.
+      ``(tokens, logprobs, top_tokens, top_logprobs)``, one row per sequence.
     """
     s = given.num_new.shape[0]
     row = jnp.minimum(owner, s - 1)
@@ -256,7 +257,8 @@ def _draw(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edit:
-    """Changes to the block table between two steps, in this order. M = P page ids; A = ATTACHED_PER_EDIT."""
+    """Changes to the block table between two steps, in this order. M = P page ids; A =
+    ATTACHED_PER_EDIT."""
 
     pinned: Given
     """i32[M]: pages that the prefix cache retains, from the front; N in padding."""
@@ -312,7 +314,8 @@ def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableSt
 def _edit_rows(
     cache: PagedKVCache, ids: Array, operation: Callable[[PagedKVCache], tuple[PagedKVCache, Array]]
 ) -> tuple[PagedKVCache, Array]:
-    """Applies an operation to the sequences ``ids i32[R]`` as if there were no others, at R/S of its cost.
+    """Applies an operation to the sequences ``ids i32[R]`` as if there were no others, at R/S of
+    its cost.
 
     For an id of S the operation sees some other row, which it must leave alone.
     """
@@ -323,17 +326,19 @@ def _edit_rows(
 
 
 def remove(cache: Cache, removed: Array) -> Cache:
-    """``edit`` of a contiguous cache: the sequences marked ``bool[S]`` end."""
+    """Removes the sequences marked ``bool[S]``: the edit of a contiguous cache."""
     return cache.seq_remove(removed)[0]
 
 
 def shift(
     cache: PagedKVCache, seq: Array, keep: Array, discard: Array
 ) -> tuple[PagedKVCache, Array, TableState]:
-    """Removes ``discard i32[]`` tokens after the first ``keep i32[]`` of sequence ``seq i32[]``; S = no sequence.
+    """Removes ``discard i32[]`` tokens after the first ``keep i32[]`` of sequence ``seq i32[]``; S
+    = no sequence.
 
     Returns:
-      ``(cache, ok bool[], state)``. Not ok: its row of the table is too narrow; nothing was changed.
+      ``(cache, ok bool[], state)``. Not ok: its row of the table is too narrow; nothing was
+      changed.
     """
     marked = seq[None] < cache.max_seqs
 
@@ -353,19 +358,19 @@ def shift(
     return cache, ok, table_state(cache)
 
 
-def take_out(cache: PagedKVCache, pages: Array) -> tuple[PagedKVCache, PagesOfLayers]:
-    """A few pages on their way to host memory; the cache is unchanged."""
-    return cache, read_pages(cache, pages)
+def read_pages(cache: PagedKVCache, pages: Array) -> tuple[PagedKVCache, PagesOfLayers]:
+    """Keys and values of ``pages i32[M]``; the cache is unchanged."""
+    return cache, sharing.read_pages(cache, pages)
 
 
-def place(
+def allocate(
     cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
 ) -> tuple[PagedKVCache, Array, TableState]:
-    """Fresh pages for a sequence that comes back."""
+    """Allocates fresh pages for a sequence that is swapped in."""
     cache, ok = seq_allocate(cache, seq, row, count)
     return cache, ok, table_state(cache)
 
 
-def put_back(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:
-    """A few pages on their way back."""
-    return write_pages(cache, pages, data)
+def write_pages(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:
+    """Overwrites ``pages i32[M]`` with data from ``read_pages``."""
+    return sharing.write_pages(cache, pages, data)

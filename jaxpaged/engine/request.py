@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it answers, and what it refuses."""
+"""Requests, outputs, statistics and errors of an engine."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "nan"]
-"""nan: the model's logits held NaN, and the tokens so far may mean nothing."""
+"""nan: the model's logits held NaN; tokens sampled before may be meaningless."""
 
 MAX_STOP_IDS = 32
-"""Stop tokens that a request may name."""
+"""Stop tokens of a request, at most."""
 MAX_LOGIT_BIAS = 256
-"""Tokens whose logits a request may change."""
+"""Logit biases of a request, at most."""
 MAX_LOGPROBS = 20
-"""Likeliest tokens whose log-probabilities a request may ask for."""
+"""Log-probabilities of likeliest tokens, at most."""
 MAX_SAMPLES = 128
-"""Samples of one prompt that a request may ask for."""
+"""Samples of a request, at most."""
 MAX_SALT = 256
-"""Characters of a cache salt."""
+"""Characters of a cache salt, at most."""
 _UINT32, _INT32 = 2**32, 2**31
 
 
 class RefusedError(ValueError):
-    """A request that the engine cannot serve, now or ever; nothing was changed. The message says what is allowed."""
+    """A request that the engine cannot serve; nothing was changed. The message says what is
+    allowed."""
 
 
 class ContextError(RefusedError):
-    """A prompt that leaves no room in the context."""
+    """A prompt that fills the context."""
 
     def __init__(self, num_prompt: int, n_ctx: int) -> None:
         self.num_prompt, self.n_ctx = num_prompt, n_ctx
         super().__init__(
-            f"the prompt has {num_prompt} tokens; the context of {n_ctx} tokens has room for {n_ctx - 1} "
+            f"the prompt has {num_prompt} tokens; the context of {n_ctx} tokens fits {n_ctx - 1} "
             "and one to generate"
         )
 
 
 class PoolError(RefusedError):
-    """A request that would not fit the whole pool; waiting for pages would be in vain."""
+    """A request that does not fit the whole pool."""
 
     def __init__(self, requested: int, total: int) -> None:
         self.requested, self.total = requested, total
@@ -47,7 +48,7 @@ class PoolError(RefusedError):
 
 
 class QueueFullError(RefusedError):
-    """As many requests wait as may wait; a later try may succeed."""
+    """The queue is full; a later try may succeed."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -55,7 +56,7 @@ class QueueFullError(RefusedError):
 
 
 class SlotBusyError(RefusedError):
-    """A slot that a request runs in; a later try may succeed."""
+    """A request is running in the slot; a later try may succeed."""
 
     def __init__(self, slot: int) -> None:
         super().__init__(f"slot {slot} is busy; try again when its request is done")
@@ -63,49 +64,50 @@ class SlotBusyError(RefusedError):
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One prompt and how to continue it. Sampling parameters mean what they mean in ``sampling.SamplingParams``.
+    """A prompt and how to continue it. Sampling parameters are those of
+    ``generation.SamplingParams``.
 
     Raises:
-      RefusedError: a value that means nothing; the line names the parameter, the value and what is allowed.
+      RefusedError: a value out of range; the message names parameter, value and what is allowed.
     """
 
     request_id: str
-    """Chosen by the caller; no two requests in the engine share one."""
+    """Chosen by the caller; unique among unfinished requests."""
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     max_new_tokens: int | None = None
-    """Tokens to generate at most; None: as many as the context has room for."""
+    """Tokens to generate, at most; None = as many as fit the context."""
     n: int = 1
-    """Samples; they share the prompt's pages. Sample i draws with ``seed + i``."""
+    """Samples, which share the prompt's pages. Sample i has the seed ``seed + i``."""
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
-    """Tokens that penalties look at; -1 = the context."""
+    """Recent tokens that penalties cover; -1 = the whole context."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
     """0 to 2**32 - 1."""
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end a sample; they are not part of it."""
+    """Tokens that end a sample, and are not part of it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens before anything else; -inf forbids a token."""
     num_logprobs: int | None = None
-    """None: no log-probabilities; k: those of the token and of the k likeliest ones."""
+    """None: no log-probabilities; k: those of each token and of the k likeliest ones."""
     priority: int = 0
-    """Smaller goes first; equal ones in order of arrival."""
+    """Smaller runs first; equal ones in order of arrival."""
     cache_salt: str = ""
-    """Requests share cached pages only with requests of the same salt."""
+    """Only requests with the same salt share cached pages."""
     cache_prompt: bool = True
-    """Whether the prompt may be taken from pages that are in the pool already."""
+    """True: use and keep cached pages of the prompt."""
     slot: int | None = None
-    """The slot that its first sample has to have, as ``/slots`` counts them; it waits until that is free."""
+    """Slot of its first sample, which waits until the slot is free; None = any."""
     n_keep: int = 0
-    """Tokens at the beginning that a context shift keeps; negative: the whole prompt."""
+    """First tokens that a context shift keeps; negative = the whole prompt."""
     n_discard: int = 0
-    """Tokens that a context shift forgets at a time; 0 = half of those that are not kept."""
+    """Tokens that a context shift drops; 0 = half of those that are not kept."""
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:
@@ -153,94 +155,93 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one place of a sample, at temperature 1 and before truncation."""
+    """Log-probabilities at one position of a sample, at temperature 1 and before truncation."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """``(token, logprob)`` of the likeliest, as many as were asked for, in order."""
+    """``(token, logprob)`` of the likeliest tokens, as many as requested, in order."""
 
 
 @dataclass
 class RequestTimes:
-    """When things happened to a request, in seconds of ``time.monotonic``; 0.0 = not yet."""
+    """Times of a request's events, in seconds of ``time.monotonic``; 0.0 = not yet."""
 
     arrived: float = 0.0
     scheduled: float = 0.0
-    """First part of the prompt computed."""
+    """First step with tokens of the request."""
     first_token: float = 0.0
     finished: float = 0.0
 
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """What one step did for one sample of a request."""
+    """Output of one step for one sample."""
 
     request_id: str
     index: int
-    """Which sample, from 0."""
+    """Index of the sample within the request."""
     tokens: tuple[int, ...]
-    """New tokens, in order; a stop token is none of them."""
+    """New tokens, in order, without a stop token."""
     logprobs: tuple[TokenLogprobs, ...] | None
-    """One a token, where they were asked for."""
+    """One per token, if requested."""
     finish_reason: FinishReason | None
-    """None: it goes on."""
+    """None while the sample is running."""
     stop_token: int | None
-    """The stop token that ended it."""
+    """Stop token that ended the sample."""
     slot: int
-    """The slot that it ran in."""
+    """Slot of the sample."""
     num_cached: int
-    """Tokens of the prompt that were in the pool already when the sample was first admitted."""
+    """Prompt tokens found in the prefix cache at the first admission."""
     truncated: bool
-    """The context is full, or was shifted."""
+    """True if the context is full, or was shifted."""
     times: RequestTimes
-    """Of the request's first sample so far."""
+    """Times of the request."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges and counters, for metrics and pages; counters only grow."""
+    """Gauges and monotonic counters of an engine."""
 
     # gauges
     running: int
-    """Samples that have a sequence of the cache."""
+    """Running samples."""
     waiting: int
-    """Samples that wait for one, preempted ones included."""
+    """Waiting samples, preempted ones included."""
     swapped: int
-    """Of the waiting, those whose pages are in host memory."""
+    """Waiting samples with pages in host memory."""
     pages_total: int
     pages_used: int
-    """Pages that running sequences hold."""
+    """Pages held by running sequences."""
     pages_cached: int
-    """Pages that none holds and the prefix cache keeps: until they are needed, or for a text that computed the same
-    meanwhile, until that ends."""
+    """Pages held by the prefix cache alone."""
     pages_free: int
     page_size: int
     tokens_live: int
-    """Tokens of running sequences; those that share pages count once each."""
+    """Tokens of running sequences; those in shared pages count once."""
     waste: float
-    """Share of the slots of used pages that hold no live token, 0 to 1."""
+    """Share of token slots in used pages that are empty, 0 to 1."""
     bytes_per_page: int
     # counters
     steps: int
-    """Runs of the model."""
+    """Steps of the model."""
     prompt_tokens: int
-    """Computed, cached ones not included."""
+    """Prompt tokens computed, cached ones not included."""
     generated_tokens: int
     prefix_queries: int
     """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int
-    """Those found."""
+    """Prompt tokens found there."""
     preemptions: int
     swaps: int
-    """Preemptions that went to host memory instead of being computed again."""
+    """Preemptions by swapping instead of recomputing."""
     evictions: int
-    """Cached pages given up for others."""
+    """Pages evicted from the prefix cache."""
     shifts: int
     """Context shifts."""
     nan_samples: int
     """Samples that ended because the model's logits held NaN."""
     compiled: int
-    """Programs compiled at the start."""
+    """Programs compiled at start-up."""
     compiled_late: int
-    """Programs that a step had to compile all the same: 0, unless something is wrong."""
+    """Programs compiled by steps; anything but 0 is a bug."""

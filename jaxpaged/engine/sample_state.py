@@ -1,4 +1,4 @@
-"""SampleState: what the host knows of one sample of a request, from its arrival to its end."""
+"""SampleState: host-side state of one sample of a request, from arrival to finish."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ from jaxpaged.engine.swap import SwappedPages
 
 @dataclass(eq=False)
 class SampleState:
-    """One sequence to be, while it waits, and one of the cache's, while it runs.
+    """A waiting or running sample.
 
-    Prompts and decoding are one thing: what is not yet computed of ``tokens`` is what a step may compute, and where
-    the last of them is computed, a token is drawn. A sample that was preempted is one that has nothing computed.
+    Prefill and decoding are the same: a step computes some of ``tokens[num_computed:]``, and
+    samples a token after the last one. A preempted sample has ``num_computed`` = 0.
     """
 
     request: EngineRequest
     index: int
-    """Which sample of the request."""
+    """Index of the sample within the request."""
     arrival: int
-    """Counts requests."""
+    """Sequence number of the request."""
     limit: int
-    """Tokens that it generates at most."""
+    """Tokens to generate, at most."""
     root: bytes
-    """Where its chain of pages starts in the prefix index."""
+    """Root key of its chain in the prefix index."""
     leader: SampleState | None
-    """The first sample of the request, whose prompt this one shares; None for the first one."""
+    """First sample of the request, which computes the shared prompt; None for the first one itself.
+    """
     tokens: list[int]
-    """The prompt and what was generated, without what a context shift forgot."""
+    """Prompt and generated tokens, without those dropped by context shifts."""
     times: RequestTimes
     slot: int | None = None
-    """Its sequence of the cache; None while it waits."""
+    """Sequence of the cache; None while waiting."""
     num_computed: int = 0
-    """Tokens that are in the cache."""
+    """Tokens in the cache."""
     num_generated: int = 0
     num_forgotten: int = 0
-    """Tokens that context shifts forgot."""
+    """Tokens dropped by context shifts."""
     chain: list[Node] = field(default_factory=list)
-    """The nodes of its whole pages, from the beginning on."""
+    """Index nodes of its full pages, in order."""
     borrowed: Node | None = None
-    """The node of a page that it shares in part, until it wrote, and so copied it."""
+    """Index node of a partially shared page, until the first write copies it."""
     copies: bool = False
-    """Whether it shares its last page, and the next token copies it."""
+    """True if its last page is shared, so that the next token copies it."""
     indexed: bool = True
-    """Whether its pages lie as the prefix index has them: false after a shift, and after a swap."""
+    """True if its pages can go into the prefix index: not after a shift or a swap."""
     num_cached: int | None = None
-    """Tokens found in the pool when it was first admitted; None = not yet."""
+    """Cached tokens found at its first admission; None before that."""
     swapped: SwappedPages | None = None
-    """Its pages, while they are in host memory."""
+    """Its pages in host memory, if swapped out."""
     finish_reason: FinishReason | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Who goes first, least first."""
+        """Sort key of scheduling; smallest first."""
         return self.request.priority, self.arrival, self.index
 
     @property
@@ -63,12 +64,12 @@ class SampleState:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute before the next is drawn; 1 while it decodes."""
+        """Tokens to compute before the next one is sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed
 
     @property
     def ready(self) -> bool:
-        """Whether it may be admitted: the prompt that it shares is computed, or nobody computes it any more."""
+        """True if it can be admitted: its leader has computed the prompt, or is finished."""
         leader = self.leader
         if leader is None or leader.finish_reason is not None:
             return True
@@ -76,5 +77,5 @@ class SampleState:
 
     @property
     def position(self) -> int:
-        """Of the next token, counted from the beginning of the text."""
+        """Position of the next token in the whole text, dropped tokens included."""
         return self.num_forgotten + len(self.tokens)

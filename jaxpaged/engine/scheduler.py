@@ -1,9 +1,10 @@
-"""Scheduler: which samples run, what a step computes of each, who waits and who gives way.
+"""Scheduler: admission, token budget and preemption, step by step.
 
-One budget of tokens a step. Those that run go first, oldest first, decoding and reading alike; what is left of the
-budget admits those that wait. When pages run out the newest gives way, and nobody is admitted in that step.
+Each step has a token budget. Running samples come first, oldest first, whether they decode or
+prefill; the rest of the budget admits waiting samples. When pages run out, the newest sample is
+preempted and nothing is admitted in that step.
 
-Reference: Orca (iteration-level scheduling), Sarathi-Serve (chunked prompts), vLLM.
+Reference: Orca (iteration-level scheduling), Sarathi-Serve (chunked prefill), vLLM.
 """
 
 from __future__ import annotations
@@ -15,71 +16,72 @@ from dataclasses import dataclass, field
 from jaxpaged.engine.pool import Pool, Start
 from jaxpaged.engine.sample_state import SampleState
 
-_LEAST_FILLED = 0.7
-"""Of a step's size: below that a smaller step is taken."""
-_LEAST_READ = 16
-"""Tokens of prompts that a step reads beside those that decode, if there are as many."""
+_MIN_FILL = 0.7
+"""Share of a step's size below which a smaller step is preferred."""
+_MIN_PREFILL = 16
+"""Prefill tokens that a step has beside decoding samples, if that many are waiting."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step computes."""
+    """The work of one step."""
 
     work: dict[SampleState, int] = field(default_factory=dict)
-    """How many tokens of which samples."""
+    """Tokens to compute of each sample."""
     steps: int = 1
-    """Tokens to draw for each, one after the other."""
+    """Decode steps in one program."""
     stop_early: bool = False
-    """Whether somebody waits for a sequence to end."""
+    """True: return as soon as a sequence ends, because samples are waiting."""
 
     @property
     def decodes(self) -> bool:
-        """Whether every sample computes one token and draws the next."""
+        """True if every sample computes one token and samples the next."""
         return all(count == 1 == sample.num_uncomputed for sample, count in self.work.items())
 
 
 class Scheduler:
-    """Waiting and running samples.
+    """Queues of waiting and running samples.
 
     Args:
-      pool: the pages.
+      pool: the page pool.
       num_slots: sequences of the cache.
-      sizes: tokens that steps are compiled for, ascending; the last one, at least ``num_slots``, is the budget.
-      decode_steps: most tokens of each sample between two looks at those who wait.
+      sizes: token counts that steps are compiled for, ascending; the last, at least ``num_slots``,
+        is the budget.
+      decode_steps: decode steps in one program, at most.
     """
 
     def __init__(self, pool: Pool, *, num_slots: int, sizes: Sequence[int], decode_steps: int) -> None:
         self.pool = pool
         self.running: list[SampleState] = []
         self._waiting: list[SampleState] = []
-        # The one that was free longest comes next, so that what a slot held last can be asked for as long as may be.
+        # First in, first out: a slot's last text can be saved for as long as possible.
         self._free_slots = list(range(num_slots))
         self._sizes = sizes
         self._decode_steps = decode_steps
         self.wanted_steps = decode_steps
-        """Steps of a round trip that its user would not notice."""
+        """Decode steps that fit the longest acceptable round trip, as measured by the engine."""
 
     @property
     def waiting(self) -> tuple[SampleState, ...]:
-        """Who waits, the next one first."""
+        """Waiting samples, next one first."""
         return tuple(self._waiting)
 
     def add(self, sample: SampleState) -> None:
-        """The sample waits, among those of its priority at the place of its arrival."""
+        """Queues a sample by priority and arrival."""
         bisect.insort(self._waiting, sample, key=lambda other: other.order)
 
-    def drop(self, sample: SampleState) -> None:
-        """The sample does not wait any more."""
+    def dequeue(self, sample: SampleState) -> None:
+        """Removes a sample from the queue."""
         self._waiting.remove(sample)
 
     def leave(self, sample: SampleState) -> None:
-        """The sample runs no more; its slot serves another."""
+        """Removes a running sample and frees its slot."""
         self.running.remove(sample)
         assert sample.slot is not None
         self._free_slots.append(sample.slot)
 
     def preempt_newest(self) -> SampleState:
-        """The newest of the running samples waits again."""
+        """Moves the newest running sample back to the queue."""
         victim = max(self.running, key=lambda sample: sample.order)
         self.leave(victim)
         self.pool.preempt(victim)
@@ -87,7 +89,7 @@ class Scheduler:
         return victim
 
     def plan(self) -> Plan:
-        """Decides on a step; admits and preempts. Its pages are free when this returns."""
+        """Plans a step, with admissions and preemptions. The pages it needs are free afterwards."""
         work: dict[SampleState, int] = {}
         pages: dict[SampleState, int] = {}
         preempted = False
@@ -115,10 +117,10 @@ class Scheduler:
         return plan
 
     def _budget(self) -> int:
-        """Tokens of the next step.
+        """Token budget of the next step.
 
-        A step costs what it was compiled for, not what is in it. So rather than fill half of a large one, a smaller one
-        is filled now, and what is left goes into the next.
+        A step costs what its program was compiled for, padding included: a full smaller step and
+        the rest in the next one is better than a half empty step.
         """
         wanted = sum(sample.num_uncomputed for sample in self.running)
         decoding = len(self.running)
@@ -127,13 +129,13 @@ class Scheduler:
         smaller = 0
         for size in self._sizes:
             if wanted <= size:
-                enough = max(_LEAST_FILLED * size, decoding + _LEAST_READ)
-                return size if wanted >= enough or smaller < decoding + _LEAST_READ else smaller
+                enough = max(_MIN_FILL * size, decoding + _MIN_PREFILL)
+                return size if wanted >= enough or smaller < decoding + _MIN_PREFILL else smaller
             smaller = size
         return self._sizes[-1]
 
     def _admit(self, work: dict[SampleState, int], pages: dict[SampleState, int], most: int) -> None:
-        """Lets samples in while there are slots, budget, and pages for all that is still to be read."""
+        """Admits samples while there are slots, budget, and pages for all prefills in progress."""
         admitted: list[tuple[SampleState, Start]] = []
         promised = sum(pages.values()) + sum(
             self.pool.pages_for(sample, sample.num_uncomputed) - pages.get(sample, 0)
@@ -148,12 +150,13 @@ class Scheduler:
             if not sample.ready or (wanted is not None and wanted not in self._free_slots):
                 continue
             start = self.pool.start(sample, self.running)
-            # Whoever decodes will want a page soon: to admit, and to preempt at once, helps nobody.
+            # Every running sample will soon need another page: admit none that would be preempted
+            # at once.
             soon = len(self.running) + len(admitted)
             if promised + start.num_pages + soon > self.pool.available and (self.running or admitted):
                 self.pool.cancel(start)
                 break
-            self.drop(sample)
+            self.dequeue(sample)
             sample.slot = self._free_slots[0] if wanted is None else wanted
             self._free_slots.remove(sample.slot)
             admitted.append((sample, start))
@@ -167,13 +170,11 @@ class Scheduler:
         plan = Plan(work)
         if preempted or not work or not plan.decodes:
             return plan
-        # Whoever waits now waits for a sequence to end.
-        blocked = bool(self._waiting)
         left = max(sample.limit - sample.num_generated for sample in work)
         steps = max(1, min(self._decode_steps, self.wanted_steps, left))
         while steps > 1 and self._pages_of(work, steps) > self.pool.available:
             steps //= 2
-        return Plan(work, steps, stop_early=blocked)
+        return Plan(work, steps, stop_early=bool(self._waiting))
 
     def _pages_of(self, work: dict[SampleState, int], steps: int) -> int:
         return sum(self.pool.pages_for(sample, max(count, steps)) for sample, count in work.items())

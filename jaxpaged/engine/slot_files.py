@@ -1,7 +1,8 @@
-"""Slots to and from files: what the last request of a slot left in the pool, and pages for the requests to come.
+"""Saving and restoring slots: the cached pages of a slot's last request, as a file.
 
-A slot's pages are in the prefix cache when its request is done. Saving lets the slot hold them once more while they are
-written; restoring hands what the file has to the prefix cache, where any request that begins so finds it.
+The pages of a finished request are in the prefix cache. To save them, the idle slot attaches them
+again. To restore them, the slot reads the file and its pages go into the prefix cache, where any
+request with the same prefix finds them.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def save(
     path: str | os.PathLike[str],
     fingerprint: str,
 ) -> SlotTransfer:
-    """Writes what the pool still has of ``tokens`` to a file; the slot is idle.
+    """Writes the cached prefix of ``tokens`` to a file, by way of an idle slot.
 
     Raises:
-      RefusedError: the pool has nothing of them, or has no pages.
+      RefusedError: nothing is cached, or the cache is contiguous.
       OSError: the file cannot be written.
     """
     begin = time.monotonic()
@@ -71,11 +72,11 @@ def save(
 def load(
     device: Device, pool: Pool, slot: int, path: str | os.PathLike[str], fingerprint: str
 ) -> tuple[SlotTransfer, list[int]]:
-    """Hands a file's tokens to the prefix cache, by way of an idle slot: ``(what it took, the tokens)``.
+    """Loads a file into the prefix cache, by way of an idle slot: ``(sizes, tokens)``.
 
     Raises:
-      RefusedError: the cache has no pages.
-      SnapshotError: no snapshot, another model's, or one whose pages do not go into this pool.
+      RefusedError: the cache is contiguous.
+      SnapshotError: not a snapshot, or one of another model or page format.
       OutOfPages: running requests leave too few pages.
       OSError: the file cannot be read.
     """
@@ -93,14 +94,14 @@ def load(
 
 
 def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> list[int]:
-    """Puts the pages of a sequence into the index; those that must be pinned before the sequence ends."""
+    """Indexes the pages of a sequence; returns pages to pin before the sequence is removed."""
     cache, ps = device.cache, pool.page_size
     table = device.table()
     used = int(table.num_entries[slot])
     rows = {
         name: np.asarray(getattr(table, name)[slot, :used]) for name in ("position", "first_slot", "rotation")
     }
-    # A sequence that was shifted or cut lies otherwise, and cannot serve as the beginning of others.
+    # A shifted or cut sequence cannot be the prefix of others.
     if (rows["position"] != np.arange(used) * ps).any() or rows["first_slot"].any() or rows["rotation"].any():
         return []
     pages = np.asarray(table.pages[slot, :used])
@@ -116,7 +117,7 @@ def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> l
 
 
 def erase(device: Device, pool: Pool, root: bytes, tokens: list[int]) -> int:
-    """Gives up the cached pages of ``tokens`` that nobody uses and nothing follows; how many tokens those held."""
+    """Releases unused cached pages at the end of ``tokens``; returns the number of their tokens."""
     if not isinstance(pool, PagedPool):
         return 0
     match = pool.index.match(root, tokens, len(tokens))

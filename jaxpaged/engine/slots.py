@@ -1,4 +1,4 @@
-"""SlotTable: the parameters of the running sequences, kept on the host and sent to the device when one changes."""
+"""SlotTable: parameters of the running sequences, on the host and, after changes, on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_TOKEN = np.iinfo(np.int32).max
 
 
 class SlotTable:
-    """S rows; row i are the parameters of sequence i of the cache."""
+    """Parameters of S sequences; row i belongs to sequence i of the cache."""
 
     def __init__(self, num_slots: int) -> None:
         self.params = SlotParams(
@@ -25,17 +25,17 @@ class SlotTable:
         )
         self._sent: SlotParams | None = None
         self.changed = True
-        """Since who looks at it last set it to False."""
+        """True after a change; reset by the reader."""
 
     def on_device(self) -> SlotParams:
-        """The rows as the programs take them."""
+        """The parameters on the device."""
         if self._sent is None:
-            # Copied: on a CPU the device may read the very memory that is written to below.
+            # A copy: on a CPU the device array may share memory with the host array.
             self._sent = jax.device_put(jax.tree.map(np.copy, self.params))
         return self._sent
 
     def set(self, slot: int, request: EngineRequest, index: int) -> None:
-        """The parameters of sample ``index`` of a request."""
+        """Sets a slot's parameters to those of sample ``index`` of a request."""
         params, sampling = self.params, self.params.sampling
         for name in (
             "temperature",
@@ -56,7 +56,8 @@ class SlotTable:
         self._sent, self.changed = None, True
 
     def clear(self, slot: int) -> None:
-        """A sequence that nobody has switches off what costs a step time: drawing, penalties, biases, logprobs."""
+        """Switches off everything that costs a step time: sampling, penalties, biases,
+        log-probabilities."""
         params, sampling = self.params, self.params.sampling
         params.wants_logprobs[slot] = False
         params.bias_ids[slot] = _NO_TOKEN

@@ -1,4 +1,5 @@
-"""Pages in host memory: where preempted sequences wait if copying them is cheaper than computing them again."""
+"""Swapping: copies of preempted sequences in host memory, where that is cheaper than recomputing
+them."""
 
 from __future__ import annotations
 
@@ -13,36 +14,37 @@ from jaxpaged.pages.block_table import BlockTable
 
 @dataclass(frozen=True)
 class SwappedPages:
-    """One sequence's entries, and what its pages hold."""
+    """Table row and pages of one sequence."""
 
     row: BlockTable
-    """``[P]`` fields, numpy; its pages are numbered from 0, in the order of ``chunks``."""
+    """``[P]`` numpy fields; pages are numbered from 0 in the order of ``chunks``."""
     num_pages: int
     chunks: list[Any]
-    """Pages as ``adoption.read_pages`` gives them, so many at a time."""
+    """Pages as returned by ``cache.sharing.read_pages``, a few in each."""
     num_computed: int
     num_bytes: int
 
 
 @dataclass
 class SwapCosts:
-    """What was measured, and what follows for the next preemption. Rates are moving averages; 0.0 = not yet."""
+    """Measured rates that decide between swapping and recomputing. Moving averages; 0.0 = not
+    measured yet."""
 
     tokens_per_second: float = 0.0
-    """At which prompts are computed."""
+    """Prefill rate."""
     bytes_per_second: float = 0.0
-    """At which pages are copied, one way."""
+    """Rate of copies in one direction."""
 
     def observe_prompt(self, tokens: int, seconds: float) -> None:
-        """A step computed so many tokens."""
+        """Records a prefill step."""
         self.tokens_per_second = _average(self.tokens_per_second, tokens, seconds)
 
     def observe_copy(self, num_bytes: int, seconds: float) -> None:
-        """So many bytes went to or from the host."""
+        """Records a copy to or from the host."""
         self.bytes_per_second = _average(self.bytes_per_second, num_bytes, seconds)
 
     def swap_is_cheaper(self, num_tokens: int, num_bytes: int) -> bool:
-        """Whether ``num_bytes`` go to the host and back sooner than ``num_tokens`` are computed again."""
+        """True if copying ``num_bytes`` both ways is faster than recomputing ``num_tokens``."""
         if not self.tokens_per_second or not self.bytes_per_second:
             return False
         return 2 * num_bytes / self.bytes_per_second < num_tokens / self.tokens_per_second
@@ -54,10 +56,8 @@ def _average(old: float, amount: float, seconds: float) -> float:
 
 
 def numbered(row: BlockTable) -> tuple[BlockTable, np.ndarray]:
-    """A row whose pages are numbered from 0 in the order of their first entry, and the pages by that number.
-
-    Padding becomes ``P``, which no page of a row can be numbered.
-    """
+    """A row with pages numbered from 0 in order of first use, and the pages by number; P in
+    padding."""
     row = jax.tree.map(np.asarray, row)
     used = int(row.num_entries)
     pages, first, inverse = np.unique(row.pages[:used], return_index=True, return_inverse=True)
