@@ -354,7 +354,7 @@ def test_passages_are_seen_once_at_their_distance():
 
 
 def test_quality_is_a_row_a_variant(monkeypatch, capsys, tmp_path):
-    flags = ["--formats", "f32,q8_0/q4_0", "-c", 192, "--chunks", 2, "--passages", 4, "--distances", "48,96"]
+    flags = ["--formats", "f32,q8_0/q4_0", "-c", 128, "--chunks", 2, "--passages", 4, "--distances", "48,80"]
     found = tmp_path / "rows.json", tmp_path / "rows.svg"
     if importlib.util.find_spec("matplotlib"):
         flags += ["--plot", found[1]]

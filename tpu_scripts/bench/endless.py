@@ -103,8 +103,10 @@ def main() -> None:
     )
     print(common.head("tokens since the shift", "shifted", "computed anew", "difference"))
     for low, high in itertools.pairwise([*_BUCKETS, args.n_ctx]):
-        ours, anew = (np.mean([b for i, b in rows if low <= i < high]) for rows in losses.values())
-        print(common.row(f"{low} - {high - 1}", f"{ours:.3f}", f"{anew:.3f}", f"{ours - anew:+.3f}"))
+        found = [[b for i, b in rows if low <= i < high] for rows in losses.values()]
+        if all(found):
+            ours, anew = map(np.mean, found)
+            print(common.row(f"{low} - {high - 1}", f"{ours:.3f}", f"{anew:.3f}", f"{ours - anew:+.3f}"))
 
 
 if __name__ == "__main__":
