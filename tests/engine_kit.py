@@ -48,7 +48,7 @@ def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> 
 
 @dataclass
 class Result:
-    """What came of one sample."""
+    """Outputs of one sample."""
 
     tokens: list[int] = field(default_factory=list)
     outputs: list[SampleOutput] = field(default_factory=list)
@@ -85,7 +85,7 @@ def prompt(seed: int, length: int) -> tuple[int, ...]:
 
 @functools.cache
 def alone(text: tuple[int, ...], count: int) -> list[int]:
-    """What greedy decoding gives, by the model in float64 and without a cache."""
+    """Tokens of greedy decoding, by the model in float64 and without a cache."""
     tokens = list(text)
     for _ in range(count):
         tokens.append(int(np.argmax(toy_log_probabilities(params(), tokens))))

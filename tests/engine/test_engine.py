@@ -1,4 +1,4 @@
-"""Whatever else runs, waits, gives way or is shared: a request gets the text that it would get alone."""
+"""A request gets the text that it would get alone, whatever else runs, waits, is preempted or shared."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_requests_of_all_lengths_get_the_text_they_would_get_alone(engine):
     assert stats.pages_free + stats.pages_cached == NUM_PAGES
 
 
-def test_samples_share_the_prompt_and_draw_by_themselves(engine):
+def test_samples_share_the_prompt_and_have_their_own_seeds(engine):
     text = prompt(1, 21)
     before = engine.stats()
     request = EngineRequest(
@@ -51,7 +51,7 @@ def test_samples_share_the_prompt_and_draw_by_themselves(engine):
     results = finish(engine, request)
     assert len({tuple(results["n", i].tokens) for i in range(3)}) > 1
     after = engine.stats()
-    # The first reads the prompt, the others compute the last token of it.
+    # The first sample computes the prompt, the others its last token.
     assert after.prompt_tokens - before.prompt_tokens == 21 + 2
     for i in range(3):
         one = EngineRequest(
@@ -139,7 +139,7 @@ def test_a_slot_may_be_asked_for_and_is_waited_for(engine):
         engine.add_request(greedy("x", (1,), 1, slot=SLOTS))
 
 
-def test_aborting_gives_pages_back_within_a_step(engine):
+def test_aborting_releases_pages_within_a_step(engine):
     for i in range(6):
         engine.add_request(greedy(f"r{i}", prompt(i, 20), 40))
     for _ in range(4):
@@ -203,7 +203,7 @@ def test_parameters_that_mean_nothing_are_refused(change):
         EngineRequest("x", (1,), **change)
 
 
-def test_a_full_queue_is_told(engine):
+def test_a_full_queue_is_refused(engine):
     for i in range(8):
         engine.add_request(greedy(f"r{i}", prompt(i, 4), 2))
     with pytest.raises(QueueFullError, match="8"):

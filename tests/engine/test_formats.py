@@ -1,4 +1,4 @@
-"""Pages that are sealed when they are full, under the engine: whole ones alone are shared, and every law is kept."""
+"""Formats with residual pages under the engine: only full pages are shared, and all invariants hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When pages run out the newest gives way, and loses nothing by it."""
+"""When pages run out the newest request is preempted, and its text does not change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tight(small: Engine) -> Engine:
 
 
 @pytest.mark.parametrize("swaps", [False, True])
-def test_those_who_gave_way_get_the_text_they_would_get_alone(tight, swaps, monkeypatch):
+def test_preempted_requests_get_the_text_they_would_get_alone(tight, swaps, monkeypatch):
     monkeypatch.setattr(SwapCosts, "swap_is_cheaper", lambda *_: swaps)
     before = tight.stats()
     requests = [greedy(f"r{i}", prompt(i, 12 + i), 40, num_logprobs=1) for i in range(5)]
@@ -41,14 +41,14 @@ def test_those_who_gave_way_get_the_text_they_would_get_alone(tight, swaps, monk
         assert sum(len(output.logprobs) for output in result.outputs) == 40
     assert tight.pool.swapped_bytes == after.swapped == 0
     assert after.compiled_late == 0
-    # The oldest never gave way: it ended first.
+    # The oldest was never preempted: it ended first.
     assert results["r0", 0].outputs[-1].times.finished == min(
         r.outputs[-1].times.finished for r in results.values()
     )
 
 
 @pytest.mark.parametrize("swaps", [False, True])
-def test_drawn_texts_survive_as_well(tight, swaps, monkeypatch):
+def test_sampled_texts_survive_as_well(tight, swaps, monkeypatch):
     monkeypatch.setattr(SwapCosts, "swap_is_cheaper", lambda *_: swaps)
     draw = {"max_new_tokens": 30, "temperature": 1.0, "top_k": 0, "frequency_penalty": 0.3}
     requests = [EngineRequest(f"r{i}", prompt(i, 12), seed=i, **draw) for i in range(4)]
@@ -59,7 +59,7 @@ def test_drawn_texts_survive_as_well(tight, swaps, monkeypatch):
         assert finish(tight, request)[request.request_id, 0].tokens == together[request.request_id, 0].tokens
 
 
-def test_one_who_gave_way_can_be_aborted(tight, monkeypatch):
+def test_a_preempted_request_can_be_aborted(tight, monkeypatch):
     monkeypatch.setattr(SwapCosts, "swap_is_cheaper", lambda *_: True)
     for i in range(4):
         tight.add_request(greedy(f"r{i}", prompt(i, 20), 40))
@@ -83,7 +83,7 @@ def test_host_memory_is_bounded(monkeypatch):
     assert all(results[r.request_id, 0].tokens == alone(r.prompt, 40) for r in requests)
 
 
-def test_what_is_cheaper_follows_from_what_was_measured():
+def test_the_cheaper_way_follows_from_measurements():
     costs = SwapCosts()
     assert not costs.swap_is_cheaper(10**6, 1)  # nothing is known yet
     costs.observe_prompt(1000, 1.0)
@@ -92,7 +92,7 @@ def test_what_is_cheaper_follows_from_what_was_measured():
     assert not costs.swap_is_cheaper(100, 60_000)
 
 
-def test_samples_of_one_prompt_give_way_and_come_back(tight):
+def test_samples_of_one_prompt_are_preempted_and_resumed(tight):
     texts = prompt(1, 20), prompt(2, 9)
     results = finish(tight, greedy("n", texts[0], 40, n=3), greedy("m", texts[1], 40, n=2))
     assert tight.stats().preemptions

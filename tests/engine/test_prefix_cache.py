@@ -1,4 +1,4 @@
-"""What texts have in common is computed once, whoever computed it, and changes no text."""
+"""Common prefixes are computed once, whichever request computed them, and change no text."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_pages_of_busy_requests_are_shared_and_the_one_being_written_too(engine)
     assert results["third", 0].tokens == alone(text[:18], 5)
 
 
-def test_a_part_of_a_page_gives_way_to_a_longer_one_and_to_none_that_is_not(engine):
+def test_a_partial_page_is_replaced_only_by_a_longer_one(engine):
     text = prompt(21, 20)
     for length, cached in (
         (4, 1),
@@ -120,7 +120,7 @@ def test_without_a_prefix_cache_samples_share_all_the_same():
     assert {tuple(result.tokens) for result in results.values()} == {tuple(alone(text, 9))}
 
 
-def test_cached_pages_give_way_the_oldest_first(engine):
+def test_cached_pages_are_evicted_the_oldest_first(engine):
     texts = [prompt(10 + i, 33) for i in range(6)]  # five pages each, of 24
     for i, text in enumerate(texts):
         finish(engine, greedy(f"r{i}", text, 3))
@@ -134,7 +134,7 @@ def test_cached_pages_give_way_the_oldest_first(engine):
     assert partly % PAGE_SIZE == 0
 
 
-def test_usage_tells_used_cached_and_free_apart(engine):
+def test_statistics_distinguish_used_cached_and_free(engine):
     engine.add_request(greedy("a", prompt(8, 20), 20))
     engine.step()
     engine.step()
@@ -177,7 +177,7 @@ def test_a_chain_is_its_whole_beginning():
     assert child_key(child_key(root, (1, 2)), (3, 4)) != child_key(root, (1, 2, 3, 4))
 
 
-def test_the_index_forgets_all_that_it_gives_up():
+def test_the_index_forgets_all_that_it_evicts():
     index = PrefixIndex(2)
     root = root_key(cache_salt="x")
     a, _ = index.insert(root, None, (1, 2), 5)

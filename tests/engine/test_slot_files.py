@@ -1,4 +1,4 @@
-"""What a slot held goes to a file, and serves the requests of another engine."""
+"""Slots are saved to files, and serve requests of other engines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Answers that take a while: they end when the client does.
+"""Responses that take a while, and are cancelled when the client disconnects.
 
-A web framework notices a client that is gone only where it writes to it. A request that waits in the queue, or an
-answer that is sent in one piece, writes nothing: here somebody always listens.
+A web framework notices a disconnect only when it writes. A queued request, or an answer that is
+sent as a whole, writes nothing for a long time, so a task here always listens.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _CLIENT_GONE = 499
 
 
 def json_response(value: Any) -> Response:
-    """A plain answer."""
+    """A JSON response."""
     return Response(dump_json(value), media_type="application/json")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What ``work`` returns; it is cancelled as soon as the client is gone."""
+    """Awaits ``work``, and cancels it as soon as the client disconnects."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -33,7 +33,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
         return await task if task.done() else Response(status_code=_CLIENT_GONE)
     finally:
         watcher.cancel()
-        if task.cancel():  # at its end it takes its requests out of the engine
+        if task.cancel():  # its cleanup aborts the requests in the engine
             await asyncio.wait((task,))
 
 
@@ -48,14 +48,14 @@ def event(value: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events; ``close`` is called at their end, or as soon as the client is gone."""
+    """Server-sent events; calls ``close`` at their end, or as soon as the client disconnects."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         self._events, self._close = events, close
         self.status_code, self.background = 200, None
-        # Proxies that buffer would make one answer of the stream.
+        # A proxy that buffers would send the stream as one block.
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,7 +69,7 @@ class EventStream(Response):
             watcher.cancel()
             if sender.cancel():
                 await asyncio.wait((sender,))
-            self._close()  # also where the events never began
+            self._close()  # even if the stream never began
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -1,4 +1,4 @@
-"""The application: routes, errors and middlewares put together."""
+"""The ASGI application: routes, error handlers, middlewares."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jaxpaged.app.server.state import ServerState
 from jaxpaged.engine.request import RefusedError
 
 _LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
-"""Origins that ``--cors-origins localhost`` stands for, as in llama-server."""
+"""Origins of ``--cors-origins localhost``, as in llama-server."""
 
 
 def create_application(state: ServerState) -> FastAPI:
-    """The ASGI application of one server. It answers 503 until ``state`` has a model and a runner.
+    """The ASGI application of a server. It answers 503 until ``state`` has a model and a runner.
 
-    Other sites' pages may not use it unless ``--cors-origins`` names them: a server on one's own machine, often
-    without a key, is within reach of every page that one opens.
+    Pages of other sites are refused unless ``--cors-origins`` names them: any page that is open in
+    a browser can reach a server on the same machine, which often has no key.
     """
     options = state.options
     app = FastAPI(
         title="jaxpaged",
         version=__version__,
-        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's own pages load scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -45,7 +45,7 @@ def create_application(state: ServerState) -> FastAPI:
     app.add_exception_handler(RequestValidationError, errors.handle_validation)
     app.add_exception_handler(HTTPException, errors.handle_http)
     app.add_exception_handler(Exception, errors.handle_bug)
-    # The one added last is the first to see a request.
+    # The middleware added last is the outermost.
     app.add_middleware(security.HeadAsGet)
     app.add_middleware(security.LimitBody, limit=options.max_body)
     app.add_middleware(security.RequireKey, keys=options.api_keys, public=public)

@@ -1,4 +1,4 @@
-"""From flags and a loaded model to an engine: how large the pool is, and how long a context."""
+"""Building an engine from flags and a loaded model: sizes of pool and context."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _SPARE_PAGES = 3
 _SHIFT_PAGES = 2
 _SMALLEST_CONTEXT = 8
 _SHARE_OF_CPU, _SHARE_OF_DEVICE = 0.25, 0.8
-"""Of the free memory, what a pool takes at most if it is not said: a CPU's memory is others' as well."""
+"""Default share of the free memory for the pool; less on a CPU, where other programs use it too."""
 
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """Sizes of a cache that serves; of a mesh, of one of its data shards."""
+    """Sizes of the cache of an engine; on a mesh, of one data shard."""
 
     context: int
     """Tokens of a sequence."""
@@ -43,7 +43,7 @@ class PoolPlan:
     num_bytes: int
 
     def line(self, options: ServeOptions, cache_type: CacheType, shards: int = 1) -> str:
-        """For people."""
+        """Description of the cache, one line."""
         size = f"{readable(self.num_bytes)} of {cache_type}"
         if shards > 1:
             size += f", in each of {shards} data shards"
@@ -57,10 +57,10 @@ class PoolPlan:
 
 
 def check_mesh(text: str | None) -> None:
-    """Refuses a ``--mesh`` that the server cannot use, before a model is loaded.
+    """Checks ``--mesh`` before a model is loaded.
 
     Raises:
-      InputError: it is none, or has an axis that is not the server's.
+      InputError: not a mesh, or one with an axis that the server does not support.
     """
     if text is not None and processes.mesh_sizes(text).get(CONTEXT, 1) > 1:
         raise InputError(
@@ -69,10 +69,10 @@ def check_mesh(text: str | None) -> None:
 
 
 def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
-    """An engine for the model, not yet compiled; tells of its cache on stderr.
+    """Builds the engine of a model, not yet compiled; describes its cache on stderr.
 
     Raises:
-      InputError: sizes that do not go together, or that memory does not suffice for.
+      InputError: inconsistent sizes, or not enough memory.
     """
     check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
     cache_type = CacheType.of(
@@ -88,7 +88,7 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
             )
 
     def create() -> Any:
-        """The cache of one device."""
+        """Creates the cache of one device."""
         local = ready.loaded.local_config
         if not plan.num_pages:
             return cache_type.contiguous(local, max_seqs=plan.num_seqs, max_length=plan.context)
@@ -125,12 +125,12 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
 def plan_pool(
     options: ServeOptions, cache_type: CacheType, config: ModelConfig, mesh: Mesh | None = None
 ) -> PoolPlan:
-    """Sizes that follow from the flags and the memory that is free: of one data shard of the mesh, if there is one.
+    """Sizes of a cache from flags and free memory; on a mesh, of one data shard.
 
-    ``--kv-pages``, ``--kv-memory`` in bytes and ``-np`` are for all shards together, and dealt to them.
+    ``--kv-pages``, ``--kv-memory`` in bytes and ``-np`` are totals, divided among the shards.
 
     Raises:
-      InputError: a context that the memory, or the pool asked for, has no room for.
+      InputError: the memory, or the requested pool, does not fit one context.
     """
     shards = num_shards(mesh)
     tensor = 1 if mesh is None else mesh.shape[TENSOR]
@@ -158,12 +158,12 @@ def plan_pool(
     room = (pages - spare) * ps
     if room < (context if options.ctx_size else _SMALLEST_CONTEXT):
         raise InputError(
-            f"{max(pages, 0)} pages of {ps} tokens ({readable(page_bytes)} each) have no room for one sequence of "
+            f"{max(pages, 0)} pages of {ps} tokens ({readable(page_bytes)} each) do not fit one sequence of "
             f"{options.ctx_size or _SMALLEST_CONTEXT} tokens; choose a shorter context (-c), more --kv-memory or "
             "smaller -ctk and -ctv"
         )
     if room < context:
-        say(f"context = {room} tokens, what the pool has room for; the model was trained for {context}")
+        say(f"context = {room} tokens, as many as fit the pool; the model was trained for {context}")
         context = room
     return PoolPlan(context, parallel, pages, pages * page_bytes + extra)
 
@@ -184,16 +184,16 @@ def _contiguous(
     rows = min(parallel, broadcast_object(_budget(options.kv_memory, mesh)) // each)
     if rows < 1:
         raise InputError(
-            f"one slot of {context} tokens takes {readable(each)}, and there is memory for none; "
+            f"one slot of {context} tokens takes {readable(each)}, and not even one fits the memory; "
             "choose a shorter context (-c) or more --kv-memory"
         )
     if rows < parallel:
-        say(f"slots = {rows * shards}, what the memory has room for; -np asks for {options.parallel}")
+        say(f"slots = {rows * shards}, as many as fit the memory; -np asks for {options.parallel}")
     return PoolPlan(context, rows, 0, rows * each)
 
 
 def _budget(kv_memory: float | int | None, mesh: Mesh | None) -> int:
-    """Bytes for keys and values of one data shard: as asked for, a share of what is free, or a careful one."""
+    """Bytes for keys and values of one data shard: as requested, or a share of the free memory."""
     shards = num_shards(mesh)
     if isinstance(kv_memory, int):
         return kv_memory // shards

@@ -1,7 +1,7 @@
 """Strict JSON in, plain JSON out.
 
-Python's parser takes NaN, repeated keys and halves of surrogate pairs, and its recursion ends where the stack does.
-What comes from a stranger is held to the letter of RFC 8259, and to a depth.
+Python's parser accepts NaN, repeated keys and lone surrogates, and recurses until the stack ends.
+Requests must follow RFC 8259 and stay within a depth.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import re
 from typing import Any
 
 MAX_DEPTH = 32
-"""Arrays and objects inside one another; the deepest request that means something has 5."""
+"""Nesting of arrays and objects; the deepest valid request has 5 levels."""
 MAX_DIGITS = 20
-"""Of a whole number; 2**64 has 20."""
+"""Digits of an integer; 2**64 has 20."""
 
-# A string, left open at the end or not, or a bracket. Possessive: never a second look at what was read.
+# A string, possibly unterminated, or a bracket. Possessive quantifiers: no backtracking.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class JsonError(ValueError):
-    """Not JSON, or more of it than is allowed; the message says what."""
+    """Invalid JSON, or JSON beyond a limit; the message names the problem."""
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text; lone surrogates in it become U+FFFD, as in ``bytes.decode``.
+    """Parses a JSON text; lone surrogates in it become U+FFFD, as in ``bytes.decode``.
 
     Raises:
-      JsonError: bad UTF-8, bad JSON, a repeated key, a number that is not finite or too long, too many levels.
+      JsonError: bad UTF-8, bad JSON, a repeated key, a number that is not finite or too long, too
+        many levels.
     """
     _check_depth(body)
     try:
@@ -53,7 +54,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact JSON; what is not finite is a bug here, and says so."""
+    """Compact JSON. A number that is not finite raises ValueError."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace")
 

@@ -1,7 +1,7 @@
-"""What the server refuses, and the one body that every refusal has.
+"""Errors of the server, with one body for all.
 
-The body is OpenAI's, ``{"error": {"message", "type", "param", "code"}}``, with llama-server's types and its habit of
-repeating the HTTP status as the code: clients of both read it.
+The body is OpenAI's, ``{"error": {"message", "type", "param", "code"}}``, with llama-server's types
+and, like there, the HTTP status as code, so that clients of both understand it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ _TYPES = {
 }
 _MESSAGES = {404: "there is no such path", 405: "this path does not know that method"}
 _LONGEST_ECHO = 100
-"""Characters of a client's own words that an error repeats."""
+"""Characters of client input that an error message repeats, at most."""
 _RETRY_SECONDS = "1"
 
 
 class ApiError(HTTPException):
-    """A request that is answered with an error.
+    """An error response.
 
-    It is FastAPI's exception, because FastAPI turns every other one that comes up while a body is read into its own.
+    Derived from FastAPI's exception, because FastAPI replaces all others that are raised while it
+    reads a body.
     """
 
     def __init__(
@@ -57,33 +58,33 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers=dict(headers or {}))
         self.message, self.param, self.details = message, param, details
         self.type = type or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        if status in (429, 503):  # what the OpenAI clients wait before they try again
+        if status in (429, 503):  # OpenAI's clients wait that long before a retry
             self.headers = {"Retry-After": _RETRY_SECONDS, **(self.headers or {})}
 
     def body(self) -> dict[str, Any]:
-        """What the client gets, also in the middle of a stream."""
+        """The JSON body; in a stream, the error event."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status_code}
         return {"error": error | self.details}
 
     def response(self) -> Response:
-        """The same as an answer of its own."""
+        """The HTTP response."""
         return Response(
             dump_json(self.body()), self.status_code, headers=self.headers, media_type="application/json"
         )
 
 
 def clipped(text: str) -> str:
-    """A client's words, short enough to be repeated to it."""
+    """Client input, shortened for a message."""
     return text if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "..."
 
 
 def as_api_error(error: RefusedError | EngineFailedError) -> ApiError:
-    """What the engine says, in HTTP's terms."""
+    """Converts an error of the engine."""
     if isinstance(error, ContextError):
         return ApiError(
             400,
             f"the prompt of {error.num_prompt} tokens exceeds the available context size ({error.n_ctx} tokens); "
-            f"there is room for {error.n_ctx - 1} and one to generate",
+            f"it fits {error.n_ctx - 1} and one to generate",
             type="exceed_context_size_error",
             n_prompt_tokens=error.num_prompt,
             n_ctx=error.n_ctx,
@@ -96,7 +97,7 @@ def as_api_error(error: RefusedError | EngineFailedError) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of the things that a schema found wrong, with the parameter's name."""
+    """Converts the first validation error of a schema, with the parameter's name."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = clipped(".".join(place)) or None
@@ -105,7 +106,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             message = f"unknown parameter: {name!r}"
         case "missing":
             message = f"missing parameter: {name!r}" if name else "the request has no body"
-        case "value_error":  # a validator of ours; pydantic puts its own words before
+        case "value_error":  # raised by our validators; pydantic would add a prefix
             message = str(first["ctx"]["error"])
         case _:
             message = f"{name or 'the body'}: {clipped(first['msg'])}"
@@ -113,19 +114,19 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 async def handle_refused(_: Request, error: Exception) -> Response:
-    """Of a ``RefusedError`` or an ``EngineFailedError``."""
+    """Handles ``RefusedError`` and ``EngineFailedError``."""
     assert isinstance(error, RefusedError | EngineFailedError)
     return as_api_error(error).response()
 
 
 async def handle_validation(_: Request, error: Exception) -> Response:
-    """Of FastAPI's own error, which would be 422: OpenAI's clients expect 400."""
+    """Handles FastAPI's validation error, as 400 instead of 422: OpenAI's clients expect that."""
     assert isinstance(error, RequestValidationError)
     return of_validation(error.errors()).response()
 
 
 async def handle_http(_: Request, error: Exception) -> Response:
-    """Of an ``ApiError``, and of what Starlette raises for paths and methods that are not there."""
+    """Handles ``ApiError``, and Starlette's errors for unknown paths and methods."""
     assert isinstance(error, StarletteHTTPException)
     if not isinstance(error, ApiError):
         message = _MESSAGES.get(error.status_code, str(error.detail))
@@ -134,5 +135,5 @@ async def handle_http(_: Request, error: Exception) -> Response:
 
 
 async def handle_bug(_: Request, error: Exception) -> Response:
-    """Of anything else: the traceback goes to the log, not to the client."""
+    """Handles all other exceptions: the traceback goes to the log, not to the client."""
     return ApiError(500, "internal error").response()

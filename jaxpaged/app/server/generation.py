@@ -1,4 +1,4 @@
-"""The samples of one HTTP request: into the engine, and out of it as text."""
+"""Generation: the samples of one HTTP request, from submission to text."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from jaxpaged.engine.request import EngineRequest, RefusedError, RequestTimes, S
 
 StopType = Literal["eos", "limit", "word"]
 MAX_CHOICES = 128
-"""Samples of all prompts of a request together."""
-_background: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
+"""Samples of a request, over all its prompts, at most."""
+_background: set[asyncio.Task[None]] = set()  # the event loop holds tasks only weakly
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks for, whichever API it came by."""
+    """A generation request, independent of the API."""
 
     prompts: Sequence[Sequence[int]]
     n: int
-    """Samples of each prompt; the choices of a prompt stand together."""
+    """Samples of each prompt; choices are in prompt-major order."""
     request: Callable[[str, Sequence[int]], EngineRequest]
-    """The engine's request for an id and a prompt."""
+    """Makes the engine's request from an id and a prompt."""
     stops: Sequence[str] = ()
     seconds: float | None = None
-    """A sample that has a line break ends at its first token after this time."""
+    """Time limit: a sample with a line break ends at its first token after it."""
 
 
 @dataclass
 class Choice:
-    """One sample, as far as it is."""
+    """State of one sample."""
 
     index: int
     prompt: int
-    """Which of the prompts it continues."""
+    """Index of its prompt."""
     num_prompt: int
     text: SampleText
     slot: int = -1
-    """The one it ran in; -1 = none yet."""
+    """Slot of the sample; -1 = none yet."""
     num_cached: int = 0
     truncated: bool = False
     has_new_line: bool = False
     times: RequestTimes = field(default_factory=RequestTimes)
     last_token: float = 0.0
     stop_type: StopType | None = None
-    """None: it goes on."""
+    """None while the sample is running."""
     special_stop: str | None = None
     """The special token that ended it, if the request named it as a stop string."""
 
@@ -71,7 +71,7 @@ class Choice:
 
     @property
     def finish_reason(self) -> str | None:
-        """OpenAI's word for it."""
+        """OpenAI's name of the stop type."""
         return {None: None, "eos": "stop", "word": "stop", "limit": "length"}[self.stop_type]
 
     def timings(self) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Choice:
         return {
             "cache_n": self.num_cached,
             **_rate("prompt", prompt_n, prompt_ms),
-            # The prompt's last step gives the first token: the time is that of the others.
+            # The first token comes with the last prefill step, so the time is that of the others.
             **_rate("predicted", self.num_tokens, predicted_ms, timed=max(0, self.num_tokens - 1)),
         }
 
@@ -99,14 +99,14 @@ def _rate(name: str, count: int, milliseconds: float, *, timed: int | None = Non
 
 @dataclass(frozen=True)
 class Update:
-    """News of a choice; with ``choice.stop_type`` set, the last."""
+    """New text of a choice; the last one if ``choice.stop_type`` is set."""
 
     choice: Choice
     part: TextPart
 
 
 def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextPart]:
-    """All that the updates bring of each choice, in their order."""
+    """The text of each choice, joined from updates."""
     parts = [TextPart() for _ in choices]
     for update in updates:
         parts[update.choice.index].extend(update.part)
@@ -114,7 +114,7 @@ def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextP
 
 
 class Generation:
-    """A job in the engine. ``start`` it, iterate over its updates, and ``close`` it whatever happens."""
+    """A job in the engine: call ``start``, iterate over ``updates``, and always call ``close``."""
 
     def __init__(self, state: ServerState, tokenizer: Tokenizer, runner: Runner, job: Job) -> None:
         if len(job.prompts) * job.n > MAX_CHOICES:
@@ -122,10 +122,10 @@ class Generation:
                 400, f"{len(job.prompts)} prompts with n = {job.n}: at most {MAX_CHOICES} choices", param="n"
             )
         self._state, self._runner, self._job = state, runner, job
-        self._special_stops: dict[int | None, str] = {**special_stops(job.stops, tokenizer)}
+        self._special_stops: dict[int, str] = special_stops(job.stops, tokenizer)
         self._streams: dict[int, Stream] = {}
         self._pumps: list[asyncio.Task[None]] = []
-        self._news: asyncio.Queue[tuple[int, SampleOutput] | ApiError] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, SampleOutput] | ApiError] = asyncio.Queue()
         self.choices = [
             Choice(
                 prompt * job.n + i, prompt, len(ids), SampleText(tokenizer.stream(at_start=False), job.stops)
@@ -136,11 +136,11 @@ class Generation:
         self.requests: list[EngineRequest] = []
 
     async def start(self) -> None:
-        """Hands all prompts to the engine, or none.
+        """Submits all prompts, or none.
 
         Raises:
-          RefusedError: the engine refuses one; those it had taken are aborted.
-          EngineFailedError: there is no engine any more.
+          RefusedError: the engine refused one; the others are aborted.
+          EngineFailedError: the engine has failed.
         """
         ids = [f"{next(self._state.numbers)}" for _ in self._job.prompts]
         self.requests = [self._job.request(*pair) for pair in zip(ids, self._job.prompts, strict=True)]
@@ -149,7 +149,7 @@ class Generation:
         try:
             await asyncio.gather(*tasks)
         except BaseException:
-            # The others must have ended before close can abort what they started.
+            # All tasks must have ended before close can abort their requests.
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -167,56 +167,57 @@ class Generation:
     async def _pump(self, prompt: int, stream: Stream) -> None:
         try:
             async for output in stream:
-                self._news.put_nowait((prompt, output))
+                self._queue.put_nowait((prompt, output))
         except (EngineFailedError, RefusedError) as error:
-            self._news.put_nowait(as_api_error(error))
+            self._queue.put_nowait(as_api_error(error))
 
     def _look(self, pump: asyncio.Task[None]) -> None:
-        """A pump that broke is a bug; who waits for its news must not wait for ever."""
+        """Reports an exception of a pump, which is a bug, so that ``updates`` does not wait
+        forever."""
         if not pump.cancelled() and (bug := pump.exception()) is not None:
             self.fail(ApiError(500, "internal error"))
             pump.get_loop().call_exception_handler(
-                {"message": "a request's outputs broke off", "exception": bug}
+                {"message": "the output stream of a request broke", "exception": bug}
             )
 
     async def updates(self) -> AsyncIterator[Update]:
-        """News of the choices, as they come, until the last is at its end.
+        """New text of the choices, until all are finished.
 
         Raises:
-          ApiError: the engine failed, or the server must end.
+          ApiError: the engine failed, or the server is shutting down.
         """
         open_choices = len(self.choices)
         while open_choices:
-            news = await self._news.get()
+            news = await self._queue.get()
             if isinstance(news, ApiError):
                 raise news
             prompt, output = news
             choice = self.choices[prompt * self._job.n + output.index]
-            if choice.stop_type is not None:  # on its way while the choice was ended
+            if choice.stop_type is not None:  # sent before the choice ended
                 continue
             now = time.monotonic()
             before = choice.num_tokens
             # Tokens of one output came together: the time since the last one is divided among them.
-            seconds = (now - choice.last_token) / max(1, len(output.tokens)) if before else None
+            seconds = (now - choice.last_token) / max(1, len(output.tokens))
             if output.tokens:
                 choice.last_token = now
                 if not before:
                     self._state.metrics.began(output.times)
             choice.slot, choice.num_cached, choice.times = output.slot, output.num_cached, output.times
             choice.truncated = choice.truncated or output.truncated
-            # Who asks for log-probabilities gets each token's with its own text, as from llama-server.
+            # With log-probabilities each token is an update of its own, as in llama-server.
             step = 1 if output.logprobs else max(1, len(output.tokens))
             for start in range(0, max(1, len(output.tokens)), step):
-                update = await self._take(choice, output, start, start + step, now)
+                update = await self._update(choice, output, start, start + step, now)
                 yield update
                 if choice.stop_type is not None:
                     open_choices -= 1
                     break
-            for _ in range(choice.num_tokens - before if seconds is not None else 0):
+            for _ in range(choice.num_tokens - before if before else 0):
                 self._state.metrics.inter_token.observe(seconds)
 
-    async def _take(self, choice: Choice, output: SampleOutput, start: int, end: int, now: float) -> Update:
-        """The output's tokens from ``start`` to ``end``."""
+    async def _update(self, choice: Choice, output: SampleOutput, start: int, end: int, now: float) -> Update:
+        """The update from an output's tokens ``start`` to ``end``."""
         logprobs = output.logprobs[start:end] if output.logprobs else None
         part = choice.text.push(output.tokens[start:end], logprobs)
         choice.has_new_line = choice.has_new_line or "\n" in part.text
@@ -231,14 +232,16 @@ class Generation:
                 500, "the model's logits hold NaN: its weights, or their dtype, cannot compute this text"
             )
         elif output.finish_reason == "stop":
-            choice.special_stop = self._special_stops.get(output.stop_token)
+            choice.special_stop = self._special_stops.get(
+                -1 if output.stop_token is None else output.stop_token
+            )
             choice.stop_type = "eos" if choice.special_stop is None else "word"
         elif output.finish_reason is not None or self._is_late(choice, now):
             choice.stop_type = "limit"
         if choice.stop_type is not None:
             if choice.text.stopped_by is None:
                 part.extend(choice.text.finish())
-                if choice.text.stopped_by is not None:  # a last character, never completed, was a stop string
+                if choice.text.stopped_by is not None:  # an incomplete last character was a stop string
                     choice.stop_type = "word"
             if output.finish_reason is None:
                 await self._streams[choice.prompt].abort(output.index)
@@ -256,13 +259,13 @@ class Generation:
         return limit is not None and choice.has_new_line and now - choice.times.first_token > limit
 
     def fail(self, error: ApiError) -> None:
-        """Ends it with an error: the server cannot wait any longer."""
-        self._news.put_nowait(error)
+        """Ends the generation with an error."""
+        self._queue.put_nowait(error)
 
     def close(self) -> None:
-        """Takes what still runs out of the engine; idempotent.
+        """Aborts samples that are still running; idempotent.
 
-        On a task of its own, for the one that calls may be cancelled, and again at its next await.
+        In a separate task, because the caller's may be cancelled at its next await.
         """
         self._state.generations.discard(self)
         for pump in self._pumps:

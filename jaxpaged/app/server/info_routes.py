@@ -1,4 +1,4 @@
-"""What the server tells of itself: health, models, properties, slots, the pool, metrics."""
+"""Routes about the server: health, models, properties, pool, metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.get("/health")
 @router.get("/v1/health")
 async def health(request: Request) -> Response:
-    """Whether requests are served; the only path besides the page that no key is asked for."""
+    """Health check; like the page, it needs no key."""
     state_of(request).accepting()
     return json_response({"status": "ok"})
 
@@ -31,7 +31,7 @@ async def health(request: Request) -> Response:
 @router.get("/v1/models")
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """The model, as a list of one."""
+    """List of models, with one entry."""
     state = state_of(request)
     model, _ = state.ready()
     return json_response({"object": "list", "data": [_model(state, model)]})
@@ -39,7 +39,7 @@ async def models(request: Request) -> Response:
 
 @router.get("/v1/models/{model_id:path}")
 async def one_model(request: Request, model_id: str) -> Response:
-    """The model by one of its names."""
+    """The model, by one of its names."""
     state = state_of(request)
     model, _ = state.ready()
     if model_id not in model.names:
@@ -74,7 +74,7 @@ async def props(request: Request) -> Response:
     state = state_of(request)
     model, runner = state.ready()
     o = state.options
-    # The defaults are those of a request that says nothing.
+    # The defaults of an empty request.
     nothing = engine_request(
         "props", (0,), SamplingFields(), o, model.tokenizer,
         max_new_tokens=None, n=1, seed=0, num_logprobs=None, logit_bias={},
@@ -104,7 +104,7 @@ async def props(request: Request) -> Response:
 
 @router.post("/props")
 async def change_props(request: Request) -> Response:
-    """llama-server's way to change properties: there are none yet, here as there."""
+    """llama-server's route to change properties, of which neither server has any."""
     if not state_of(request).options.props:
         raise ApiError(
             501, "This server does not support changing global properties. Start it with `--props`"
@@ -114,7 +114,7 @@ async def change_props(request: Request) -> Response:
 
 @router.get("/pool")
 async def pool_of_pages(request: Request) -> Response:
-    """The pool page by page, for the page in the browser."""
+    """State of each page of the pool, for the page in the browser."""
     state = state_of(request)
     _, runner = state.ready()
     pool, stats = runner.pool_state(), runner.stats()
@@ -144,7 +144,7 @@ async def pool_of_pages(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     state = state_of(request)
     if not state.options.metrics:
         raise ApiError(501, "This server does not support metrics endpoint. Start it with `--metrics`")

@@ -1,7 +1,5 @@
-"""What the HTTP layer asks of the engine's thread: ``runner.EngineRunner``, as protocols.
-
-Protocols, so that the routes can be tested without a model.
-"""
+"""Protocols of the engine's thread (``runner.EngineRunner``), so that routes can be tested without
+a model."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ T = TypeVar("T")
 
 
 class Stream(Protocol):
-    """The outputs of one request, until all its samples are finished or aborted."""
+    """Outputs of one request, until all its samples are finished or aborted."""
 
     def __aiter__(self) -> AsyncIterator[SampleOutput]: ...
     async def abort(self, index: int | None = None) -> None: ...
 
 
 class Runner(Protocol):
-    """An engine on a thread of its own."""
+    """An engine on its own thread."""
 
     n_ctx: int
     max_seqs: int

@@ -1,8 +1,9 @@
-"""LockstepEngine: one engine in several processes, each of which decides alike.
+"""LockstepEngine: one engine in several processes, which all make the same decisions.
 
-Process 0 serves HTTP. Before each step it tells the others what came in since the last one, and all of them step; since
-nothing in an engine depends on time (``EngineConfig.lockstep``), all plan the same and run the same programs. While
-nobody asks for anything, a word every few seconds tells the others that it lives.
+Process 0 serves HTTP. Before each step it broadcasts the calls since the last one, and all
+processes step; because no decision of an engine depends on time (``EngineConfig.lockstep``), all
+plan the same step and run the same programs. While idle, process 0 sends a heartbeat every few
+seconds.
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ from jaxpaged.engine import (
 from jaxpaged.sharding.multihost import broadcast_object
 
 IDLE_SECONDS = 2.0
-"""Between two words while nothing is to do."""
+"""Interval of heartbeats while idle."""
 _Call = tuple[str, tuple[Any, ...]]
 
 
 class LockstepEngine:
-    """See the module; its methods are ``Engine``'s, for process 0, and ``follow`` is for the others."""
+    """See the module. Process 0 calls the methods of ``Engine``, the others ``follow``."""
 
     def __init__(self, engine: MeshEngine) -> None:
         self._engine = engine
         self._calls: list[_Call] = []
 
     def follow(self) -> None:
-        """Does what process 0 does until that ends."""
+        """Repeats the calls of process 0 until it closes."""
         while True:
             calls: list[_Call] = broadcast_object([])
             for name, arguments in calls:
                 if name == "close":
                     return
-                with contextlib.suppress(RefusedError):  # process 0 was refused, too
+                with contextlib.suppress(RefusedError):  # process 0 raised it too
                     getattr(self._engine, name)(*arguments)
 
-    def _tell(self, *calls: _Call) -> None:
-        told, self._calls = [*self._calls, *calls], []
-        broadcast_object(told)
+    def _broadcast(self, *calls: _Call) -> None:
+        pending, self._calls = [*self._calls, *calls], []
+        broadcast_object(pending)
 
     def idle(self) -> None:
-        """Nothing to do for a while."""
-        self._tell()
+        """Sends a heartbeat."""
+        self._broadcast()
 
     def close(self) -> None:
-        """Lets the others end."""
-        self._tell(("close", ()))
+        """Ends ``follow`` in the other processes."""
+        self._broadcast(("close", ()))
 
     @property
     def n_ctx(self) -> int:
@@ -85,7 +86,7 @@ class LockstepEngine:
 
     def add_request(self, request: EngineRequest) -> None:
         """See ``Engine.add_request``."""
-        self._engine.add_request(request)  # which touches no device; one that is refused is not told
+        self._engine.add_request(request)  # uses no device; a refused request is not broadcast
         self._calls.append(("add_request", (request,)))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -95,7 +96,7 @@ class LockstepEngine:
 
     def step(self) -> list[SampleOutput]:
         """See ``Engine.step``."""
-        self._tell(("step", ()))
+        self._broadcast(("step", ()))
         return self._engine.step()
 
     def stats(self) -> EngineStats:
@@ -112,25 +113,25 @@ class LockstepEngine:
 
     def check_state(self) -> None:
         """See ``Engine.check_state``."""
-        self._tell(("check_state", ()))
+        self._broadcast(("check_state", ()))
         self._engine.check_state()
 
     def drop_prefix_cache(self) -> int:
         """See ``Engine.drop_prefix_cache``."""
-        self._tell(("drop_prefix_cache", ()))
+        self._broadcast(("drop_prefix_cache", ()))
         return self._engine.drop_prefix_cache()
 
     def save_slot(self, slot: int, path: str | os.PathLike[str]) -> SlotTransfer:
-        """There are no files of slots in a run of several processes."""
-        raise RefusedError("slots are saved and restored where one process serves")
+        """Refused: slot files need a single process."""
+        raise RefusedError("slots cannot be saved or restored by a server of several processes")
 
     def restore_slot(self, slot: int, path: str | os.PathLike[str]) -> SlotTransfer:
         """See ``save_slot``."""
-        raise RefusedError("slots are saved and restored where one process serves")
+        raise RefusedError("slots cannot be saved or restored by a server of several processes")
 
     def erase_slot(self, slot: int) -> int:
         """See ``Engine.erase_slot``."""
-        self._tell(("erase_slot", (slot,)))
+        self._broadcast(("erase_slot", (slot,)))
         return self._engine.erase_slot(slot)
 
 

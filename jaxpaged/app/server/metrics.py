@@ -1,4 +1,4 @@
-"""Measurements for Prometheus: what the HTTP layer sees itself, and the engine's counters at the moment of asking."""
+"""Metrics for Prometheus: measurements of the HTTP layer, and the engine's statistics when scraped."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.
 
 
 class _EngineCollector(Collector):
-    """The engine's own numbers, under our names and under llama-server's."""
+    """Collects the engine's statistics, under our names and under llama-server's."""
 
     def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
         self._metrics, self._stats = metrics, stats
 
     def describe(self) -> list[Metric]:
-        return []  # or the registry would ask for the numbers to learn the names
+        return []  # otherwise the registry would call collect to learn the names
 
     def collect(self) -> Iterator[Metric]:
         stats, seen = self._stats(), self._metrics
         in_use = stats.pages_used / max(stats.pages_total, 1)
         gauges = {
-            "jaxpaged_requests_running": (stats.running, "Samples that have a sequence of the cache."),
-            "jaxpaged_requests_waiting": (stats.waiting, "Samples that wait for one."),
-            "jaxpaged_requests_swapped": (stats.swapped, "Waiting samples whose pages are in host memory."),
+            "jaxpaged_requests_running": (stats.running, "Running samples."),
+            "jaxpaged_requests_waiting": (stats.waiting, "Waiting samples."),
+            "jaxpaged_requests_swapped": (stats.swapped, "Waiting samples with pages in host memory."),
             "jaxpaged_kv_pages": (stats.pages_total, "Pages of the pool."),
-            "jaxpaged_kv_pages_used": (stats.pages_used, "Pages that running sequences hold."),
+            "jaxpaged_kv_pages_used": (stats.pages_used, "Pages held by running sequences."),
             "jaxpaged_kv_pages_cached": (
                 stats.pages_cached,
-                "Pages that only the prefix cache keeps, until they are needed.",
+                "Pages held by the prefix cache alone.",
             ),
-            "jaxpaged_kv_pages_free": (stats.pages_free, "Pages that hold nothing."),
+            "jaxpaged_kv_pages_free": (stats.pages_free, "Free pages."),
             "jaxpaged_kv_usage_ratio": (in_use, "Used pages over all pages; cached ones are not used."),
-            "jaxpaged_kv_waste_ratio": (stats.waste, "Slots of used pages that hold no live token."),
+            "jaxpaged_kv_waste_ratio": (stats.waste, "Share of token slots in used pages that are empty."),
             "jaxpaged_kv_tokens_live": (stats.tokens_live, "Tokens of running sequences."),
             "jaxpaged_kv_page_bytes": (stats.bytes_per_page, "Bytes of one page, over all layers."),
             "llamacpp:requests_processing": (stats.running, "Number of requests processing."),
@@ -55,22 +55,22 @@ class _EngineCollector(Collector):
             ),
         }
         counters = {
-            "jaxpaged_steps": (stats.steps, "Runs of the model."),
+            "jaxpaged_steps": (stats.steps, "Steps of the model."),
             "jaxpaged_prompt_tokens": (stats.prompt_tokens, "Prompt tokens computed, cached ones excluded."),
             "jaxpaged_generated_tokens": (stats.generated_tokens, "Tokens generated."),
             "jaxpaged_prefix_query_tokens": (
                 stats.prefix_queries,
                 "Prompt tokens looked up in the prefix cache.",
             ),
-            "jaxpaged_prefix_hit_tokens": (stats.prefix_hits, "Those found."),
-            "jaxpaged_preemptions": (stats.preemptions, "Sequences that had to make room."),
-            "jaxpaged_swaps": (stats.swaps, "Those whose pages went to host memory."),
-            "jaxpaged_evictions": (stats.evictions, "Cached pages given up for others."),
+            "jaxpaged_prefix_hit_tokens": (stats.prefix_hits, "Prompt tokens found in the prefix cache."),
+            "jaxpaged_preemptions": (stats.preemptions, "Preempted sequences."),
+            "jaxpaged_swaps": (stats.swaps, "Preempted sequences swapped to host memory."),
+            "jaxpaged_evictions": (stats.evictions, "Pages evicted from the prefix cache."),
             "jaxpaged_context_shifts": (stats.shifts, "Context shifts."),
             "jaxpaged_nan_samples": (stats.nan_samples, "Samples ended because the model's logits held NaN."),
             "jaxpaged_late_compilations": (
                 stats.compiled_late,
-                "Programs compiled after the start; 0 unless something is wrong.",
+                "Programs compiled after start-up; anything but 0 is a bug.",
             ),
             "llamacpp:prompt_tokens": (stats.prompt_tokens, "Number of prompt tokens processed."),
             "llamacpp:prompt_tokens_cached": (
@@ -89,16 +89,14 @@ class _EngineCollector(Collector):
 
 
 class Metrics:
-    """The measurements of one server, in a registry of their own."""
+    """The metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.prompt_tokens = self.predicted_tokens = 0
-        """Of requests that came to their end."""
+        """Totals of finished samples."""
         self.prompt_seconds = self.predicted_seconds = 0.0
-        self.finished = Counter(
-            "jaxpaged_finished", "Samples that came to their end.", ["reason"], registry=self._registry
-        )
+        self.finished = Counter("jaxpaged_finished", "Finished samples.", ["reason"], registry=self._registry)
         self.errors = Counter(
             "jaxpaged_http_errors", "Requests answered with an error.", ["status"], registry=self._registry
         )
@@ -113,26 +111,26 @@ class Metrics:
         return Histogram(f"jaxpaged_{name}", text, buckets=buckets, registry=self._registry)
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
-        """From now on the engine's numbers are among them."""
+        """Adds the engine's statistics."""
         self._registry.register(_EngineCollector(self, stats))
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' format."""
+        """All metrics in Prometheus' format."""
         return generate_latest(self._registry)
 
     def began(self, times: RequestTimes) -> None:
-        """The first token of a sample is here."""
+        """Records the first token of a sample."""
         if times.first_token:
             self.first_token.observe(max(0.0, times.first_token - times.arrived))
         if times.scheduled:
             self.queue.observe(max(0.0, times.scheduled - times.arrived))
 
     def ended(self, times: RequestTimes, *, reason: str, prompt: int, generated: int, now: float) -> None:
-        """A sample came to its end; ``prompt`` are the tokens that were computed for it."""
+        """Records a finished sample. prompt: prompt tokens computed for it."""
         self.finished.labels(reason).inc()
         self.end_to_end.observe(max(0.0, now - times.arrived))
         self.prompt_tokens += prompt
-        self.predicted_tokens += max(0, generated - 1)  # the first comes with the prompt, and costs no time
+        self.predicted_tokens += max(0, generated - 1)  # the first comes with the last prefill step
         if times.first_token:
             self.prompt_seconds += max(0.0, times.first_token - times.scheduled)
             self.predicted_seconds += max(0.0, now - times.first_token)

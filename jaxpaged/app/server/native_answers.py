@@ -1,4 +1,4 @@
-"""The shape of llama-server's answers."""
+"""Responses in llama-server's format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxpaged.app.server.state import ServedModel, ServerState
 from jaxpaged.engine.request import EngineRequest, TokenLogprobs
 
 _SMALLEST = -1e30
-"""llama-server writes the lowest float where JSON has no infinity."""
+"""Stands for -inf, which JSON does not have, as in llama-server."""
 _NOT_SERVED: dict[str, Any] = {
     "dynatemp_range": 0.0,
     "dynatemp_exponent": 1.0,
@@ -37,11 +37,12 @@ _NOT_SERVED: dict[str, Any] = {
     "lora": [],
     "post_sampling_probs": False,
 }
-"""What is not served, at the values that say so: llama-server's clients read these names too."""
+"""Settings that are not supported, with the values that mean off; llama-server's clients read them.
+"""
 
 
 def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool = False) -> dict[str, Any]:
-    """``generation_settings``: what a sample is drawn with, by llama-server's names."""
+    """``generation_settings``: sampling parameters under llama-server's names."""
     limit = -1 if request.max_new_tokens is None else request.max_new_tokens
     return {
         "n_predict": limit,
@@ -60,7 +61,7 @@ def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool 
         "n_discard": request.n_discard,
         "ignore_eos": not request.stop_ids,
         "stream": stream,
-        # null is llama-server's word for a token that is forbidden
+        # null stands for -inf, as in llama-server
         "logit_bias": [
             {"token": token, "bias": bias if math.isfinite(bias) else None}
             for token, bias in request.logit_bias.items()
@@ -73,7 +74,7 @@ def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool 
 
 @dataclass
 class NativeAnswer:
-    """The answers to one ``/completion``."""
+    """Responses to a ``/completion`` request."""
 
     state: ServerState
     model: ServedModel
@@ -81,7 +82,7 @@ class NativeAnswer:
     body: NativeRequest
 
     def whole(self, updates: Sequence[Update]) -> Any:
-        """One object, or a list where there are several choices."""
+        """The response: an object, or a list if there are several choices."""
         parts = gathered(self.generation.choices, updates)
         answers = [
             self._final(choice, part.text, part.tokens if self.body.return_tokens else [], part.logprobs)
@@ -90,7 +91,7 @@ class NativeAnswer:
         return answers[0] if len(answers) == 1 else answers
 
     def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
-        """The events of one update."""
+        """Events of one update."""
         choice, part = update.choice, update.part
         if part.text or part.tokens:
             chunk: dict[str, Any] = {
@@ -152,7 +153,7 @@ class NativeAnswer:
 
 
 def _chosen(answer: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """The fields that were asked for; ``a/b`` is b of a, and one that is not there is left out."""
+    """The requested fields that exist; ``a/b`` is field b of a."""
     chosen = {}
     for path in fields:
         value: Any = answer

@@ -1,4 +1,4 @@
-"""llama-server's own API: completion, and the tools around tokens and templates."""
+"""llama-server's own API: completion, tokenization, chat templates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/completion")
 @router.post("/completions", include_in_schema=False)
 async def completion(request: Request, body: NativeRequest) -> Response:
-    """Continues a prompt; several prompts or samples make a list of answers."""
+    """Continues a prompt; with several prompts or samples the response is a list."""
     state = state_of(request)
     model, runner = state.accepting()
     prompts = [await encode_mixed(model, prompt) for prompt in body.prompts]
@@ -116,7 +116,7 @@ def _piece(model: ServedModel, token: int) -> str | list[int]:
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-    """The text of tokens, special ones by their names."""
+    """The text of tokens, special ones written out."""
     model, _ = state_of(request).ready()
     if body.tokens:
         check_prompt(model, body.tokens)

@@ -1,4 +1,5 @@
-"""llama-server's own requests: ``/completion``, ``/tokenize``, ``/detokenize``, ``/apply-template``, ``/slots``."""
+"""llama-server's own requests: ``/completion``, ``/tokenize``, ``/detokenize``,
+``/apply-template``, ``/slots``."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ Mixed = list[str | TokenId]
 
 
 class PromptObject(StrictModel):
-    """A prompt as llama-server's multimodal clients write it; there may be no media in it."""
+    """A prompt in the form of llama-server's multimodal clients, without media."""
 
     prompt_string: str
     multimodal_data: Annotated[list[str] | None, Field(max_length=0)] = None
@@ -77,16 +78,17 @@ class NativeRequest(SamplingFields):
             if not isinstance(pair[0], int | str) or isinstance(pair[0], bool) or isinstance(pair[1], str):
                 raise ValueError("logit_bias: each entry is [token or text, number or false]")
             if pair[1] is True:
-                raise ValueError("logit_bias: true means nothing; false forbids a token")
+                raise ValueError("logit_bias: true is not allowed; false forbids a token")
         if isinstance(self.logit_bias, dict) and True in (
             v for v in self.logit_bias.values() if isinstance(v, bool)
         ):
-            raise ValueError("logit_bias: true means nothing; false forbids a token")
+            raise ValueError("logit_bias: true is not allowed; false forbids a token")
         return self
 
     @property
     def prompts(self) -> list[Mixed]:
-        """The prompts. A list of texts is several of them, one that has a token in it a mixed one."""
+        """The prompts. A list of texts is several prompts; a list with a token in it is one mixed
+        prompt."""
         several: Sequence[Any] = [self.prompt] if isinstance(self.prompt, str | PromptObject) else self.prompt
         if any(isinstance(part, int) for part in several):
             several = [several]
@@ -95,7 +97,7 @@ class NativeRequest(SamplingFields):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings; empty ones, which llama-server passes over too, left out."""
+        """The stop strings; empty ones are ignored, as in llama-server."""
         given = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return tuple(filter(None, given))
 
@@ -140,6 +142,6 @@ class TemplateRequest(TemplateFields):
 
 
 class SlotFile(StrictModel):
-    """The body of saving and restoring a slot: a name in the folder of ``--slot-save-path``, and no path."""
+    """``POST /slots/N``: a file name, not a path, in the folder of ``--slot-save-path``."""
 
     filename: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")] | None = None

@@ -1,4 +1,4 @@
-"""The shapes of OpenAI's answers, whole and in chunks."""
+"""Responses in OpenAI's formats, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxpaged.app.server.text import TextPart
 from jaxpaged.engine.request import TokenLogprobs
 
 _FORBIDDEN = -9999.0
-"""OpenAI's log-probability of what cannot be; JSON has no infinity."""
+"""Stands for -inf, which JSON does not have, as in OpenAI's API."""
 
 
 @dataclass
 class Answer:
-    """What the answers to both paths have in common."""
+    """Common part of completion and chat responses."""
 
     state: ServerState
     model: ServedModel
@@ -31,17 +31,17 @@ class Answer:
     chunk_kind: str = ""
 
     def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
-        """All in one object."""
+        """The whole response."""
         parts = gathered(self.generation.choices, updates)
         choices = [
             self.choice(choice, part) for choice, part in zip(self.generation.choices, parts, strict=True)
         ]
         timings = self.generation.choices[0].timings()
-        answer = self.frame(self.kind, choices) | {"usage": self.usage(), "timings": timings}
+        answer = self._wrap(self.kind, choices) | {"usage": self.usage(), "timings": timings}
         return answer | ({"__verbose": self._verbose()} if self.body.verbose else {})
 
     def _verbose(self) -> dict[str, Any]:
-        """What llama-server shows beside an answer to whoever looks for a mistake in a chat template."""
+        """llama-server's ``__verbose``, for debugging chat templates."""
         request = self.generation.requests[0]
         return {
             "prompt": self.model.tokenizer.decode(request.prompt, skip_special=False),
@@ -49,11 +49,11 @@ class Answer:
         }
 
     def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first token."""
+        """Chunks before the first token."""
         return []
 
     def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
-        """The chunks of one update."""
+        """Chunks of one update."""
         raise NotImplementedError
 
     def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
@@ -61,12 +61,12 @@ class Answer:
         raise NotImplementedError
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream that was asked to count."""
+        """The usage chunk at the end of a stream."""
         timings = self.generation.choices[0].timings()
-        return self.frame(self.chunk_kind, []) | {"usage": self.usage(), "timings": timings}
+        return self._wrap(self.chunk_kind, []) | {"usage": self.usage(), "timings": timings}
 
-    def frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """An answer or a chunk around choices."""
+    def _wrap(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A response or chunk with these choices."""
         return {
             "id": self.id,
             "object": kind,
@@ -77,7 +77,7 @@ class Answer:
         }
 
     def usage(self) -> dict[str, Any]:
-        """Tokens; those of a prompt count once for all its samples."""
+        """Token counts; a prompt counts once for all its samples."""
         firsts = {choice.prompt: choice for choice in reversed(self.generation.choices)}.values()
         prompt = sum(choice.num_prompt for choice in firsts)
         completion = sum(choice.num_tokens for choice in self.generation.choices)
@@ -89,7 +89,8 @@ class Answer:
         }
 
     def token_text(self, token: int) -> str:
-        """A token as text; one that is a part of a character as OpenAI writes it, ``bytes:\\xf0\\x9f``."""
+        """A token as text; one that is a part of a character as OpenAI writes it,
+        ``bytes:\\xf0\\x9f``."""
         data = self.model.tokenizer.token_bytes(token)
         try:
             return data.decode()
@@ -102,7 +103,7 @@ class CompletionAnswer(Answer):
     """``text_completion``."""
 
     echoes: list[str] = field(default_factory=list)
-    """The prompts' texts, where they are to be repeated."""
+    """Texts of the prompts, if the response repeats them."""
     kind: str = "text_completion"
     chunk_kind: str = "text_completion"
 
@@ -114,7 +115,7 @@ class CompletionAnswer(Answer):
             return []
         choices = self.generation.choices
         return [
-            self.frame(self.chunk_kind, [self._choice(choice, self._echo(choice), None)])
+            self._wrap(self.chunk_kind, [self._choice(choice, self._echo(choice), None)])
             for choice in choices
         ]
 
@@ -122,9 +123,9 @@ class CompletionAnswer(Answer):
         choice, part = update.choice, update.part
         if part.text or part.logprobs:
             delta = self._choice(choice, part.text, self._logprobs(part))
-            yield self.frame(self.chunk_kind, [delta | {"finish_reason": None}])
+            yield self._wrap(self.chunk_kind, [delta | {"finish_reason": None}])
         if choice.stop_type is not None:
-            yield self.frame(self.chunk_kind, [self._choice(choice, "", None)])
+            yield self._wrap(self.chunk_kind, [self._choice(choice, "", None)])
 
     def _choice(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {
@@ -191,7 +192,7 @@ class ChatAnswer(Answer):
         finish: str | None = None,
     ) -> dict[str, Any]:
         one = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return self.frame(self.chunk_kind, [one])
+        return self._wrap(self.chunk_kind, [one])
 
     def _logprobs(self, part: TextPart) -> dict[str, Any] | None:
         if not part.logprobs:

@@ -70,7 +70,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 @router.post("/v1/chat/completions/input_tokens")
 @router.post("/chat/completions/input_tokens", include_in_schema=False)
 async def input_tokens(request: Request, body: ChatRequest) -> Response:
-    """Counts the tokens of a conversation, which is not answered."""
+    """Counts the tokens of a conversation."""
     model, _ = state_of(request).ready()
     return json_response(
         {"object": "response.input_tokens", "input_tokens": len(await _chat_prompt(model, body))}
@@ -84,7 +84,7 @@ async def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
 
 
 async def _prompts(model: ServedModel, given: Any) -> list[list[int]]:
-    """Token ids of each prompt, whichever of the four shapes they came in."""
+    """Token ids of each prompt, from any of the four formats."""
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     prompts = [await encode(model, one) if isinstance(one, str) else list(one) for one in given]
@@ -143,15 +143,15 @@ async def _whole(generation: Generation, answer: Answer) -> Response:
 async def _events(
     state: ServerState, generation: Generation, answer: Answer, include_usage: bool
 ) -> AsyncIterator[bytes]:
-    def framed(chunk: dict[str, Any]) -> bytes:
+    def encoded(chunk: dict[str, Any]) -> bytes:
         return event(chunk | {"usage": None} if include_usage else chunk)
 
     try:
         for chunk in answer.opening():
-            yield framed(chunk)
+            yield encoded(chunk)
         async for update in generation.updates():
             for chunk in answer.chunks(update):
-                yield framed(chunk)
+                yield encoded(chunk)
         if include_usage:
             yield event(answer.usage_chunk())
     except ApiError as error:  # the status is sent already

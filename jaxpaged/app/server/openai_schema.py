@@ -1,7 +1,7 @@
 """OpenAI's requests: ``/v1/completions`` and ``/v1/chat/completions``.
 
-Every parameter of OpenAI's own is known here. Those that cannot be served are refused where they ask for something,
-and accepted where they say nothing, as clients write them out; those that change no text are accepted.
+All of OpenAI's parameters are known. Unsupported ones are refused unless their value is neutral,
+because clients send neutral values too; those that do not change the text are accepted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxpaged.app.server.sampling_schema import (
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
 
 TEMPLATE_ARGUMENTS = ("enable_thinking", "add_generation_prompt")
-"""What a request may hand to a chat template: a template is a program, and not every variable is the client's."""
+"""Variables of a chat template that a request may set."""
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 _MAX_NAMES = 16
@@ -33,16 +33,16 @@ Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class StreamOptions(StrictModel):
-    """What a stream tells beside the text."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
 class OpenAIFields(SamplingFields):
-    """What both paths share."""
+    """Parameters of both completion and chat requests."""
 
-    # name -> the values that ask for nothing
+    # name -> its neutral values
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     model: Annotated[str | None, Field(max_length=1024)] = None
@@ -52,7 +52,7 @@ class OpenAIFields(SamplingFields):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=1e6, allow_inf_nan=False)] = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     logit_bias: Annotated[dict[str, Bias] | None, Field(max_length=MAX_LOGIT_BIAS)] = None
-    stream: bool | None = None  # type: ignore[assignment]  # clients write null where they mean false
+    stream: bool | None = None  # type: ignore[assignment]  # some clients send null for false
     stream_options: StreamOptions | None = None
     user: Annotated[str | None, Field(max_length=1024)] = None
     verbose: bool | None = None
@@ -78,13 +78,13 @@ class OpenAIFields(SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """Tokens to generate at most; None = as many as fit."""
+        """Tokens to generate, at most; None = as many as fit."""
         limit = self.n_predict if self.max_tokens is None else self.max_tokens
         return None if limit is None or limit < 0 else limit
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that counts tokens."""
+        """True if a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -111,11 +111,9 @@ class CompletionRequest(OpenAIFields):
     @model_validator(mode="after")
     def _servable(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(
-                "best_of other than n is not supported; ask for n samples with logprobs and choose"
-            )
+            raise ValueError("best_of must equal n; request n samples with logprobs instead")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: a prompt has no log-probabilities here")
+            raise ValueError("echo with logprobs is not supported: prompts have no log-probabilities")
         return self
 
 
@@ -127,7 +125,7 @@ class TextPart(StrictModel):
 
 
 class RefusalPart(StrictModel):
-    """A part of an assistant's message that says no."""
+    """A refusal in an assistant's message."""
 
     type: Literal["refusal"]
     refusal: str
@@ -138,7 +136,8 @@ class RefusalPart(StrictModel):
 
 
 class Message(StrictModel):
-    """One message of a conversation; an assistant's may have all fields of an answer, as clients send it back."""
+    """A message of a conversation. An assistant's may have all fields of a response, which clients
+    send back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart | RefusalPart] | None = None
@@ -157,7 +156,8 @@ class Message(StrictModel):
         return self
 
     def plain(self) -> dict[str, str]:
-        """The message as a chat template reads it; parts on separate lines, as in llama.cpp and vLLM."""
+        """The message as a chat template reads it; parts on separate lines, as in llama.cpp and
+        vLLM."""
         text = self.refusal or "" if self.content is None else self.content
         if not isinstance(text, str):
             text = "\n".join(part.text for part in text)
@@ -167,13 +167,14 @@ class Message(StrictModel):
 
 
 class TemplateFields(StrictModel):
-    """What a chat template is given."""
+    """Input of a chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
-    """False: nothing behind the messages; otherwise what makes the model answer, or continue its answer."""
+    """False: nothing after the messages; otherwise the beginning of an answer, or an answer to
+    continue."""
     continue_final_message: bool | None = None
-    """Whether the last message is to be continued; None: if it is the assistant's."""
+    """True: continue the last message; None: continue it if it is the assistant's."""
     chat_template_kwargs: Annotated[dict[str, bool] | None, Field(max_length=_MAX_NAMES)] = None
 
     @model_validator(mode="after")
@@ -231,7 +232,7 @@ class ChatRequest(OpenAIFields, TemplateFields):
     moderation: Any = None
     parallel_tool_calls: bool | None = None
     reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
-    """Without effect, as the flag of that name: answers are text as the model writes it."""
+    """Without effect, like the flag of that name: answers are not parsed."""
     store: bool | None = None
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,

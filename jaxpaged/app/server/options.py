@@ -191,7 +191,8 @@ class ServeOptions(RunFlags):
 def all_keys(
     given: tuple[str, ...], file: Path | None, environment: Mapping[str, str] = os.environ
 ) -> tuple[str, ...]:
-    """The API keys of the command line, of a file (one a line, # begins a comment) and of the environment.
+    """The API keys of the command line, of a file (one a line, # begins a comment) and of the
+    environment.
 
     Raises:
       InputError: the file cannot be read or holds no key, or a key is too short to be one.

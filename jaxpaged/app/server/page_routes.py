@@ -1,4 +1,4 @@
-"""The page in the browser: the files of ``pages/``, each by its name, with headers that let it do only its own."""
+"""The browser page: the files of ``pages/`` by name, with a strict content security policy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked about by its ETag
+    "Cache-Control": "no-cache",  # cached, and revalidated by ETag
 }
 
 
@@ -43,7 +43,8 @@ class _File:
 
 
 def page_routes(folder: Path = _FOLDER) -> list[Route]:
-    """A route for each file, and ``/`` for index.html; the files are read now, and no path is made of a request."""
+    """A route for each file, and ``/`` for index.html. Files are read once; no path comes from a
+    request."""
     if not folder.is_dir():
         return []
     files = {

@@ -1,4 +1,4 @@
-"""From what a client sends to token ids: texts, lists of tokens, conversations."""
+"""Token ids from texts, mixed lists and conversations."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from jaxpaged.app.server.state import ServedModel
 async def encode(
     model: ServedModel, text: str, *, add_special: bool = True, parse_special: bool = True
 ) -> list[int]:
-    """Token ids of a prompt, computed on a thread: a long text takes seconds."""
+    """Token ids of a prompt, computed in a thread: a long text takes seconds."""
     tokenizer = model.tokenizer
     ids = await asyncio.to_thread(
         tokenizer.encode, text, add_special=add_special, parse_special=parse_special
     )
-    # The end of the text is the model's to say.
+    # Without the end-of-text token: the model is to continue.
     return ids[:-1] if add_special and tokenizer.add_eos and ids else ids
 
 
 async def encode_mixed(
     model: ServedModel, parts: Sequence[str | int], *, add_special: bool = True
 ) -> list[int]:
-    """llama-server's mixed lists: texts and tokens in turn; only a text at the beginning gets what begins a text."""
+    """Token ids of llama-server's mixed lists of texts and tokens; BOS is added only to a text at
+    the beginning."""
     ids: list[int] = []
     for i, part in enumerate(parts):
         if isinstance(part, int):
@@ -39,15 +40,13 @@ async def encode_mixed(
 
 
 def check_prompt(model: ServedModel, ids: Sequence[int]) -> None:
-    """Refuses a prompt that is empty, or that names tokens which are not there.
+    """Checks a prompt.
 
     Raises:
-      ApiError: as said.
+      ApiError: the prompt is empty, or has a token outside the vocabulary.
     """
     if not ids:
-        raise ApiError(
-            400, "the prompt is empty, and this model has no token that begins a text", param="prompt"
-        )
+        raise ApiError(400, "the prompt is empty, and this model has no BOS token", param="prompt")
     size = model.tokenizer.vocab_size
     if max(ids) >= size or min(ids) < 0:
         wrong = next(token for token in ids if not 0 <= token < size)
@@ -57,7 +56,7 @@ def check_prompt(model: ServedModel, ids: Sequence[int]) -> None:
 
 
 async def chat_text(model: ServedModel, body: TemplateFields) -> str:
-    """The text of a conversation. An assistant's message at the end is an answer that is to be continued.
+    """The prompt of a conversation. An assistant's message at the end is continued.
 
     Raises:
       ApiError: the chat template refuses the messages.
@@ -73,7 +72,7 @@ async def chat_text(model: ServedModel, body: TemplateFields) -> str:
         begun = messages.pop()["content"]
         if not messages or messages[-1]["role"] == "assistant":
             raise ApiError(
-                400, "messages: two answers of the assistant at the end, or nothing else", param="messages"
+                400, "messages: nothing to answer before the assistant's last one", param="messages"
             )
     try:
         text = await asyncio.to_thread(
@@ -91,7 +90,7 @@ async def chat_text(model: ServedModel, body: TemplateFields) -> str:
 
 
 async def encode_chat(model: ServedModel, text: str) -> list[int]:
-    """Token ids of ``chat_text``; a template may have written what begins a text already."""
+    """Token ids of ``chat_text``; BOS is not added if the template has written it."""
     bos = _name(model, model.tokenizer.bos_id)
     return await encode(model, text, add_special=not (bos and text.startswith(bos)))
 

@@ -1,4 +1,4 @@
-"""How routes read a body: JSON and nothing else, parsed strictly."""
+"""Routes that accept only JSON bodies, parsed strictly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpaged.app.server.encoding import JsonError, parse_json
 from jaxpaged.app.server.errors import ApiError
 
 _SMALL = 64 * 1024
-"""Bytes that are parsed at once; more of them on a thread, so that other requests go on."""
+"""Larger bodies, in bytes, are parsed in a thread, so that other requests continue."""
 
 
 class _StrictRequest(Request):
@@ -28,10 +28,10 @@ class _StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route that takes ``application/json`` only.
+    """A route that accepts only ``application/json``.
 
-    A page of another site may send the types of forms and plain text without asking the browser first, and a body
-    without a type too; JSON it may not.
+    Without a CORS preflight, a page of another site may send forms, plain text and bodies without a
+    type, but not JSON.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

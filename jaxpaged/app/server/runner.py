@@ -1,7 +1,7 @@
-"""EngineRunner: an engine on a thread of its own, behind coroutines.
+"""EngineRunner: an engine on its own thread, behind coroutines.
 
-The thread alone touches the engine. What handlers ask for goes through a queue that is emptied between two steps, and
-what a step puts out is handed to the event loop in one go.
+Only that thread uses the engine. Calls of request handlers go through a queue that is processed
+between two steps, and the outputs of a step are passed to the event loop together.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from jaxpaged.app.server.lockstep import IDLE_SECONDS, AnyEngine, LockstepEngine
 from jaxpaged.engine import EngineRequest, EngineStats, PoolState, SampleOutput, SlotState
 
 T = TypeVar("T")
-_VIEW_SECONDS = 0.2
-"""How old a picture of the pool may be, and numbers a quarter of that, while steps follow each other: counting the
-tokens of all pages takes a fraction of a millisecond, and some steps take little more."""
+_STATE_SECONDS = 0.2
+"""Age of the pool's state while the engine is busy, at most; a quarter of it for statistics. They
+take up to 1 ms at 256 sequences and 65,536 pages, and some steps take little more."""
 
 
 class EngineFailedError(RuntimeError):
-    """The engine's thread came upon an error that it cannot go on from."""
+    """The engine's thread ended with an error."""
 
 
 class RequestStream:
-    """What becomes of one request: an asynchronous iterator of ``SampleOutput``, until all its samples are done."""
+    """Outputs of one request: an asynchronous iterator of ``SampleOutput``, until all samples are
+    finished."""
 
     def __init__(self, runner: EngineRunner, request: EngineRequest) -> None:
         self.request = request
         self._runner = runner
         self._outputs: asyncio.Queue[SampleOutput | EngineFailedError] = asyncio.Queue()
         self._open = set(range(request.n))
-        self._coming = set(range(request.n))
+        self._pending = set(range(request.n))
 
     @property
     def delivered(self) -> bool:
-        """Whether the last output of every sample is here, taken or not."""
-        return not self._coming
+        """True if the last output of every sample has arrived."""
+        return not self._pending
 
     def __aiter__(self) -> AsyncIterator[SampleOutput]:
         return self
@@ -53,40 +54,40 @@ class RequestStream:
                 self._open.clear()
                 raise output
             if output.index not in self._open:
-                continue  # it was aborted while this was on its way
+                continue  # aborted meanwhile
             if output.finish_reason is not None:
                 self._open.discard(output.index)
             return output
         raise StopAsyncIteration
 
     async def abort(self, index: int | None = None) -> None:
-        """Ends the request, or one of its samples, in the engine; again is no error. Nothing of it comes any more."""
+        """Aborts the request, or one of its samples, without further output; idempotent."""
         ended = self._open & ({index} if index is not None else self._open)
         self._open -= ended
         if ended:
-            self._coming -= ended
+            self._pending -= ended
             self._runner.post(lambda engine: engine.abort(self.request.request_id, index))
             if self.delivered:
                 self._runner.forget(self)
 
     def put(self, output: SampleOutput | EngineFailedError) -> None:
-        """From the event loop."""
+        """Adds an output; to be called on the event loop."""
         if isinstance(output, SampleOutput) and output.finish_reason is not None:
-            self._coming.discard(output.index)
+            self._pending.discard(output.index)
         self._outputs.put_nowait(output)
 
 
 class EngineRunner:
-    """See the module.
+    """Runs an engine; see the module.
 
     Args:
-      engine: compiled; nobody else may call it while the thread runs.
+      engine: a compiled engine, which nothing else may use while the thread runs.
     """
 
     def __init__(self, engine: AnyEngine) -> None:
         self._engine = engine
         self.n_ctx, self.max_seqs, self.page_size = engine.n_ctx, engine.max_seqs, engine.page_size
-        self._asked: queue.SimpleQueue[Callable[[AnyEngine], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[AnyEngine], None]] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -95,19 +96,19 @@ class EngineRunner:
         self._stats = engine.stats()
         self._pool_state = engine.pool_state()
         self._slot_states = engine.slot_states()
-        self._viewed = self._counted = 0.0
+        self._refreshed = self._counted = 0.0
         self.draining = False
-        """New requests are turned away; those that run come to their end."""
+        """True: new requests are refused, running ones finish."""
 
-    # From the event loop
+    # To be called on the event loop
 
     def start(self) -> None:
-        """Begins; from inside the event loop that will be told of outputs."""
+        """Starts the thread; outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def close(self) -> None:
-        """Ends the thread, whatever still runs."""
+        """Ends the thread, even if requests are running."""
         self._closing = True
         self.post(lambda _: None)
         if self._thread.is_alive():
@@ -115,32 +116,32 @@ class EngineRunner:
 
     @property
     def healthy(self) -> bool:
-        """Whether requests can be served."""
+        """True if requests can be served."""
         return self._failure is None and self._thread.is_alive()
 
     @property
     def failure(self) -> BaseException | None:
-        """What the engine could not go on from."""
+        """Exception that ended the engine's thread."""
         return None if self._failure is None else self._failure.__cause__
 
     @property
-    def num_residual(self) -> int:
-        """Requests that are not done."""
+    def num_unfinished(self) -> int:
+        """Number of unfinished requests."""
         return len(self._streams)
 
     async def submit(self, request: EngineRequest) -> RequestStream:
-        """Hands a request to the engine.
+        """Submits a request to the engine.
 
         Raises:
-          RefusedError: the engine's refusal, of whatever kind.
-          EngineFailedError: the engine is gone.
+          RefusedError: the engine refused it.
+          EngineFailedError: the engine has failed.
         """
         stream = RequestStream(self, request)
-        if request.request_id not in self._streams:  # else the engine refuses it
+        if request.request_id not in self._streams:  # otherwise the engine refuses it
             self._streams[request.request_id] = stream
         try:
             await self.call(lambda engine: engine.add_request(request))
-        except BaseException as error:  # refused, or nobody waits for it any more
+        except BaseException as error:  # refused, or the caller was cancelled
             self.forget(stream)
             if isinstance(error, asyncio.CancelledError):
                 self.post(lambda engine: engine.abort(request.request_id))
@@ -148,7 +149,8 @@ class EngineRunner:
         return stream
 
     async def call(self, function: Callable[[AnyEngine], T]) -> T:
-        """What ``function`` returns, or raises, between two steps, on the engine's thread."""
+        """Calls ``function`` on the engine's thread, between two steps; returns or raises what it
+        does."""
         if self._failure is not None:
             raise self._failure
         loop = asyncio.get_running_loop()
@@ -167,7 +169,7 @@ class EngineRunner:
             failure: Exception | None = None
             try:
                 result = function(engine)
-            except (ValueError, OSError, RuntimeError, AssertionError) as error:  # for who asked
+            except (ValueError, OSError, RuntimeError, AssertionError) as error:  # raised in the caller
                 failure = error
             loop.call_soon_threadsafe(settle, result, failure)
 
@@ -175,26 +177,26 @@ class EngineRunner:
         return await answer
 
     def post(self, function: Callable[[AnyEngine], None]) -> None:
-        """Has ``function`` called between two steps, on the engine's thread; from any thread."""
-        self._asked.put(function)
+        """Queues a call on the engine's thread, between two steps; thread-safe."""
+        self._calls.put(function)
 
     def forget(self, stream: RequestStream) -> None:
-        """Nothing is handed to the stream any more."""
+        """Stops passing outputs to a stream."""
         if self._streams.get(stream.request.request_id) is stream:
             del self._streams[stream.request.request_id]
 
-    # From any thread
+    # Thread-safe
 
     def stats(self) -> EngineStats:
-        """As they were a moment ago, or, where nothing runs, as they are."""
+        """Recent statistics; current ones while the engine is idle."""
         return self._stats
 
     def pool_state(self) -> PoolState:
-        """As it was a moment ago."""
+        """Recent state of the pool."""
         return self._pool_state
 
     def slot_states(self) -> list[SlotState]:
-        """As they were a moment ago."""
+        """Recent states of the slots."""
         return self._slot_states
 
     # The engine's thread
@@ -202,51 +204,51 @@ class EngineRunner:
     def _work(self) -> None:
         try:
             while not self._closing:
-                self._answer(wait=not self._engine.has_work)
+                self._process_calls(wait=not self._engine.has_work)
                 outputs = self._engine.step() if self._engine.has_work else []
                 self._publish()
                 if outputs:
                     self._hand_out(outputs)
             if isinstance(self._engine, LockstepEngine):
                 self._engine.close()
-        # The thread has no caller: whatever it is, every request must hear of it, and /health.
+        # The thread has no caller: every request must get the error, whatever it is, and /health.
         except BaseException as error:
             self._failure = EngineFailedError(f"the engine failed: {type(error).__name__}: {error}")
             self._failure.__cause__ = error
-            self._tell_failure()
+            self._publish_failure()
             if not processes.is_loss(error):
                 raise
 
-    def _answer(self, *, wait: bool) -> None:
-        """Does what was asked for since the last step."""
+    def _process_calls(self, *, wait: bool) -> None:
+        """Processes the calls queued since the last step."""
         with contextlib.suppress(queue.Empty):
             if wait:
-                self._refresh_view()
+                self._refresh()
                 self._await()(self._engine)
             while True:
-                self._asked.get_nowait()(self._engine)
+                self._calls.get_nowait()(self._engine)
 
     def _await(self) -> Callable[[AnyEngine], None]:
-        """What is asked for next, whenever that is."""
+        """Waits for the next call."""
         if not isinstance(self._engine, LockstepEngine):
-            return self._asked.get()
+            return self._calls.get()
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._asked.get(timeout=IDLE_SECONDS)
+                return self._calls.get(timeout=IDLE_SECONDS)
             self._engine.idle()
 
     def _publish(self) -> None:
         now = time.monotonic()
-        if now - self._viewed > _VIEW_SECONDS:
-            self._refresh_view()
-        elif now - self._counted > _VIEW_SECONDS / 4:
+        if now - self._refreshed > _STATE_SECONDS:
+            self._refresh()
+        elif now - self._counted > _STATE_SECONDS / 4:
             self._stats, self._counted = self._engine.stats(), now
 
-    def _refresh_view(self) -> None:
+    def _refresh(self) -> None:
         self._stats = self._engine.stats()
         self._pool_state = self._engine.pool_state()
         self._slot_states = self._engine.slot_states()
-        self._viewed = self._counted = time.monotonic()
+        self._refreshed = self._counted = time.monotonic()
 
     def _hand_out(self, outputs: list[SampleOutput]) -> None:
         def deliver() -> None:
@@ -259,7 +261,7 @@ class EngineRunner:
 
         self._on_loop(deliver)
 
-    def _tell_failure(self) -> None:
+    def _publish_failure(self) -> None:
         failure = self._failure
         assert failure is not None
 
@@ -269,11 +271,11 @@ class EngineRunner:
             self._streams.clear()
 
         self._on_loop(tell)
-        # Who asks from now on, or has just asked, is told as well.
-        while not self._asked.empty():
-            self._asked.get_nowait()(self._engine)
+        # Calls that are queued already fail as well.
+        while not self._calls.empty():
+            self._calls.get_nowait()(self._engine)
 
     def _on_loop(self, function: Callable[[], Any]) -> None:
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function)

@@ -1,4 +1,4 @@
-"""The parameters that all generating requests share, and what the engine makes of them."""
+"""Parameters common to all generation requests, and their conversion for the engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, EngineRequest
 
 _INT32 = 2**31 - 1
-_SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
+_SMALLEST_TOP_P = 1e-30  # keeps one token, like 0 in llama.cpp
 DEFAULT_SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
-"""What there is, in the order it is applied in."""
+"""The samplers, in the order of their application."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512
 
@@ -30,22 +30,22 @@ Penalty = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 class StrictModel(BaseModel):
-    """Names and types to the letter: "5", 5.0 and true are no whole numbers, and an unknown name is an error."""
+    """Strict types and names: "5", 5.0 and true are not integers, and unknown names are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 def refuse_empty_prompt(prompt: Any) -> Any:
-    """Names the rule that ``[]`` breaks, where a union of types would list all its members."""
+    """Refuses an empty list with a message of its own; a union of types would list all its members."""
     if isinstance(prompt, list) and (not prompt or [] in prompt):
         raise ValueError("prompt: an empty list; give a text, or a list of at least one token or text")
     return prompt
 
 
 class SamplingFields(StrictModel):
-    """Parameters that mean the same on every path; None = the server's default."""
+    """Parameters of all generation requests; None = the server's default."""
 
-    # name -> the values that ask for nothing; anything else would change the text in a way that is not offered
+    # name -> its neutral values; other values are not supported
     off: ClassVar[dict[str, tuple[Any, ...]]] = {
         "dynatemp_range": (0,),
         "typical_p": (1,),
@@ -82,7 +82,8 @@ class SamplingFields(StrictModel):
     n_discard: Count = 0
     id_slot: Annotated[int, Field(ge=-1, le=_INT32)] = -1
     timings_per_token: bool = False
-    # llama-server's clients send these always, on all paths: settings of what is off, and hints.
+    # Sent by llama-server's clients with every request: parameters of samplers that are off, and
+    # hints.
     dynatemp_exponent: float | None = None
     xtc_threshold: float | None = None
     dry_base: float | None = None
@@ -133,15 +134,15 @@ def engine_request(
     logit_bias: dict[int, float],
     stops: Sequence[str] = (),
 ) -> EngineRequest:
-    """The engine's request.
+    """Makes the engine's request.
 
     Raises:
       RefusedError: a value that the engine refuses.
-      ApiError: a token that the vocabulary does not have.
+      ApiError: a token outside the vocabulary.
     """
     ignore_eos = options.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
     stop_ids = frozenset(fields.stop_token_ids or ()) | special_stops(stops, tokenizer).keys()
-    if ignore_eos:  # as in llama.cpp, what would end the text is not drawn
+    if ignore_eos:  # as in llama.cpp, end-of-text tokens are forbidden
         logit_bias = logit_bias | dict.fromkeys(tokenizer.stop_ids - stop_ids, float("-inf"))
     else:
         stop_ids |= tokenizer.stop_ids
@@ -176,7 +177,7 @@ def engine_request(
         priority=fields.priority,
         cache_salt=fields.cache_salt or "",
         cache_prompt=fields.cache_prompt is not False and options.prefix_cache,
-        # As llama-server counts: the token that begins a text is kept beside those that were asked for.
+        # As in llama-server, BOS is kept in addition.
         n_keep=keep if keep < 0 else keep + begins,
         n_discard=fields.n_discard,
         slot=fields.id_slot if fields.id_slot >= 0 else None,
@@ -184,7 +185,8 @@ def engine_request(
 
 
 def special_stops(stops: Iterable[str], tokenizer: Tokenizer) -> dict[int, str]:
-    """Stop strings that name a special token, by its id: such tokens have no text in which they could be found."""
+    """Stop strings that are special tokens, by id: those have no text in which a stop string could
+    be found."""
     found = {}
     for stop in stops:
         ids = tokenizer.encode(stop, add_special=False, parse_special=True)
@@ -195,7 +197,7 @@ def special_stops(stops: Iterable[str], tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def seed_of(fields: SamplingFields, options: ServeOptions) -> int:
-    """The seed of a request's first sample; llama.cpp's -1 and OpenAI's nothing draw one."""
+    """Seed of a request's first sample: random for -1 or, by default, no seed."""
     seed = fields.seed if fields.seed is not None else options.seed
     return secrets.randbits(32) if seed == -1 else seed % 2**32
 
@@ -203,10 +205,11 @@ def seed_of(fields: SamplingFields, options: ServeOptions) -> int:
 def bias_of(
     pairs: Iterable[tuple[str | int, float]], tokenizer: Tokenizer, *, text: bool
 ) -> dict[int, float]:
-    """Biases by token; a name that is no number is a text, whose tokens all get it, where that is allowed.
+    """Logit biases by token id. A key that is not a number is a text, if allowed, and stands for
+    all its tokens.
 
     Raises:
-      ApiError: a name that means nothing here, or too many tokens.
+      ApiError: an invalid key, or too many tokens.
     """
     bias: dict[int, float] = {}
     for name, value in pairs:

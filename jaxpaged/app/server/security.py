@@ -1,6 +1,6 @@
-"""What every request passes before it is read: limits, the key, the body.
+"""Middlewares: limits of headers and body, API key.
 
-Plain ASGI: what a framework wraps around a response would get between a stream and its client.
+Plain ASGI, because a framework's wrappers would buffer streams and hide disconnects.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from jaxpaged.app.server.metrics import Metrics
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
 BODY_SECONDS = 30.0
-"""Time that a body gets to arrive: slow ones hold memory and a connection."""
+"""Time limit for receiving a body: slow ones occupy memory and a connection."""
 _DISCARDED = 8
-"""Times the limit that is read and thrown away: a client that is cut off never sees the answer."""
+"""A body of up to this many times the limit is read and discarded, so that the client sees the
+error."""
 
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 
@@ -35,7 +36,7 @@ class HeadAsGet:
 
 
 class CountErrors:
-    """Counts the answers with an error status."""
+    """Counts responses with an error status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -60,9 +61,7 @@ class LimitHeaders:
             size = sum(len(name) + len(value) for name, value in scope["headers"])
             size += len(scope.get("raw_path") or b"") + len(scope["query_string"])
             if size > MAX_HEADER_BYTES or len(scope["headers"]) > MAX_HEADERS:
-                message = (
-                    f"the headers have more than {MAX_HEADER_BYTES} bytes, or are more than {MAX_HEADERS}"
-                )
+                message = f"the headers exceed {MAX_HEADER_BYTES} bytes, or are more than {MAX_HEADERS}"
                 error = ApiError(431, message, headers={"Connection": "close"})
                 await error.response()(scope, receive, send)
                 return
@@ -70,7 +69,8 @@ class LimitHeaders:
 
 
 class RequireKey:
-    """Asks for a key, as ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``, on every path but the public ones."""
+    """Requires ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY`` on every path that is not
+    public."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], public: Collection[str]) -> None:
         self._app, self._public = app, public
@@ -85,7 +85,7 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _known(self, given: bytes) -> bool:
-        # All are compared, each in the same time whatever differs: how long it takes tells nothing.
+        # All keys are compared, each in constant time, so that the time reveals nothing.
         return sum([hmac.compare_digest(given, key) for key in self._keys]) > 0
 
 
@@ -99,7 +99,7 @@ def _key_of(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 class LimitBody:
-    """Reads the body before anything else happens, up to a size and within a time, chunked or not."""
+    """Reads the whole body first, chunked or not, within limits of size and time."""
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
         self._app, self._limit, self._seconds = app, limit, seconds
@@ -124,7 +124,8 @@ class LimitBody:
         await error.response()(scope, receive, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The body; of one that is too large, more than the limit of it."""
+        """The body; of a too large one, a part that exceeds the limit; None if the client
+        disconnected."""
         parts: list[bytes] = []
         size = 0
         while size <= _DISCARDED * self._limit:
@@ -141,7 +142,7 @@ class LimitBody:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body once, and then whatever the client does."""
+    """Receives the body once, and then the client's messages."""
     given = False
 
     async def replay() -> Message:

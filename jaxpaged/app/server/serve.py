@@ -1,4 +1,4 @@
-"""``jaxpaged serve``: the process, from the open port to the last answer."""
+"""``jaxpaged serve``: the server process, from opening the port to shutdown."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from jaxpaged.app.server.runner import EngineRunner
 from jaxpaged.app.server.state import ServedModel, ServerState
 
 _LAST_SECONDS = 3
-"""Time for answers to leave after everything was told to end."""
+"""Time for the last responses to be sent at shutdown."""
 _LARGEST_HEADERS = 128 * 1024
-"""Bytes that the HTTP parser takes; the application refuses fewer, with an error of the right kind."""
+"""Header bytes that the HTTP parser accepts; the application has a lower limit, and a proper error.
+"""
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own handling of signals: ours lets running requests end."""
+    """uvicorn without its signal handlers: ours let running requests finish."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -43,7 +44,7 @@ class _Server(uvicorn.Server):
 
 
 def run(options: ServeOptions) -> int:
-    """Serves until a signal; the exit status.
+    """Serves until a signal; returns the exit status.
 
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
@@ -59,7 +60,7 @@ def run(options: ServeOptions) -> int:
 
 
 def _follow(options: ServeOptions) -> int:
-    """What the other processes of a run do: compute with the first one until that ends."""
+    """Runs a process other than the first: computes with it until it ends."""
     from jaxpaged.app.server.building import build_engine, check_mesh
 
     check_mesh(options.mesh)
@@ -72,7 +73,7 @@ def _follow(options: ServeOptions) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """An open port, before anything that takes long."""
+    """Opens the port, before anything slow."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -102,7 +103,7 @@ async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING if options.log else logging.CRITICAL)
-    # It warns of each part of an answer that was on its way when its client left, which is no news.
+    # It warns about every write to a disconnected client.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = _Server(config)
     asked = _watch_signals()
@@ -127,7 +128,7 @@ async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
 
 
 def _watch_signals() -> asyncio.Event:
-    """The first SIGTERM or SIGINT is told; the second one ends the process."""
+    """Sets an event at the first SIGTERM or SIGINT; the second one ends the process."""
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -137,14 +138,15 @@ def _watch_signals() -> asyncio.Event:
         asked.set()
 
     for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, interrupt.STATUS)):
-        # Started in the background, a process is meant to pass over Ctrl-C.
+        # A background process ignores Ctrl-C.
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, hear, status)
     return asked
 
 
 async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event) -> EngineRunner | None:
-    """The running engine; None where a signal came first. Meanwhile /health says that the model is loading."""
+    """Loads and starts the engine; None if a signal came first. Meanwhile /health reports the
+    loading."""
     if options.log:
         say("loading; requests are answered 503 until the model is ready")
     loading = asyncio.create_task(asyncio.to_thread(load_engine, options))
@@ -152,8 +154,8 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
     await asyncio.wait((loading, signalled), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         if sys.stderr.isatty():
-            click.echo("\033[?25h", err=True)  # the bars hide the cursor
-        os._exit(0)  # what compiles on the thread cannot be stopped, and nobody waits for an answer
+            click.echo("\033[?25h", err=True)  # progress bars hide the cursor
+        os._exit(0)  # a compilation cannot be stopped, and no request is waiting
     signalled.cancel()
     runner, model = await loading
     runner.start()
@@ -163,10 +165,10 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
 
 
 def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
-    """The engine of a model, its programs compiled and not yet running, and what is said of the model.
+    """Loads a model and compiles its engine, which is not started yet: ``(runner, model)``.
 
     Raises:
-      InputError: flags that the model, the mesh or the memory do not allow.
+      InputError: flags that do not fit the model, the mesh or the memory.
     """
     from jaxpaged.app.server.building import build_engine, check_mesh
 
@@ -186,7 +188,7 @@ def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
 
 @contextlib.contextmanager
 def _compiling(show: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar on stderr, where that is a terminal."""
+    """Progress bar on stderr, if it is a terminal."""
     if not show or not sys.stderr.isatty():
         yield None
         return
@@ -203,7 +205,7 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
     loaded = ready.loaded
     template = template_of(options, loaded.tokenizer.chat_template)
     own = template is not None
-    if template is None:  # as llama-server does: a model that was not trained to chat still answers
+    if template is None:  # as in llama-server: a model that was not trained to chat still answers
         template = BUILTIN_TEMPLATES["chatml"]
         if options.log:
             say("the model has no chat template; chats are written as chatml (--chat-template names another)")
@@ -221,7 +223,7 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
 
 
 def _announce(options: ServeOptions, sockets: list[socket.socket]) -> None:
-    """The addresses, also with --log-disable: with --port 0 nobody else knows them."""
+    """Prints the addresses, even with --log-disable: with --port 0 they are not known otherwise."""
     urls = []
     for sock in sockets:
         host, port = sock.getsockname()[:2]
@@ -231,7 +233,7 @@ def _announce(options: ServeOptions, sockets: list[socket.socket]) -> None:
     if not options.log:
         return
     if {sock.getsockname()[0] for sock in sockets} & {"0.0.0.0", "::"} and not options.api_keys:
-        say("warning: everyone who reaches this machine may use the server; --api-key closes it")
+        say("warning: everyone who can reach this machine can use the server; --api-key restricts it")
     key = ' -H "Authorization: Bearer $KEY"' if options.api_keys else ""
     path, body = "/v1/completions", '{"prompt": "def main():", "max_tokens": 32}'
     click.echo(
@@ -250,10 +252,10 @@ async def _until(asked: asyncio.Event, runner: EngineRunner) -> None:
 
 
 async def _drain(state: ServerState, runner: EngineRunner) -> None:
-    """New requests are turned away; those that run may end, in a bounded time."""
+    """Refuses new requests, and lets running ones finish within a time limit."""
     state.draining = runner.draining = True
     if state.options.log and state.generations:
-        say(f"{len(state.generations)} requests end; again to stop at once")
+        say(f"{len(state.generations)} requests are finishing; press again to stop at once")
     loop = asyncio.get_running_loop()
     deadline = loop.time() + state.options.drain_seconds
     while state.generations and loop.time() < deadline:

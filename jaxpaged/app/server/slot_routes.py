@@ -1,4 +1,4 @@
-"""The slots: what each sequence does, and keeping one in a file."""
+"""Routes of the slots: their state, and slot files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ router = APIRouter(route_class=StrictRoute)
 
 
 class SlotEngine(Protocol):
-    """The part of the engine that works on slots."""
+    """Protocol of the engine's slot files."""
 
     def save_slot(self, slot: int, path: Path) -> SlotTransfer: ...
     def restore_slot(self, slot: int, path: Path) -> SlotTransfer: ...
@@ -34,7 +34,7 @@ class SlotEngine(Protocol):
 
 @router.get("/slots")
 async def slots(request: Request, fail_on_no_slot: str | None = None) -> Response:
-    """What each slot does. No prompt is shown: it may be another client's."""
+    """State of each slot, without prompts, which may be another client's."""
     state = state_of(request)
     if not state.options.slots:
         raise ApiError(501, "This server does not support slots endpoint. Start it with `--slots`")
@@ -96,9 +96,9 @@ async def slot_action(
         raise
     except FileNotFoundError:
         raise ApiError(400, f"there is no file {body.filename!r}", param="filename") from None
-    except (OSError, ValueError) as error:  # a full disk, or a file of another model: not the server's end
+    except (OSError, ValueError) as error:  # a full disk, or a file of another model
         reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-        reason = reason.removeprefix(f"{path}: ")  # the server's folders are not the client's business
+        reason = reason.removeprefix(f"{path}: ")  # the client need not know the server's folders
         raise ApiError(400, f"{body.filename}: {reason}"[:500], param="filename") from None
     milliseconds = 1e3 * (time.perf_counter() - start)
     count, size = ("n_saved", "n_written") if action == "save" else ("n_restored", "n_read")

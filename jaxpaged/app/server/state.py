@@ -1,4 +1,4 @@
-"""What all handlers share: the model's text side, the engine's thread, the options, the measurements."""
+"""State shared by all request handlers: model, engine thread, options, metrics."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from jaxpaged.app.server.metrics import Metrics
 from jaxpaged.app.server.options import ServeOptions
 
 _RATE_SECONDS = 5.0
-"""What "tokens a second" looks back on."""
+"""Time window of token rates."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The side of a model that is text; its weights are the engine's."""
+    """Tokenizer, chat template and description of a model; the engine has its weights."""
 
     tokenizer: Tokenizer
     chat_template: str
     template_is_its_own: bool
-    """False: the model has none, was most likely not trained to chat, and chats are written in a usual form."""
+    """False: the model has none, so a common one is used; it was probably not trained to chat."""
     names: tuple[str, ...]
-    """The first one is the model's id, the others are accepted beside it."""
+    """The model's id, and its aliases."""
     path: str
     trained_context: int
     description: str = ""
@@ -39,13 +39,13 @@ class ServedModel:
 
 
 class Unfinished(Protocol):
-    """A ``generation.Generation`` that is not at its end, and may be told that it must end."""
+    """An unfinished ``generation.Generation``."""
 
     def fail(self, error: ApiError) -> None: ...
 
 
 class Rates:
-    """Tokens a second of the last seconds, from counters that only grow; nothing runs while nobody asks."""
+    """Recent token rates, computed on request from monotonic counters."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int, int]] = deque()
@@ -57,14 +57,14 @@ class Rates:
             self._seen.popleft()
         then, generated_then, prompt_then = self._seen[0]
         seconds = now - then
-        if seconds < 0.05:  # two askers at one moment; a rate over nothing means nothing
+        if seconds < 0.05:  # too short for a rate, when two clients ask at once
             return 0.0, 0.0
         return (generated - generated_then) / seconds, (prompt - prompt_then) / seconds
 
 
 @dataclass
 class ServerState:
-    """One server. ``model`` and ``runner`` come when they are loaded."""
+    """State of a server. ``model`` and ``runner`` are None until loaded."""
 
     options: ServeOptions
     metrics: Metrics = field(default_factory=Metrics)
@@ -73,14 +73,15 @@ class ServerState:
     draining: bool = False
     started: float = field(default_factory=time.time)
     generations: set[Unfinished] = field(default_factory=set)
-    """Those that are not at their end."""
+    """Unfinished generations."""
     rates: Rates = field(default_factory=Rates)
     numbers: count[int] = field(default_factory=lambda: count(1))
-    """One for each request that is handed to the engine."""
+    """Ids of the engine's requests."""
 
     @property
     def build(self) -> str:
-        """What ``build_info`` and ``system_fingerprint`` say; llama-server's begin with a b, and clients check it."""
+        """``build_info`` and ``system_fingerprint``; with the leading b that llama-server's clients
+        check."""
         model = f"-{self.model.fingerprint[:12]}" if self.model and self.model.fingerprint else ""
         return f"b{__version__}-jaxpaged{model}"
 
@@ -97,7 +98,7 @@ class ServerState:
         return self.model, self.runner
 
     def accepting(self) -> tuple[ServedModel, Runner]:
-        """The same for what begins new work.
+        """The model and the engine, for new requests.
 
         Raises:
           ApiError: 503, also while the server shuts down.
@@ -108,6 +109,6 @@ class ServerState:
 
 
 def state_of(request: Request) -> ServerState:
-    """The server that a request came to."""
+    """State of the server that received a request."""
     state: ServerState = request.app.state.server
     return state

@@ -1,4 +1,5 @@
-"""From a sample's tokens to text that may be shown: whole characters, and nothing that may be a stop string."""
+"""Text of a sample from its tokens: whole characters, without stop strings or possible beginnings
+of them."""
 
 from __future__ import annotations
 
@@ -11,21 +12,22 @@ from jaxpaged.engine.request import TokenLogprobs
 
 
 class Decoder(Protocol):
-    """``jaxpaged_model.text.detokenize.StreamDecoder``, or what stands in for it."""
+    """Protocol of ``jaxpaged_model.text.detokenize.StreamDecoder``."""
 
     def push(self, token_id: int) -> str: ...
     def flush(self) -> str: ...
 
 
 class StopFinder:
-    """Finds the first of some strings in a text that arrives in parts; holds back what may be its beginning.
+    """Finds the first stop string in a text that arrives in parts; holds back possible beginnings
+    of one.
 
-    Of several, the one that is complete first, and of those the longest: the same however the text is cut in parts.
+    The first one is the one that is complete first, the longest of several: independent of how the
+    text is split.
 
     Example:
-        >>> finder = StopFinder(["END"])
-        >>> finder.feed("the E"), finder.feed("N"), finder.feed("T E"), finder.feed("ND."), finder.found
-        ('the ', '', 'ENT ', '', 'END')
+        >>> finder = StopFinder(["END"]) >>> finder.feed("the E"), finder.feed("N"), finder.feed("T
+        E"), finder.feed("ND."), finder.found ('the ', '', 'ENT ', '', 'END')
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -35,7 +37,7 @@ class StopFinder:
         self.found: str | None = None
 
     def feed(self, part: str) -> str:
-        """The text that is certain now; nothing more once a stop string was found."""
+        """Adds a part; returns the text that can be shown now, none after a stop string."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -51,12 +53,12 @@ class StopFinder:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Returns the text held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _may_begin(self, text: str) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         for length in range(min(len(text), self._longest - 1), 0, -1):
             end = text[-length:]
             if any(stop.startswith(end) for stop in self._stops):
@@ -66,7 +68,7 @@ class StopFinder:
 
 @dataclass
 class TextPart:
-    """A part of a sample's text with the tokens that end in it."""
+    """A part of a sample's text, with the tokens that end in it."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -83,7 +85,7 @@ class TextPart:
 
 
 class SampleText:
-    """The text of one sample. Tokens come out with the text they belong to; those of a stop string never do."""
+    """The text of one sample. Tokens are returned with their text; those of a stop string are not."""
 
     def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
         self._decoder = decoder
@@ -99,7 +101,8 @@ class SampleText:
         return self._finder.found
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> TextPart:
-        """What may be shown after these tokens; tokens behind a stop string are dropped."""
+        """Adds tokens; returns the text that can be shown now. Tokens after a stop string are
+        ignored."""
         text = ""
         for i, token in enumerate(tokens):
             if self.stopped_by is not None:
@@ -112,14 +115,15 @@ class SampleText:
         return self._released(text, ended=self.stopped_by is not None)
 
     def finish(self) -> TextPart:
-        """The rest, at the end of the sample."""
+        """Returns the rest of the text, at the end of the sample."""
         text = self._finder.feed(self._decoder.flush()) + self._finder.flush()
         return self._released(text, ended=True)
 
     def _released(self, text: str, *, ended: bool) -> TextPart:
         self._shown += len(text)
         part = TextPart(text)
-        # At the end a token counts that has a share in the text; one without text counts where the text goes on.
+        # At the end, tokens with a part in the shown text are included; those without text only if
+        # no stop string was found.
         while self._waiting and (
             self._waiting[0][1] <= self._shown
             or (ended and (self._waiting[0][0] < self._shown or self.stopped_by is None))

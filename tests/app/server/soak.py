@@ -1,4 +1,4 @@
-"""A soak of the real server: random requests, many more than fit, half of them given up, all of them checked.
+"""A soak of the real server: random requests, many more than fit, half of them abandoned, all of them checked.
 
     python tests/app/server/soak.py --requests 5000
 
@@ -56,7 +56,7 @@ _WORDS = [
 
 @dataclass
 class Report:
-    """What a soak found."""
+    """Findings of a soak."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ def prompts() -> list[str]:
 
 
 class Client:
-    """One of many: asks, reads, gives up, and compares."""
+    """A client that asks, streams, disconnects, and compares."""
 
     def __init__(self, url: str, expected: dict[str, dict[str, Any]], report: Report, seed: int) -> None:
         self.expected, self.report, self.rng = expected, report, random.Random(seed)
@@ -102,13 +102,19 @@ class Client:
             while count[0] > 0:
                 count[0] -= 1
                 action = self.rng.choices(
-                    [self.ask, self.stream, self.give_up_reading, self.give_up_waiting, self.ask_nonsense],
+                    [
+                        self.ask,
+                        self.stream,
+                        self.disconnect_while_reading,
+                        self.disconnect_while_waiting,
+                        self.ask_nonsense,
+                    ],
                     [40, 25, 15, 15, 5],
                 )[0]
                 await action()
 
     def body(self, **more: Any) -> dict[str, Any]:
-        """A request whose answer is known."""
+        """A request with a known answer."""
         rng = self.rng
         body = {
             "prompt": rng.choice(list(self.expected)),
@@ -136,7 +142,7 @@ class Client:
         self.report.outcomes["right" if not problems else "wrong"] += 1
 
     async def refused(self, response: httpx.Response) -> bool:
-        """Whether the server was full, and said so properly."""
+        """True if the server was full, and answered so properly."""
         if response.status_code == 200:
             return False
         await response.aread()
@@ -188,7 +194,7 @@ class Client:
                 self.compare(body, texts, reasons, tokens)
                 return
 
-    async def give_up_reading(self) -> None:
+    async def disconnect_while_reading(self) -> None:
         body = self.body(stream=True, max_tokens=LONGEST)
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
             if not await self.refused(response):
@@ -199,7 +205,7 @@ class Client:
                         break
                 self.report.outcomes["given up reading"] += 1
 
-    async def give_up_waiting(self) -> None:
+    async def disconnect_while_waiting(self) -> None:
         try:
             await self.http.post("/v1/completions", json=self.body(), timeout=self.rng.uniform(0.005, 0.2))
             self.report.outcomes["in time"] += 1
@@ -242,7 +248,7 @@ async def _expected(http: httpx.AsyncClient, model: Any, report: Report) -> dict
 
 
 class _AlwaysSwap(SwapCosts):
-    """Whoever gives way goes to host memory."""
+    """Makes every preemption a swap."""
 
     def swap_is_cheaper(self, num_tokens: int, num_bytes: int) -> bool:
         return True
@@ -311,9 +317,9 @@ async def _soaked(
         await asyncio.sleep(0.02)
     await runner.call(_check)
     report.stats = runner.stats()
-    if runner.num_residual or state.generations:
+    if runner.num_unfinished or state.generations:
         report.wrong.append(
-            f"{runner.num_residual} requests and {len(state.generations)} generations are left"
+            f"{runner.num_unfinished} requests and {len(state.generations)} generations are left"
         )
     return report
 

@@ -1,4 +1,4 @@
-"""What the browser page needs of a server, without a model: words at a pace, a pool that changes, errors on demand.
+"""A server without a model for the browser page: words at a pace, a changing pool, errors on demand.
 
 ``python tests/app/server/stub_server.py 8090`` serves it to look at.
 """
@@ -33,7 +33,7 @@ That <b>is</b> all."""
 
 @dataclass
 class Refusal:
-    """What the next request for an answer gets instead."""
+    """Error of the next request."""
 
     status: int
     message: str

@@ -204,7 +204,7 @@ def test_parameters_reach_the_engine(server):
     assert request.temperature == 0.5 and 0 < request.top_p < 1e-20 and request.top_k == 3
     assert request.min_p == 0.1 and request.seed == 5 and request.repeat_penalty == 1.25
     assert request.presence_penalty == 1.0 and request.frequency_penalty == -1.0
-    ends = dict.fromkeys(TOKENIZER.stop_ids, float("-inf"))  # ignored, so they must not be drawn
+    ends = dict.fromkeys(TOKENIZER.stop_ids, float("-inf"))  # ignored, so they must not be sampled
     assert request.logit_bias == {5: -100.0} | ends and request.stop_ids == {7}
     assert request.cache_salt == "mine" and request.priority == -3
     assert request.max_new_tokens == 4 and request.n == 2

@@ -100,7 +100,7 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def pixel(self, page: int, x: float = 0.5, y: float = 0.5) -> tuple[int, ...]:
-        """Of the cell of a page."""
+        """Position of a page's cell."""
         script = """
             const [page, x, y] = arguments, c = document.getElementById("pages"), { columns, pitch } = c.dataset;
             const left = (page % columns + x) * pitch, top = (Math.floor(page / columns) + y) * pitch;

@@ -26,7 +26,7 @@ def run(engine: Engine, use) -> None:
             await asyncio.wait_for(use(runner), 120)
         finally:
             await runner.close()
-        assert runner.num_residual == 0
+        assert runner.num_unfinished == 0
 
     asyncio.run(go())
     while engine.has_work:
@@ -85,7 +85,7 @@ def test_an_aborted_stream_ends_and_its_pages_come_back(engine):
                 break
         rest = await text_of(stream)
         assert set(rest) <= {1}
-        assert runner.num_residual == 0
+        assert runner.num_unfinished == 0
         other = await runner.submit(greedy("b", prompt(3, 8), 50))
         await anext(other)
         await other.abort()

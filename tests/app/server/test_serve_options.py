@@ -24,7 +24,7 @@ from jaxpaged.engine import EngineRequest, RefusedError
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch):
-    """What a command line is read as, or the line that refuses it."""
+    """Parses a command line: the options, or the error line."""
     found: list[ServeOptions] = []
     of_flags = ServeOptions.of_flags
 
