@@ -14,11 +14,11 @@ from jaxpaged_model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS
 HALF_FLOATS = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
-"""Where blocks have their float16 numbers; 0 where not named."""
+"""Offsets of the float16 numbers in a block; 0 if not listed."""
 
 
 def random_raw(name: str, rows: int, columns: int, seed: int = 0, scale: float = 0.01) -> np.ndarray:
-    """u8 ``[rows, bytes]``: every bit drawn, but scales and minima, which are normal and around ``scale``."""
+    """u8 ``[rows, bytes]``: random bits, with normal scales and minima around ``scale``."""
     fmt, rng = WEIGHT_FORMATS[name], np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows, columns // fmt.file_block, fmt.file_bytes), dtype=np.uint8)
     for start in HALF_FLOATS.get(name, (0,)):
@@ -28,18 +28,18 @@ def random_raw(name: str, rows: int, columns: int, seed: int = 0, scale: float =
 
 
 def random_weights_raw(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """The same, of numbers as large as a model's weights are: products keep the size of activations."""
+    """The same with the magnitude of a model's weights: products are as large as activations."""
     size = numbers(name, random_raw(name, rows, columns, seed)).std()
     return random_raw(name, rows, columns, seed, scale=0.01 * columns**-0.5 / size)
 
 
 def numbers(name: str, raw: np.ndarray) -> np.ndarray:
-    """What the bytes stand for by gguf, f32 ``[rows, columns]``."""
+    """The values of the bytes by the gguf package, f32 ``[rows, columns]``."""
     return gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
 
 
 def packed(name: str, raw: np.ndarray, columns: int, layout: Any = panels) -> dict[str, Any]:
-    """The same as a layout has it."""
+    """The same matrix in a memory layout."""
     fmt = WEIGHT_FORMATS[name]
     parts = layout.empty_parts(fmt, len(raw), columns)
     layout.pack(fmt, raw, parts)
@@ -47,6 +47,6 @@ def packed(name: str, raw: np.ndarray, columns: int, layout: Any = panels) -> di
 
 
 def bits_per_weight(name: str, layout: Any = panels) -> float:
-    """Bits that a number takes in memory, where nothing is filled up."""
+    """Bits of a number in memory, without padding."""
     shapes = layout.part_shapes(WEIGHT_FORMATS[name], layout.ROWS, SUPER_BLOCK).values()
     return 8 * sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes) / (layout.ROWS * SUPER_BLOCK)

@@ -71,7 +71,7 @@ def config_json(model_type: str, **changes: Any) -> dict[str, Any]:
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights by their Hugging Face names, written out here independently of ``model.weights``."""
+    """Weights by their Hugging Face names, written out here independently of ``checkpoint.weights``."""
     rng = np.random.default_rng(seed)
     kind = config["model_type"]
     attention_bias = config.get("attention_bias", False)
@@ -118,7 +118,7 @@ def write_folder(
     shards: int = 1,
     dtype: Any = np.float32,
 ) -> Path:
-    """A model folder as transformers' ``save_pretrained`` leaves it."""
+    """Writes a model folder as transformers' ``save_pretrained`` does."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     (path / "tokenizer.json").write_text(TOKENIZER_JSON)
@@ -138,7 +138,7 @@ def write_folder(
 
 
 def interleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """What llama.cpp's ``convert_hf_to_gguf.py`` does to Q and K of the architecture "llama"."""
+    """Reorders Q and K as llama.cpp's ``convert_hf_to_gguf.py`` does for the architecture "llama"."""
     split = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weight.shape)
 
@@ -153,9 +153,9 @@ def write_converted_gguf(
     rope_freqs: np.ndarray | None = None,
     change: Any = None,
 ) -> Path:
-    """A GGUF file as llama.cpp's converter writes it: its names for tensors, its row order, its keys.
+    """Writes a GGUF file as llama.cpp's converter does: names of tensors, row order, keys.
 
-    ``change``: called with {name: array} before they are written, to spoil something.
+    ``change``: called with {name: array} before writing, to introduce an error.
     """
     architecture = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -200,7 +200,7 @@ def write_converted_gguf(
 
 
 class Dense:
-    """Stands for a cache: causal attention over one sequence, every score computed."""
+    """Replaces the cache: dense causal attention over one sequence."""
 
     def attend(
         self, layer: int, q: Any, k: Any, v: Any, batch: Batch, *, window: int | None, **_: Any
@@ -225,7 +225,7 @@ def logits(config: ModelConfig, params: Any, length: int = 24, function: Any = N
 
 
 def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Any:
-    """Weights without a compilation: norms near 1, the rest near 0."""
+    """Random weights without a compilation: norms near 1, the rest near 0."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> Any:

@@ -1,10 +1,9 @@
-"""Laws of chat templates: what they write, what they may use, and that none of them runs away."""
+"""Chat templates: their output, the language, the sandbox and its limits."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from typing import Any
 
 import pytest
@@ -106,7 +105,7 @@ class TestLanguage:
             tools, ensure_ascii=False, indent=2
         )
 
-    def test_what_transformers_gives_a_template_is_there(self) -> None:
+    def test_names_that_transformers_provides(self) -> None:
         template = (
             "{{ bos_token }}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
             "{% generation %}{{ m['content'][:2] }}{% endgeneration %}{% endfor %}{{ eos_token }}"
@@ -114,7 +113,7 @@ class TestLanguage:
         )
         assert render(template) == "<s>BeHi</s>4False"
 
-    def test_the_operators_mean_what_they_mean_elsewhere(self) -> None:
+    def test_operators_have_jinjas_meaning(self) -> None:
         template = (
             "{{ 'a' ~ 1 ~ none }}{{ 'ab' * 2 }}{{ 2 ** 5 }}{{ 7 % 4 }}{{ '%s-%d' % ('x', 3) }}{{ [1] + [2] }}"
         )
@@ -183,10 +182,8 @@ class TestRefusals:
     )
     def test_a_runaway_template_is_stopped(self, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("jaxpaged_model.text.chat.MAX_SECONDS", 0.3)
-        start = time.monotonic()
         with pytest.raises(ChatTemplateError):
             render(template)
-        assert time.monotonic() - start < 20
 
     def test_the_budget_starts_anew_with_each_rendering(self) -> None:
         template = "{% for a in range(60000) %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""ModelConfig from GGUF keys and from config.json: every feature found, what is not supported named."""
+"""ModelConfig from GGUF keys and from config.json: supported features, and errors for all others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = {
 
 
 def metadata(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
-    """Keys of a GGUF file; in ``changes`` a double underscore is a point and None takes a key away."""
+    """Keys of a GGUF file; in ``changes`` a double underscore is a period and None removes a key."""
     keys = {
         "context_length": 2048,
         "embedding_length": 64,
@@ -105,7 +105,7 @@ def test_gguf_yarn_follows_llama_cpp() -> None:
     assert scaling is not None and (scaling.beta_fast, scaling.beta_slow) == (16.0, 2.0)
 
 
-def test_gguf_tensors_tell_of_biases_and_tying() -> None:
+def test_gguf_tensors_determine_biases_and_tying() -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if name != "output.weight"}
     assert config_from_gguf(metadata(), shapes).tie_embeddings
     for name, field in (
@@ -276,7 +276,7 @@ def test_huggingface_refusals(changes: dict[str, Any], message: str) -> None:
 
 
 def test_llama3_factors_and_numbers_agree() -> None:
-    """GGUF keeps Llama 3's scaling as one number a frequency; both give the same frequencies."""
+    """GGUF stores Llama 3's scaling as one factor per frequency; both give the same frequencies."""
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,

@@ -1,4 +1,4 @@
-"""write_gguf: what is written loads as the same model."""
+"""write_gguf: a written file loads as the same model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert model.tokenizer.decode(model.tokenizer.encode("x = 1")) == "x = 1"
 
 
-def test_quantizations_lose_what_they_must(tmp_path: Path) -> None:
+def test_errors_of_quantization_are_bounded(tmp_path: Path) -> None:
     config = CONFIGS["llama tied"]
     params = random_params(config, seed=3)
     exact = logits(config, params)
@@ -95,7 +95,7 @@ def test_quantized_weights_survive_another_round(tmp_path: Path) -> None:
         np.testing.assert_allclose(first.read(tensor), second.read(tensor), rtol=2e-3, atol=1e-6)
 
 
-def test_rows_that_hold_no_whole_blocks_are_f16(tmp_path: Path) -> None:
+def test_rows_of_other_lengths_than_whole_blocks_are_f16(tmp_path: Path) -> None:
     config = small("llama", intermediate_size=100)
     params = random_params(config, dtype=jnp.bfloat16)
     write_gguf(

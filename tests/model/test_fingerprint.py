@@ -1,4 +1,4 @@
-"""A fingerprint follows the weights and the settings that matter, and nothing else."""
+"""A fingerprint depends on the weights and the settings that change results, and on nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``-hf user/repo[:quant]``, against a stand-in for the hub on this machine."""
+"""``-hf user/repo[:quant]``, with a local server in place of the hub."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_gguf_is_downloaded_once_and_found_offline(server: Hub, model_bytes: b
         resolve("u/other", cache_dir=tmp_path / "none", offline=True)
 
 
-def test_a_hub_that_does_not_answer_leaves_the_cache(
+def test_the_cache_is_used_if_the_hub_does_not_answer(
     server: Hub, model_bytes: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "TIMEOUT_S", 2.0)
@@ -111,7 +111,7 @@ def test_a_hub_that_does_not_answer_leaves_the_cache(
     assert "\n" not in str(error.value)
 
 
-def test_split_models_come_whole(server: Hub, tmp_path: Path) -> None:
+def test_all_parts_of_a_split_model_are_downloaded(server: Hub, tmp_path: Path) -> None:
     names = [f"m-Q8_0-{i:05d}-of-00002.gguf" for i in (1, 2)]
     server.repos["u/r"] = {name: name.encode() for name in names}
     path = resolve("u/r", cache_dir=tmp_path, endpoint=server.endpoint)

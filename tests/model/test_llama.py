@@ -1,4 +1,4 @@
-"""The module's weights: their numbers, and their shapes without numbers."""
+"""The module's weights, their shapes and dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel holds two packages, which a user's own files do not shadow; names are imported when they are used."""
+"""The wheel has two packages, which a user's own files do not shadow; names are imported lazily."""
 
 from __future__ import annotations
 

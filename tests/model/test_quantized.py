@@ -1,4 +1,4 @@
-"""Quantized matrices: what is in memory is what the file says, and products read it there."""
+"""Quantized matrices on CPUs: their values are those of the file, and products use them without copies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
 """One plane and two, minima, groups of 16 and 32 with steps, a table."""
 COLUMNS = 512
 ROUNDED = 1e-4
-"""What activations of 16 bits may change: at most 1/65024 of a block's largest number is lost of each."""
+"""Tolerance of 16-bit activations: the error of each is at most 1/65024 of its block's largest."""
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -30,7 +30,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """Activations as the kernel takes them: whole numbers up to 127 * 256, with a scale for each 32."""
+    """Activations rounded as by the kernel: integers up to 127 * 256, with a scale for each 32."""
     blocks, most = x.reshape(len(x), -1, 32), np.float32(127 * 256)
     largest = np.abs(blocks).max(-1, keepdims=True)
     return (np.rint(blocks * (most / largest)) * (largest / most)).reshape(x.shape)
@@ -40,7 +40,7 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-# --- what is in memory ------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,11 +60,11 @@ def test_numbers_are_those_of_the_file_to_the_bit(name: str, layout: Layout) -> 
 def test_memory_is_that_of_the_file(name: str, layout: Layout) -> None:
     fmt = WEIGHT_FORMATS[name]
     in_file = 8 * fmt.file_bytes / fmt.file_block
-    # Steps of six bits, and of four, take a byte each.
+    # Scales of six and of four bits take a byte each.
     assert in_file <= bits_per_weight(name, LAYOUTS[layout]) <= in_file + (1.1 if fmt.has_steps else 0)
 
 
-def test_parts_that_follow_one_another_are_one_matrix() -> None:
+def test_matrices_packed_one_after_another_are_one_matrix() -> None:
     fmt, raw = WEIGHT_FORMATS["Q6_K"], random_raw("Q6_K", 80, COLUMNS)
     parts = panels.empty_parts(fmt, 80, COLUMNS)
     for begin, end in ((48, 80), (0, 32), (32, 48)):
@@ -75,7 +75,7 @@ def test_parts_that_follow_one_another_are_one_matrix() -> None:
         panels.pack(fmt, raw[:16], parts, 8)
 
 
-def test_xla_takes_parts_as_they_lie() -> None:
+def test_parts_are_aligned_for_xla() -> None:
     for part in panels.empty_parts(WEIGHT_FORMATS["Q5_K"], 33, COLUMNS).values():
         assert part.ctypes.data % panels.ALIGNMENT == 0
         assert jax.device_put(part).unsafe_buffer_pointer() == part.ctypes.data
@@ -87,8 +87,8 @@ def test_xla_takes_parts_as_they_lie() -> None:
 @pytest.mark.parametrize(
     ("name", "exact"), [*((name, False) for name in NAMES), *((name, True) for name in ONE_OF_EACH_KIND)]
 )
-def test_a_product_reads_numbers_where_they_lie(name: str, exact: bool) -> None:
-    """72 rows are four panels and a half; of 70 tokens the products take 8, 4 and 2 at once, in two pieces."""
+def test_products_equal_those_of_dequantized_matrices(name: str, exact: bool) -> None:
+    """72 rows are four and a half panels; 70 tokens are products of 8, 4 and 2 rows, in two work items."""
     raw, rng = random_raw(name, 72, COLUMNS), np.random.default_rng(1)
     parts, wanted = packed(name, raw, COLUMNS), numbers(name, raw).astype(np.float64)
     for tokens in (1, 70):
@@ -101,7 +101,7 @@ def test_a_product_reads_numbers_where_they_lie(name: str, exact: bool) -> None:
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "whole"])
 @pytest.mark.parametrize("tokens", [1, 3, 23])
-def test_what_stands_around_a_product(tokens: int, exact: bool) -> None:
+def test_fused_operations(tokens: int, exact: bool) -> None:
     raw, rng = random_raw("Q8_0", 96, COLUMNS), np.random.default_rng(tokens)
     parts, matrix = packed("Q8_0", raw, COLUMNS), numbers("Q8_0", raw).astype(np.float64)
     x, add = (rng.standard_normal((tokens, n)).astype(np.float32) for n in (COLUMNS, 48))
@@ -123,8 +123,8 @@ def test_what_stands_around_a_product(tokens: int, exact: bool) -> None:
         assert relative(np.asarray(added), both[:, :48] + add) < max(bound, 1e-5 if not exact else 0)
 
 
-def test_a_token_is_the_same_alone_and_among_others() -> None:
-    """Bit by bit: what a batch computes does not depend on who else is in it."""
+def test_a_token_is_the_same_alone_and_in_a_batch() -> None:
+    """Bit by bit: a token's result does not depend on the others of its batch."""
     raw, rng = random_raw("Q4_K", 64, COLUMNS), np.random.default_rng(2)
     parts = packed("Q4_K", raw, COLUMNS)
     x = rng.standard_normal((21, COLUMNS)).astype(np.float32)
@@ -136,7 +136,7 @@ def test_a_token_is_the_same_alone_and_among_others() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "whole"])
-def test_a_number_that_is_none_stays_in_its_row(exact: bool, bad: float) -> None:
+def test_a_nan_or_infinity_stays_in_its_row(exact: bool, bad: float) -> None:
     parts = packed("Q4_1", random_raw("Q4_1", 32, COLUMNS), COLUMNS)
     x = np.random.default_rng(3).standard_normal((3, COLUMNS)).astype(np.float32)
     clean = np.asarray(product.product(x, "Q4_1", parts, 32, exact=exact))
@@ -152,7 +152,7 @@ def test_zeros_give_zeros() -> None:
         assert not np.asarray(product.product(jnp.zeros((2, COLUMNS)), "Q5_1", parts, 32, exact=exact)).any()
 
 
-def test_other_dtypes_come_back_as_they_came() -> None:
+def test_results_have_the_dtype_of_activations() -> None:
     raw = random_raw("Q8_0", 32, COLUMNS)
     parts, wanted = packed("Q8_0", raw, COLUMNS), numbers("Q8_0", raw)
     x = jnp.asarray(np.random.default_rng(4).standard_normal((2, COLUMNS)), jnp.bfloat16)
@@ -162,7 +162,7 @@ def test_other_dtypes_come_back_as_they_came() -> None:
         assert relative(np.asarray(found, np.float32), np.asarray(x, np.float32) @ wanted.T) < 1e-2
 
 
-# --- CPUs that this one is not ----------------------------------------------------------------------------------
+# --- other CPUs -------------------------------------------------------------------------------------------------
 
 OTHER_CPUS = {"avx2": ("haswell", "+avx2,+fma,+f16c"), "any": ("ivybridge", "+avx,+f16c")}
 CHECK = """
@@ -180,8 +180,9 @@ for name, exact in {cases}:
 
 
 @pytest.mark.skipif(cpu_vectors.INSTRUCTIONS not in ("avx512vnni", "avx2"), reason="no x86-64 CPU with AVX2")
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", OTHER_CPUS)
-def test_lesser_cpus_compute_the_same(instructions: str, tmp_path: Path) -> None:
+def test_cpus_with_fewer_features_compute_the_same(instructions: str, tmp_path: Path) -> None:
     name, features = OTHER_CPUS[instructions]
     here = Path(__file__).parent
     environment = os.environ | {
@@ -216,8 +217,9 @@ cpu_vectors._PRODUCTS = cpu_vectors._OfBytes()
 """
 
 
+@pytest.mark.slow
 def test_high_and_low_bytes_make_the_same_sums_as_pairs(tmp_path: Path) -> None:
-    """Arm's way, with another instruction in the place of its own."""
+    """The code for Arm, with another instruction in place of its own."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parents[1])])
     environment = os.environ | {"JAXPAGED_CACHE": str(tmp_path), "PYTHONPATH": path}
@@ -258,8 +260,8 @@ print(len(re.findall(r"\\bsdot\\b", text)), len(re.findall(r"\\btbl\\b", text)))
 """
 
 
-def test_arms_instructions_are_what_llvm_has() -> None:
-    """Compiled for a CPU that is not here; four rows, 64 bytes of codes a quad, high and low bytes of activations."""
+def test_llvm_compiles_arms_instructions() -> None:
+    """Cross-compiles for Arm: four rows, 64 bytes of codes per quad, high and low bytes of activations."""
     done = subprocess.run([sys.executable, "-c", ASSEMBLY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     dots, lookups = map(int, done.stdout.split())

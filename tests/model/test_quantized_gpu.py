@@ -15,7 +15,7 @@ needs_interpreter = pytest.mark.skipif(
 
 
 def drawn(name, rows, columns, seed=0):
-    """A matrix of any codes and steps that the format has, with scales around 0.01."""
+    """A matrix with random codes and scales around 0.01."""
     fmt, rng = WEIGHT_FORMATS[name], np.random.default_rng(seed)
     parts = {}
     for part, shape in lanes.part_shapes(fmt, rows, columns).items():
@@ -37,8 +37,8 @@ def relative(found, wanted):
 
 @needs_interpreter
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
-def test_the_kernel_reads_numbers_where_they_lie(name):
-    """Rows and tokens of no whole tile; several steps of every run, more than are under way at once."""
+def test_products_equal_those_of_dequantized_matrices(name):
+    """Rows and tokens that are no whole tile; more steps of every run than the pipeline has stages."""
     rows, columns, tokens = 64, 64 * 8 // min(WEIGHT_FORMATS[name].planes) * 5, 3
     columns += -columns % 256
     parts, x = drawn(name, rows, columns), activations(tokens, columns)
@@ -49,7 +49,7 @@ def test_the_kernel_reads_numbers_where_they_lie(name):
 
 
 @needs_interpreter
-def test_the_copy_engine_and_readers_do_not_race():
+def test_copies_and_readers_do_not_race():
     parts, x = drawn("Q4_K", 64, 1024), activations(2, 1024)
     matrix = np.asarray(lanes.dequantized("Q4_K", parts, 64, 1024), np.float64)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -58,7 +58,7 @@ def test_the_copy_engine_and_readers_do_not_race():
 
 
 @needs_interpreter
-def test_what_stands_around_a_product(monkeypatch):
+def test_fused_operations(monkeypatch):
     parts, x = drawn("Q8_0", 128, 256), activations(5, 256)
     kernel = gpu_kernel.matmul
     monkeypatch.setattr(
@@ -80,7 +80,7 @@ def test_what_stands_around_a_product(monkeypatch):
         (65, 64, 256, "at most 64 rows of activations, not 65"),
     ],
 )
-def test_what_it_cannot_take_is_said_and_left_to_xla(x, rows, columns, complaint):
+def test_unsupported_products_raise_and_are_left_to_xla(x, rows, columns, complaint):
     tokens, dtype = (x, jnp.bfloat16) if isinstance(x, int) else (2, x)
     parts, x = drawn("Q8_0", rows, columns), jnp.ones((tokens, columns), dtype)
     with pytest.raises(NotImplementedError, match=complaint):

@@ -1,4 +1,4 @@
-"""Quantized matrices as accelerators have them, and the TPU kernel in its interpreter."""
+"""Quantized matrices in the layout for accelerators, and the TPU kernel in its interpreter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def relative(found: Any, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted))
 
 
-def test_parts_that_follow_one_another_are_one_matrix() -> None:
+def test_matrices_packed_one_after_another_are_one_matrix() -> None:
     fmt, raw = WEIGHT_FORMATS["Q5_K"], random_raw("Q5_K", 30, 512)
     parts = lanes.empty_parts(fmt, 30, 512)
     for begin, end in ((7, 30), (0, 7)):
@@ -39,7 +39,9 @@ def test_parts_that_follow_one_another_are_one_matrix() -> None:
         ("Q8_0", 256, 96, 600),  # several blocks of tokens
     ],
 )
-def test_the_tpu_kernel_reads_numbers_where_they_lie(name: str, rows: int, columns: int, tokens: int) -> None:
+def test_products_equal_those_of_dequantized_matrices(
+    name: str, rows: int, columns: int, tokens: int
+) -> None:
     raw = random_weights_raw(name, rows, columns)
     x = np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32)
     wanted = x.astype(np.float64) @ numbers(name, raw).T
@@ -50,15 +52,15 @@ def test_the_tpu_kernel_reads_numbers_where_they_lie(name: str, rows: int, colum
         assert relative(found, wanted) < bound
 
 
-def test_scales_that_float16_has_few_bits_for() -> None:
-    """Subnormal ones, zeros of both signs, the largest and the smallest."""
+def test_extreme_scales() -> None:
+    """Subnormal scales, zeros of both signs, the largest and the smallest."""
     given = np.array([0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x3C00], np.uint16)
     found = half_to_float(jnp.asarray(given.view(np.int16), jnp.int32))
     np.testing.assert_array_equal(found, given.view(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("how", ["xla", "tpu"])
-def test_what_stands_around_a_product(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_operations(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, rng = random_weights_raw("Q4_1", 96, 256), np.random.default_rng(2)
     parts, matrix = packed("Q4_1", raw, 256, lanes), numbers("Q4_1", raw).astype(np.float64)
     x, add = (rng.standard_normal((5, n)).astype(np.float32) for n in (256, 96))
@@ -76,7 +78,7 @@ def test_what_stands_around_a_product(how: str, monkeypatch: pytest.MonkeyPatch)
     assert relative(added, out + add) < 1e-6
 
 
-def test_what_the_kernel_cannot_take_is_said_and_left_to_xla() -> None:
+def test_unsupported_products_raise_and_are_left_to_xla() -> None:
     raw = random_weights_raw("Q8_0", 32, 64)
     x, parts = jnp.ones((2, 64), jnp.float16), packed("Q8_0", raw, 64, lanes)
     with pytest.raises(NotImplementedError, match="multiplies float32 and bfloat16, not float16"):

@@ -1,4 +1,4 @@
-"""Models whose weights stay as the file has them say what their dequantized weights say."""
+"""Models with stored weights: their logits are those of dequantized weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxpaged.pages.batch import Batch
 
 
 class Drawn:
-    """Stands for a GGUF file: each matrix of random blocks of the type that ``kind`` says, the rest float32."""
+    """Replaces a GGUF file: matrices of random blocks of the type that ``kind`` returns, the rest float32."""
 
     path = Path("drawn.gguf")
 
@@ -57,7 +57,7 @@ class Drawn:
 
 
 def small(architecture: str, **changes: Any) -> ModelConfig:
-    """Of whole super-blocks, and a vocabulary that ends inside a panel."""
+    """A model of whole super-blocks with a vocabulary that ends inside a panel."""
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 256,
@@ -70,7 +70,7 @@ def small(architecture: str, **changes: Any) -> ModelConfig:
 
 
 def as_q4_k_m(place: Placement) -> str:
-    """llama.cpp's mixture: values and the head finer than the rest."""
+    """llama.cpp's mixture: more bits for values and the output layer."""
     return "Q6_K" if place.path.endswith(("attention.v.kernel", "mlp.down.kernel", "head.kernel")) else "Q4_K"
 
 
@@ -99,7 +99,7 @@ def test_logits_are_those_of_dequantized_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama, as Q4_K_M", "qwen2, biases", "half a panel"])
 def test_logits_are_those_of_dequantized_weights_on_accelerators_too(name: str) -> None:
-    """By XLA here; keys of 8 rows are part of one matrix there."""
+    """Computed by XLA; in this layout keys of 8 rows are part of one matrix."""
     config, kind = MODELS[name]
     file = Drawn(config, kind)
     plan = weight_plan(config, file, "gguf", layout="lanes")
@@ -168,20 +168,20 @@ def test_layers_that_are_quantized_alike_are_one() -> None:
         "attention.k": "Q4_K", "attention.out": "Q4_K", "attention.q": "Q4_K", "attention.v": "Q6_K",
         "embedding": "Q4_K", "head": "Q6_K", "mlp.down": "Q6_K", "mlp.gate_up": "Q4_K",
     }  # fmt: skip
-    # Silu(gate + bias) is no product's end; keys of 8 rows end inside a panel.
+    # Biases of gate and up are not fused; keys of 8 rows end inside a panel.
     assert {"mlp.gate", "mlp.up"} <= layers("all biases").keys()
     assert {"attention.k", "attention.q", "attention.v"} <= layers("half a panel").keys()
     assert layers("head alone") == {"head": "Q6_K"}
 
 
-def test_the_files_memory_is_given_back_tensor_by_tensor() -> None:
+def test_the_files_memory_is_released_tensor_by_tensor() -> None:
     config, kind = MODELS["llama, as Q4_K_M"]
     file = Drawn(config, kind)
     load_params(config, file, "gguf", plan=weight_plan(config, file, "gguf"))
     assert file.released == [name for name, tensor in file.tensors.items() if tensor.dtype != "F32"]
 
 
-def test_params_take_what_the_file_takes() -> None:
+def test_params_have_the_size_of_the_file() -> None:
     config, kind = MODELS["llama, tied"]
     file = Drawn(config, kind)
     params = load_params(config, file, "gguf", plan=weight_plan(config, file, "gguf"))

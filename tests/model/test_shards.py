@@ -1,4 +1,4 @@
-"""What each device reads of a file: together all of it, each its share, and twice only what is needed twice."""
+"""Shards of a file: together they are the file, and a device reads its share alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "biased": config_json("llama", attention_bias=True, mlp_bias=True),
 }
 SIZES = (1, 2, 4)  # of 4 query heads and 2 KV heads
-# Written independently of ``jaxpaged_model.checkpoint.shards``: which axis of a layer's matrix is split, by its name.
+# Written independently of ``jaxpaged_model.checkpoint.shards``: the split axis of each matrix, by name.
 BATCH = (
     "q_proj",
     "k_proj",
@@ -41,7 +41,7 @@ KV = ("k_proj", "v_proj", "attn_k", "attn_v")
 
 
 class Watched:
-    """A file that counts the numbers that are asked of each of its tensors."""
+    """A file that counts the numbers read of each tensor."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.asked = file, dict.fromkeys(file.tensors, 0)
@@ -102,7 +102,7 @@ def test_the_parts_of_all_devices_are_the_whole(kind, size, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_quantized_bytes_are_cut_at_blocks_or_not_left_quantized(size, tmp_path):
+def test_quantized_bytes_are_split_at_blocks_or_dequantized(size, tmp_path):
     config, file, naming = open_model("Q8_0", tmp_path)
     sources = [ShardSource(config, file, naming, rank=rank, size=size) for rank in range(size)]
     for name, info in file.tensors.items():
@@ -120,7 +120,7 @@ def test_quantized_bytes_are_cut_at_blocks_or_not_left_quantized(size, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["biased", "Q8_0"])
-def test_a_device_asks_for_its_share_and_no_more(kind, tmp_path):
+def test_a_device_reads_its_share_alone(kind, tmp_path):
     config, file, naming = open_model(kind, tmp_path)
     for rank in range(4):
         watched = Watched(file)
@@ -144,7 +144,7 @@ def test_a_device_asks_for_its_share_and_no_more(kind, tmp_path):
         (8, "tensor=8 does not divide 4 query heads and 2 KV heads; allowed are 1, 2, 4"),
     ],
 )
-def test_heads_that_cannot_be_dealt_are_named(size, message, tmp_path):
+def test_heads_that_cannot_be_split_are_named(size, message, tmp_path):
     config, _, _ = open_model("qwen2", tmp_path)
     with pytest.raises(MeshError) as error:
         config.shard(size)

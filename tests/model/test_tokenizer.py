@@ -1,4 +1,4 @@
-"""Laws of the tokenizer, on small vocabularies made here and on real ones that stand beside the project."""
+"""The tokenizer, on small generated vocabularies and on real ones if they are installed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ texts = st.text(max_size=40) | st.text(
 
 
 def byte_level_metadata(pre: str | None = "gpt-2", **changes: Any) -> dict[str, Any]:
-    """A byte-level vocabulary whose merges cross every kind of boundary, so that a wrong split shows.
+    """A byte-level vocabulary whose merges cross every kind of boundary, so that a wrong split changes tokens.
 
     Its last tokens: <|endoftext|> and <|im_end|> control, <tool> user-defined, [UNUSED] unused.
     """
@@ -96,7 +96,7 @@ def spm_metadata(words: dict[str, float] | None = None, **changes: Any) -> dict[
 
 
 def with_changes(metadata: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`add_bos_token=True` sets `tokenizer.ggml.add_bos_token`; None takes a key away."""
+    """`add_bos_token=True` sets `tokenizer.ggml.add_bos_token`; None removes a key."""
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     return {key: value for key, value in metadata.items() if value is not None}
 
@@ -196,7 +196,7 @@ class TestScores:
         tokenizer = Tokenizer.from_gguf(spm_metadata({"a": -9, "aa": -1}, add_space_prefix=False))
         assert token_texts(tokenizer, "aaa", add_special=False) == [b"aa", b"a"]
 
-    def test_what_is_no_token_is_spelled_in_bytes(self) -> None:
+    def test_text_without_a_token_becomes_bytes(self) -> None:
         tokenizer = Tokenizer.from_gguf(spm_metadata())
         assert token_texts(tokenizer, "é🦙", add_special=False) == [
             b" ", "é".encode(), *(bytes([byte]) for byte in "🦙".encode())
@@ -218,7 +218,7 @@ class TestScores:
     @settings(deadline=None, max_examples=100)
     @given(text=st.text(alphabet="ab ", max_size=30), joined=st.booleans())
     def test_cutting_at_spaces_changes_nothing(self, text: str, joined: bool) -> None:
-        """The encoder merges word by word; a plain search over the whole text is the specification."""
+        """The encoder merges word by word; the specification is a search over the whole text."""
         words = WORDS | ({"b▁": -4.5, "b▁a": -4.2} if joined else {})
         tokenizer = Tokenizer.from_gguf(spm_metadata(words))
         pieces = list(("▁" + text.replace(" ", "▁")) if text else "")
@@ -280,7 +280,7 @@ class TestSpecialTokens:
         assert both.encode("", add_special=False) == []
 
     @pytest.mark.parametrize(("pre", "add_bos"), [("gpt-2", False), ("llama-bpe", True), ("qwen2", False)])
-    def test_where_the_file_is_silent_the_family_decides_on_bos(self, pre: str, add_bos: bool) -> None:
+    def test_the_family_decides_on_bos_if_the_file_does_not(self, pre: str, add_bos: bool) -> None:
         assert Tokenizer.from_gguf(byte_level_metadata(pre)).add_bos == add_bos
         assert Tokenizer.from_gguf(byte_level_metadata(pre, add_bos_token=False)).add_bos is False
 
@@ -305,7 +305,7 @@ class TestSpecialTokens:
         assert tokenizer.eos_id == 5 and {5, 7} <= tokenizer.stop_ids
         assert tokenizer.encode("") == [5]
 
-    def test_a_part_of_an_answer_does_not_stop(self) -> None:
+    def test_the_end_of_a_channel_does_not_stop(self) -> None:
         texts = ["a", "<|return|>", "<|call|>", "<|end|>", "<|channel|>"]
         changes = {"tokens": texts, "merges": [], "token_type": [1, 3, 3, 3, 3]}
         tokenizer = Tokenizer.from_gguf(byte_level_metadata(bos_token_id=1, eos_token_id=1, **changes))
@@ -336,7 +336,7 @@ class TestRefusals:
             ({"add_bos_token": True, "bos_token_id": None}, "there is no tokenizer.ggml.bos_token_id"),
         ],
     )
-    def test_what_is_not_known_exactly(self, changes: dict[str, Any], message: str) -> None:
+    def test_unknown_values_are_refused(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ModelError, match=message) as caught:
             Tokenizer.from_gguf(byte_level_metadata(**changes))
         assert "\n" not in str(caught.value)
@@ -544,7 +544,7 @@ class TestFolder:
         tokenizer = Tokenizer.from_folder(tmp_path)
         assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.stop_ids) == (1, True, {2})
         assert token_texts(tokenizer, "ab é") == [b"<s>", b" ab", b" ", b"\xc3", b"\xa9"]
-        # Metaspace adds no space where one stands, and drops it all the same.
+        # Metaspace adds no space before one that is there, but drops it anyway.
         for text in ["ab", "ab  ab 🦙", "a\nb", *([] if metaspace else ["  ab"])]:
             stream = tokenizer.stream()
             pieces = [*map(stream.push, tokenizer.encode(text)), stream.flush()]

@@ -37,7 +37,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def llama3_factors() -> np.ndarray:
-    """As llama.cpp's converter computes ``rope_freqs.weight``."""
+    """``rope_freqs.weight`` as llama.cpp's converter computes it."""
     factors = []
     for frequency in 1.0 / 10000.0 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM):
         wavelength = 2 * np.pi / frequency
@@ -51,7 +51,7 @@ def llama3_factors() -> np.ndarray:
     return np.array(factors, np.float32)
 
 
-# name -> (config.json, what a GGUF file says beside, rope_freqs)
+# name -> (config.json, further GGUF keys, rope_freqs)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], np.ndarray | None]] = {
     "llama": (config_json("llama"), {}, None),
     "llama tied": (config_json("llama", tie_word_embeddings=True), {}, None),
@@ -89,7 +89,7 @@ def test_gguf_and_folder_are_the_same_model(name: str, tmp_path: Path) -> None:
     file = load_model(
         write_converted_gguf(tmp_path / "m.gguf", config, weights, extra=extra, rope_freqs=rope_freqs)
     )
-    # Where nothing is computed, nothing differs; GGUF keeps eps and scaling factors in float32.
+    # Equal unless something is computed; GGUF has eps and scaling factors in float32.
     exact = rope_freqs is None
     np.testing.assert_allclose(
         logits(file.config, file.params),
@@ -101,8 +101,8 @@ def test_gguf_and_folder_are_the_same_model(name: str, tmp_path: Path) -> None:
     assert file.tokenizer.encode(text) == folder.tokenizer.encode(text)
 
 
-def test_features_change_what_the_model_says(tmp_path: Path) -> None:
-    """Guards the test above: a feature that both loaders dropped would pass it."""
+def test_features_change_logits(tmp_path: Path) -> None:
+    """A feature that both loaders ignore would pass the test above."""
     weights = random_weights(config_json("llama"))
     plain = logits(*_load(tmp_path / "plain", config_json("llama"), weights))
     for changes in (
@@ -236,7 +236,7 @@ def test_rope_factors_of_a_file(tmp_path: Path) -> None:
 
 
 def _resized(config: dict[str, Any], rows: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A model whose embedding has ``rows`` rows, those past the tokenizer's tokens the likeliest by far."""
+    """A model whose embedding has ``rows`` rows, of which padding is the likeliest by far."""
     weights = random_weights(config)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = np.resize(weights[name], (rows, weights[name].shape[1]))
