@@ -1,4 +1,4 @@
-"""What the comparisons share: quiet peers, and an interpreter that has llama.cpp."""
+"""Fixtures of the comparisons: reported numbers, and an interpreter with llama.cpp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUMBERS = pytest.StashKey[list[str]]()
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
-    """Notes numbers for the end of the report: ``measured(difference=1e-6)``; ``docs/reports/peers.md`` quotes them."""
+    """Reports numbers, as in ``measured(difference=1e-6)``; ``docs/reports/peers.md`` quotes them."""
 
     def note(**numbers: float) -> None:
         values = ", ".join(f"{name} {value:.1e}" for name, value in numbers.items())

@@ -17,7 +17,7 @@ F32, F16 = 0, 1
 
 
 def evaluate(request: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Logits of every position, prompt in one batch and the rest token by token; then greedy tokens."""
+    """Logits of every position, the prompt in one batch and the rest token by token; then greedy tokens."""
     kv_type = F32 if request["kv"] == "f32" else F16
     llm = llama_cpp.Llama(
         request["path"],
@@ -58,7 +58,7 @@ def tokenize(request: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def quantize(request: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Writes a model with weights of another type, quantized ones dequantized first; the answer is the file."""
+    """Writes a model with weights of another type, dequantizing quantized ones first; returns the file."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = 1
     params.ftype = request["file_type"]

@@ -1,7 +1,7 @@
-"""llama-server for llama.cpp's own tests: its command line becomes one of ``jaxpaged serve`` with a stand-in model.
+"""llama-server for llama.cpp's own tests: translates its command line to ``jaxpaged serve`` with a random model.
 
-The tests ask for models from the hub, mostly one of 260,000 parameters that tells stories. The stand-in has the kind of
-vocabulary that it has (SentencePiece, 512 pieces) and random weights: it says words of its own.
+The tests use models from the hub, mostly one of 260,000 parameters that was trained on stories. The random model has
+the same kind of vocabulary (SentencePiece, 512 pieces), but generates other words.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import gguf
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-STAND_IN = "JAXPAGED_STAND_IN"
-"""The environment variable that names the stand-in model."""
+RANDOM_MODEL = "JAXPAGED_RANDOM_MODEL"
+"""Environment variable with the path of the random model."""
 _CONTROL = ["<unk>", "<s>", "</s>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _VOCAB = 512
 _CONTEXT = 4096
 
-# What the suite's command lines say, and what is done about it. Whatever stands in neither goes on as it is.
+# Flags of the suite that are dropped, with the reason. All others are passed on.
 _WITH_VALUE = {
-    "--hf-repo": "the stand-in instead",
-    "--hf-file": "the stand-in instead",
+    "--hf-repo": "replaced by the random model",
+    "--hf-file": "replaced by the random model",
     "--ctx-size": "llama-server divides it by its slots",
     "--reasoning": "there is no such flag",
-    "--media-path": "there is no such flag; what is tested is a request that names a file",
+    "--media-path": "there is no such flag; the test sends a request that names a file",
 }
 _WITHOUT_VALUE = {"--offline", "--no-jinja"}
 
 
 def ours(arguments: list[str], model: str) -> list[str]:
-    """The same server's command line for ``jaxpaged serve``."""
+    """Translates llama-server's arguments to those of ``jaxpaged serve``."""
     taken: dict[str, str] = {}
     kept: list[str] = []
     rest = iter(arguments)
@@ -50,8 +50,8 @@ def ours(arguments: list[str], model: str) -> list[str]:
     return ["serve", "--model", model, "--ctx-size", str(context), *kept]
 
 
-def write_stand_in(path: Path, text: str) -> Path:
-    """The stand-in model, its pieces learned from a text."""
+def write_random_model(path: Path, text: str) -> Path:
+    """Writes the random model; its pieces are those of a text."""
     sys.path.insert(0, str(HERE.parent / "model"))
     from small_models import HIDDEN, LAYERS, config_json, random_weights, write_converted_gguf
 
@@ -62,7 +62,7 @@ def write_stand_in(path: Path, text: str) -> Path:
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((_VOCAB, HIDDEN)).astype(np.float32)
     output = (0.25 * rng.standard_normal((_VOCAB, HIDDEN))).astype(np.float32)
-    # The first number of the residual stream is the same everywhere, and keeps what is no text from being drawn.
+    # The first number of the residual stream is constant; it keeps tokens that are no text from being sampled.
     embedding[:, 0] = 8.0
     for i in range(LAYERS):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -115,5 +115,5 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    command = [sys.executable, "-m", "jaxpaged.app.cli", *ours(sys.argv[1:], os.environ[STAND_IN])]
+    command = [sys.executable, "-m", "jaxpaged.app.cli", *ours(sys.argv[1:], os.environ[RANDOM_MODEL])]
     os.execv(command[0], command)

@@ -2,11 +2,10 @@
 
     make peers-llama-server LLAMA_CPP=/path/to/llama.cpp
 
-A plugin of pytest, and the program that runs pytest with it on a copy of the tests. Nothing of them is in this
-repository. What is changed: the server is ``llama_server_shim.py`` with its stand-in model, the words that a model is
-expected to say are not looked at, numbers of tokens that depend on the vocabulary (``NUMBERS``) may be any, each the
-same wherever it stands in a test, and some words are others (``CHANGED``). ``FILES`` and ``LEFT_OUT`` say what is not
-run, and why.
+A pytest plugin, and the program that runs pytest with it on a copy of the tests, which are not part of this
+repository. Changes: the server is ``llama_server_shim.py`` with a random model, expected words of answers are not
+checked, numbers of tokens that depend on the vocabulary (``NUMBERS``) may have any value, the same everywhere in a
+test, and some words are replaced (``CHANGED``). ``FILES`` and ``LEFT_OUT`` have the excluded tests and the reasons.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ FILES: dict[str, str] = {
     "test_tools_builtin.py": _TOOLS,
     "test_vision_api.py": "images are not offered",
 }
-"""Files of which nothing is run -> why."""
+"""Excluded files, with the reason."""
 
 _STRUCTURED = "structured output (json_schema, grammar, json_object) is not offered"
 _AFTER_SAMPLING = "probabilities after sampling are not offered"
@@ -100,7 +99,7 @@ LEFT_OUT: dict[str, str] = {
         "decided otherwise: a template is told the date where it asks for it (strftime_now), as in transformers"
     ),
 }
-"""A test, or ``test[part of its parameters`` -> why it is not run."""
+"""Excluded tests, or ``test[part of its parameters``, with the reason."""
 
 NUMBERS: dict[str, tuple[int, ...]] = {
     "test_completion": (18, 46),
@@ -118,7 +117,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
 FALLING: dict[str, tuple[int, ...]] = {
     "test_slot_save_restore": (6,),  # the slots share one cache: a prompt is found that another slot had
 }
-"""Numbers of tokens that may also become fewer in the course of a test."""
+"""Numbers of tokens that may decrease during a test."""
 
 _METRIC = "llamacpp:n_decode_total"
 CHANGED: dict[str, dict[int | str, int | str]] = {
@@ -141,11 +140,11 @@ CHANGED: dict[str, dict[int | str, int | str]] = {
     )
     | {"llamacpp:n_busy_slots_per_decode": "llamacpp:requests_processing"},
 }
-"""What else is written otherwise, by test: for the same thing another word."""
+"""Other values that are replaced, by test."""
 
 
 class Same(int):
-    """A number of tokens: any above 0, but the same one wherever it is compared in a test."""
+    """A number of tokens: any positive value, but the same in all comparisons of a test."""
 
     bound: ClassVar[dict[int, int]] = {}
 
@@ -158,7 +157,7 @@ class Same(int):
 
 
 class Falling(Same):
-    """The same number as before in a test, or a smaller one."""
+    """A number that is the same as before in a test, or smaller."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, int) or not 0 < other <= self.bound.get(int(self), other):
@@ -171,13 +170,13 @@ class Falling(Same):
 
 
 class _Rewrite(ast.NodeTransformer):
-    """Writes ``Same(number)`` for what ``NUMBERS`` names, ``Falling`` likewise, and what ``CHANGED`` says."""
+    """Replaces numbers by ``Same(number)`` (``NUMBERS``) or ``Falling``, and other values as in ``CHANGED``."""
 
     def __init__(self) -> None:
         self._test = ""
         tables: tuple[Mapping[str, Iterable[int | str]], ...] = (NUMBERS, FALLING, CHANGED)
         self.left = {(test, old) for table in tables for test in table for old in table[test]}
-        """Those that were not found yet."""
+        """Entries that were not found yet."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         outer, self._test = self._test, self._test or node.name
@@ -198,7 +197,7 @@ class _Rewrite(ast.NodeTransformer):
 
 
 def run(llama_cpp: Path, arguments: list[str]) -> int:
-    """Runs the suite of a folder of llama.cpp's sources; pytest's exit status."""
+    """Runs the suite of a folder of llama.cpp's sources; returns pytest's exit status."""
     source = llama_cpp / "tools" / "server" / "tests"
     if not (source / "utils.py").is_file():
         print(
@@ -239,9 +238,9 @@ def run(llama_cpp: Path, arguments: list[str]) -> int:
 
 def _environment(root: Path) -> dict[str, str]:
     sys.path.insert(0, str(HERE))
-    from llama_server_shim import STAND_IN, write_stand_in
+    from llama_server_shim import RANDOM_MODEL, write_random_model
 
-    model = write_stand_in(root / "stand-in.gguf", (HERE.parents[1] / "LICENSE").read_text())
+    model = write_random_model(root / "random.gguf", (HERE.parents[1] / "LICENSE").read_text())
     shim = root / "llama-server"
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "llama_server_shim.py"}" "$@"\n')
     shim.chmod(0o755)
@@ -253,11 +252,11 @@ def _environment(root: Path) -> dict[str, str]:
         "LLAMA_SERVER_BIN_PATH": str(shim),
         "PORT": str(port),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-        STAND_IN: str(model),
+        RANDOM_MODEL: str(model),
     }
 
 
-# What follows is the plugin.
+# --- The pytest plugin ---
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -290,12 +289,12 @@ def pytest_load_initial_conftests() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Files of which nothing is run."""
+    """Ignores excluded files."""
     return True if collection_path.name in FILES else None
 
 
 def pytest_runtest_setup(item: Any) -> None:
-    """A test's numbers are its own."""
+    """Resets the numbers for each test."""
     Same.bound.clear()
 
 
@@ -303,7 +302,7 @@ _reasons: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leaves out what ``LEFT_OUT`` says; every line of it must name something."""
+    """Deselects the tests of ``LEFT_OUT``; every entry must match a test."""
     unused = set(LEFT_OUT)
     out = []
     for item in items:
@@ -322,7 +321,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What was left out, and why."""
+    """Lists excluded tests with the reasons."""
     terminalreporter.section("left out")
     for reason, count in _reasons.most_common():
         terminalreporter.line(f"{count:4} tests: {reason}")

@@ -1,4 +1,4 @@
-"""Small random models as transformers builds them, the same as GGUF files, and our logits for both."""
+"""Small random models of transformers, the same models as GGUF files, and our logits for both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREFILL_CHUNK = 16
 DECODE_STEPS = 8
 GREEDY_STEPS = 64
 MAX_LENGTH = 104
-"""Room for a prompt and ``GREEDY_STEPS`` tokens."""
+"""Tokens of a prompt and ``GREEDY_STEPS`` more."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ VARIANTS = {
     "qwen3-window": Variant("qwen3", {"head_dim": 16, "attention_bias": True, **WINDOW}),
 }
 ONE_OF_EACH = ("llama", "mistral-window", "qwen2-window", "qwen3-window")
-"""A variant of each architecture, with a window where it can have one; a program takes seconds to compile."""
+"""A variant of each architecture, with a window if supported; few, because programs take seconds to compile."""
 WIDE = "llama-wide"
-"""A llama whose rows are whole blocks of 256, as K-quants need; no variant, because wider shows nothing else."""
+"""A llama with rows of whole blocks of 256, as K-quants need; no variant, because wider rows test nothing else."""
 _MODELS = VARIANTS | {WIDE: Variant("llama", {"hidden_size": 256, "intermediate_size": 512})}
 
 
 @functools.cache
 def hf_model(name: str) -> transformers.PreTrainedModel:
-    """The variant with weights drawn so that every part of it shows in the logits, biases and norms included."""
+    """The variant with random weights for which every part changes the logits, biases and norms included."""
     variant = _MODELS[name]
     settings = {
         "vocab_size": VOCAB_SIZE,
@@ -118,25 +118,25 @@ def prompts() -> list[list[int]]:
 
 
 def texts_to_score() -> list[list[int]]:
-    """The prompts and, behind each, the tokens that decode steps are made to take."""
+    """The prompts, each followed by fixed tokens for decode steps."""
     rng = np.random.default_rng(2)
     return [[*p, *rng.integers(0, VOCAB_SIZE, DECODE_STEPS).tolist()] for p in prompts()]
 
 
 def hf_logits(model: transformers.PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """f32[length, vocab] of each text, all of its tokens at once."""
+    """Logits f32[length, vocab] of each text, all tokens at once."""
     with torch.no_grad():
         return [model(torch.tensor([list(text)])).logits[0].numpy() for text in texts]
 
 
 def margin(logits: Sequence[np.ndarray]) -> float:
-    """The smallest lead of a likeliest token over the next: what an error must stay below for greedy tokens."""
+    """The smallest margin of a likeliest token: greedy tokens are equal if the error is smaller."""
     best = [np.partition(rows, -2, axis=-1)[:, -2:] for rows in logits]
     return min(float((pair[:, 1] - pair[:, 0]).min()) for pair in best)
 
 
 def hf_greedy(model: transformers.PreTrainedModel, prompt: Sequence[int]) -> list[int]:
-    """What transformers' own ``generate`` continues with, through its own cache."""
+    """The continuation by transformers' own ``generate``, with its own cache."""
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=GREEDY_STEPS
@@ -179,7 +179,7 @@ def _step(model: Any, params: Any, cache: Any, tokens: jax.Array, num_new: jax.A
 
 
 class Run:
-    """Sequences side by side: ragged prefill in steps, then a token each at a time."""
+    """Several sequences: ragged prefill in steps, then one token of each per step."""
 
     def __init__(self, loaded: LoadedModel, kind: str, count: int) -> None:
         self.model, self.params = loaded.function, loaded.params
@@ -187,7 +187,7 @@ class Run:
         self.rows: list[list[np.ndarray]] = [[] for _ in range(count)]
 
     def step(self, new: Sequence[Sequence[int]], num_tokens: int) -> None:
-        """Computes these tokens of each sequence, in a step of ``num_tokens`` rows, and keeps their logits."""
+        """Computes these tokens of each sequence, in a step of ``num_tokens`` rows, and stores their logits."""
         tokens = [token for part in new for token in part]
         padded = jnp.asarray(tokens + [0] * (num_tokens - len(tokens)), jnp.int32)
         num_new = jnp.asarray([len(part) for part in new], jnp.int32)
@@ -199,7 +199,7 @@ class Run:
             end += len(part)
 
     def prefill(self, texts: Sequence[Sequence[int]]) -> None:
-        """Shares every step out, so that it holds pieces of several prompts and cuts them anywhere."""
+        """Prefills in steps with chunks of several prompts, split anywhere."""
         left = [list(text) for text in texts]
         while any(left):
             new, room = [], PREFILL_CHUNK
@@ -214,14 +214,14 @@ class Run:
         self.step([[token] for token in tokens], len(tokens))
 
     def logits(self) -> list[np.ndarray]:
-        """f32[length, vocab] of each sequence."""
+        """Logits f32[length, vocab] of each sequence."""
         return [np.concatenate(rows) for rows in self.rows]
 
 
 def our_logits(
     loaded: LoadedModel, kind: str, texts: Sequence[Sequence[int]], decode: int = DECODE_STEPS
 ) -> list[np.ndarray]:
-    """f32[length, vocab] of each text, its last ``decode`` tokens one by one."""
+    """Logits f32[length, vocab] of each text, with the last ``decode`` tokens one by one."""
     run = Run(loaded, kind, len(texts))
     run.prefill([text[: len(text) - decode] for text in texts])
     for i in range(-decode, 0):
@@ -230,7 +230,7 @@ def our_logits(
 
 
 def greedy_by_steps(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """``GREEDY_STEPS`` tokens behind each prompt, chosen here; needs no program of its own."""
+    """``GREEDY_STEPS`` tokens after each prompt by argmax of the logits; compiles nothing more."""
     run = Run(loaded, kind, len(starts))
     run.prefill(starts)
     tokens: list[list[int]] = [[] for _ in starts]
@@ -242,7 +242,7 @@ def greedy_by_steps(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[in
 
 
 def our_greedy(loaded: LoadedModel, kind: str, starts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """``GREEDY_STEPS`` tokens behind each prompt, by ``jaxpaged.generate``."""
+    """``GREEDY_STEPS`` tokens after each prompt, by ``jaxpaged.generate``."""
     result, _ = generate(
         loaded.function,
         loaded.params,
@@ -306,7 +306,7 @@ _TENSORS = {
 
 
 def gguf_name(name: str) -> str:
-    """What a GGUF file calls the weight that transformers calls ``name``."""
+    """GGUF's name of the weight that transformers calls ``name``."""
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         layer, stem = stem.removeprefix("model.layers.").split(".", 1)
@@ -315,13 +315,13 @@ def gguf_name(name: str) -> str:
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama's GGUF files have them: the two halves of a head, alternating."""
+    """Interleaves the two halves of each head, as in llama's GGUF files."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
 def _heads(model: transformers.PreTrainedModel, name: str) -> int:
-    """How many heads lie interleaved in the file's rows of this weight; 0 where the rows lie in order."""
+    """Number of heads with interleaved rows in the file's weight; 0 if the rows are in order."""
     if model.config.model_type not in ("llama", "mistral"):
         return 0
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
@@ -376,7 +376,7 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
         type_ = gguf.GGMLQuantizationType.F32 if weight.ndim == 1 else kind
         data = gguf.quantize(stored, type_)
         writer.add_tensor(gguf_name(name), data, raw_dtype=type_)
-        # Blocks lie along rows, and interleaving moves whole rows: the order does not matter to them.
+        # Interleaving moves whole rows and blocks are parts of rows: the order of the two operations is irrelevant.
         in_file[name] = torch.tensor(gguf.dequantize(gguf.quantize(weight, type_), type_))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -409,7 +409,7 @@ def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) ->
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif kind == "llama3":
-        # Llama 3.1's rule becomes a tensor: what each frequency is divided by.
+        # Llama 3.1's rule becomes a tensor of the divisors of frequencies.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         context, factors = rope["original_max_position_embeddings"], []
         for i in range(0, head_dim, 2):
@@ -438,7 +438,7 @@ def with_weights(
 
 
 def _rounded(x: np.ndarray, weight_type: str) -> np.ndarray:
-    """Activations as llama.cpp's kernels round them before a product with such weights."""
+    """Rounds activations as llama.cpp's kernels do before a product with such weights."""
     if not (weight_type.endswith("_K") or weight_type == "IQ4_XS"):
         q8_0 = gguf.GGMLQuantizationType.Q8_0
         return gguf.dequantize(gguf.quantize(x.reshape(-1, x.shape[-1]), q8_0), q8_0).reshape(x.shape)
@@ -452,7 +452,7 @@ def _rounded(x: np.ndarray, weight_type: str) -> np.ndarray:
 def rounding_activations(
     model: transformers.PreTrainedModel, types: dict[str, str]
 ) -> transformers.PreTrainedModel:
-    """The model with what enters each linear layer rounded, as llama.cpp's CPU kernels round it.
+    """The model with the input of each linear layer rounded, as in llama.cpp's CPU kernels.
 
     They multiply whole numbers: a row of activations is quantized before a product with quantized weights, to Q8_K
     (blocks of 256) for K-quants and IQ4_XS, to Q8_0 (blocks of 32) for the others. Beside Q4_1 and Q5_1 they keep

@@ -1,4 +1,4 @@
-"""Beam search against that of Hugging Face transformers (torch, CPU, float32): sequences and scores."""
+"""Beam search compared with Hugging Face transformers (torch, CPU, float32): sequences and scores."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_sequences_and_scores_are_those_of_transformers(
                 tokens[:n].tolist() for tokens, n in zip(np.asarray(result.tokens)[row], counts, strict=True)
             ]
             assert ours == rows, (i, row)
-            # A length penalty of -1 multiplies by the length: scores so large that float32 has no 1e-4.
+            # A length penalty of -1 multiplies by the length: float32 has no precision of 1e-4 for such scores.
             np.testing.assert_allclose(np.asarray(result.score)[row], scores, rtol=1e-6, atol=1e-4)
             if length_penalty >= 0:
                 difference = max(difference, float(np.abs(np.asarray(result.score)[row] - scores).max()))

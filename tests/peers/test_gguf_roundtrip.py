@@ -26,11 +26,11 @@ CASES = [
 def test_a_gguf_file_gives_the_logits_of_the_weights_in_it(
     name: str, quantization: str, tmp_path: Path, measured: Measured
 ) -> None:
-    """Quantized ones too: the file's weights, dequantized, go back into transformers' model."""
+    """Also of quantized files: their weights are dequantized and loaded into transformers' model."""
     original = peer.hf_model(name)
     path = tmp_path / "model.gguf"
     model = peer.with_weights(original, peer.write_gguf(original, path, quantization))
-    # Prefill only: what comes after it is no matter of files.
+    # Prefill only: decoding does not depend on the file.
     texts = peer.prompts()
     ours = np.concatenate(peer.our_logits(load_model(path), "paged", texts, decode=0))
     theirs = np.concatenate(peer.hf_logits(model, texts))

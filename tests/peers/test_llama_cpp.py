@@ -25,7 +25,7 @@ from jaxpaged_model.text.tokenizer import Tokenizer
 # llama.cpp ignores the sliding window in files of these architectures.
 WITHOUT_WINDOW = [name for name in peer.VARIANTS if not name.endswith("-window")]
 
-# Real vocabularies stand beside the project, where they stand at all.
+# Real vocabularies are optional.
 VOCABULARIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "vocab"
 TEXTS = [
     "",
@@ -48,7 +48,7 @@ TEXTS = [
 def both(
     llama_cpp: LlamaCpp, name: str, quantization: str, tmp_path: Path, kv: str = "f32", steps: int = 0
 ) -> tuple[np.ndarray, dict[str, np.ndarray], Path]:
-    """Our logits of all positions in a row, and llama.cpp's answer."""
+    """Our logits of all positions, concatenated, and llama.cpp's results."""
     path = tmp_path / "model.gguf"
     peer.write_gguf(peer.hf_model(name), path, quantization)
     ours = np.concatenate(peer.our_logits(load_model(path), "paged", peer.texts_to_score()))
@@ -56,7 +56,7 @@ def both(
 
 
 def evaluated(llama_cpp: LlamaCpp, path: Path, kv: str = "f32", steps: int = 0) -> dict[str, np.ndarray]:
-    """llama.cpp's logits of all positions in a row, and its greedy tokens."""
+    """llama.cpp's logits of all positions, concatenated, and its greedy tokens."""
     texts = peer.texts_to_score()
     theirs = llama_cpp(
         do="evaluate",
@@ -134,7 +134,7 @@ def test_quantized_weights_differ_by_llama_cpps_rounding_of_activations(
     assert relative(explained, theirs["logits"]) < 0.01
 
 
-# What llama.cpp quantizes to without an importance matrix and we read: types of file, and of the matrices in each.
+# Types that llama.cpp writes without an importance matrix and that are supported here: of files, and of their matrices.
 MIXTURES = {
     "F16": {"F16"},
     "BF16": {"BF16"},
@@ -173,7 +173,7 @@ class Quantized:
 
 
 def quantize(llama_cpp: LlamaCpp, path: Path, file_type: str, folder: Path) -> Quantized:
-    """What llama.cpp makes of a file."""
+    """llama.cpp's results for a file."""
     made = Quantized(file_type, folder / f"{file_type}.gguf", folder / f"{file_type}-dequantized.gguf")
     for source, out, number in (
         (path, made.path, gguf.LlamaFileType[f"MOSTLY_{file_type}"]),
@@ -227,7 +227,7 @@ def test_a_file_that_llama_cpp_quantized_gives_the_logits_of_its_weights(
     loaded = load_model(quantized.path, exact=True)
     assert loaded.description.endswith(f" {quantized.file_type}")
     ours = np.concatenate(peer.our_logits(loaded, "paged", peer.texts_to_score()))
-    # The same weights as float32, where llama.cpp rounds nothing.
+    # The same weights as float32: llama.cpp does not round activations.
     same_weights = evaluated(llama_cpp, quantized.dequantized)["logits"]
     theirs = evaluated(llama_cpp, quantized.path)["logits"]
     measured(
@@ -257,8 +257,8 @@ def test_rounding_of_activations_explains_llama_cpps_logits(
     rounded = peer.rounding_activations(peer.with_weights(model, weights), types)
     explained = np.concatenate(peer.hf_logits(rounded, peer.texts_to_score()))
     theirs = evaluated(llama_cpp, quantized.path)["logits"]
-    # Between two whole numbers the last bit of a sum decides, and what is rounded the other way moves the positions
-    # behind it too. Without rounding no position meets; measured: 0.41 to 1 of them.
+    # Halfway between two integers the last bit of a sum decides, and another rounding changes all later positions,
+    # too. Without rounding no position agrees; measured: 0.41 to 1 of them.
     met = float((np.abs(explained - theirs).max(-1) < 1e-4).mean())
     measured(met=met)
     assert met > 0.2
@@ -267,7 +267,7 @@ def test_rounding_of_activations_explains_llama_cpps_logits(
 def test_the_embedded_model_as_q4_k_m_gives_the_logits_and_greedy_tokens_of_its_weights(
     llama_cpp: LlamaCpp, tmp_path: Path, measured: Measured
 ) -> None:
-    """Trained weights, and rows of 640 numbers, which are no whole blocks of a K-quant: llama.cpp takes other types."""
+    """Trained weights, and rows of 640 numbers, no multiple of a K-quant's block: llama.cpp uses other types."""
     quantized = quantize(llama_cpp, tiny.PATH, "Q4_K_M", tmp_path)
     types = {tensor.dtype for tensor in GGUFFile(quantized.path).tensors.values()}
     assert types == {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}

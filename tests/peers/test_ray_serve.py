@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def wait_until(what: Callable[[], Any], seconds: float, message: str) -> Any:
-    """What ``what`` returns once that is true."""
+    """Waits until ``what`` returns a true value; returns it."""
     deadline = time.monotonic() + seconds
     while not (result := what()):
         assert time.monotonic() < deadline, message
@@ -62,7 +62,7 @@ def wait_until(what: Callable[[], Any], seconds: float, message: str) -> Any:
 
 
 class Process:
-    """Something that serves, in a session of its own; all that it starts has the same mark in its environment."""
+    """A server in its own session; its subprocesses have the same mark in their environment."""
 
     def __init__(self, folder: Path, *command: str) -> None:
         self.mark = secrets.token_hex(32)
@@ -103,7 +103,7 @@ class Process:
         return wait_until(look, START_SECONDS, f"no {pattern!r} in: {self.log.read_text()}")[1]
 
     def left(self) -> list[int]:
-        """The processes that it started and that still run, itself among them."""
+        """Running processes of the server, itself included."""
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ class Process:
         return found
 
     def end(self) -> int:
-        """Ends it as a person would, and whatever it left as a last resort; its exit status."""
+        """Interrupts it, and kills what is left; returns its exit status."""
         for connections in self.connections:
             connections.close()
         if self.popen.poll() is None:
@@ -130,14 +130,14 @@ class Process:
         return self.http.post("/v1/completions", json=body)
 
     def chat(self, messages: list[dict[str, str]], max_tokens: int = 16) -> tuple[str | None, Any]:
-        """The replica that answered, and the answer, through the ``openai`` package."""
+        """Returns (replica that answered, answer), through the ``openai`` package."""
         raw = self.client.chat.completions.with_raw_response.create(
             model="any", messages=messages, max_tokens=max_tokens, temperature=0
         )
         return raw.headers.get(HEADER), raw.parse()
 
     def metrics(self, replica: str) -> dict[str, float]:
-        """Prometheus' numbers of one replica; each question may go to another one."""
+        """Prometheus metrics of one replica; each request may reach another one."""
 
         def ask() -> dict[str, float] | None:
             answer = self.http.get("/metrics")
@@ -150,14 +150,14 @@ class Process:
 
 
 def texts(process: Process) -> list[str]:
-    """Greedy answers to every kind of question."""
+    """Greedy answers to every kind of request."""
     answers = [process.complete(prompt).json()["choices"][0]["text"] for prompt in (*PROMPTS, PROMPTS)]
     return [*answers, process.chat(CHAT)[1].choices[0].message.content]
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What one server answers; it has ended before the replicas start."""
+    """Answers of a single server, which ends before the replicas start."""
     command = (sys.executable, "-m", "jaxpaged.app.cli", "serve", "--port", "0", *FLAGS)
     process = Process(tmp_path_factory.mktemp("single"), *command)
     try:
@@ -282,7 +282,7 @@ def test_a_conversation_stays_where_its_pages_are(service):
 
 def test_texts_that_begin_differently_spread(service):
     counts = Counter(service.complete(f"# Example {i}\n{LONG}", 4).headers[HEADER] for i in range(8))
-    # Who has fewer texts to forget goes first; the conversations before may lie unevenly.
+    # The replica with fewer cached texts evicts first; earlier conversations may be unevenly distributed.
     assert len(counts) == 2 and min(counts.values()) >= 2
 
 
@@ -298,7 +298,7 @@ def test_a_beginning_that_all_share_does_not_keep_a_replica_idle(service):
 def begin_long_stream(
     service: Process, prompts: int
 ) -> tuple[contextlib.ExitStack, httpx.Response, Iterator[str]]:
-    """Work for one replica, seconds of it for a dozen prompts; its first line is read."""
+    """Load for one replica, a dozen prompts of seconds; only the first line is read."""
     body = {
         "prompt": [LONG] * prompts,
         "max_tokens": 900,

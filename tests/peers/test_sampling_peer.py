@@ -1,4 +1,4 @@
-"""The candidates and probabilities of our chain against llama.cpp's own samplers, which need no model."""
+"""Candidates and probabilities of our sampler chain against llama.cpp's samplers, which need no model."""
 
 from __future__ import annotations
 

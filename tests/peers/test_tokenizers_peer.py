@@ -1,4 +1,4 @@
-"""The tokenizer against other people's: transformers, sentencepiece, and llama.cpp where it is installed."""
+"""The tokenizer against transformers, sentencepiece, and llama.cpp if it is installed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ texts = st.text(max_size=40) | st.text(
     alphabet=" \n\r\t'aAzZsß19½é中か가ก\u0301.,!_-/<|>{🦙\xa0", max_size=40
 )
 
-# The `pre_tokenizer` of each family's own tokenizer.json, as its makers wrote it.
+# The `pre_tokenizer` of each family's own tokenizer.json.
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BYTES = GPT2 | {"use_regex": False}
 LLAMA_3 = (
@@ -85,7 +85,7 @@ PUBLISHED = {
 
 @lru_cache
 def trained_model() -> dict[str, Any]:
-    """A BPE model whose merges cross every kind of boundary, so that a wrong split shows in the ids."""
+    """A BPE model whose merges cross every kind of boundary, so that a wrong split changes the ids."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -224,7 +224,7 @@ def test_scores_merge_as_in_sentencepiece() -> None:
 
 
 def llama_cpp_encoder(path: Path, metadata: dict[str, Any]) -> Callable[[str], list[int]]:
-    """llama.cpp's tokenizer on a GGUF file that holds this vocabulary and nothing else."""
+    """llama.cpp's tokenizer on a GGUF file with this vocabulary alone."""
     llama_cpp = pytest.importorskip("llama_cpp")
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
