@@ -240,7 +240,7 @@ def slice_range(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> BlockT
 
 
 def _shortened(row: BlockTable, skipped: Array, num_tokens: Array, num_pages: int) -> BlockTable:
-    """Shortens each entry of a row to ``num_tokens i32[P]`` tokens behind the first ``skipped i32[P]``; drops empty ones."""
+    """Keeps ``num_tokens i32[P]`` tokens of each entry of a row behind the first ``skipped i32[P]``."""
     shortened = replace(
         row, first_slot=row.first_slot + skipped, num_tokens=num_tokens, position=row.position + skipped
     )

@@ -1,8 +1,8 @@
-"""How rows of keys and values lie in a page: the seam between a cache and its storage.
+"""Page formats: how rows of keys and values are stored in pages.
 
-A format makes the page arrays, writes rows into them and reads pages back; nothing else in the project looks
-inside a page array but the kernels of attention. Formats with one number a value are in ``plain.py``, quantized ones in
-``blocks.py`` and ``sealed.py``.
+A format creates page arrays, writes rows to them and reads pages back; besides formats, only
+attention kernels look inside a page array. Formats of plain numbers are in ``plain.py``, quantized
+ones in ``blocks.py`` (by row) and ``residual.py`` (by page).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FORMATS: tuple[PageFormat, ...] = (
     PackedBlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
     BlockFormat("q5_1", jnp.float32, ggml.Q5_1()),
     BlockFormat("q5_0", jnp.float32, ggml.Q5_0()),
-    # A Hadamard turn gains most where codes have 4 bits or fewer (docs/quantization.md).
+    # A Hadamard transform gains most where codes have 4 bits or fewer (docs/quantization.md).
     BlockFormat("q4_1", jnp.float32, ggml.Q4_1(), hadamard=True),
     PackedBlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
     BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL(), hadamard=True),
@@ -53,14 +53,14 @@ _FORMATS: tuple[PageFormat, ...] = (
     _kivi(2),
 )
 PAGE_FORMATS: dict[str, PageFormat] = {one.name: one for one in _FORMATS}
-"""Every format by its name: that of keys, whose ``for_values`` is the one of values."""
+"""All formats by name. They store keys; ``for_values`` of each stores values."""
 
 
 def page_format(name: DTypeLike) -> PageFormat:
-    """Format of that name, or plain pages of that dtype (jnp.bfloat16, "bfloat16").
+    """Format by its name, or by the dtype of plain pages (jnp.bfloat16, "bfloat16").
 
     Raises:
-      ValueError: it is unknown.
+      ValueError: unknown; the message lists all names.
     """
     if isinstance(name, str) and name in PAGE_FORMATS:
         return PAGE_FORMATS[name]
@@ -80,10 +80,10 @@ def formats_of(
     v_dtype: DTypeLike | None = None,
     hadamard: bool | None = None,
 ) -> tuple[PageFormat, PageFormat]:
-    """The formats of keys and of values of a cache; arguments as for ``PagedKVCache.create``.
+    """Formats of a cache's keys and values; arguments as for ``PagedKVCache.create``.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: unknown format.
     """
     k, v = (page_format(dtype if given is None else given) for given in (k_dtype, v_dtype))
     v = v.for_values()
@@ -91,22 +91,22 @@ def formats_of(
 
 
 def titled(title: str) -> PageFormat:
-    """The format whose ``title`` this is.
+    """Format by its ``title``.
 
     Raises:
-      ValueError: there is none.
+      ValueError: unknown title.
     """
-    name, plus, turn = title.partition("+")
-    if plus and turn != "hadamard":
+    name, plus, option = title.partition("+")
+    if plus and option != "hadamard":
         raise ValueError(f"page format {title!r} is not known")
     return page_format(name).with_hadamard(bool(plus))
 
 
 def check_page_size(page_size: int) -> int:
-    """``page_size`` itself, if it is a power of two from 8 to 256.
+    """Returns ``page_size``.
 
     Raises:
-      ValueError: it is not.
+      ValueError: it is no power of two from 8 to 256.
     """
     if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Pages of quantized rows: blocks of 32 numbers along a head, each with a scale of its own.
+"""Pages of rows quantized in blocks of 32 numbers along a head, each with its own scale.
 
-Codes, scales and what else a block has are arrays of their own, ``[num_pages, num_kv_heads, page_size, ...]``: scales
-lie beside the values, so that a kernel reads codes in whole vectors. ``ggml_bytes`` joins them to what ggml keeps for
-the same rows. What a block is, and how it is rounded, is in ``ggml.py``.
+Codes, scales and other parts of a block are separate arrays ``[num_pages, num_kv_heads, page_size,
+...]``, so that kernels read codes in whole vectors. ``ggml_bytes`` joins them to ggml's layout.
+Encoding and rounding of a block are in ``ggml.py``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Parts = Mapping[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockPages:
-    """One layer's quantized keys or values; what attention is given in the place of a page array."""
+    """Quantized keys or values of one layer; attention takes it in place of a page array."""
 
     parts: dict[str, Array]
-    """Arrays ``[num_pages, num_kv_heads, ...]``; names and shapes are the format's."""
+    """Arrays ``[num_pages, num_kv_heads, ...]``; names and shapes depend on the format."""
     format: BlockFormat = field(metadata={"static": True})
     page_size: int = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """``(num_pages, num_kv_heads, page_size, head_dim)``, of the numbers that the parts stand for."""
+        """``(num_pages, num_kv_heads, page_size, head_dim)``: shape of the dequantized numbers."""
         num_pages, num_kv_heads = next(iter(self.parts.values())).shape[:2]
         return num_pages, num_kv_heads, self.page_size, self.head_dim
 
@@ -47,22 +47,22 @@ class BlockPages:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def taken(array: Array, index: Array, slices: bool) -> Array:
-    """``array[index]``, as a gather or as ``slices``."""
+def take_pages(array: Array, index: Array, slices: bool) -> Array:
+    """``array[index]``, as one gather or, with ``slices``, one slice per index."""
     if not slices:
         return array[index]
-    found = jnp.stack([lax.dynamic_index_in_dim(array, i, keepdims=False) for i in index.reshape(-1)])
-    return found.reshape(*index.shape, *array.shape[1:])
+    pages = jnp.stack([lax.dynamic_index_in_dim(array, i, keepdims=False) for i in index.reshape(-1)])
+    return pages.reshape(*index.shape, *array.shape[1:])
 
 
 @dataclass(frozen=True)
 class BlockFormat(PageFormat):
-    """Rows of blocks of 32 numbers."""
+    """Format of rows in blocks of 32 numbers."""
 
     code: BlockCode
-    """What a block is."""
+    """Encoding of a block."""
     hadamard: bool = False
-    """Whether rows are turned before they are quantized; see ``hadamard.turn``."""
+    """True if rows are transformed before quantization; see ``hadamard.transform``."""
 
     @property
     def title(self) -> str:
@@ -82,10 +82,10 @@ class BlockFormat(PageFormat):
         return num_kv_heads * page_size * head_dim // BLOCK * self.code.bytes
 
     def create(self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int) -> BlockPages:  # type: ignore[override]
-        """Zeroed pages.
+        """Creates zeroed pages.
 
         Raises:
-          ValueError: heads are no whole number of blocks.
+          ValueError: ``head_dim`` is no multiple of 32.
         """
         self.check(page_size, head_dim)
         shape = num_pages, num_kv_heads, page_size
@@ -96,13 +96,13 @@ class BlockFormat(PageFormat):
         return BlockPages(parts, self, page_size, head_dim)
 
     def encode(self, rows: Array) -> dict[str, Array]:
-        """``rows [..., head_dim]`` as the parts that are stored, ``[..., width]`` each."""
+        """Quantizes ``rows [..., head_dim]`` to parts, ``[..., width]`` each."""
         rows = hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32)
         parts = self.code.encode(rows.reshape(*rows.shape[:-1], -1, BLOCK))
         return {name: part.reshape(*rows.shape[:-1], -1) for name, part in parts.items()}
 
     def decode(self, parts: Parts) -> Array:
-        """f32[..., head_dim] of ``parts [..., width]``, as they were stored: turned, if rows are."""
+        """f32[..., head_dim]: dequantized ``parts [..., width]``, still transformed if ``hadamard``."""
         blocks = {
             name: parts[name].reshape(*parts[name].shape[:-1], -1, width)
             for name, (width, _) in self.code.parts.items()
@@ -129,14 +129,14 @@ class BlockFormat(PageFormat):
         return jax.tree.map(lambda part: part.at[target].set(part[page, :, slot].swapaxes(0, 1)), pages)
 
     def load(self, pages: BlockPages, page: Array, *, slices: bool = False) -> Array:
-        """f32[..., num_kv_heads, page_size, head_dim]: the pages ``page i32[...]`` as they were stored.
+        """f32[..., num_kv_heads, page_size, head_dim]: pages ``page i32[...]``, see ``decode``.
 
-        ``slices``: one slice for each page in the place of a gather, which XLA:CPU is slow in.
+        ``slices`` reads one slice per page instead of a gather, which is slow in XLA:CPU.
         """
-        return self.decode({name: taken(part, page, slices) for name, part in pages.parts.items()})
+        return self.decode({name: take_pages(part, page, slices) for name, part in pages.parts.items()})
 
     def ggml_bytes(self, parts: Mapping[str, Any]) -> np.ndarray:
-        """u8[..., bytes]: what ggml keeps for rows of ``parts [..., width]``; on the host."""
+        """u8[..., bytes]: ``parts [..., width]`` in ggml's layout; on the host."""
         blocks = []
         for name, (width, _) in self.code.parts.items():
             part = np.ascontiguousarray(parts[name])

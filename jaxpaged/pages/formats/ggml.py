@@ -1,10 +1,11 @@
-"""ggml's blocks of 32 numbers: how each is rounded, and what it stands for.
+"""ggml's blocks of 32 numbers: encoding, with ggml's rounding, and decoding.
 
-Encoders give the bytes of the ``gguf`` package's quantizers. Where those round a product before they add to it, a
-``maximum`` stands in between: compilers would otherwise join the two to one operation that rounds once.
+Encoders return the bytes of the ``gguf`` package's quantizers. Where those round a product before
+adding to it, a ``maximum`` between the two keeps compilers from fusing them into one operation that
+rounds once.
 
-Codes of 4 bits lie as in ggml: byte j of a block's 16 has number j in its low half and number j + 16 in its high one.
-The fifth bits of 32 codes are 4 bytes, number j in bit ``j % 8`` of byte ``j // 8``.
+4-bit codes are packed as in ggml: byte j of 16 has number j in its low half and number j + 16 in its
+high half. Fifth bits of 32 codes are 4 bytes, number j in bit ``j % 8`` of byte ``j // 8``.
 
 Source: ggml's ``ggml-quants.c`` (github.com/ggml-org/llama.cpp), the ``_ref`` quantizers.
 """
@@ -21,40 +22,40 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 BLOCK = 32
-"""Numbers of a block."""
+"""Numbers per block."""
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""What the codes of iq4_nl stand for, times the scale: denser where numbers are frequent."""
+"""Codebook of iq4_nl, in units of the scale; denser where numbers are frequent."""
 
 Blocks = Mapping[str, Array]
-"""The parts of blocks, ``[..., width]`` each, by name."""
+"""Parts of blocks by name, ``[..., width]`` each."""
 
 
 def pack_nibbles(codes: Array) -> Array:
-    """u8[..., 16] of 32 codes of 4 bits, ``[..., 32]``."""
+    """u8[..., 16]: packs 4-bit codes ``[..., 32]``."""
     codes = codes.astype(jnp.uint8)
     return codes[..., :16] | codes[..., 16:] << 4
 
 
 def unpack_nibbles(packed: Array) -> Array:
-    """i8[..., 32]: what ``pack_nibbles`` packed."""
+    """i8[..., 32]: inverse of ``pack_nibbles``."""
     return jnp.concatenate([packed & 15, packed >> 4], axis=-1).astype(jnp.int8)
 
 
 def pack_fifth_bits(codes: Array) -> Array:
-    """u8[..., 4] of the fifth bits of 32 codes, ``[..., 32]``."""
+    """u8[..., 4]: packs the fifth bits of codes ``[..., 32]``."""
     bits = (codes.astype(jnp.uint8) >> 4).reshape(*codes.shape[:-1], 4, 8)
     return jnp.sum(bits << jnp.arange(8, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
 
 
 def unpack_fifth_bits(packed: Array) -> Array:
-    """i8[..., 32], 0 or 16: what ``pack_fifth_bits`` packed."""
+    """i8[..., 32], 0 or 16: inverse of ``pack_fifth_bits``."""
     bits = packed[..., None] >> jnp.arange(8, dtype=jnp.uint8) & 1
     return bits.reshape(*packed.shape[:-1], 32).astype(jnp.int8) << 4
 
 
 def _divided(x: Array, divisor: int) -> Array:
-    """``x / divisor``, rounded once: of a divisor that it knows, XLA makes a product with its rounded inverse."""
-    return x / jnp.where(x == x, divisor, 0)
+    """``x / divisor``, rounded once. XLA would multiply by the rounded inverse of a constant."""
+    return x / jnp.where(x == x, np.float32(divisor), 0)
 
 
 def _inverse(d: Array) -> Array:
@@ -62,35 +63,36 @@ def _inverse(d: Array) -> Array:
 
 
 def _signed_extreme(x: Array) -> Array:
-    """The number of largest magnitude, the first of equals, ``[..., 1]``."""
-    first = jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
+    """``[..., 1]``: number of largest magnitude, the first if there are several."""
+    first = lax.argmax(jnp.abs(x), x.ndim - 1, jnp.int32)[..., None]
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
     # Selected, not gathered: XLA:TPU gathers one number at a time.
-    return jnp.max(jnp.where(jnp.arange(x.shape[-1]) == first, x, -jnp.inf), axis=-1, keepdims=True)
+    return jnp.max(jnp.where(index == first, x, -jnp.inf), axis=-1, keepdims=True)
 
 
 class BlockCode:
-    """What a block of 32 numbers is stored as; subclasses are values without state."""
+    """Encoding of a block of 32 numbers; subclasses have no state."""
 
     parts: ClassVar[dict[str, tuple[int, DTypeLike]]]
-    """Width in a block and dtype of each part, in the order of ggml's structure."""
+    """Width per block and dtype of each part, in the order of ggml's struct."""
 
     @property
     def bytes(self) -> int:
-        """Of a block."""
+        """Bytes per block."""
         return sum(width * np.dtype(dtype).itemsize for width, dtype in self.parts.values())
 
     def encode(self, x: Array) -> dict[str, Array]:
-        """``f32[..., 32]`` as parts."""
+        """Parts of blocks ``x f32[..., 32]``."""
         raise NotImplementedError
 
     def decode(self, blocks: Blocks) -> Array:
-        """f32[..., 32]"""
+        """f32[..., 32]: numbers of blocks."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Q8_0(BlockCode):
-    """``x = d * q``, q of 8 bits from -127 to 127."""
+    """``x = d * q``, 8-bit q from -127 to 127."""
 
     parts: ClassVar = {"scales": (1, jnp.float16), "codes": (32, jnp.int8)}
 
@@ -104,14 +106,14 @@ class Q8_0(BlockCode):
 
 
 def _encode_symmetric(x: Array, half: int) -> tuple[Array, Array]:
-    """``(d, codes f32)``: codes from 0 to ``2 * half - 1``, the number of largest magnitude is ``-half * d``."""
+    """``(d, codes f32)``: codes from 0 to ``2 * half - 1``; the largest magnitude is ``-half * d``."""
     d = _divided(_signed_extreme(x), -half)
     product = jnp.maximum(x * _inverse(d), -half - 1)
     return d, jnp.clip(jnp.floor(product + (half + 0.5)), 0, 2 * half - 1)
 
 
 def _encode_affine(x: Array, most: int) -> tuple[Array, Array, Array]:
-    """``(d, m, codes f32)``: codes from 0 to ``most`` between the smallest number and the largest."""
+    """``(d, m, codes f32)``: codes from 0 to ``most``, from the smallest number to the largest."""
     low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
     d = _divided(high - low, most)
     product = jnp.maximum((x - low) * _inverse(d), 0)
@@ -120,7 +122,7 @@ def _encode_affine(x: Array, most: int) -> tuple[Array, Array, Array]:
 
 @dataclass(frozen=True)
 class Q4_0(BlockCode):
-    """``x = d * (q - 8)``, q of 4 bits."""
+    """``x = d * (q - 8)``, 4-bit q."""
 
     parts: ClassVar = {"scales": (1, jnp.float16), "codes": (16, jnp.uint8)}
 
@@ -136,7 +138,7 @@ class Q4_0(BlockCode):
 
 @dataclass(frozen=True)
 class Q4_1(BlockCode):
-    """``x = d * q + m``, q of 4 bits."""
+    """``x = d * q + m``, 4-bit q."""
 
     parts: ClassVar = {"scales": (1, jnp.float16), "minima": (1, jnp.float16), "codes": (16, jnp.uint8)}
 
@@ -155,7 +157,7 @@ class Q4_1(BlockCode):
 
 @dataclass(frozen=True)
 class Q5_0(BlockCode):
-    """``x = d * (q - 16)``, q of 5 bits."""
+    """``x = d * (q - 16)``, 5-bit q."""
 
     parts: ClassVar = {"scales": (1, jnp.float16), "fifth_bits": (4, jnp.uint8), "codes": (16, jnp.uint8)}
 
@@ -174,7 +176,7 @@ class Q5_0(BlockCode):
 
 @dataclass(frozen=True)
 class Q5_1(BlockCode):
-    """``x = d * q + m``, q of 5 bits."""
+    """``x = d * q + m``, 5-bit q."""
 
     parts: ClassVar = {
         "scales": (1, jnp.float16),
@@ -200,12 +202,12 @@ class Q5_1(BlockCode):
 
 @dataclass(frozen=True)
 class IQ4_NL(BlockCode):
-    """``x = d * IQ4_NL_VALUES[q]``, q of 4 bits."""
+    """``x = d * IQ4_NL_VALUES[q]``, 4-bit q."""
 
     parts: ClassVar = {"scales": (1, jnp.float16), "codes": (16, jnp.uint8)}
 
     def encode(self, x: Array) -> dict[str, Array]:
-        # The extreme becomes the codebook's own; the scale is then the best for these codes, weighted by x squared.
+        # Codes map the extreme to the codebook's; the scale is then fitted, weighted by x squared.
         values = np.asarray(IQ4_NL_VALUES, np.float32)
         d = _divided(_signed_extreme(x), IQ4_NL_VALUES[0])
         y = x * _inverse(d)

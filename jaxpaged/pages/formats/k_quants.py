@@ -1,9 +1,10 @@
-"""q4_k: super-blocks of 256 numbers, whose 8 blocks have scales and minimums of 6 bits.
+"""q4_k: super-blocks of 256 numbers, 8 blocks with scales and minimums of 6 bits.
 
-A super-block runs along head_dim and on to the next token, within one KV head of a page; block b of a page is numbers
-``32 * b ..`` of its rows laid end to end. The parts are those of ggml's ``block_q4_K``: what a number is,
-``d * scale * q - dmin * minimum``, and where its bits are. The quantizer follows ggml's reference (a weighted search
-over 21 scales for each block), but sums in another order, so that ties may fall otherwise.
+A super-block runs along head_dim and on to the next token, within one KV head of a page; block b of
+a page is numbers ``32 * b ..`` of its concatenated rows. Parts are those of ggml's ``block_q4_K``,
+with the same packing: a number is ``d * scale * q - dmin * minimum``. The quantizer follows ggml's
+reference, a weighted search over 21 scales per block, but sums in another order, so ties may be
+broken differently.
 
 Source: ggml's ``ggml-quants.c`` (github.com/ggml-org/llama.cpp).
 """
@@ -28,14 +29,13 @@ _STEPS = 21
 
 @dataclass(frozen=True)
 class Q4_K(PageCode):
-    """4 bits a number, 4.5 with scales."""
+    """4 bits per number, 4.5 with scales."""
 
     def check(self, name: str, page_size: int, head_dim: int) -> None:
         if page_size * head_dim % SUPER_BLOCK:
             fitting = [size for size in (8, 16, 32, 64, 128, 256) if size * head_dim % SUPER_BLOCK == 0]
-            fit = (
-                f"page sizes that fit are {', '.join(map(str, fitting))}" if fitting else "no page size fits"
-            )
+            sizes = ", ".join(map(str, fitting))
+            fit = f"page sizes that fit are {sizes}" if fitting else "no page size fits"
             raise ValueError(
                 f"{name} stores super-blocks of {SUPER_BLOCK} numbers: page_size * head_dim must be a multiple of it, "
                 f"got {page_size} * {head_dim}; for head_dim {head_dim} {fit}"
@@ -59,7 +59,7 @@ class Q4_K(PageCode):
             for v, most in ((scale, largest_scale), (minimum, largest_minimum))
         ]
         d, dmin = ((most / 63).astype(jnp.float16) for most in (largest_scale, largest_minimum))
-        # Codes for the scales as they are stored.
+        # Codes are recomputed from scales as stored, in 6 and 16 bits.
         stored, offset = (
             (big.astype(jnp.float32) * bits)[..., None] for big, bits in zip((d, dmin), six_bits, strict=True)
         )
@@ -83,7 +83,7 @@ class Q4_K(PageCode):
 
 
 def _fit(x: Array) -> tuple[Array, Array, Array]:
-    """Scale, minus the minimum, and codes that fit blocks ``x [..., 32]`` best: ``x ~ scale * code - minimum``."""
+    """``(scale, minimum, codes)`` that fit blocks ``x [..., 32]`` best: ``x ~ scale * code - minimum``."""
     weights = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True)) + jnp.abs(x)
     low, high = jnp.minimum(jnp.min(x, axis=-1), 0), jnp.max(x, axis=-1)
     spread = jnp.where(high > low, high - low, 1)
@@ -96,7 +96,7 @@ def _fit(x: Array) -> tuple[Array, Array, Array]:
         return jnp.sum(weights * (scale[..., None] * codes + least[..., None] - x) ** 2, axis=-1)
 
     def attempt(i: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
-        codes = rounded(14 + 0.1 * i)
+        codes = rounded(14 + 0.1 * i.astype(jnp.float32))
         weighted = weights * codes
         sum_l, sum_l2, sum_xl = (jnp.sum(v, axis=-1) for v in (weighted, weighted * codes, weighted * x))
         determinant = sum_w * sum_l2 - sum_l * sum_l
@@ -119,7 +119,10 @@ def _fit(x: Array) -> tuple[Array, Array, Array]:
 
 
 def _pack_six_bits(scale: Array, minimum: Array) -> Array:
-    """u8[..., 12] of 8 scales and 8 minimums of 6 bits: four of each whole, and the others' upper bits in those."""
+    """u8[..., 12]: packs 8 scales and 8 minimums of 6 bits.
+
+    8 bytes have four of each, and in their upper bits two bits of the others; 4 bytes have the rest.
+    """
     s, m = scale.astype(jnp.uint8), minimum.astype(jnp.uint8)
     head, tail = slice(0, 4), slice(4, 8)
     return jnp.concatenate(
@@ -133,7 +136,7 @@ def _pack_six_bits(scale: Array, minimum: Array) -> Array:
 
 
 def _unpack_six_bits(packed: Array) -> tuple[Array, Array]:
-    """f32[..., 8] each: what ``_pack_six_bits`` packed."""
+    """f32[..., 8] each: inverse of ``_pack_six_bits``."""
     s, m, low = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
     scale = jnp.concatenate([s & 63, low & 15 | s >> 6 << 4], axis=-1)
     minimum = jnp.concatenate([m & 63, low >> 4 | m >> 6 << 4], axis=-1)
@@ -141,7 +144,7 @@ def _unpack_six_bits(packed: Array) -> tuple[Array, Array]:
 
 
 def ggml_bytes(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """u8[..., super-blocks * 144]: ggml's ``block_q4_K`` of the parts of pages; on the host."""
+    """u8[..., super-blocks * 144]: parts of pages as ggml's ``block_q4_K``; on the host."""
     blocks = [np.ascontiguousarray(parts[name])[..., None].view(np.uint8) for name in ("scales", "minima")]
     blocks += [parts["block_scales"], parts["codes"]]
     joined = np.concatenate(blocks, axis=-1)

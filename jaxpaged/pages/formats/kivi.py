@@ -1,10 +1,11 @@
-"""Keys quantized by channel over the tokens of a page, values by token.
+"""kivi4 and kivi2: keys quantized by channel over the tokens of a page, values by token.
 
-Some channels of keys are large in every token. A scale of their own keeps them from coarsening the others, which no
-block along a head can; values have no such channels. Source of the idea: KIVI, arXiv:2402.02750.
+Some channels of keys are large in every token. A scale per channel keeps them from costing the
+others precision, which blocks along a head cannot; values have no such channels. Source of the
+idea: KIVI, arXiv:2402.02750.
 
-Codes of 32 numbers of a token lie as in ggml's blocks: of 4 bits in 16 bytes, of 2 bits in 8, number ``j + 8 * i`` in
-bits ``2 * i`` of byte j. A number is ``scale * code + minimum``, both in 16 bits.
+A number is ``scale * code + minimum``, both f16. Codes of 32 numbers of a token are packed as in
+ggml: 4-bit codes in 16 bytes; 2-bit codes in 8, number ``j + 8 * i`` in bits ``2 * i`` of byte j.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from jaxpaged.pages.formats.residual import PageCode
 
 @dataclass(frozen=True)
 class Kivi(PageCode):
-    """Pages of ``bits`` a number, with scales by channel or by token."""
+    """Codes of ``bits`` bits, with scales by channel or by token."""
 
     bits: int
     """2 or 4."""
     by_channel: bool
-    """A scale for each channel and page; otherwise one for each 32 numbers of a token."""
+    """True for a scale per channel and page, False for one per 32 numbers of a token."""
 
     def check(self, name: str, page_size: int, head_dim: int) -> None:
         if head_dim % BLOCK:
             raise ValueError(
-                f"{name} stores codes of {BLOCK} numbers of a token together: head_dim must be a multiple of {BLOCK}, "
+                f"{name} packs the codes of {BLOCK} numbers of a token: head_dim must be a multiple of {BLOCK}, "
                 f"got {head_dim}"
             )
 
@@ -48,7 +49,7 @@ class Kivi(PageCode):
         grouped = x if self.by_channel else x.reshape(*x.shape[:-1], -1, BLOCK)
         axis = -2 if self.by_channel else -1
         low, high = (f(grouped, axis=axis, keepdims=True) for f in (jnp.min, jnp.max))
-        # Steps are counted from the minimum as it is stored, and their size is what they are counted in.
+        # Codes are computed from scales and minimums as stored, in 16 bits.
         minima = low.astype(jnp.float16)
         scales = ((high - minima.astype(jnp.float32)) / (2**self.bits - 1)).astype(jnp.float16)
         step = scales.astype(jnp.float32)

@@ -1,18 +1,18 @@
-"""Quantized pages as a TPU's kernel reads them: codes and scales in rows that fill its 128 lanes.
+"""Quantized pages as TPU kernels read them: codes and scales in rows that fill 128 lanes.
 
-The numbers are those of ``blocks.BlockFormat``, code for code and scale for scale; only where they lie differs. With
-rows of ``width`` lanes as ``plain.LanePageFormat`` has them (neighbouring tokens of a head side by side, or one token
-padded), R of them a page, and B = ``width / 32`` blocks in each:
+Codes and scales are those of ``blocks.BlockFormat``; only the layout differs. Rows of ``width``
+lanes are as in ``plain.LanePageFormat`` (consecutive tokens of a head side by side, or one padded
+token). With R rows per page and B = ``width / 32`` blocks per row:
 
-- ``codes i8[N, KV, R, width]``, signed. Of 4 bits ``[N, KV, R / 2, width]``: a byte holds what two neighbouring rows
-  have at its lane, the first in its low half, which is the order in which a TPU unpacks them.
-- ``scales i16[N, ceil(KV * B / m), m * R]``, at least 2 rows: the bits of float16, which Mosaic does not know. Along
-  the lanes lie the scales that one block has in all rows, as they meet the columns of a tile of scores; where R is less
-  than 128, ``m = 128 / R`` blocks lie side by side. Block b of head h is number ``h * B + b``; numbers go down, then
-  right.
+- ``codes i8[N, KV, R, width]``, signed. 4-bit codes: ``[N, KV, R / 2, width]``; a byte has the codes
+  of two consecutive rows in one lane, the first in its low half, in the order a TPU unpacks them.
+- ``scales i16[N, ceil(KV * B / m), m * R]``, at least 2 rows: bits of float16, which Mosaic lacks.
+  The lanes of a row are the scales of one block in all rows, aligned with the columns of a tile of
+  scores; if R < 128, ``m = 128 / R`` blocks are side by side. Block b of head h has index
+  ``h * B + b``, in column-major order.
 
-Units of a pool are written as a whole, with what they held before: a row of bytes that tokens share, and the scales of
-a page. A step writes each unit once, with all its tokens.
+A write unit, the smallest part of a pool that can be written, holds several tokens: a row of bytes,
+or the scales of a page. A step reads, merges and writes each unit once, with all its tokens.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxpaged.pages.formats import ggml
-from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, Parts, taken
+from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, Parts, take_pages
 from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.plain import LANES, lane_width, token_rows, tokens_per_row
 
 _UNITS_AT_ONCE = 64
-"""Units that are written together, where a step writes to more than its tokens could fill."""
+"""Units written per iteration, if a step could touch more units than its tokens fill."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LaneBlockPages(BlockPages):
-    """One layer's quantized keys or values, in rows of lanes."""
+    """Quantized keys or values of one layer, in rows of TPU lanes."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -48,35 +48,35 @@ class LaneBlockPages(BlockPages):
 
 @dataclass(frozen=True)
 class LaneBlockFormat(BlockFormat):
-    """Rows of blocks of q8_0 or q4_0, in rows of lanes."""
+    """Format of q8_0 or q4_0 blocks in rows of TPU lanes."""
 
     head_dim: int = field(kw_only=True)
 
     @classmethod
     def of(cls, storage: BlockFormat, head_dim: int) -> LaneBlockFormat:
-        """``storage`` for heads of ``head_dim``."""
+        """The same format as ``storage`` for heads of ``head_dim``."""
         return cls(storage.name, storage.dtype, storage.code, storage.hadamard, head_dim=head_dim)
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits per code."""
         return 4 if isinstance(self.code, ggml.Q4_0) else 8
 
     @property
     def width(self) -> int:
-        """Lanes of a row."""
+        """Lanes per row."""
         return lane_width(self.head_dim)
 
     @property
     def tokens(self) -> int:
-        """Tokens that share a row of bytes."""
+        """Tokens per row of bytes."""
         return tokens_per_row(self.width, self.head_dim) * 8 // self.bits
 
     def page_parts(self, num_kv_heads: int, page_size: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
-        """Shape and dtype of the parts of one page."""
+        """Shape and dtype of each part of a page."""
         rows = page_size // tokens_per_row(self.width, self.head_dim)
         side_by_side = max(1, LANES // rows)
-        # Of single rows XLA:TPU makes an array with pages along its tiles, which a kernel cannot read where it lies.
+        # With a single row, XLA:TPU would tile over pages, which a kernel cannot read in place.
         blocks = max(2, -(-num_kv_heads * self.width // BLOCK // side_by_side))
         return {
             "codes": ((num_kv_heads, page_size // self.tokens, self.width), jnp.int8),
@@ -84,15 +84,15 @@ class LaneBlockFormat(BlockFormat):
         }
 
     def bytes_per_page(self, num_kv_heads: int, page_size: int, head_dim: int) -> int:
-        """Bytes of one page of one layer, those that pad its rows too."""
+        """Bytes of a page of one layer, padding included."""
         parts = self.page_parts(num_kv_heads, page_size).values()
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in parts)
 
     def create(self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int) -> LaneBlockPages:  # type: ignore[override]
-        """Zeroed pages.
+        """Creates zeroed pages.
 
         Raises:
-          ValueError: heads are no whole number of blocks, or not those that the format was made for.
+          ValueError: ``head_dim`` is no multiple of 32, or not the format's.
         """
         self.check(page_size, head_dim)
         if head_dim != self.head_dim:
@@ -107,23 +107,24 @@ class LaneBlockFormat(BlockFormat):
         codes = self._from_bytes(pages.parts["codes"][page, :, slot // self.tokens][:, :, None])
         scales = self._from_lanes(pages.parts["scales"][page], *pages.shape[1:3])
 
-        def one(tokens: Array, place: Array) -> Array:
-            """Of ``[T, KV, tokens, ...]`` the one at ``place i32[T]``."""
-            return jnp.take_along_axis(tokens, place[:, None, None, None], axis=2)[:, :, 0]
+        def pick(tokens: Array, index: Array) -> Array:
+            """``tokens[t, :, index[t]]`` for ``tokens [T, KV, tokens, n]``."""
+            return jnp.take_along_axis(tokens, index[:, None, None, None], axis=2)[:, :, 0]
 
-        return self._stored(one(codes, slot % self.tokens), one(scales, slot))
+        return self._stored(pick(codes, slot % self.tokens), pick(scales, slot))
 
     def put(self, pages: BlockPages, page: Array, slot: Array, stored: Parts) -> BlockPages:  # type: ignore[override]
         codes, scales = self._split(stored)
         num_kv_heads, rows, width = pages.parts["codes"].shape[1:]
-        row, place = slot // self.tokens, slot % self.tokens
-        # Rows of one matrix, because XLA:TPU turns the whole pool around to scatter into its third axis.
+        row, position = slot // self.tokens, slot % self.tokens
+        # A matrix, because XLA:TPU transposes the whole pool to scatter into its third axis.
         matrix = pages.parts["codes"].reshape(-1, width)
-        index = (page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)) * rows + row[:, None]
+        index = (page[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * rows
+        index += row[:, None]
         if self.tokens == 1:
             matrix = matrix.at[index].set(self._to_bytes(codes[:, :, None])[:, :, 0], mode="drop")
         else:
-            units = _units(page * rows + row, place, self.tokens)
+            units = _units(page * rows + row, position, self.tokens)
             matrix = _write_units(matrix, index, units, codes, lambda x: self._to_bytes(x)[:, :, 0])
         units = _units(page, slot, pages.page_size)
         parts = {
@@ -140,16 +141,16 @@ class LaneBlockFormat(BlockFormat):
         )
 
     def load(self, pages: BlockPages, page: Array, *, slices: bool = False) -> Array:
-        codes, scales = (taken(pages.parts[name], page, slices) for name in ("codes", "scales"))
+        codes, scales = (take_pages(pages.parts[name], page, slices) for name in ("codes", "scales"))
         return self.decode(self._stored(self._from_bytes(codes), self._from_lanes(scales, *pages.shape[1:3])))
 
     def on_lanes(self, head_dim: int) -> LaneBlockFormat:
         return self
 
-    # --- between what is stored, [..., width of a part], and signed codes, i8[..., head_dim], with the bits of scales
+    # --- between stored parts, [..., width], and signed codes, i8[..., head_dim], with bits of scales
 
     def _split(self, stored: Parts) -> tuple[Array, Array]:
-        """``(codes i8[..., head_dim], scales i16[..., head_dim / 32])``, codes signed."""
+        """``(codes i8[..., head_dim], scales i16[..., head_dim / 32])`` of stored parts."""
         codes = stored["codes"]
         if self.bits == 4:
             blocks = ggml.unpack_nibbles(codes.reshape(*codes.shape[:-1], -1, BLOCK // 2)) - 8
@@ -162,10 +163,10 @@ class LaneBlockFormat(BlockFormat):
             codes = blocks.reshape(*codes.shape[:-1], -1)
         return {"scales": lax.bitcast_convert_type(scales, jnp.float16), "codes": codes}
 
-    # --- between tokens, [..., tokens, numbers], and rows of lanes
+    # --- between tokens, [..., tokens, n], and rows of lanes
 
     def _to_bytes(self, codes: Array) -> Array:
-        """i8[..., rows of bytes, width] of ``codes i8[..., tokens, head_dim]``."""
+        """i8[..., rows, width]: packs ``codes i8[..., tokens, head_dim]``."""
         rows = _rows(codes, self.width)
         if self.bits == 8:
             return rows
@@ -178,7 +179,7 @@ class LaneBlockFormat(BlockFormat):
         return token_rows(codes, self.head_dim)
 
     def _to_lanes(self, scales: Array) -> Array:
-        """i16[..., *] as a page has them, of ``scales i16[..., KV, page_size, head_dim / 32]``."""
+        """i16[..., rows, lanes] of ``scales i16[..., KV, page_size, head_dim / 32]``."""
         num_kv_heads, page_size = scales.shape[-3:-1]
         blocks, lanes = self.page_parts(num_kv_heads, page_size)["scales"][0]
         columns = _rows(scales, self.width // BLOCK).swapaxes(-1, -2)  # [..., KV, B, R]
@@ -199,14 +200,17 @@ class LaneBlockFormat(BlockFormat):
 
 @dataclass(frozen=True)
 class PackedBlockFormat(BlockFormat):
-    """A format of blocks that there are rows of lanes for."""
+    """Format of blocks that has a layout in TPU lanes."""
 
     def on_lanes(self, head_dim: int) -> LaneBlockFormat:
         return LaneBlockFormat.of(self, head_dim)
 
 
 def half_to_float(bits: Array) -> Array:
-    """f32 of the bits of float16, in i32; what float16 has no number for becomes one, so that zero times it is zero."""
+    """f32: converts the bits of float16, in i32.
+
+    Infinities and NaN become finite numbers, so that their product with 0 is 0.
+    """
     magnitude = bits & 0x7FFF
     normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
     x = jnp.where(magnitude < 1 << 10, magnitude.astype(jnp.float32) * 2.0**-24, normal)
@@ -214,7 +218,7 @@ def half_to_float(bits: Array) -> Array:
 
 
 def _rows(tokens: Array, width: int) -> Array:
-    """``tokens [..., tokens, n]`` in rows of ``width``: what ``plain.token_rows`` takes apart."""
+    """Lays out ``tokens [..., tokens, n]`` in rows of ``width``; inverse of ``plain.token_rows``."""
     n = tokens.shape[-1]
     if width % n:
         return jnp.pad(tokens, ((0, 0),) * (tokens.ndim - 1) + ((0, width - n),))
@@ -222,55 +226,58 @@ def _rows(tokens: Array, width: int) -> Array:
 
 
 class _Units(NamedTuple):
-    """The units of a pool that a step of T tokens writes to, one after the other; at most T of them."""
+    """Write units that a step of T tokens touches, at most T."""
 
     first: Array
-    """i32[T]: the first token of each; T behind the last unit."""
+    """i32[T]: first token of each unit; T = none."""
     tokens: Array
-    """i32[T, places]: the token for each place; T = none."""
+    """i32[T, positions]: token at each position of each unit; T = none."""
     total: Array
-    """i32[]: how many there are."""
+    """i32[]: number of units."""
 
 
-def _units(unit: Array, place: Array, places: int) -> _Units:
-    """From ``unit, place i32[T]``, where each token goes. The same for every layer of a step: XLA makes it once."""
+def _units(unit: Array, position: Array, positions: int) -> _Units:
+    """Units of a step, from the ``unit`` and the ``position`` in it of each token, i32[T].
+
+    It is the same in every layer, and XLA computes it once per step.
+    """
     most = len(unit)
-    ids = jnp.arange(most)
-    first = jnp.argmax(unit[:, None] == unit, axis=1)
-    counted = jnp.cumsum(first == ids)
-    number = counted[first] - 1
+    ids = jnp.arange(most, dtype=jnp.int32)
+    first = lax.argmax(unit[:, None] == unit, 1, jnp.int32)
+    count = jnp.cumsum(first == ids, dtype=jnp.int32)
+    number = count[first] - 1
     return _Units(
-        jnp.full(most, most).at[number].set(first),
-        jnp.full((most, places), most).at[number, place].set(ids),
-        counted[-1],
+        jnp.full(most, most, jnp.int32).at[number].set(first),
+        jnp.full((most, positions), most, jnp.int32).at[number, position].set(ids),
+        count[-1],
     )
 
 
 def _write_units(
-    pool: Array, index: Array, units: _Units, numbers: Array, laid_out: Callable[[Array], Array]
+    pool: Array, index: Array, units: _Units, numbers: Array, lay_out: Callable[[Array], Array]
 ) -> Array:
-    """``pool`` with the numbers of a step's tokens; around them units stay as they were.
+    """Writes the numbers of a step's tokens to ``pool``; the rest of their units is unchanged.
 
     Args:
-      pool: integers, of units along its first axis.
-      index: i32[T, ...], where the unit of each token is; outside = nowhere.
-      units: whose tokens are together.
+      pool: integers, units along its first axis.
+      index: i32[T, ...], index of each token's unit; out of bounds = not written.
+      units: units of the step.
       numbers: [T, KV, n].
-      laid_out: ``[U, KV, places, n]`` as units, ``[U, ...]``.
+      lay_out: converts ``[U, KV, positions, n]`` to units ``[U, ...]``.
     """
-    most, places = units.tokens.shape
-    at_once = min(most, max(_UNITS_AT_ONCE, 2 * -(-most // places)))
+    most, positions = units.tokens.shape
+    at_once = min(most, max(_UNITS_AT_ONCE, 2 * -(-most // positions)))
 
     def write(i: Array | int, pool: Array) -> Array:
-        chosen = i * at_once + jnp.arange(at_once)
+        chosen = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
         first, tokens = (x.at[chosen].get(mode="fill", fill_value=most) for x in (units.first, units.tokens))
         at = index.at[first].get(mode="fill", fill_value=len(pool))
         new = numbers.reshape(most, -1).at[tokens].get(mode="fill", fill_value=0)
-        new = new.reshape(at_once, places, *numbers.shape[1:]).swapaxes(1, 2)
-        covered = jnp.where(tokens < most, -1, 0).astype(pool.dtype)[:, None, :, None]
-        mask = laid_out(jnp.broadcast_to(covered, new.shape))
+        new = new.reshape(at_once, positions, *numbers.shape[1:]).swapaxes(1, 2)
+        covered = -(tokens < most).astype(pool.dtype)[:, None, :, None]
+        mask = lay_out(jnp.broadcast_to(covered, new.shape))
         old = pool.at[at].get(mode="clip")
-        return pool.at[at].set(old & ~mask | laid_out(new), mode="drop")
+        return pool.at[at].set(old & ~mask | lay_out(new), mode="drop")
 
     if at_once == most:
         return write(0, pool)

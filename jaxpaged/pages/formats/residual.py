@@ -1,7 +1,7 @@
-"""Pages that are quantized as a whole, once they are full.
+"""Residual formats: pages that are quantized as a whole, once they are full.
 
-Until then a page's numbers are kept in 16 bits, in one of a few open pages (``staging.StagingSlots``). What shares a
-scale is the format's: super-blocks of 256 numbers (``k_quants.py``), or one channel of all tokens (``kivi.py``).
+Until then a page is residual: in 16 bits, in a staging slot (``pages.residual``). Numbers that share
+a scale span tokens: super-blocks of 256 numbers (``k_quants.py``), or a channel (``kivi.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxpaged.pages.formats import hadamard
-from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, taken
+from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, take_pages
 from jaxpaged.pages.residual import FinalizedPages, StagingSlots
 
 RESIDUAL_DTYPE = jnp.float16
@@ -26,41 +26,41 @@ RESIDUAL_DTYPE = jnp.float16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ResidualPages(BlockPages):
-    """One layer's sealed pages, ``[num_pages, num_kv_heads, ...]`` each part, and its open ones."""
+    """Quantized and residual pages of one layer."""
 
     residual: Array = field(kw_only=True)
-    """f16[S, num_kv_heads, page_size, head_dim]: turned, if the format turns rows."""
+    """f16[S, num_kv_heads, page_size, head_dim]: staging slots; rows are transformed if ``hadamard``."""
     slot_of_page: Array | None = field(kw_only=True, default=None)
-    """i32[N], where attention reads: ``StagingSlots.slot_of_page``; S = sealed."""
+    """i32[N]: ``StagingSlots.slot_of_page``, S = quantized; present only where attention reads."""
 
 
 class PageCode:
-    """What a full page of one KV head is stored as; subclasses are values without state."""
+    """Encoding of a full page of one KV head; subclasses are frozen dataclasses."""
 
     def check(self, name: str, page_size: int, head_dim: int) -> None:
-        """Raises ``ValueError`` where pages or heads of these sizes cannot be stored."""
+        """Raises ``ValueError`` if pages or heads of these sizes cannot be stored."""
         raise NotImplementedError
 
     def parts(self, page_size: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
-        """Shape and dtype of each part."""
+        """Shape and dtype of each part of a page."""
         raise NotImplementedError
 
     def encode(self, x: Array) -> dict[str, Array]:
-        """``f32[..., page_size, head_dim]`` as parts, ``[..., *shape]`` each."""
+        """Parts, ``[..., *shape]`` each, of pages ``x f32[..., page_size, head_dim]``."""
         raise NotImplementedError
 
     def decode(self, parts: Mapping[str, Array], page_size: int, head_dim: int) -> Array:
-        """f32[..., page_size, head_dim]"""
+        """f32[..., page_size, head_dim]: numbers of pages."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ResidualFormat(BlockFormat):
-    """Pages sealed when they are full."""
+    """Format of pages that are quantized when they are full."""
 
     code: PageCode  # type: ignore[assignment]
     value_code: PageCode | None = None
-    """What pages of values are stored as, if not as those of keys."""
+    """Encoding of values, if another one than of keys."""
 
     has_residual = True
 
@@ -71,21 +71,21 @@ class ResidualFormat(BlockFormat):
         self.code.check(self.name, page_size, head_dim)
 
     def bytes_per_page(self, num_kv_heads: int, page_size: int, head_dim: int) -> int:
-        """Bytes of a sealed page of one layer, keys or values alone."""
+        """Bytes of a quantized page of one layer, keys or values alone."""
         parts = self.code.parts(page_size, head_dim).values()
         return num_kv_heads * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in parts)
 
     def create(  # type: ignore[override]
         self, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, *, num_residual: int = 1
     ) -> ResidualPages:
-        """Zeroed pages, ``num_residual`` open ones among them."""
+        """Creates zeroed pages with ``num_residual`` staging slots."""
         self.check(page_size, head_dim)
         parts = {
             name: jnp.zeros((num_pages, num_kv_heads, *shape), dtype)
             for name, (shape, dtype) in self.code.parts(page_size, head_dim).items()
         }
-        opened = jnp.zeros((num_residual, num_kv_heads, page_size, head_dim), RESIDUAL_DTYPE)
-        return ResidualPages(parts, self, page_size, head_dim, residual=opened)
+        slots = jnp.zeros((num_residual, num_kv_heads, page_size, head_dim), RESIDUAL_DTYPE)
+        return ResidualPages(parts, self, page_size, head_dim, residual=slots)
 
     def write_step(
         self,
@@ -96,57 +96,56 @@ class ResidualFormat(BlockFormat):
         slot: Array,
         rows: Array,
     ) -> ResidualPages:
-        """Writes a step's rows to open pages, and seals the pages that are full with them.
+        """Writes a step's rows to residual pages, and quantizes the pages that it fills.
 
         Args:
-          pages: of a layer.
-          staging: as they are behind the step: what it fills is no longer open.
-          finalized: what it fills.
-          page, slot: i32[T], where each row goes; page N is dropped.
+          pages: pages of a layer.
+          staging: staging slots after the step, without the pages that it fills.
+          finalized: pages that it fills.
+          page, slot: i32[T], target of each row; page N = not written.
           rows: [T, num_kv_heads, head_dim].
         """
         rows = hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32)
-        last, slots = len(rows) - 1, jnp.arange(pages.page_size)
+        last, slots = len(rows) - 1, jnp.arange(pages.page_size, dtype=jnp.int32)
 
-        def seal(i: Array, parts: dict[str, Array]) -> dict[str, Array]:
-            begun = lax.dynamic_index_in_dim(
+        def finalize(i: Array, parts: dict[str, Array]) -> dict[str, Array]:
+            staged = lax.dynamic_index_in_dim(
                 pages.residual, finalized.staging_slot[i], keepdims=False
             ).astype(jnp.float32)
             row = finalized.first_row[i] + slots - finalized.first_slot[i]
             fresh = rows.at[jnp.clip(row, 0, last)].get(mode="clip").swapaxes(0, 1)
-            full = jnp.where((slots >= finalized.first_slot[i])[:, None], fresh, begun)
+            full = jnp.where((slots >= finalized.first_slot[i])[:, None], fresh, staged)
             encoded = self.code.encode(full)
             return {name: part.at[finalized.page[i]].set(encoded[name]) for name, part in parts.items()}
 
-        # First what is sealed: a place may be another page's from this step on.
-        parts = lax.fori_loop(0, finalized.count, seal, pages.parts)
-        opened = pages.residual.at[staging.slot(page), :, slot].set(rows.astype(RESIDUAL_DTYPE), mode="drop")
-        return replace(pages, parts=parts, residual=opened)
+        # Pages are finalized first, because this step may assign their slots to other pages.
+        parts = lax.fori_loop(0, finalized.count, finalize, pages.parts)
+        target = staging.slot(page)
+        residual = pages.residual.at[target, :, slot].set(rows.astype(RESIDUAL_DTYPE), mode="drop")
+        return replace(pages, parts=parts, residual=residual)
 
     def copy_residual(self, pages: ResidualPages, source: Array, target: Array) -> ResidualPages:
-        """Copies the open page at place ``source i32[]`` to place ``target i32[]``."""
+        """Copies staging slot ``source i32[]`` to slot ``target i32[]``."""
         return replace(pages, residual=pages.residual.at[target].set(pages.residual[source]))
 
     def decode(self, parts: Mapping[str, Array], page_size: int, head_dim: int) -> Array:  # type: ignore[override]
-        """f32[..., page_size, head_dim] of the parts of pages, as they were stored: turned, if rows are."""
+        """f32[..., page_size, head_dim]: dequantized parts of pages, still transformed if ``hadamard``."""
         return self.code.decode(parts, page_size, head_dim)
 
     def load(self, pages: ResidualPages, page: Array, *, slices: bool = False) -> Array:  # type: ignore[override]
-        """f32[..., num_kv_heads, page_size, head_dim]: the pages ``page i32[...]``, open ones too, as stored."""
-        parts = {name: taken(part, page, slices) for name, part in pages.parts.items()}
-        sealed = self.decode(parts, pages.page_size, pages.head_dim)
+        """f32[..., num_kv_heads, page_size, head_dim]: pages ``page i32[...]``, residual ones too."""
+        parts = {name: take_pages(part, page, slices) for name, part in pages.parts.items()}
+        quantized = self.decode(parts, pages.page_size, pages.head_dim)
         if pages.slot_of_page is None:
-            return sealed
-        place = pages.slot_of_page[page]
-        opened = taken(pages.residual, jnp.minimum(place, len(pages.residual) - 1), slices).astype(
-            jnp.float32
-        )
-        return jnp.where((place < len(pages.residual))[..., None, None, None], opened, sealed)
+            return quantized
+        slot, num_slots = pages.slot_of_page[page], len(pages.residual)
+        residual = take_pages(pages.residual, jnp.minimum(slot, num_slots - 1), slices)
+        return jnp.where((slot < num_slots)[..., None, None, None], residual.astype(jnp.float32), quantized)
 
     def gather(self, pages: ResidualPages, page: Array, slot: Array, target: Array) -> ResidualPages:  # type: ignore[override]
-        """Quantizes into page ``target i32[]`` the rows at ``(page i32[page_size], slot i32[page_size])``, read before.
+        """Fills page ``target i32[]`` with the rows at ``(page i32[page_size], slot i32[page_size])``.
 
-        They are quantized anew, which costs them a little.
+        Requantizes them, at a small loss.
         """
         loaded = self.load(pages, page)  # [page_size, KV, page_size, D]
         rows = jnp.take_along_axis(loaded, slot[:, None, None, None], axis=2)[:, :, 0].swapaxes(0, 1)
@@ -156,10 +155,10 @@ class ResidualFormat(BlockFormat):
         )
 
     def encode(self, rows: Array) -> dict[str, Array]:
-        """``rows [..., page_size, head_dim]``, a page of them, as the parts that are stored."""
+        """Quantizes whole pages of ``rows [..., page_size, head_dim]`` to parts."""
         return self.code.encode(hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32))
 
     def write(self, *args: Any) -> Any:
-        raise TypeError(f"{self.name} writes whole steps: write_step")
+        raise TypeError(f"{self.name} quantizes whole pages: use write_step")
 
     read = put = copy = write  # type: ignore[assignment]
