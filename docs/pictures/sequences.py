@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import PagedKVCache, reserve, seq_copy, seq_defragment, seq_remove, seq_shift
+from jaxpaged import PagedKVCache, Rope, reserve, seq_copy, seq_defragment, seq_remove, seq_shift
 
 PAGE_SIZE, PAGES, SLOT, PITCH = 8, 6, 21, 186
 COLOURS = ("#4c8bd6", "#e08a3c")
@@ -13,37 +13,41 @@ LEFT, TOP, PANEL = 16, 14, 118
 
 
 def states() -> list[tuple[str, PagedKVCache]]:
-    """Each operation as it is written, and the cache behind it."""
+    """Title and result of each operation."""
     cache = PagedKVCache.create(
-        num_layers=1, num_kv_heads=1, head_dim=8, num_pages=PAGES, max_seqs=2, page_size=PAGE_SIZE
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=8,
+        num_pages=PAGES,
+        max_seqs=2,
+        page_size=PAGE_SIZE,
+        rope=Rope.create(()),
     )
     cache, _, _ = reserve(cache, jnp.array([20, 0]))
     found = [("reserve(cache, [20, 0]): 20 tokens on three pages", cache)]
     cache, _ = seq_remove(cache, 0, 10, 13)
-    found.append(("seq_remove(cache, 0, 10, 13): an entry becomes two, of one page", cache))
+    found.append(("seq_remove(cache, 0, 10, 13): an entry is split in two, on one page", cache))
     cache, _ = seq_shift(cache, 0, 13, -1, -3)
     found.append(
         (
-            "seq_shift(cache, 0, 13, -1, -3): positions change, keys do not; r = how far they were turned",
+            "seq_shift(cache, 0, 13, -1, -3): positions change, keys do not; r = rotation offset",
             cache,
         )
     )
     cache, _ = seq_copy(cache, 0, 1)
-    found.append(("seq_copy(cache, 0, 1): both sequences point at the same pages", cache))
+    found.append(("seq_copy(cache, 0, 1): both sequences share the pages", cache))
     cache, _, _ = reserve(cache, jnp.array([1, 2]))
-    found.append(("reserve(cache, [1, 2]): who writes to a shared page takes a copy of it first", cache))
+    found.append(("reserve(cache, [1, 2]): a shared page is copied before a write", cache))
     cache, _ = seq_remove(cache, 1)
     cache, _ = seq_remove(cache, 0, 2, 8)
-    found.append(
-        ("seq_remove(cache, 1), seq_remove(cache, 0, 2, 8): pages that nobody needs are free", cache)
-    )
+    found.append(("seq_remove(cache, 1), seq_remove(cache, 0, 2, 8): unreferenced pages are free", cache))
     cache, _ = seq_defragment(cache, 0)
     found.append(("seq_defragment(cache, 0): the one operation that moves keys and values", cache))
     return found
 
 
 def panel(title: str, cache: PagedKVCache, top: float) -> list[str]:
-    """The pool slot by slot, and each sequence's entries below."""
+    """Slots of the pool, and below them the entries of each sequence."""
     table = {
         name: np.asarray(getattr(cache.table, name))
         for name in ("pages", "first_slot", "num_tokens", "position", "rotation", "num_entries")
@@ -58,9 +62,9 @@ def panel(title: str, cache: PagedKVCache, top: float) -> list[str]:
             )
             for i in range(count):
                 owners.setdefault((page, first + i), []).append((seq, position + i))
-            turned = f" r{rotation}" if rotation else ""
+            offset = f" r{rotation}" if rotation else ""
             words[seq].append(
-                f"{position}-{position + count - 1} on {page}:{first}-{first + count - 1}{turned}"
+                f"{position}-{position + count - 1} on {page}:{first}-{first + count - 1}{offset}"
             )
     parts = [f'<text x="{LEFT}" y="{top + 12}" class="title">{title}</text>']
     for page in range(PAGES):
@@ -89,7 +93,7 @@ def panel(title: str, cache: PagedKVCache, top: float) -> list[str]:
 
 
 def picture() -> str:
-    """All states, one below the other."""
+    """All states as one SVG picture."""
     found = states()
     width, height = 2 * LEFT + PAGES * PITCH - 18, TOP + PANEL * len(found)
     style = (

@@ -1,4 +1,4 @@
-"""A run as a film of its pool: one HTML file that needs no network, stepped through by buttons and keys."""
+"""Animation of a pool over a run: one self-contained HTML file, with buttons and keys to step through."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pictures.page_map import MAX_COLUMNS, STYLE, PageMap, colours, columns
 
-_TEMPLATE = Path(__file__).with_name("page_map_frames.html")
+_TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def draw_page_map_animation(frames: Sequence[tuple[str, PagedKVCache | PageMap]]) -> str:
-    """The states of one pool as an HTML page: a picture as ``draw_page_map`` makes it, and a way through the states.
+    """Draws the states of one pool as an HTML page, each as ``draw_page_map`` does.
 
-    Only what changes from one state to the next is in the page, so a thousand steps of decoding are some kilobytes a
-    sequence.
+    The page holds only the changes between states: some kilobytes a sequence for a thousand decode
+    steps.
 
     Args:
-      frames: a label and a state each, in order. A cache that is donated before the end is kept by ``PageMap.of``.
+      frames: label and state of each frame, in order. Use ``PageMap.of(cache)`` for a cache that is
+        donated later.
 
     Returns:
-      The text of a file.
+      The text of an HTML file.
 
     Raises:
-      ValueError: there is no frame, or they are of pools of different sizes.
+      ValueError: no frame, or pools of different sizes.
     """
     states = [(label, one if isinstance(one, PageMap) else PageMap.of(one)) for label, one in frames]
     if not states:
@@ -48,13 +49,13 @@ def draw_page_map_animation(frames: Sequence[tuple[str, PagedKVCache | PageMap]]
         "maxOwners": MAX_COLUMNS,
         "frames": changes,
     }
-    # "</" would end the script that the data stands in.
+    # "</" would end the script element that holds the data.
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     page = _TEMPLATE.read_text(encoding="utf-8")
     return page.replace("/*STYLE*/", STYLE + colours(sequences)).replace("/*DATA*/", text)
 
 
 def _page(state: PageMap, page: int) -> list[int]:
-    """The reference count, and four numbers an entry: sequence, first slot, tokens, position."""
+    """Reference count, then sequence, first slot, tokens and position of each entry."""
     uses = state.uses.get(page, ())
     return [state.ref_counts[page], *(number for use in uses for number in use)]

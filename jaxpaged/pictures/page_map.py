@@ -1,4 +1,4 @@
-"""A picture of the pool: a cell a page, filled as its slots are, in the colours of the sequences that hold them."""
+"""Picture of a pool: one cell a page, filled like its slots, in the colours of their sequences."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxpaged.cache.paged import PagedKVCache
 
-# Told apart by most colour-blind people (Okabe and Ito), and seen on white and on black.
+# Distinct for most colour-blind people (Okabe and Ito), and visible on white and on black.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#b8a800")
 MAX_COLUMNS = 6
-"""Owners that a cell shows side by side; what more there are share the last column."""
+"""Maximum number of columns of a cell; further owners share the last one."""
 
 STYLE = """
 .back{fill:#fff}.cell{fill:#e7ebf0}.words{fill:#1f2328;font:13px system-ui,sans-serif}
@@ -33,7 +33,7 @@ _MOST_LISTED = 24
 
 
 class Use(NamedTuple):
-    """An entry of the table, seen from its page."""
+    """Entry of the table, listed under its page."""
 
     sequence: int
     first_slot: int
@@ -43,17 +43,17 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class PageMap:
-    """Who holds which slots of which page, on the host: what is left of a cache when its arrays are donated."""
+    """Owners of the slots of each page, copied to the host, so that the cache may be donated."""
 
     page_size: int
     ref_counts: tuple[int, ...]
-    """One a page: entries that point at it, and pins."""
+    """Number of entries and pins of each page."""
     uses: dict[int, tuple[Use, ...]]
-    """The entries of each page that has any, by sequence."""
+    """Entries of each page that has any, by sequence."""
 
     @classmethod
     def of(cls, cache: PagedKVCache) -> PageMap:
-        """Reads the table and the reference counts back from the device, never the pages."""
+        """Copies the table and the reference counts from the device, but not the pages."""
         table, counts = jax.tree.map(np.asarray, (cache.table, cache.allocator.ref_counts))
         uses: dict[int, list[Use]] = {}
         for seq, used in enumerate(table.num_entries.tolist()):
@@ -64,36 +64,36 @@ class PageMap:
 
     @property
     def num_pages(self) -> int:
-        """Pages of the pool."""
+        """Number of pages of the pool."""
         return len(self.ref_counts)
 
     @property
     def pages_used(self) -> int:
-        """Pages that are not free."""
+        """Number of pages in use."""
         return sum(count > 0 for count in self.ref_counts)
 
     @property
     def pages_shared(self) -> int:
-        """Pages that several sequences hold."""
+        """Number of pages that several sequences share."""
         return sum(len({use.sequence for use in of}) > 1 for of in self.uses.values())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sequences; one that several share counts for each."""
+        """Tokens of all sequences; shared ones count once a sequence."""
         return sum(use.num_tokens for of in self.uses.values() for use in of)
 
     @property
     def slots_used(self) -> int:
-        """Slots that a token lives in."""
+        """Number of slots that hold a token."""
         return sum(self.slots_of(page) for page in self.uses)
 
     def slots_of(self, page: int) -> int:
-        """Slots of a page that a token lives in."""
+        """Number of slots of a page that hold a token."""
         uses = self.uses.get(page, ())
         return len({use.first_slot + i for use in uses for i in range(use.num_tokens)})
 
     def describe(self, page: int) -> str:
-        """What stands beside the pointer over a page: a line for the page, and one for each entry."""
+        """Tooltip of a page: a line about the page, and one for each entry."""
         count = self.ref_counts[page]
         if not count:
             return f"page {page}: free"
@@ -107,7 +107,7 @@ class PageMap:
 
 
 def colour(sequence: int) -> str:
-    """``#rrggbb`` of a sequence: seven that are easy to tell apart, then hues as far from each other as may be."""
+    """``#rrggbb`` of a sequence: seven distinct colours, then hues far from each other."""
     if sequence < len(_COLOURS):
         return _COLOURS[sequence]
     rgb = colorsys.hls_to_rgb(sequence * 0.618034 % 1, 0.5, 0.5)
@@ -115,27 +115,28 @@ def colour(sequence: int) -> str:
 
 
 def colours(sequences: Iterable[int]) -> str:
-    """Style rules ``.s0``, ``.s1``, ... of these sequences."""
+    """Style rules ``.s0``, ``.s1``, ... of sequences."""
     return "".join(f".s{seq}{{fill:{colour(seq)}}}" for seq in sequences)
 
 
 def columns(num_pages: int) -> int:
-    """Cells in a row: twice as wide as high, in eights."""
+    """Cells in a row, a multiple of 8; the picture is about twice as wide as high."""
     return 8 * math.ceil(math.sqrt(2 * num_pages) / 8)
 
 
 def draw_page_map(cache: PagedKVCache | PageMap) -> str:
-    """The pool as an SVG picture, for light and dark backgrounds.
+    """Draws the pool as an SVG picture, for light and dark backgrounds.
 
-    A cell is a page; its height is the page's slots, from the bottom up, and slots that a token lives in have the
-    colour of its sequence. A page that several sequences share is split among them, and has an edge. Pointing at a cell
-    shows the reference count, and which slots are whose.
+    A cell is a page, with its slots from the bottom up; slots that hold a token have the colour of their
+    sequence. A page that several sequences share is split among them, and has an edge. Tooltips show the
+    reference count and the owners of slots.
 
     Args:
-      cache: concrete, not traced; or what ``PageMap.of`` kept of one.
+      cache: concrete, not traced; or a ``PageMap`` of one.
 
     Returns:
-      The text of a file; each page is a ``<g class="page">`` with ``free``, ``partial`` and ``shared`` where they hold.
+      The text of an SVG file; each page is a ``<g class="page">``, with the classes ``free``,
+      ``partial`` and ``shared`` where they apply.
     """
     drawn = cache if isinstance(cache, PageMap) else PageMap.of(cache)
     across = columns(drawn.num_pages)
@@ -163,7 +164,7 @@ def draw_page_map(cache: PagedKVCache | PageMap) -> str:
 
 
 def headline(drawn: PageMap) -> str:
-    """The numbers of a pool in a line."""
+    """One line about the use of a pool."""
     shared = f", {drawn.pages_shared} of them shared" if drawn.pages_shared else ""
     return (
         f"{drawn.pages_used} of {drawn.num_pages} pages of {drawn.page_size} tokens in use{shared}; "
@@ -200,7 +201,7 @@ def _cell(drawn: PageMap, page: int, x: float, y: float, pitch: float) -> str:
 
 
 def _legend(drawn: PageMap, top: float, across: int) -> tuple[float, list[str]]:
-    """A line a sequence, and the signs; how far down they reach, and what to draw."""
+    """Lines of the sequences, and the symbols: ``(bottom, elements)``."""
     held: dict[int, list[tuple[int, bool]]] = {}
     for uses in drawn.uses.values():
         owners = {use.sequence for use in uses}

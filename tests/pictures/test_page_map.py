@@ -169,7 +169,9 @@ def test_frames_must_be_of_one_pool() -> None:
         draw_page_map_animation([("a", PageMap(8, (0,), {})), ("b", PageMap(8, (0, 0), {}))])
 
 
-def test_the_picture_in_the_docs_is_what_its_script_draws() -> None:
-    script = Path(__file__).parents[2] / "docs" / "pictures" / "page_map.py"
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["page_map.py", "sequences.py"])
+def test_the_picture_in_the_docs_is_what_its_script_draws(name: str) -> None:
+    script = Path(__file__).parents[2] / "docs" / "pictures" / name
     drawn = runpy.run_path(str(script))["picture"]()
     assert drawn == script.with_suffix(".svg").read_text(encoding="utf-8")
