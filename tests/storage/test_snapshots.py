@@ -292,9 +292,9 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
         assert bits(cache) == before
 
-    refused(make(num_pages=7), OutOfPages, "out of pages: 8 asked for, 7 free")
+    refused(make(num_pages=7), OutOfPages, "out of pages: 8 requested, 7 free")
     full = step(make(num_pages=6), [30, 16, 0, 0, 0], 0)
-    refused(full, OutOfPages, "out of pages: 2 asked for, 0 free", saved=one, seq=2)
+    refused(full, OutOfPages, "out of pages: 2 requested, 0 free", saved=one, seq=2)
     refused(make(max_seqs=4), SnapshotError, "the snapshot has a sequence 4, the cache 4")
     refused(make(max_pages_per_seq=3), SnapshotError, "needs 5 table entries, max_pages_per_seq is 3")
     for sizes in (
@@ -314,7 +314,7 @@ def test_the_pages_of_the_sequence_that_is_replaced_count_as_free(tmp_path: Path
     saved = save(source, tmp_path / "one", 0)
     cache = step(make(num_pages=6), [8, 40, 0, 0, 0], 400)
     before = bits(cache)
-    with pytest.raises(OutOfPages, match="out of pages: 5 asked for, 1 free"):
+    with pytest.raises(OutOfPages, match="out of pages: 5 requested, 1 free"):
         restore(cache, saved, seq=0)
     assert bits(cache) == before
     cache = restore(cache, saved, seq=1)
@@ -323,7 +323,7 @@ def test_the_pages_of_the_sequence_that_is_replaced_count_as_free(tmp_path: Path
     # Pages that another sequence still needs are not free.
     cache, _ = jit_copy(cache, 1, 2)
     before = bits(cache)
-    with pytest.raises(OutOfPages, match="out of pages: 5 asked for, 0 free"):
+    with pytest.raises(OutOfPages, match="out of pages: 5 requested, 0 free"):
         restore(cache, saved, seq=1)
     assert bits(cache) == before
 
