@@ -51,7 +51,7 @@ def run(options: ExplainOptions) -> None:
             **_cache_type(options).as_dict(),
             "page_size": options.page_size,
             "page_bytes": page_bytes,
-            "open_page_bytes": pages.bytes_of_staging,
+            "staging_bytes": pages.bytes_of_staging,
             "bits_per_value": bits,
         }
         head = {"model": config.name, "platform": options.platform, "kv": kv}

@@ -1,4 +1,4 @@
-"""The processes of a run on several hosts, and its mesh: who they are, what they agree on, and how a run ends.
+"""The processes of a run on several hosts, and its mesh.
 
 Every process runs the whole command; process 0 reads what users give and writes what they see. What the others could
 decide otherwise, a random seed or how long a step takes, they are told (``sharding.multihost.broadcast_object``).
@@ -20,9 +20,9 @@ from jaxpaged.app.flags import AT_LEAST_0, AT_LEAST_1, heading
 
 _devices = heading("Devices")
 _STARTUP_SECONDS = 120
-"""How long processes wait for each other at the begin."""
+"""Time that processes wait for each other at the start."""
 _HEARTBEAT_SECONDS = 20
-"""Silence after which a process is taken for dead, where its connections do not tell."""
+"""Time without a heartbeat after which a process counts as lost."""
 LOST = 3
 """Exit status of a run that lost one of its processes."""
 
@@ -50,13 +50,13 @@ class ProcessOptions:
 
 
 def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes; call it before JAX looks for devices. With a single process it does nothing.
+    """Connects to the other processes, if there are any; call it before JAX looks for devices.
 
     ``--coordinator`` names process 0, by its host and a free port. Without it the environment of a cluster tells, where
     it is of several processes: SLURM, Open MPI, GKE and Cloud TPU pods, as ``jax.distributed.initialize`` reads it.
 
     Raises:
-      InputError: flags that do not go together, processes that do not come, or that were given other flags.
+      InputError: flags that contradict each other, processes that do not connect, or that have other flags.
     """
     o = options
     if o.coordinator is None and (o.num_processes, o.process_id) != (None, None):
@@ -80,11 +80,11 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
         )
     except (RuntimeError, ValueError, OSError) as error:  # JaxRuntimeError, no cluster, no answer
         if o.coordinator is None and not in_cluster and not isinstance(error, RuntimeError):
-            return  # TPUs of no pod: nobody tells of other hosts
+            return  # TPUs outside of a pod
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "the cluster's environment" if o.coordinator is None else f"--coordinator {o.coordinator}"
         raise InputError(f"{where}: the processes of this run did not come together: {reason}") from error
-    # Before JAX looks for devices, and not where there is one process: Gloo connects several.
+    # Before JAX looks for devices; Gloo needs several processes.
     _protect_stdout()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if jax.process_index() > 0:
@@ -93,24 +93,24 @@ def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) 
 
 
 def _check_alike(arguments: Sequence[str]) -> None:
-    """Processes that were told different things would run different programs, and break off in the middle of one."""
+    """Refuses processes with different flags, which would run different programs and fail in the middle."""
     from jaxpaged.sharding.multihost import allgather_objects
 
     words = [word for word in arguments if not word.startswith("--process-id=")]
     if "--process-id" in words:
         at = words.index("--process-id")
         del words[at : at + 2]
-    told = allgather_objects(words)
-    for number, other in enumerate(told):
-        if other != told[0]:
+    given = allgather_objects(words)
+    for number, other in enumerate(given):
+        if other != given[0]:
             raise InputError(
                 f"process {number} was started with other flags than process 0, and only --process-id may differ: "
-                f"{shlex.join(other)!r}, not {shlex.join(told[0])!r}"
+                f"{shlex.join(other)!r}, not {shlex.join(given[0])!r}"
             )
 
 
 def _protect_stdout() -> None:
-    """What libraries print to stdout, as Gloo does of each connection, goes nowhere: it is the place of the result."""
+    """Discards what libraries print to stdout, as Gloo does for each connection; results alone belong there."""
     sys.stdout.flush()
     own = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -132,7 +132,7 @@ def _check(o: ProcessOptions) -> None:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler has started several processes, of which this is one."""
+    """True if a scheduler has started several processes, including this one."""
 
     def number(name: str) -> int:
         value = environment.get(name, "")
@@ -144,29 +144,29 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def _beside_tpus(environment: Mapping[str, str]) -> bool:
-    """Whether this host has TPU chips, and may so be one of a pod: JAX asks Google Cloud, which tells it of the others.
+    """True if this host has TPU chips, and JAX asks Google Cloud for other hosts of a pod.
 
-    On GKE the environment has told already.
+    On GKE the environment has them.
     """
     if "TPU_WORKER_HOSTNAMES" in environment or importlib.util.find_spec("libtpu") is None:
         return False
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms:
         return False
-    import jax  # noqa: F401  # which sets the variable where there are no chips
+    import jax  # noqa: F401  # sets the variable if there are no chips
 
     return "TPU_SKIP_MDS_QUERY" not in environment
 
 
 def count() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     import jax
 
     return jax.process_count()
 
 
 def is_main() -> bool:
-    """Whether this is the process that reads and writes."""
+    """True in the process that reads input and writes output."""
     import jax
 
     return jax.process_index() == 0
@@ -174,7 +174,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def exit_with_others() -> Iterator[None]:
-    """Turns the loss of another process into one line and the end of this one; around all that computes."""
+    """Ends this process with one line if another one is lost; for all that computes."""
     import jax
 
     try:
@@ -185,13 +185,13 @@ def exit_with_others() -> Iterator[None]:
 
 
 def exit_if_lost(error: BaseException) -> None:
-    """Ends this process where an error comes of the loss of another."""
+    """Ends this process if an error was caused by the loss of another one."""
     if is_loss(error):
         exit_lost(error)
 
 
 def exit_lost(error: BaseException) -> None:
-    """Ends this process at once: what the lost one owes can never come, and JAX would wait for it at the end."""
+    """Ends this process at once; an ordinary exit would wait for the lost process."""
     reason = " ".join(str(error).split())
     say(
         f"error: process {_own_number()} of {count()} ends: another process of the run is gone "
@@ -208,7 +208,7 @@ def _own_number() -> int:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error comes of the loss of another process."""
+    """True if an error was caused by the loss of another process."""
     text = str(error)
     words = (
         "Gloo",
@@ -224,10 +224,10 @@ def is_loss(error: BaseException) -> bool:
 
 
 def mesh_sizes(text: str) -> dict[str, Any]:
-    """What ``--mesh`` says, by axis.
+    """Parses ``--mesh`` to sizes by axis.
 
     Raises:
-      InputError: it is not of that form.
+      InputError: it has another form.
     """
     from jaxpaged.sharding.mesh import MeshError, parse_mesh
 
@@ -238,12 +238,12 @@ def mesh_sizes(text: str) -> dict[str, Any]:
 
 
 def open_mesh(text: str | None) -> Any:
-    """The mesh that ``--mesh`` names; None where there is neither that nor another process.
+    """Creates the mesh of ``--mesh``; None without it and without other processes.
 
     Without the flag, several processes split the model over all their devices.
 
     Raises:
-      InputError: it is none, or has other devices than there are.
+      InputError: it has another form, or does not fit the devices.
     """
     if text is None and count() == 1:
         return None
@@ -262,7 +262,7 @@ def open_mesh(text: str | None) -> Any:
 
 
 def describe_mesh(mesh: Any) -> str:
-    """For people."""
+    """One line of text."""
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
     devices = f"{mesh.size} of {mesh.devices.flat[0].device_kind}"
     return f"{sizes}: {devices}" + (f" in {count()} processes" if count() > 1 else "")

@@ -1,12 +1,11 @@
-"""Text read through caches: what each token costs, and how far one cache's predictions are from another's.
+"""Scores of a text read through caches: each token's loss, and the divergence of predictions between caches.
 
 Text is cut into chunks of ``n_ctx`` tokens, each a sequence of its own, and the second half of each is scored, so that
 every prediction has a context: the convention of llama.cpp's llama-perplexity. A chunk goes through
-``cache.reserve`` and ``cache.attend`` in steps, as a prompt or a decoded token does. The size of a step is part of what
-is measured: within one step a token sees the tokens of the steps before it as the pages keep them, and some formats
-keep a page in 16 bits until it is full.
+``cache.reserve`` and ``cache.attend`` in steps, as a prompt or a decoded token does. The size of a step matters:
+tokens of earlier steps are read from pages, and some formats store a page in 16 bits until it is full.
 
-What is compared is reduced to a few numbers a token on the device; the logits of a whole text never exist.
+Comparisons are reduced to a few numbers per token on the device; the logits of a whole text never exist.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from jaxpaged.cache.interface import clear
 from jaxpaged.cache.paged import PagedKVCache
 
 _LOGITS_BYTES = 2**26
-"""Logits that a program hands over at once, at most, unless a single step has more."""
+"""Most bytes of logits that a program returns, unless a single step has more."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +36,26 @@ class Scores:
     nll: np.ndarray
     """f64: negative log-likelihood of the token, in nats."""
     right: np.ndarray
-    """bool: whether the token is the one found likeliest."""
+    """bool: the token is the likeliest one."""
     kld: np.ndarray
     """f64: Kullback-Leibler divergence from the first cache's prediction to this one's, in nats, over the whole
     vocabulary; zeros for the first cache itself."""
     same_top: np.ndarray
-    """bool: whether both find the same token likeliest."""
+    """bool: both caches have the same likeliest token."""
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
-        """Of several groups of chunks, one after the other."""
+        """Concatenates the scores of several groups of chunks."""
         names = (field.name for field in dataclasses.fields(cls))
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def __getitem__(self, index: Any) -> Scores:
-        """Of a part of the chunks, or of the tokens: every array at ``index``."""
+        """Indexes every array: a part of the chunks, or of the tokens."""
         return Scores(self.nll[index], self.right[index], self.kld[index], self.same_top[index])
 
 
 def cut(tokens: Sequence[int], n_ctx: int, *, bos: int | None = None) -> np.ndarray:
-    """``tokens`` as chunks ``i32[len(tokens) // n_ctx, n_ctx]``; what is left at the end is dropped.
-
-    With ``bos`` it takes the place of each chunk's first token.
-    """
+    """Splits tokens into chunks ``i32[len(tokens) // n_ctx, n_ctx]`` and drops the rest; each begins with ``bos``."""
     count = len(tokens) // n_ctx
     chunks = np.asarray(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
     if bos is not None:
@@ -68,18 +64,18 @@ def cut(tokens: Sequence[int], n_ctx: int, *, bos: int | None = None) -> np.ndar
 
 
 def default_parallel(step: int) -> int:
-    """How many chunks to read side by side in steps of ``step`` tokens: what keeps a small machine busy."""
+    """Number of chunks to compute at once in steps of ``step`` tokens, enough for a small machine."""
     return min(max(512 // step, 1), 32)
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a step is compiled for: the tokens of each sequence, and which of them are scored."""
+    """Static part of a step: the tokens of each sequence, and the rows of them that are scored."""
 
     length: int
     first: int
     last: int
-    """Rows ``first .. last`` of the step's ``length`` have their logits taken; none where both are 0."""
+    """Rows ``first .. last`` of the step's ``length`` are scored; none if both are 0."""
 
     @property
     def scored(self) -> int:
@@ -87,8 +83,8 @@ class _Shape:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Steps of one shape that follow one another in every chunk."""
+class _StepRun:
+    """Successive steps of one shape."""
 
     shape: _Shape
     start: int
@@ -96,33 +92,35 @@ class _Piece:
 
     @property
     def targets(self) -> np.ndarray:
-        """i32[steps, scored]: where in a chunk the tokens stand that the scored rows predict."""
+        """i32[steps, scored]: positions in a chunk of the tokens that scored rows predict."""
         steps = self.start + self.shape.length * np.arange(self.steps, dtype=np.int32)
         return steps[:, None] + np.arange(self.shape.first, self.shape.last, dtype=np.int32) + 1
 
 
-def _pieces(n_ctx: int, step: int, most_rows: int) -> list[_Piece]:
-    """A chunk in steps of ``step`` tokens; at most ``most_rows`` scored rows in one piece, or one step."""
-    pieces: list[_Piece] = []
+def _step_runs(n_ctx: int, step: int, most_rows: int) -> list[_StepRun]:
+    """Splits a chunk into steps of ``step`` tokens; a run has at most ``most_rows`` scored rows, or one step."""
+    runs: list[_StepRun] = []
     for start in range(0, n_ctx, step):
         length = min(step, n_ctx - start)
         first = min(max(n_ctx // 2 - start, 0), length)
         last = min(n_ctx - 1 - start, length)  # the last token has none to predict
         shape = _Shape(length, first, last) if first < last else _Shape(length, 0, 0)
-        before = pieces[-1] if pieces else None
+        before = runs[-1] if runs else None
         if before and before.shape == shape and (before.steps + 1) * shape.scored <= most_rows:
-            pieces[-1] = _Piece(shape, before.start, before.steps + 1)
+            runs[-1] = _StepRun(shape, before.start, before.steps + 1)
         else:
-            pieces.append(_Piece(shape, start, 1))
-    return pieces
+            runs.append(_StepRun(shape, start, 1))
+    return runs
 
 
-@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "shape", "room"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("model", "vocab_size", "shape", "capacity"), donate_argnames="cache"
+)
 def _read(
     model: ModelFn,
     vocab_size: int,
     shape: _Shape,
-    room: int,
+    capacity: int,
     params: Params,
     cache: PagedKVCache,
     chunks: Array,
@@ -130,10 +128,10 @@ def _read(
     start: Array,
     steps: Array,
 ) -> tuple[PagedKVCache, Array]:
-    """Reads ``steps`` steps of the first ``active`` chunks, from their token ``start`` on; donates ``cache``.
+    """Computes ``steps`` steps of the first ``active`` chunks, from their token ``start`` on; donates ``cache``.
 
     Returns:
-      ``(cache, logits f32[room, chunks, scored, vocab_size])``, of which the first ``steps`` are meant.
+      ``(cache, logits f32[capacity, chunks, scored, vocab_size])``, of which the first ``steps`` are valid.
     """
     num_seqs, length = chunks.shape[0], shape.length
     rows = jnp.arange(num_seqs)[:, None] * length + jnp.arange(shape.first, shape.last)
@@ -146,7 +144,7 @@ def _read(
         found, cache = model(params, tokens.reshape(-1), cache, batch, rows.reshape(-1))
         return cache, logits.at[i].set(found.reshape(logits.shape[1:]))
 
-    logits = jnp.zeros((room, num_seqs, shape.scored, vocab_size), jnp.float32)
+    logits = jnp.zeros((capacity, num_seqs, shape.scored, vocab_size), jnp.float32)
     return jax.lax.fori_loop(0, steps, step, (cache, logits))
 
 
@@ -182,23 +180,23 @@ def score(
     step: int,
     base: ModelFn | None = None,
 ) -> Iterator[list[Scores]]:
-    """Reads chunks through caches and scores their second halves, ``max_seqs`` chunks at a time.
+    """Scores the second halves of chunks, ``max_seqs`` chunks at a time.
 
     Args:
       model: as ``jaxpaged_model.llama.functional`` gives it.
       params: its weights.
       vocab_size: V, of its logits.
-      caches: the first is what the others are compared with. All have the same ``max_seqs`` and room for ``n_ctx``
-        tokens of each sequence; they are donated.
+      caches: the others are compared with the first. All have the same ``max_seqs`` and pages for ``n_ctx`` tokens of
+        each sequence; donated.
       chunks: i32[C, n_ctx], see ``cut``.
       step: tokens of each chunk that one step computes; 1 feeds them as decoding does.
-      base: the model as the first cache has it; None = ``model``.
+      base: the model used with the first cache; None = ``model``.
 
     Yields:
       For each group of chunks, in order: the scores of each cache.
 
     Raises:
-      ValueError: the caches differ in ``max_seqs``, or have no room.
+      ValueError: the caches differ in ``max_seqs``, or have too few pages.
     """
     caches = list(caches)
     num_seqs, n_ctx = caches[0].max_seqs, chunks.shape[1]
@@ -210,33 +208,41 @@ def score(
             raise ValueError(
                 f"{num_seqs} x {n_ctx} tokens need more than {cache.num_pages} pages of {cache.page_size}"
             )
-    pieces = _pieces(n_ctx, step, max(_LOGITS_BYTES // (4 * vocab_size * num_seqs), 1))
-    room = {shape: max(p.steps for p in pieces if p.shape == shape) for shape in {p.shape for p in pieces}}
+    runs = _step_runs(n_ctx, step, max(_LOGITS_BYTES // (4 * vocab_size * num_seqs), 1))
+    capacity = {shape: max(p.steps for p in runs if p.shape == shape) for shape in {p.shape for p in runs}}
     for at in range(0, len(chunks), num_seqs):
         group = chunks[at : at + num_seqs]
         padded = np.zeros((num_seqs, n_ctx), np.int32)
         padded[: len(group)] = group
         caches = [_clear(cache) for cache in caches]
         found: list[list[tuple[Array, ...]]] = [[] for _ in caches]
-        for piece in pieces:
+        for run in runs:
             compared_with = None
-            places = np.resize(piece.targets, (room[piece.shape], piece.shape.scored))
+            places = np.resize(run.targets, (capacity[run.shape], run.shape.scored))
             targets = jnp.asarray(padded[:, places].swapaxes(0, 1))
             for i, cache in enumerate(caches):
                 caches[i], logits = _read(
-                    model if i or base is None else base, vocab_size, piece.shape, room[piece.shape], params, cache,
-                    padded, len(group), piece.start, piece.steps,
-                )  # fmt: skip
-                if piece.shape.scored:
+                    model if i or base is None else base,
+                    vocab_size,
+                    run.shape,
+                    capacity[run.shape],
+                    params,
+                    cache,
+                    padded,
+                    len(group),
+                    run.start,
+                    run.steps,
+                )
+                if run.shape.scored:
                     found[i].append(_compare(compared_with, logits, targets))
                     compared_with = logits if compared_with is None else compared_with
-        scored = [piece for piece in pieces if piece.shape.scored]
+        scored = [run for run in runs if run.shape.scored]
         yield [_gathered(scored, parts, len(group)) for parts in found]
 
 
 @jax.jit
 def _compare(base: Array | None, logits: Array, targets: Array) -> tuple[Array, ...]:
-    """The fields of ``Scores`` for each prediction; without ``base``, of predictions compared with themselves."""
+    """Fields of ``Scores`` for each prediction; without ``base``, compared with itself."""
     loss = jax.nn.logsumexp(logits, axis=-1)
     loss -= jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     top = jnp.argmax(logits, axis=-1)
@@ -245,13 +251,13 @@ def _compare(base: Array | None, logits: Array, targets: Array) -> tuple[Array, 
     return loss, top == targets, divergence(base, logits), top == jnp.argmax(base, axis=-1)
 
 
-def _gathered(pieces: Sequence[_Piece], parts: Sequence[tuple[Array, ...]], active: int) -> Scores:
-    """The pieces of each chunk, ``[room, chunks, scored]`` each, side by side."""
+def _gathered(runs: Sequence[_StepRun], parts: Sequence[tuple[Array, ...]], active: int) -> Scores:
+    """Concatenates the scores of a chunk's runs, ``[capacity, chunks, scored]`` each."""
     columns = []
     for field in zip(*parts, strict=True):
         kept = [
-            np.asarray(x)[: piece.steps, :active].swapaxes(0, 1).reshape(active, -1)
-            for piece, x in zip(pieces, field, strict=True)
+            np.asarray(x)[: run.steps, :active].swapaxes(0, 1).reshape(active, -1)
+            for run, x in zip(runs, field, strict=True)
         ]
         columns.append(np.concatenate(kept, axis=1))
     nll, right, kld, same_top = columns

@@ -117,7 +117,7 @@ class Session:
         room = self.context - (self.options.predict != 0)
         if len(ids) > room:
             raise InputError(
-                f"the prompt has {len(ids)} tokens; the context of {self.context} (-c) has room for {room}"
+                f"the prompt has {len(ids)} tokens; the context of {self.context} (-c) allows {room}"
                 f"{' and one to generate' if self.options.predict else ''}"
             )
         if self.options.verbose_prompt:

@@ -113,7 +113,7 @@ def test_a_server_that_does_not_start(environment, monkeypatch):
     server = OwnServer(())
     server.stop()
     server.start()  # came too late
-    assert server.said() == ""
+    assert server.output() == ""
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_figures_of_one_request():
     assert row["total_tokens_per_second"] == pytest.approx(8) and row["prefix_hit_rate"] == pytest.approx(
         1 / 3
     )
-    assert (row["itl_counted"], row["other_lengths"], row["goodput"]) == ("as told", 0, None)
+    assert (row["itl_counted"], row["other_lengths"], row["goodput"]) == ("as reported", 0, None)
 
 
 def test_what_is_asked_for():
@@ -172,7 +172,7 @@ def test_a_connection_that_fails():
 def test_a_level_ends_in_time():
     records = run(Stub(SCRIPT), Load(clients=1), specs(4), time_limit=1.75)
     assert [r.ok for r in records] == [True, False, False, False]
-    assert all("the level's 1.75 s were over" in r.error for r in records[1:])
+    assert all("not answered within the level's 1.75 s" in r.error for r in records[1:])
 
 
 def row(variant, clients, throughput, ttft, tpot, *, running=1.0, waste=0.1, errors=0):

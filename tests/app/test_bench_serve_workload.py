@@ -41,9 +41,9 @@ def test_prompts_share_the_prefix_and_nothing_else():
 
 
 def test_sharegpt_like_is_the_lognormal_that_it_says():
-    room, scale = 2**22, 0.5
+    limit, scale = 2**22, 0.5
     lengths = ShareGPTLike(scale)
-    pairs = np.array(lengths.draw(np.random.default_rng(0), 40_000, room))
+    pairs = np.array(lengths.sample(np.random.default_rng(0), 40_000, limit))
     for column, name, mean in zip(pairs.T, ("prompt", "output"), (161.31, 337.99), strict=True):
         stated = lengths.as_dict()[name]["lognormal"]
         assert math.exp(stated["mu"] + stated["sigma"] ** 2 / 2) == pytest.approx(mean * scale)
@@ -54,20 +54,20 @@ def test_sharegpt_like_is_the_lognormal_that_it_says():
 
 
 def test_sharegpt_like_is_cut_to_the_context():
-    pairs = ShareGPTLike().draw(np.random.default_rng(0), 2000, 200)
+    pairs = ShareGPTLike().sample(np.random.default_rng(0), 2000, 200)
     assert all(4 <= p <= 100 and o >= 4 and p + o <= 200 for p, o in pairs)
     assert any(p == 100 for p, _ in pairs) and any(p + o == 200 for p, o in pairs)
-    with pytest.raises(ValueError, match="there is room for 7 tokens"):
-        ShareGPTLike().draw(np.random.default_rng(0), 1, 7)
+    with pytest.raises(ValueError, match="the context has 7 tokens"):
+        ShareGPTLike().sample(np.random.default_rng(0), 1, 7)
 
 
 def test_other_lengths_are_never_cut():
-    pairs = Uniform(3, 5).draw(np.random.default_rng(0), 500, 10)
+    pairs = Uniform(3, 5).sample(np.random.default_rng(0), 500, 10)
     assert set(np.array(pairs).flat) == {3, 4, 5}
-    assert Fixed(7, 3).draw(np.random.default_rng(0), 2, 10) == [(7, 3), (7, 3)]
+    assert Fixed(7, 3).sample(np.random.default_rng(0), 2, 10) == [(7, 3), (7, 3)]
     for lengths in (Uniform(3, 5), Fixed(7, 3)):
-        with pytest.raises(ValueError, match=r"up to 10 tokens .* room for 9"):
-            lengths.draw(np.random.default_rng(0), 2, 9)
+        with pytest.raises(ValueError, match=r"up to 10 tokens .* the context has 9"):
+            lengths.sample(np.random.default_rng(0), 2, 9)
 
 
 def test_arrivals_are_a_poisson_process_of_the_rate():

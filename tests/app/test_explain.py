@@ -42,7 +42,7 @@ def test_quantized_pages_have_the_bytes_that_the_kernel_tells_of(platform, imple
     assert step["kv_bytes_a_step"] == 4 * of_a_layer
 
 
-def test_what_waits_to_be_sealed_is_read_in_16_bits():
+def test_residual_pages_are_read_in_16_bits():
     one_page, and_some = (
         json.loads(
             explain(
@@ -54,7 +54,7 @@ def test_what_waits_to_be_sealed_is_read_in_16_bits():
     numbers_of_a_token = 4 * 2 * 2 * 64
     assert one_page["kv"]["page_bytes"] == 32 * numbers_of_a_token * 144 // 256
     assert one_page["steps"][0]["kv_bytes_a_step"] == one_page["kv"]["page_bytes"]
-    assert one_page["kv"]["open_page_bytes"] == 32 * numbers_of_a_token * 2
+    assert one_page["kv"]["staging_bytes"] == 32 * numbers_of_a_token * 2
     more = and_some["steps"][0]["kv_bytes_a_step"] - one_page["steps"][0]["kv_bytes_a_step"]
     assert more == 10 * numbers_of_a_token * 2
 
@@ -89,7 +89,7 @@ def test_an_implementation_may_be_forced(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--platform", "abacus"], "'abacus' is not one of 'cpu', 'gpu', 'tpu'"),
+        (["--platform", "abacus"], "'abacus' is not one of 'auto', 'cpu', 'gpu', 'tpu'"),
         (["-m", "nowhere.gguf"], "nowhere.gguf: no such file or folder"),
         (["--page-size", "33"], "33"),
         (["-c", "0"], "0 is not in the range"),

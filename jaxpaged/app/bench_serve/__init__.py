@@ -1,1 +1,1 @@
-"""``jaxpaged bench-serve``: load on a server, and what its clients see."""
+"""``jaxpaged bench-serve``: servers under load, measured from their clients."""

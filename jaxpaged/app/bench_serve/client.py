@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible server, streamed, and when its tokens came."""
+"""Streamed requests to an OpenAI-compatible server, with the time of each token."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ import httpx
 from jaxpaged.app.bench_serve.workload import RequestSpec
 
 BUSY = (429, 503)
-"""What a server answers that may have room later."""
+"""Status codes of a server that may accept the request later."""
 _LONGEST_WAIT = 10.0
-"""Seconds that a Retry-After may cost, whatever it says."""
+"""Longest wait for a Retry-After, in seconds."""
 _USUAL_WAIT = 1.0
 _LONGEST_MESSAGE = 300
 
 
 @dataclass
 class Record:
-    """What happened to one request; times in seconds of the client's clock."""
+    """Record of one request; times in seconds of the client's clock."""
 
     num_prompt: int
     num_output: int
-    """Tokens asked for."""
+    """Tokens requested."""
     arrival: float
-    """When a client wanted it: waiting for a busy server counts as latency."""
+    """Time at which the client was ready to send; waiting for a busy server counts as latency."""
     chunks: list[tuple[float, int | None]] = field(default_factory=list)
-    """When each part of the text came, and its tokens, where the server says."""
+    """Time of each chunk, and its tokens if the server reports them."""
     ended: float | None = None
-    """When the server said that the text ends: its last tokens may be without text, such as special ones."""
+    """Time of the finish reason; the last tokens may have no text, as special tokens."""
     finished: float | None = None
-    """When the request was over, with or without success."""
+    """Time at which the request ended, with or without success."""
     prompt_tokens: int | None = None
-    """As the server counts; None: it does not."""
+    """As the server reports; None if it does not."""
     completion_tokens: int | None = None
     cached_tokens: int = 0
     retries: int = 0
-    """Answers 429 or 503 that were waited out."""
+    """Number of answers 429 or 503."""
     error: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether all of it came."""
+        """True if the request succeeded."""
         return self.error is None and self.finished is not None and bool(self.chunks)
 
 
 class StreamError(ValueError):
-    """A stream that is not what it should be."""
+    """A malformed stream, or an error in it."""
 
 
 class Client:
-    """Sends requests, each on a connection of its own out of a pool.
+    """Sends requests, each on its own connection of a pool.
 
     Args:
       http: with the server's address as ``base_url``.
       model: the name that requests carry.
-      timeout: seconds of a request, tries and waits included.
-      max_retries: of a request that is told 429 or 503.
-      logprobs: ask for log-probabilities, because they tell how many tokens a chunk has.
+      timeout: seconds per request, retries included.
+      max_retries: after answers 429 and 503.
+      logprobs: request log-probabilities, which say how many tokens a chunk has.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Client:
         return Record(len(spec.prompt), spec.num_output, arrival)
 
     async def complete(self, spec: RequestSpec, record: Record) -> None:
-        """Sends the request and fills ``record``; what goes wrong stands there, and nothing is raised."""
+        """Sends the request and fills ``record``, also with errors; raises nothing."""
         body = self._common | {"prompt": list(spec.prompt), "max_tokens": spec.num_output}
         try:
             async with asyncio.timeout(self._timeout):
@@ -119,7 +119,7 @@ class Client:
         record.error = f"busy: {record.error}, {self._max_retries + 1} times"
 
     async def _try(self, body: dict[str, Any], record: Record) -> float | None:
-        """One try; seconds to wait before the next, None where there is to be none."""
+        """Tries once; seconds to wait before a retry, None if there is none."""
         async with self._http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 await response.aread()
@@ -131,12 +131,12 @@ class Client:
 
     async def _read(self, response: httpx.Response, record: Record) -> None:
         async for line in response.aiter_lines():
-            if not line.startswith("data:"):  # comments keep a connection open; other fields say nothing here
+            if not line.startswith("data:"):  # comments keep a connection open; other fields are not used
                 continue
             now, data = self.clock(), line[5:].strip()
             if data == "[DONE]":
                 if not record.chunks and record.completion_tokens and record.ended is not None:
-                    record.chunks.append((record.ended, None))  # all its tokens are without text
+                    record.chunks.append((record.ended, None))  # no token has text
                 if not record.chunks:
                     raise StreamError("the answer has no tokens")
                 return
@@ -148,7 +148,7 @@ def take_event(data: str, now: float, record: Record) -> None:
     """Adds one event of a stream to the record.
 
     Raises:
-      StreamError: it is no event of a completion, or an error.
+      StreamError: it is an error, or no event of a completion.
     """
     try:
         event = json.loads(data)
@@ -172,13 +172,13 @@ def take_event(data: str, now: float, record: Record) -> None:
 
 
 def _tokens_of(choice: dict[str, Any]) -> int | None:
-    """Tokens of a chunk: as its log-probabilities or token ids tell, None where it has neither."""
+    """Number of tokens of a chunk, by its log-probabilities or token ids; None if it has neither."""
     tokens = (choice.get("logprobs") or {}).get("tokens") or choice.get("token_ids")
     return len(tokens) if tokens else None
 
 
 def retry_after(response: httpx.Response) -> float:
-    """Seconds that a busy server asks to wait, within bounds; a date counts as not said."""
+    """Seconds of a Retry-After, within bounds; dates are ignored."""
     try:
         seconds = float(response.headers.get("retry-after", ""))
     except ValueError:
@@ -187,7 +187,7 @@ def retry_after(response: httpx.Response) -> float:
 
 
 def _message(response: httpx.Response) -> str:
-    """What an answer says of an error, on one line."""
+    """Error message of an answer, on one line."""
     text = response.text
     try:
         error = json.loads(text)["error"]

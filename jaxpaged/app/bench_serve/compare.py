@@ -1,4 +1,4 @@
-"""One variant of a server against another: ratios at each level of load, and throughput at equal latency."""
+"""Comparison of two variants of a server: ratios at each level of load, and throughput at equal latency."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from jaxpaged.app.bench_serve.results import median
 
 PAIRS = (("paged", "contiguous"), ("prefix", "no-prefix"))
-"""Which variants are compared, each with what it is to be better than."""
+"""Pairs of variants to compare, the baseline second."""
 _OUTPUT = "output_tokens_per_second"
 _LIMITED = ("ttft", "tpot")
 
 
 def compare(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A comparison for each pair of variants that was measured.
+    """Compares each pair of variants that was measured.
 
     Args:
       rows: medians over repetitions, with ``variant`` and ``load``.
-      limits: milliseconds that p95 must keep, by metric; none: see ``at_equal_latency``.
+      limits: of p95 in milliseconds, by metric; if empty, see ``at_equal_latency``.
     """
     by_variant: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -64,10 +64,9 @@ def _pair(
 def at_equal_latency(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], limits: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """The largest throughput of each whose p95 keep the limits, and their ratio.
+    """The largest throughput of each variant within p95 limits, and their ratio.
 
-    Without limits they are what the second variant itself has where its throughput is largest: whoever reaches that
-    throughput with the second waits no longer with the first.
+    Without limits, they are the p95 of the second variant at its largest throughput.
     """
     stated = dict(limits)
     if not stated:
@@ -89,7 +88,7 @@ def at_equal_latency(
 
 def _largest_within(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> dict[str, Any] | None:
     def keeps(row: Mapping[str, Any]) -> bool:
-        # No failed requests either: those that were refused have no latency that could be too long.
+        # And no failed requests, which have no latency.
         values = {name: median(row, f"{name}_ms", "p95") for name in limits}
         return not median(row, "errors") and all(
             value is not None and value <= limits[name] for name, value in values.items()
@@ -105,7 +104,7 @@ def _largest_within(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, floa
 def _best_of(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], *path: str
 ) -> dict[str, Any] | None:
-    """Each variant's largest figure, and their ratio."""
+    """Largest value of each variant, and their ratio."""
     both = [[v for row in rows if (v := median(row, *path)) is not None] for rows in (ours, theirs)]
     if not all(both):
         return None

@@ -1,4 +1,4 @@
-"""What a server says of itself: which model, how long a context, how large a vocabulary."""
+"""Model, context and vocabulary of a server, from its own endpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SECONDS = 30.0
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """None: it does not say."""
+    """Properties of a server; None if it does not report them."""
 
     model: str | None
     context: int | None
-    """Tokens of a sequence."""
+    """Tokens of a sequence, at most."""
     vocab: int | None
     slots: int | None
     """Sequences at once, at most."""
@@ -28,10 +28,10 @@ class ServerInfo:
 
 
 async def ask(http: httpx.AsyncClient) -> ServerInfo:
-    """Asks ``/v1/models``, which every OpenAI-compatible server has, and ``/props``, which llama-server has, too.
+    """Requests ``/v1/models``, which every OpenAI-compatible server has, and llama-server's ``/props``.
 
     Raises:
-      InputError: nobody answers, or not as a server of that kind.
+      InputError: there is no answer, or it is not an OpenAI-compatible server's.
     """
     models = await _get(http, "/v1/models", needed=True)
     entries = models.get("data")
@@ -42,7 +42,7 @@ async def ask(http: httpx.AsyncClient) -> ServerInfo:
     name, build = first.get("id"), props.get("build_info")
     return ServerInfo(
         model=name if isinstance(name, str) else None,
-        # Of llama-server n_ctx_train is not what a slot has; its /props tell that.
+        # llama-server's n_ctx_train is not the context of a slot; its /props have that.
         context=_count(first.get("max_model_len")) or _count(settings.get("n_ctx")),
         vocab=_count(meta.get("n_vocab")),
         slots=_count(props.get("total_slots")),
@@ -76,10 +76,10 @@ def _count(value: Any) -> int | None:
 
 
 def check_url(url: str, *, allow_remote: bool) -> str:
-    """The address of a server, without a path.
+    """Base address of a server, without /v1.
 
     Raises:
-      InputError: it is none, holds a password, or is another machine's without ``allow_remote``.
+      InputError: it is malformed, holds a password, or is on another machine without ``allow_remote``.
     """
     try:
         parts = urlsplit(url)
@@ -94,7 +94,7 @@ def check_url(url: str, *, allow_remote: bool) -> str:
         )
     if parts.query or parts.fragment:
         raise InputError(f"--url {url!r}: only a host and a port, such as http://127.0.0.1:8080")
-    path = parts.path.rstrip("/").removesuffix("/v1")  # clients of OpenAI are told .../v1
+    path = parts.path.rstrip("/").removesuffix("/v1")  # the base URL of OpenAI clients ends so
     if not allow_remote and not _is_loopback(host):
         raise InputError(
             f"--url {url!r} is another machine: a load test of a server that is not yours is an attack; "
@@ -108,5 +108,5 @@ def _is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may mean any machine
+    except ValueError:  # a name, of any machine
         return False

@@ -1,4 +1,4 @@
-"""How long prompts and outputs are: named distributions. Knows nothing of tokens and servers."""
+"""Named distributions of prompt and output lengths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 PROMPT_MEAN, OUTPUT_MEAN = 161.31, 337.99
 """Tokens; the means of ShareGPT in the PagedAttention paper (arXiv:2309.06180, Fig. 11)."""
 SIGMA = 1.0
-"""Of the logarithm. The paper gives means only; 1.0 has its long tail (95% of the values below 3.1 means)."""
+"""Standard deviation of the logarithm. The paper gives means only; 1.0 has its long tail (95% below 3.1 means)."""
 SHORTEST = 4
-"""As vLLM's own benchmark leaves out shorter ones."""
+"""Shortest length; vLLM's benchmark drops shorter ones."""
 DEFAULT = "sharegpt-like"
 _LONGEST = 2**24
 
@@ -23,16 +23,16 @@ _LONGEST = 2**24
 class Lengths(Protocol):
     """A distribution of pairs of lengths."""
 
-    def draw(self, rng: np.random.Generator, count: int, room: int) -> list[tuple[int, int]]:
+    def sample(self, rng: np.random.Generator, count: int, limit: int) -> list[tuple[int, int]]:
         """Prompt and output tokens of ``count`` requests.
 
         Raises:
-          ValueError: some would not fit ``room``, which has to hold both.
+          ValueError: the sum of both may exceed ``limit``.
         """
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """Name and parameters."""
+        """Name and parameters, for JSON."""
         ...
 
 
@@ -42,17 +42,18 @@ class ShareGPTLike:
 
     scale: float = 1.0
 
-    def draw(self, rng: np.random.Generator, count: int, room: int) -> list[tuple[int, int]]:
-        if room < 2 * SHORTEST:
-            raise ValueError(f"there is room for {room} tokens; {DEFAULT} needs {2 * SHORTEST}")
+    def sample(self, rng: np.random.Generator, count: int, limit: int) -> list[tuple[int, int]]:
+        if limit < 2 * SHORTEST:
+            raise ValueError(
+                f"the context has {limit} tokens for prompt and output; {DEFAULT} needs {2 * SHORTEST}"
+            )
         prompts = rng.lognormal(_mu(PROMPT_MEAN * self.scale), SIGMA, count)
         outputs = rng.lognormal(_mu(OUTPUT_MEAN * self.scale), SIGMA, count)
         pairs = []
         for prompt, output in zip(prompts, outputs, strict=True):
-            # A prompt may fill half of the room, an output what is left: cut, not drawn again, so that the same seed
-            # gives the same requests whatever the context is.
-            p = min(max(round(prompt), SHORTEST), room // 2)
-            pairs.append((p, min(max(round(output), SHORTEST), room - p)))
+            # Clipped, not sampled again, so that a seed gives the same requests whatever the context is.
+            p = min(max(round(prompt), SHORTEST), limit // 2)
+            pairs.append((p, min(max(round(output), SHORTEST), limit - p)))
         return pairs
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,19 +62,19 @@ class ShareGPTLike:
             "scale": self.scale,
             "prompt": {"lognormal": {"mu": _mu(PROMPT_MEAN * self.scale), "sigma": SIGMA}},
             "output": {"lognormal": {"mu": _mu(OUTPUT_MEAN * self.scale), "sigma": SIGMA}},
-            "clipped_to": f"prompt {SHORTEST} to room / 2, output {SHORTEST} to room - prompt",
+            "clipped_to": f"prompt {SHORTEST} to limit / 2, output {SHORTEST} to limit - prompt",
         }
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Prompts and outputs each from ``low`` to ``high``, ends included."""
+    """Prompts and outputs from ``low`` to ``high``, both included."""
 
     low: int
     high: int
 
-    def draw(self, rng: np.random.Generator, count: int, room: int) -> list[tuple[int, int]]:
-        _check_room(2 * self.high, room)
+    def sample(self, rng: np.random.Generator, count: int, limit: int) -> list[tuple[int, int]]:
+        _check_limit(2 * self.high, limit)
         pairs = rng.integers(self.low, self.high, (count, 2), endpoint=True)
         return [(int(p), int(o)) for p, o in pairs]
 
@@ -83,13 +84,13 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Fixed:
-    """All the same."""
+    """The same lengths for all requests."""
 
     prompt: int
     output: int
 
-    def draw(self, rng: np.random.Generator, count: int, room: int) -> list[tuple[int, int]]:
-        _check_room(self.prompt + self.output, room)
+    def sample(self, rng: np.random.Generator, count: int, limit: int) -> list[tuple[int, int]]:
+        _check_limit(self.prompt + self.output, limit)
         return [(self.prompt, self.output)] * count
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,10 +98,10 @@ class Fixed:
 
 
 def parse_lengths(text: str) -> Lengths:
-    """The distribution that ``sharegpt-like``, ``sharegpt-like:0.5``, ``uniform:16:256`` or ``fixed:128:64`` names.
+    """Parses ``sharegpt-like``, ``sharegpt-like:0.5``, ``uniform:16:256`` or ``fixed:128:64``.
 
     Raises:
-      ValueError: it names none; the message says what is allowed.
+      ValueError: it is none of these.
     """
     name, *words = re.split(r"[:\s]+", text.strip())
     try:
@@ -115,7 +116,7 @@ def parse_lengths(text: str) -> Lengths:
                     return Fixed(a, b)
                 if a <= b:
                     return Uniform(a, b)
-    except ValueError:  # a word that is no number
+    except ValueError:
         pass
     raise ValueError(
         f"{text!r} is not sharegpt-like, sharegpt-like:SCALE, uniform:LOW:HIGH or fixed:PROMPT:OUTPUT"
@@ -123,12 +124,10 @@ def parse_lengths(text: str) -> Lengths:
 
 
 def _mu(mean: float) -> float:
-    """Of the logarithm, for a lognormal distribution of that mean."""
+    """Mean of the logarithm, for a lognormal distribution with mean ``mean``."""
     return math.log(mean) - SIGMA**2 / 2
 
 
-def _check_room(most: int, room: int) -> None:
-    if most > room:
-        raise ValueError(
-            f"--lengths asks for up to {most} tokens of prompt and output; there is room for {room}"
-        )
+def _check_limit(most: int, limit: int) -> None:
+    if most > limit:
+        raise ValueError(f"--lengths has up to {most} tokens of prompt and output; the context has {limit}")

@@ -1,4 +1,4 @@
-"""Load: requests in a closed loop of some clients, or as they arrive; every loop ends by count and by time."""
+"""Load on a server: a closed loop of clients, or Poisson arrivals, limited by count and by time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxpaged.app.bench_serve.workload import RequestSpec
 
 @dataclass(frozen=True)
 class Load:
-    """How hard a server is pressed."""
+    """A level of load."""
 
     clients: int | None = None
-    """Each sends its next request when the one before is answered."""
+    """Clients that each send the next request when the one before is answered."""
     rate: float | None = None
-    """Requests a second that arrive whether the server is ready or not; a Poisson process."""
+    """Requests per second of a Poisson process, independent of the server."""
 
     def __str__(self) -> str:
         if self.clients is None:
@@ -26,7 +26,7 @@ class Load:
 
     @property
     def value(self) -> float:
-        """For the axis of a plot."""
+        """Position on the axis of a plot."""
         return float(self.clients or self.rate or 0)
 
 
@@ -36,15 +36,15 @@ async def apply_load(
     load: Load,
     *,
     time_limit: float,
-    tell: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Record]:
-    """Sends all requests; those that are not answered within ``time_limit`` seconds are errors.
+    """Sends all requests; those not answered within ``time_limit`` seconds are errors.
 
     Args:
-      tell: is told how many are answered, each time one is.
+      progress: called with the number of answered requests, after each.
 
     Returns:
-      A record for each request that was sent, and for each that time was too short for.
+      A record per request, including those that were never sent.
     """
     started = client.clock()
     records: list[Record] = []
@@ -53,7 +53,7 @@ async def apply_load(
         record = client.record(spec, arrival)
         records.append(record)
         await client.complete(spec, record)
-        tell(sum(record.finished is not None for record in records))
+        progress(sum(record.finished is not None for record in records))
 
     async def one_client(queue: asyncio.Queue[RequestSpec]) -> None:
         while not queue.empty():
@@ -62,7 +62,7 @@ async def apply_load(
     async def at_its_time(spec: RequestSpec) -> None:
         arrival = started + (spec.arrival or 0.0)
         await client.sleep(max(0.0, arrival - client.clock()))
-        # Its clock runs from when it was due: a client that is late itself must not flatter the server.
+        # Latency counts from the planned arrival, even if this client is late.
         await send(spec, arrival)
 
     try:
@@ -81,5 +81,8 @@ async def apply_load(
         records += [client.record(spec, client.clock()) for spec in specs[sent:]]
         for record in records:
             if record.finished is None:
-                record.finished, record.error = client.clock(), f"the level's {time_limit:g} s were over"
+                record.finished, record.error = (
+                    client.clock(),
+                    f"not answered within the level's {time_limit:g} s",
+                )
     return records

@@ -1,4 +1,4 @@
-"""Where and how a benchmark ran, for those who read its results later."""
+"""Machine and command line of a benchmark, for its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECRET = "--api-key"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, and software."""
+    """Processor, number of cores that this process may use, and software versions."""
     model = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def command_line(arguments: list[str] | None = None) -> str:
-    """How the benchmark was called, without its API key."""
+    """Command line of the benchmark, without its API key."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     for i, word in enumerate(words):
         if word.startswith(f"{_SECRET}="):

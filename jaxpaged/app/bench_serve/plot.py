@@ -1,4 +1,4 @@
-"""The picture of a result: a small panel for each figure, over the load, a line for each variant."""
+"""Plot of a result: a panel per metric, over the load, with a line per variant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PANELS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...], float], ...] 
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Writes the picture, .svg or .png; panels without a value but zero are left out."""
+    """Writes the plot, .svg or .png, without panels that hold no value but zero."""
     import matplotlib
 
     matplotlib.use("Agg")  # a file, on machines without a screen
@@ -62,13 +62,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     note = f"{result['command']}\n{machine['cpu']}, {machine['cores']} cores, jaxpaged {machine['jaxpaged']}"
     width = 50 * columns
     wrapped = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in note.splitlines())
-    # A supxlabel, because the layout makes room for it; a dollar would begin mathematics.
+    # A supxlabel has its own space in the layout; a dollar would begin mathematics.
     figure.supxlabel(wrapped.replace("$", r"\$"), fontsize=6, x=0.01, ha="left", color="#555555")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
     pyplot.close(figure)
 
 
 def _points(rows: Sequence[Mapping[str, Any]], path: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Load and figure of the rows that have it."""
+    """Load and value of the rows that have the value."""
     pairs = [(row["load_value"], value) for row in rows if (value := median(row, *path)) is not None]
     return [x for x, _ in pairs], [y for _, y in pairs]

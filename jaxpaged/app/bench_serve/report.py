@@ -1,4 +1,4 @@
-"""The tables that people read, as Markdown."""
+"""Markdown tables of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cell = Callable[[Row], str]
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """All of a result: what was sent, throughput and memory, latencies, comparisons."""
+    """Markdown of a result: workload, throughput and memory, latencies, comparisons."""
     rows = result["medians"]
     parts = [_heading(result), _table(rows, _THROUGHPUT), _table(rows, _LATENCY)]
     parts += [_comparison(comparison) for comparison in result["comparisons"]]
@@ -84,7 +84,7 @@ def _number(*path: str, digits: int = 1) -> Cell:
 
 
 def _spread(name: str) -> Cell:
-    """The median, and how far repetitions lie apart."""
+    """Median, minimum and maximum over repetitions."""
 
     def cell(row: Row) -> str:
         value = row[name]
@@ -142,7 +142,7 @@ def _seconds(milliseconds: float | None) -> str:
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
-    """Columns that no row has a value for are left out."""
+    """Markdown table without columns that have no value."""
     cells = {head: [cell(row) for row in rows] for head, cell in columns.items()}
     cells = {
         head: values for head, values in cells.items() if any(set(value) - set("- /") for value in values)

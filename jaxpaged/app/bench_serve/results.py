@@ -1,9 +1,9 @@
-"""From records of requests to figures: throughput, latencies, goodput; and medians of repetitions.
+"""Throughput, latencies and goodput from records of requests, and medians of repetitions.
 
 Times to the first token count from a request's arrival. TPOT is a request's ``(last - first) / (tokens - 1)``, last
-being when the server said that the text ends. ITL: a chunk of k tokens that comes g seconds after the one before counts
-as k gaps of g / k; tokens that come with the first have none. Where chunks do not tell their tokens (log-probabilities
-or ids would), a request's tokens are spread evenly over its chunks. Percentiles interpolate linearly.
+being the time of the finish reason. ITL: a chunk of k tokens that comes g seconds after the one before counts
+as k gaps of g / k; tokens that come with the first have none. If chunks do not report their tokens (by
+log-probabilities or ids), a request's tokens are spread evenly over its chunks. Percentiles interpolate linearly.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jaxpaged.app.bench_serve.client import Record
 
 PERCENTILES = (50, 90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2e", "normalized", "chunk_gap")
-"""``normalized`` is the end-to-end time by the output's tokens, the PagedAttention paper's latency."""
+"""``normalized`` is the end-to-end time per output token, the PagedAttention paper's latency."""
 
 
 def tokens_of(record: Record) -> int:
-    """Tokens that came, as the server counts; else one for each chunk that does not say."""
+    """Output tokens as the server reports them; else those of its chunks, at least one each."""
     if record.completion_tokens is not None:
         return record.completion_tokens
     return sum(count or 1 for _, count in record.chunks)
@@ -31,9 +31,9 @@ def tokens_of(record: Record) -> int:
 
 def token_counts(record: Record) -> list[int]:
     """Tokens of each chunk."""
-    told = [count for _, count in record.chunks if count is not None]
-    if len(told) == len(record.chunks):
-        return told
+    reported = [count for _, count in record.chunks if count is not None]
+    if len(reported) == len(record.chunks):
+        return reported
     total, chunks = tokens_of(record), len(record.chunks)
     # Rounded up, so that the first chunk always has one.
     ends = [-(-total * i // chunks) for i in range(chunks + 1)]
@@ -41,7 +41,7 @@ def token_counts(record: Record) -> list[int]:
 
 
 def inter_token_times(record: Record) -> list[float]:
-    """Seconds before each token behind the first chunk."""
+    """Seconds before each token after the first chunk."""
     times: list[float] = []
     before = record.chunks[0][0]
     for (at, _), count in list(zip(record.chunks, token_counts(record), strict=True))[1:]:
@@ -52,7 +52,7 @@ def inter_token_times(record: Record) -> list[float]:
 
 
 def latencies(record: Record) -> dict[str, float]:
-    """Seconds of one answered request; no ``tpot`` for a single token."""
+    """Latencies of one answered request in seconds; no ``tpot`` for a single token."""
     assert record.finished is not None
     first, last = record.chunks[0][0], record.chunks[-1][0]
     if record.ended is not None:
@@ -67,7 +67,7 @@ def latencies(record: Record) -> dict[str, float]:
 
 
 def meets(record: Record, limits: Mapping[str, float]) -> bool:
-    """Whether an answered request keeps all limits, in milliseconds."""
+    """True if a request was answered within all limits, in milliseconds."""
     if not record.ok:
         return False
     times = latencies(record)
@@ -75,10 +75,10 @@ def meets(record: Record, limits: Mapping[str, float]) -> bool:
 
 
 def summarize(records: Sequence[Record], limits: Mapping[str, float]) -> dict[str, Any]:
-    """All figures of one level of load; latencies in milliseconds.
+    """All metrics of one level of load; latencies in milliseconds.
 
     Args:
-      limits: of the goodput, by metric, in milliseconds; none: no goodput.
+      limits: of the goodput, by metric, in milliseconds; if empty, no goodput.
     """
     done = [record for record in records if record.ok]
     failed = [record for record in records if not record.ok]
@@ -114,7 +114,7 @@ def summarize(records: Sequence[Record], limits: Mapping[str, float]) -> dict[st
         "total_tokens_per_second": a_second(generated + read),
         "requests_per_second": a_second(len(done)),
         "tokens_per_chunk": generated / max(1, sum(len(record.chunks) for record in done)),
-        "itl_counted": "as told"
+        "itl_counted": "as reported"
         if all(c is not None for r in done for _, c in r.chunks)
         else "spread evenly",
         **{f"{name}_ms": statistics_of([1e3 * v for v in values[name]]) for name in METRICS},
@@ -123,7 +123,7 @@ def summarize(records: Sequence[Record], limits: Mapping[str, float]) -> dict[st
 
 
 def statistics_of(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles; None of nothing."""
+    """Mean and percentiles; None without values."""
     if not values:
         return None
     points = np.percentile(values, PERCENTILES)
@@ -133,7 +133,7 @@ def statistics_of(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def over_repetitions(runs: Sequence[Any]) -> Any:
-    """The same shape with ``{"median", "min", "max"}`` in the place of numbers; of other things the first."""
+    """Merges repetitions: numbers become ``{"median", "min", "max"}``, of other values the first is kept."""
     first = next((run for run in runs if run is not None), None)
     if isinstance(first, dict):
         some = [run for run in runs if run is not None]
@@ -145,7 +145,7 @@ def over_repetitions(runs: Sequence[Any]) -> Any:
 
 
 def median(row: Mapping[str, Any], *path: str) -> float | None:
-    """A figure of ``over_repetitions`` by its path; None where it was not measured."""
+    """Median of ``over_repetitions`` by its path; None if it was not measured."""
     value: Any = row
     for name in (*path, "median"):
         value = value.get(name) if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""A whole benchmark: servers in turns, levels of load, and what is printed of them."""
+"""One benchmark: servers by turns, levels of load, and the output."""
 
 from __future__ import annotations
 
@@ -28,26 +28,25 @@ from jaxpaged.app.bench_serve.workload import Workload
 from jaxpaged.app.errors import InputError, say
 
 _A_CLIENT, _AT_LEAST, _OPEN_LOOP = 4, 16, 64
-"""Requests of a level, where they are not said."""
+"""Default numbers of requests per level."""
 _CONNECT_SECONDS = 10.0
 _SAME_LEVEL = ("variant", "load", "load_value", "clients", "rate")
 
 
 def run(options: BenchServeOptions) -> None:
-    """Measures and prints; the finished levels of an interrupted run are printed too.
+    """Measures and prints; if interrupted, prints the finished levels.
 
     Raises:
-      InputError: flags or servers that cannot be used, or no request at all was answered.
+      InputError: flags or servers that cannot be used, or no request was answered.
     """
     if options.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs the package 'matplotlib': pip install matplotlib")
     url = None if options.url is None else check_url(options.url, allow_remote=options.allow_remote)
     bench = _Bench(options)
-    # An interrupted run prints what it has; only a whole one is drawn, and can be wrong as a whole.
     with interrupt.before_exit(bench.print):
         for repetition in range(options.repetitions):
             variants = _variants(options, url)
-            # There and back, so that a machine that gets slower or faster does it to all alike.
+            # In alternating order, so that drift of the machine affects all alike.
             for variant in reversed(variants) if repetition % 2 else variants:
                 with _address(options, url, variant, bench) as address:
                     asyncio.run(bench.measure(address, variant.name, repetition))
@@ -69,31 +68,31 @@ def _variants(options: BenchServeOptions, url: str | None) -> list[Variant]:
 @contextmanager
 def _address(options: BenchServeOptions, url: str | None, variant: Variant, bench: _Bench) -> Iterator[str]:
     if url is None:
-        bench.progress(f"{variant.name}: the server loads and compiles")
+        bench.progress(f"{variant.name}: loading and compiling")
     with nullcontext(url) if url is not None else serving(variant, options.start_timeout) as address:
         yield address
 
 
 @dataclass
 class _Bench:
-    """What was measured so far."""
+    """Measurements so far."""
 
     options: BenchServeOptions
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One a level, server and repetition."""
+    """One per level, server and repetition."""
     servers: dict[str, dict[str, Any]] = field(default_factory=dict)
     workload: Workload | None = None
-    """Of the first server; all others get the same."""
+    """Workload of all servers, made for the first one."""
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     async def measure(self, url: str, variant: str, repetition: int) -> None:
-        """All levels of load on one server."""
+        """Measures all levels of load on one server."""
         o = self.options
         key = o.api_key if o.url is not None else None
         async with httpx.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else None,
-            # As many connections as requests: a limit would be a queue that the server does not see.
+            # No limit of connections, which would be a queue that the server does not see.
             limits=httpx.Limits(max_connections=None),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             trust_env=False,
@@ -109,13 +108,13 @@ class _Bench:
 
     @property
     def loads(self) -> list[Load]:
-        """The levels, as asked for."""
+        """Levels of load."""
         if self.options.rates:
             return [Load(rate=rate) for rate in self.options.rates]
         return [Load(clients=clients) for clients in self.options.clients]
 
     def count(self, load: Load) -> int:
-        """Requests of a level."""
+        """Number of requests of a level."""
         usual = _OPEN_LOOP if load.clients is None else max(_AT_LEAST, _A_CLIENT * load.clients)
         return self.options.requests or usual
 
@@ -124,9 +123,9 @@ class _Bench:
         if self.workload is None:
             vocab, context = o.vocab or info.vocab, o.ctx_size or info.context
             if vocab is None:
-                raise InputError("the server does not say how large its vocabulary is; --vocab does")
+                raise InputError("the server does not report the size of its vocabulary; give --vocab")
             if context is None:
-                raise InputError("the server does not say how long its context is; -c does")
+                raise InputError("the server does not report its context; give -c")
             self.workload = Workload(o.lengths, o.seed, vocab, context, o.shared_prefix)
             try:
                 self.workload.pairs(max(map(self.count, self.loads)))
@@ -143,7 +142,7 @@ class _Bench:
         o = self.options
         if not o.warmup:
             return
-        self.progress(f"{variant}: warms up")
+        self.progress(f"{variant}: warming up")
         specs = workload.warmup(o.warmup, repetition)
         for record in await apply_load(client, specs, Load(clients=o.warmup), time_limit=o.time_limit):
             if not record.ok:
@@ -170,7 +169,7 @@ class _Bench:
                 specs,
                 load,
                 time_limit=o.time_limit,
-                tell=lambda done: self.progress(f"{what}: {done}/{count} requests"),
+                progress=lambda done: self.progress(f"{what}: {done}/{count} requests"),
             )
         finally:
             watcher.cancel()
@@ -187,15 +186,15 @@ class _Bench:
         if row["errors"]:
             say(f"warning: {row['errors']} of {count} requests failed: {row['first_error']}")
         if row["other_lengths"]:
-            say(f"warning: {row['other_lengths']} answers have other numbers of tokens than were asked for")
+            say(f"warning: {row['other_lengths']} answers have other numbers of tokens than requested")
 
     def progress(self, what: str = "") -> None:
-        """One line that is overwritten, on a terminal; nothing: it is gone."""
+        """Shows a progress line on a terminal; without text, erases it."""
         if sys.stderr.isatty():
             click.echo(f"\r\033[K{what}", nl=False, err=True)
 
     def result(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """The whole result, for JSON."""
         o = self.options
         levels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in self.rows:
@@ -207,7 +206,6 @@ class _Bench:
             )
             for key, rows in levels.items()
         ]
-        # Repetitions of odd numbers run backwards; the tables have one order.
         order = list(dict.fromkeys(o.compare)) if o.url is None else ["server"]
         medians.sort(key=lambda row: order.index(row["variant"]))
         assert self.workload is not None
@@ -228,7 +226,7 @@ class _Bench:
         }
 
     def print(self) -> None:
-        """The result, where it was asked for; nothing without a finished level."""
+        """Prints and writes the result; nothing without a finished level."""
         self.progress()
         if not self.rows:
             return

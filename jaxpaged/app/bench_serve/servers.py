@@ -1,4 +1,4 @@
-"""``jaxpaged serve`` as a process of one's own, on a free port of the loopback interface, ended whatever happens."""
+"""``jaxpaged serve`` as a child process on a free port of the loopback interface."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _TERMINATED = 128 + signal.SIGTERM
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to start the server."""
+    """A name, and flags of the server."""
 
     name: str
     flags: tuple[str, ...]
 
 
 class OwnServer:
-    """A server's process. ``stop`` ends it by its own number and nothing else, and may be called from any thread."""
+    """A server's process; ``stop`` may be called from any thread."""
 
     def __init__(self, flags: Sequence[str]) -> None:
         self._command = [
             sys.executable, "-m", "jaxpaged.app.cli", "serve", *flags,
             "--host", HOST, "--port", "0", "--drain-seconds", str(_DRAIN_SECONDS),
         ]  # fmt: skip
-        # What it says goes to a file: nobody reads a pipe while the load runs, and a full one would stop the server.
-        # To its end, for the two processes share a place in it.
+        # A file, because nobody reads a pipe during the load, and a full one would block the server. Appended to,
+        # because both processes share its offset.
         self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 # closed by stop
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -61,33 +61,33 @@ class OwnServer:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                # The keys of this process are for other servers; this one listens to nobody but us.
+                # The keys of this process are for other servers.
                 env={name: value for name, value in os.environ.items() if name not in _KEYS},
-                # A terminal's Ctrl-C is for us; we end the server.
+                # Ctrl-C on the terminal is for this process, which then stops the server.
                 start_new_session=True,
             )
 
     def wait_until_ready(self, seconds: float) -> str:
-        """The server's address, once it serves.
+        """Address of the server, once it is ready.
 
         Raises:
-          InputError: it ended, or does not serve within ``seconds``.
+          InputError: it ended, or is not ready within ``seconds``.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             status = self._process.poll() if self._process else 0
-            said = self.said()
+            output = self.output()
             if status is not None:
-                raise InputError(f"the server ended with status {status}: {_last_line(said)}")
-            if (match := _LISTENING.search(said)) and _is_healthy(match[1]):
+                raise InputError(f"the server ended with status {status}: {_last_line(output)}")
+            if (match := _LISTENING.search(output)) and _is_healthy(match[1]):
                 return match[1]
             time.sleep(_LOOK_SECONDS)
         raise InputError(
-            f"the server did not start within {seconds:g} s (--start-timeout): {_last_line(self.said())}"
+            f"the server did not start within {seconds:g} s (--start-timeout): {_last_line(self.output())}"
         )
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that does not suffice; idempotent."""
+        """Ends the process by SIGTERM, or SIGKILL if that takes too long; idempotent."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 self._process.terminate()
@@ -98,8 +98,8 @@ class OwnServer:
                     self._process.wait()
             self._log.close()
 
-    def said(self) -> str:
-        """All that it said."""
+    def output(self) -> str:
+        """Everything that it printed."""
         with self._lock:
             if self._log.closed:
                 return ""
@@ -107,8 +107,10 @@ class OwnServer:
             return self._log.read().decode(errors="replace")
 
 
-def _last_line(said: str) -> str:
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+def _last_line(output: str) -> str:
+    return next(
+        (line.strip() for line in reversed(output.splitlines()) if line.strip()), "it printed nothing"
+    )
 
 
 def _is_healthy(url: str) -> bool:
@@ -120,7 +122,7 @@ def _is_healthy(url: str) -> bool:
 
 @contextmanager
 def serving(variant: Variant, start_seconds: float) -> Iterator[str]:
-    """The address of a server that is there inside the ``with``, and surely not afterwards.
+    """Runs a server inside the context, and yields its address.
 
     Ctrl-C and SIGTERM end the server before they end this process.
 
@@ -138,10 +140,10 @@ def serving(variant: Variant, start_seconds: float) -> Iterator[str]:
 
 @contextmanager
 def _before_the_end(server: OwnServer) -> Iterator[None]:
-    """In here Ctrl-C and SIGTERM stop the server before they end the process."""
+    """Makes Ctrl-C and SIGTERM stop the server before they end the process."""
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
-        # On a thread, because the main one may hold the lock that stopping takes.
+        # On another thread, because the main one may hold the lock of ``stop``.
         threading.Thread(target=end).start()
 
     def end() -> None:

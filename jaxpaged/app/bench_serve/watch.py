@@ -1,4 +1,4 @@
-"""What the server's pool does meanwhile, from ``GET /pool`` of jaxpaged; other servers have none."""
+"""The pool of a jaxpaged server during the load, sampled from ``GET /pool``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 
 PERIOD = 0.2
-"""Seconds between two looks."""
+"""Seconds between two samples."""
 _LONGEST_LOOK = 5.0
 
 
 @dataclass(frozen=True)
 class PoolSample:
-    """One look at the pool."""
+    """One sample of the pool."""
 
     running: int
     waiting: int
@@ -29,12 +29,12 @@ class PoolSample:
 
     @classmethod
     def of(cls, pool: dict[str, Any]) -> PoolSample:
-        """From the server's answer."""
+        """Parses the server's answer."""
         return cls(**{name: pool[name] for name in cls.__dataclass_fields__})
 
 
 async def look(http: httpx.AsyncClient) -> PoolSample | None:
-    """The pool now; None where the server has none, or does not answer."""
+    """Samples the pool; None if the server has none, or does not answer."""
     try:
         response = await http.get("/pool", timeout=_LONGEST_LOOK)
         return PoolSample.of(response.json()) if response.status_code == httpx.codes.OK else None
@@ -43,7 +43,7 @@ async def look(http: httpx.AsyncClient) -> PoolSample | None:
 
 
 async def watch(http: httpx.AsyncClient, samples: list[PoolSample], time_limit: float) -> None:
-    """Adds a sample five times a second, until it is cancelled or ``time_limit`` seconds are over."""
+    """Appends five samples per second, until it is cancelled or ``time_limit`` seconds have passed."""
     for _ in range(int(time_limit / PERIOD) + 1):
         sample = await look(http)
         if sample is None:
@@ -55,7 +55,7 @@ async def watch(http: httpx.AsyncClient, samples: list[PoolSample], time_limit: 
 
 
 def summarize(samples: Sequence[PoolSample]) -> dict[str, Any] | None:
-    """Means and maxima over the samples in which something ran; None without any."""
+    """Means and maxima over the samples with running requests; None without any."""
     busy = [sample for sample in samples if sample.running]
     if not busy:
         return None

@@ -1,7 +1,7 @@
-"""The requests of a run: reproducible from a seed, the same for every server.
+"""Requests of a benchmark, reproducible from a seed and the same for every server.
 
-Lengths and arrivals follow from the seed alone; token ids from the seed, the repetition and the level of load, so that
-nothing that a server has kept of one level helps it in the next.
+Lengths and arrivals depend on the seed alone; token ids also on the repetition and the level of load, so that no
+prefix cached in one level helps in the next.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpaged.app.bench_serve.lengths import SHORTEST, Lengths
 
-# What a stream of random numbers is for; part of its seed, so that no two are the same.
+# Part of the seed of each stream of random numbers.
 _LENGTHS, _ARRIVALS, _TOKENS, _WARMUP = range(4)
 _WARMUP_OUTPUT = 16
 
@@ -29,12 +29,12 @@ class RequestSpec:
     num_output: int
     """Tokens to generate, exactly."""
     arrival: float | None = None
-    """Seconds from the start of the level; None: when a client is free."""
+    """Seconds from the start of the level; None = when a client is free."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of some lengths over some vocabulary."""
+    """A distribution of requests."""
 
     lengths: Lengths
     seed: int
@@ -52,17 +52,17 @@ class Workload:
         Raises:
           ValueError: they do not fit the context.
         """
-        room = self.context - self.shared_prefix
-        # Request by request: the numbers that one takes do not depend on how many there are.
-        return [self.lengths.draw(self._rng(_LENGTHS, i), 1, room)[0] for i in range(count)]
+        limit = self.context - self.shared_prefix
+        # One by one, so that a request does not depend on their number.
+        return [self.lengths.sample(self._rng(_LENGTHS, i), 1, limit)[0] for i in range(count)]
 
     def requests(
         self, count: int, *, repetition: int, level: int, rate: float | None = None
     ) -> list[RequestSpec]:
-        """The requests of one level of load; ``rate`` (requests a second) makes arrivals a Poisson process."""
+        """Requests of one level of load; ``rate`` (requests per second) makes arrivals a Poisson process."""
         rng = self._rng(_TOKENS, repetition, level)
-        prefix = self._draw(rng, self.shared_prefix)
-        # Other first tokens, as long as the vocabulary has them: no two prompts begin alike.
+        prefix = self._random_tokens(rng, self.shared_prefix)
+        # Different first tokens, as far as the vocabulary goes, so that prompts share no prefix.
         firsts = rng.permutation(self.vocab)
         arrivals: Sequence[float | None] = [None] * count
         if rate is not None:
@@ -71,7 +71,7 @@ class Workload:
         return [
             RequestSpec(
                 i,
-                (*prefix, int(firsts[i % self.vocab]), *self._draw(rng, num_prompt - 1)),
+                (*prefix, int(firsts[i % self.vocab]), *self._random_tokens(rng, num_prompt - 1)),
                 num_output,
                 arrivals[i],
             )
@@ -79,20 +79,20 @@ class Workload:
         ]
 
     def warmup(self, count: int, repetition: int) -> list[RequestSpec]:
-        """Short requests of other tokens."""
+        """Short requests with other tokens."""
         rng = self._rng(_WARMUP, repetition)
         num_output = min(_WARMUP_OUTPUT, self.context // 2)
-        room = self.context - num_output
+        limit = self.context - num_output
         return [
-            RequestSpec(i, self._draw(rng, max(1, min(p, room, 64 * SHORTEST))), num_output)
+            RequestSpec(i, self._random_tokens(rng, max(1, min(p, limit, 64 * SHORTEST))), num_output)
             for i, (p, _) in enumerate(self.pairs(count))
         ]
 
     def as_dict(self, count: int) -> dict[str, Any]:
-        """What a reader needs to make the same requests, and what came of it for ``count`` of them."""
+        """Parameters of the workload, and statistics of its first ``count`` requests."""
         pairs = self.pairs(count)
         prompts, outputs = zip(*pairs, strict=True)
-        room = self.context - self.shared_prefix
+        limit = self.context - self.shared_prefix
         return {
             "lengths": self.lengths.as_dict(),
             "seed": self.seed,
@@ -105,7 +105,7 @@ class Workload:
                 "prompt_max": max(prompts),
                 "output_mean": fmean(outputs),
                 "output_max": max(outputs),
-                "at_the_limit": sum(p == room // 2 or p + o == room for p, o in pairs),
+                "at_the_limit": sum(p == limit // 2 or p + o == limit for p, o in pairs),
             },
             "ignore_eos": True,
             "temperature": 0,
@@ -114,5 +114,5 @@ class Workload:
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *purpose))
 
-    def _draw(self, rng: np.random.Generator, count: int) -> tuple[int, ...]:
+    def _random_tokens(self, rng: np.random.Generator, count: int) -> tuple[int, ...]:
         return tuple(rng.integers(0, self.vocab, count).tolist())
