@@ -26,25 +26,10 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as ValueType
 
 from jaxpaged_model.metadata import Metadata, ModelError
+from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 
 SUPPORTED_VERSIONS = (2, 3)
-SUPPORTED_TYPES = (
-    GGMLType.F32,
-    GGMLType.F16,
-    GGMLType.BF16,
-    GGMLType.Q8_0,
-    GGMLType.Q4_0,
-    GGMLType.Q4_1,
-    GGMLType.Q5_0,
-    GGMLType.Q5_1,
-    GGMLType.Q2_K,
-    GGMLType.Q3_K,
-    GGMLType.Q4_K,
-    GGMLType.Q5_K,
-    GGMLType.Q6_K,
-    GGMLType.IQ4_NL,
-    GGMLType.IQ4_XS,
-)
+SUPPORTED_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16, *(GGMLType[name] for name in WEIGHT_FORMATS))
 MAX_DIMENSIONS = 4
 SMALLEST_FIELD = 8 + 4 + 1
 SMALLEST_TENSOR_INFO = 8 + 4 + 4 + 8

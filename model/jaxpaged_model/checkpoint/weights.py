@@ -72,43 +72,24 @@ class Placement:
     rotary_dim: int = 0
 
 
-# Module of the params -> name in the file; inside a block without the block's prefix.
-_NAMES: dict[Naming, dict[str, str]] = {
-    "gguf": {
-        "embedding": "token_embd",
-        "norm": "output_norm",
-        "head": "output",
-        "block": "blk.{}.",
-        "attention_norm": "attn_norm",
-        "attention.q": "attn_q",
-        "attention.k": "attn_k",
-        "attention.v": "attn_v",
-        "attention.out": "attn_output",
-        "attention.q_norm": "attn_q_norm",
-        "attention.k_norm": "attn_k_norm",
-        "mlp_norm": "ffn_norm",
-        "mlp.gate": "ffn_gate",
-        "mlp.up": "ffn_up",
-        "mlp.down": "ffn_down",
-    },
-    "huggingface": {
-        "embedding": "model.embed_tokens",
-        "norm": "model.norm",
-        "head": "lm_head",
-        "block": "model.layers.{}.",
-        "attention_norm": "input_layernorm",
-        "attention.q": "self_attn.q_proj",
-        "attention.k": "self_attn.k_proj",
-        "attention.v": "self_attn.v_proj",
-        "attention.out": "self_attn.o_proj",
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "mlp_norm": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.up": "mlp.up_proj",
-        "mlp.down": "mlp.down_proj",
-    },
+# Module of the params -> (name in GGUF files, in Hugging Face folders); in a block without the block's prefix.
+_NAMES = {
+    "embedding": ("token_embd", "model.embed_tokens"),
+    "norm": ("output_norm", "model.norm"),
+    "head": ("output", "lm_head"),
+    "attention_norm": ("attn_norm", "input_layernorm"),
+    "attention.q": ("attn_q", "self_attn.q_proj"),
+    "attention.k": ("attn_k", "self_attn.k_proj"),
+    "attention.v": ("attn_v", "self_attn.v_proj"),
+    "attention.out": ("attn_output", "self_attn.o_proj"),
+    "attention.q_norm": ("attn_q_norm", "self_attn.q_norm"),
+    "attention.k_norm": ("attn_k_norm", "self_attn.k_norm"),
+    "mlp_norm": ("ffn_norm", "post_attention_layernorm"),
+    "mlp.gate": ("ffn_gate", "mlp.gate_proj"),
+    "mlp.up": ("ffn_up", "mlp.up_proj"),
+    "mlp.down": ("ffn_down", "mlp.down_proj"),
 }
+_BLOCK_PREFIX = ("blk.{}.", "model.layers.{}.")
 # Tensors that are ignored: frequencies follow from the configuration.
 _REDUNDANT = (
     "rope_freqs.weight",
@@ -121,38 +102,40 @@ _REDUNDANT = (
 
 def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
     """All tensors of a file of this model: ``{name in the file: Placement}``."""
-    c, names = config, _NAMES[naming]
-    q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    c, column = config, 0 if naming == "gguf" else 1
+    hidden, q_dim, kv_dim = c.hidden_size, c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
     interleaved = naming == "gguf" and c.architecture in ("llama", "mistral")
     rope = (c.head_dim, c.rotary_dim) if interleaved else ()
-    result = {f"{names['embedding']}.weight": Placement("embedding.embedding", (c.vocab_size, c.hidden_size))}
+    result: dict[str, Placement] = {}
 
-    def linear(prefix: str, name: str, path: str, dims: tuple[int, int], bias: bool, *rope: int) -> None:
-        result[f"{prefix}{name}.weight"] = Placement(f"{path}.kernel", dims, True, *rope)
+    def add(module: str, weight: str, shape: tuple[int, ...], layer: int | None, *layout: Any) -> None:
+        prefix = "" if layer is None else _BLOCK_PREFIX[column].format(layer)
+        path = module if layer is None else f"blocks.{layer}.{module}"
+        name = f"{prefix}{_NAMES[module][column]}.{'bias' if weight == 'bias' else 'weight'}"
+        result[name] = Placement(f"{path}.{weight}", shape, *layout)
+
+    def linear(module: str, dims: tuple[int, int], bias: bool, layer: int | None, *rope: int) -> None:
+        add(module, "kernel", dims, layer, True, *rope)
         if bias:
-            result[f"{prefix}{name}.bias"] = Placement(f"{path}.bias", dims[:1], False, *rope)
+            add(module, "bias", dims[:1], layer, False, *rope)
 
-    def norm(prefix: str, name: str, path: str, dim: int) -> None:
-        result[f"{prefix}{name}.weight"] = Placement(f"{path}.scale", (dim,))
-
+    add("embedding", "embedding", (c.vocab_size, hidden), None)
     for i in range(c.num_layers):
-        prefix, path = names["block"].format(i), f"blocks.{i}."
-        norm(prefix, names["attention_norm"], path + "attention_norm", c.hidden_size)
-        for part, dim, layout in (("q", q_dim, rope), ("k", kv_dim, rope), ("v", kv_dim, ())):
-            name = f"attention.{part}"
-            linear(prefix, names[name], path + name, (dim, c.hidden_size), c.qkv_bias, *layout)
-        name, dims = "attention.out", (c.hidden_size, q_dim)
-        linear(prefix, names[name], path + name, dims, c.attention_out_bias)
+        add("attention_norm", "scale", (hidden,), i)
+        linear("attention.q", (q_dim, hidden), c.qkv_bias, i, *rope)
+        linear("attention.k", (kv_dim, hidden), c.qkv_bias, i, *rope)
+        linear("attention.v", (kv_dim, hidden), c.qkv_bias, i)
+        linear("attention.out", (hidden, q_dim), c.attention_out_bias, i)
         if c.qk_norm:
-            for name in ("attention.q_norm", "attention.k_norm"):
-                norm(prefix, names[name], path + name, c.head_dim)
-        norm(prefix, names["mlp_norm"], path + "mlp_norm", c.hidden_size)
-        for name in ("mlp.gate", "mlp.up"):
-            linear(prefix, names[name], path + name, (c.intermediate_size, c.hidden_size), c.mlp_bias)
-        linear(prefix, names["mlp.down"], path + "mlp.down", (c.hidden_size, c.intermediate_size), c.mlp_bias)
-    norm("", names["norm"], "norm", c.hidden_size)
+            add("attention.q_norm", "scale", (c.head_dim,), i)
+            add("attention.k_norm", "scale", (c.head_dim,), i)
+        add("mlp_norm", "scale", (hidden,), i)
+        linear("mlp.gate", (c.intermediate_size, hidden), c.mlp_bias, i)
+        linear("mlp.up", (c.intermediate_size, hidden), c.mlp_bias, i)
+        linear("mlp.down", (hidden, c.intermediate_size), c.mlp_bias, i)
+    add("norm", "scale", (hidden,), None)
     if not c.tie_embeddings:
-        linear("", names["head"], "head", (c.vocab_size, c.hidden_size), False)
+        linear("head", (c.vocab_size, hidden), False, None)
     return result
 
 

@@ -32,44 +32,14 @@ class Vocabulary:
     chat_template: str | None
 
 
-STOP_TEXTS = frozenset(
-    (
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|calls|>",
-        "<|flush|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|tool_response>",
-        "<turn|>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "[e~[",
-        "</s>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-        # Padding, repository and file separators of fill-in-the-middle models: another document follows.
-        "<|fim_pad|>",
-        "<fim-pad>",
-        "<fim_pad>",
-        "<PAD>",
-        "[PAD]",
-        "<|fim_repo|>",
-        "<|repo_name|>",
-        "<fim-repo>",
-        "<REPO>",
-        "<reponame>",
-        "<|file_sep|>",
-    )
-)
+STOP_TEXTS = frozenset((
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>",
+    "<|endoftext|>", "<|end_of_text|>", "<|tool_response>", "<turn|>", "<end_of_turn>", "<end_of_utterance>",
+    "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    # Padding, repository and file separators of fill-in-the-middle models: another document follows.
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+    "<REPO>", "<reponame>", "<|file_sep|>",
+))  # fmt: skip
 """Tokens that end generation in any vocabulary, as in llama.cpp: files often name only one of them."""
 
 
