@@ -1,9 +1,10 @@
-"""Beam search in one XLA program: beams are sequences that share pages, forked and freed at every step.
+"""Beam search in one XLA program: beams are sequences that share pages, forked and freed at every
+step.
 
 The path of a step, top to bottom: ``_reserve`` reserves a slot a beam (a shared page is copied only
-when a beam writes to it), the model runs, ``_select`` picks the best continuations and their parents,
-``_update`` stores the finished ones, and ``seq_reorder`` makes each beam's sequence that of its parent:
-integers move, no key or value.
+when a beam writes to it), the model runs, ``_select`` picks the best continuations and their
+parents, ``_update`` stores the finished ones, and ``seq_reorder`` makes each beam's sequence that
+of its parent: integers move, no key or value.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ _EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
 class BeamResult(ResultBase):
     """Result of ``beam_search``; best sequences first.
 
-    Shapes: B = prompts that the cache has sequences for (max_seqs // num_beams), R = num_return_sequences.
+    Shapes: B = prompts that the cache has sequences for (max_seqs // num_beams), R =
+    num_return_sequences.
     """
 
     tokens: Array
@@ -63,11 +65,11 @@ class BeamResult(ResultBase):
     num_tokens: Array
     """i32[B, R]: number of generated tokens."""
     score: Array
-    """f32[B, R]: sum of log-probabilities, including the stop token's, over length ** length_penalty;
-    -inf if there is no such sequence."""
+    """f32[B, R]: sum of log-probabilities, including the stop token's, over length **
+    length_penalty; -inf if there is no such sequence."""
     finish_reason: Array
-    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; FINISH_NAN in all R if logits of the
-    search held NaN; RUNNING if there is no such sequence and the search is complete."""
+    """i32[B, R]: FINISH_STOP, FINISH_LENGTH or FINISH_OUT_OF_PAGES; FINISH_NAN in all R if logits
+    of the search held NaN; RUNNING if there is no such sequence and the search is complete."""
     complete: Array
     """bool[B]: False if the search ended early, out of pages or with NaN."""
     num_steps: Array
@@ -171,7 +173,8 @@ class _Request:
     """i32[]: index in ``_EARLY_STOPPING``."""
 
     def penalized(self, score: Array, length: Array) -> Array:
-        """Score of sequences of ``length``, at least 1, with the length penalty; -inf stays -inf."""
+        """Score of sequences of ``length``, at least 1, with the length penalty; -inf stays
+        -inf."""
         divided = score / length.astype(jnp.float32) ** self.length_penalty
         return jnp.where(score > -jnp.inf, divided, -jnp.inf)
 
@@ -233,7 +236,8 @@ def _request(
 
 
 def _gathered(result: BeamResult, mesh: Mesh | None) -> BeamResult:
-    """Results of the data shards of a mesh in the order of the prompts, on the host; pages are summed up."""
+    """Results of the data shards of a mesh in the order of the prompts, on the host; pages are
+    summed up."""
     if mesh is None:
         return result
     return BatchSharding.of(mesh, 1).gather_result(
@@ -247,7 +251,8 @@ def _gathered(result: BeamResult, mesh: Mesh | None) -> BeamResult:
 
 
 def _by_sequence(values: Array, others: Array) -> Array:
-    """``[B, W]`` of beams as ``[S]`` of sequences; sequences without a prompt are as in ``others[S]``."""
+    """``[B, W]`` of beams as ``[S]`` of sequences; sequences without a prompt are as in
+    ``others[S]``."""
     return jnp.concatenate([values.reshape(-1), others[values.size :]])
 
 
@@ -297,7 +302,8 @@ def _keep_best(finished: _Finished, more: _Finished) -> _Finished:
 
 
 def _end_early(cache: Cache, state: _State, request: _Request, ended: Array) -> tuple[Cache, _State]:
-    """Out of pages: stores the beams of the prompts ``ended bool[B]`` as they are, and frees their pages."""
+    """Out of pages: stores the beams of the prompts ``ended bool[B]`` as they are, and frees their
+    pages."""
     beams, steps = state.beams, state.num_steps
     grown = ended[:, None] & (steps > 0)
     shape = beams.score.shape
@@ -317,7 +323,8 @@ def _end_early(cache: Cache, state: _State, request: _Request, ended: Array) -> 
 
 
 def _reserve(cache: Cache, state: _State, request: _Request) -> tuple[Cache, _State, Batch]:
-    """Reserves a slot a beam. A prompt without pages for all its beams ends, and its pages serve the others."""
+    """Reserves a slot a beam. A prompt without pages for all its beams ends, and its pages serve
+    the others."""
     s, (b, w) = cache.max_seqs, state.beams.score.shape
 
     def num_new(state: _State) -> Array:
@@ -360,8 +367,8 @@ class _Candidates:
 def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, _Candidates, Array]:
     """Selects continuations, and detects NaN.
 
-    No sort of all W × V candidates is needed: the best that do not stop are among the best W of each
-    beam, and the best of all among these and the few that stop.
+    No sort of all W × V candidates is needed: the best that do not stop are among the best W of
+    each beam, and the best of all among these and the few that stop.
 
     Args:
       logits: float[B * W, V].
@@ -369,8 +376,8 @@ def _select(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidates, 
       stop_ids: i32[n]; -1 in padding.
 
     Returns:
-      ``(best without stop tokens, best of all, invalid bool[B])``; invalid: logits of a beam hold NaN,
-      or +inf, from which NaN would follow.
+      ``(best without stop tokens, best of all, invalid bool[B])``; invalid: logits of a beam hold
+      NaN, or +inf, from which NaN would follow.
     """
     (b, w), vocab = score.shape, logits.shape[-1]
     logits = logits.astype(jnp.float32)
@@ -502,18 +509,20 @@ def beam_search(
 ) -> tuple[BeamResult, Cache]:
     """Finds likely continuations of each prompt by beam search, in one XLA program.
 
-    Each step continues every beam by every token and keeps the ``num_beams`` likeliest continuations
-    that do not end. One that ends with a stop token, or at the limit, and is among the ``num_beams``
-    likeliest of all, competes with the finished ones. The sequences, the scores and the end of a search
-    are those of Hugging Face transformers' ``generate(num_beams=..., do_sample=False)``.
+    Each step continues every beam by every token and keeps the ``num_beams`` likeliest
+    continuations that do not end. One that ends with a stop token, or at the limit, and is among
+    the ``num_beams`` likeliest of all, competes with the finished ones. The sequences, the scores
+    and the end of a search are those of Hugging Face transformers' ``generate(num_beams=...,
+    do_sample=False)``.
 
     Args:
-      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
+      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``,
+        hashable.
       params: the model's weights, a pytree.
       cache: paged or contiguous; **donated**. Prompt i uses the sequences ``i * num_beams`` up to
         ``(i + 1) * num_beams``: it continues the first of them, replaces the others, and leaves all
-        empty. Sequences behind the last prompt's do not change. A ``ShardedCache`` runs the search on
-        its mesh, with prompts distributed over the data shards.
+        empty. Sequences behind the last prompt's do not change. A ``ShardedCache`` runs the search
+        on its mesh, with prompts distributed over the data shards.
       prompts: token ids, 1 to ``max_seqs // num_beams`` prompts, as for ``generate``.
       num_beams: W, the width of the search.
       max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
@@ -521,21 +530,22 @@ def beam_search(
       length_penalty: the score of a finished sequence is its sum of log-probabilities over
         length ** length_penalty, counting the stop token; above 0 favours longer ones.
       early_stopping: end of a prompt's search before the limit, once ``num_beams`` sequences are
-        finished: True, at once; False, if the best beam could not win at its present length; "never",
-        if it could not at any length.
+        finished: True, at once; False, if the best beam could not win at its present length;
+        "never", if it could not at any length.
       num_return_sequences: R, number of finished sequences to return, at most ``num_beams``.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: maximum number of tokens of a prefill step, which may hold parts of several prompts.
+      batch_size: maximum number of tokens of a prefill step, which may hold parts of several
+        prompts.
 
     Returns:
-      ``(result, cache)``. When the pool runs out, prompts are served in order; one without pages for all
-      its beams ends with the best sequences it has, finished or not, and its pages serve the others. One
-      whose logits hold NaN ends with FINISH_NAN. ``complete`` is False for both.
+      ``(result, cache)``. When the pool runs out, prompts are served in order; one without pages
+      for all its beams ends with the best sequences it has, finished or not, and its pages serve
+      the others. One whose logits hold NaN ends with FINISH_NAN. ``complete`` is False for both.
 
     Raises:
-      ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a limit
-        below 1, an impossible number of beams or of sequences to return, an infinite penalty, an unknown
-        ``early_stopping``.
+      ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a
+        limit below 1, an impossible number of beams or of sequences to return, an infinite penalty,
+        an unknown ``early_stopping``.
 
     Reference: PagedAttention (arXiv:2309.06180), section 4.4, for beams that share pages.
     """

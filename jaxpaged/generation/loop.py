@@ -2,9 +2,9 @@
 
 The path of a token, top to bottom: ``_admit`` assigns a prompt of the queue to an idle sequence of
 the cache; ``_step`` reserves slots for the next tokens of all sequences (part of a prompt, or the
-newest token), runs the model and samples; ``_accept`` appends the sampled tokens and ends sequences,
-which then serve the next prompts. ``generate`` does all of it without returning to Python;
-``generate_stream`` returns every few tokens.
+newest token), runs the model and samples; ``_accept`` appends the sampled tokens and ends
+sequences, which then serve the next prompts. ``generate`` does all of it without returning to
+Python; ``generate_stream`` returns every few tokens.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class LimitVocab:
 
 
 class ResultBase:
-    """A dataclass of arrays whose ``repr`` shows their dtypes and shapes, and does not fetch them."""
+    """A dataclass of arrays whose ``repr`` shows their dtypes and shapes, and does not fetch
+    them."""
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}={x.dtype}{list(x.shape)}" for name, x in vars(self).items())
@@ -75,7 +76,8 @@ class ResultBase:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class GenerateResult(ResultBase):
-    """Result of ``generate``. Sample j of prompt i is row ``i * n + j`` of R; rows behind the last are padding."""
+    """Result of ``generate``. Sample j of prompt i is row ``i * n + j`` of R; rows behind the last
+    are padding."""
 
     tokens: Array
     """i32[R, M]: generated tokens, without the stop token, padded with -1."""
@@ -97,7 +99,7 @@ class State(ResultBase):
     tokens: Array
     num_tokens: Array
     finish_reason: Array
-    """As in GenerateResult."""
+    """See GenerateResult."""
     next_prompt: Array
     """i32[]: first prompt that has not been admitted."""
     row: Array
@@ -149,7 +151,8 @@ class Slots:
         return cls(row, prompt, prompt_len, busy, busy & ~unread, unread & leads, unread & ~leads)
 
     def tokens_left(self, state: State, request: Request) -> Array:
-        """i32[S]: tokens that each sequence will write unless it stops early; its last token is not written."""
+        """i32[S]: tokens that each sequence will write unless it stops early; its last token is not
+        written."""
         sampled = jnp.maximum(state.num_tokens[self.row], 1)
         left = self.prompt_len - state.progress + request.max_new_tokens[self.row] - sampled
         return jnp.where(self.busy, jnp.maximum(left, 0), 0)
@@ -158,7 +161,8 @@ class Slots:
 def _end(
     cache: Cache, state: State, ended: Array, reason: Array | int, released: Array
 ) -> tuple[Cache, State]:
-    """Ends the sequences ``ended bool[S]``, which are idle then, and frees the pages of ``released bool[S]``."""
+    """Ends the sequences ``ended bool[S]``, which are idle then, and frees the pages of ``released
+    bool[S]``."""
     cache = lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
     idle = state.num_tokens.shape[0]
     row = jnp.where(ended, state.row, idle)
@@ -170,7 +174,8 @@ def _end(
 
 
 def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> State:
-    """Assigns prompts of the queue, in order, to idle sequences while there are pages for all they may write.
+    """Assigns prompts of the queue, in order, to idle sequences while there are pages for all they
+    may write.
 
     An admitted prompt never runs out of pages, unless it has the pool to itself. One that does not
     fit even then ends with FINISH_OUT_OF_PAGES.
@@ -253,7 +258,8 @@ def _step(
     *,
     prefill: bool,
 ) -> tuple[Cache, State]:
-    """One run of the model: a token of every decoding sequence and, with ``prefill``, parts of prompts."""
+    """One run of the model: a token of every decoding sequence and, with ``prefill``, parts of
+    prompts."""
     s = cache.max_seqs
     num_tokens = shape.chunk if prefill else s
     slots = Slots.of(state, request, shape)
@@ -316,7 +322,8 @@ def _accept(
     sampled: Array,
     keep: bool,
 ) -> tuple[Cache, State]:
-    """Appends the token of each sequence in ``sampled bool[S]``, and ends those that are finished."""
+    """Appends the token of each sequence in ``sampled bool[S]``, and ends those that are
+    finished."""
     failed = sampled & (token < 0)
     stopped = sampled & ~failed & jnp.any(token[:, None] == request.stop_ids, axis=1)
     limit = request.max_new_tokens[slots.row]
@@ -366,7 +373,8 @@ def _advance(
     request: Request,
     steps: Array,
 ) -> tuple[Cache, State]:
-    """Runs at most ``steps`` decode steps, and as many prefill steps as the admitted prompts need."""
+    """Runs at most ``steps`` decode steps, and as many prefill steps as the admitted prompts
+    need."""
     rows = state.num_tokens.shape[0]
     last = state.num_steps + steps
 
@@ -430,7 +438,8 @@ advance_donating = jax.jit(
 
 
 def gather_result(result: GenerateResult, sharding: BatchSharding) -> GenerateResult:
-    """Results of the data shards of a mesh in the caller's order, on the host; pages are summed up."""
+    """Results of the data shards of a mesh in the caller's order, on the host; pages are summed
+    up."""
     return sharding.gather_result(result, pages_peak=np.sum, num_steps=np.max)
 
 
@@ -453,47 +462,50 @@ def generate(
 ) -> tuple[GenerateResult, Cache]:
     """Generates a continuation of each prompt, in one XLA program that does not return to Python.
 
-    More prompts than the cache has sequences wait in a queue on the device: when a sequence ends, its
-    pages are freed, and the next prompt is prefilled in chunks, in the steps of the sequences that
-    decode. A prompt is admitted when there are pages for all that it and the others may yet write, so
-    none runs out of pages on the way, unless it is alone.
+    More prompts than the cache has sequences wait in a queue on the device: when a sequence ends,
+    its pages are freed, and the next prompt is prefilled in chunks, in the steps of the sequences
+    that decode. A prompt is admitted when there are pages for all that it and the others may yet
+    write, so none runs out of pages on the way, unless it is alone.
 
     Programs are compiled for sizes in buckets: prompts of up to 16 tokens, 24, 32, 48, 64 and so on
     share a program, as do ``max_new_tokens`` in the same steps. All else is data.
 
     Args:
-      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
+      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``,
+        hashable.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues sequence
-        i of the cache; with fewer, all sequences should be empty. A ``ShardedCache`` runs the program
-        on its mesh: prompts are distributed over its data shards, or the samples of a few prompts are;
-        ``model`` and ``params`` are then of ``load_model(mesh=...)``.
-      prompts: token ids, any number of prompts of any lengths, none empty: lists, 1-D arrays, or one
-        array ``i32[B, T]``.
+      cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues
+        sequence i of the cache; with fewer, all sequences should be empty. A ``ShardedCache`` runs
+        the program on its mesh: prompts are distributed over its data shards, or the samples of a
+        few prompts are; ``model`` and ``params`` are then of ``load_model(mesh=...)``.
+      prompts: token ids, any number of prompts of any lengths, none empty: lists, 1-D arrays, or
+        one array ``i32[B, T]``.
       max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
       prompt_lens: i32[B], tokens of each prompt if ``prompts`` are padded on the right.
       n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, with
         copy-on-write.
       sampling: one row a sample, or one a sequence of the cache if these are more; default greedy.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: maximum number of tokens of a prefill step, which may hold parts of several prompts.
+      batch_size: maximum number of tokens of a prefill step, which may hold parts of several
+        prompts.
       keep: leave finished sequences in the cache (without their newest token, which was never an
         input); otherwise their pages are freed when they end. Not with a queue.
-      context_shift: continue beyond the context; takes two pages and two table entries a sequence more
-        than ``n_ctx`` tokens do. Needs a paged cache with a ``rope``.
-      window: attention window of the widest layer, if none sees all tokens: pages behind it are freed
-        on the way.
+      context_shift: continue beyond the context; takes two pages and two table entries a sequence
+        more than ``n_ctx`` tokens do. Needs a paged cache with a ``rope``.
+      window: attention window of the widest layer, if none sees all tokens: pages behind it are
+        freed on the way.
       history: tokens before each prompt that the cache holds already: penalties apply to them, and
         ``n_keep`` of a context shift counts them.
 
     Returns:
-      ``(result, cache)``. A sequence that gets no page ends with FINISH_OUT_OF_PAGES and the tokens it
-      has; one whose logits hold NaN ends with FINISH_NAN. Their pages are freed, with ``keep`` too.
+      ``(result, cache)``. A sequence that gets no page ends with FINISH_OUT_OF_PAGES and the tokens
+      it has; one whose logits hold NaN ends with FINISH_NAN. Their pages are freed, with ``keep``
+      too.
 
     Raises:
-      ValueError: no prompt, an empty prompt, ids that are no integers or negative, a negative count,
-        sampling of another size, a prompt that fills the shifted context, ``keep`` with more rows than
-        sequences.
+      ValueError: no prompt, an empty prompt, ids that are no integers or negative, a negative
+        count, sampling of another size, a prompt that fills the shifted context, ``keep`` with more
+        rows than sequences.
     """
     mesh = mesh_of(cache)
     request, shape = make_request(

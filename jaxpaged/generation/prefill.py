@@ -21,8 +21,8 @@ def prefill(
     """Prefills all but the last token of each prompt, in order, in steps of ``chunk`` tokens.
 
     Returns:
-      ``(cache, served bool[S], pages_peak i32[])``. A sequence that gets no page is not served: it is
-      emptied, and its pages serve the others.
+      ``(cache, served bool[S], pages_peak i32[])``. A sequence that gets no page is not served: it
+      is emptied, and its pages serve the others.
     """
 
     def step(carry: tuple[Cache, Array, Array, Array]) -> tuple[Cache, Array, Array, Array]:

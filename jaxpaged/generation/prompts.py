@@ -21,7 +21,8 @@ _INT_MAX = np.iinfo(np.int32).max
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in arrays, so that other prompts do not recompile. S = max_seqs, one row a sequence."""
+    """Prompts in arrays, so that other prompts do not recompile. S = max_seqs, one row a
+    sequence."""
 
     tokens: Array
     """i32[S, longest prompt, padded]"""
@@ -36,8 +37,8 @@ class Prompts:
 
 
 def bucket(count: int, smallest: int = 16) -> int:
-    """Smallest of ``smallest * (1, 1.5, 2, 3, 4, 6, ...)`` that holds ``count``: few compiled shapes, and at most a
-    third of padding beyond ``smallest``.
+    """Smallest of ``smallest * (1, 1.5, 2, 3, 4, 6, ...)`` that holds ``count``: few compiled
+    shapes, and at most a third of padding beyond ``smallest``.
     """
     size = smallest
     while size < count:
@@ -48,7 +49,8 @@ def bucket(count: int, smallest: int = 16) -> int:
 
 
 def chunk_size(num_tokens: int, batch_size: int) -> int:
-    """Tokens of a prefill step: steps of one size, as few as ``batch_size`` allows, with little padding.
+    """Tokens of a prefill step: steps of one size, as few as ``batch_size`` allows, with little
+    padding.
 
     Raises:
       ValueError: ``batch_size`` is below 1.
@@ -64,11 +66,12 @@ def token_lists(prompts: PromptsLike, prompt_lens: npt.ArrayLike | None = None) 
 
     Args:
       prompts: see ``PromptsLike``.
-      prompt_lens: i32[B], tokens of each prompt; what is behind them is padding. Default: no padding.
+      prompt_lens: i32[B], tokens of each prompt; what is behind them is padding. Default: no
+        padding.
 
     Raises:
-      ValueError: another rank or dtype, an empty prompt, an id that is negative or wider than 32 bits, a length below
-        1 or beyond its prompt.
+      ValueError: another rank or dtype, an empty prompt, an id that is negative or wider than 32
+        bits, a length below 1 or beyond its prompt.
     """
     if isinstance(prompts, np.ndarray | Array) and prompts.ndim != 2:
         raise ValueError(
@@ -183,7 +186,8 @@ def pack_prompts(
 
 
 def pack_limits(limits: np.ndarray, max_prompts: int, shards: int = 1) -> Any:
-    """i32[D, max_prompts]: limit of each prompt, distributed as by ``pack_prompts``; 0 where there is none."""
+    """i32[D, max_prompts]: limit of each prompt, distributed as by ``pack_prompts``; 0 where there
+    is none."""
     padded = np.zeros(max_prompts * shards, np.int32)
     padded[: len(limits)] = limits
     return padded.reshape(max_prompts, shards).T

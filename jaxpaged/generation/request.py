@@ -35,7 +35,8 @@ class ContextShift:
     n_ctx: int
     """Maximum number of tokens of a sequence."""
     n_keep: int = 0
-    """Number of leading tokens that stay, at most the prompt and ``n_ctx - 4``; negative: the prompt."""
+    """Number of leading tokens that stay, at most the prompt and ``n_ctx - 4``; negative: the
+    prompt."""
     n_discard: int = 0
     """Number of tokens removed at a time; 0 = half of those that are not kept."""
 
@@ -191,7 +192,8 @@ def make_request(
 
 
 def _sampling_rows(sampling: SamplingParams | None, count: int, max_seqs: int, rows: int) -> SamplingParams:
-    """``rows`` rows of ``sampling``, which has ``count`` of them or, where these are more, ``max_seqs``."""
+    """``rows`` rows of ``sampling``, which has ``count`` of them or, where these are more,
+    ``max_seqs``."""
     if sampling is None:
         return SamplingParams.greedy(rows)
     if sampling.num_seqs not in (count, max(count, max_seqs)):

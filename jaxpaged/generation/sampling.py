@@ -2,8 +2,8 @@
 
 penalties -> top-k -> top-p -> min-p -> temperature -> sample. The three truncations look at
 probabilities at temperature 1, and each keeps a prefix of the tokens sorted by descending logit, so
-together they keep one prefix. Its end mostly follows from a short head of it and one sum over the row,
-so a row is seldom sorted.
+together they keep one prefix. Its end mostly follows from a short head of it and one sum over the
+row, so a row is seldom sorted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array, lax
 
-# Heads of the sorted row that are tried: the first on the whole batch, the second on each row that the
-# first did not settle; other rows are sorted. 128 candidates hold llama.cpp's default top_k of 40 and
-# cost a CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152 logits a hundred
-# times.
+# Heads of the sorted row that are tried: the first on the whole batch, the second on each row that
+# the first did not settle; other rows are sorted. 128 candidates hold llama.cpp's default top_k of
+# 40 and cost a CPU little more than an argmax; 2,048 cost ten times as much, a sort of 49,152
+# logits a hundred times.
 _HEAD = 128
 _LONG_HEAD = 2048
 _CHUNK = 128
@@ -149,25 +149,26 @@ class SamplingParams:
 def sample(logits: Array, params: SamplingParams, position: Array, recent: Array) -> Array:
     """Samples the next token of every sequence.
 
-    With logits z, sorted so that z_0 >= z_1 >= ... (equal ones by id), and p_i = exp(z_i) / sum(exp(z))
-    over the tokens that the previous step left:
+    With logits z, sorted so that z_0 >= z_1 >= ... (equal ones by id), and p_i = exp(z_i) /
+    sum(exp(z)) over the tokens that the previous step left:
 
     1. For a token that occurs c > 0 times among the last ``repeat_last_n`` recent ones:
        z <- z / ``repeat_penalty`` if z > 0 else z * ``repeat_penalty``;
        z <- z - c * ``frequency_penalty`` - ``presence_penalty``.
     2. Keep i < ``top_k``; then i < n for the least n with p_0 + ... + p_{n-1} >= ``top_p``; then
        p_i >= ``min_p`` * p_0. The likeliest token always stays.
-    3. With weights w_i = exp((z_i - z_0) / ``temperature``) of the tokens left, take the first i with
-       w_0 + ... + w_i > u * sum(w), where u is the uniform number of ``(seed, position)``.
+    3. With weights w_i = exp((z_i - z_0) / ``temperature``) of the tokens left, take the first i
+       with w_0 + ... + w_i > u * sum(w), where u is the uniform number of ``(seed, position)``.
 
-    A row's token depends on that row alone. Sorting, penalties and random numbers are skipped at run
-    time if no row needs them; values of ``params`` never cause a retrace.
+    A row's token depends on that row alone. Sorting, penalties and random numbers are skipped at
+    run time if no row needs them; values of ``params`` never cause a retrace.
 
     Args:
-      logits: float[S, V], any floating dtype, computed in float32. +inf counts as the largest finite
-        number. A token at -inf is never sampled; if all of a row are, the result is token 0.
+      logits: float[S, V], any floating dtype, computed in float32. +inf counts as the largest
+        finite number. A token at -inf is never sampled; if all of a row are, the result is token 0.
       params: S rows.
-      position: i32[S], position of the sampled token in its sequence; each has its own random number.
+      position: i32[S], position of the sampled token in its sequence; each has its own random
+        number.
       recent: i32[S, R], latest tokens of each sequence, right-aligned, the latest last, padded with
         ids outside [0, V), such as -1. R may be 0; ``repeat_last_n`` is limited to R.
 
@@ -182,8 +183,9 @@ def sample(logits: Array, params: SamplingParams, position: Array, recent: Array
       >>> sample(logits, SamplingParams.greedy(1), jnp.array([7]), jnp.array([[-1, 1]])).tolist()
       [1]
 
-    Reference: llama.cpp, ``src/llama-sampling.cpp`` (penalties, top-k, top-p, min-p, temp, dist); Holtzman et
-    al., "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., "Turning Up the Heat" (min-p).
+    Reference: llama.cpp, ``src/llama-sampling.cpp`` (penalties, top-k, top-p, min-p, temp, dist);
+    Holtzman et al., "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., "Turning
+    Up the Heat" (min-p).
     """
     _check(logits, params, position, recent)
     logits = logits.astype(jnp.float32)
@@ -213,7 +215,8 @@ def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
 
 
 def _is_key(seed: Any) -> TypeGuard[Array]:
-    """True for a key of ``jax.random``: typed, or a JAX array uint32[2]; a list or numpy array holds seeds."""
+    """True for a key of ``jax.random``: typed, or a JAX array uint32[2]; a list or numpy array
+    holds seeds."""
     return isinstance(seed, Array) and (
         jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or (seed.dtype == jnp.uint32 and seed.shape == (2,))
     )
@@ -259,12 +262,14 @@ def _is_greedy(params: SamplingParams) -> Array:
 
 
 def _penalize(logits: Array, params: SamplingParams, recent: Array) -> Array:
-    """Step 1 of ``sample``, on the recent tokens only: O(S * R log R) beside the copy of the logits."""
+    """Step 1 of ``sample``, on the recent tokens only: O(S * R log R) beside the copy of the
+    logits."""
     vocab_size, size = logits.shape[1], recent.shape[1]
     age = size - jnp.arange(size, dtype=jnp.int32)
     last_n = jnp.where(params.repeat_last_n < 0, size, params.repeat_last_n)[:, None]
     seen = (age <= last_n) & (recent >= 0) & (recent < vocab_size)
-    # Sorted, the occurrences of a token are a run, whose length is the count; all write the same value.
+    # Sorted, the occurrences of a token are a run, whose length is the count; all write the same
+    # value.
     token = jnp.sort(jnp.where(seen, recent, vocab_size), axis=1)
     index = jnp.arange(size, dtype=jnp.int32)
     changes = token[:, 1:] != token[:, :-1]
@@ -283,22 +288,26 @@ def _penalize(logits: Array, params: SamplingParams, recent: Array) -> Array:
 
 
 def _clean(logits: Array) -> Array:
-    """Logits in a total order: NaN as +inf, others finite or -inf, -0.0 as 0.0 (``lax.top_k`` sorts them apart).
+    """Logits in a total order: NaN as +inf, others finite or -inf, -0.0 as 0.0 (``lax.top_k`` sorts
+    them apart).
 
-    The greatest value of a row is +inf exactly if the row holds NaN, so detecting NaN costs no pass.
+    The greatest value of a row is +inf exactly if the row holds NaN, so detecting NaN costs no
+    pass.
     """
     z = jnp.where(jnp.isnan(logits), jnp.inf, jnp.minimum(logits, jnp.finfo(jnp.float32).max))
     return jnp.where(z == 0.0, 0.0, z)
 
 
 def _chunked(x: Array, fill: float) -> Array:
-    """``[S, V]`` as ``[S, C, _CHUNK]``: reductions by chunk vectorize, in an order independent of S."""
+    """``[S, V]`` as ``[S, C, _CHUNK]``: reductions by chunk vectorize, in an order independent of
+    S."""
     padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _CHUNK)), constant_values=fill)
     return padded.reshape(x.shape[0], -1, _CHUNK)
 
 
 def _argmax(logits: Array, _params: SamplingParams, _position: Array) -> Array:
-    """Lowest id of the greatest logit; by chunks, which XLA:CPU vectorizes, unlike a plain argmax."""
+    """Lowest id of the greatest logit; by chunks, which XLA:CPU vectorizes, unlike a plain
+    argmax."""
     chunks = _chunked(_clean(logits), -jnp.inf)
     chunk = jnp.argmax(chunks.max(axis=2), axis=1)
     winner = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
@@ -355,7 +364,8 @@ def _whole_row_needed(vocab_size: int, params: SamplingParams) -> Array:
 
 
 def _gap(z: Array) -> Array:
-    """``z`` minus its maximum, the exponent of an unnormalized probability; -inf if all of z are."""
+    """``z`` minus its maximum, the exponent of an unnormalized probability; -inf if all of z
+    are."""
     greatest = z.max(axis=1, keepdims=True)
     return z - jnp.where(greatest == -jnp.inf, 0.0, greatest)
 
@@ -372,7 +382,8 @@ def _temper(gap: Array, params: SamplingParams) -> Array:
 def _mass(z: Array, params: SamplingParams) -> Array:
     """f32[S]: sum over the whole row, which a row without top-k needs beside its head.
 
-    Sum of probabilities with top-p, else of the weights of step 3; both relative to the likeliest token.
+    Sum of probabilities with top-p, else of the weights of step 3; both relative to the likeliest
+    token.
     """
     gap = _gap(z)
     tempered = jnp.where(gap >= _log_min_p(params), _temper(gap, params), -jnp.inf)
@@ -383,7 +394,8 @@ def _mass(z: Array, params: SamplingParams) -> Array:
 def _choose(
     values: Array, ids: Array, vocab_size: int, params: SamplingParams, uniform: Array, mass: Array | None
 ) -> tuple[Array, Array]:
-    """Truncates and samples among the K likeliest candidates of each row, if these determine the token.
+    """Truncates and samples among the K likeliest candidates of each row, if these determine the
+    token.
 
     Args:
       values: f32[S, K], clean logits, descending.

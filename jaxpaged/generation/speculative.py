@@ -2,8 +2,8 @@
 
 The path of a step, top to bottom: ``find_drafts`` copies the tokens that followed an earlier
 occurrence of the last ones; ``_verify`` reserves slots for the newest token and its draft, runs the
-model on them, accepts the draft as far as greedy decoding agrees, and removes the rest from the cache.
-The text is that of greedy decoding.
+model on them, accepts the draft as far as greedy decoding agrees, and removes the rest from the
+cache. The text is that of greedy decoding.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class LookupResult(ResultBase):
     num_tokens: Array
     """i32[S]: number of generated tokens."""
     finish_reason: Array
-    """i32[S]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING without a prompt."""
+    """i32[S]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING without a
+    prompt."""
     pages_peak: Array
     """i32[]: largest number of pages in use after any step."""
     drafted: Array
@@ -128,8 +129,9 @@ class _Shape:
 def find_drafts(text: Array, length: Array, *, ngram: int, num_draft: int) -> tuple[Array, Array]:
     """Predicts the continuation of each text from an earlier occurrence of its last tokens.
 
-    Takes the occurrence that matches most of the last tokens, up to ``ngram``, and the latest of these.
-    If it is less than ``num_draft`` tokens back, the copy continues with the tokens just copied.
+    Takes the occurrence that matches most of the last tokens, up to ``ngram``, and the latest of
+    these. If it is less than ``num_draft`` tokens back, the copy continues with the tokens just
+    copied.
 
     Args:
       text: i32[S, X].
@@ -140,8 +142,8 @@ def find_drafts(text: Array, length: Array, *, ngram: int, num_draft: int) -> tu
     Returns:
       ``(draft i32[S, K], found bool[S])``.
 
-    Reference: Saxena, "Prompt Lookup Decoding" (2023), which takes the earliest occurrence; Lempel and
-    Ziv (1977) for the copy that overlaps itself.
+    Reference: Saxena, "Prompt Lookup Decoding" (2023), which takes the earliest occurrence; Lempel
+    and Ziv (1977) for the copy that overlaps itself.
     """
     width = text.shape[1]
     place = lax.iota(jnp.int32, width)
@@ -227,15 +229,16 @@ def _verify(
     draft: Array,
     count: Array,
 ) -> tuple[Cache, _State, Array, Array, Array]:
-    """Runs the model on the newest token and the draft of each sequence, and keeps the tokens of greedy decoding.
+    """Runs the model on the newest token and the draft of each sequence, and keeps the tokens of
+    greedy decoding.
 
     Args:
       draft: i32[S, K].
       count: i32[S]: number of the K tokens to try.
 
     Returns:
-      ``(cache, state, stopped bool[S], failed bool[S], appended i32[S])``: sequences that end with a
-      stop token, those with NaN, and number of new tokens. The cache is without rejected tokens.
+      ``(cache, state, stopped bool[S], failed bool[S], appended i32[S])``: sequences that end with
+      a stop token, those with NaN, and number of new tokens. The cache is without rejected tokens.
     """
     s, width = cache.max_seqs, draft.shape[1] + 1
     num_new = jnp.where(state.active, 1 + count, 0)
@@ -398,7 +401,8 @@ _results_jitted = jax.jit(
 
 
 def _gathered(result: LookupResult, mesh: Mesh | None) -> LookupResult:
-    """Results of the data shards of a mesh in the order of the prompts, on the host; pages are summed up."""
+    """Results of the data shards of a mesh in the order of the prompts, on the host; pages are
+    summed up."""
     return result if mesh is None else BatchSharding.of(mesh, 1).gather_result(result, pages_peak=np.sum)
 
 
@@ -416,34 +420,37 @@ def generate_lookup(
     batch_size: int = 512,
     keep: bool = False,
 ) -> tuple[LookupResult, Cache]:
-    """Greedy decoding that tries several tokens a step where the text repeats itself, in one XLA program.
+    """Greedy decoding that tries several tokens a step where the text repeats itself, in one XLA
+    program.
 
-    The tokens are those of ``generate`` without sampling, as far as the model's logits do not depend on
-    the number of tokens of a step: another order of sums may decide a tie otherwise.
+    The tokens are those of ``generate`` without sampling, as far as the model's logits do not
+    depend on the number of tokens of a step: another order of sums may decide a tie otherwise.
 
     Args:
-      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``, hashable.
+      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``,
+        hashable.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. Prompt i continues sequence i of the cache; drafts are
-        looked up in the prompt and the tokens generated since.
+      cache: paged or contiguous; **donated**. Prompt i continues sequence i of the cache; drafts
+        are looked up in the prompt and the tokens generated since.
       prompts: token ids, 1 to ``max_seqs`` prompts, as for ``generate``.
       max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
       prompt_lens: i32[B], tokens of each prompt if ``prompts`` are padded on the right.
       num_draft: K, tokens of a draft.
       ngram: maximum number of last tokens to match, see ``find_drafts``.
       stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: maximum number of tokens of a prefill step, which may hold parts of several prompts.
+      batch_size: maximum number of tokens of a prefill step, which may hold parts of several
+        prompts.
       keep: leave finished sequences in the cache (without their newest token, which was never an
         input); otherwise their pages are freed when they end.
 
     Returns:
-      ``(result, cache)``. When pages run short, steps go without drafts. A sequence that gets no page
-      for one token ends with FINISH_OUT_OF_PAGES and the tokens it has; one whose logits hold NaN ends
-      with FINISH_NAN. Their pages are freed, with ``keep`` too.
+      ``(result, cache)``. When pages run short, steps go without drafts. A sequence that gets no
+      page for one token ends with FINISH_OUT_OF_PAGES and the tokens it has; one whose logits hold
+      NaN ends with FINISH_NAN. Their pages are freed, with ``keep`` too.
 
     Raises:
-      ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a limit,
-        ``num_draft`` or ``ngram`` below 1.
+      ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a
+        limit, ``num_draft`` or ``ngram`` below 1.
 
     Reference: Saxena, "Prompt Lookup Decoding" (2023); transformers' ``prompt_lookup_num_tokens``.
     """
@@ -495,7 +502,8 @@ def lookup_stream(
     keep: bool = False,
     every: int = 8,
 ) -> LookupStream:
-    """``generate_lookup`` that yields tokens while it runs: after the first step, then every ``every`` steps.
+    """``generate_lookup`` that yields tokens while it runs: after the first step, then every
+    ``every`` steps.
 
     Raises:
       ValueError: as ``generate_lookup``, or ``every`` is not positive.

@@ -41,8 +41,8 @@ class StreamChunk:
 class TokenStream:
     """Iterator of StreamChunks; see ``generate_stream`` and ``lookup_stream``.
 
-    ``compile()`` may be called first, to separate compilation from what is timed. ``cache`` is the cache
-    after the latest chunk; the one passed in is donated by the first.
+    ``compile()`` may be called first, to separate compilation from what is timed. ``cache`` is the
+    cache after the latest chunk; the one passed in is donated by the first.
     """
 
     model: Model
@@ -70,7 +70,8 @@ class TokenStream:
         raise NotImplementedError
 
     def _result(self, state: Any) -> Any:
-        """Result on the host, in the caller's order; a copy, as ``state`` is donated to the next chunk."""
+        """Result on the host, in the caller's order; a copy, as ``state`` is donated to the next
+        chunk."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[StreamChunk]:
@@ -136,7 +137,8 @@ def generate_stream(
     history: Sequence[Sequence[int]] = (),
     every: int = 8,
 ) -> GenerateStream:
-    """``generate`` that yields tokens while it runs: the first ones after prefill, then up to ``every`` a sample.
+    """``generate`` that yields tokens while it runs: the first ones after prefill, then up to
+    ``every`` a sample.
 
     Arguments and tokens are those of ``generate``; the steps of one chunk run in one XLA program.
 

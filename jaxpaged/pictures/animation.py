@@ -1,4 +1,5 @@
-"""Animation of a pool over a run: one self-contained HTML file, with buttons and keys to step through."""
+"""Animation of a pool over a run: one self-contained HTML file, with buttons and keys to step
+through."""
 
 from __future__ import annotations
 

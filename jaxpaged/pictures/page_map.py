@@ -127,9 +127,9 @@ def columns(num_pages: int) -> int:
 def draw_page_map(cache: PagedKVCache | PageMap) -> str:
     """Draws the pool as an SVG picture, for light and dark backgrounds.
 
-    A cell is a page, with its slots from the bottom up; slots that hold a token have the colour of their
-    sequence. A page that several sequences share is split among them, and has an edge. Tooltips show the
-    reference count and the owners of slots.
+    A cell is a page, with its slots from the bottom up; slots that hold a token have the colour of
+    their sequence. A page that several sequences share is split among them, and has an edge.
+    Tooltips show the reference count and the owners of slots.
 
     Args:
       cache: concrete, not traced; or a ``PageMap`` of one.

@@ -1,14 +1,17 @@
-"""ContextKVCache: the pages of one sequence spread over the devices of a mesh axis, for contexts that fit none of them.
+"""ContextKVCache: pages of one sequence on several devices of a mesh axis, for contexts too long
+for one.
 
-All of it runs inside ``jax.shard_map(..., check_vma=False)``, the same program on every device of the axis (a rank).
-Which pages there are, who holds them and where tokens go is one book, the same on all ranks and edited by the code
-that edits a ``PagedKVCache``. Of the N pages in it rank r of C keeps those with ``page % C == r``, page p at index
-``p // C`` of its arrays: fresh pages, taken in order, go round the ranks, and a sequence may use the whole pool
-wherever its pages lie. Each rank attends to the entries whose pages it keeps, and the parts are merged as those of
-disjoint sets of keys: two collectives a layer, which have the size of the step's queries and not of the context.
+All of it runs inside ``jax.shard_map(..., check_vma=False)``, one program on every device of the
+axis (a rank). Allocator and table are replicated metadata, edited by the code of ``PagedKVCache``.
+Of the N pages in them rank r of C stores those with ``page % C == r``, page p at index ``p // C``
+of its arrays: new pages go to the ranks in turn, and a sequence may use the whole pool. Each rank
+attends to the entries whose pages it stores, and the attention states are merged as those of
+disjoint sets of keys: two collectives a layer, whose size depends on the step's queries and not on
+the context.
 
-Sources of the ideas: split-KV decoding (Flash-Decoding, Dao et al., 2023; the merge, arXiv:2501.01005), keys spread
-over devices (Ring Attention, arXiv:2310.01889; context parallelism, arXiv:2411.01783, which passes queries as here).
+Sources of the ideas: split-KV decoding (Flash-Decoding, Dao et al., 2023; the merge,
+arXiv:2501.01005), keys distributed over devices (Ring Attention, arXiv:2310.01889; context
+parallelism, arXiv:2411.01783, which communicates queries as here).
 """
 
 from __future__ import annotations
@@ -40,19 +43,21 @@ from jaxpaged.pages.rope import Rope
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class ContextKVCache(Sequences):
-    """One rank's part of S sequences in a pool of N pages over C ranks, for L layers; see the module.
+    """Part of one rank of S sequences in a pool of N pages over C ranks, for L layers; see the
+    module.
 
-    ``allocator`` and ``table`` are the book, the same on every rank; their pages are those of the whole pool.
-    ``k_pages``, ``v_pages`` and ``local_table`` are this rank's own (``context_specs``).
+    ``allocator`` and ``table`` are replicated metadata of the whole pool. ``k_pages``, ``v_pages``
+    and ``local_table`` differ between ranks (``context_specs``).
     """
 
     k_pages: tuple[Pages, ...]
-    """L of them: this rank's pages, arrays ``[N / C, num_kv_heads, page_size, head_dim]`` or as the format has them."""
+    """Pages of this rank, one array a layer, ``[N / C, num_kv_heads, page_size, head_dim]`` or as
+    the format stores them."""
     v_pages: tuple[Pages, ...]
-    """As ``k_pages``."""
+    """Same layout as ``k_pages``."""
     local_table: BlockTable
-    """``[S, P]``: the entries of ``table`` whose pages are this rank's, moved together, with pages as this rank numbers
-    them (N / C = no entry). Made by ``reserve``, for the attention of its step; edits of sequences leave it behind."""
+    """``[S, P]``: compacted entries of ``table`` with pages of this rank, as local page numbers (N
+    / C = no entry). Updated by ``reserve`` only, for the attention of its step."""
     page_size: int = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
     k_format: PageFormat = field(metadata={"static": True})
@@ -82,7 +87,7 @@ class ContextKVCache(Sequences):
         hadamard: bool | None = None,
         layout: str | None = None,
     ) -> ContextKVCache:
-        """An empty cache, one rank's part of it; all ranks begin with the same. Needs no mesh around it.
+        """Creates one rank's part of an empty cache, equal on all ranks. Needs no mesh.
 
         Args:
           num_layers, num_kv_heads, head_dim, page_size, max_seq_len, rope, dtype, k_dtype, v_dtype,
@@ -90,11 +95,11 @@ class ContextKVCache(Sequences):
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
           axis_size: C, devices of the mesh axis.
-          axis: the name of the mesh axis.
+          axis: name of the mesh axis.
 
         Raises:
-          ValueError: a size is impossible, N is no multiple of C, or a format seals pages: those wait for their last
-            token in places of their own, which are not spread.
+          ValueError: an impossible size, N is not a multiple of C, or a residual format, whose
+            staging slots are not distributed.
 
         Example:
           >>> create = functools.partial(ContextKVCache.create, axis_size=8, **sizes)  # doctest: +SKIP
@@ -113,8 +118,8 @@ class ContextKVCache(Sequences):
         for storage in (k_format, v_format):
             if storage.has_residual:
                 raise ValueError(
-                    f"pages of {storage.name} are sealed when they are full, which a context spread over devices "
-                    "cannot do; take a format that does not seal pages"
+                    f"{storage.name} quantizes whole pages, which a context over several devices does not support; "
+                    "choose a format that quantizes rows"
                 )
         table = create_table(max_seqs, max_seq_len, num_pages, page_size)
         local = PagedKVCache.create(
@@ -160,18 +165,18 @@ class ContextKVCache(Sequences):
 
     @property
     def num_local_pages(self) -> int:
-        """N / C, static: pages of one rank; the number that no local page has."""
+        """N / C, static: pages of one rank; also the local number of "no page"."""
         return self.num_pages // self.axis_size
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page, which one rank has: keys and values, all layers."""
+        """Bytes of one page: keys and values of all layers, on one rank."""
         pools = [p.parts if isinstance(p, BlockPages) else p for p in self.k_pages + self.v_pages]
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_local_pages
 
     @property
     def bytes_of_staging(self) -> int:
-        """0: no format that seals pages can be spread."""
+        """0, since residual formats are not supported."""
         return 0
 
     @property
@@ -192,13 +197,15 @@ class ContextKVCache(Sequences):
         soft_cap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, ContextKVCache]:
-        """Writes one layer's keys and values of a step to their pages, and attends to those of all ranks.
+        """Writes keys and values of one layer and step to pages, and attends to the pages of all
+        ranks.
 
-        Arguments as ``PagedKVCache.attend`` has them, the same on every rank; ``batch`` is of the last ``reserve``.
+        Arguments are those of ``PagedKVCache.attend``, replicated; ``batch`` is of the last
+        ``reserve``.
 
         Returns:
-          ``(out [T, num_q_heads, head_dim], cache)``, out in the dtype of q and the same on every rank. The parts of
-          the ranks are rounded to that dtype, and merged in float32.
+          ``(out [T, num_q_heads, head_dim], cache)``, out in the dtype of q, replicated. Attention
+          of each rank is rounded to that dtype, and merged in float32.
         """
         cache = self.write(layer, k, v, batch)
         out, lse = paged_attention(
@@ -216,13 +223,13 @@ class ContextKVCache(Sequences):
         return merge_over_axis(out, lse, self.axis, sinks), cache
 
     def write(self, layer: int, k: Array, v: Array, batch: Batch) -> ContextKVCache:
-        """Writes one layer's keys and values of a step, those whose pages are this rank's; the others are dropped.
+        """Writes the keys and values of one layer and step whose pages are on this rank.
 
         Args:
-          layer: which layer, from 0.
+          layer: index of the layer, from 0.
           k: ``[T, num_kv_heads, head_dim]``, rotated at ``batch.rope_positions``.
           v: ``[T, num_kv_heads, head_dim]``.
-          batch: what ``reserve`` gave for this step.
+          batch: result of ``reserve`` for this step.
         """
         layer = check_layer(layer, self.num_layers)
         check_step_rows(k, v, batch.num_tokens, self.k_pages[layer].shape[1], self.head_dim)
@@ -238,17 +245,18 @@ class ContextKVCache(Sequences):
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[ContextKVCache, Batch, Array]:
-        """See ``cache.reserve``: the same of the whole pool. Pages of ``batch`` are numbered as the book's.
+        """Reserves slots in the whole pool, see ``interface.reserve``; ``batch`` has global page
+        numbers.
 
-        A shared page that is written is copied to the rank that the new page lies on, with one collective a copy. The
-        rank's own table is made anew: work of the size of the table, S * P, once a step.
+        A shared page that is written is copied to the rank of the new page, with one collective a
+        copy. The local table is rebuilt, O(S * P) once a step.
 
         Raises:
-          ValueError: as ``cache.reserve``; or the mesh axis has another size than the cache was made for.
+          ValueError: as ``interface.reserve``, or the mesh axis has another size than the cache.
         """
         if (size := lax.axis_size(self.axis)) != self.axis_size:
             raise ValueError(
-                f"the cache is made for {self.axis_size} ranks, the mesh axis {self.axis!r} has {size}"
+                f"the cache was created for {self.axis_size} ranks, the mesh axis {self.axis!r} has {size}"
             )
         made = reserving.reserve(
             self.metadata, num_new, step_rows(num_new, self.max_seqs, num_tokens), max_new
@@ -257,20 +265,20 @@ class ContextKVCache(Sequences):
         return replace(cache, local_table=cache._make_local_table()), made.batch, made.ok
 
     def _is_local(self, page: Array) -> Array:
-        """Whether pages of the book are kept by this rank; "no page" may be."""
+        """True for global pages of this rank; arbitrary for "no page"."""
         return page % self.axis_size == lax.axis_index(self.axis)
 
     def _local(self, page: Array) -> Array:
-        """Pages of the book as this rank numbers them; N / C where they are another's, or no page."""
-        # "No page" is N, a multiple of C: it becomes N / C where it counts as local.
+        """Local numbers of global pages; N / C for those of other ranks and "no page"."""
+        # "No page" is N, a multiple of C, and becomes N / C where it counts as local.
         return jnp.where(self._is_local(page), page // self.axis_size, self.num_local_pages)
 
     def _make_local_table(self) -> BlockTable:
-        """The entries of the book's table whose pages are this rank's."""
+        """Entries of the replicated table with pages of this rank."""
         table = self.table
         s, p = table.pages.shape
-        mine = self._is_local(table.pages) & (jnp.arange(p) < table.num_entries[:, None])
-        place = jnp.where(mine, jnp.cumsum(mine, axis=1, dtype=jnp.int32) - 1, p)
+        mine = self._is_local(table.pages) & (lax.iota(jnp.int32, p) < table.num_entries[:, None])
+        column = jnp.where(mine, jnp.cumsum(mine, axis=1, dtype=jnp.int32) - 1, p)
         fields = (
             self._local(table.pages),
             table.first_slot,
@@ -278,10 +286,11 @@ class ContextKVCache(Sequences):
             table.position,
             table.rotation,
         )
-        # One scatter of rows of fields: five of single numbers, as ``tables.keep`` has them, take longer.
+        # One scatter of rows of fields is faster than five of single numbers, as in
+        # ``tables.keep``.
         padding = jnp.array([self.num_local_pages, 0, 0, 0, 0], jnp.int32)
         kept = jnp.broadcast_to(padding, (s, p, len(fields)))
-        kept = kept.at[jnp.arange(s)[:, None], place].set(jnp.stack(fields, axis=-1), mode="drop")
+        kept = kept.at[lax.iota(jnp.int32, s)[:, None], column].set(jnp.stack(fields, axis=-1), mode="drop")
         pages, first_slot, num_tokens, position, rotation = jnp.moveaxis(kept, -1, 0)
         num_entries = jnp.sum(mine, axis=1, dtype=jnp.int32)
         return BlockTable(pages, first_slot, num_tokens, position, rotation, num_entries)
@@ -295,7 +304,7 @@ class ContextKVCache(Sequences):
         def copy_one(i: Array, pools: list[Array]) -> list[Array]:
             source, target = copies.source[i], copies.target[i]
             words = [_as_words(pool[source // self.axis_size]) for pool in pools]
-            # The page's own rank sends it, the others add zeros.
+            # The rank of the page sends it, the others add zeros.
             sent = jnp.where(self._is_local(source), jnp.concatenate(words), 0)
             received = jnp.split(lax.psum(sent, self.axis), _ends([len(x) for x in words]))
             return [
@@ -310,41 +319,42 @@ class ContextKVCache(Sequences):
 
 
 def context_specs(cache: ContextKVCache) -> Any:
-    """How the cache's fields lie over the mesh: what ``jax.shard_map`` takes as ``in_specs`` and ``out_specs``.
+    """Partition specs of a cache, for ``in_specs`` and ``out_specs`` of ``jax.shard_map``.
 
-    Pages and ``local_table`` differ from rank to rank, and are split along their first axis by the cache's mesh axis: a
-    global page array is ``[N, ...]``, with page p at index ``p % C * (N / C) + p // C``, and the table ``[C * S, P]``.
-    All else is the same on every rank, as a Batch is.
+    Pages and ``local_table`` are split along their first axis by the cache's mesh axis: a global
+    page array is ``[N, ...]``, with page p at index ``p % C * (N / C) + p // C``, and the table
+    ``[C * S, P]``. All else is replicated, as a Batch is.
 
     Args:
-      cache: one rank's, or the global one; arrays may be ``jax.ShapeDtypeStruct``.
+      cache: of one rank, or global; arrays may be ``jax.ShapeDtypeStruct``.
 
     Returns:
-      A ContextKVCache with a ``PartitionSpec`` in the place of each array.
+      A ContextKVCache with a ``PartitionSpec`` in place of each array.
     """
-    split, same = PartitionSpec(cache.axis), PartitionSpec()
+    split, replicated = PartitionSpec(cache.axis), PartitionSpec()
     local = {name: getattr(cache, name) for name in ("k_pages", "v_pages", "local_table")}
-    specs = jax.tree.map(lambda _: same, cache)
+    specs = jax.tree.map(lambda _: replicated, cache)
     return replace(specs, **jax.tree.map(lambda _: split, local))
 
 
 def merge_over_axis(out: Array, lse: Array, axis: str, sinks: Array | None = None) -> Array:
-    """Attention over the keys of all ranks of a mesh axis, from each rank's attention over its own.
+    """Merges the attention of the ranks of a mesh axis, each over its own keys.
 
-    ``out = sum_r exp(lse_r) out_r / (sum_r exp(lse_r) + exp(sink))``, with the largest exponent taken out. That is two
-    collectives, a maximum and a sum. A rank that saw nothing (lse = -inf) changes nothing; where none did, out is zero.
+    ``out = sum_r exp(lse_r) out_r / (sum_r exp(lse_r) + exp(sink))``, with the largest exponent
+    factored out, in two collectives, a maximum and a sum. A rank without keys (lse = -inf) does not
+    contribute; without keys on any rank, out is zero.
 
     Args:
-      out: [T, num_q_heads, head_dim], this rank's; zeros where it saw nothing.
-      lse: f32[T, num_q_heads], the logarithm of its softmax denominator, without sinks.
+      out: [T, num_q_heads, head_dim], attention of this rank; zeros without keys.
+      lse: f32[T, num_q_heads], logarithm of its softmax denominator, without sinks.
       axis: name of the mesh axis.
-      sinks: f32[num_q_heads], one more score for each head, that joins the denominator once; none if left out.
+      sinks: f32[num_q_heads], score added to the denominator of each head, once; None = no sinks.
 
     Returns:
-      [T, num_q_heads, head_dim] in the dtype of ``out``, the same on every rank.
+      [T, num_q_heads, head_dim] in the dtype of ``out``, replicated.
 
     Raises:
-      ValueError: ``sinks`` are not one for each head.
+      ValueError: ``sinks`` has another shape.
 
     Reference: FlashInfer's merge of attention states, arXiv:2501.01005.
     """
@@ -359,7 +369,7 @@ def merge_over_axis(out: Array, lse: Array, axis: str, sinks: Array | None = Non
     base = jnp.where(jnp.isneginf(highest), 0, highest)  # -inf minus -inf would be NaN
     weight = jnp.exp(lse - base)
     weighted = weight[..., None] * out.astype(jnp.float32)
-    # Side by side in rows of one array: one collective.
+    # Concatenated, for one collective.
     sums = lax.psum(jnp.concatenate([weighted.reshape(tokens, -1), weight], axis=1), axis)
     weighted = sums[:, : num_q_heads * head_dim].reshape(out.shape)
     total = sums[:, num_q_heads * head_dim :]
@@ -369,11 +379,12 @@ def merge_over_axis(out: Array, lse: Array, axis: str, sinks: Array | None = Non
 
 
 def _as_words(x: Array) -> Array:
-    """The bits of a page's part as u32[n]: added to zeros they stay what they are, NaN and -0.0 too, in every dtype.
+    """Bits of an array as u32[n], which adding zeros does not change, in any dtype, NaN and -0.0
+    included.
 
-    Narrow numbers are joined far from each other, the first of the first half with the first of the second: as
-    neighbours, which is how ``bitcast_convert_type`` joins them, they are an array whose last axis is 2 wide, and XLA
-    for TPUs turns the whole pool into one before it takes the page.
+    Narrow numbers are joined at a distance, the first of the first half with the first of the
+    second. ``bitcast_convert_type`` joins neighbours, in an array with a last axis of 2, and XLA
+    for TPUs converts the whole pool to that before it takes the page.
     """
     width = 8 * x.dtype.itemsize
     bits = lax.bitcast_convert_type(x, f"uint{width}").reshape(-1).astype(jnp.uint32)
@@ -382,12 +393,12 @@ def _as_words(x: Array) -> Array:
 
 
 def _from_words(words: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """What ``_as_words`` was given."""
+    """Inverse of ``_as_words``."""
     width = 8 * jnp.dtype(dtype).itemsize
     parts = [(words >> (width * i)).astype(f"uint{width}") for i in range(32 // width)]
     return lax.bitcast_convert_type(jnp.concatenate(parts).reshape(shape), dtype)
 
 
 def _ends(sizes: list[int]) -> list[int]:
-    """Where to split what was concatenated of these sizes."""
+    """Indices at which to split a concatenation of arrays of these sizes."""
     return [sum(sizes[:i]) for i in range(1, len(sizes))]

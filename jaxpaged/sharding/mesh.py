@@ -1,9 +1,9 @@
 """Device meshes, and the distribution of heads and of a batch over them.
 
-Every device runs the program of one device on smaller values. Along the mesh axis "data" each shard has
-sequences, a block table and a pool of its own; along "tensor" devices have the same tables, and each its
-own KV heads and its own part of every matrix; along "context" the pages of one sequence lie on several
-devices.
+Every device runs the program of one device on smaller values. Along the mesh axis "data" each shard
+has sequences, a block table and a pool of its own; along "tensor" devices have the same tables, and
+each its own KV heads and its own part of every matrix; along "context" the pages of one sequence
+lie on several devices.
 
 Source of the ideas: Megatron-LM (arXiv:1909.08053) for the split of a layer with two sums.
 """
@@ -25,7 +25,8 @@ AXES = (DATA, CONTEXT, TENSOR)
 
 
 class MeshError(ValueError):
-    """Devices or heads that a mesh cannot divide; one line that names both and the allowed sizes."""
+    """Devices or heads that a mesh cannot divide; one line that names both and the allowed
+    sizes."""
 
 
 def parse_mesh(text: str) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def num_shards(mesh: Mesh | None) -> int:
 class BatchSharding:
     """Distribution of a batch over data shards: prompt i goes to shard ``i % shards``.
 
-    If there are fewer prompts than shards, every shard has all prompts, and the samples are distributed.
+    If there are fewer prompts than shards, every shard has all prompts, and the samples are
+    distributed.
     """
 
     shards: int
@@ -122,7 +124,8 @@ class BatchSharding:
 
     @classmethod
     def of(cls, mesh: Mesh | None, num_prompts: int, num_samples: int = 1) -> BatchSharding:
-        """Distribution of ``num_prompts`` prompts over the data shards of a mesh; one shard without a mesh."""
+        """Distribution of ``num_prompts`` prompts over the data shards of a mesh; one shard without
+        a mesh."""
         shards = num_shards(mesh)
         split = num_prompts < shards and num_samples > 1 and num_samples % shards == 0
         return cls(shards, num_samples, split)
@@ -139,7 +142,8 @@ class BatchSharding:
         return np.asarray([len(range(d, num_prompts, self.shards)) for d in range(self.shards)], np.int32)
 
     def shard_prompts(self, values: Any) -> Any:
-        """``[G * shards, ...]``, or ``[G, ...]`` if samples are distributed, as ``[shards, G, ...]``."""
+        """``[G * shards, ...]``, or ``[G, ...]`` if samples are distributed, as ``[shards, G,
+        ...]``."""
         values = np.asarray(values)
         if self.split_samples:
             return np.broadcast_to(values, (self.shards, *values.shape))

@@ -1,4 +1,5 @@
-"""Communication of host values between the processes of a mesh. All processes call each function, in the same order."""
+"""Communication of host values between the processes of a mesh. All processes call each function,
+in the same order."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def broadcast_object(value: T) -> T:
 
 
 def _padded(data: np.ndarray, size: int) -> np.ndarray:
-    """``data`` with zeros behind it up to a power of two of at least ``size``: few sizes, few programs."""
+    """``data`` with zeros behind it up to a power of two of at least ``size``: few sizes, few
+    programs."""
     padded = np.zeros(1 << max(8, (size - 1).bit_length()), np.uint8)
     padded[: len(data)] = data
     return padded

@@ -1,11 +1,11 @@
 """Partition specs of caches, weights and batches, and programs of one device on a mesh.
 
-A value that differs between devices is stacked along leading axes: tables are ``[data, ...]``, weights
-``[tensor, ...]``, and pages are joined along their first axis, ``[data * context * tensor * N, ...]``,
-since a leading axis of a large array that is written to can cost a copy of it.
+A value that differs between devices is stacked along leading axes: tables are ``[data, ...]``,
+weights ``[tensor, ...]``, and pages are joined along their first axis, ``[data * context * tensor *
+N, ...]``, since a leading axis of a large array that is written to can cost a copy of it.
 
-A program on a mesh is a ``shard_map`` of that of one device. Its collectives are the sums of partial
-products in the model and the merge of attention states in ``context``; there are no others.
+A program on a mesh is a ``shard_map`` of that of one device. Its collectives are the sums of
+partial products in the model and the merge of attention states in ``context``; there are no others.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from jaxpaged.sharding.context import ContextKVCache
 from jaxpaged.sharding.mesh import CONTEXT, DATA, TENSOR
 
 Specs = Any
-"""A ``PartitionSpec``, or a pytree of them that is a prefix of a value's. One axis name in an entry is a
-leading axis along which parts are stacked; a tuple of names joins parts along the first axis."""
+"""A ``PartitionSpec``, or a pytree of them that is a prefix of a value's. One axis name in an entry
+is a leading axis along which parts are stacked; a tuple of names joins parts along the first
+axis."""
 
 _SHARD, _REPLICATED = PartitionSpec(DATA), PartitionSpec()
 _PAGES, _METADATA = PartitionSpec((DATA, CONTEXT, TENSOR)), PartitionSpec(DATA, CONTEXT)
@@ -42,9 +43,9 @@ STATIC, PARAMS, CACHE, BATCH, PER_DEVICE, REPLICATED, GATHERED = (
     "replicated",
     "gathered",
 )
-"""Kinds of arguments and results of a program: no arrays; weights; a cache; one value a data shard; one
-value a device; the same value everywhere; one value a data shard, gathered on all devices, so that every
-process can read it."""
+"""Kinds of arguments and results of a program: no arrays; weights; a cache; one value a data shard;
+one value a device; the same value everywhere; one value a data shard, gathered on all devices, so
+that every process can read it."""
 SPECS: Mapping[str, Specs] = {
     PARAMS: PartitionSpec(TENSOR), BATCH: _SHARD, PER_DEVICE: _PAGES, REPLICATED: _REPLICATED, GATHERED: _SHARD,
 }  # fmt: skip
@@ -82,7 +83,8 @@ def _num_stacked(spec: PartitionSpec) -> int:
 
 
 def stacked(value: Any, specs: Specs) -> Any:
-    """Part of one device in a stacked value: ``value`` with a leading axis of size 1 for each stacked axis."""
+    """Part of one device in a stacked value: ``value`` with a leading axis of size 1 for each
+    stacked axis."""
     return _by_spec(lambda x, spec: x.reshape((1,) * _num_stacked(spec) + x.shape), specs, value)
 
 
@@ -94,16 +96,19 @@ def unstacked(part: Any, specs: Specs) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class ShardedCache:
-    """A cache on every device of a mesh; accepted by ``generate`` and its variants in place of a cache.
+    """A cache on every device of a mesh; accepted by ``generate`` and its variants in place of a
+    cache.
 
-    It has ``data`` shards of S sequences each; sequence i is number ``i // data`` of shard ``i % data``.
+    It has ``data`` shards of S sequences each; sequence i is number ``i // data`` of shard ``i %
+    data``.
     """
 
     parts: Any
     """Cache whose leaves are stacked by ``cache_specs``."""
     mesh: Mesh = field(metadata={"static": True})
     num_kv_heads: int = field(default=0, metadata={"static": True})
-    """KV heads of the model; 0 = those of all devices along "tensor", if none has a head of another."""
+    """KV heads of the model; 0 = those of all devices along "tensor", if none has a head of
+    another."""
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items() if size > 1)
@@ -116,7 +121,8 @@ class ShardedCache:
         Args:
           mesh: of ``make_mesh``.
           make: pure function that creates the cache of one device, with ``local_kv_heads`` heads.
-          num_kv_heads: KV heads of the model; needed by snapshots if several devices have the same head.
+          num_kv_heads: KV heads of the model; needed by snapshots if several devices have the same
+            head.
         """
         specs = cache_specs(jax.eval_shape(make))
         create = jax.shard_map(
@@ -175,7 +181,8 @@ def put(mesh: Mesh, value: Any, specs: Specs = _SHARD) -> Any:
 
 
 def put_batch(mesh: Mesh | None, value: Any) -> Any:
-    """Puts host arrays ``[data, ...]`` on a mesh as ``BATCH``; without a mesh, those of the only shard."""
+    """Puts host arrays ``[data, ...]`` on a mesh as ``BATCH``; without a mesh, those of the only
+    shard."""
     return jax.tree.map(lambda x: jnp.asarray(x[0]), value) if mesh is None else put(mesh, value)
 
 
@@ -232,7 +239,8 @@ def over_mesh(
 
 
 def _without_empty(value: Any) -> Any:
-    """None in place of arrays without elements, which crash XLA of jax 0.11 as arguments of a ``shard_map``."""
+    """None in place of arrays without elements, which crash XLA of jax 0.11 as arguments of a
+    ``shard_map``."""
     return jax.tree.map(lambda x: x if np.size(x) else None, value)
 
 

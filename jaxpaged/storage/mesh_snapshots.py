@@ -1,7 +1,8 @@
 """Snapshots of caches on a mesh, in files with all heads of a sequence.
 
-A snapshot of one mesh can be restored on another, or on a single device: heads are joined when saving and
-split when restoring. Sequence i is number ``i // data`` of data shard ``i % data``, as for ``generate``.
+A snapshot of one mesh can be restored on another, or on a single device: heads are joined when
+saving and split when restoring. Sequence i is number ``i // data`` of data shard ``i % data``, as
+for ``generate``.
 """
 
 from __future__ import annotations

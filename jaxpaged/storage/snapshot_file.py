@@ -1,7 +1,7 @@
 """Snapshot files: sequences outside of any pool, verified when read; independent of caches.
 
-A snapshot is a safetensors file, so that it can be inspected, and loading runs no code of it. A row that
-several entries or sequences share is stored once, and free slots are not stored.
+A snapshot is a safetensors file, so that it can be inspected, and loading runs no code of it. A row
+that several entries or sequences share is stored once, and free slots are not stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _MAX_SIZE = 1 << 16
 
 
 class SnapshotError(ValueError):
-    """A file that cannot be used, or not with this cache; one line with the file's name. Nothing was changed."""
+    """A file that cannot be used, or not with this cache; one line with the file's name. Nothing
+    was changed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Tokens:
     home: np.ndarray
     """Slot of the token in the pool it was saved from: ``page * page_size + slot``."""
     row: np.ndarray
-    """Index of its key and value in ``Snapshot.keys`` and ``values``; several tokens may share a row."""
+    """Index of its key and value in ``Snapshot.keys`` and ``values``; several tokens may share a
+    row."""
     position: np.ndarray
     rotation: np.ndarray
     """Position at which its key was rotated, minus ``position``."""
@@ -97,9 +99,9 @@ class Snapshot:
     tokens: np.ndarray
     """i32[T]: token ids, in the order of ``sequences``."""
     keys: tuple[Stored, ...]
-    """Rows of each layer as the format stores them, ``[R, num_kv_heads, ...]``, in the order in which
-    tokens first refer to them. Of a residual format, quantized pages ``[pages, num_kv_heads, ...]``, and
-    residual pages ``[O, ...]`` as part "residual"."""
+    """Rows of each layer as the format stores them, ``[R, num_kv_heads, ...]``, in the order in
+    which tokens first refer to them. Of a residual format, quantized pages ``[pages, num_kv_heads,
+    ...]``, and residual pages ``[O, ...]`` as part "residual"."""
     values: tuple[Stored, ...]
     """Same layout as ``keys``."""
     residual: np.ndarray
@@ -166,7 +168,8 @@ def expand(sequences: Sequence[int], entries: np.ndarray, page_size: int) -> Tok
 
 
 def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
-    """Writes a file beside ``path`` and renames it: readers see the old file or the new one, complete.
+    """Writes a file beside ``path`` and renames it: readers see the old file or the new one,
+    complete.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -225,8 +228,8 @@ def read_snapshot(path: str | os.PathLike[str], *, fingerprint: str) -> Snapshot
       fingerprint: of the model that will continue the sequences, as given to ``snapshot``.
 
     Raises:
-      SnapshotError: no snapshot, one of another version or model, truncated or damaged; one line that
-        names the file without its folder.
+      SnapshotError: no snapshot, one of another version or model, truncated or damaged; one line
+        that names the file without its folder.
       ImportError: safetensors is not installed.
       OSError: the file is missing or cannot be read.
     """
@@ -270,7 +273,8 @@ def _check_kind(name: str, metadata: dict[str, str]) -> None:
 
 
 def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapshot:
-    """Snapshot of the data read, once all that ``restore`` relies on is checked: a checksum does not prove intent."""
+    """Snapshot of the data read, once all that ``restore`` relies on is checked: a checksum does
+    not prove intent."""
     layers = range(int(metadata["num_layers"]))
     k_format, v_format = (titled(metadata[f"{side}_format"]) for side in ("k", "v"))
 
@@ -301,7 +305,8 @@ def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapsh
 
 
 def _conditions(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
-    """Names of conditions and ``True`` if violated, in an order in which each may rely on those before."""
+    """Names of conditions and ``True`` if violated, in an order in which each may rely on those
+    before."""
     ids, entries, tokens = snapshot.sequences, snapshot.entries, snapshot.tokens
     yield "sequences", list(ids) != sorted(set(ids)) or ids[0] < 0
     yield "entries", entries.dtype != np.int32 or entries.ndim != 2 or entries.shape[1] != 6

@@ -1,8 +1,8 @@
 """Save and restore sequences of a PagedKVCache; host functions, not for ``jit``.
 
-A snapshot holds rows in slots, independent of a pool. Restoring chooses a slot for each row: the slot it
-had, if pages have the same size, or the next one behind the previous row. Each row gets one slot, so that
-shared rows stay shared, in pages of any size.
+A snapshot holds rows in slots, independent of a pool. Restoring chooses a slot for each row: the
+slot it had, if pages have the same size, or the next one behind the previous row. Each row gets one
+slot, so that shared rows stay shared, in pages of any size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def snapshot(
       cache: concrete, not traced; it is not changed. ``mesh_snapshots`` saves caches on a mesh.
       path: the file; an existing one is replaced once the new one is complete.
       seq: an id, or ``ALL``.
-      token_ids: one token id for each token of the sequence, in order; for ``ALL`` one list a sequence.
+      token_ids: one token id for each token of the sequence, in order; for ``ALL`` one list a
+        sequence.
       fingerprint: any text that identifies the model; ``read_snapshot`` must be given the same.
 
     Raises:
@@ -112,15 +113,16 @@ def take(
 def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> PagedKVCache:
     """Restores the sequences of a snapshot, replacing the sequences of a cache with their ids.
 
-    The pool may have another number of pages, and pages of another size, unless the format is a residual
-    one. Rows that were shared are shared again. Keys keep the positions at which they were rotated. Rows
-    are packed if that saves pages; otherwise they get the slots they had, so that a cache with as many
-    pages as the original always suffices.
+    The pool may have another number of pages, and pages of another size, unless the format is a
+    residual one. Rows that were shared are shared again. Keys keep the positions at which they were
+    rotated. Rows are packed if that saves pages; otherwise they get the slots they had, so that a
+    cache with as many pages as the original always suffices.
 
     Args:
       cache: **donated** when it succeeds, untouched when it raises. Other sequences do not change.
       saved: result of ``read_snapshot``.
-      seq: another id for the only sequence of the snapshot; as in llama.cpp, its tokens are replaced.
+      seq: another id for the only sequence of the snapshot; as in llama.cpp, its tokens are
+        replaced.
       p1: restore only tokens at positions before this one; negative = all.
 
     Returns:
@@ -128,8 +130,8 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
 
     Raises:
       OutOfPages: the pool, without the replaced sequences, has too few pages.
-      SnapshotError: pages of another format, pages of a residual format of another size, other layers
-        or heads, too few sequences, or a sequence with more entries than a row of the table.
+      SnapshotError: pages of another format, pages of a residual format of another size, other
+        layers or heads, too few sequences, or a sequence with more entries than a row of the table.
       ValueError: ``seq`` is outside [0, S), or the snapshot has not exactly one sequence for it.
     """
     plan = _plan(cache, saved, seq, p1)
@@ -274,7 +276,8 @@ class _Layout:
 
     @classmethod
     def of(cls, tokens: Tokens, home: np.ndarray, page_size: int) -> _Layout:
-        """Layout for slots ``home i64[T]``: a run of slots and positions with one rotation is an entry."""
+        """Layout for slots ``home i64[T]``: a run of slots and positions with one rotation is an
+        entry."""
         used, dense = np.unique(home // page_size, return_inverse=True)
         at = dense * page_size + home % page_size
         page = at // page_size
@@ -299,7 +302,8 @@ class _Layout:
 
 
 def _packed(tokens: Tokens, page_size: int) -> np.ndarray:
-    """i64[T]: slots without gaps. Rows that a sequence does not share with earlier ones begin on a new page."""
+    """i64[T]: slots without gaps. Rows that a sequence does not share with earlier ones begin on a
+    new page."""
     rows, first, inverse = np.unique(tokens.row, return_index=True, return_inverse=True)
     order = np.argsort(first)
     owner = tokens.owner[first[order]]
@@ -314,7 +318,8 @@ def _packed(tokens: Tokens, page_size: int) -> np.ndarray:
 def _allocate(
     cache: PagedKVCache, layout: _Layout, targets: np.ndarray
 ) -> tuple[PageAllocator, BlockTable, np.ndarray]:
-    """Allocator and table with the layout as the target sequences, and the page for each of the layout's."""
+    """Allocator and table with the layout as the target sequences, and the page for each of the
+    layout's."""
     allocator, table = jax.tree.map(np.array, (cache.allocator, cache.table))
     cleared = targets[targets < cache.max_seqs]
     counts = allocator.ref_counts
@@ -351,7 +356,8 @@ def _allocate(
 def _assign_staging_slots(
     staging: StagingSlots, allocator: PageAllocator, layout: _Layout, pages: np.ndarray, residual: np.ndarray
 ) -> tuple[StagingSlots, np.ndarray]:
-    """Assigns slots to the residual pages of a snapshot: ``(staging, i32[O] slot of each, S = not restored)``."""
+    """Assigns slots to the residual pages of a snapshot: ``(staging, i32[O] slot of each, S = not
+    restored)``."""
     s = staging.num_slots
     # Counts include the restored pages, which were free: their former slots are not in use.
     counts = np.array(allocator.ref_counts)
@@ -411,7 +417,8 @@ def _write_pages(
     source: np.ndarray,
     slot: np.ndarray,
 ) -> ResidualPages:
-    """Writes stored page ``source[i]`` to page ``page[i]``, and residual page j to staging slot ``slot[j]``."""
+    """Writes stored page ``source[i]`` to page ``page[i]``, and residual page j to staging slot
+    ``slot[j]``."""
     parts = {name: _padded(part if name == "residual" else part[source]) for name, part in stored.items()}
     num_pages = pages.shape[0]
     return _write_residual(pages, parts, _padded(page, num_pages), _padded(slot, len(pages.residual)))
