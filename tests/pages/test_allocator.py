@@ -1,4 +1,4 @@
-"""Laws of the page allocator: all or nothing, last in first out, a page is taken once and returned once."""
+"""Laws of the page allocator: all or nothing, last in first out, no page allocated or freed twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(allocator: PageAllocator) -> None:
     assert set(stack) == set(np.flatnonzero(np.asarray(allocator.ref_counts) == 0).tolist())
 
 
-def test_pages_come_in_order_at_first_and_last_returned_first_out_afterwards() -> None:
+def test_pages_are_allocated_in_order_then_last_in_first_out() -> None:
     allocator, pages = take(pages_of.create(N), 5)
     assert pages == [0, 1, 2, 3, 4]
     allocator = release(allocator, named(3, 1))
@@ -58,12 +58,12 @@ def test_allocation_is_all_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 5, 2**31 - 1])
-def test_counts_out_of_bounds_are_refused(count: int) -> None:
+def test_counts_out_of_bounds_fail(count: int) -> None:
     allocator, pages, ok = allocate(pages_of.create(N), count, max_count=4)
     assert not ok and pages.tolist() == [N] * 4 and int(allocator.num_free) == N
 
 
-def test_an_empty_pool_hands_out_nothing() -> None:
+def test_an_empty_pool_allocates_nothing() -> None:
     allocator, pages = take(pages_of.create(N), N)
     assert sorted(pages) == list(range(N))
     for count in (1, N):
@@ -74,7 +74,7 @@ def test_an_empty_pool_hands_out_nothing() -> None:
     assert not can_allocate(allocator, 1)
 
 
-def test_a_page_returns_when_its_last_reference_goes() -> None:
+def test_a_page_is_freed_with_its_last_reference() -> None:
     allocator, _ = take(pages_of.create(N), 4)
     allocator = retain(allocator, named(2, 2, 0))
     assert np.asarray(allocator.ref_counts)[:4].tolist() == [2, 1, 3, 1]
@@ -86,14 +86,14 @@ def test_a_page_returns_when_its_last_reference_goes() -> None:
     assert int(allocator.num_free) == N - 2 and set(free(allocator)[-2:]) == {0, 2}
 
 
-def test_the_sentinel_names_no_page() -> None:
+def test_the_sentinel_is_ignored() -> None:
     allocator, _ = take(pages_of.create(N), N)
     for operation in (retain, release):
         same = operation(allocator, named())
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), same, allocator))
 
 
-def test_a_pool_has_pages() -> None:
+def test_an_empty_pool_cannot_be_created() -> None:
     with pytest.raises(ValueError, match="num_pages must be positive, got 0"):
         pages_of.create(0)
 
@@ -106,10 +106,12 @@ operations = st.lists(
 
 @settings(max_examples=40)
 @given(operations)
-def test_random_operations_keep_the_books(script: list[tuple[str, list[int]]]) -> None:
+def test_random_operations_keep_reference_counts_and_stack_consistent(
+    script: list[tuple[str, list[int]]],
+) -> None:
     allocator, counts = pages_of.create(N), [0] * N
     for operation, choice in script:
-        # A reference is given and returned only where there is one.
+        # Only references that exist are retained or released.
         held = [page for page in range(N) for _ in range(counts[page])]
         if operation == "take":
             possible = len(choice) <= counts.count(0)

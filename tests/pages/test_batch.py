@@ -1,4 +1,4 @@
-"""Laws of the packing of a step's tokens."""
+"""Laws of packing a step's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ jit_pack = jax.jit(pack, static_argnames="num_tokens")
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 6), min_size=S, max_size=S).filter(lambda counts: sum(counts) <= T))
-def test_tokens_lie_sequence_after_sequence(counts: list[int]) -> None:
+def test_tokens_are_packed_in_order_of_sequence(counts: list[int]) -> None:
     sequence, offset, cu_q_lens = jit_pack(jnp.asarray(counts), num_tokens=T)
     expected = [(seq, i) for seq, count in enumerate(counts) for i in range(count)]
     expected += [(S, 0)] * (T - len(expected))
@@ -37,7 +37,7 @@ def test_tokens_lie_sequence_after_sequence(counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 6])
-def test_rows_exactly_full_hold_no_padding(num_tokens: int) -> None:
+def test_a_full_batch_has_no_padding(num_tokens: int) -> None:
     counts = jnp.asarray([0, num_tokens, 0])
     sequence, offset, _ = pack(counts, num_tokens)
     assert sequence.tolist() == [1] * num_tokens and offset.tolist() == list(range(num_tokens))

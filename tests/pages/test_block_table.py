@@ -1,4 +1,4 @@
-"""Laws of the table's edits: a row is a list of (position, page, slot), and an edit edits that list."""
+"""Laws of table edits: a row is a list of (position, page, slot), which an edit changes accordingly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_row(entries: list[tuple[int, int, int, int, int]]) -> BlockTable:
 
 
 def tokens(row: BlockTable) -> list[Token]:
-    """(position, page, slot, rotation) of each token; padding has to be padding."""
+    """(position, page, slot, rotation) of each token; checks the padding."""
     row = jax.tree.map(np.asarray, row)
     used = int(row.num_entries)
     assert (row.pages[used:] == N).all() and not row.num_tokens[used:].any()
@@ -62,7 +62,7 @@ bounds = st.integers(0, 60) | st.just(END)
 
 @settings(max_examples=60)
 @given(rows(), bounds, bounds)
-def test_removal_forgets_the_range_and_nothing_else(row: BlockTable, p0: int, p1: int) -> None:
+def test_removal_removes_the_range_and_nothing_else(row: BlockTable, p0: int, p1: int) -> None:
     removed, ok = remove_range(row, p0, p1)
     if ok:
         assert tokens(removed) == [t for t in tokens(row) if not p0 <= t[0] < p1]
@@ -81,7 +81,7 @@ def test_a_slice_keeps_the_range_and_nothing_else(row: BlockTable, p0: int, p1: 
 
 @settings(max_examples=60)
 @given(rows(), bounds)
-def test_a_cut_changes_no_token_and_parts_the_entries(row: BlockTable, at: int) -> None:
+def test_a_cut_splits_an_entry_and_changes_no_token(row: BlockTable, at: int) -> None:
     split, ok = cut(row, at)
     assert tokens(split) == tokens(row)
     across = (np.asarray(split.position) < at) & (
@@ -92,7 +92,7 @@ def test_a_cut_changes_no_token_and_parts_the_entries(row: BlockTable, at: int) 
         assert_equal(split, row)
 
 
-def test_removal_at_both_edges_of_a_full_row_needs_no_entry() -> None:
+def test_removal_across_entries_of_a_full_row_succeeds() -> None:
     row = make_row([(e, 0, PAGE_SIZE, e * PAGE_SIZE, 0) for e in range(P)])
     removed, ok = remove_range(row, 3, 21)
     assert ok and int(removed.num_entries) == P - 1
@@ -117,12 +117,14 @@ def test_an_empty_table_has_no_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_range", "read"),
+    ("given_range", "expected"),
     [((-5, -1), (0, END)), ((3, -7), (3, END)), ((3, 9), (3, 9)), ((-1, 0), (0, 0))],
 )
-def test_ranges_are_read_as_llama_cpp_reads_them(given_range: tuple[int, int], read: tuple[int, int]) -> None:
+def test_negative_bounds_mean_what_they_do_in_llama_cpp(
+    given_range: tuple[int, int], expected: tuple[int, int]
+) -> None:
     p0, p1 = tables.clamp_range(*given_range)
-    assert (int(p0), int(p1)) == read
+    assert (int(p0), int(p1)) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of the page formats: what is written is read, page N is nowhere, and nothing else changes."""
+"""Laws of plain page formats: rows written are read back, nothing else changes, page N drops a row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = ["f32", "bf16", "f16", "fp8_e4m3"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_written_rows_are_read_back_and_all_else_stays(name: str) -> None:
+def test_written_rows_are_read_back_and_nothing_else_changes(name: str) -> None:
     storage = page_format(name)
     pages = jnp.full_like(storage.create(N, KV, PAGE_SIZE, D), -1)
     page, slot = [0, 4, 2, N, N], [7, 0, 3, 7, 0]
@@ -33,7 +33,7 @@ def test_written_rows_are_read_back_and_all_else_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_copy_is_a_whole_page_and_one_page(name: str) -> None:
+def test_a_copy_changes_one_whole_page(name: str) -> None:
     storage = page_format(name)
     pages = jnp.arange(N * KV * PAGE_SIZE * D).reshape(N, KV, PAGE_SIZE, D).astype(storage.dtype)
     copied = np.asarray(storage.copy(pages, 1, 3), np.float32)
@@ -43,7 +43,7 @@ def test_a_copy_is_a_whole_page_and_one_page(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_bytes_per_page_are_the_bytes_of_a_page(name: str) -> None:
+def test_bytes_per_page_are_those_of_the_arrays(name: str) -> None:
     storage = PAGE_FORMATS[name]
     pages = storage.create(N, KV, PAGE_SIZE, D)
     assert storage.bytes_per_page(KV, PAGE_SIZE, D) * N == pages.nbytes
@@ -115,7 +115,7 @@ def test_other_page_sizes_are_refused(size: int) -> None:
     ("name", "head_dim"),
     [("f32", 16), ("f32", 192), ("bf16", 64), ("bf16", 96), ("f16", 32), ("fp8_e4m3", 16), ("fp8_e4m3", 64)],
 )
-def test_rows_of_lanes_hold_what_plain_pages_hold(name: str, head_dim: int) -> None:
+def test_pages_in_lanes_equal_plain_pages(name: str, head_dim: int) -> None:
     plain = page_format(name)
     lanes = plain.on_lanes(head_dim)
     rng = np.random.default_rng(head_dim)
@@ -124,13 +124,13 @@ def test_rows_of_lanes_hold_what_plain_pages_hold(name: str, head_dim: int) -> N
     assert packed.shape[-1] % 128 == 0 and packed.dtype == pages.dtype
     assert lanes.bytes_per_page(*sizes[1:]) * N == packed.nbytes
     if 128 % head_dim == 0:
-        assert packed.nbytes == pages.nbytes  # side by side, nothing is padded
+        assert packed.nbytes == pages.nbytes  # tokens side by side, no padding
 
     def same(pages: jax.Array, packed: jax.Array) -> None:
         np.testing.assert_array_equal(token_rows(packed, head_dim), pages)
 
     for _ in range(3):
-        # Distinct slots in any order, of which some share a row, and some are written nowhere.
+        # Distinct slots in any order: some share a row, some are dropped.
         place = rng.permutation(N * 16)[:40]
         page = jnp.asarray(np.where(rng.random(40) < 0.2, N, place // 16))
         slot = jnp.asarray(place % 16)
@@ -145,7 +145,7 @@ def test_rows_of_lanes_hold_what_plain_pages_hold(name: str, head_dim: int) -> N
     same(plain.gather(pages, page, slot, target), lanes.gather(packed, page, slot, target))
 
 
-def test_heads_that_fill_their_rows_need_no_other_layout() -> None:
+def test_heads_of_multiples_of_128_have_one_layout() -> None:
     for head_dim in (128, 256):
         assert page_format("bf16").on_lanes(head_dim) is page_format("bf16")
     with pytest.raises(
@@ -157,7 +157,7 @@ def test_heads_that_fill_their_rows_need_no_other_layout() -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "implementation"), [(64, "xla"), (48, "reference")])
-def test_a_cache_of_lanes_attends_as_a_plain_one(head_dim: int, implementation: str) -> None:
+def test_attention_is_the_same_in_both_layouts(head_dim: int, implementation: str) -> None:
     rng = np.random.default_rng(1)
     sizes = {"num_layers": 1, "num_kv_heads": KV, "head_dim": head_dim, "num_pages": 9, "max_seqs": 2}
     caches = [PagedKVCache.create(**sizes, page_size=8, layout=layout) for layout in ("plain", "lanes")]
@@ -193,7 +193,7 @@ def test_a_cache_of_lanes_attends_as_a_plain_one(head_dim: int, implementation: 
         ("tpu", 8, (8, 8)),
     ],
 )
-def test_a_cache_fills_lanes_where_it_is_made_on_a_tpu(
+def test_a_cache_on_a_tpu_uses_lanes_by_default(
     monkeypatch: pytest.MonkeyPatch, platform: str, head_dim: int, expected: tuple[int, int]
 ) -> None:
     monkeypatch.setattr("jaxpaged.cache.paged.default_platform", lambda: platform)

@@ -1,4 +1,4 @@
-"""Laws of the quantized page formats: ggml's bytes, errors no larger than a step, sizes that fit or are refused."""
+"""Laws of quantized page formats: ggml's bytes, bounded errors, refusal of sizes that do not fit."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from jaxpaged.pages.formats import (
 )
 
 BY_ROW = [name for name, one in PAGE_FORMATS.items() if isinstance(one, BlockFormat) and not one.has_residual]
-SEALED = [name for name, one in PAGE_FORMATS.items() if one.has_residual]
-QUANTIZERS = [name for name in BY_ROW if name != "iq4_nl"]  # the gguf package only reads that one
+BY_PAGE = [name for name, one in PAGE_FORMATS.items() if one.has_residual]
+QUANTIZERS = [name for name in BY_ROW if name != "iq4_nl"]  # which the gguf package only reads
 
 
 def plain(name: str) -> Any:
-    """The format without the Hadamard turn."""
+    """The format without the Hadamard transform."""
     return PAGE_FORMATS[name].with_hadamard(False)
 
 
 def rows() -> np.ndarray:
-    """f32[.., 128]: ordinary rows, large and small ones, ties between codes, equal numbers, outliers."""
+    """f32[..., 128]: normal rows, large and small ones, ties between codes, constants, outliers."""
     rng = np.random.default_rng(0)
     scale = 10 ** rng.uniform(-3, 3, (500, 1))
     kinds = [
@@ -72,14 +72,14 @@ def test_rows_have_the_bytes_of_ggml(name: str) -> None:
 def test_any_row_has_the_bytes_of_ggml(x: np.ndarray) -> None:
     gguf = pytest.importorskip("gguf")
     for name in QUANTIZERS:
-        if np.abs(x).max() < 1e-30:  # XLA takes what is below float32's normal numbers for zero
+        if np.abs(x).max() < 1e-30:  # XLA flushes subnormal float32 to zero
             continue
         expected = gguf.quantize(x, gguf.GGMLQuantizationType[name.upper()])
         np.testing.assert_array_equal(ggml_bytes_of(name, x), expected, err_msg=name)
 
 
 @pytest.mark.parametrize("name", BY_ROW)
-def test_a_page_has_the_bytes_of_ggml_and_is_read_as_ggml_reads_it(name: str) -> None:
+def test_a_page_has_the_bytes_of_ggml_and_decodes_to_the_same_numbers(name: str) -> None:
     gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType[name.upper()]
     cache = PagedKVCache.create(
@@ -105,7 +105,7 @@ def test_a_page_has_the_bytes_of_ggml_and_is_read_as_ggml_reads_it(name: str) ->
     np.testing.assert_array_equal(loaded, gguf.dequantize(stored, kind).reshape(loaded.shape))
 
 
-def test_q4_k_is_what_ggml_reads() -> None:
+def test_q4_k_decodes_as_in_ggml() -> None:
     gguf = pytest.importorskip("gguf")
     x = np.concatenate([rows()[:1024], rows()[-512:]]).reshape(-1, 16, 64)
     storage = plain("q4_k")
@@ -124,32 +124,32 @@ def errors(name: str, x: np.ndarray) -> np.ndarray:
 
 def test_at_the_same_bits_better_codes_have_smaller_errors() -> None:
     x = np.random.default_rng(2).standard_normal((200, 16, 64)).astype(np.float32)
-    error = {name: errors(name, x).mean() for name in (*BY_ROW, *SEALED)}
+    error = {name: errors(name, x).mean() for name in (*BY_ROW, *BY_PAGE)}
     order = ["q8_0", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "kivi2"]
     assert sorted(order, key=error.__getitem__) == order
     assert error["iq4_nl"] < error["q4_0"] and error["kivi4"] < error["q4_0"]
 
 
-def test_the_search_of_q4_k_beats_the_ends_of_a_block() -> None:
+def test_the_search_of_q4_k_beats_scales_from_minimum_and_maximum() -> None:
     x = np.random.default_rng(3).standard_t(4, (300, 16, 64)).astype(np.float32)
     assert (errors("q4_k", x) < errors("q4_1", x)).mean() > 0.95
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_a_loud_channel_costs_the_others_nothing(bits: int) -> None:
+def test_an_outlier_channel_does_not_change_the_others(bits: int) -> None:
     storage = plain(f"kivi{bits}")
     x = np.random.default_rng(4).standard_normal((1, 32, 64)).astype(np.float32)
-    loud = x.copy()
-    loud[..., 5] = 50 + 3 * loud[..., 5]
-    quiet, noisy = (np.asarray(storage.decode(storage.encode(y), 32, 64)) for y in (x, loud))
+    outlier = x.copy()
+    outlier[..., 5] = 50 + 3 * outlier[..., 5]
+    expected, actual = (np.asarray(storage.decode(storage.encode(y), 32, 64)) for y in (x, outlier))
     others = np.arange(64) != 5
-    np.testing.assert_array_equal(quiet[..., others], noisy[..., others])
-    step = (loud.max(1) - loud.min(1)) / (2**bits - 1)
-    assert (np.abs(noisy - loud) <= step * 0.52 + 0.05).all()  # and what 16 bits of a scale round
+    np.testing.assert_array_equal(expected[..., others], actual[..., others])
+    step = (outlier.max(1) - outlier.min(1)) / (2**bits - 1)
+    assert (np.abs(actual - outlier) <= step * 0.52 + 0.05).all()  # with the rounding of f16 scales
 
 
 @pytest.mark.parametrize("name", PAGE_FORMATS)
-def test_bytes_of_a_page_are_those_of_the_arrays(name: str) -> None:
+def test_bytes_per_page_are_those_of_the_arrays(name: str) -> None:
     for storage in (PAGE_FORMATS[name], PAGE_FORMATS[name].for_values()):
         pages = storage.create(6, 2, 16, 64)
         assert storage.bytes_per_page(2, 16, 64) * 6 == pages.nbytes
@@ -163,7 +163,7 @@ def test_bytes_of_a_page_are_those_of_the_arrays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BY_ROW, "fp8_e4m3"])
-def test_rows_are_put_back_as_they_were(name: str) -> None:
+def test_rows_are_written_back_bit_for_bit(name: str) -> None:
     storage = PAGE_FORMATS[name]
     rows = jax.random.normal(jax.random.key(0), (5, 2, 64))
     page, slot = jnp.array([0, 4, 2, 5, 5]), jnp.array([7, 0, 3, 7, 0])
@@ -171,10 +171,10 @@ def test_rows_are_put_back_as_they_were(name: str) -> None:
     stored = storage.read(first, page[:3], slot[:3])
     again = storage.put(storage.create(5, 2, 8, 64), page[:3], slot[:3], stored)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)  # nothing at page 5, which is none
+        np.testing.assert_array_equal(a, b)  # nothing is written to page 5, which is none
 
 
-def test_float8_has_no_infinity() -> None:
+def test_float8_saturates() -> None:
     storage = PAGE_FORMATS["fp8_e4m3"]
     assert storage.round(jnp.array([1e9, -1e9, 448.0, 460.0])).astype(jnp.float32).tolist() == [
         448,
@@ -185,7 +185,7 @@ def test_float8_has_no_infinity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "page_size", "head_dim", "says"),
+    ("name", "page_size", "head_dim", "message"),
     [
         (
             "q8_0",
@@ -199,10 +199,10 @@ def test_float8_has_no_infinity() -> None:
         ("kivi4", 32, 80, "head_dim must be a multiple of 32, got 80"),
     ],
 )
-def test_pairs_that_do_not_fit_are_refused_with_what_does(
-    name: str, page_size: int, head_dim: int, says: str
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
+    name: str, page_size: int, head_dim: int, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         PagedKVCache.create(
             num_layers=1,
             num_kv_heads=1,
@@ -215,13 +215,17 @@ def test_pairs_that_do_not_fit_are_refused_with_what_does(
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-def test_a_hadamard_turn_changes_no_product_and_undoes_itself(head_dim: int) -> None:
+def test_the_hadamard_transform_keeps_products_and_is_its_own_inverse(head_dim: int) -> None:
     q, k = np.random.default_rng(5).standard_normal((2, 50, head_dim)).astype(np.float32)
-    turned_q, turned_k = (np.asarray(hadamard_transform(jnp.asarray(x)), np.float64) for x in (q, k))
+    transformed_q, transformed_k = (
+        np.asarray(hadamard_transform(jnp.asarray(x)), np.float64) for x in (q, k)
+    )
     rounding = 2e-7 * np.linalg.norm(q, axis=1).max() * np.linalg.norm(k, axis=1).max()
-    np.testing.assert_allclose(turned_q @ turned_k.T, q.astype(np.float64) @ k.T, rtol=0, atol=rounding)
     np.testing.assert_allclose(
-        hadamard_transform(jnp.asarray(turned_k, jnp.float32)), k, rtol=0, atol=rounding / 4
+        transformed_q @ transformed_k.T, q.astype(np.float64) @ k.T, rtol=0, atol=rounding
+    )
+    np.testing.assert_allclose(
+        hadamard_transform(jnp.asarray(transformed_k, jnp.float32)), k, rtol=0, atol=rounding / 4
     )
     outlier = np.zeros(head_dim, np.float32)
     outlier[7] = 1

@@ -1,6 +1,6 @@
-"""Laws of pages that are sealed when they are full: no operation loses a token, however pages are shared and cut.
+"""Laws of residual formats: no operation loses a token, however pages are shared and split.
 
-The format of these tests seals pages without loss, so that what a sequence holds can be read back exactly.
+The format of these tests is lossless, so that a sequence's tokens can be read back exactly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAGE_SIZE, MAX_SEQS, NUM_TOKENS, DIM = 8, 4, 40, 32
 
 @dataclass(frozen=True)
 class Lossless(PageCode):
-    """Numbers as they are, plus one: what is sealed cannot be taken for what is open."""
+    """Numbers plus one, so that a quantized page cannot be mistaken for a residual one."""
 
     def check(self, name: str, page_size: int, head_dim: int) -> None:
         pass
@@ -53,7 +53,7 @@ def create(*, k: ResidualFormat = LOSSLESS, v: str = "f32", num_pages: int = 40)
     sizes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": DIM, "page_size": PAGE_SIZE}
     cache = PagedKVCache.create(**sizes, num_pages=num_pages, max_seqs=MAX_SEQS, k_dtype="q4_k", v_dtype=v)
     pages = k.create(num_pages, 2, PAGE_SIZE, DIM, num_residual=MAX_SEQS)
-    # Whatever is read without having been written shows.
+    # NaN shows what is read without having been written.
     pages = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages)
     return replace(cache, k_pages=(pages,), k_format=k)
 
@@ -66,7 +66,7 @@ def step(cache: PagedKVCache, num_new: Array, first_token: Array) -> tuple[Paged
 
 
 def read(cache: PagedKVCache) -> tuple[Array, Array]:
-    """Every page, open or sealed, as attention reads it: keys and values ``[N, page_size]``."""
+    """All pages, residual or quantized, as attention reads them: keys and values ``[N, page_size]``."""
     k, v = cache.pages(0)
     assert isinstance(k, ResidualPages)
     return k.format.load(k, jnp.arange(cache.num_pages))[:, 1, :, 3], v[:, 1, :, 3]
@@ -97,7 +97,7 @@ counts = st.sampled_from([0, 0, 1, 1, 1, 2, 3, 7, 8, 9, 17])
 positions = st.integers(-1, 40)
 
 
-class SealingMachine(RuleBasedStateMachine):
+class ResidualMachine(RuleBasedStateMachine):
     """Random operations against lists of (position, token)."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class SealingMachine(RuleBasedStateMachine):
                 position = seq[-1][0] + 1 if seq else 0
                 seq += [(position + i, self.token + i) for i in range(count)]
                 self.token += count
-        if self.token > 2000:  # whole numbers up to here are exact in 16 bits
+        if self.token > 2000:  # integers up to 2,048 are exact in 16 bits
             self.token = 1
         self.check()
 
@@ -140,7 +140,7 @@ class SealingMachine(RuleBasedStateMachine):
 
     @rule(seq=ids, kept=st.integers(0, 30))
     def cut(self, seq: int, kept: int) -> None:
-        """Takes back the last tokens, as a refused draft does."""
+        """Removes the last tokens, as after a rejected draft."""
         self.remove(seq, kept, 1 << 20)
 
     @rule(seq=ids, p0=positions, delta=st.integers(-5, 5))
@@ -163,7 +163,7 @@ class SealingMachine(RuleBasedStateMachine):
 
     @rule(src=ids, others=st.sets(ids, min_size=1), back=st.integers(1, 5))
     def rivals(self, src: int, others: set[int], back: int) -> None:
-        """Several sequences write behind a page that each of them has two slices of."""
+        """Several sequences write to a page that each of them has two entries in."""
         if not self.held[src]:
             return
         self.remove(src, max(self.held[src][-1][0] - back, 0), 1)
@@ -183,5 +183,5 @@ class SealingMachine(RuleBasedStateMachine):
         self.check()
 
 
-TestSealing = SealingMachine.TestCase
-TestSealing.settings = settings(max_examples=25, stateful_step_count=40)
+TestResidual = ResidualMachine.TestCase
+TestResidual.settings = settings(max_examples=25, stateful_step_count=40)

@@ -31,17 +31,19 @@ def test_a_difference_of_angles_is_the_angle_of_the_difference_at_any_position()
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_turning_leaves_what_is_not_rotary_and_position_0_alone(interleaved: bool) -> None:
+def test_rotation_is_invertible_and_leaves_other_dimensions_and_position_0_unchanged(
+    interleaved: bool,
+) -> None:
     rope = Rope.create(FREQUENCIES[:5], interleaved=interleaved)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 16)), jnp.float32)
-    turned = rope.rotate(x, jnp.array([0, 7, -7]))
-    np.testing.assert_array_equal(turned[..., 10:], x[..., 10:])
-    np.testing.assert_array_equal(turned[0], x[0])
-    back = rope.rotate(turned, jnp.array([0, -7, 7]))
+    rotated = rope.rotate(x, jnp.array([0, 7, -7]))
+    np.testing.assert_array_equal(rotated[..., 10:], x[..., 10:])
+    np.testing.assert_array_equal(rotated[0], x[0])
+    back = rope.rotate(rotated, jnp.array([0, -7, 7]))
     np.testing.assert_allclose(back, x, atol=1e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)
 
 
-def test_frequencies_are_one_row() -> None:
+def test_frequencies_are_one_dimensional() -> None:
     with pytest.raises(ValueError, match="one number a pair"):
         Rope.create(np.ones((2, 2)))
