@@ -23,8 +23,6 @@ from jaxpaged.app.processes import open_mesh
 from jaxpaged.app.timings import since_start
 from jaxpaged.pages.batch import Batch
 
-_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
-
 
 @dataclass(frozen=True)
 class ReadyModel:
@@ -75,7 +73,7 @@ def open_model(options: ModelFlags, *, mesh: str | None = None, show_progress: b
         with _progress(show_progress, file.name) as report:
             loaded = load_model(
                 file,
-                dtype=_DTYPES[dtype],
+                dtype=dtype,
                 weights=options.weights,
                 exact=options.exact,
                 progress=report,
