@@ -1,4 +1,4 @@
-"""paged_attention: one operation, and the choice of the implementation that computes it."""
+"""``paged_attention``, and the choice of its implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any, Literal, overload
 import jax
 from jax import Array
 
+from jaxpaged.attention import tuning
 from jaxpaged.attention.base import (
+    Config,
     Pages,
     check_pages,
     check_queries,
@@ -40,22 +42,22 @@ IMPLEMENTATIONS = tuple(_MODULES)
 PREFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("cpu_numba",), "gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 )
-"""What each platform tries before "xla", which runs everywhere, and the specification."""
+"""Implementations that each platform prefers to "xla", which runs everywhere, and to the reference."""
 
 VARIABLE = "JAXPAGED_ATTENTION"
-"""The environment variable that names the only implementation to try; see ``candidates``."""
+"""Environment variable with the name of the only implementation to try; see ``candidates``."""
 
 _EVERYWHERE = ("xla", "reference")
 _READ_LANES = ("mosaic_tpu", *_EVERYWHERE)
-"""Those that read rows of lanes (``page_format.LanePageFormat``) as they lie; others are given plain pages."""
+"""Implementations that read ``LanePageFormat`` pages in their own layout; the others get plain pages."""
 _NEEDS = {"cpu_numba": "numba (pip install 'jaxpaged[cpu]')"}
 
 
 def load(name: str) -> Callable[..., tuple[Array, Array]]:
-    """An implementation by its name; its module is imported when it is first asked for.
+    """Imports an implementation by its name.
 
     Raises:
-      NotImplementedError: what it is built on is not here, or not as it was when it was written.
+      NotImplementedError: a library that it needs is missing, or of an unsupported version.
     """
     found = _find(name)
     if isinstance(found, str):
@@ -65,7 +67,7 @@ def load(name: str) -> Callable[..., tuple[Array, Array]]:
 
 @functools.cache
 def _find(name: str) -> Callable[..., tuple[Array, Array]] | str:
-    """An implementation, or why there is none; what is broken is warned of once."""
+    """Implementation, or the reason why it is missing; a broken import is a warning, once."""
     try:
         return importlib.import_module(f"jaxpaged.attention.{_MODULES[name]}").paged_attention
     except ModuleNotFoundError as missing:
@@ -76,7 +78,7 @@ def _find(name: str) -> Callable[..., tuple[Array, Array]] | str:
 
 
 def default_platform() -> str:
-    """The platform that JAX computes on unless told otherwise: "cpu", "gpu", "tpu"."""
+    """JAX's default platform: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(device, str):
         return device
@@ -84,11 +86,11 @@ def default_platform() -> str:
 
 
 def candidates(platform: str | None = None) -> tuple[str, ...]:
-    """The implementations to try on a platform, the preferred one first.
+    """Implementations to try on a platform, in order of preference.
 
-    The environment variable ``JAXPAGED_ATTENTION`` names the only one to try, on every platform: for measurements of
-    whole models, one implementation after the other. It is read when a program is traced; what is compiled already, or
-    names its implementation, does not follow it.
+    The environment variable ``JAXPAGED_ATTENTION`` names the only one to try, on every platform, to measure whole
+    models with one implementation after another. It is read when a program is traced; compiled programs, and calls
+    with ``implementation=``, ignore it.
 
     Raises:
       ValueError: ``JAXPAGED_ATTENTION`` names none of ``IMPLEMENTATIONS``.
@@ -104,20 +106,20 @@ def candidates(platform: str | None = None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which implementation serves an attention, and why not those before it."""
+    """Implementation that serves an attention."""
 
     name: str
     refusals: Mapping[str, str]
-    """The reason of each one that was tried first."""
+    """Reason why each implementation before it does not, by name."""
 
 
 def choose(platform: str, *args: Any, **options: Any) -> Choice:
-    """The implementation that ``paged_attention(*args, **options)`` takes on a platform; nothing is computed.
+    """Finds the implementation of ``paged_attention(*args, **options)`` on a platform, without computing anything.
 
     Arrays may be ``jax.ShapeDtypeStruct``.
 
     Raises:
-      NotImplementedError: none can serve.
+      NotImplementedError: no implementation supports the arguments.
     """
     refusals: dict[str, str] = {}
     for name in candidates(platform):
@@ -183,39 +185,38 @@ def paged_attention(
 ) -> Array | tuple[Array, Array]:
     """Causal attention of a step's queries to the pages of their sequences.
 
-    A query at position p sees the tokens of its sequence's entries at the positions
-    ``max(0, p - window + 1) <= n <= p``, with ``weight_n = softmax_n(cap(scale * q . k_n))`` and
-    ``cap(x) = soft_cap * tanh(x / soft_cap)``. The step's own keys are already written and in the table.
-    Slots that no entry covers, and pages that nobody holds, may contain anything, NaN too. A row with nothing
-    to see (padding, an empty table) gives zeros.
+    A query at position p sees the tokens of its sequence at the positions ``max(0, p - window + 1) <= n <= p``, with
+    ``weight_n = softmax_n(cap(scale * q . k_n))`` and ``cap(x) = soft_cap * tanh(x / soft_cap)``. The step's own keys
+    are already written and in the table. Slots that no entry covers, and free pages, may contain anything, NaN
+    included. A row that sees no token (padding, an empty table) is zero. Works under ``jit``, ``vmap``, ``scan``,
+    ``while_loop``, ``cond``, ``checkpoint`` and ``shard_map``; it has no derivative.
 
     Args:
       q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq / KV)``.
-      k_pages, v_pages: [N, KV, page_size, D], or rows of lanes that hold the same (``page_format.LanePageFormat``);
-        floating point; or quantized pages (``page_format.BlockPages``), each of a format of its own. Sums are float32.
-      table: the entries of S sequences.
+      k_pages, v_pages: [N, KV, page_size, D], or the same numbers in a TPU's layout (``LanePageFormat``), floating
+        point; or quantized pages (``BlockPages``). Formats of keys and values may differ. Sums are float32.
+      table: block table of S sequences.
       batch: sequence and position of each of the T queries.
-      scale: factor of the scores, ``D ** -0.5`` if left out.
-      window: tokens that a query sees, itself included; all if left out.
-      soft_cap: bound of the scores; none if left out.
-      sinks: f32[Hq], one more score for each head, that joins the denominator and has no value; none if left
-        out.
-      rope: what queries and keys were rotated with. Keys of an entry were rotated at their position plus the entry's
-        rotation, queries at ``batch.rope_positions``; with it the score is that of keys and queries rotated at their
-        positions, however often they were shifted. If left out, entries' rotations are ignored.
-      implementation: a name of ``IMPLEMENTATIONS``. If left out, the first of ``candidates()`` that can serve; they
-        follow from the platform that JAX computes on by default when this is traced, so a program that is compiled for
-        another platform names its implementation.
+      scale: factor of the scores; default ``D ** -0.5``.
+      window: number of tokens that a query sees, itself included; default all.
+      soft_cap: bound of the scores; default none.
+      sinks: f32[Hq], an additional score of each head that joins the denominator and has no value; default none.
+      rope: rotary embedding of queries and keys. Keys of an entry are stored rotated at their position plus the entry's
+        rotation, queries come rotated at ``batch.rope_positions``; with it, scores are those of keys and queries
+        rotated at their positions, however often they were shifted. By default, rotations of entries are ignored.
+      implementation: one of ``IMPLEMENTATIONS``; default the first of ``candidates()`` that supports the arguments.
+        These depend on JAX's default platform at trace time, so a program for another platform names its
+        implementation.
       return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
 
     Returns:
-      out [T, Hq, D] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], -inf where nothing is seen. A
-      sink counts in lse.
+      out [T, Hq, D] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], sinks included, -inf where no token is
+      seen.
 
     Raises:
-      ValueError: shapes that do not fit together; a name that is unknown.
-      TypeError: arrays that are not floating point.
-      NotImplementedError: the implementation asked for, or every one, cannot serve these arguments; says why.
+      ValueError: shapes that do not match, or an unknown implementation.
+      TypeError: wrong dtypes.
+      NotImplementedError: the given implementation, or every one, does not support the arguments; says why.
 
     Example:
       >>> out = paged_attention(q, cache.k_pages[0], cache.v_pages[0], cache.table, batch)  # doctest: +SKIP
@@ -226,26 +227,47 @@ def paged_attention(
         raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
     check_pages(k_pages, v_pages, table)
     _, num_kv_heads, _, width = k_pages.shape
-    # Rows of pages may be laid out for a TPU; then they are as wide as its lanes.
+    # Pages in a TPU's layout are as wide as its lanes.
     head_dim = q.shape[-1] if q.ndim == 3 and width == lane_width(q.shape[-1]) else width
     check_queries(q, num_kv_heads, head_dim, batch, table.pages.shape[0], sinks)
     check_rope(rope, head_dim)
     config = make_config(head_dim, scale, window, soft_cap)
+    # Under trial, a program traced before would have other block sizes.
+    run = _attend.__wrapped__ if tuning.under_trial() else _attend
     refusals = []
     for name in candidates() if implementation is None else (implementation,):
         try:
-            attend, pages = load(name), (k_pages, v_pages)
-            if name not in _READ_LANES:
-                pages = _plain(k_pages, head_dim), _plain(v_pages, head_dim)
-            out, lse = attend(q, *pages, table, batch, config, sinks, rope)
+            out, lse = run(
+                load(name), name in _READ_LANES, config, q, k_pages, v_pages, table, batch, sinks, rope
+            )
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
-        if has_hadamard(v_pages):
-            out = hadamard_transform(out)  # sums of turned values are turned sums
-        out = out.astype(q.dtype)
         return (out, lse) if return_lse else out
     raise NotImplementedError("; ".join(refusals))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attend(
+    attend: Callable[..., tuple[Array, Array]],
+    reads_lanes: bool,
+    config: Config,
+    q: Array,
+    k_pages: Pages,
+    v_pages: Pages,
+    table: BlockTable,
+    batch: Batch,
+    sinks: Array | None,
+    rope: Rope | None,
+) -> tuple[Array, Array]:
+    """One implementation. Jitted, so that the layers of a model, alike, are traced once."""
+    pages = (
+        (k_pages, v_pages) if reads_lanes else (_plain(k_pages, q.shape[-1]), _plain(v_pages, q.shape[-1]))
+    )
+    out, lse = attend(q, *pages, table, batch, config, sinks, rope)
+    if has_hadamard(v_pages):
+        out = hadamard_transform(out)  # the transform is its own inverse, and linear
+    return out.astype(q.dtype), lse
 
 
 def _plain(pages: Pages, head_dim: int) -> Pages:

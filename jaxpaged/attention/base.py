@@ -52,20 +52,21 @@ def make_config(head_dim: int, scale: float | None, window: int | None, soft_cap
 def check_queries(
     q: Array, num_kv_heads: int, head_dim: int, batch: Batch, max_seqs: int, sinks: Array | None
 ) -> None:
-    """Checks queries against the cache they are to read; at trace time.
+    """Checks queries and sinks against the pages and the batch, at trace time.
 
     Raises:
-      ValueError: shapes that do not fit together, with their values.
-      TypeError: queries that are not floating point.
+      ValueError: shapes that do not match; names both.
+      TypeError: q or sinks is not floating point.
     """
     if q.ndim != 3:
         raise ValueError(f"q must be [tokens, q_heads, head_dim], got shape {q.shape}")
     tokens, num_q_heads, dim = q.shape
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise TypeError(f"q must be floating point, got {q.dtype}")
+    for name, array in (("q", q), ("sinks", sinks)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {array.dtype}")
     if dim != head_dim:
         raise ValueError(f"head_dim of q is {dim}, of the cache {head_dim}")
-    if num_q_heads % num_kv_heads:
+    if num_q_heads == 0 or num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
     if tokens != batch.num_tokens:
         raise ValueError(f"q has {tokens} tokens, the batch {batch.num_tokens}")
@@ -92,7 +93,7 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
         if 0 in pages.shape:
             raise ValueError(f"no size of {name} may be zero, got shape {pages.shape}")
         if not isinstance(pages, BlockPages) and not jnp.issubdtype(pages.dtype, jnp.floating):
-            raise TypeError(f"pages must be floating point, got {pages.dtype}")
+            raise TypeError(f"{name} must be floating point, got {pages.dtype}")
     if not _alike(k_pages, v_pages):
         raise ValueError(f"k_pages {k_pages.shape} and v_pages {v_pages.shape} must be alike")
     shape = table.pages.shape

@@ -29,10 +29,10 @@ def paged_attention(
     max_seqs, max_pages_per_seq = table.pages.shape
 
     # Every slot of every entry: [S, P, page_size].
-    slot = jnp.arange(page_size)
+    slot = jnp.arange(page_size, dtype=jnp.int32)
     first_slot = table.first_slot[:, :, None]
     live = (slot >= first_slot) & (slot < first_slot + table.num_tokens[:, :, None])
-    live &= (jnp.arange(max_pages_per_seq) < table.num_entries[:, None])[:, :, None]
+    live &= (jnp.arange(max_pages_per_seq, dtype=jnp.int32) < table.num_entries[:, None])[:, :, None]
     position = table.position[:, :, None] + slot - first_slot
 
     # The keys of every sequence, in its table's order: [S, P * page_size, KV, D]; unused slots may be NaN.

@@ -91,6 +91,11 @@ def current_device_kind() -> str:
     return device.device_kind
 
 
+def under_trial() -> bool:
+    """True inside ``trial``."""
+    return _TRIAL.get() is not None
+
+
 @contextmanager
 def trial(sizes: Mapping[str, int] | None) -> Iterator[Trial]:
     """Programs traced inside are given these sizes, whatever the table has; None = the kernel's own choice."""

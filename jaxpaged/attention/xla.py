@@ -101,7 +101,7 @@ def _paged_source(
 
     def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
         begin, end = jnp.zeros_like(sequence), table.num_entries[sequence]
-        live = jnp.arange(table.max_pages_per_seq) < end[:, None]
+        live = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32) < end[:, None]
         position = table.position[sequence]
         if low is not None:
             gone = live & (position + table.num_tokens[sequence] <= low[:, None])
@@ -119,7 +119,7 @@ def _paged_source(
 
     def frame(sequence: Array, unit: Array, end: Array) -> tuple[Array, Array]:
         rotation = table.rotation[sequence]
-        entry = jnp.arange(table.max_pages_per_seq)
+        entry = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32)
         ours = jnp.take_along_axis(rotation, jnp.minimum(unit, table.max_pages_per_seq - 1)[:, None], axis=1)
         others = (rotation != ours) & (entry > unit[:, None]) & (entry < end[:, None])
         return ours[:, 0], jnp.min(jnp.where(others, entry, end[:, None]), axis=1)

@@ -129,6 +129,35 @@ def test_other_lengths_do_not_trace_again():
     assert len(traces) == 1
 
 
+def test_layers_that_are_alike_are_traced_once(monkeypatch):
+    traced = []
+
+    def attention(q, *_):
+        traced.append(q.shape)
+        return q, q[..., 0]
+
+    stand_in(monkeypatch, new=attention)
+    built = build_case(SMALL)
+    arguments = built.q, built.k_pages, built.v_pages, built.table, built.batch
+
+    @jax.jit
+    def layers(q, *rest):
+        for _ in range(5):
+            q = paged_attention(q, *rest)
+        return paged_attention(q, *rest, window=3)
+
+    layers(*arguments)
+    assert len(traced) == 2, "and again with another window"
+
+
+@pytest.mark.parametrize("name", ["group_5_everything", "shifted", "q4_k"])
+def test_64_bit_numbers_change_nothing(name):
+    case = next(case for case in (*CASES, *QUANTIZED_CASES) if case.name == name)
+    with jax.enable_x64(True):
+        for implementation in HERE:
+            check_conformance(under_jit(implementation), case)
+
+
 def test_the_output_keeps_the_dtype_of_the_queries():
     built = build_case(dataclasses.replace(SMALL, dtype="bf16"))
     q = built.q.astype(jnp.bfloat16)
@@ -142,6 +171,7 @@ def test_the_output_keeps_the_dtype_of_the_queries():
     ("change", "message"),
     [
         ({"q": (4, 3, 16)}, "3 query heads are no multiple of 2 KV heads"),
+        ({"q": (4, 0, 16)}, "0 query heads are no multiple of 2 KV heads"),
         ({"q": (4, 4, 8)}, "head_dim of q is 8, of the cache 16"),
         ({"q": (5, 4, 16)}, "q has 5 tokens, the batch 4"),
         ({"q": (4, 64)}, r"got shape \(4, 64\)"),
@@ -160,10 +190,13 @@ def test_what_does_not_fit_is_refused_with_its_values(change, message):
         paged_attention(**arguments)
 
 
-def test_integers_are_refused():
-    built = build_case(SMALL)
-    with pytest.raises(TypeError, match="q must be floating point, got int32"):
-        paged_attention(built.q.astype(jnp.int32), built.k_pages, built.v_pages, built.table, built.batch)
+@pytest.mark.parametrize("name", ["q", "k_pages", "sinks"])
+def test_integers_are_refused(name):
+    built = build_case(dataclasses.replace(SMALL, sinks=True))
+    arguments = {x: getattr(built, x) for x in ("q", "k_pages", "v_pages", "table", "batch", "sinks")}
+    arguments[name] = arguments[name].astype(jnp.int32)
+    with pytest.raises(TypeError, match=f"{name} must be floating point, got int32"):
+        paged_attention(**arguments)
 
 
 def stand_in(monkeypatch, **implementations):
@@ -221,7 +254,7 @@ def test_another_ffi_falls_back_with_one_warning(monkeypatch):
     built = build_case(SMALL)
     real = api.importlib.import_module
     monkeypatch.setattr(
-        api.importlib, "import_module", lambda name: (changed if "numba" in name else real)(name)
+        api.importlib, "import_module", lambda name: (changed if "cpu.backend" in name else real)(name)
     )
     api._find.cache_clear()
     try:

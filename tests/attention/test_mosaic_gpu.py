@@ -191,6 +191,12 @@ def test_the_kernel_lowers_for_cuda(case):
     assert "mosaic_gpu" in on_gpu(built)
 
 
+def test_the_kernel_lowers_with_64_bit_numbers():
+    case = next(case for case in CASES if case.name == "shifted_window")
+    with jax.enable_x64(True):
+        assert "mosaic_gpu" in on_gpu(build_case(in_pages_of_two_bytes(case)))
+
+
 def test_a_donated_step_aliases_its_pages():
     built = build_case(Case("step", **LLAMA_3_8B, lengths=(70, 19), q_lens=(1, 1), dtype="bf16"))
     write, config = page_format("bf16").write, make_config(128, None, None, None)

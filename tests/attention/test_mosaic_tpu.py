@@ -177,6 +177,12 @@ def test_chosen_blocks_conform_too() -> None:
     assert not races_found()
 
 
+def test_64_bit_numbers_change_nothing() -> None:
+    with jax.enable_x64(True):
+        built = build_case(next(case for case in CASES if case.name == "shifted_decode"))
+        check_conformance(interpreted(smallest(built)), built)
+
+
 def test_a_block_that_is_overwritten_while_it_is_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof that the tests above could fail."""
     monkeypatch.setattr(tpu_kernel, "_buffer_of", lambda number: 0)

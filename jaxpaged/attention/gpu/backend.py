@@ -233,7 +233,7 @@ def _make_items(
     )
 
     # The entries that some row sees.
-    live = jnp.arange(table.max_pages_per_seq) < table.num_entries[sequence][:, None]
+    live = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32) < table.num_entries[sequence][:, None]
     position = table.position[sequence]
     end = jnp.sum(live & (position <= row_positions.max(1)[:, None]), axis=1, dtype=jnp.int32)
     begin = jnp.zeros_like(end)
@@ -255,7 +255,7 @@ def _pack_queries(q: Array, first: Array, plan: Plan) -> Array:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.item_rows - plan.group), (0, 0)))
         rows = q.swapaxes(0, 1).reshape(q.shape[1], -1, head_dim)
     else:
-        row = jnp.arange(ROWS)
+        row = jnp.arange(ROWS, dtype=jnp.int32)
         token = jnp.minimum(first[:, None] + row // plan.group, tokens - 1)
         # Indices on both sides of a slice: [I, 64, KV, D].
         rows = q[token, :, row % plan.group].reshape(-1, q.shape[1], head_dim).swapaxes(0, 1)
@@ -278,7 +278,7 @@ def _quarter_turn(rope: Rope, q: Array) -> Array:
     ``cos * q + sin * quarter_turn(q)``, each dimension by itself."""
     one = jnp.ones(rope.phase_step.shape, jnp.float32)
     turned = rope.rotate_by(q, 0 * one, one)
-    return jnp.where(jnp.arange(q.shape[-1]) < rope.rotary_dim, turned, 0).astype(q.dtype)
+    return jnp.where(jnp.arange(q.shape[-1], dtype=jnp.int32) < rope.rotary_dim, turned, 0).astype(q.dtype)
 
 
 def _turns_by_dimension(rope: Rope, head_dim: int) -> Array:
@@ -304,12 +304,12 @@ def _merge(
         lse = lse[..., : plan.group].transpose(1, 3, 0, 2)
         out = out[:, :, :, : plan.group].transpose(1, 3, 0, 2, 4)
     else:
-        rows = row[:, None] + jnp.arange(plan.group)
+        rows = row[:, None] + jnp.arange(plan.group, dtype=jnp.int32)
         out, lse = (x[:, item[:, None], :, rows] for x in (out, lse))
     valid = batch.valid[:, None, None]
     lse = jnp.where(valid[..., None], lse, -jnp.inf)
     highest = lse.max(2)
-    sink = jnp.full((), -jnp.inf)
+    sink = jnp.float32(-jnp.inf)
     if sinks is not None:
         sink = jnp.where(valid, sinks.astype(jnp.float32).reshape(-1, plan.group).T * _LOG2_E, -jnp.inf)
         highest = jnp.maximum(highest, sink)

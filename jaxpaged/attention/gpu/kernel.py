@@ -161,7 +161,8 @@ def attend(
         interpret=interpret,
     )
     entries = table.pages, table.first_slot, table.num_tokens, table.position, table.rotation
-    return kernel(tiles, items, row_positions, *entries, *pools, *(() if turns is None else (turns,)))
+    with jax.enable_x64(False):  # as 64-bit integers, loop counters would not meet 32-bit ones
+        return kernel(tiles, items, row_positions, *entries, *pools, *(() if turns is None else (turns,)))
 
 
 def _attend_item(

@@ -253,7 +253,7 @@ def _run(
         pltpu.SemaphoreType.DMA((3,)),
         pltpu.SemaphoreType.DMA((2,)),
     ]
-    out, lse = pl.pallas_call(
+    run = pl.pallas_call(
         partial(
             kernel,
             cut=Cut(heads, config, pages, queries, len(items.block), jnp.dtype(q.dtype), stored),
@@ -271,7 +271,9 @@ def _run(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         interpret=interpret,
         name=f"paged_attention_{queries}x{pages}",
-    )(count.reshape(1), *items, *inputs, entries, *pools)
+    )
+    with jax.enable_x64(False):  # Mosaic has no 64-bit integers, which loop counters would be
+        out, lse = run(count.reshape(1), *items, *inputs, entries, *pools)
 
     if packed > 1:
         # Each part of a row is a softmax over its own tokens; they merge as those of disjoint sets of keys.
@@ -307,11 +309,11 @@ def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
     partner = np.zeros((lanes, lanes), np.float32)
     for i in range(packed):
         partner[other + i * head_dim, dims + i * head_dim] = sign
-    return [turns[None], jnp.asarray(partner)]
+    return [turns[None], jnp.asarray(partner, jnp.float32)]
 
 
 def _hadamard(head_dim: int, lanes: int, packed: int) -> Array:
     """f32[lanes, lanes]: ``x @ it`` is each head of a row turned as ``page_format.hadamard`` does it."""
     n = hadamard.size(head_dim)
     blocks = np.kron(np.eye(packed * head_dim // n, dtype=np.float32), hadamard.matrix(n))
-    return jnp.asarray(np.pad(blocks, (0, lanes - len(blocks))))
+    return jnp.asarray(np.pad(blocks, (0, lanes - len(blocks))), jnp.float32)

@@ -368,7 +368,7 @@ def _entries(
     """The entries that queries at positions ``low .. high`` see; high None = to the last."""
     first, end = jnp.zeros_like(sequence), table.num_entries[sequence]
     if window is not None or high is not None:
-        live = jnp.arange(table.max_pages_per_seq) < end[:, None]
+        live = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32) < end[:, None]
         position = table.position[sequence]
         if window is not None:
             gone = live & (position + table.num_tokens[sequence] <= low[:, None] - window + 1)
