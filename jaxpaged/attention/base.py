@@ -1,4 +1,4 @@
-"""What implementations of attention share: argument checks, masks, softmax states, the ragged loops."""
+"""Shared by implementations of attention: argument checks, softmax states, loops over ragged batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width
 from jaxpaged.pages.rope import Rope
 
 Pages = Array | BlockPages
-"""One layer's keys or values: a page array, or quantized pages."""
+"""Keys or values of one layer: a page array, or quantized pages."""
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
@@ -26,7 +26,7 @@ _LOWEST = -1e30
 
 @dataclass(frozen=True)
 class Config:
-    """What one attention computes, beside its arrays; hashable, static."""
+    """Static parameters of an attention."""
 
     scale: float
     window: int | None = None
@@ -37,7 +37,7 @@ class Config:
 
 
 def make_config(head_dim: int, scale: float | None, window: int | None, soft_cap: float | None) -> Config:
-    """Checks the scalars of an attention and fills in what was left out.
+    """Checks the scalars of an attention and fills in defaults.
 
     Raises:
       ValueError: a window below 1, or a soft cap that is not positive.
@@ -79,11 +79,11 @@ def check_queries(
 
 
 def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
-    """Checks pages and block table; at trace time.
+    """Checks pages and block table, at trace time.
 
     Raises:
-      ValueError: shapes that do not fit together, with their values.
-      TypeError: pages that are not floating point.
+      ValueError: shapes that do not match; names both.
+      TypeError: pages are not floating point.
     """
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if len(pages.shape) != 4:
@@ -105,7 +105,7 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
 
 
 def _alike(k_pages: Pages, v_pages: Pages) -> bool:
-    """Whether pages are as many, of as many heads and tokens; plain ones beside quantized may be in rows of lanes."""
+    """True if both have equally many pages, heads and tokens; plain pages beside quantized ones may be lane-packed."""
     quantized, other = k_pages, v_pages
     if not isinstance(quantized, BlockPages):
         quantized, other = other, quantized
@@ -119,42 +119,42 @@ def _alike(k_pages: Pages, v_pages: Pages) -> bool:
 
 
 def compute_dtype(pages: Pages) -> DTypeLike:
-    """What numbers of these pages are computed with: quantized ones have about as many digits as bfloat16."""
+    """Dtype for products with these pages: quantized numbers have about the precision of bfloat16."""
     if isinstance(pages, BlockPages) or pages.dtype.itemsize == 1:
         return jnp.bfloat16
     return pages.dtype
 
 
 def has_hadamard(pages: Pages) -> bool:
-    """Whether rows are stored under a Hadamard turn (``page_format.hadamard``)."""
+    """True if rows are stored Hadamard-transformed (``formats.hadamard``)."""
     return isinstance(pages, BlockPages) and pages.format.hadamard
 
 
 def described(pages: Pages) -> str:
-    """What pages hold, and their shape."""
+    """Format and shape of pages, for messages."""
     kind = pages.format.name if isinstance(pages, BlockPages) else str(pages.dtype)
     return f"{kind}{pages.shape}"
 
 
 def check_rope(rope: Rope | None, head_dim: int) -> None:
-    """Checks the frequencies against the heads they turn; at trace time.
+    """Checks a rotary embedding against the heads it rotates, at trace time.
 
     Raises:
-      ValueError: they turn more dimensions than a head has.
+      ValueError: it rotates more dimensions than a head has.
     """
     if rope is not None and rope.rotary_dim > head_dim:
-        raise ValueError(f"rope turns {rope.rotary_dim} dimensions, a head has {head_dim}")
+        raise ValueError(f"rope rotates {rope.rotary_dim} dimensions, a head has {head_dim}")
 
 
 # --- softmax states -----------------------------------------------------------------------------------------
 
 
 _SHORT_STEP = 32
-"""Tokens of a step up to which a block of queries costs little more than a single one."""
+"""Number of tokens in a step up to which a block of queries costs little more than a single query."""
 
 
 class SoftmaxState(NamedTuple):
-    """A softmax-weighted sum under way (online softmax, arXiv:1805.02867)."""
+    """Partial softmax-weighted sum (online softmax, arXiv:1805.02867)."""
 
     maximum: Array
     """f32[..., R]: largest score so far."""
@@ -165,7 +165,7 @@ class SoftmaxState(NamedTuple):
 
 
 def empty_state(shape: tuple[int, ...], head_dim: int) -> SoftmaxState:
-    """The state that has seen nothing."""
+    """State before the first key."""
     return SoftmaxState(
         jnp.full(shape, _LOWEST, jnp.float32),
         jnp.zeros(shape, jnp.float32),
@@ -200,12 +200,12 @@ def update_state(
 
 
 def finish_state(state: SoftmaxState, sinks: Array | None) -> tuple[Array, Array]:
-    """``(out f32[..., R, D], lse f32[..., R])`` of a state; zeros and -inf where nothing was seen.
+    """``(out f32[..., R, D], lse f32[..., R])`` of a state; zeros and -inf where no key was seen.
 
     Args:
       state: the finished sums.
-      sinks: f32[..., R] or None: one more score each, that joins the denominator and has no value. It counts
-        in lse, so that parts merge exactly where one of them was given the sink.
+      sinks: f32[..., R] or None: an additional score that joins the denominator and has no value. It is included in
+        lse, so that partial results merge exactly if one of them was given the sink.
     """
     maximum, denominator, weighted = state
     if sinks is not None:
@@ -222,7 +222,7 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
     """Attention over two disjoint sets of keys, from the attention over each.
 
     ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``:
-    associative, commutative, and a side that saw nothing (lse = -inf) changes nothing.
+    associative and commutative; a side without keys (lse = -inf) is neutral.
 
     Args:
       out_a, out_b: [..., head_dim].
@@ -240,42 +240,42 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
     return out.astype(out_a.dtype), lse
 
 
-# --- the ragged loops ---------------------------------------------------------------------------------------
+# --- loops over ragged batches ---------------------------------------------------------------------------------------
 
 
 NOWHERE = np.iinfo(np.int32).max
-"""The position of a slot without a token: behind every query."""
+"""Position of a slot without a token: behind every query."""
 
 
 class Source(NamedTuple):
-    """Where the loops find the keys of a sequence: spans of units, a unit being an entry or a chunk."""
+    """Access to the keys and values of a sequence, in units: entries of a block table, or chunks."""
 
     span: Callable[[Array, Array | None, Array | None], tuple[Array, Array]]
-    """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: units that hold every
-    token of the sequence at positions low .. high; None = from its first token, to its last."""
+    """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: range of units with
+    the tokens at positions low .. high; None = no bound."""
     positions: Callable[[Array, Array, Array], Array]
     """``(sequence i32[W], unit i32[W], end i32[W]) -> i32[W, C]``: logical positions of the tokens in the ``stride``
     units from ``unit`` on; NOWHERE where there is none, and from unit ``end`` on."""
     load: Callable[[Array, Array, Array], tuple[Array, Array]]
-    """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each: the keys and values
-    of those units; v is finite everywhere."""
+    """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each: keys and
+    values of those units; v is finite everywhere."""
     stride: int
-    frame: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
-    """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: the rotation of the keys of
-    ``unit``, and the first unit behind it, or ``end``, whose keys have another. None = no key is ever shifted."""
+    rotation_run: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
+    """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: rotation offset of
+    the keys of ``unit``, and the first unit after it with another offset, or ``end``. None = keys are never shifted."""
     hadamard: bool = False
-    """Whether keys are stored turned (``page_format.hadamard``), so that queries are turned before they meet them."""
+    """True if keys are stored Hadamard-transformed (``formats.hadamard``), so that queries are transformed too."""
 
 
 class Tiling(NamedTuple):
-    """How queries are cut into blocks: sequences with one query are one pass, those with more another."""
+    """Block sizes; sequences with one query are one pass, those with more another."""
 
-    decode_lanes: int
-    """Sequences with one query that are computed side by side."""
+    decode_width: int
+    """Number of sequences with one query that are computed together."""
     rows: int
-    """Queries of a block, where a sequence has several."""
-    lanes: int
-    """Blocks computed side by side."""
+    """Queries of a block, for sequences with several queries."""
+    width: int
+    """Number of blocks that are computed together."""
 
 
 def ragged_attention(
@@ -292,38 +292,38 @@ def ragged_attention(
     """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, D], lse f32[T, Hq])``.
 
     Two passes, over the sequences with one query and over blocks of those with more. Both are loops with
-    dynamic trip counts, over blocks and over the chunks that a block sees: a pass without work costs nothing,
-    and no cost depends on anything but live tokens.
+    dynamic trip counts, over blocks and over the chunks that a block sees: an empty pass costs nothing, and the cost
+    depends on live tokens only.
 
     Args:
       q: [T, Hq, D].
-      batch: whose queries they are.
-      source: the keys and values.
+      batch: sequence and position of each query.
+      source: keys and values.
       num_kv_heads: KV; Hq is a multiple.
       config: scale, window, soft cap.
       sinks: f32[Hq] or None.
-      tiling: the cut.
-      dtype: what q is converted to before it meets the keys.
-      rope: what turns queries to keys of another frame; None = keys carry no rotation, or have one frame.
+      tiling: block sizes.
+      dtype: dtype of q in products.
+      rope: rotates queries to the rotation offset of keys; None = keys are never shifted.
     """
     tokens = q.shape[0]
     state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     q = q.astype(dtype)
     single = batch.q_lens == 1
     if tokens == 1 or batch.max_q_len == 1:
-        passes = [(single.astype(jnp.int32), 1, tiling.decode_lanes)]
+        passes = [(single.astype(jnp.int32), 1, tiling.decode_width)]
     elif batch.max_seqs == 1 or batch.max_seqs < tokens <= _SHORT_STEP:
         # Few single queries, if any: as blocks they cost little more, and one pass compiles in half the time.
-        passes = [(-(-batch.q_lens // tiling.rows), tiling.rows, tiling.lanes)]
+        passes = [(-(-batch.q_lens // tiling.rows), tiling.rows, tiling.width)]
     else:
         blocks = jnp.where(single, 0, -(-batch.q_lens // tiling.rows))
         passes = [
-            (single.astype(jnp.int32), 1, tiling.decode_lanes),
-            (blocks, tiling.rows, tiling.lanes),
+            (single.astype(jnp.int32), 1, tiling.decode_width),
+            (blocks, tiling.rows, tiling.width),
         ]
-    for blocks, rows, lanes in passes:
+    for blocks, rows, width in passes:
         state = _block_pass(
-            state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, lanes, dtype, rope
+            state, q, batch, source, num_kv_heads, config, sinks, blocks, rows, width, dtype, rope
         )
     return state
 
@@ -338,11 +338,11 @@ def _block_pass(
     sinks: Array | None,
     blocks: Array,
     rows: int,
-    lanes: int,
+    width: int,
     dtype: jnp.dtype,
     rope: Rope | None,
 ) -> tuple[Array, Array]:
-    """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``lanes`` blocks at a time."""
+    """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``width`` blocks at a time."""
     tokens, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads
     ends = jnp.cumsum(blocks, dtype=jnp.int32)
@@ -350,7 +350,7 @@ def _block_pass(
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, group), (1, rows))
 
     def step(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        block = i * lanes + jnp.arange(lanes, dtype=jnp.int32)
+        block = i * width + jnp.arange(width, dtype=jnp.int32)
         sequence = jnp.sum(ends <= block[:, None], axis=1, dtype=jnp.int32)  # S where there is no more block
         sequence, exists = jnp.minimum(sequence, batch.max_seqs - 1), sequence < batch.max_seqs
         first = batch.cu_q_lens[sequence] + rows * (block - ends[sequence] + blocks[sequence])
@@ -366,12 +366,12 @@ def _block_pass(
 
         begin, end = source.span(sequence, low, high)
         end = jnp.where(exists, end, begin)
-        qs = q.at[row].get(mode="clip").reshape(lanes, rows, num_kv_heads, group, head_dim)
-        qs = qs.transpose(0, 2, 1, 3, 4).reshape(lanes, num_kv_heads, rows * group, head_dim)
+        qs = q.at[row].get(mode="clip").reshape(width, rows, num_kv_heads, group, head_dim)
+        qs = qs.transpose(0, 2, 1, 3, 4).reshape(width, num_kv_heads, rows * group, head_dim)
         position_of_row = jnp.repeat(position, group, axis=1) if rows > 1 else position
 
         def attend_run(softmax: SoftmaxState, qs: Array, unit: Array, stop: Array) -> SoftmaxState:
-            """Adds the keys of the units ``unit .. stop``, which are all of one frame."""
+            """Adds the keys of the units ``unit .. stop``, which share a rotation offset."""
 
             def add(j: Array, carry: tuple[SoftmaxState, Array]) -> tuple[SoftmaxState, Array]:
                 softmax, key_position = carry
@@ -380,8 +380,8 @@ def _block_pass(
                 visible = key_position[:, None] <= position_of_row[..., None]
                 if config.window is not None:
                     visible &= key_position[:, None] > position_of_row[..., None] - config.window
-                # Positions travel a step ahead in the carry, because XLA:CPU would compute what is made in the step
-                # anew for every score, table lookups and all: measured, a fifth of the time of a prompt's attention.
+                # Positions are carried from the step before: XLA:CPU would otherwise recompute them, table lookups
+                # included, for every score, a fifth of the time of prefill attention.
                 return (
                     update_state(softmax, qs, k, v, visible, config),
                     source.positions(sequence, here + source.stride, stop),
@@ -390,43 +390,45 @@ def _block_pass(
             trips = jnp.max(-(-(stop - unit) // source.stride))
             return lax.fori_loop(0, trips, add, (softmax, source.positions(sequence, unit, stop)))[0]
 
-        def spread(qs: Array) -> Array:
+        def transformed(qs: Array) -> Array:
             return hadamard_transform(qs).astype(dtype) if source.hadamard else qs
 
-        softmax = empty_state((lanes, num_kv_heads, rows * group), head_dim)
-        frame, spread_qs = source.frame, spread(qs)
-        if rope is None or frame is None:
-            softmax = attend_run(softmax, spread_qs, begin, end)
+        softmax = empty_state((width, num_kv_heads, rows * group), head_dim)
+        rotation_run, transformed_qs = source.rotation_run, transformed(qs)
+        if rope is None or rotation_run is None:
+            softmax = attend_run(softmax, transformed_qs, begin, end)
         else:
-            # A query is rotated for the frame of its own key; to keys of another frame it is turned by the
-            # difference, which leaves the difference of logical positions as the angle between them.
+            # A query has the rotation offset of its own key. Rotated by the difference to another key's offset, the
+            # angle between the two is the difference of their logical positions.
             own = batch.rope_positions.at[row].get(mode="clip") - batch.position.at[row].get(mode="clip")
             own = jnp.repeat(own, group, axis=1)
 
-            def attend_frame(carry: tuple[Array, SoftmaxState]) -> tuple[Array, SoftmaxState]:
+            def attend_rotation(carry: tuple[Array, SoftmaxState]) -> tuple[Array, SoftmaxState]:
                 unit, softmax = carry
-                rotation, stop = frame(sequence, unit, end)
+                rotation, stop = rotation_run(sequence, unit, end)
                 difference = rotation[:, None] - own
 
-                def turned() -> Array:
+                def rotated() -> Array:
                     cos, sin = rope.cos_sin(difference)
-                    return spread(rope.rotate_by(qs, cos[:, None], sin[:, None]))
+                    return transformed(rope.rotate_by(qs, cos[:, None], sin[:, None]))
 
-                turned_qs = lax.cond(jnp.any(difference != 0), turned, lambda: spread_qs)
-                return stop, attend_run(softmax, turned_qs, unit, stop)
+                rotated_qs = lax.cond(jnp.any(difference != 0), rotated, lambda: transformed_qs)
+                return stop, attend_run(softmax, rotated_qs, unit, stop)
 
-            _, softmax = lax.while_loop(lambda carry: jnp.any(carry[0] < end), attend_frame, (begin, softmax))
+            _, softmax = lax.while_loop(
+                lambda carry: jnp.any(carry[0] < end), attend_rotation, (begin, softmax)
+            )
         out, lse = finish_state(softmax, sinks)
-        out = out.reshape(lanes, num_kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)
-        lse = lse.reshape(lanes, num_kv_heads, rows, group).transpose(0, 2, 1, 3)
+        out = out.reshape(width, num_kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)
+        lse = lse.reshape(width, num_kv_heads, rows, group).transpose(0, 2, 1, 3)
         return (
-            state[0].at[row].set(out.reshape(lanes, rows, num_q_heads, head_dim), mode="drop"),
-            state[1].at[row].set(lse.reshape(lanes, rows, num_q_heads), mode="drop"),
+            state[0].at[row].set(out.reshape(width, rows, num_q_heads, head_dim), mode="drop"),
+            state[1].at[row].set(lse.reshape(width, rows, num_q_heads), mode="drop"),
         )
 
-    return jax.lax.fori_loop(0, -(-ends[-1] // lanes), step, state)
+    return jax.lax.fori_loop(0, -(-ends[-1] // width), step, state)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n >= 1."""
+    """Smallest power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The specification of paged attention: readable, float32, dense in memory and time."""
+"""Reference implementation of paged attention: readable, float32, dense in memory and time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def paged_attention(
     live &= (jnp.arange(max_pages_per_seq, dtype=jnp.int32) < table.num_entries[:, None])[:, :, None]
     position = table.position[:, :, None] + slot - first_slot
 
-    # The keys of every sequence, in its table's order: [S, P * page_size, KV, D]; unused slots may be NaN.
+    # Keys of each sequence in the order of its table, [S, P * page_size, KV, D]; unused slots may be NaN.
     def gather(pages: Pages) -> Array:
         taken = jnp.clip(table.pages, 0, num_pages - 1)
         if isinstance(pages, BlockPages):
@@ -57,7 +57,7 @@ def paged_attention(
         k = rope.rotate(k.reshape(-1, num_kv_heads, head_dim), -rotation.reshape(-1)).reshape(k.shape)
         q = rope.rotate(q, batch.position - batch.rope_positions)
 
-    # Each query beside the keys of its sequence; query heads are grouped by the KV head they read.
+    # Scores of each query and the keys of its sequence; query heads are grouped by KV head.
     sequence = jnp.minimum(batch.sequence, max_seqs - 1)
     query_position = batch.position[:, None]
     visible = batch.valid[:, None] & live[sequence] & (position[sequence] <= query_position)
@@ -69,7 +69,7 @@ def paged_attention(
         scores = config.soft_cap * jnp.tanh(scores / config.soft_cap)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf).reshape(tokens, num_q_heads, -1)
 
-    # A sink is one more score with no value behind it.
+    # A sink is an additional score without a value.
     if sinks is not None:
         sink = jnp.where(batch.valid[:, None], sinks.astype(jnp.float32), -jnp.inf)
         scores = jnp.concatenate([scores, sink[..., None]], axis=-1)

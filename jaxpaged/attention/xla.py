@@ -27,7 +27,7 @@ from jaxpaged.pages.rope import Rope
 _CHUNK_TOKENS = 512
 _CPU_CHUNK_TOKENS = 256
 _CPU_CHUNK_PAGES = 8
-"""Measured on two cores: joining 16 pages or more takes 3 times as long a token as joining 8."""
+"""On two cores, concatenating 16 pages or more takes 3 times as long a token as concatenating 8."""
 
 
 def paged_attention(
@@ -69,15 +69,15 @@ def _attend(
     head_dim = q.shape[2]
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2] * tokens_per_row(k_pages.shape[3], head_dim)
     if cpu:
-        # One sequence after the other, single pages sliced out of the pool: XLA:CPU is slow in gathers and in
-        # batches of small dots, and its float32 dots are 9 times as fast as those of shorter formats.
+        # One sequence at a time, pages sliced out of the pool one by one: XLA:CPU is slow at gathers and at batches of
+        # small dots, and its float32 dots are 9 times as fast as those of shorter formats.
         dtype = jnp.dtype(jnp.float32)
-        tiling = Tiling(decode_lanes=1, rows=min(128, power_of_two(q.shape[0])), lanes=1)
+        tiling = Tiling(decode_width=1, rows=min(128, power_of_two(q.shape[0])), width=1)
         stride = min(max(_CPU_CHUNK_TOKENS // page_size, 1), _CPU_CHUNK_PAGES)
     else:
         dtype = functools.reduce(jnp.promote_types, map(compute_dtype, (k_pages, v_pages)), q.dtype)
         tiling = Tiling(
-            decode_lanes=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), lanes=4
+            decode_width=min(batch.max_seqs, q.shape[0]), rows=min(128, power_of_two(q.shape[0])), width=4
         )
         stride = max(_CHUNK_TOKENS // page_size, 1)
     stride = min(stride, table.max_pages_per_seq)
@@ -95,7 +95,7 @@ def _paged_source(
     *,
     slices: bool,
 ) -> Source:
-    """The entries of a block table as a source of keys; a unit is an entry."""
+    """Keys and values of a block table; a unit is an entry."""
     num_pages, num_kv_heads, page_rows, width = k_pages.shape
     page_size = page_rows * tokens_per_row(width, head_dim)
 
@@ -111,13 +111,13 @@ def _paged_source(
         return begin, jnp.maximum(begin, end)
 
     def window(field: Array, sequence: Array, unit: Array) -> Array:
-        """``stride`` entries of a field, i32[W, stride]: slices, as XLA makes a kernel of each gather."""
+        """``stride`` entries of a field, i32[W, stride]: as slices, since each gather is a kernel."""
         first = jnp.minimum(unit, table.max_pages_per_seq - stride)
         return jnp.concatenate(
             [lax.dynamic_slice(field, (sequence[w], first[w]), (1, stride)) for w in range(len(unit))]
         )
 
-    def frame(sequence: Array, unit: Array, end: Array) -> tuple[Array, Array]:
+    def rotation_run(sequence: Array, unit: Array, end: Array) -> tuple[Array, Array]:
         rotation = table.rotation[sequence]
         entry = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32)
         ours = jnp.take_along_axis(rotation, jnp.minimum(unit, table.max_pages_per_seq - 1)[:, None], axis=1)
@@ -134,7 +134,7 @@ def _paged_source(
         )
         slot = jnp.arange(page_size, dtype=jnp.int32)
         live = (slot >= first_slot) & (slot < first_slot + num_tokens)
-        # A window that would leave the row begins earlier, with entries that were read before.
+        # Near the end of the row the window begins earlier, with entries that were read before.
         live &= ((entry >= unit[:, None]) & (entry < end[:, None]))[..., None]
         return jnp.where(live, position + slot - first_slot, NOWHERE).reshape(len(unit), -1)
 
@@ -143,7 +143,7 @@ def _paged_source(
 
         def rows(pool: Pages) -> Array:
             if isinstance(pool, BlockPages):
-                # A chunk of pages at a time: the numbers of all are never in memory together.
+                # Dequantizes one chunk of pages at a time.
                 x = pool.format.load(pool, pages, slices=slices).transpose(0, 2, 1, 3, 4)
                 x = x.reshape(len(pages), num_kv_heads, -1, head_dim)
             elif slices:
@@ -164,7 +164,7 @@ def _paged_source(
                 x = x.reshape(len(pages), num_kv_heads, -1, head_dim)
             return x.astype(dtype)
 
-        # A masked value is multiplied by zero, which NaN would survive.
+        # A masked value has weight zero, and 0 * NaN is NaN.
         return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
 
-    return Source(span, positions, load, stride, frame, has_hadamard(k_pages))
+    return Source(span, positions, load, stride, rotation_run, has_hadamard(k_pages))

@@ -350,10 +350,10 @@ def _attend(
     rows = min(128, power_of_two(q.shape[0]))
     if cpu:
         # One row after the other: no sequence pays for a longer one, and XLA:CPU has few cores to fill.
-        dtype, tiling = jnp.dtype(jnp.float32), Tiling(decode_lanes=1, rows=rows, lanes=1)
+        dtype, tiling = jnp.dtype(jnp.float32), Tiling(decode_width=1, rows=rows, width=1)
     else:
         dtype = functools.reduce(jnp.promote_types, map(compute_dtype, (k, v)), q.dtype)
-        tiling = Tiling(decode_lanes=min(max_seqs, q.shape[0]), rows=rows, lanes=4)
+        tiling = Tiling(decode_width=min(max_seqs, q.shape[0]), rows=rows, width=4)
 
     def span(sequence: Array, low: Array | None, high: Array | None) -> tuple[Array, Array]:
         begin, end = jnp.zeros_like(sequence), lengths[sequence]
