@@ -1,21 +1,22 @@
-"""``jaxpaged serve`` in many replicas behind Ray Serve, and a router that knows who has the beginning of a prompt.
+"""Replicas of ``jaxpaged serve`` behind Ray Serve, with a prefix-aware router.
 
     python docs/examples/ray_serve.py --replicas 2 --port 8000 -m model.gguf -np 32 --kv-memory 50%
-    PYTHONPATH=docs/scaling serve run ray_serve:build replicas=2 gpus=1 flags="-m model.gguf -np 32"
+    PYTHONPATH=docs/examples serve run ray_serve:build replicas=2 gpus=1 flags="-m model.gguf -np
+    32"
 
-``Ingress`` takes HTTP requests, cuts the beginning of their text into blocks, and names each block by a hash chain.
-It hands them to a ``Replica``, which is the application of ``jaxpaged serve`` with an engine of its own, and passes on
-what that answers, streams too. Which replica it is, ``PrefixRouter`` decides: the one that was given the longest
-beginning of this text before, for its pool still has the pages; where none was, or that one has much more to do than
-others, the less busy one of two.
+``Ingress`` receives HTTP requests, splits the beginning of their text into blocks, and identifies
+each block by a hash chain. It forwards them to a ``Replica``, the application of ``jaxpaged serve``
+with its own engine, and streams the response back. ``PrefixRouter`` chooses the replica: the one
+that received the longest prefix of the text before, since its pool still has the pages; if there is
+none, or it has many more requests than others, the less busy one of two.
 
 Made for Ray 2.60; its request routers are an alpha API.
 
-References:
-  Mitzenmacher, The Power of Two Choices in Randomized Load Balancing, 2001.
-  Ray's PrefixCacheAffinityRouter and SGLang's cache-aware router, which route on a tree of characters.
+References: Mitzenmacher, The Power of Two Choices in Randomized Load Balancing, 2001. Ray's
+  PrefixCacheAffinityRouter and SGLang's cache-aware router, which route on a tree of characters.
 """
-# Ray reads the annotations of `build`: they must be classes, not text (no `from __future__ import annotations`).
+# Ray reads the annotations of `build`: they must be classes, not text (no `from __future__ import
+# annotations`).
 
 import argparse
 import asyncio
@@ -48,61 +49,63 @@ from starlette.types import Message, Receive, Scope, Send
 from jaxpaged.app.server.options import ServeOptions
 
 REPLICA_HEADER = "x-jaxpaged-replica"
-"""Of every answer: the replica that gave it."""
+"""Header of each response, with the id of the replica."""
 _LONGEST_PREFIX = 64 * 1024
-"""Characters of a text that are looked at."""
+"""Maximum number of characters of a text that the router reads."""
 _CHARS_PER_TOKEN = 4
-_BLOCKS_AT_FIRST = 4096
-"""Remembered of a replica that has not told yet how large its pool is."""
+_INITIAL_BLOCKS = 4096
+"""Blocks remembered for a replica that has not reported the size of its pool."""
 _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "root_path", "query_string")
 _UNKNOWN = sys.maxsize
-"""Requests of a replica that does not answer: nobody is sent there for its prefixes."""
+"""Assumed requests of a replica that does not respond, so that it is not chosen for its
+prefixes."""
 _SECONDS_TO_LEAVE = 5
-"""Beyond --drain-seconds, until Ray ends a replica that still answers."""
+"""Time after --drain-seconds until Ray ends a replica with running requests."""
 
 
 class Arguments(BaseModel):
-    """What ``build`` takes."""
+    """Arguments of ``build``."""
 
     model_config = ConfigDict(extra="forbid")
 
     flags: str = ""
-    """Flags of ``jaxpaged serve``, as one would type them; --host and --port are without effect."""
+    """Flags of ``jaxpaged serve``, as on its command line; --host and --port have no effect."""
     replicas: int = Field(1, ge=1)
     ingress_replicas: int = Field(1, ge=1)
-    """Each remembers for itself which texts it sent where."""
+    """Each has its own memory of prefixes."""
     cpus: float = Field(1.0, ge=0)
-    """Of a replica, and so are gpus and tpus: what Ray keeps for it. --mesh makes use of more than one."""
+    """CPUs that Ray reserves for a replica, as ``gpus`` and ``tpus``; --mesh uses more than one."""
     gpus: int = Field(0, ge=0)
     tpus: int = Field(0, ge=0)
     imbalance: int = Field(8, ge=0)
-    """So many requests more than the least busy one a replica may have, and still get another for its prefix."""
+    """Largest excess of requests over the least busy replica with which one is chosen for its
+    prefix."""
     block_chars: int = Field(64, ge=8)
-    """Characters of a block: a beginning is known in whole blocks only."""
+    """Characters of a block; prefixes are matched in whole blocks."""
 
 
 def serve_options(flags: Sequence[str]) -> ServeOptions:
-    """The options that flags of ``jaxpaged serve`` stand for.
+    """Parses flags of ``jaxpaged serve``.
 
     Raises:
-      click.ClickException: unknown ones, or such that contradict each other or a replica of one process.
+      click.ClickException: unknown or contradictory flags, or those of several processes.
     """
     from jaxpaged.app.commands import serve as command
 
     context = command.make_context("jaxpaged serve", list(flags))
     given = context.params
     if {given.pop("coordinator"), given.pop("num_processes"), given.pop("process_id")} != {None}:
-        raise click.UsageError("a replica is one process: --mesh spreads it over the devices of one host")
+        raise click.UsageError("a replica is one process; --mesh shards it over the devices of one host")
     return ServeOptions.of_flags(environment=os.environ, **given)
 
 
-# What is known of texts
+# Prefixes
 
 
 def prefix_keys(body: bytes, block_chars: int) -> list[bytes]:
-    """A key for each whole block of characters of a request's text, each naming its block and all before it.
+    """Hash of each whole block of a request's text and of all text before it.
 
-    A body that is no request has none: the replica will say what is wrong with it.
+    Empty for an invalid body, which the replica will refuse.
     """
     try:
         request = json.loads(body)
@@ -111,10 +114,12 @@ def prefix_keys(body: bytes, block_chars: int) -> list[bytes]:
     if not isinstance(request, dict):
         return []
     text = request.get("messages", request.get("prompt", ""))
-    if not isinstance(text, str):  # as JSON, too, conversations that go on begin alike, and lists of tokens
+    if not isinstance(
+        text, str
+    ):  # continued conversations, and lists of tokens, have a common prefix as JSON too
         text = json.dumps(text)
     text = text[:_LONGEST_PREFIX]
-    key = json.dumps(request.get("cache_salt")).encode()  # others' pages are not shared
+    key = json.dumps(request.get("cache_salt")).encode()  # pages are shared within a salt only
     keys = []
     for end in range(block_chars, len(text) + 1, block_chars):
         block = text[end - block_chars : end].encode("utf-8", "surrogatepass")
@@ -124,23 +129,23 @@ def prefix_keys(body: bytes, block_chars: int) -> list[bytes]:
 
 
 class KnownPrefixes:
-    """For each replica, the keys of the beginnings that it was given last.
+    """Keys of the prefixes that each replica received last.
 
-    As in the pools of pages, the last block of a beginning goes before the first one does: who has a key has all that
-    come before it.
+    As in prefix caches, the last block of a prefix is evicted before the first: a key that is
+    present implies those before it.
     """
 
     def __init__(self) -> None:
         self._keys: dict[Hashable, OrderedDict[bytes, None]] = {}
 
     def keep(self, replicas: Iterable[Hashable]) -> None:
-        """Forgets all other replicas."""
+        """Removes all other replicas."""
         self._keys = {replica: self._keys.get(replica, OrderedDict()) for replica in replicas}
 
     def add(self, replica: Hashable, keys: Sequence[bytes], limit: int) -> None:
-        """``replica`` was given a text with these keys; of those least recently used, all beyond ``limit`` go."""
+        """Records keys that a replica received; evicts the least recently used beyond ``limit``."""
         known = self._keys.get(replica)
-        if known is None:  # it died meanwhile
+        if known is None:  # the replica is gone
             return
         for key in reversed(keys):
             known[key] = None
@@ -149,17 +154,18 @@ class KnownPrefixes:
             known.popitem(last=False)
 
     def length(self, replica: Hashable, keys: Sequence[bytes]) -> int:
-        """How many blocks of a text the replica was given before."""
+        """Number of leading blocks of a text that the replica received before."""
         known = self._keys.get(replica, ())
         return sum(1 for _ in itertools.takewhile(known.__contains__, keys))
 
     def size(self, replica: Hashable) -> int:
-        """How many blocks are known of a replica."""
+        """Number of blocks remembered for a replica."""
         return len(self._keys.get(replica, ()))
 
 
 class PrefixRouter(RequestRouter):
-    """See the module. There is one in every process that has a handle to the replicas: in every ``Ingress``."""
+    """Router in every process with a handle to the replicas, that is, in every ``Ingress``; see the
+    module."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._imbalance: int = kwargs["imbalance"]
@@ -173,9 +179,9 @@ class PrefixRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of replicas: Ray takes the least busy one of the first rank that has one with room."""
+        """Ranks of replicas; Ray takes the least busy one of the first rank with capacity."""
         keys = _keys_of(pending_request)
-        # Of two that are equally busy, Ray takes the first: the one with fewer texts to forget for a new one.
+        # Of two that are equally busy, Ray takes the first: the one with fewer blocks to evict.
         two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         if keys:
             two.sort(key=lambda replica: self._known.size(replica.replica_id))
@@ -195,27 +201,27 @@ class PrefixRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         if (keys := _keys_of(pending_request)) and replica_id in self.curr_replicas:
             tokens = (self.curr_replicas[replica_id].routing_stats or {}).get("tokens", 0)
-            limit = tokens * _CHARS_PER_TOKEN // self._block_chars or _BLOCKS_AT_FIRST
+            limit = tokens * _CHARS_PER_TOKEN // self._block_chars or _INITIAL_BLOCKS
             self._known.add(replica_id, keys, limit)
 
     async def _requests(self, replicas: list[RunningReplica]) -> dict[ReplicaID, int]:
-        """What each of them has to do; those that have not said so lately are asked."""
-        told = [(replica, self.replica_queue_len_cache.get(replica.replica_id)) for replica in replicas]
-        silent = [replica for replica, requests in told if requests is None]
-        asked = await self._probe_queue_lens(silent, 0)
+        """Number of requests of each replica, from the cache or else by a probe."""
+        cached = [(replica, self.replica_queue_len_cache.get(replica.replica_id)) for replica in replicas]
+        missing = [replica for replica, requests in cached if requests is None]
+        probed = await self._probe_queue_lens(missing, 0)
         busy = {replica.replica_id: _UNKNOWN for replica in replicas}
-        return busy | {replica.replica_id: n for replica, n in (*told, *asked) if n is not None}
+        return busy | {replica.replica_id: n for replica, n in (*cached, *probed) if n is not None}
 
 
 def _keys_of(pending_request: PendingRequest | None) -> Sequence[bytes]:
     return () if pending_request is None else pending_request.kwargs.get("keys", ())
 
 
-# The deployments
+# Deployments
 
 
 class Replica:
-    """The application of ``jaxpaged serve`` and its engine; Ray Serve is its HTTP server."""
+    """Application of ``jaxpaged serve`` with its engine, under Ray Serve as HTTP server."""
 
     def __init__(self, flags: Sequence[str]) -> None:
         options = serve_options(flags)
@@ -237,18 +243,19 @@ class Replica:
     async def answer(
         self, scope: dict[str, Any], body: bytes, keys: Sequence[bytes]
     ) -> AsyncIterator[Message]:
-        """The ASGI messages that answer a request; when nobody reads on, it leaves the engine.
+        """Yields the ASGI messages of a response; when the iterator is closed, the request is
+        aborted.
 
         Args:
-          scope: ASGI's.
-          body: all of it.
-          keys: of its text, for the router.
+          scope: ASGI scope.
+          body: complete body.
+          keys: hashes of its text, for the router.
         """
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
-            return parts.pop() if parts else await asyncio.Future()  # a client that leaves cancels everything
+            return parts.pop() if parts else await asyncio.Future()  # a disconnect cancels the task
 
         task = asyncio.create_task(self._app(scope, receive, messages.put))
         task.add_done_callback(lambda _: messages.put_nowait(None))
@@ -262,17 +269,17 @@ class Replica:
             task.cancel()
 
     async def check_health(self) -> None:
-        """Ray asks; it replaces a replica that raises."""
+        """Raises if the engine has failed, so that Ray replaces the replica."""
         if not self._runner.healthy:
             raise RuntimeError("the engine has failed")
 
     def record_routing_stats(self) -> dict[str, int]:
-        """For routers: the tokens that the pool holds. A constant, for Ray tells everyone whatever changes."""
+        """Tokens of the pool, for routers; a constant, since Ray broadcasts changes."""
         return {"tokens": self._runner.stats().pages_total * self._runner.page_size}
 
 
 class Ingress:
-    """Reads requests, and passes them on to a replica, and its answers back."""
+    """Forwards requests to a replica, and responses back."""
 
     def __init__(self, replicas: DeploymentHandle, max_body: int, block_chars: int) -> None:
         self._replicas = replicas.options(method_name="answer", stream=True)
@@ -282,16 +289,16 @@ class Ingress:
         body = bytearray()
         async for part in request.stream():
             body += part
-            if len(body) > self._max_body:  # the replica sees that it is too large, and says so
+            if len(body) > self._max_body:  # the replica refuses it as too large
                 break
         scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
         scope |= {"headers": list(request.scope["headers"]), "client": None, "server": None}
         data = bytes(body)
-        return _PassedOn(self._replicas, scope, data, prefix_keys(data, self._block_chars))
+        return _ReplicaResponse(self._replicas, scope, data, prefix_keys(data, self._block_chars))
 
 
-class _PassedOn(Response):
-    """An answer that a replica gives."""
+class _ReplicaResponse(Response):
+    """Response streamed from a replica."""
 
     def __init__(
         self, replicas: DeploymentHandle, scope: dict[str, Any], body: bytes, keys: list[bytes]
@@ -306,13 +313,13 @@ class _PassedOn(Response):
                 begun = True
                 await send(message)
         except (BackPressureError, DeploymentUnavailableError, RayActorError) as error:
-            if begun:  # the connection breaks: half an answer must not look like a whole one
+            if begun:  # the connection must break, so that the response is not taken for complete
                 raise
             full = isinstance(error, BackPressureError)
             refused = _error(429, "rate_limit_error") if full else _error(503, "unavailable_error")
             await refused(scope, receive, send)
         finally:
-            answer.cancel()  # where the client is gone it still runs
+            answer.cancel()  # still running after a disconnect
 
 
 def _error(status: int, kind: str) -> Response:
@@ -322,10 +329,10 @@ def _error(status: int, kind: str) -> Response:
 
 
 def build(args: Arguments) -> serve.Application:
-    """The application for ``serve.run``, ``serve run`` and KubeRay's RayService.
+    """Builds the application for ``serve.run``, ``serve run`` and KubeRay's RayService.
 
     Raises:
-      click.ClickException: ``args.flags`` are no flags of ``jaxpaged serve``.
+      click.ClickException: invalid ``args.flags``.
     """
     flags = shlex.split(args.flags)
     options = serve_options(flags)
@@ -341,7 +348,7 @@ def build(args: Arguments) -> serve.Application:
             "num_gpus": args.gpus,
             "resources": {"TPU": args.tpus} if args.tpus else {},
         },
-        # Those that wait, wait in the engine, which knows best when a sequence is free.
+        # Requests wait in the engine, not in Ray.
         max_ongoing_requests=options.parallel + options.max_queue,
         max_queued_requests=options.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
@@ -362,18 +369,18 @@ def build(args: Arguments) -> serve.Application:
 
 
 def main() -> None:
-    """Starts a cluster on this machine, or joins one, and serves until a signal."""
+    """Serves on a new cluster on this machine, or on an existing one, until a signal."""
     parser = argparse.ArgumentParser(
-        description="jaxpaged serve in many replicas.",
-        epilog="All other flags are those of `jaxpaged serve`, for every replica.",
-        add_help=False,  # -h would be taken out of -hf
+        description="Replicas of jaxpaged serve behind Ray Serve.",
+        epilog="All other flags are passed to `jaxpaged serve` on every replica.",
+        add_help=False,  # -h would match -hf
         allow_abbrev=False,
     )
     parser.add_argument("--help", action="help")
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_ADDRESS"),
-        help="a Ray cluster to join; default: a new one here",
+        help="address of a Ray cluster; default: a new one on this machine",
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -397,7 +404,7 @@ def main() -> None:
         print(f"listening on http://{known.host}:{known.port}", flush=True)
         threading.Event().wait()
     finally:
-        serve.delete("default")  # running requests may end; shutdown alone would break their connections
+        serve.delete("default")  # lets running requests end; shutdown alone would break their connections
         serve.shutdown()
         ray.shutdown()
 

@@ -15,7 +15,8 @@ def picture() -> str:
     cache, _, _ = reserve(cache, jnp.array([118, 0, 0, 0, 0]))
     for fork in (1, 2, 3):
         cache, _ = seq_copy(cache, 0, fork)
-    # The last page of the prompt is partly filled: each fork that writes to it gets a copy, the last one keeps it.
+    # The last page of the prompt is partly filled: each fork that writes to it gets a copy, the
+    # last one keeps it.
     cache, _, _ = reserve(cache, jnp.array([37, 20, 5, 52, 41]))
     cache, _ = seq_remove(cache, 3, 22, 86)
     cache, _ = seq_remove(cache, 4, 12, 36)
