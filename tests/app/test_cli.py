@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -76,6 +77,15 @@ def test_the_examples_of_the_docs_are_accepted():
     for example in examples:
         name, *flags = shlex.split(example, comments=True)
         application.commands[name].make_context(name, flags)
+
+
+def test_the_demo_writes_code_without_repeating_itself(here):
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    (demo,) = re.findall(r"^\t\.venv/bin/jaxpaged (generate .*) \$\(ARGS\)$", makefile, re.M)
+    text = here(*shlex.split(demo)).stdout
+    ast.parse(text)
+    lines = [line.strip() for line in text.splitlines() if line]
+    assert len(lines) > 8 and len(set(lines)) == len(lines)
 
 
 def test_version(jaxpaged):
