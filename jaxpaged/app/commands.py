@@ -31,7 +31,7 @@ class Application(click.Group):
         sys.exit(self.status(*args, **kwargs))
 
     def status(self, *args: Any, **kwargs: Any) -> int:
-        """Runs the command and returns its exit status; takes what ``main`` takes."""
+        """Runs the command and returns its exit status; arguments as of ``main``."""
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
             sys.stdout.flush()
@@ -66,34 +66,34 @@ def application(context: click.Context) -> None:
     """Text generation on JAX with a paged KV cache.
 
     \b
-    jaxpaged generate -p "def read_lines(path):" -n 64     the embedded model
-    jaxpaged generate -m model.gguf -cnv                   chat with a GGUF file
-    jaxpaged serve -m model.gguf                           the same for many, over HTTP
-    jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure it
+    jaxpaged generate -p "class Counter:" -n 64            continue a prompt with the embedded model
+    jaxpaged generate -m model.gguf -cnv                   chat with a model in a GGUF file
+    jaxpaged serve -m model.gguf                           serve it over HTTP
+    jaxpaged bench -m model.gguf -b 1,8 -d 0,2048          measure its speed
     jaxpaged bench-serve -m model.gguf --kv-memory 256M    measure it as a server, paged and contiguous
-    jaxpaged explain -m model.gguf --platform tpu          what attention it gets, and why
-    jaxpaged perplexity -ctk q8_0 -ctv q8_0 -ub 1          what a page format costs in quality
+    jaxpaged explain -m model.gguf --platform tpu          show its attention kernel, and why
+    jaxpaged perplexity -ctk q8_0 -ctv q8_0 -ub 1          measure what a page format costs in quality
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
 def _filled(text: str) -> str:
-    """Lines that break between flags, not inside them."""
+    """Wraps a list of flags without breaking inside them."""
     return textwrap.fill(text, 76, break_on_hyphens=False)
 
 
 _GENERATE_EPILOG = f"""\b
 Examples:
-  jaxpaged generate -p "def read_lines(path):" -n 64 --seed 7
+  jaxpaged generate -p "class Counter:\\n    def __init__(self):" -n 64 --seed 7
   jaxpaged generate -m model.gguf -f prompt.txt -n 200 --temp 0
   git diff | jaxpaged generate -m model.gguf -f - -np 4 --json
   jaxpaged generate -hf user/repo:Q8_0 -cnv -sys "You are brief."
   jaxpaged generate -m model.gguf -f book.txt -ctk q8_0 -ctv q8_0
   jaxpaged generate -m model.gguf -p "Once" -np 8 --mesh data=2,tensor=4
 
-Text goes to stdout, all else to stderr. Exit status: 0, 2 for bad input, 130 when interrupted.
-Compiled programs are kept in the user's cache folder (JAXPAGED_CACHE names another).
+Text goes to stdout, all else to stderr. Exit status: 0, 1 if output cannot be written, 2 for bad input, 130 when
+interrupted. Compiled programs are cached in the user's cache folder (JAXPAGED_CACHE names another one).
 
 \b
 {_filled("Flags of llama.cpp that are accepted and have no effect: " + ", ".join(ignored_flags()))}
@@ -106,8 +106,8 @@ def generate(**flags: Any) -> None:
     """Continue a prompt, or chat. The flags are llama.cpp's.
 
     \b
-    -c is the context of each sequence: it is not divided by -np.
-    A pool of pages is as large as what this run can fill, not as the context.
+    -c is the context of each sequence; it is not divided by -np.
+    The pool has the pages that this run can fill, not those of the whole context.
     """
     processes = take(ProcessOptions, flags)
     options = GenerateOptions(**flags, sampling_flags=_written("Sampling"))
@@ -121,11 +121,12 @@ def generate(**flags: Any) -> None:
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
 @flags_of(BenchOptions, ProcessOptions)
 def bench(**flags: Any) -> None:
-    """Measure tokens a second, as llama-bench does: pp<N> reads a prompt, tg<N> generates, @ d<D> at a depth.
+    """Measure tokens per second, as llama-bench does.
 
     \b
-    The kinds of cache take turns, so that a noisy machine is noisy for all. Compiling is counted apart.
-    Lists of formats go in pairs: -ctk f16,q8_0 -ctv f16,q4_0 are two; a single -ctv goes with every -ctk.
+    pp<N> is a prefill of N tokens, tg<N> generates N tokens, @ d<D> with D tokens already in the context.
+    Repetitions alternate between caches, so that a noisy machine affects all alike. Compiling is not counted.
+    Lists of formats are paired: -ctk f16,q8_0 -ctv f16,q4_0 are two caches; a single -ctv goes with every -ctk.
       jaxpaged bench -m model.gguf -p 512 -n 128 -b 1,8 -d 0,2048 --kv paged,contiguous -r 5 -o json
       jaxpaged bench -m model.gguf -b 8 -d 2048 --kv paged -ctk f32,f16,q8_0,q4_0
       jaxpaged bench -m model.gguf -b 64 --mesh data=2,tensor=4
@@ -141,10 +142,11 @@ def bench(**flags: Any) -> None:
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
 @flags_of(ExplainOptions)
 def explain(**flags: Any) -> None:
-    """Tell which attention a model gets on a platform: implementation, block sizes, memory, bytes a step, and why.
+    """Show which attention kernel a model gets, and why.
 
     \b
-    No weight is read, and no device of that platform is needed.
+    Prints implementation, block sizes, memory and bytes per step on a platform.
+    Reads no weights, and needs no device of that platform.
       jaxpaged explain -m model.gguf --platform tpu -b 1,64 -c 32768
       jaxpaged explain -m model.gguf --platform gpu -ctk q8_0 -ctv q4_0
     """
@@ -160,26 +162,26 @@ Examples:
   jaxpaged perplexity -m model.gguf -f wiki.test.raw -ctk q8_0 -ctv q4_0 --kl-divergence --chunks 40
   jaxpaged perplexity -ctk q4_0 -ctv q4_0 --hadamard off -ub 1 --kl-divergence --json
 
-The text is cut into chunks of -c tokens, and the second half of each is scored: the tokens that llama-perplexity
-scores. Where the model begins texts with a token, each chunk has it in the place of its first one. Errors (+/-) are
-one standard error over tokens.
+The text is split into chunks of -c tokens, and the second half of each is scored, as in llama-perplexity. If the
+model has a BOS token, it replaces the first token of each chunk. Errors (+/-) are one standard error over tokens.
 
-With --kl-divergence every chunk is read twice, with exact products through f32 pages, and as asked through those of
--ctk and -ctv, and their predictions are compared over the whole vocabulary; no file of logits is needed. A divergence
-is seen long before a change of perplexity is. With --exact pages alone make it, with f32 pages products alone.
+--kl-divergence computes every chunk twice, with exact products through f32 pages and with the given flags, and
+compares the predictions over the whole vocabulary; no file of logits is needed. It shows differences long before the
+perplexity does. With --exact it measures pages alone, with f32 pages products alone.
 
--ub is a part of the question: some formats keep the newest page of a sequence in 16 bits until it is full, so
-what a token sees depends on how many come at once. -ub 512 reads as a prompt is read, -ub 1 as decoding does.
+-ub matters: some formats store the newest page of a sequence in 16 bits until it is full, so predictions depend on
+the tokens per step. -ub 512 is as in prefill, -ub 1 as in decoding.
 """
 
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_PERPLEXITY_EPILOG)
 @flags_of(PerplexityOptions)
 def perplexity(**flags: Any) -> None:
-    """Measure how well a model predicts a text that it reads through a cache, as llama-perplexity does.
+    """Measure the perplexity of a text, as llama-perplexity does.
 
     \b
-    Prints the perplexity after each chunk, and at the end over all.
+    Shows what a page format of keys and values costs in quality.
+    Prints the perplexity after each chunk, and at the end that of all.
       jaxpaged perplexity -m model.gguf -f wiki.test.raw -c 512
     """
     options = PerplexityOptions(**flags)
@@ -198,15 +200,16 @@ Examples:
   jaxpaged serve -m model.gguf --mesh data=2,tensor=4
 
 \b
-A client, and what the pool does:
+Clients, and metrics of the pool:
   curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
        -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
   OPENAI_BASE_URL=http://localhost:8080/v1 OPENAI_API_KEY=none python my_openai_program.py
   curl localhost:8080/metrics
 
--np sequences run at once and share one pool of pages. A sequence takes pages as it grows, so the pool
-(--kv-memory) may be much smaller than -np contexts; when it is full, the newest sequence makes room and goes on
-later. Requests beyond --max-queue get 429, those that can never fit 400.
+-np sequences run at once and share one pool of pages. A sequence gets pages as it grows, so the pool (--kv-memory)
+may be much smaller than -np contexts; when it is full, the newest sequence is preempted and continues later.
+Requests beyond --max-queue are refused with 429, those that can never fit with 400. Flags of generation and sampling
+are defaults of requests.
 
 SIGTERM and Ctrl-C let running requests end (--drain-seconds); the second one stops at once. Exit status: 0, 2 for
 bad input.
@@ -219,12 +222,14 @@ bad input.
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT, epilog=_SERVE_EPILOG)
 @flags_of(ServeOptions, ProcessOptions)
 def serve(**flags: Any) -> None:
-    """Serve a model to many clients at once: OpenAI's API, llama-server's, and a page in the browser.
+    """Serve a model over HTTP.
+
+    It has OpenAI's API, llama-server's, and a page for the browser.
 
     \b
     /v1/chat/completions, /v1/completions, /v1/models      any OpenAI client
     /completion, /tokenize, /slots, /props, /health ...    llama-server's clients
-    /                                                      chat, and the pool as it fills
+    /                                                      a chat, and the pool of pages
     """
     processes = take(ProcessOptions, flags)
     options = ServeOptions.of_flags(environment=os.environ, **flags)
@@ -244,7 +249,7 @@ def serve(**flags: Any) -> None:
 
 @application.command(cls=LlamaCommand, context_settings=_CONTEXT)
 def devices() -> None:
-    """List what JAX would compute on."""
+    """List the devices that JAX computes on."""
     _prepare(None)
     from jaxpaged.app.devices import describe
 
@@ -260,26 +265,27 @@ Examples:
   jaxpaged bench-serve --url http://127.0.0.1:8080 --rate 0.5,1,2,4 --goodput 'ttft:500 tpot:50'
   jaxpaged bench-serve --url http://127.0.0.1:8000 --vocab 32000 --clients 1,8,32 --lengths uniform:16:256
 
-Prompts are random token ids with no common beginning but --shared-prefix; every request generates exactly as
-many tokens as were drawn for it (ignore_eos, temperature 0): the work is the same for all servers.
+Prompts are random token ids without a common prefix, except --shared-prefix. Every request generates exactly as
+many tokens as its sampled length (ignore_eos, temperature 0), so that all servers do the same work.
 
-TTFT counts from when a client wanted the request, waiting and retries included. TPOT is (last token - first) /
-(tokens - 1) of a request. ITL: k tokens that come together g ms after the ones before are k times g / k.
-Throughput is over the whole level, its ragged end included. KV waste is the share of the token slots in used pages
-(of a contiguous cache: in used slots) that hold no token, sampled from /pool 5 times a second.
+TTFT counts from the planned arrival, waiting and retries included. TPOT is (last token - first) / (tokens - 1) of a
+request. ITL: a chunk of k tokens that comes g ms after the one before counts as k gaps of g / k. Throughput is that
+of the whole level, including its end. KV waste is the share of token slots in used pages (of a contiguous cache: in
+used slots) that hold no token, sampled 5 times per second.
 
-Without --goodput, throughput at equal latency is taken within the p95 TTFT and TPOT that the second server has at its
-own largest throughput.
+Without --goodput, throughput at equal latency is compared within the p95 TTFT and TPOT of the second server at its
+largest throughput.
 """
 
 
 @application.command("bench-serve", cls=LlamaCommand, context_settings=_CONTEXT, epilog=_BENCH_SERVE_EPILOG)
 @flags_of(BenchServeOptions)
 def bench_serve(**flags: Any) -> None:
-    """Measure servers under load: throughput, latencies, goodput, memory.
+    """Measure servers under load.
 
     \b
-    Starts jaxpaged serve itself, paged and contiguous in turns, or measures any OpenAI-compatible server (--url).
+    Prints throughput, latencies, goodput and memory at several levels of load.
+    Starts jaxpaged serve with a paged and with a contiguous cache, or measures any OpenAI-compatible server (--url).
       jaxpaged bench-serve -m model.gguf --kv-memory 256M -c 2048 --plot serve.svg
     """
     options = BenchServeOptions(**flags)
@@ -295,7 +301,7 @@ def bench_serve(**flags: Any) -> None:
 
 
 def _written(group: str) -> tuple[str, ...]:
-    """The flags under that heading that stand on the command line."""
+    """Flags under a heading of ``--help`` that were given."""
     context = click.get_current_context()
     return tuple(
         next(name for name in parameter.opts if name.startswith("--"))
