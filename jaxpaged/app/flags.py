@@ -103,7 +103,7 @@ class FiniteFloat(click.ParamType):
 
 
 class Parsed(click.ParamType):
-    """A type that reads text with ``parse``, whose ValueError says what is wrong; other values stay."""
+    """A type parsed by a function, which raises ValueError for bad input; values that are no text stay."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name, self.parse = name, parse

@@ -1,7 +1,7 @@
 """The processes of a run on several hosts, and its mesh.
 
-Every process runs the whole command; process 0 reads what users give and writes what they see. What the others could
-decide otherwise, a random seed or how long a step takes, they are told (``sharding.multihost.broadcast_object``).
+Every process runs the whole command; process 0 reads input and writes output. Values that may differ between
+processes, such as a random seed or a time, are broadcast from it (``sharding.multihost.broadcast_object``).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class ProcessOptions:
 def start(options: ProcessOptions, environment: Mapping[str, str] = os.environ) -> None:
     """Connects to the other processes, if there are any; call it before JAX looks for devices.
 
-    ``--coordinator`` names process 0, by its host and a free port. Without it the environment of a cluster tells, where
-    it is of several processes: SLURM, Open MPI, GKE and Cloud TPU pods, as ``jax.distributed.initialize`` reads it.
+    ``--coordinator`` names process 0, by its host and a free port. Without it, ``jax.distributed.initialize`` reads the
+    environment of SLURM, Open MPI, GKE and Cloud TPU pods.
 
     Raises:
       InputError: flags that contradict each other, processes that do not connect, or that have other flags.

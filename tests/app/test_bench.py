@@ -68,7 +68,7 @@ def test_formats_are_compared_in_one_table(here, wide_model_path):
         (row["type_k"], row["type_v"], row["hadamard"], row["kv"], row["kv_bytes"])
         for row in json.loads(done.stdout)
     ] == [
-        ("f32", "f32", None, "paged", 2 * 4 * numbers),  # plain numbers are not turned
+        ("f32", "f32", None, "paged", 2 * 4 * numbers),  # plain numbers are not transformed
         ("f32", "f32", None, "contiguous", 2 * 4 * numbers),
         ("q4_k", "f32", True, "paged", numbers * 144 // 256 + 2 * numbers + 4 * numbers),
     ]

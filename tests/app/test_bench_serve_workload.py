@@ -23,7 +23,7 @@ def test_a_seed_gives_the_same_requests_and_another_seed_others():
 
 
 def test_levels_and_repetitions_differ_in_tokens_alone():
-    """What a server remembers of one level is no help in the next."""
+    """A prefix cached in one level is no help in the next."""
     runs = [workload().requests(12, repetition=r, level=n) for r, n in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple((len(r.prompt), r.num_output) for r in requests) for requests in runs}) == 1
     assert len({tuple(r.prompt for r in requests) for requests in runs}) == 3

@@ -1,4 +1,4 @@
-"""The laws of -ctk, -ctv and --hadamard: what is told is what there is, and pages change nothing but where it lies."""
+"""Laws of -ctk, -ctv and --hadamard: what is reported is what is stored, and paging does not change values."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_pages_that_are_sealed_are_filled_whatever_was_reused_of_them(generate, 
 
     first, other = run("kept.kv", "def f(x)", "--prompt-cache-all"), run("other.kv", "def g(x)")
     assert first["kv"]["pages_peak"] == -(-(8 + 12 - 1) // 8)
-    # Both begin with tokens of the first page, which is sealed: behind those alone it would never be filled again.
+    # Both begin with tokens of the first page, which is finalized: after those alone it would never be filled again.
     for expected, prompt in ((first, "def f(x)"), (other, "def g(x)")):
         again = run("kept.kv", prompt, "--prompt-cache-ro")
         assert again["timings"]["prompt_n"] == len(prompt)

@@ -15,12 +15,12 @@ FOLDER = Path(__file__).parents[2] / "docs" / "examples"
 
 
 def documents(name: str) -> dict[str, dict]:
-    """What a file declares, by its kind."""
+    """Documents of a file, by kind."""
     return {one["kind"]: one for one in yaml.safe_load_all((FOLDER / name).read_text())}
 
 
 def given(flags: list[str]) -> dict:
-    """What ``jaxpaged serve`` makes of flags; click refuses unknown ones."""
+    """Flags parsed by ``jaxpaged serve``, which refuses unknown ones."""
     return serve.make_context("jaxpaged serve", [f for f in flags if "/models/" not in f]).params
 
 

@@ -1,4 +1,4 @@
-"""Which processes a run has: what flags and environments say, and what is refused before anything starts."""
+"""Processes of a run, by flags and environments, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_environment_of_several_is_joined_as_jax_reads_it(case, joined, monke
 
 
 def test_tpus_of_no_pod_run_alone(joined, monkeypatch):
-    """JAX finds nobody who tells it of other hosts: Colab, Kaggle, a machine of one's own."""
+    """JAX finds no other hosts: Colab, Kaggle, a single machine."""
     with_libtpu(monkeypatch, True)
     for error in (ValueError("coordinator_address should be defined."), OSError("metadata.google.internal")):
 

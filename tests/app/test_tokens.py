@@ -38,7 +38,7 @@ def knows(monkeypatch):
 
 
 def test_ids_beyond_the_tokenizer_are_neither_sampled_nor_scored(here, model_path, tmp_path, knows):
-    """Of a vocabulary that is padded, as models of Hugging Face often have it."""
+    """For models with a padded vocabulary, as many of Hugging Face have."""
     (tmp_path / "text").write_text("def f(x):" * 9)
     scored = ("perplexity", "-m", model_path, "-f", tmp_path / "text", "-c", "32", "--json")
     whole = json.loads(here(*scored).stdout)

@@ -38,7 +38,7 @@ class Record:
     finished: float | None = None
     """Time at which the request ended, with or without success."""
     prompt_tokens: int | None = None
-    """As the server reports; None if it does not."""
+    """Number reported by the server; None if it reports none."""
     completion_tokens: int | None = None
     cached_tokens: int = 0
     retries: int = 0
