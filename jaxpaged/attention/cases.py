@@ -1,4 +1,4 @@
-"""Named shapes of attention, shared by tests, benchmarks and tuning."""
+"""Named cases of attention, shared by tests, benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One attention over one state: sizes, what each sequence holds and asks, masks."""
+    """Sizes, sequences and masks of one attention."""
 
     name: str
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     lengths: tuple[int, ...]
-    """Tokens of each sequence, those of the step included; 0 = no sequence."""
+    """Number of tokens of each sequence, those of the step included; 0 = no sequence."""
     q_lens: tuple[int, ...]
-    """Queries of each sequence: its last tokens."""
+    """Number of queries of each sequence: its last tokens."""
     page_size: int = 32
     padding: int = 0
-    """Rows of the step behind the last query."""
+    """Number of rows after the last query."""
     dtype: str = "f32"
-    """Of the pages: a name of ``PAGE_FORMATS``."""
+    """Page format, a name of ``PAGE_FORMATS``."""
     v_dtype: str | None = None
-    """Of the pages of values, where it is another."""
+    """Page format of values; default ``dtype``."""
     hadamard: bool = False
-    """Whether quantized rows are turned."""
+    """True if quantized rows are Hadamard-transformed."""
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -38,9 +38,9 @@ class Case:
     shared: bool = False
     """Sequences begin with the pages of the first one."""
     rotary_dim: int = 0
-    """Dimensions that a RoPE turns; entries were then shifted, each by its own number of positions. 0 = no RoPE."""
+    """Number of rotated dimensions; entries are then shifted, each by its own number of positions. 0 = no RoPE."""
     interleaved: bool = False
-    """How that RoPE pairs dimensions."""
+    """True if the RoPE pairs neighbouring dimensions."""
 
 
 SMOLLM2_135M: dict[str, Any] = {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64}
@@ -53,7 +53,7 @@ PHI_3_MINI: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 32, "head_dim":
 STABLELM_3B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 32, "head_dim": 80}
 
 LLAMA_3_70B_TP8: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 1, "head_dim": 128}
-"""One of eight devices that share the heads."""
+"""Heads of one of eight devices."""
 QWEN3_8B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 GEMMA_2_9B: dict[str, Any] = {"num_q_heads": 16, "num_kv_heads": 8, "head_dim": 256}
 
@@ -66,7 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mistral-7B": MISTRAL_7B,
     "Gemma-2-9B": GEMMA_2_9B,
 }
-"""Heads of real models, for benchmarks and for compiling ahead of time."""
+"""Heads of real models, for benchmarks and ahead-of-time compilation."""
 
 CASES: tuple[Case, ...] = (
     # Decode: one query a sequence.
@@ -173,7 +173,7 @@ CASES: tuple[Case, ...] = (
         page_size=256,
     ),
 )
-"""What every implementation has to serve, or refuse with NotImplementedError."""
+"""Cases that each implementation supports, or refuses with NotImplementedError."""
 
 _SMALL: dict[str, Any] = {
     "num_q_heads": 4,
@@ -213,4 +213,4 @@ QUANTIZED_CASES: tuple[Case, ...] = (
     ),
     Case("q4_0_llama3_mixed", **LLAMA_3_8B, lengths=(70, 40), q_lens=(1, 20), dtype="q4_0", hadamard=True),
 )
-"""As ``CASES``, over quantized pages: each format, K and V of two, turned and not."""
+"""Cases with quantized pages: each format, mixed formats, with and without Hadamard transform."""

@@ -1,4 +1,4 @@
-"""What ``paged_attention`` would run on a platform, and why, without that platform."""
+"""Implementation and block sizes of ``paged_attention`` on a platform, without that platform."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ from jaxpaged.pages.formats import BlockFormat, BlockPages, ResidualPages
 
 @dataclass(frozen=True)
 class Step:
-    """The shapes of one attention: a decode step or a chunk of a prompt."""
+    """Shapes of one attention: a decode step or a prefill chunk."""
 
     num_q_heads: int
     k_pages: Pages
-    """Of one layer, as the platform lays pages out; ``jax.ShapeDtypeStruct`` in the place of arrays."""
+    """Pages of one layer in the platform's layout, with ``jax.ShapeDtypeStruct`` instead of arrays."""
     v_pages: Pages
     head_dim: int
     page_size: int
     max_seqs: int
     live_tokens: int
-    """Tokens that each sequence holds."""
+    """Number of tokens of each sequence."""
     num_tokens: int
-    """T: queries of the step."""
+    """T, number of queries of the step."""
     max_q_len: int | None
-    """Queries of one sequence; 1 = a decode step, None = any number."""
+    """Bound on the queries of one sequence; 1 = a decode step, None = no bound."""
     max_pages_per_seq: int
     window: int | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a step runs."""
+    """Implementation of a step, with its sizes."""
 
     choice: Choice
     details: Mapping[str, Any]
-    """Block sizes and memory, in the implementation's own terms."""
+    """Block sizes and memory, by the implementation's names."""
     kv_bytes: int
-    """Bytes of live keys and values, scales and all, that one layer reads in the step, each once."""
+    """Bytes of live keys and values, scales included, that one layer reads in the step, each once."""
 
 
 def explain(platform: str, step: Step) -> Explanation:
-    """The implementation that serves a step on ``platform`` ("cpu", "gpu" or "tpu"), and its blocks.
+    """Finds the implementation of a step on ``platform`` ("cpu", "gpu" or "tpu"), and its block sizes.
 
-    Nothing is computed, and no device of that platform is needed.
+    Computes nothing and needs no device of that platform.
 
     Raises:
-      NotImplementedError: no implementation serves it; says why each does not.
+      NotImplementedError: no implementation supports it; gives the reason of each.
     """
     q_dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     q_shape = step.num_tokens, step.num_q_heads, step.head_dim
@@ -78,16 +78,16 @@ def explain(platform: str, step: Step) -> Explanation:
 
 
 def _bytes_read(pages: Pages, step: Step) -> int:
-    """Bytes of the tokens seen, of keys or of values; behind the last full page they may be kept in 16 bits."""
+    """Bytes of the visible keys or values; residual pages have 16 bits a number."""
     seen = step.live_tokens if step.window is None else min(step.live_tokens, step.window + step.num_tokens)
     parts = pages.parts.values() if isinstance(pages, BlockPages) else [pages]
     page_bytes = sum(_page_bytes(part) for part in parts)
     if not isinstance(pages, ResidualPages):
         return step.max_seqs * seen * page_bytes // step.page_size
-    opened = min(seen, step.live_tokens % step.page_size)
+    residual = min(seen, step.live_tokens % step.page_size)
     return (
         step.max_seqs
-        * ((seen - opened) * page_bytes + opened * _page_bytes(pages.residual))
+        * ((seen - residual) * page_bytes + residual * _page_bytes(pages.residual))
         // step.page_size
     )
 

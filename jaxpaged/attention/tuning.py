@@ -1,7 +1,7 @@
-"""Block sizes that were measured, by device and shape: kernels ask here before they choose their own.
+"""Measured block sizes by device and shape; kernels prefer them to their own choice.
 
-``python -m tpu_scripts.bench.tune_paged_attention`` measures them on the device at hand and writes the part between the
-two marks anew; what was measured on other devices stays.
+``python -m tpu_scripts.bench.tune_paged_attention`` measures them on the current device and rewrites the part between
+the two marks; entries of other devices stay.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jax.typing import DTypeLike
 
 
 class Key(NamedTuple):
-    """What block sizes were measured for. All of it is in what a block takes of a chip's memory."""
+    """Shape and device that block sizes were measured for; all fields change the memory of a block."""
 
     device_kind: str
-    """As ``jax.Device.device_kind`` has it."""
+    """``jax.Device.device_kind``."""
     num_kv_heads: int
     group: int
-    """Query heads that read one KV head."""
+    """Number of query heads per KV head."""
     head_dim: int
     page_size: int
     dtype: str
-    """Of the pages, by its JAX name."""
+    """JAX name of the pages' dtype."""
     kind: str
     """"decode": no sequence has more than one query; or "prefill"."""
 
@@ -36,17 +36,17 @@ class Key(NamedTuple):
 # --- written by tpu_scripts/bench/tune_paged_attention.py ---------------------------------------------------------
 
 MEASURED: dict[str, tuple[str, str]] = {}
-"""By device: the date and the version of jax, and the command."""
+"""Date, version of jax, and command, by device."""
 
 TABLE: dict[Key, dict[str, int]] = {}
-"""The sizes that were faster than the kernel's own choice, under the kernel's names."""
+"""Sizes that were faster than the kernel's own choice, under the kernel's names."""
 
 # --- end of what is written ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Trial:
-    """Sizes under measurement, and whether a kernel has asked for them."""
+    """Block sizes under measurement; ``asked`` is True once a kernel has read them."""
 
     sizes: Mapping[str, int] | None
     asked: bool = False
@@ -65,13 +65,13 @@ def tuned(
     kind: str,
     device_kind: str | None = None,
 ) -> Mapping[str, int] | None:
-    """The block sizes that were measured for a call; None where there are none.
+    """Returns the measured block sizes of a call, or None.
 
     Args:
-      num_kv_heads, group, head_dim, page_size, kind: as ``Key`` has them.
-      dtype: of the pages.
-      device_kind: default: that of the device that JAX computes on when this is traced. A program that is compiled for
-        another device finds nothing, and its kernel chooses.
+      num_kv_heads, group, head_dim, page_size, kind: see ``Key``.
+      dtype: dtype of the pages.
+      device_kind: default: kind of JAX's default device at trace time. A program for another device finds no entry,
+        and its kernel chooses.
     """
     trial = _TRIAL.get()
     if trial is not None:
@@ -84,7 +84,7 @@ def tuned(
 
 
 def current_device_kind() -> str:
-    """The kind of the device that JAX computes on unless told otherwise."""
+    """Kind of JAX's default device."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
@@ -98,7 +98,7 @@ def under_trial() -> bool:
 
 @contextmanager
 def trial(sizes: Mapping[str, int] | None) -> Iterator[Trial]:
-    """Programs traced inside are given these sizes, whatever the table has; None = the kernel's own choice."""
+    """Uses these block sizes for programs traced inside; None = the kernel's own choice."""
     running = Trial(sizes)
     token = _TRIAL.set(running)
     try:

@@ -1,7 +1,7 @@
-"""The conformance kit: states that provoke mistakes, and an oracle to compare any attention with.
+"""Conformance kit: cases with adversarial memory contents, and an oracle to compare any attention with.
 
-Everything here is numpy on the host; the oracle shares no line with ``jaxpaged.attention``. ``docs/conformance.md``
-shows how to run a kernel of your own through it, and what it says about those of others.
+It runs in numpy on the host; the oracle shares no code with ``jaxpaged.attention``. ``docs/conformance.md`` tests a
+kernel of your own with it, and shows results of other kernels.
 
 Example:
   >>> for case in CASES:  # doctest: +SKIP
@@ -38,24 +38,24 @@ from jaxpaged.pages.rope import Rope
 
 @dataclass(frozen=True)
 class Built:
-    """A case with its arrays, and what comes out of it."""
+    """Arrays of a case, and the expected results."""
 
     case: Case
     q: Array
     """[T, Hq, D]"""
     k_pages: Pages
-    """[N, KV, page_size, D], or quantized; NaN, or scales of NaN, wherever no entry points."""
+    """[N, KV, page_size, D], or quantized; NaN, or scales of NaN, in slots of no entry."""
     v_pages: Pages
     table: BlockTable
     batch: Batch
     sinks: Array | None
     rope: Rope | None
     out: np.ndarray
-    """f64[T, Hq, D], by the oracle."""
+    """f64[T, Hq, D], from the oracle."""
     lse: np.ndarray
     """f64[T, Hq]"""
     rows: tuple[np.ndarray, np.ndarray]
-    """f32[N, KV, page_size, D]: keys and values before they were stored, NaN wherever no entry points."""
+    """f32[N, KV, page_size, D]: keys and values before storage, NaN in slots of no entry."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class Built:
 
 
 def build_case(case: Case, *, seed: int = 0) -> Built:
-    """Makes the arrays of a case.
+    """Builds the arrays of a case, with adversarial fill.
 
-    Pages are permuted; slots that no entry covers and pages that nobody holds are NaN; table rows behind
-    ``num_entries`` hold what a former owner left there: live pages, free pages, and the sentinel N.
+    Pages are permuted; slots that no entry covers and free pages are NaN; table rows beyond ``num_entries`` hold stale
+    numbers: live pages, free pages, and the sentinel N.
     """
     rng = np.random.default_rng(seed)
     size, max_seqs = case.page_size, len(case.lengths)
-    # The tokens of each sequence, cut into entries: (position, first_slot, num_tokens), pages numbered later.
+    # Entries of each sequence: (position, first_slot, num_tokens), pages numbered later.
     entries: list[list[tuple[int, int, int]]] = []
     for length in case.lengths:
         row, position, left = [], 0, length
@@ -97,7 +97,7 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     first_slot, num_tokens, position_of = (rng.integers(0, size, pages.shape) for _ in range(3))
     shape = num_pages, case.num_kv_heads, size, case.head_dim
     k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-    # Keys lie rotated at their position plus their entry's rotation; the oracle has them rotated at their position.
+    # Keys are stored rotated at position + rotation of their entry; the oracle uses them rotated at their position.
     rotation = rng.integers(-300, 300, pages.shape) if case.rotary_dim else np.zeros(pages.shape, int)
     rotation[:, 1::3] = rotation[:, 0:-1:3][:, : rotation[:, 1::3].shape[1]]  # neighbours shifted together
     written: list[tuple[Any, int]] = []
@@ -153,10 +153,10 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         cu_q_lens=integers(np.concatenate([[0], np.cumsum(q_lens)])),
     )
     k, v = _stored(case, k_pages, v_pages, ~np.isnan(k_pages[:, 0, :, 0]))
-    # The oracle reads what the pages hold after rounding, keys turned back exactly.
+    # The oracle reads the stored, rounded numbers; keys are rotated back exactly.
     oracle_k = _numbers(k)
-    for where, turned_by in written:
-        oracle_k[where] = _rotated(case, oracle_k[where], np.full(oracle_k[where].shape[1], -turned_by))
+    for where, rotated_by in written:
+        oracle_k[where] = _rotated(case, oracle_k[where], np.full(oracle_k[where].shape[1], -rotated_by))
     out, lse = _oracle(
         case,
         oracle_q,
@@ -175,9 +175,9 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
 
 
 def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) -> tuple[Pages, Pages]:
-    """Pages that hold ``f32[N, KV, page_size, D]``, rubbish where it is NaN.
+    """Pages that hold ``f32[N, KV, page_size, D]``, with garbage codes where it is NaN.
 
-    Where pages are sealed, every third of those that have tokens, ``used bool[N, page_size]``, is open.
+    In residual formats, every third page with tokens (``used bool[N, page_size]``) is a residual page.
     """
     live = np.flatnonzero(used.any(axis=1))
     opened = live[::3]
@@ -187,7 +187,7 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
     def stored(storage: PageFormat, rows: np.ndarray) -> Pages:
         if not isinstance(storage, BlockFormat):
             return storage.round(jnp.asarray(rows))
-        # Where one scale serves several tokens, slots that nobody wrote hold what another did.
+        # Tokens that share a scale: unused slots repeat the numbers of a used one.
         first = np.argmax(used, axis=1)
         filled = np.where(used[:, None, :, None], rows, rows[np.arange(len(rows)), :, first][:, :, None])
         nothing = np.isnan(rows[:, 0, :, 0])
@@ -196,8 +196,8 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
         parts = {}
         for name, encoded in storage.encode(jnp.asarray(np.nan_to_num(filled))).items():
             part = np.array(encoded)
-            rubbish = np.nan if part.dtype == np.float16 else -103 if part.dtype == np.int8 else 151
-            (part if nothing.ndim == 1 else part.swapaxes(1, 2))[nothing] = rubbish
+            garbage = np.nan if part.dtype == np.float16 else -103 if part.dtype == np.int8 else 151
+            (part if nothing.ndim == 1 else part.swapaxes(1, 2))[nothing] = garbage
             parts[name] = jnp.asarray(part)
         sizes = rows.shape[2:]
         if not isinstance(storage, ResidualFormat):
@@ -211,31 +211,31 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
 
 
 def _numbers(pages: Pages) -> np.ndarray:
-    """f64[N, KV, page_size, D] of what pages hold."""
+    """f64[N, KV, page_size, D]: stored numbers."""
     if not isinstance(pages, BlockPages):
         return np.asarray(pages, np.float64)
     numbers = pages.format.load(pages, jnp.arange(pages.shape[0]))
     return np.array(hadamard_transform(numbers) if pages.format.hadamard else numbers, np.float64)
 
 
-PROVOCATIONS = ("unused_slots", "free_pages", "stale_entries")
-"""What ``build_case`` puts where nobody may look, and ``benign_fill`` takes away."""
+ADVERSARIAL_FILLS = ("unused_slots", "free_pages", "stale_entries")
+"""Memory contents that ``build_case`` makes adversarial, and ``benign_fill`` replaces."""
 
 
 def benign_fill(built: Built, *, keep: Collection[str] = ()) -> Built:
-    """``built`` without its provocations, to find out which of them an attention stumbles over.
+    """Replaces adversarial memory contents, to find out which of them an attention depends on.
 
     Args:
-      built: what ``build_case`` made; what comes out of it stays the same.
-      keep: those of ``PROVOCATIONS`` to leave as they are. The others: slots of live pages that no entry covers, and
-        pages that nobody holds, get ordinary numbers in place of NaN; table rows behind ``num_entries`` get a page
-        that is live.
+      built: result of ``build_case``; the expected results stay the same.
+      keep: those of ``ADVERSARIAL_FILLS`` to leave unchanged. Without "unused_slots" and "free_pages", slots of live
+        pages that no entry covers and free pages get random numbers instead of NaN; without "stale_entries", table
+        rows beyond ``num_entries`` get a live page.
 
     Raises:
-      ValueError: an unknown adversarial_fill.
+      ValueError: an unknown name in ``keep``.
     """
-    if unknown := set(keep) - set(PROVOCATIONS):
-        raise ValueError(f"unknown provocations {sorted(unknown)}; there are {', '.join(PROVOCATIONS)}")
+    if unknown := set(keep) - set(ADVERSARIAL_FILLS):
+        raise ValueError(f"unknown fills {sorted(unknown)}; there are {', '.join(ADVERSARIAL_FILLS)}")
     table = built.table
     pages, first_slot, num_tokens, num_entries = (
         np.asarray(x) for x in (table.pages, table.first_slot, table.num_tokens, table.num_entries)
@@ -271,7 +271,7 @@ def _frequencies(case: Case) -> np.ndarray:
 
 
 def _rotated(case: Case, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """``x [heads, tokens, D]`` with each pair of its first dimensions, as a complex number, turned."""
+    """``x [heads, tokens, D]`` with each pair of its first dimensions rotated, as a complex number."""
     if not case.rotary_dim:
         return x
     half = case.rotary_dim // 2
@@ -349,12 +349,12 @@ def check_conformance(
       attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=, soft_cap=, sinks=)``, with
         ``rope=`` where the case has one, and with ``return_lse=True`` if ``lse``; see
         ``jaxpaged.attention.paged_attention``.
-      case: a case, or what ``build_case`` made of it.
+      case: a case, or the result of ``build_case``.
       rtol, atol: tolerances of the output; pages of any dtype, sums in float32.
-      lse: whether it returns the logarithm of its denominators too.
+      lse: True if the attention also returns the logarithm of its denominators.
 
     Raises:
-      AssertionError: another shape, dtype or value; the message names the case.
+      AssertionError: wrong shape, dtype or value; the message names the case.
     """
     built = case if isinstance(case, Built) else build_case(case)
     options = built.options | ({"return_lse": True} if lse else {})
@@ -372,14 +372,14 @@ def check_conformance(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one case."""
+    """Result of one case."""
 
     kind: str
     """"ok", "wrong", "nan" (wrong, and not a number where the oracle has one), or "refused"."""
     max_error: float = 0.0
-    """Largest difference of an output that is a number."""
+    """Largest difference of outputs, NaN excluded."""
     reason: str = ""
-    """Of a refusal, or of what else than the values of the output is wrong."""
+    """Reason of a refusal, or of a mismatch other than in the output's values."""
 
     def __str__(self) -> str:
         if self.kind == "wrong":
@@ -395,9 +395,9 @@ def judge(
     atol: float = 2e-5,
     lse: bool = True,
 ) -> Verdict:
-    """As ``check_conformance``, for those who want a table: says what came of a case instead of raising.
+    """Runs ``check_conformance`` and returns a verdict instead of raising, for tables.
 
-    A ``NotImplementedError`` is a refusal; any other error of the attention is an error.
+    A ``NotImplementedError`` of the attention is a refusal; its other errors are raised.
     """
     built = case if isinstance(case, Built) else build_case(case)
     results: list[Any] = []

@@ -1,4 +1,4 @@
-"""The example of docs/conformance.md runs, fails where the page says it does, and its remedy is one."""
+"""The example of docs/conformance.md prints what the page says, and its fix works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpaged.attention import paged_attention
-from jaxpaged.testing.conformance import PROVOCATIONS, Case, Verdict, benign_fill, build_case, judge
+from jaxpaged.testing.conformance import ADVERSARIAL_FILLS, Case, Verdict, benign_fill, build_case, judge
 
 PAGE = Path(__file__, "../../../docs/conformance.md").resolve().read_text()
 CODE, PRINTED, DIFF = (
@@ -29,14 +29,14 @@ def test_the_example_prints_what_the_page_says(capsys: pytest.CaptureFixture[str
     assert run(CODE, capsys) == PRINTED
 
 
-def test_its_remedy_mends_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_fix_mends_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     taken, given = ("".join(re.findall(rf"^\{sign}(.*\n)", DIFF, re.MULTILINE)) for sign in "-+")
     assert CODE.count(taken) == 1
     assert run(CODE.replace(taken, given), capsys) == PRINTED.replace("NaN leaks", "ok")
 
 
 def looks_at(place):
-    """An attention that is right but for what it finds at a place that is nobody's."""
+    """A correct attention, except that it adds 0 times the number at a place that no token occupies."""
 
     def attention(q, k_pages, v_pages, table, batch, **options):
         return paged_attention(q, k_pages, v_pages, table, batch, **options) + 0 * place(v_pages, table)
@@ -45,7 +45,7 @@ def looks_at(place):
 
 
 def last_page(v_pages, table):
-    """The one that the first sequence ends in, which it does not fill."""
+    """Last slot of the first sequence's last page, which it does not fill."""
     return v_pages[table.pages[0, table.num_entries[0] - 1], 0, -1, 0]
 
 
@@ -57,7 +57,7 @@ def free_page(v_pages, table):
 
 
 def stale_entry(v_pages, table):
-    """NaN if any table row holds, behind its entries, another page than a benign_fill one has there."""
+    """NaN if table rows hold different pages beyond their entries."""
     stale = np.asarray(table.pages)[
         np.arange(table.max_pages_per_seq) >= np.asarray(table.num_entries)[:, None]
     ]
@@ -65,16 +65,16 @@ def stale_entry(v_pages, table):
 
 
 @pytest.mark.parametrize(
-    ("adversarial_fill", "place"), list(zip(PROVOCATIONS, (last_page, free_page, stale_entry), strict=True))
+    ("fill", "place"), list(zip(ADVERSARIAL_FILLS, (last_page, free_page, stale_entry), strict=True))
 )
-def test_calm_takes_away_all_provocations_but_those_it_keeps(adversarial_fill, place) -> None:
+def test_benign_fill_replaces_all_fills_but_those_it_keeps(fill, place) -> None:
     built, attention = build_case(SMALL), looks_at(place)
     assert judge(attention, built, lse=False).kind == "nan"
     assert judge(attention, benign_fill(built), lse=False).kind == "ok"
-    for kept in PROVOCATIONS:
-        expected = "nan" if kept == adversarial_fill else "ok"
+    for kept in ADVERSARIAL_FILLS:
+        expected = "nan" if kept == fill else "ok"
         assert judge(attention, benign_fill(built, keep=[kept]), lse=False).kind == expected
-    with pytest.raises(ValueError, match="unknown provocations \\['noise'\\]; there are unused_slots, "):
+    with pytest.raises(ValueError, match="unknown fills \\['noise'\\]; there are unused_slots, "):
         benign_fill(built, keep=["noise"])
 
 

@@ -97,7 +97,7 @@ CHECKS: tuple[Check, ...] = (
         {"": _benign(lengths=(61, 33, 7), keep=("unused_slots",))},
         of_values=True,
     ),
-    Check("NaN in pages that nobody holds", {"": _benign(keep=("free_pages",))}, of_values=True),
+    Check("NaN in free pages", {"": _benign(keep=("free_pages",))}, of_values=True),
     Check("stale table row: pages of others", {"": _stale(lambda _, live: live[-1])}, of_values=True),
     Check(
         "stale table row: free pages that hold NaN",
@@ -136,12 +136,12 @@ CHECKS: tuple[Check, ...] = (
         of_values=True,
     ),
     Check("entries that start or end inside a page", {"": _benign(lengths=(90, 40), slices=True)}),
-    Check("positions that nothing covers", {"": _benign(lengths=(90, 40), gaps=True)}),
+    Check("positions without a token", {"": _benign(lengths=(90, 40), gaps=True)}),
     Check("keys rotated for other positions", {"": _benign(lengths=(90, 40), rotary_dim=128)}),
     Check("sinks", {"": _benign(sinks=True)}),
     Check("log-sum-exp", {"": _benign()}, lse=True),
     Check(
-        "the kit's cases, every adversarial_fill at once",
+        "the kit's cases, all adversarial fills at once",
         {case.name: functools.partial(_as_the_kit_has_it, case) for case in CASES},
         of_values=True,
     ),
