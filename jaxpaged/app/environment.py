@@ -1,4 +1,4 @@
-"""What must be set before JAX starts: threads, log noise, the compilation cache."""
+"""Settings made before JAX starts: threads, logging, the compilation cache."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def prepare(threads: int | None = None) -> None:
       threads: CPU threads that XLA may use, None for all.
 
     Raises:
-      InputError: a variable of the environment that cannot be followed.
+      InputError: JAXPAGED_ATTENTION names no implementation.
     """
-    # Of every program it takes from its cache, XLA may say, at the level of an error, that other instructions
-    # were preferred when it was compiled. What does fail reaches Python as an exception.
+    # For programs from its cache, XLA logs as an error that other CPU instructions were preferred when they were
+    # compiled. Real errors reach Python as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if threads is not None:
         os.environ["PJRT_NPROC"] = str(threads)
