@@ -1,4 +1,4 @@
-"""KV memory: how large a cache a run needs, and what it used of it."""
+"""KV memory: the size of the cache that a run needs, and its use."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
 from jaxpaged.sharding.specs import ShardedCache
 
 _FEWEST_PAGES = 4
-"""Of a pool that nobody bounds."""
+"""Smallest pool without --kv-pages."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The cache of one run; nothing is allocated before ``create``."""
+    """Sizes of the cache of one run; ``create`` allocates it."""
 
     config: ModelConfig
     kind: str
     """"paged" or "contiguous"."""
     cache_type: CacheType
     num_seqs: int
-    """Of each data shard of the mesh."""
+    """Sequences of each data shard of the mesh."""
     context: int
     """Tokens that a sequence may hold."""
     page_size: int
     pages_per_seq: int
     num_pages: int
-    """Of each data shard."""
+    """Pages of each data shard."""
     mesh: Mesh | None = None
 
     @classmethod
@@ -56,16 +56,19 @@ class CachePlan:
         spare: int = 0,
         unused: int = 0,
     ) -> CachePlan:
-        """A cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
+        """Plans a cache for ``num_seqs`` sequences of at most ``tokens`` tokens each.
 
         A paged pool has the pages that these tokens fill, rounded up so that runs share compiled programs, or
-        ``kv_pages`` where that is fewer; a contiguous cache has ``context`` tokens a sequence, whatever the run
-        needs. The first ``shared`` tokens are the same in all sequences; ``spare`` pages a sequence are for tokens that
-        do not fill their pages, as shifts leave them, and ``unused`` slots of every page may stay empty. On a mesh,
-        ``config`` is what one device has of the model, and sequences and pages are those of one data shard.
+        ``kv_pages`` if that is fewer; a contiguous cache has ``context`` tokens per sequence.
+
+        Args:
+          config: the model; on a mesh, one device's part of it. Sequences and pages are then per data shard.
+          shared: tokens at the beginning that all sequences share.
+          spare: further pages per sequence, for pages that context shifts leave partly filled.
+          unused: slots of every page that may stay empty.
 
         Raises:
-          InputError: the page formats do not go with the model's heads, the page size or the kind of cache.
+          InputError: the page formats do not support the model's heads, the page size or the kind of cache.
         """
         pages = -(-tokens // max(1, page_size - unused)) + spare
         common = 0 if num_seqs == 1 else shared // page_size
@@ -78,11 +81,11 @@ class CachePlan:
         num_pages = -(-num_pages // spread) * spread
         pages = bucket(pages, _FEWEST_PAGES)
         plan = cls(config, kind, cache_type, num_seqs, context, page_size, pages, num_pages, mesh)
-        _ = plan._arrays  # refuses now what cannot be created
+        _ = plan._arrays  # raises if it cannot be created
         return plan
 
     def check_prompt(self, num_tokens: int) -> None:
-        """Refuses prompts that the pool cannot hold."""
+        """Raises InputError if the pool is too small for prompts of ``num_tokens`` tokens."""
         if self.kind != "paged":
             return
         common = 0 if self.num_seqs == 1 else num_tokens // self.page_size
@@ -95,11 +98,11 @@ class CachePlan:
             )
 
     def create(self) -> Any:
-        """The empty cache: of one device, or a ``ShardedCache``."""
+        """Creates the cache; a ``ShardedCache`` on a mesh."""
         return self._local() if self.mesh is None else ShardedCache.create(self.mesh, self._local)
 
     def _local(self) -> Any:
-        """The cache of one device."""
+        """Creates the cache of one device."""
         if self.kind == "contiguous":
             return self.cache_type.contiguous(self.config, max_seqs=self.num_seqs, max_length=self.context)
         return self.cache_type.paged(
@@ -113,7 +116,7 @@ class CachePlan:
 
     @cached_property
     def _arrays(self) -> Any:
-        """The cache of one device with shapes in the place of arrays."""
+        """Abstract cache of one device."""
         return jax.eval_shape(self._local)
 
     @property
@@ -122,8 +125,7 @@ class CachePlan:
         return num_shards(self.mesh)
 
     def bytes_in_use(self, pages: int) -> int:
-        """Bytes of ``pages`` pages and of those that wait to be sealed; of a contiguous cache all that it has; on all
-        devices of the mesh together."""
+        """Bytes of ``pages`` pages and the staging slots, or of a whole contiguous cache, on all devices."""
         cache = self._arrays
         copies = 1 if self.mesh is None else self.mesh.shape[TENSOR]
         if isinstance(cache, ContiguousKVCache):
@@ -133,7 +135,7 @@ class CachePlan:
 
     @cached_property
     def bytes_contiguous(self) -> int | None:
-        """What a contiguous cache of the whole context takes; None where none keeps these formats."""
+        """Bytes of a contiguous cache of the whole context; None if it does not support the formats."""
         if self.cache_type.has_residual:
             return None
         return replace(self, kind="contiguous").bytes_in_use(0)
@@ -141,7 +143,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class KVReport:
-    """KV memory of a run. In a contiguous cache each sequence's row counts as one page."""
+    """KV memory of a run. In a contiguous cache, each sequence's row counts as one page."""
 
     kind: str
     cache_type: CacheType
@@ -155,7 +157,7 @@ class KVReport:
 
     @classmethod
     def of(cls, plan: CachePlan, pages_peak: int) -> KVReport:
-        """The report of a run whose most pages in use were ``pages_peak``."""
+        """The report of a run that used at most ``pages_peak`` pages at once."""
         paged = plan.kind == "paged"
         return cls(
             kind=plan.kind,
@@ -182,7 +184,7 @@ class KVReport:
         }
 
     def line(self) -> str:
-        """One line for people."""
+        """One line of text."""
         tokens = (
             f"{self.context} tokens" if self.num_seqs == 1 else f"{self.num_seqs} x {self.context} tokens"
         )
@@ -197,7 +199,7 @@ class KVReport:
 
 
 def readable(count: int) -> str:
-    """A number of bytes as llama.cpp prints it; a small one in KiB."""
+    """Formats a number of bytes in MiB, as llama.cpp does, or in KiB if it is small."""
     if count < 2**20 // 10:
         return f"{count / 2**10:.2f} KiB"
     return f"{count / 2**20:.2f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"
