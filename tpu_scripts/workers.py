@@ -85,7 +85,7 @@ class Worker:
             try:
                 line = self._lines.get(timeout=self._limit)
             except queue.Empty:
-                raise WorkerFailed(f"no result within {self._limit:.0f} s") from None
+                raise WorkerFailed(f"no result within {self._limit:g} s") from None
             if not line:
                 break
             yield json.loads(line)

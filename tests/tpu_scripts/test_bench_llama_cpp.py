@@ -1,4 +1,4 @@
-"""tpu_scripts/bench/llama_cpp.py, with programs that stand for llama.cpp's."""
+"""tpu_scripts/bench/llama_cpp.py, with fakes of llama.cpp's programs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ else:
 
 @pytest.fixture
 def llama_cpp(tmp_path):
-    """Makes what stands for llama.cpp's two programs: a fixed rate, half of it with paged memory."""
+    """Makes fakes of llama.cpp's two programs: a fixed rate, half of it with paged memory."""
 
     def make(help="-m", complaint=""):
         for name in ("llama-bench", "llama-batched-bench"):
@@ -183,7 +183,7 @@ def test_the_table_has_a_row_a_side():
 
 
 class Library:
-    """What is called of llama-cpp-python: notes tokens a call, and that each sequence's positions have no gap."""
+    """Fake of llama-cpp-python: records tokens per call, and checks that positions have no gap."""
 
     __version__ = "1.2.3"
 

@@ -261,7 +261,7 @@ def engine():
     return make_engine(num_pages=FEW_PAGES, lockstep=True, max_waiting=100)
 
 
-# --- what a step takes and what there is room for -----------------------------------------------------------
+# --- time of a step and size of the pool --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

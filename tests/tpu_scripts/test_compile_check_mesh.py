@@ -1,4 +1,4 @@
-"""What compile_check_mesh reads out of compiled programs, and what it calls right; no compiler is needed."""
+"""Parsing and verdicts of compile_check.mesh, on texts of compiled programs; no compiler is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts for TPUs and GPUs, on a CPU: they teach, they measure something small, and bad input is one line."""
+"""The scripts for TPUs and GPUs, on a CPU: help texts, small measurements, and bad input as one line."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_environment_names_the_only_implementation(monkeypatch):
 
 
 def test_a_forced_implementation_is_what_is_compiled(monkeypatch):
-    """One jitted function, traced three times over: no program is found again that was traced for another."""
+    """A jitted function is traced anew for each implementation."""
     pytest.importorskip("numba")
     monkeypatch.delenv("JAXPAGED_ATTENTION", raising=False)
     from jaxpaged.attention.cases import CASES
@@ -138,7 +138,7 @@ def test_named_shapes_are_the_models():
 
 
 def test_attention_of_layers_is_attention(monkeypatch):
-    """What is timed computes what a single call computes, on the pages in their order."""
+    """The timed program computes the same as single calls, on the pages in their order."""
     shape = Shape("SmolLM2-135M", batch=2, context=50, queries=3, page_size=16, dtype="f32")
     program = Attention(shape, "xla", layers=2)
     pool = models.noise(shape.pool())
@@ -339,7 +339,7 @@ def test_both_checks_are_there():
 
 
 def test_passages_are_seen_once_at_their_distance():
-    tokens, n_ctx = np.arange(1, 1001, dtype=np.int32), 256  # each token tells where it comes from
+    tokens, n_ctx = np.arange(1, 1001, dtype=np.int32), 256  # each token is its own position
     for distance in (48, 100, 208):
         seen, unseen = measure_quality.passages(tokens, n_ctx, distance, 20, seed=0, bos=None)
         start = n_ctx - 48 - distance
