@@ -117,7 +117,7 @@ class Device:
 
     def table(self) -> BlockTable:
         """The block table on the host."""
-        return jax.tree.map(np.asarray, self.cache.table)
+        return jax.tree.map(np.asarray, self.metadata().table)
 
     def metadata(self) -> Any:
         """The cache with its allocator and table; on a mesh, with shapes in place of pages."""

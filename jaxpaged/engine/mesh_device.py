@@ -16,7 +16,6 @@ import numpy as np
 from jaxpaged.engine.device import Device, HostTable, Program, Progress, name_of
 from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableState
 from jaxpaged.generation.loop import Model
-from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.sharding.multihost import fetch
 from jaxpaged.sharding.specs import (
     BATCH,
@@ -152,9 +151,6 @@ class ShardDevice(Device):
 
     def step(self, shape: StepShape, given: StepInput) -> StepOutput:
         raise NotImplementedError("the shards of a mesh step together")
-
-    def table(self) -> BlockTable:
-        return self.metadata().table
 
     def metadata(self) -> Any:
         parts = self._whole.cache.parts

@@ -7,16 +7,74 @@ sent as a whole, writes nothing for a long time, so a task here always listens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, ClassVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxpaged.app.server.encoding import dump_json
+from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.generation import Generation, Update
+from jaxpaged.app.server.state import state_of
 
 _CLIENT_GONE = 499
+
+
+class Answer:
+    """Format of an API's response to a generation."""
+
+    end: ClassVar[bytes] = b""
+    """Last event of a stream."""
+
+    def whole(self, updates: Sequence[Update]) -> Any:
+        """The response of a request without a stream."""
+        raise NotImplementedError
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Events before the first token."""
+        return []
+
+    def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
+        """Events of one update."""
+        raise NotImplementedError
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Events after the last token."""
+        return []
+
+
+async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
+    """Starts a generation, and responds with all of its text, or with a stream."""
+    if not stream:
+        return await while_connected(request, _whole(generation, answer))
+    await generation.start()
+    return EventStream(_events(request, generation, answer), generation.close)
+
+
+async def _whole(generation: Generation, answer: Answer) -> Response:
+    try:
+        await generation.start()
+        return json_response(answer.whole([update async for update in generation.updates()]))
+    finally:
+        generation.close()
+
+
+async def _events(request: Request, generation: Generation, answer: Answer) -> AsyncIterator[bytes]:
+    try:
+        for chunk in answer.opening():
+            yield event(chunk)
+        async for update in generation.updates():
+            for chunk in answer.chunks(update):
+                yield event(chunk)
+        for chunk in answer.closing():
+            yield event(chunk)
+    except ApiError as error:  # the status is sent already
+        state_of(request).metrics.errors.labels(str(error.status_code)).inc()
+        yield event(error.body())
+    if answer.end:
+        yield answer.end
 
 
 def json_response(value: Any) -> Response:

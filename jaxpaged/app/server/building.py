@@ -118,8 +118,8 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
     )
     if mesh is None:
         return Engine(ready.call, ready.loaded.params, cache, sizes)
-    engine = MeshEngine(ready.call, ready.loaded.params, cache, sizes)
-    return engine if processes.count() == 1 else LockstepEngine(engine)
+    engine = MeshEngine if processes.count() == 1 else LockstepEngine
+    return engine(ready.call, ready.loaded.params, cache, sizes)
 
 
 def plan_pool(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxpaged_model.text.tokenizer import Tokenizer
-
 from jaxpaged.app.server.errors import ApiError, as_api_error
-from jaxpaged.app.server.interfaces import Runner, Stream
+from jaxpaged.app.server.interfaces import Stream
 from jaxpaged.app.server.runner import EngineFailedError
-from jaxpaged.app.server.sampling_schema import special_stops
+from jaxpaged.app.server.sampling_schema import SamplingFields, engine_request, seed_of, special_stops
 from jaxpaged.app.server.state import ServerState
 from jaxpaged.app.server.text import SampleText, TextPart
 from jaxpaged.engine.request import EngineRequest, RefusedError, RequestTimes, SampleOutput
@@ -22,20 +20,6 @@ StopType = Literal["eos", "limit", "word"]
 MAX_CHOICES = 128
 """Samples of a request, over all its prompts, at most."""
 _background: set[asyncio.Task[None]] = set()  # the event loop holds tasks only weakly
-
-
-@dataclass(frozen=True)
-class Job:
-    """A generation request, independent of the API."""
-
-    prompts: Sequence[Sequence[int]]
-    n: int
-    """Samples of each prompt; choices are in prompt-major order."""
-    request: Callable[[str, Sequence[int]], EngineRequest]
-    """Makes the engine's request from an id and a prompt."""
-    stops: Sequence[str] = ()
-    seconds: float | None = None
-    """Time limit: a sample with a line break ends at its first token after it."""
 
 
 @dataclass
@@ -114,24 +98,27 @@ def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextP
 
 
 class Generation:
-    """A job in the engine: call ``start``, iterate over ``updates``, and always call ``close``."""
+    """A request in the engine: call ``start``, iterate over ``updates``, and always call ``close``."""
 
-    def __init__(self, state: ServerState, tokenizer: Tokenizer, runner: Runner, job: Job) -> None:
-        if len(job.prompts) * job.n > MAX_CHOICES:
+    def __init__(self, state: ServerState, prompts: Sequence[Sequence[int]], fields: SamplingFields) -> None:
+        model, runner = state.accepting()
+        tokenizer, n = model.tokenizer, fields.samples
+        if len(prompts) * n > MAX_CHOICES:
             raise ApiError(
-                400, f"{len(job.prompts)} prompts with n = {job.n}: at most {MAX_CHOICES} choices", param="n"
+                400, f"{len(prompts)} prompts with n = {n}: at most {MAX_CHOICES} choices", param="n"
             )
-        self._state, self._runner, self._job = state, runner, job
-        self._special_stops: dict[int, str] = special_stops(job.stops, tokenizer)
+        self._state, self._runner, self._tokenizer = state, runner, tokenizer
+        self._prompts, self._fields = prompts, fields
+        self._special_stops: dict[int, str] = special_stops(fields.stops, tokenizer)
         self._streams: dict[int, Stream] = {}
         self._pumps: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[int, SampleOutput] | ApiError] = asyncio.Queue()
         self.choices = [
             Choice(
-                prompt * job.n + i, prompt, len(ids), SampleText(tokenizer.stream(at_start=False), job.stops)
+                prompt * n + i, prompt, len(ids), SampleText(tokenizer.stream(at_start=False), fields.stops)
             )
-            for prompt, ids in enumerate(job.prompts)
-            for i in range(job.n)
+            for prompt, ids in enumerate(prompts)
+            for i in range(n)
         ]
         self.requests: list[EngineRequest] = []
 
@@ -142,8 +129,13 @@ class Generation:
           RefusedError: the engine refused one; the others are aborted.
           EngineFailedError: the engine has failed.
         """
-        ids = [f"{next(self._state.numbers)}" for _ in self._job.prompts]
-        self.requests = [self._job.request(*pair) for pair in zip(ids, self._job.prompts, strict=True)]
+        state, seed = self._state, seed_of(self._fields, self._state.options)
+        self.requests = [
+            engine_request(
+                f"{next(state.numbers)}", prompt, self._fields, state.options, self._tokenizer, seed=seed
+            )
+            for prompt in self._prompts
+        ]
         self._state.generations.add(self)
         tasks = [asyncio.create_task(self._submit(*pair)) for pair in enumerate(self.requests)]
         try:
@@ -192,7 +184,7 @@ class Generation:
             if isinstance(news, ApiError):
                 raise news
             prompt, output = news
-            choice = self.choices[prompt * self._job.n + output.index]
+            choice = self.choices[prompt * self._fields.samples + output.index]
             if choice.stop_type is not None:  # sent before the choice ended
                 continue
             now = time.monotonic()
@@ -255,7 +247,7 @@ class Generation:
         return Update(choice, part)
 
     def _is_late(self, choice: Choice, now: float) -> bool:
-        limit = self._job.seconds
+        limit = self._fields.seconds
         return limit is not None and choice.has_new_line and now - choice.times.first_token > limit
 
     def fail(self, error: ApiError) -> None:

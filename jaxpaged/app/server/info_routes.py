@@ -75,10 +75,7 @@ async def props(request: Request) -> Response:
     model, runner = state.ready()
     o = state.options
     # The defaults of an empty request.
-    nothing = engine_request(
-        "props", (0,), SamplingFields(), o, model.tokenizer,
-        max_new_tokens=None, n=1, seed=0, num_logprobs=None, logit_bias={},
-    )  # fmt: skip
+    nothing = engine_request("props", (0,), SamplingFields(), o, model.tokenizer, seed=0)
     params = settings(nothing) | {"seed": o.seed % 2**32, "n_keep": o.keep, "ignore_eos": o.ignore_eos}
     return json_response(
         {

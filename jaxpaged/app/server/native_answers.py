@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpaged.app.server.answering import Answer
 from jaxpaged.app.server.generation import Choice, Generation, Update, gathered
 from jaxpaged.app.server.native_schema import NativeRequest
 from jaxpaged.app.server.sampling_schema import DEFAULT_SAMPLERS
@@ -73,7 +74,7 @@ def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool 
 
 
 @dataclass
-class NativeAnswer:
+class NativeAnswer(Answer):
     """Responses to a ``/completion`` request."""
 
     state: ServerState
@@ -91,7 +92,6 @@ class NativeAnswer:
         return answers[0] if len(answers) == 1 else answers
 
     def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
-        """Events of one update."""
         choice, part = update.choice, update.part
         if part.text or part.tokens:
             chunk: dict[str, Any] = {

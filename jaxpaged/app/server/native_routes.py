@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxpaged.app.server.answering import EventStream, event, json_response, while_connected
-from jaxpaged.app.server.errors import ApiError
-from jaxpaged.app.server.generation import Generation, Job, Update
+from jaxpaged.app.server.answering import json_response, respond
+from jaxpaged.app.server.generation import Generation
 from jaxpaged.app.server.native_answers import NativeAnswer
 from jaxpaged.app.server.native_schema import (
     DetokenizeRequest,
@@ -21,8 +19,7 @@ from jaxpaged.app.server.native_schema import (
 )
 from jaxpaged.app.server.prompts import chat_text, check_prompt, encode_mixed
 from jaxpaged.app.server.routing import StrictRoute
-from jaxpaged.app.server.sampling_schema import bias_of, engine_request, seed_of
-from jaxpaged.app.server.state import ServedModel, ServerState, state_of
+from jaxpaged.app.server.state import ServedModel, state_of
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -32,55 +29,13 @@ router = APIRouter(route_class=StrictRoute)
 async def completion(request: Request, body: NativeRequest) -> Response:
     """Continues a prompt; with several prompts or samples the response is a list."""
     state = state_of(request)
-    model, runner = state.accepting()
+    model, _ = state.accepting()
     prompts = [await encode_mixed(model, prompt) for prompt in body.prompts]
     for ids in prompts:
         check_prompt(model, ids)
-    seed = seed_of(body, state.options)
-    job = Job(
-        prompts,
-        body.samples,
-        lambda request_id, ids: engine_request(
-            request_id,
-            ids,
-            body,
-            state.options,
-            model.tokenizer,
-            max_new_tokens=body.limit,
-            n=body.samples,
-            seed=seed,
-            num_logprobs=body.n_probs or None,
-            logit_bias=bias_of(body.biases, model.tokenizer, text=True),
-            stops=body.stops,
-        ),
-        body.stops,
-        body.t_max_predict_ms / 1e3 if body.t_max_predict_ms > 0 else None,
-    )
-    generation = Generation(state, model.tokenizer, runner, job)
+    generation = Generation(state, prompts, body)
     answer = NativeAnswer(state, model, generation, body)
-    if not body.stream:
-        return await while_connected(request, _whole(generation, answer))
-    await generation.start()
-    return EventStream(_events(state, generation, answer), generation.close)
-
-
-async def _whole(generation: Generation, answer: NativeAnswer) -> Response:
-    try:
-        await generation.start()
-        updates: Sequence[Update] = [update async for update in generation.updates()]
-        return json_response(answer.whole(updates))
-    finally:
-        generation.close()
-
-
-async def _events(state: ServerState, generation: Generation, answer: NativeAnswer) -> AsyncIterator[bytes]:
-    try:
-        async for update in generation.updates():
-            for chunk in answer.chunks(update):
-                yield event(chunk)
-    except ApiError as error:  # the status is sent already
-        state.metrics.errors.labels(str(error.status_code)).inc()
-        yield event(error.body())
+    return await respond(request, generation, answer, stream=body.stream)
 
 
 @router.post("/tokenize")

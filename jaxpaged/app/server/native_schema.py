@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -35,6 +35,8 @@ _Bias = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | bool
 
 class NativeRequest(SamplingFields):
     """``POST /completion``."""
+
+    biases_by_text: ClassVar[bool] = True
 
     prompt: (
         str
@@ -109,13 +111,19 @@ class NativeRequest(SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """Tokens to generate at most; None = as many as fit."""
         limit = self.n_predict if self.n_predict is not None else self.max_tokens
         return None if limit is None or limit < 0 else limit
 
     @property
+    def seconds(self) -> float | None:
+        return self.t_max_predict_ms / 1e3 if self.t_max_predict_ms > 0 else None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.n_probs or None
+
+    @property
     def samples(self) -> int:
-        """Samples of each prompt."""
         return self.n_cmpl or self.n or 1
 
 

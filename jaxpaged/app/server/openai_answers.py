@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from jaxpaged.app.server.answering import Answer
 from jaxpaged.app.server.generation import Choice, Generation, Update, gathered
 from jaxpaged.app.server.native_answers import settings
 from jaxpaged.app.server.openai_schema import OpenAIFields
@@ -18,7 +19,7 @@ _FORBIDDEN = -9999.0
 
 
 @dataclass
-class Answer:
+class OpenAIAnswer(Answer):
     """Common part of completion and chat responses."""
 
     state: ServerState
@@ -29,9 +30,9 @@ class Answer:
     body: OpenAIFields
     kind: str = ""
     chunk_kind: str = ""
+    end: ClassVar[bytes] = b"data: [DONE]\n\n"
 
     def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
-        """The whole response."""
         parts = gathered(self.generation.choices, updates)
         choices = [
             self.choice(choice, part) for choice, part in zip(self.generation.choices, parts, strict=True)
@@ -48,22 +49,16 @@ class Answer:
             "generation_settings": settings(request, stops=self.body.stops, stream=False),
         }
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks before the first token."""
-        return []
-
-    def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
-        """Chunks of one update."""
-        raise NotImplementedError
-
     def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
         """A whole choice."""
         raise NotImplementedError
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The usage chunk at the end of a stream."""
+    def closing(self) -> list[dict[str, Any]]:
+        """Chunks after the last token: the token counts, if requested."""
+        if not self.body.include_usage:
+            return []
         timings = self.generation.choices[0].timings()
-        return self._wrap(self.chunk_kind, []) | {"usage": self.usage(), "timings": timings}
+        return [self._wrap(self.chunk_kind, []) | {"usage": self.usage(), "timings": timings}]
 
     def _wrap(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A response or chunk with these choices."""
@@ -74,6 +69,7 @@ class Answer:
             "model": self.model.names[0],
             "system_fingerprint": self.state.build,
             "choices": choices,
+            **({"usage": None} if self.body.include_usage else {}),
         }
 
     def usage(self) -> dict[str, Any]:
@@ -99,7 +95,7 @@ class Answer:
 
 
 @dataclass
-class CompletionAnswer(Answer):
+class CompletionAnswer(OpenAIAnswer):
     """``text_completion``."""
 
     echoes: list[str] = field(default_factory=list)
@@ -158,7 +154,7 @@ class CompletionAnswer(Answer):
 
 
 @dataclass
-class ChatAnswer(Answer):
+class ChatAnswer(OpenAIAnswer):
     """``chat.completion``."""
 
     kind: str = "chat.completion"

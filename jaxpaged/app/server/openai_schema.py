@@ -6,6 +6,7 @@ because clients send neutral values too; those that do not change the text are a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -72,13 +73,19 @@ class OpenAIFields(SamplingFields):
         return self
 
     @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def biases(self) -> Iterable[tuple[str | int, float]]:
+        return (self.logit_bias or {}).items()
+
+    @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def limit(self) -> int | None:
-        """Tokens to generate, at most; None = as many as fit."""
         limit = self.n_predict if self.max_tokens is None else self.max_tokens
         return None if limit is None or limit < 0 else limit
 
@@ -105,6 +112,10 @@ class CompletionRequest(OpenAIFields):
     logprobs: Logprobs | None = None
     best_of: Annotated[int | None, Field(ge=1, le=MAX_SAMPLES)] = None
     suffix: Any = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     _prompt_is_not_empty = field_validator("prompt", mode="before")(refuse_empty_prompt)
 
@@ -252,3 +263,7 @@ class ChatRequest(OpenAIFields, TemplateFields):
         if self.max_tokens is None:
             self.max_tokens = self.max_completion_tokens
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -18,6 +18,7 @@ _INT32 = 2**31 - 1
 _SMALLEST_TOP_P = 1e-30  # keeps one token, like 0 in llama.cpp
 DEFAULT_SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
 """The samplers, in the order of their application."""
+_SAME_NAMES = ("top_k", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty")
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512
 
@@ -62,6 +63,8 @@ class SamplingFields(StrictModel):
         "post_sampling_probs": (False,),
         "samplers": ([], list(DEFAULT_SAMPLERS)),
     }
+
+    biases_by_text: ClassVar[bool] = False
 
     stream: bool = False
     temperature: Annotated[float | None, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] = None
@@ -119,6 +122,36 @@ class SamplingFields(StrictModel):
                 raise ValueError(f"{name} is not supported here")
         return self
 
+    @property
+    def samples(self) -> int:
+        """Samples of each prompt."""
+        return 1
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate, at most; None = as many as fit."""
+        return None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time limit: a sample with a line break ends at its first token after it."""
+        return None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        return ()
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Log-probabilities per token, beside its own; None = not even that."""
+        return None
+
+    @property
+    def biases(self) -> Iterable[tuple[str | int, float]]:
+        """Logit biases by token id, or by text if ``biases_by_text``."""
+        return ()
+
 
 def engine_request(
     request_id: str,
@@ -127,12 +160,7 @@ def engine_request(
     options: ServeOptions,
     tokenizer: Tokenizer,
     *,
-    max_new_tokens: int | None,
-    n: int,
     seed: int,
-    num_logprobs: int | None,
-    logit_bias: dict[int, float],
-    stops: Sequence[str] = (),
 ) -> EngineRequest:
     """Makes the engine's request.
 
@@ -140,8 +168,15 @@ def engine_request(
       RefusedError: a value that the engine refuses.
       ApiError: a token outside the vocabulary.
     """
+
+    def value(name: str, option: str | None = None) -> Any:
+        own = getattr(fields, name)
+        return getattr(options, option or name) if own is None else own
+
+    logit_bias = _biases(fields, tokenizer)
+    max_new_tokens = fields.limit
     ignore_eos = options.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
-    stop_ids = frozenset(fields.stop_token_ids or ()) | special_stops(stops, tokenizer).keys()
+    stop_ids = frozenset(fields.stop_token_ids or ()) | special_stops(fields.stops, tokenizer).keys()
     if ignore_eos:  # as in llama.cpp, end-of-text tokens are forbidden
         logit_bias = logit_bias | dict.fromkeys(tokenizer.stop_ids - stop_ids, float("-inf"))
     else:
@@ -161,19 +196,14 @@ def engine_request(
         request_id=request_id,
         prompt=tuple(prompt),
         max_new_tokens=max_new_tokens,
-        n=n,
-        temperature=_or(fields.temperature, options.temp),
-        top_k=_or(fields.top_k, options.top_k),
-        top_p=max(_or(fields.top_p, options.top_p), _SMALLEST_TOP_P),
-        min_p=_or(fields.min_p, options.min_p),
-        repeat_penalty=_or(fields.repeat_penalty, options.repeat_penalty),
-        repeat_last_n=_or(fields.repeat_last_n, options.repeat_last_n),
-        presence_penalty=_or(fields.presence_penalty, options.presence_penalty),
-        frequency_penalty=_or(fields.frequency_penalty, options.frequency_penalty),
+        n=fields.samples,
+        temperature=value("temperature", "temp"),
+        top_p=max(value("top_p"), _SMALLEST_TOP_P),
+        **{name: value(name) for name in _SAME_NAMES},
         seed=seed,
         stop_ids=stop_ids,
         logit_bias=logit_bias,
-        num_logprobs=num_logprobs,
+        num_logprobs=fields.num_logprobs,
         priority=fields.priority,
         cache_salt=fields.cache_salt or "",
         cache_prompt=fields.cache_prompt is not False and options.prefix_cache,
@@ -202,22 +232,19 @@ def seed_of(fields: SamplingFields, options: ServeOptions) -> int:
     return secrets.randbits(32) if seed == -1 else seed % 2**32
 
 
-def bias_of(
-    pairs: Iterable[tuple[str | int, float]], tokenizer: Tokenizer, *, text: bool
-) -> dict[int, float]:
-    """Logit biases by token id. A key that is not a number is a text, if allowed, and stands for
-    all its tokens.
+def _biases(fields: SamplingFields, tokenizer: Tokenizer) -> dict[int, float]:
+    """Logit biases by token id; that of a text goes to all its tokens.
 
     Raises:
       ApiError: an invalid key, or too many tokens.
     """
     bias: dict[int, float] = {}
-    for name, value in pairs:
+    for name, value in fields.biases:
         if isinstance(name, int):
             bias[name] = value
         elif name.isascii() and name.isdecimal() and len(name) <= 10:
             bias[int(name)] = value
-        elif text:
+        elif fields.biases_by_text:
             bias.update(dict.fromkeys(tokenizer.encode(name, add_special=False), value))
         else:
             raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
@@ -235,7 +262,3 @@ def _check_tokens(name: str, tokens: Collection[int], tokenizer: Tokenizer) -> N
         if not 0 <= token < tokenizer.vocab_size:
             message = f"{name}: token {token} is outside the vocabulary of {tokenizer.vocab_size} tokens"
             raise ApiError(400, message, param=name)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -6,16 +6,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+
+from jaxpaged_model.text.detokenize import StreamDecoder
 
 from jaxpaged.engine.request import TokenLogprobs
-
-
-class Decoder(Protocol):
-    """Protocol of ``jaxpaged_model.text.detokenize.StreamDecoder``."""
-
-    def push(self, token_id: int) -> str: ...
-    def flush(self) -> str: ...
 
 
 class StopFinder:
@@ -87,7 +81,7 @@ class TextPart:
 class SampleText:
     """The text of one sample. Tokens are returned with their text; those of a stop string are not."""
 
-    def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
+    def __init__(self, decoder: StreamDecoder, stops: Sequence[str]) -> None:
         self._decoder = decoder
         self._finder = StopFinder(stops)
         self._waiting: deque[tuple[int, int, int, TokenLogprobs | None]] = deque()

@@ -39,8 +39,9 @@ async def _converse(
     }  # fmt: skip
     task = asyncio.create_task(server.app(scope, receive, send))
     if leave_after == 0:
-        await asyncio.sleep(0.05)
-        assert server.runner.streams
+        async with asyncio.timeout(10):
+            while not server.runner.streams:
+                await asyncio.sleep(0.01)
         gone.set()
     await asyncio.wait_for(task, 2)
     await asyncio.sleep(0)
