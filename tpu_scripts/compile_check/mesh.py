@@ -39,7 +39,18 @@ from jaxpaged.generation import loop as generation
 from jaxpaged.generation.request import make_request
 from jaxpaged.sharding import mesh as sharding
 from jaxpaged.sharding.context import ContextKVCache
-from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, SPECS
+from jaxpaged.sharding.specs import (
+    BATCH,
+    CACHE,
+    GATHERED,
+    PARAMS,
+    REPLICATED,
+    SPECS,
+    ShardedCache,
+    cache_specs,
+    over_mesh,
+    stacked,
+)
 from tpu_scripts import common
 from tpu_scripts.common import Parser, note, positive
 from tpu_scripts.compile_check import devices
@@ -201,8 +212,8 @@ class MeshCompiler:
 
         own = jax.eval_shape(make_cache)
         self.pool_bytes = num_bytes((own.k_pages, own.v_pages))
-        stacked = self.stack(make_cache, sharding.cache_specs(own))
-        self.cache = sharding.ShardedCache(stacked, self.mesh, config.num_kv_heads)
+        whole = self.stack(make_cache, cache_specs(own))
+        self.cache = ShardedCache(whole, self.mesh, config.num_kv_heads)
         self.params = self.stack(make_params, SPECS[PARAMS])
 
     def stack(self, make: Callable[[], Any], specs: Any) -> Any:
@@ -213,7 +224,7 @@ class MeshCompiler:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named), part)
 
         def on_device() -> Any:
-            return sharding.stacked(make(), specs)
+            return stacked(make(), specs)
 
         sharded = jax.shard_map(on_device, mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False)
         whole = jax.eval_shape(sharded)
@@ -287,7 +298,7 @@ class MeshCompiler:
         """Compiles and checks one program."""
         start = time.perf_counter()
         lowered_for = {"gpu": "cuda"}.get(self.platform, self.platform)
-        function = sharding.over_mesh(program.function, program.in_specs, program.out_specs)
+        function = over_mesh(program.function, program.in_specs, program.out_specs)
         donated = () if name in QUERIES else program.in_specs.index(CACHE)
         try:
             traced = jax.jit(function, donate_argnums=donated).trace(*program.arguments)
