@@ -181,7 +181,7 @@ def test_it_teaches():
 def test_bad_axes_are_one_line(monkeypatch, capsys):
     assert run(monkeypatch, "compile_check.mesh", "--mesh", "rows=2") == 2
     said = capsys.readouterr()
-    assert "'rows=2' is no axis" in said.err and said.err.count("\n") == 1 and not said.out
+    assert "'rows=2' is not an axis" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_without_a_compiler_it_says_what_it_needs(monkeypatch, capsys):
