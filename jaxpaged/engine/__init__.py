@@ -1,5 +1,4 @@
-"""The host side of serving: requests, scheduling, pages, prefix cache. Independent of models and of
-HTTP."""
+"""The host side of serving: requests, scheduling, pages, prefix cache; without models and HTTP."""
 
 from jaxpaged.engine.engine import Engine, EngineConfig
 from jaxpaged.engine.mesh_engine import MeshEngine

@@ -24,7 +24,6 @@ def _listen() -> None:
 
 
 def num_compilations() -> int:
-    """Programs that this thread compiled, or read from the compilation cache, since its first call
-    of this function."""
+    """Programs that this thread compiled, or read from a cache, since its first call."""
     _listen()
     return getattr(_counts, "value", 0)

@@ -77,8 +77,7 @@ class Program:
 
 
 class Device:
-    """Cache, weights and programs on the accelerator. ``state`` is the block table after all calls
-    so far."""
+    """Cache, weights and programs on the accelerator. state: the block table as it is now."""
 
     def __init__(
         self,
@@ -136,8 +135,7 @@ class Device:
 
     @property
     def swaps(self) -> bool:
-        """True if pages can be swapped to the host: not with residual pages, which are outside the
-        pool."""
+        """True if pages can be swapped to the host: not with residual pages outside the pool."""
         return isinstance(self.cache, PagedKVCache) and self.cache.staging is None
 
     def compile(self, progress: Progress | None = None) -> None:
@@ -283,8 +281,7 @@ class Device:
             self._edit(unpinned=unpinned[i : i + width])
 
     def attach(self, rows: Sequence[tuple[int, Sequence[int], int]]) -> None:
-        """Attaches pages to empty sequences. rows: ``(sequence, pages, tokens that they hold)`` of
-        each."""
+        """Attaches pages to empty sequences. rows: ``(sequence, pages, tokens held)`` of each."""
         for i in range(0, len(rows), programs.ATTACHED_PER_EDIT):
             self._edit(attached=rows[i : i + programs.ATTACHED_PER_EDIT])
 
@@ -308,8 +305,7 @@ class Device:
         assert ok, f"pages could not be attached to sequences {[slot for slot, _, _ in attached]}"
 
     def shift(self, slot: int, keep: int, discard: int) -> bool:
-        """Removes ``discard`` tokens of a sequence after the first ``keep``; False if its row is
-        too narrow."""
+        """Removes tokens of a sequence after the first ``keep``; False if its row is too narrow."""
         ok, state = self._run("shift", np.int32(slot), np.int32(keep), np.int32(discard))
         self.state = HostTable(state)
         return bool(ok)

@@ -51,8 +51,7 @@ from jaxpaged.engine.stats import Monitor, PoolState, SlotState, StepCounts, slo
 from jaxpaged.generation.loop import Model
 
 _ROUND_TRIP_SECONDS = 0.04
-"""Longest time of several decode steps in one program; longer ones would make streamed text jerky.
-"""
+"""Longest time of several decode steps in one program: streamed text must not become jerky."""
 _MOST_RECENT = 4096
 """Tokens that penalties can cover, at most."""
 _SHIFT_PAGES = 2
@@ -80,8 +79,7 @@ class EngineConfig:
     fingerprint: str = ""
     """Identifies the model in slot files."""
     lockstep: bool = False
-    """True: no decision depends on time, so that engines in several processes make the same ones.
-    """
+    """True: no decision depends on time, so that several processes make the same ones."""
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "vocab_size", "max_batch_tokens", "decode_steps", "max_waiting"):
@@ -332,8 +330,7 @@ class Engine:
     def end_step(
         self, plan: Plan, out: StepOutput, begin: float, *, observed: bool = True
     ) -> list[SampleOutput]:
-        """Processes the output of a step that began at ``begin``, seconds. observed: count its time
-        as typical."""
+        """Processes a step's output. begin: its start, seconds; observed: its time is typical."""
         tokens = np.asarray(out.tokens)
         num_steps = int(out.num_steps)
         self._counts.steps += num_steps
@@ -461,8 +458,7 @@ class Engine:
         return bool(sample.num_forgotten) or cut
 
     def _shift_full_contexts(self) -> list[SampleOutput]:
-        """Shifts contexts that are full; returns the last outputs of samples with too narrow a
-        table row."""
+        """Shifts full contexts; returns the last outputs of samples with too narrow a row."""
         outputs = []
         for sample in [s for s in self.scheduler.running if len(s.tokens) > self.n_ctx]:
             request = sample.request

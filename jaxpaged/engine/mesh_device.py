@@ -1,5 +1,4 @@
-"""MeshDevice: programs over all devices of a mesh, and a ``Device`` for the engine of each data
-shard."""
+"""MeshDevice: programs over all devices of a mesh, and a ``Device`` for each data shard."""
 
 from __future__ import annotations
 

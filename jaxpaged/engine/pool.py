@@ -75,8 +75,7 @@ class Pool:
         return b""
 
     def start(self, sample: SampleState, running: Iterable[SampleState]) -> Start:
-        """Finds pages that a waiting sample can begin with, and holds them until ``admit`` or
-        ``cancel``."""
+        """Finds pages to begin with, and holds them until ``admit`` or ``cancel``."""
         return Start()
 
     def cancel(self, start: Start) -> None:
@@ -307,8 +306,7 @@ class PagedPool(Pool):
 
 
 def _continues(other: SampleState, root: bytes, nodes: tuple[Node, ...]) -> bool:
-    """True if a running sample begins with the pages of ``nodes`` and is still filling its next
-    page."""
+    """True if a running sample begins with the pages of ``nodes`` and is filling its next page."""
     if other.slot is None or not other.indexed or other.root != root or len(other.chain) != len(nodes):
         return False
     return not nodes or other.chain[-1] is nodes[-1]

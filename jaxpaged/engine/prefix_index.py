@@ -203,8 +203,7 @@ class PrefixIndex:
                 self._unused[node.key] = node
 
     def evict(self, count: int) -> list[int]:
-        """Removes the ``count`` least recently used nodes, or all unused ones; returns their pages,
-        to be unpinned."""
+        """Removes the ``count`` least recently used nodes; returns pages to unpin."""
         pages: list[int] = []
         while self._unused and len(pages) < count:
             _, node = self._unused.popitem(last=False)
@@ -229,8 +228,7 @@ class PrefixIndex:
         return [*pages, node.page]
 
     def drop(self, chain: Sequence[Node]) -> tuple[list[int], int]:
-        """Removes the unused end of a chain that no other chain continues: ``(pages to unpin, their
-        tokens)``."""
+        """Removes the unused end of a chain: ``(pages to unpin, number of tokens)``."""
         pages: list[int] = []
         tokens = 0
         for node in reversed(chain):

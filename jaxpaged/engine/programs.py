@@ -68,8 +68,7 @@ class StepInput:
     left: Given
     """i32[S]: tokens that may still be sampled."""
     position: Given
-    """i32[S]: position of the first sampled token in the whole text, which context shifts do not
-    change."""
+    """i32[S]: position of the first sampled token in the whole text, dropped tokens included."""
     recent: Given
     """i32[S, W]: recent tokens for penalties, newest last; -1 in padding."""
     steps: Given
@@ -84,8 +83,7 @@ class StepOutput:
     """Output of one step. K = decode steps of the program, at most."""
 
     tokens: Array
-    """i32[K, S]: sampled tokens, stop tokens included; -1 = none; NAN_TOKEN = the logits held NaN.
-    """
+    """i32[K, S]: sampled tokens, also stop tokens; -1 = none; NAN_TOKEN = the logits held NaN."""
     logprobs: Array
     """f32[K, S]: their log-probabilities, where requested."""
     top_tokens: Array
@@ -107,8 +105,7 @@ class StepShape:
     rows: int
     """T"""
     decode: bool
-    """True: one token a sequence and several steps in one program. False: any number of tokens, one
-    step."""
+    """True: several steps of one token a sequence. False: one step of any number of tokens."""
     max_steps: int
     """K"""
 
@@ -257,8 +254,7 @@ def _sample_tokens(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edit:
-    """Changes to the block table between two steps, in this order. M = P page ids; A =
-    ATTACHED_PER_EDIT."""
+    """Changes to the block table between two steps, in this order. M = P, A = ATTACHED_PER_EDIT."""
 
     pinned: Given
     """i32[M]: pages that the prefix cache retains, from the front; N in padding."""

@@ -24,8 +24,7 @@ _UINT32, _INT32 = 2**32, 2**31
 
 
 class RefusedError(ValueError):
-    """A request that the engine cannot serve; nothing was changed. The message says what is
-    allowed."""
+    """A request that the engine cannot serve; nothing was changed. It says what is allowed."""
 
 
 class ContextError(RefusedError):

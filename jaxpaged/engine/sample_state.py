@@ -27,8 +27,7 @@ class SampleState:
     root: bytes
     """Root key of its chain in the prefix index."""
     leader: SampleState | None
-    """First sample of the request, which computes the shared prompt; None for the first one itself.
-    """
+    """First sample of the request, which computes the shared prompt; None for that one itself."""
     tokens: list[int]
     """Prompt and generated tokens, without those dropped by context shifts."""
     times: RequestTimes

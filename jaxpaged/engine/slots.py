@@ -56,8 +56,7 @@ class SlotTable:
         self._sent, self.changed = None, True
 
     def clear(self, slot: int) -> None:
-        """Switches off everything that costs a step time: sampling, penalties, biases,
-        log-probabilities."""
+        """Switches off what costs a step time: sampling, penalties, biases, log-probabilities."""
         params, sampling = self.params, self.params.sampling
         params.wants_logprobs[slot] = False
         params.bias_ids[slot] = _NO_TOKEN

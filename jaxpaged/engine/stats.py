@@ -30,8 +30,7 @@ class PoolState:
     owner: np.ndarray
     """i32[N]: first slot that holds the page; -1 = none."""
     sequences: list[dict[str, Any]]
-    """``slot``, ``request_id``, ``tokens``, ``state`` ("prefill" or "decode") of each running
-    sequence."""
+    """``slot``, ``request_id``, ``tokens``, ``state`` ("prefill", "decode") of the running ones."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,7 @@ def page_use(pages: np.ndarray, page_tokens: np.ndarray, num_pages: int, page_si
 
 
 def page_states(pages: np.ndarray, num_pages: int, cached: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """State u8[N] and owner i32[N] of each page, from a table's pages i32[S, P] and those that are
-    cached."""
+    """State u8[N] and owner i32[N] of each page, from a table's pages i32[S, P]."""
     entries = np.flatnonzero(pages < num_pages)
     page, row = pages.ravel()[entries], entries // pages.shape[1]
     owner = np.full(num_pages, -1, np.int32)

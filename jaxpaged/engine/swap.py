@@ -1,5 +1,4 @@
-"""Swapping: copies of preempted sequences in host memory, where that is cheaper than recomputing
-them."""
+"""Swapping: copies of preempted sequences in host memory, where that beats recomputing them."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ class SwappedPages:
 
 @dataclass
 class SwapCosts:
-    """Measured rates that decide between swapping and recomputing. Moving averages; 0.0 = not
-    measured yet."""
+    """Measured rates that decide between swapping and recomputing; moving averages, 0.0 = none."""
 
     tokens_per_second: float = 0.0
     """Prefill rate."""
@@ -56,8 +54,7 @@ def _average(old: float, amount: float, seconds: float) -> float:
 
 
 def numbered(row: BlockTable) -> tuple[BlockTable, np.ndarray]:
-    """A row with pages numbered from 0 in order of first use, and the pages by number; P in
-    padding."""
+    """A row with pages numbered in order of first use, and the pages by number; P in padding."""
     row = jax.tree.map(np.asarray, row)
     used = int(row.num_entries)
     pages, first, inverse = np.unique(row.pages[:used], return_index=True, return_inverse=True)

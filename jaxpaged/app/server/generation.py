@@ -164,8 +164,7 @@ class Generation:
             self._queue.put_nowait(as_api_error(error))
 
     def _look(self, pump: asyncio.Task[None]) -> None:
-        """Reports an exception of a pump, which is a bug, so that ``updates`` does not wait
-        forever."""
+        """Reports an exception of a pump, a bug, so that ``updates`` does not wait forever."""
         if not pump.cancelled() and (bug := pump.exception()) is not None:
             self.fail(ApiError(500, "internal error"))
             pump.get_loop().call_exception_handler(

@@ -1,5 +1,4 @@
-"""Protocols of the engine's thread (``runner.EngineRunner``), so that routes can be tested without
-a model."""
+"""Protocols of the engine's thread, so that routes can be tested without a model."""
 
 from __future__ import annotations
 

@@ -38,8 +38,7 @@ _NOT_SERVED: dict[str, Any] = {
     "lora": [],
     "post_sampling_probs": False,
 }
-"""Settings that are not supported, with the values that mean off; llama-server's clients read them.
-"""
+"""Settings that are not supported, with values that mean off; clients read them."""
 
 
 def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool = False) -> dict[str, Any]:

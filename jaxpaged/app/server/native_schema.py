@@ -1,5 +1,4 @@
-"""llama-server's own requests: ``/completion``, ``/tokenize``, ``/detokenize``,
-``/apply-template``, ``/slots``."""
+"""llama-server's own requests: completion, tokenization, chat templates, slot files."""
 
 from __future__ import annotations
 
@@ -89,8 +88,7 @@ class NativeRequest(SamplingFields):
 
     @property
     def prompts(self) -> list[Mixed]:
-        """The prompts. A list of texts is several prompts; a list with a token in it is one mixed
-        prompt."""
+        """The prompts. A list of texts is several prompts; one with a token in it is one prompt."""
         several: Sequence[Any] = [self.prompt] if isinstance(self.prompt, str | PromptObject) else self.prompt
         if any(isinstance(part, int) for part in several):
             several = [several]

@@ -85,8 +85,7 @@ class OpenAIAnswer(Answer):
         }
 
     def token_text(self, token: int) -> str:
-        """A token as text; one that is a part of a character as OpenAI writes it,
-        ``bytes:\\xf0\\x9f``."""
+        """A token as text; a part of a character as ``bytes:\\xf0\\x9f``, like OpenAI."""
         data = self.model.tokenizer.token_bytes(token)
         try:
             return data.decode()

@@ -147,8 +147,7 @@ class RefusalPart(StrictModel):
 
 
 class Message(StrictModel):
-    """A message of a conversation. An assistant's may have all fields of a response, which clients
-    send back."""
+    """A message of a conversation; an assistant's may have all fields of a response."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart | RefusalPart] | None = None
@@ -167,8 +166,7 @@ class Message(StrictModel):
         return self
 
     def plain(self) -> dict[str, str]:
-        """The message as a chat template reads it; parts on separate lines, as in llama.cpp and
-        vLLM."""
+        """The message for a chat template; parts on separate lines, as in llama.cpp and vLLM."""
         text = self.refusal or "" if self.content is None else self.content
         if not isinstance(text, str):
             text = "\n".join(part.text for part in text)
@@ -182,8 +180,7 @@ class TemplateFields(StrictModel):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
-    """False: nothing after the messages; otherwise the beginning of an answer, or an answer to
-    continue."""
+    """False: nothing after the messages; else the beginning of an answer, or one to continue."""
     continue_final_message: bool | None = None
     """True: continue the last message; None: continue it if it is the assistant's."""
     chat_template_kwargs: Annotated[dict[str, bool] | None, Field(max_length=_MAX_NAMES)] = None

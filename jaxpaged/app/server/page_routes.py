@@ -43,8 +43,7 @@ class _File:
 
 
 def page_routes(folder: Path = _FOLDER) -> list[Route]:
-    """A route for each file, and ``/`` for index.html. Files are read once; no path comes from a
-    request."""
+    """A route for each file, and ``/`` for index.html. Files are read once, here."""
     if not folder.is_dir():
         return []
     files = {

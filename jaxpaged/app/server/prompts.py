@@ -28,8 +28,7 @@ async def encode(
 async def encode_mixed(
     model: ServedModel, parts: Sequence[str | int], *, add_special: bool = True
 ) -> list[int]:
-    """Token ids of llama-server's mixed lists of texts and tokens; BOS is added only to a text at
-    the beginning."""
+    """Token ids of llama-server's mixed lists; BOS is added only to a text at the beginning."""
     ids: list[int] = []
     for i, part in enumerate(parts):
         if isinstance(part, int):

@@ -29,8 +29,7 @@ class EngineFailedError(RuntimeError):
 
 
 class RequestStream:
-    """Outputs of one request: an asynchronous iterator of ``SampleOutput``, until all samples are
-    finished."""
+    """Outputs of one request: an asynchronous iterator, until all samples are finished."""
 
     def __init__(self, runner: EngineRunner, request: EngineRequest) -> None:
         self.request = request
@@ -149,8 +148,7 @@ class EngineRunner:
         return stream
 
     async def call(self, function: Callable[[AnyEngine], T]) -> T:
-        """Calls ``function`` on the engine's thread, between two steps; returns or raises what it
-        does."""
+        """Calls ``function`` on the engine's thread, between two steps; returns what it returns."""
         if self._failure is not None:
             raise self._failure
         loop = asyncio.get_running_loop()

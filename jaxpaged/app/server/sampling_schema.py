@@ -215,8 +215,7 @@ def engine_request(
 
 
 def special_stops(stops: Iterable[str], tokenizer: Tokenizer) -> dict[int, str]:
-    """Stop strings that are special tokens, by id: those have no text in which a stop string could
-    be found."""
+    """Stop strings that are special tokens, which have no text to find them in, by id."""
     found = {}
     for stop in stops:
         ids = tokenizer.encode(stop, add_special=False, parse_special=True)

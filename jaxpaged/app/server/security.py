@@ -19,8 +19,7 @@ MAX_HEADERS = 100
 BODY_SECONDS = 30.0
 """Time limit for receiving a body: slow ones occupy memory and a connection."""
 _DISCARDED = 8
-"""A body of up to this many times the limit is read and discarded, so that the client sees the
-error."""
+"""Bodies of up to this many times the limit are read, so that the client sees the error."""
 
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 
@@ -69,8 +68,7 @@ class LimitHeaders:
 
 
 class RequireKey:
-    """Requires ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY`` on every path that is not
-    public."""
+    """Requires ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY`` on paths that are not public."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], public: Collection[str]) -> None:
         self._app, self._public = app, public
@@ -124,8 +122,7 @@ class LimitBody:
         await error.response()(scope, receive, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The body; of a too large one, a part that exceeds the limit; None if the client
-        disconnected."""
+        """The body; a part beyond the limit of a too large one; None if the client disconnected."""
         parts: list[bytes] = []
         size = 0
         while size <= _DISCARDED * self._limit:

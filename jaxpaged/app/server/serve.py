@@ -31,8 +31,7 @@ from jaxpaged.app.server.state import ServedModel, ServerState
 _LAST_SECONDS = 3
 """Time for the last responses to be sent at shutdown."""
 _LARGEST_HEADERS = 128 * 1024
-"""Header bytes that the HTTP parser accepts; the application has a lower limit, and a proper error.
-"""
+"""Header bytes that the HTTP parser accepts; the application's limit is lower."""
 
 
 class _Server(uvicorn.Server):
@@ -145,8 +144,7 @@ def _watch_signals() -> asyncio.Event:
 
 
 async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event) -> EngineRunner | None:
-    """Loads and starts the engine; None if a signal came first. Meanwhile /health reports the
-    loading."""
+    """Loads and starts the engine; None if a signal came first."""
     if options.log:
         say("loading; requests are answered 503 until the model is ready")
     loading = asyncio.create_task(asyncio.to_thread(load_engine, options))

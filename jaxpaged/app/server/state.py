@@ -80,8 +80,7 @@ class ServerState:
 
     @property
     def build(self) -> str:
-        """``build_info`` and ``system_fingerprint``; with the leading b that llama-server's clients
-        check."""
+        """``build_info`` and ``system_fingerprint``; llama-server's clients check the leading b."""
         model = f"-{self.model.fingerprint[:12]}" if self.model and self.model.fingerprint else ""
         return f"b{__version__}-jaxpaged{model}"
 

@@ -1,5 +1,4 @@
-"""Text of a sample from its tokens: whole characters, without stop strings or possible beginnings
-of them."""
+"""Text of a sample from its tokens: whole characters, without stop strings."""
 
 from __future__ import annotations
 
@@ -95,8 +94,7 @@ class SampleText:
         return self._finder.found
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> TextPart:
-        """Adds tokens; returns the text that can be shown now. Tokens after a stop string are
-        ignored."""
+        """Adds tokens up to a stop string; returns the text that can be shown now."""
         text = ""
         for i, token in enumerate(tokens):
             if self.stopped_by is not None:
