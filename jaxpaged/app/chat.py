@@ -49,6 +49,7 @@ def run(session: Session, prompt: str | None, template: str) -> int:
     once = options.single_turn or options.as_json
     if interactive:
         interrupt.defer()
+        session.note("chat: Ctrl-C ends an answer, Ctrl-D the chat")
     plan = session.plan(session.context, num_seqs=1)
     cache = plan.create()
     kept = PromptCache.open(session)
@@ -118,12 +119,10 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 held = known[: int(cache.lengths[0])]
             else:  # the newest token is not in the cache, unless it ended the answer
                 held = known if last.finish_reason[0] == FINISH_STOP else known[:-1]
-            if interactive and options.perf and last.tokens[0]:
+            if interactive and options.perf and options.log and last.tokens[0]:
                 numbers = last.timings.as_dict()
-                session.note(
-                    f"[ Prompt: {numbers['prompt_per_second']:.1f} t/s | "
-                    f"Generation: {numbers['predicted_per_second']:.1f} t/s ]"
-                )
+                prompt_rate, rate = numbers["prompt_per_second"], numbers["predicted_per_second"]
+                click.echo(f"[ Prompt: {prompt_rate:.1f} t/s | Generation: {rate:.1f} t/s ]", err=True)
             if last.interrupted and (once or not interactive):
                 status = interrupt.STATUS
                 break
