@@ -25,6 +25,7 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import CachePlan, readable
 from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.measure_options import BenchOptions
+from jaxpaged.app.tables import markdown_table
 from jaxpaged.sharding.mesh import CONTEXT, num_shards
 from jaxpaged.sharding.multihost import fetch
 from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, over_mesh
@@ -306,28 +307,21 @@ def _rows(ready: ReadyModel, done: Sequence[Measurement]) -> list[dict[str, Any]
 
 
 def _markdown(ready: ReadyModel, done: Sequence[Measurement]) -> str:
-    head = ("model", "size", "params", "backend", "kv", "type", "batch", "test", "t/s", "KV", "compile s")
-    right = {"size", "params", "batch", "test", "t/s", "KV", "compile s"}
-    table = [head]
-    for row, m in zip(_rows(ready, done), done, strict=True):
-        table.append((
-            row["model"], readable(row["size_bytes"]), f"{row['params'] / 1e6:.2f} M", row["backend"],
-            m.kind, str(m.cache_type), str(m.batch), m.test, f"{m.mean:.2f} ± {m.deviation:.2f}", readable(m.kv_bytes),
-            f"{m.compile_seconds:.2f}",
-        ))  # fmt: skip
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    lines = [
-        "| "
-        + " | ".join(
-            c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(line, widths, head, strict=True)
-        )
-        + " |"
-        for line in table
-    ]
-    rule = "| " + " | ".join(
-        "-" * (w - 1) + (":" if h in right else "-") for w, h in zip(widths, head, strict=True)
-    )
-    return "\n".join([lines[0], f"{rule} |", *lines[1:]])
+    rows = _rows(ready, done)
+    columns = {
+        "model": [row["model"] for row in rows],
+        "size": [readable(row["size_bytes"]) for row in rows],
+        "params": [f"{row['params'] / 1e6:.2f} M" for row in rows],
+        "backend": [row["backend"] for row in rows],
+        "kv": [m.kind for m in done],
+        "type": [str(m.cache_type) for m in done],
+        "batch": [str(m.batch) for m in done],
+        "test": [m.test for m in done],
+        "t/s": [f"{m.mean:.2f} ± {m.deviation:.2f}" for m in done],
+        "KV": [readable(m.kv_bytes) for m in done],
+        "compile s": [f"{m.compile_seconds:.2f}" for m in done],
+    }
+    return markdown_table(columns, left=("model", "backend", "kv", "type"))
 
 
 def _json(ready: ReadyModel, done: Sequence[Measurement]) -> str:

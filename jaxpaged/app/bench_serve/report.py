@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxpaged.app.bench_serve.results import median
+from jaxpaged.app.tables import markdown_table
 
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
@@ -144,15 +145,5 @@ def _seconds(milliseconds: float | None) -> str:
 def _table(rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
     """Markdown table without columns that have no value."""
     cells = {head: [cell(row) for row in rows] for head, cell in columns.items()}
-    cells = {
-        head: values for head, values in cells.items() if any(set(value) - set("- /") for value in values)
-    }
-    widths = {head: max(map(len, (head, *values))) for head, values in cells.items()}
-    left = set(_LOAD)
-    lines = [
-        [head.ljust(w) if head in left else head.rjust(w) for head, w in widths.items()],
-        ["-" * w if head in left else "-" * (w - 1) + ":" for head, w in widths.items()],
-    ]
-    for i in range(len(rows)):
-        lines.append([cells[h][i].ljust(w) if h in left else cells[h][i].rjust(w) for h, w in widths.items()])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    used = {head: values for head, values in cells.items() if set("".join(values)) - set("- /")}
+    return markdown_table(used, left=_LOAD)
