@@ -10,16 +10,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxpaged.attention import paged_attention
-    from jaxpaged.cache.contiguous import ContiguousKVCache
-    from jaxpaged.cache.defragment import seq_defragment
-    from jaxpaged.cache.interface import (
+    from jaxpaged.cache import (
         ALL,
+        ContiguousKVCache,
         OutOfPages,
+        PagedKVCache,
         can_reserve,
+        check_invariants,
         clear,
         reserve,
         reserve_or_raise,
         seq_copy,
+        seq_defragment,
         seq_keep,
         seq_length,
         seq_position_max,
@@ -28,26 +30,23 @@ if TYPE_CHECKING:
         seq_reorder,
         seq_shift,
     )
-    from jaxpaged.cache.invariants import check_invariants
-    from jaxpaged.cache.paged import PagedKVCache
-    from jaxpaged.generation.beams import beam_search
-    from jaxpaged.generation.loop import (
+    from jaxpaged.generation import (
         FINISH_LENGTH,
         FINISH_NAN,
         FINISH_OUT_OF_PAGES,
         FINISH_STOP,
+        ContextShift,
+        SamplingParams,
+        beam_search,
         generate,
+        generate_lookup,
+        generate_stream,
+        sample,
     )
-    from jaxpaged.generation.request import ContextShift
-    from jaxpaged.generation.sampling import SamplingParams, sample
-    from jaxpaged.generation.speculative import generate_lookup
-    from jaxpaged.generation.stream import generate_stream
-    from jaxpaged.pages.batch import Batch
+    from jaxpaged.pages import Batch, Rope
     from jaxpaged.pages.formats import PAGE_FORMATS
-    from jaxpaged.pages.rope import Rope
-    from jaxpaged.pictures.page_map import draw_page_map
-    from jaxpaged.storage.snapshot_file import SnapshotError, read_snapshot
-    from jaxpaged.storage.snapshots import restore, snapshot
+    from jaxpaged.pictures import draw_page_map
+    from jaxpaged.storage import SnapshotError, read_snapshot, restore, snapshot
 
 __all__ = [
     "ALL",
@@ -93,24 +92,15 @@ __all__ = [
 
 _NAMES = {
     "attention": "paged_attention",
-    "cache.contiguous": "ContiguousKVCache",
-    "cache.defragment": "seq_defragment",
-    "cache.interface": "ALL OutOfPages can_reserve clear reserve reserve_or_raise seq_copy seq_keep seq_length "
-    "seq_position_max seq_position_min seq_remove seq_reorder seq_shift",
-    "cache.invariants": "check_invariants",
-    "cache.paged": "PagedKVCache",
-    "generation.beams": "beam_search",
-    "generation.loop": "FINISH_LENGTH FINISH_NAN FINISH_OUT_OF_PAGES FINISH_STOP generate",
-    "generation.request": "ContextShift",
-    "generation.sampling": "SamplingParams sample",
-    "generation.speculative": "generate_lookup",
-    "generation.stream": "generate_stream",
-    "pages.batch": "Batch",
+    "cache": "ALL ContiguousKVCache OutOfPages PagedKVCache can_reserve check_invariants clear reserve "
+    "reserve_or_raise seq_copy seq_defragment seq_keep seq_length seq_position_max seq_position_min seq_remove "
+    "seq_reorder seq_shift",
+    "generation": "ContextShift FINISH_LENGTH FINISH_NAN FINISH_OUT_OF_PAGES FINISH_STOP SamplingParams beam_search "
+    "generate generate_lookup generate_stream sample",
+    "pages": "Batch Rope",
     "pages.formats": "PAGE_FORMATS",
-    "pages.rope": "Rope",
-    "pictures.page_map": "draw_page_map",
-    "storage.snapshot_file": "SnapshotError read_snapshot",
-    "storage.snapshots": "restore snapshot",
+    "pictures": "draw_page_map",
+    "storage": "SnapshotError read_snapshot restore snapshot",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 _PACKAGES = {module.partition(".")[0] for module in _NAMES}

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.api import default_platform
 from jaxpaged.attention.base import Pages
-from jaxpaged.cache import reserve as reserving
+from jaxpaged.cache import reservation
 from jaxpaged.cache.checks import check_layer, check_sizes, check_step_rows, step_rows, storage_formats
-from jaxpaged.cache.reserve import Metadata, PageCopies
+from jaxpaged.cache.reservation import Metadata, PageCopies
 from jaxpaged.cache.sequences import Sequences
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
@@ -250,7 +250,7 @@ class PagedKVCache(Sequences):
     ) -> tuple[PagedKVCache, Batch, Array]:
         """See ``interface.reserve``."""
         rows = step_rows(num_new, self.max_seqs, num_tokens)
-        made = reserving.reserve(self.metadata, num_new, rows, max_new)
+        made = reservation.reserve(self.metadata, num_new, rows, max_new)
         k_pages, v_pages = self._copy_pages(made.copies)
         cache = replace(
             self,

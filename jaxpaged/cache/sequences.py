@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpaged.cache import reserve as reserving
+from jaxpaged.cache import reservation
 from jaxpaged.cache.checks import sequence_mask
 from jaxpaged.cache.interface import Integer
-from jaxpaged.cache.reserve import Metadata
+from jaxpaged.cache.reservation import Metadata
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages.allocator import PageAllocator
@@ -84,7 +84,7 @@ class Sequences:
 
     def can_reserve(self, num_new: Array) -> Array:
         """See ``interface.can_reserve``."""
-        plan = reserving.plan(self.metadata, num_new)
+        plan = reservation.plan(self.metadata, num_new)
         enough = jnp.sum(plan.needed, dtype=jnp.int32) <= self.allocator.num_free
         return jnp.all(plan.representable) & enough
 
@@ -94,7 +94,7 @@ class Sequences:
         One that does not fit is expected to be removed: its shared page may then need no copy, and
         its own pages serve the others in the next step.
         """
-        return reserving.can_reserve_each(self.metadata, num_new)
+        return reservation.can_reserve_each(self.metadata, num_new)
 
     def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
         """i32[S]: pages that ``num_new i32[S]`` more tokens take, copies of shared pages included.
@@ -102,7 +102,7 @@ class Sequences:
         With ``limit`` a sequence never holds more tokens than that, because it forgets some as it
         goes: as many whole pages, and two that are partly used.
         """
-        needed = reserving.plan(self.metadata, num_new).needed
+        needed = reservation.plan(self.metadata, num_new).needed
         if limit is None:
             return needed
         most = -(-limit // self.metadata.page_size) + 2

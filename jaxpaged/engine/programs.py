@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxpaged.cache import sharing
 from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.cache.reserve import free_slots
+from jaxpaged.cache.reservation import free_slots
 from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model

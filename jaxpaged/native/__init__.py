@@ -1,6 +1,6 @@
-"""Kernels for CPUs, compiled by numba and called by XLA: what such kernels share.
+"""Shared parts of CPU kernels, which numba compiles and XLA calls.
 
-``memory`` reads and writes at addresses, ``tiles`` computes with vectors, ``ffi`` makes an XLA custom call of functions
-that do pieces of work on XLA's own threads. Needs numba (``pip install "jaxpaged[cpu]"``); nothing here is imported
-unless a kernel is asked for.
+``memory`` reads and writes at addresses, ``tiles`` and ``codes`` compute with vectors, ``ffi``
+registers XLA custom calls that process work items on XLA's own threads. Needs numba (``pip install
+"jaxpaged[cpu]"``); imported when a kernel is used.
 """

@@ -27,10 +27,10 @@ from jax.typing import DTypeLike
 
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.base import Pages
-from jaxpaged.cache import reserve as reserving
+from jaxpaged.cache import reservation
 from jaxpaged.cache.checks import check_layer, check_step_rows, step_rows, storage_formats
 from jaxpaged.cache.paged import PagedKVCache, create_table
-from jaxpaged.cache.reserve import Metadata, PageCopies
+from jaxpaged.cache.reservation import Metadata, PageCopies
 from jaxpaged.cache.sequences import Sequences
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
@@ -258,7 +258,7 @@ class ContextKVCache(Sequences):
             raise ValueError(
                 f"the cache was created for {self.axis_size} ranks, the mesh axis {self.axis!r} has {size}"
             )
-        made = reserving.reserve(
+        made = reservation.reserve(
             self.metadata, num_new, step_rows(num_new, self.max_seqs, num_tokens), max_new
         )
         cache = replace(self._copy_pages(made.copies), allocator=made.allocator, table=made.table)

@@ -1,4 +1,5 @@
-"""The conformance kit: representative cases, an oracle in float64, and checks of any attention against it."""
+"""The conformance kit: representative cases, an oracle in float64, and checks of any attention
+against it."""
 
 from jaxpaged.testing.conformance import (
     ADVERSARIAL_FILLS,

@@ -1,0 +1,1 @@
+"""Attention on CPUs: numba functions that XLA calls."""

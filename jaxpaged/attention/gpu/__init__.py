@@ -1,0 +1,1 @@
+"""Attention on Hopper GPUs: a Mosaic GPU kernel."""
