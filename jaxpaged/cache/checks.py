@@ -75,6 +75,8 @@ def step_rows(num_new: Array | np.ndarray, max_seqs: int, num_tokens: int | None
     Raises:
       ValueError: ``num_new`` is not i32[S], or traced while ``num_tokens`` is left out.
     """
+    if not isinstance(num_new, Array):
+        num_new = np.asarray(num_new)
     if np.shape(num_new) != (max_seqs,):
         raise ValueError(
             f"num_new must have one count per sequence, [{max_seqs}], got shape {np.shape(num_new)}"
