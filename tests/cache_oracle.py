@@ -1,8 +1,8 @@
-"""A paged cache in plain Python, one token and one sequence at a time, to hold the arrays against.
+"""Reference implementation of a paged cache in plain Python, one token at a time.
 
-``Oracle`` knows what every sequence contains, and which slice of which page each entry is; pages are numbered
-by its own counter, so a comparison with a cache goes through one renumbering. The ``jit_*`` operations are
-compiled once for all tests of one shape, and count their traces.
+``Oracle`` has the tokens of every sequence and the page slice of each entry. It numbers pages by its
+own counter, so comparisons with a cache allow for one renumbering. The ``jit_*`` operations are
+compiled once for all tests of a shape, and count their traces.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 
 POISON = -77.0
-"""What padding rows are written with; no page may ever hold it."""
+"""Value of padding rows; must never appear in a page."""
 
 traces: collections.Counter[str] = collections.Counter()
 
 
 def counted(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` that counts under the function's name how often it is traced."""
+    """``jax.jit`` that counts traces by the function's name."""
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def counted(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def encode(tokens: jax.Array | np.ndarray, layer: int, values: int, heads: int, dim: int) -> Any:
-    """Rows [T, KV, D] that name token, layer, head, dimension, and whether they are keys (0) or values."""
+    """Rows [T, KV, D] that encode token, layer, keys (0) or values (1), head and dimension."""
     lib = jnp if isinstance(tokens, jax.Array) else np
     code = (layer * 2 + values) * heads * dim + lib.arange(heads * dim).reshape(heads, dim)
     rows = lib.asarray(tokens, lib.float32)[:, None, None] * 64 + code
@@ -51,7 +51,7 @@ def encode(tokens: jax.Array | np.ndarray, layer: int, values: int, heads: int, 
 
 
 def write(cache: PagedKVCache, batch: Batch, tokens: jax.Array) -> PagedKVCache:
-    """Writes the tokens of a step to all layers, as ``attend`` does; padding too, to the sentinel page."""
+    """Writes the tokens of a step to all layers, as ``attend`` does, with padding to the sentinel page."""
     heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
     for layer in range(cache.num_layers):
         cache = cache.write(layer, *(encode(tokens, layer, which, heads, dim) for which in (0, 1)), batch)
@@ -68,7 +68,7 @@ def step(
 
 
 def ask(cache: PagedKVCache, num_new: jax.Array) -> tuple[jax.Array, ...]:
-    """All that a cache answers without changing."""
+    """Results of all queries of a cache."""
     return (
         cache.pages_needed(num_new),
         ops.can_reserve(cache, num_new),
@@ -93,13 +93,13 @@ jit_clear = counted(ops.clear, donate_argnames="cache", static_argnames="scrub")
 
 
 SMALL = {"num_pages": 5}
-"""Sizes for ``make_cache``: a pool that is soon empty."""
+"""Sizes for ``make_cache``: a pool that is soon exhausted."""
 NARROW = {"num_pages": 20, "max_pages_per_seq": 4}
-"""Few entries a sequence: splits and fresh pages overflow the table's rows."""
+"""Few entries per sequence: splits and fresh pages overflow the table's rows."""
 
 
 def make_cache(**sizes: Any) -> PagedKVCache:
-    """A small cache whose pages hold NaN, so that a slot read before it is written shows."""
+    """A small cache with pages of NaN, which reveal reads of unwritten slots."""
     model = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2, "rope": Rope.create(())}
     pool = {"num_pages": 14, "max_seqs": 4, "page_size": 8, "max_pages_per_seq": 10} | sizes
     pool["max_seq_len"] = (pool.pop("max_pages_per_seq") - 1) * pool["page_size"]
@@ -110,7 +110,7 @@ def make_cache(**sizes: Any) -> PagedKVCache:
 
 
 def snapshot(cache: PagedKVCache) -> list[np.ndarray]:
-    """Copies of all arrays, to show that nothing changed."""
+    """Copies of all arrays, for ``assert_same``."""
     return [np.array(leaf) for leaf in jax.tree.leaves(cache)]
 
 
@@ -120,7 +120,7 @@ def assert_same(cache: PagedKVCache, before: list[np.ndarray]) -> None:
 
 
 def read_back(cache: PagedKVCache, seq: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Positions of a sequence's tokens, and keys and values [tokens, L, KV, D], found through the table."""
+    """Positions of a sequence's tokens, and their keys and values [tokens, L, KV, D], via the table."""
     table = jax.tree.map(lambda x: np.asarray(x)[seq], cache.table)
     page, slot, position = [], [], []
     for e in range(int(table.num_entries)):
@@ -138,7 +138,7 @@ def read_back(cache: PagedKVCache, seq: int) -> tuple[list[int], np.ndarray, np.
 
 @dataclass(frozen=True)
 class Slice:
-    """An entry, and the tokens in it."""
+    """An entry with its tokens."""
 
     page: int
     first: int
@@ -151,7 +151,7 @@ class Slice:
         return self.position + len(self.tokens)
 
     def part(self, p0: int, p1: int) -> Slice:
-        """Its tokens at positions [p0, p1)."""
+        """The slice of its tokens at positions [p0, p1)."""
         start, stop = max(p0 - self.position, 0), max(min(p1, self.end) - self.position, 0)
         return Slice(
             self.page, self.first + start, self.position + start, self.tokens[start:stop], self.rotation
@@ -159,7 +159,7 @@ class Slice:
 
 
 class Oracle:
-    """What a ``PagedKVCache`` of these sizes must hold."""
+    """Expected state of a ``PagedKVCache`` of these sizes."""
 
     def __init__(self, num_pages: int, max_seqs: int, max_pages_per_seq: int, page_size: int) -> None:
         self.num_pages, self.max_seqs, self.max_pages_per_seq, self.page_size = (
@@ -173,7 +173,7 @@ class Oracle:
 
     @classmethod
     def of(cls, cache: PagedKVCache) -> Oracle:
-        """For an empty cache."""
+        """The oracle of an empty cache."""
         return cls(cache.num_pages, cache.max_seqs, cache.max_pages_per_seq, cache.page_size)
 
     def references(self) -> collections.Counter[int]:
@@ -195,15 +195,15 @@ class Oracle:
         return self.next_page
 
     def entries_after(self, seq: int, count: int) -> int:
-        """Entries of a sequence with ``count`` more tokens."""
+        """Number of entries of a sequence after ``count`` more tokens."""
         entries = self.sequences[seq]
-        room = self.page_size - entries[-1].first - len(entries[-1].tokens) if entries else 0
-        return len(entries) - (-max(count - room, 0) // self.page_size)
+        free = self.page_size - entries[-1].first - len(entries[-1].tokens) if entries else 0
+        return len(entries) - (-max(count - free, 0) // self.page_size)
 
     def reserve(self, num_new: Sequence[int], first_token: int, num_tokens: int) -> tuple[bool, list[int]]:
-        """One sequence after the other, one token after the other; all of it or nothing.
+        """Adds tokens in order of sequence, all of them or none.
 
-        Returns whether it fits, and the pages taken for each sequence (also when they are too many).
+        Returns ok, and the number of pages that each sequence needs, also if not ok.
         """
         before, used = [list(entries) for entries in self.sequences], self.pages_used
         ok, token, taken = sum(num_new) <= num_tokens and min(num_new) >= 0, first_token, []
@@ -267,7 +267,7 @@ class Oracle:
         return True
 
     def defragment(self, marked: Iterable[int]) -> bool:
-        """Each sequence in turn: tokens behind the whole pages at its beginning move up."""
+        """Compacts the tokens of each sequence behind the full pages at its beginning."""
         before = list(self.sequences)
         for seq in marked:
             entries = self.sequences[seq]
@@ -300,7 +300,7 @@ class Oracle:
         self.sequences = [list(self.sequences[i]) if i < self.max_seqs else [] for i in source]
 
     def check(self, cache: PagedKVCache, *, contents: bool = True) -> None:
-        """Invariants hold, the table is this one up to page numbers, and so are the ``contents``."""
+        """Checks invariants, the table up to page numbers, and with ``contents`` keys and values."""
         check_invariants(cache)
         table = jax.tree.map(np.asarray, cache.table)
         entries, expected = [], []
@@ -320,7 +320,7 @@ class Oracle:
         pages = [int(p) for seq in range(self.max_seqs) for p in table.pages[seq, : table.num_entries[seq]]]
         ours = [e.page for row in self.sequences for e in row]
         pairs = set(zip(pages, ours, strict=True))
-        assert len(pairs) == len(set(pages)) == len(set(ours)), "pages are shared where they should not be"
+        assert len(pairs) == len(set(pages)) == len(set(ours)), "pages are shared that should not be"
         assert self.num_pages - int(cache.allocator.num_free) == self.pages_used
         if not contents:
             return

@@ -1,7 +1,7 @@
-"""Random operations, and after each of them real attention: every sequence sees what plain Python says it holds.
+"""Random operations, each followed by attention, compared with a float64 reference.
 
-Keys lie in pages as they were rotated when they were written; the oracle rotates every key, at its position of the
-moment, anew.
+Keys in pages are rotated at the position of their write; the reference rotates every key at its
+current position.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 FREQUENCIES = 10_000.0 ** (-np.arange(0, DIM, 2) / DIM)
 ROPE = Rope.create(FREQUENCIES)
 ROWS = np.random.default_rng(0).normal(size=(2, 1 << 12, KV_HEADS, DIM))
-"""Key (not yet rotated) and value of each token."""
+"""Key, not rotated, and value of each token."""
 QUERIES = np.random.default_rng(1).normal(size=(MAX_SEQS, HEADS, DIM)) * 2
 
 
 def attending_step(
     cache: PagedKVCache, num_new: jax.Array, first_token: jax.Array, num_tokens: int
 ) -> tuple[PagedKVCache, Batch, jax.Array]:
-    """Reserves, and writes the rows of tokens ``first_token, first_token + 1, ...``, keys rotated."""
+    """Reserves, and writes values and rotated keys of tokens ``first_token, first_token + 1, ...``."""
     cache, batch, ok = ops.reserve(cache, num_new, num_tokens=num_tokens)
     k, v = jnp.asarray(ROWS, jnp.float32)[:, (first_token + jnp.arange(num_tokens)) % ROWS.shape[1]]
     k = ROPE.rotate(k, batch.rope_positions)
@@ -42,7 +42,7 @@ def attending_step(
 
 
 def attend(cache: PagedKVCache) -> dict[str, jax.Array]:
-    """One query for each sequence that is not empty, at its last position: ``[S, HEADS, DIM]``, by implementation."""
+    """Output ``[S, HEADS, DIM]`` by implementation, of a query at the last position of each sequence."""
     table = cache.table
     position = ops.seq_position_max(cache)
     last = jnp.maximum(table.num_entries - 1, 0)
@@ -69,7 +69,7 @@ jit_attend = counted(attend)
 
 
 def expected_attention(contents: list[tuple[int, int]], query: np.ndarray) -> np.ndarray:
-    """``[HEADS, DIM]`` in float64, from (position, token) of every token."""
+    """``f64[HEADS, DIM]``: attention over ``contents``, (position, token) of every token."""
     if not contents:
         return np.zeros((HEADS, DIM))
     position, token = np.asarray(contents).T
@@ -88,7 +88,7 @@ def expected_attention(contents: list[tuple[int, int]], query: np.ndarray) -> np
 
 
 class AttendingMachine(CacheMachine):
-    """``CacheMachine`` with keys and values that mean something."""
+    """``CacheMachine`` with random keys and values, and attention after each operation."""
 
     model: ClassVar[dict[str, int]] = {"num_kv_heads": KV_HEADS, "head_dim": DIM}
     sizes: ClassVar[dict[str, int]] = model
@@ -107,7 +107,7 @@ class AttendingMachine(CacheMachine):
 
 
 class NarrowAttendingMachine(AttendingMachine):
-    """Few entries a sequence."""
+    """The same with few entries per sequence."""
 
     sizes: ClassVar[dict[str, int]] = AttendingMachine.model | NARROW
 

@@ -1,6 +1,6 @@
-"""Bugs that paged caches of other projects had, each as a law that would catch it here.
+"""Bugs of paged caches in other projects, each as a law that would catch it here.
 
-Prefix indices and dispatched steps come with the serving engine; their bugs are tested there.
+Bugs of prefix indices and asynchronous steps are tested with the serving engine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxpaged.pages.rope import Rope
 
 
 def filled(*lengths: int, **sizes: int) -> PagedKVCache:
-    """A small cache, tokens 0, 1, 2, ... sequence after sequence."""
+    """A small cache with tokens 0, 1, 2, ... in order of sequence."""
     counts = jnp.asarray([*lengths, *[0] * (4 - len(lengths))], jnp.int32)
     cache, _, ok = jit_step(make_cache(**sizes), counts, 0, num_tokens=40)
     assert ok
@@ -44,12 +44,12 @@ def filled(*lengths: int, **sizes: int) -> PagedKVCache:
 
 
 def tokens_of(cache: PagedKVCache, seq: int) -> list[int]:
-    """The tokens a sequence reaches, read from its keys."""
+    """Tokens of a sequence, decoded from its keys."""
     _, k, _ = read_back(cache, seq)
     return (k[:, 0, 0, 0] // 64).astype(int).tolist()
 
 
-def test_a_sequence_freed_twice_returns_its_pages_once() -> None:
+def test_freeing_a_sequence_twice_frees_its_pages_once() -> None:
     cache = filled(20, 9)
     cache, _ = jit_copy(cache, 0, 2, 0, -1)
     for _ in range(2):
@@ -61,7 +61,7 @@ def test_a_sequence_freed_twice_returns_its_pages_once() -> None:
     assert int(cache.pages_used) == 0
 
 
-def test_a_page_freed_on_two_paths_in_one_call_loses_two_references_and_is_pushed_once() -> None:
+def test_a_page_released_twice_in_one_call_is_freed_once() -> None:
     allocator, pages, _ = pages_of.allocate(pages_of.create(6), 2, max_count=2)
     allocator = pages_of.retain(allocator, pages[:1])
     allocator = pages_of.release(allocator, jnp.concatenate([pages, pages[:1]]))
@@ -70,7 +70,7 @@ def test_a_page_freed_on_two_paths_in_one_call_loses_two_references_and_is_pushe
     assert not np.asarray(allocator.ref_counts).any()  # no count clipped at 0 to hide a double free
 
 
-def test_an_empty_pool_hands_out_no_page_that_is_in_use() -> None:
+def test_an_exhausted_pool_allocates_no_page_in_use() -> None:
     cache = filled(32, 8, **SMALL)
     before = snapshot(cache)
     cache, batch, ok = jit_step(cache, jnp.array([0, 0, 1, 0]), 99, num_tokens=40)
@@ -80,13 +80,13 @@ def test_an_empty_pool_hands_out_no_page_that_is_in_use() -> None:
 
 def test_a_full_pool_is_an_error_and_not_an_empty_prompt() -> None:
     cache = filled(32, **SMALL)
-    with pytest.raises(OutOfPages, match="2 asked for, 1 free"):
+    with pytest.raises(OutOfPages, match="2 requested, 1 free"):
         reserve_or_raise(cache, np.array([0, 9, 0, 0]))
     assert tokens_of(cache, 0) == list(range(32))
 
 
 def test_a_row_of_the_table_never_overflows_into_the_next() -> None:
-    cache = filled(32, 8, **NARROW)  # sequence 0's four entries are all a row has
+    cache = filled(32, 8, **NARROW)  # sequence 0 has all four entries of its row
     before = snapshot(cache)
     cache, _, ok = jit_step(cache, jnp.array([1, 0, 0, 0]), 99, num_tokens=40)
     assert not ok
@@ -97,7 +97,7 @@ def test_a_row_of_the_table_never_overflows_into_the_next() -> None:
         assert_same(cache, before)
 
 
-def test_sequences_that_part_write_to_pages_of_their_own() -> None:
+def test_forked_sequences_write_to_their_own_pages() -> None:
     cache = filled(12)
     cache = jit_reorder(cache, jnp.array([0, 0, 0, 4]))
     for step in range(3):
@@ -106,28 +106,28 @@ def test_sequences_that_part_write_to_pages_of_their_own() -> None:
         check_invariants(cache)
     for seq in range(3):
         assert tokens_of(cache, seq) == [*range(12), *(100 + seq + 3 * i for i in range(3))]
-    # One page is shared, the other was copied for two of three.
+    # One page is shared; two of the three sequences got a copy of the other one.
     assert int(cache.pages_used) == 1 + 3
 
 
-def test_beams_that_swap_parents_keep_what_their_parents_held() -> None:
+def test_beams_that_swap_parents_keep_their_parents_tokens() -> None:
     cache = filled(9, 10)
     cache = jit_reorder(cache, jnp.array([1, 0, 4, 4]))
     check_invariants(cache)
     assert (tokens_of(cache, 0), tokens_of(cache, 1)) == (list(range(9, 19)), list(range(9)))
 
 
-def test_page_0_is_a_page_like_any_other() -> None:
+def test_page_0_is_not_special() -> None:
     cache = filled(3)
     assert int(cache.table.pages[0, 0]) == 0
     cache, _, _ = jit_step(cache, jnp.array([0, 5, 0, 0]), 50, num_tokens=40)  # 35 rows of padding
-    cache, _ = jit_remove(cache, 2, 0, -1)  # an empty row's entries name no page
+    cache, _ = jit_remove(cache, 2, 0, -1)  # entries of an empty row refer to no page
     assert tokens_of(cache, 0) == [0, 1, 2]
     np.testing.assert_array_equal(read_back(cache, 0)[1][:, 0], encode(np.arange(3), 0, 0, 2, 2))
 
 
 def test_nan_in_unused_slots_and_free_pages_reaches_no_output() -> None:
-    cache = filled(11, 3)  # pages that nothing was written to hold NaN
+    cache = filled(11, 3)  # unwritten slots are NaN
     cache, _ = jit_remove(cache, 0, 2, 5)
     rope = Rope.create(np.ones(1))
     cache, batch, _ = jit_step(cache, jnp.array([1, 1, 0, 0]), 20, num_tokens=40)
@@ -137,7 +137,7 @@ def test_nan_in_unused_slots_and_free_pages_reaches_no_output() -> None:
     assert np.isfinite(out).all()
 
 
-def test_no_sequence_range_or_distance_is_traced_anew() -> None:
+def test_other_sequences_ranges_and_distances_are_not_retraced() -> None:
     cache = filled(20, 9)
     operations = {
         "seq_remove": lambda c, i: jit_remove(c, i, 3 + i, 5 + i),
@@ -162,12 +162,12 @@ def test_allocating_and_freeing_loops_over_no_pages() -> None:
         return pages_of.release(allocator, pages)
 
     program = str(jax.make_jaxpr(cycle)(pages_of.create(4096)))
-    assert "cumsum[" in program  # which is how its operations are written
+    assert "cumsum[" in program  # the format that the next line searches
     assert not any(f" {name}[" in program for name in ("while", "scan", "sort", "top_k"))
 
 
-def test_a_shift_leaves_the_positions_of_those_who_share_its_pages_alone() -> None:
-    """In llama.cpp a cell has one position, for every sequence in it."""
+def test_a_shift_does_not_move_sequences_that_share_its_pages() -> None:
+    """In llama.cpp a cell has one position for all its sequences."""
     cache = filled(20)
     cache, _ = jit_copy(cache, 0, 1, 0, -1)
     cache, ok = jit_remove(cache, 0, 4, 9)
@@ -180,7 +180,7 @@ def test_a_shift_leaves_the_positions_of_those_who_share_its_pages_alone() -> No
 
 
 def test_removing_part_of_a_page_keeps_the_rest_of_it() -> None:
-    """The fork's remove dropped whole blocks, live tokens with them."""
+    """The fork dropped whole blocks, with live tokens in them."""
     cache = filled(30)
     cache, ok = jit_remove(cache, 0, 5, 27)
     assert ok
@@ -192,7 +192,7 @@ def test_removing_part_of_a_page_keeps_the_rest_of_it() -> None:
     assert read_back(cache, 0)[0] == [0, 1, 2, 3, 4, 27, 28, 29]
 
 
-def test_positions_that_would_leave_int32_collide_or_swap_are_refused() -> None:
+def test_positions_that_would_overflow_collide_or_swap_are_refused() -> None:
     cache = filled(20)
     before = snapshot(cache)
     for p0, p1, delta in ((10, -1, 2**31 - 25), (10, -1, 2**31 - 1), (10, 15, 3), (10, -1, -3), (3, 5, 40)):

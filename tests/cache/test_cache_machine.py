@@ -1,4 +1,4 @@
-"""Random operations on a donated cache, each compared with plain Python: ok, entries, counts, contents."""
+"""Random operations on a donated cache, compared with the oracle: ok, entries, counts, contents."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from jaxpaged.pages.batch import Batch
 
 MAX_SEQS, NUM_TOKENS = 4, 40
 ids = st.integers(0, MAX_SEQS - 1)
-# Positions beyond what is there, negative ones, and both sides of every page's edge.
+# Positions beyond the end, negative ones, and both sides of page boundaries.
 positions = st.integers(-2, 50) | st.sampled_from([7, 8, 9, 15, 16, 17, 24, 32])
 few = st.sampled_from([0, 1, 1, 1, 2, 9])
 counts = st.sampled_from([0, 0, 1, 1, 1, 2, 3, 7, 8, 9, 17])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Many pages a sequence: the pool runs out before the table's rows do."""
+    """Many pages per sequence: the pool is exhausted before a row is full."""
 
     sizes: ClassVar[dict[str, int]] = {}
 
@@ -73,7 +73,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def crowded(self) -> bool:
-        """Random operations that empty sequences wait until there is something to lose."""
+        """Precondition of operations that empty sequences: a third of the pool is in use."""
         return self.oracle.pages_used > self.oracle.num_pages // 3
 
     def add(self, num_new: list[int]) -> None:
@@ -89,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         if min(num_new) >= 0:
             assert needed.tolist() == taken
             assert bool(can) == bool(fits.all())
-            for seq, pages in enumerate(taken):  # in order of ids, those without room passed over
+            for seq, pages in enumerate(taken):  # by id, skipping those that do not fit
                 assert fits[seq] == (wide[seq] and pages <= free)
                 free -= pages if fits[seq] else 0
             if sum(num_new) <= NUM_TOKENS:
@@ -120,7 +120,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(seq=ids | st.just(ALL), at=st.integers(0, 99), count=st.sampled_from([1, 2, 3, 8, 11]))
     def punch(self, seq: int, at: int, count: int) -> None:
-        """Inside what is there."""
+        """Removes a range of existing tokens."""
         p0 = at % max(1, max(len(self.oracle.contents(i)) for i in range(MAX_SEQS)))
         self.remove(seq, p0, p0 + count)
 
@@ -155,7 +155,7 @@ class CacheMachine(RuleBasedStateMachine):
         defragments=st.booleans(),
     )
     def context_shift(self, marked: set[int], cuts: list[tuple[int, int]], defragments: bool) -> None:
-        """Every sequence its own range: cut out, what is behind it moved up, and both drawn together."""
+        """Removes a range per sequence, shifts the tokens behind it, and maybe defragments."""
         mask = jnp.asarray([seq in marked for seq in range(MAX_SEQS)])
         held = [[position for position, _ in self.oracle.contents(seq)] or [0] for seq in range(MAX_SEQS)]
         first = [positions[at % len(positions)] for positions, (at, _) in zip(held, cuts, strict=True)]
@@ -186,7 +186,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(source=st.lists(st.integers(0, MAX_SEQS), min_size=MAX_SEQS, max_size=MAX_SEQS))
     def reorder(self, source: list[int]) -> None:
-        if not self.crowded:  # what is empty stays so, or there would never be anything to reorder
+        if not self.crowded:  # empty sequences stay empty, or all soon would be
             source = [i if i == MAX_SEQS or self.oracle.sequences[i] else own for own, i in enumerate(source)]
         self.oracle.reorder(source)
         self.cache = jit_reorder(self.cache, jnp.asarray(source))
@@ -203,7 +203,7 @@ class CacheMachine(RuleBasedStateMachine):
         src=ids, others=st.sets(ids, min_size=1), num_new=st.lists(few, min_size=MAX_SEQS, max_size=MAX_SEQS)
     )
     def fork(self, src: int, others: set[int], num_new: list[int]) -> None:
-        """Several sharers of a last page write to it in one step."""
+        """Several sequences that share a last page write to it in one step."""
         self.remove_marked(others - {src}, 0, -1)
         for dst in sorted(others - {src}):
             self.copy(src, dst, 0, -1)
@@ -228,7 +228,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 class NarrowMachine(CacheMachine):
-    """Few entries a sequence: splits and fresh pages overflow the table's rows."""
+    """Few entries per sequence: splits and fresh pages overflow the table's rows."""
 
     sizes = NARROW
 

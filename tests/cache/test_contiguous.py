@@ -1,4 +1,4 @@
-"""ContiguousKVCache: the laws of its operations, and its agreement with the paged cache through the seam."""
+"""Laws of ContiguousKVCache, and its agreement with PagedKVCache."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def test_equals_the_paged_cache(dtype, options):
     one = contiguous(dtype=dtype)
     other = PagedKVCache.create(**SIZES, num_pages=40, page_size=32, dtype=dtype)
     sinks = jnp.asarray(rng.standard_normal(KV * G), jnp.float32) if options else None
-    # Prompts beside decode tokens and idle sequences; the last step ends behind the first chunk of 256.
+    # Prefill, decode tokens and idle sequences in one step; the last step passes the first chunk of 256.
     for num_new in ([70, 3, 0], [1, 1, 64], [64, 1, 1], [70, 0, 1], [60, 1, 3], [1, 1, 1]):
         shape = 75 if sum(num_new) > 3 else 3, KV, D
         k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
@@ -93,7 +93,7 @@ def test_reserve_is_all_or_nothing():
         ((-1, 0, 8), None),
     ],
 )
-def test_remove_forgets_an_end_or_refuses(arguments, expected):
+def test_remove_truncates_or_fails(arguments, expected):
     cache, ok = filled(9, 7, 0).seq_remove(*arguments)
     assert bool(ok) == (expected is not None)
     assert cache.lengths.tolist() == (expected or [9, 7, 0])
@@ -111,7 +111,7 @@ def test_remove_forgets_an_end_or_refuses(arguments, expected):
         ((-1, 2), None),
     ],
 )
-def test_copy_takes_a_prefix_to_an_empty_sequence_or_refuses(arguments, expected):
+def test_copy_copies_a_prefix_to_an_empty_sequence_or_fails(arguments, expected):
     before = filled(9, 7, 0)
     before = dataclasses.replace(
         before, k=tuple(x + jnp.arange(1, S + 1).reshape(S, 1, 1, 1) for x in before.k)
@@ -124,7 +124,7 @@ def test_copy_takes_a_prefix_to_an_empty_sequence_or_refuses(arguments, expected
         np.testing.assert_array_equal(new, rows)
 
 
-def test_a_donated_cache_stays_in_place():
+def test_a_donated_cache_is_updated_in_place():
     cache = contiguous()
     q, k = jnp.zeros((S, KV * G, D)), jnp.zeros((S, KV, D))
     jitted = jax.jit(step.__wrapped__, donate_argnums=0)
@@ -134,7 +134,7 @@ def test_a_donated_cache_stays_in_place():
     assert memory.temp_size_in_bytes < S * cache.bytes_per_page // 2
 
 
-def test_sizes_are_told():
+def test_sizes_are_properties_and_checked():
     cache = contiguous(max_length=10, dtype="bf16")
     assert (cache.kind, cache.max_seqs, cache.num_layers, cache.num_pages) == ("contiguous", S, 2, S)
     assert cache.bytes_per_page == 2 * 2 * KV * 10 * D * 2

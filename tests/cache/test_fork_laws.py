@@ -1,6 +1,6 @@
-"""The laws of the 17 tests of llama.cpp's paged fork (its allocator and its table), stated of this cache.
+"""Laws of the 17 tests of llama.cpp's paged fork (allocator and table), for this cache.
 
-The fork's words: a block is a page; `needs_new_block` is `pages_needed`; `share` is `seq_copy`.
+Terms of the fork: block = page, `needs_new_block` = `pages_needed`, `share` = `seq_copy`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pages(cache: PagedKVCache, seq: int) -> list[int]:
 
 
 def cell(cache: PagedKVCache, seq: int, position: int) -> int | None:
-    """The index of a token in the pool, counted in slots."""
+    """Index of a token in the pool, in slots."""
     table = jax.tree.map(lambda x: np.asarray(x)[seq], cache.table)
     for e in range(int(table.num_entries)):
         if table.position[e] <= position < table.position[e] + table.num_tokens[e]:
@@ -66,7 +66,7 @@ def test_01_128_tokens_take_4_pages_of_32() -> None:
     assert len(set(pages(cache, 0))) == 4 == int(cache.pages_used)
 
 
-def test_02_a_freed_page_is_the_next_one_handed_out() -> None:
+def test_02_a_freed_page_is_allocated_next() -> None:
     allocator, taken, _ = allocate(pages_of.create(4), 3, max_count=3)
     allocator = release(allocator, taken[1:2])
     _, again, _ = allocate(allocator, 1, max_count=3)
@@ -82,14 +82,14 @@ def test_03_reference_counts_go_1_2_1_0() -> None:
     assert counts == [1, 2, 1, 0] and int(allocator.num_free) == 4
 
 
-def test_04_can_allocate_knows_what_is_free() -> None:
+def test_04_can_allocate_compares_with_the_free_pages() -> None:
     allocator = pages_of.create(4)
     assert can_allocate(allocator, 4) and not can_allocate(allocator, 5)
     allocator, _, _ = allocate(allocator, 3, max_count=3)
     assert can_allocate(allocator, 1) and not can_allocate(allocator, 2)
 
 
-def test_05_all_pages_can_be_freed_and_taken_again() -> None:
+def test_05_all_pages_can_be_freed_and_allocated_again() -> None:
     allocator, taken, _ = allocate(pages_of.create(4), 4, max_count=4)
     allocator = release(allocator, taken)
     assert int(allocator.num_free) == 4
@@ -118,12 +118,12 @@ def test_08_two_sequences_never_share_a_cell() -> None:
 
 
 @pytest.mark.parametrize(("length", "needs"), [(0, 1), (31, 0), (32, 1), (33, 0)])
-def test_09_a_new_page_is_needed_at_page_boundaries_alone(length: int, needs: int) -> None:
+def test_09_a_new_page_is_needed_only_at_page_boundaries(length: int, needs: int) -> None:
     cache = grow(empty(), length)
     assert jit_ask(cache, jnp.asarray([1, 0, 0]))[0].tolist() == [needs, 0, 0]
 
 
-def test_10_capacity_is_the_room_in_the_pages_held() -> None:
+def test_10_capacity_is_the_number_of_slots_of_its_pages() -> None:
     cache = grow(empty(), 40)
     capacity = len(pages(cache, 0)) * cache.page_size
     assert capacity == 64
@@ -141,7 +141,7 @@ def test_11_sharing_gives_the_same_cells_and_counts_of_2() -> None:
     assert int(cache.pages_used) == 2 == len(pages(cache, 1))
 
 
-def test_12_freeing_a_sequence_twice_is_freeing_it_once() -> None:
+def test_12_freeing_a_sequence_twice_changes_nothing() -> None:
     cache = forget(grow(empty(), 64, 10), 0)
     once = jax.tree.map(np.array, (cache.allocator, cache.table))
     again = forget(cache, 0)
@@ -181,7 +181,7 @@ def test_17_three_sequences_hold_distinct_pages() -> None:
     assert len(set(held)) == len(held) == 6
 
 
-def test_18_two_sequences_from_first_token_to_last() -> None:
+def test_18_lifetime_of_two_sequences() -> None:
     cache = grow(empty(), 80, 80)
     assert [len(pages(cache, seq)) for seq in (0, 1)] == [3, 3]
     cache = forget(cache, 0, 32, 64)
@@ -191,7 +191,7 @@ def test_18_two_sequences_from_first_token_to_last() -> None:
     assert int(forget(grow(empty(), 80, 80), ALL).pages_used) == 0
 
 
-def test_what_the_fork_loses_an_unaligned_removal_keeps() -> None:
+def test_an_unaligned_removal_keeps_the_tokens_that_the_fork_loses() -> None:
     cache = grow(empty(), 128)
     before = [cell(cache, 0, p) for p in range(128)]
     cache = forget(cache, 0, 40, 90)

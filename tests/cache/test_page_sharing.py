@@ -1,4 +1,4 @@
-"""Pages named by their numbers: adopted, pinned, taken to the host and put back."""
+"""Laws of operations on page numbers: attach, pin, copy to the host and back."""
 
 from __future__ import annotations
 
@@ -20,42 +20,51 @@ def filled(dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8)) ->
         num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_seq_len=(P - 1) * PS,
         dtype=dtype, layout=layout,
     )  # fmt: skip
-    cache, batch, ok = reserve(cache, np.array(lengths))
-    assert ok
-    rng = np.random.default_rng(0)
-    for layer in range(2):
-        k, v = (jnp.asarray(rng.normal(size=(batch.num_tokens, 2, 64)), jnp.float32) for _ in range(2))
+    rows = np.random.default_rng(0).normal(size=(2, 2, sum(lengths), 2, 64))
+    return write_rows(cache, np.array(lengths), jnp.asarray(rows, jnp.float32))
+
+
+@jax.jit
+def write_rows(cache: PagedKVCache, lengths: jax.Array, rows: jax.Array) -> PagedKVCache:
+    cache, batch, _ = reserve(cache, lengths, num_tokens=rows.shape[2])
+    for layer, (k, v) in enumerate(rows):
         cache = cache.write(layer, k, v, batch)
     return cache
 
 
-def adopt(cache: PagedKVCache, seq: int, pages: list[int], tokens: int):
+def attach(cache: PagedKVCache, seq: int, pages: list[int], tokens: int):
     rows, counts = np.full((S, P), N, np.int32), np.zeros(S, np.int32)
     rows[seq, : len(pages)], counts[seq] = pages, tokens
     return seq_attach(cache, jnp.asarray(rows), jnp.asarray(counts))
 
 
 def attended(cache: PagedKVCache, seq: int) -> np.ndarray:
-    """What one more token of the sequence sees."""
-    cache, batch, ok = reserve(cache, np.eye(S, dtype=np.int32)[seq])
-    assert ok
+    """Attention output of one more token of the sequence."""
     q = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 64)), jnp.float32)
+    out, ok = attend_one(cache, np.eye(S, dtype=np.int32)[seq], q)
+    assert ok
+    return np.asarray(out)
+
+
+@jax.jit
+def attend_one(cache: PagedKVCache, num_new: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cache, batch, ok = reserve(cache, num_new, num_tokens=1)
     k = jnp.ones((1, 2, 64), jnp.float32)
-    return np.asarray(cache.attend(1, q, k, k, batch)[0])
+    return cache.attend(1, q, k, k, batch)[0], ok
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 13, 16, 19])
-def test_an_adopted_sequence_sees_what_the_other_holds(tokens):
+def test_attached_pages_are_attended_like_the_original_sequence(tokens):
     cache = filled()
     pages = np.asarray(cache.table.pages[0, : -(-tokens // PS)]).tolist()
-    adopted, ok = adopt(cache, 1, pages, tokens)
+    attached, ok = attach(cache, 1, pages, tokens)
     assert ok
-    check_invariants(adopted)
-    copied, ok = seq_remove(adopted, 0, tokens, -1)
+    check_invariants(attached)
+    copied, ok = seq_remove(attached, 0, tokens, -1)
     assert ok
-    np.testing.assert_array_equal(attended(adopted, 1), attended(copied, 0))
+    np.testing.assert_array_equal(attended(attached, 1), attended(copied, 0))
     assert all(
-        a is b for a, b in zip(jax.tree.leaves(adopted.k_pages), jax.tree.leaves(cache.k_pages), strict=True)
+        a is b for a, b in zip(jax.tree.leaves(attached.k_pages), jax.tree.leaves(cache.k_pages), strict=True)
     )
 
 
@@ -67,13 +76,13 @@ def test_an_adopted_sequence_sees_what_the_other_holds(tokens):
         (1, [N], 8),
         (1, [-1], 8),
         (1, [0, 11], 9),
-        (1, [0, 1, 2, 0, 1, 2], 49),  # more than a row
+        (1, [0, 1, 2, 0, 1, 2], 49),  # more entries than a row has
         (1, [0], -1),
     ],
 )
-def test_what_cannot_be_adopted_changes_nothing(seq, pages, tokens):
+def test_a_failed_attach_changes_nothing(seq, pages, tokens):
     cache = filled()
-    after, ok = adopt(cache, seq, pages, tokens)
+    after, ok = attach(cache, seq, pages, tokens)
     assert not ok
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
         np.testing.assert_array_equal(new, old)
@@ -87,7 +96,7 @@ def test_pinned_pages_outlive_their_sequence():
     cache, _ = seq_remove(cache, 0)
     check_invariants(cache, pins)
     assert int(cache.pages_free) == N - 4
-    cache, ok = adopt(cache, 1, np.asarray(pages).tolist(), 19)
+    cache, ok = attach(cache, 1, np.asarray(pages).tolist(), 19)
     assert ok
     cache = unpin_pages(cache, pages)
     check_invariants(cache)
@@ -113,7 +122,7 @@ def test_pages_go_to_the_host_and_back(dtype, layout):
     np.testing.assert_array_equal(attended(cache, 1), before)
 
 
-def test_a_sequence_is_placed_whole_or_not_at_all():
+def test_seq_allocate_is_all_or_nothing():
     cache = filled(lengths=(19, 0, 40))
     row, _ = numbered(jax.tree.map(lambda field: np.asarray(field)[2], cache.table))
     for seq, count in ((1, 5), (0, 1)):  # four pages are free; a sequence is not empty
@@ -123,9 +132,9 @@ def test_a_sequence_is_placed_whole_or_not_at_all():
             np.testing.assert_array_equal(new, old)
 
 
-def test_entries_that_share_a_page_share_it_again():
+def test_entries_that_share_a_page_share_it_after_seq_allocate():
     cache = filled()
-    cache, ok = seq_remove(cache, 0, 3, 5)  # cuts the first page in two entries
+    cache, ok = seq_remove(cache, 0, 3, 5)  # splits the first page into two entries
     assert ok
     row, pages = numbered(jax.tree.map(lambda field: np.asarray(field)[0], cache.table))
     assert len(pages) == 3
@@ -138,7 +147,7 @@ def test_entries_that_share_a_page_share_it_again():
     check_invariants(cache)
 
 
-def test_open_pages_are_not_read_as_if_they_lay_in_the_pool():
+def test_formats_with_residual_pages_are_not_copied_to_the_host():
     cache = filled("kivi4", lengths=(8, 0, 3))
     with pytest.raises(ValueError, match="kivi4"):
         read_pages(cache, jnp.arange(2))

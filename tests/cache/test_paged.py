@@ -1,4 +1,4 @@
-"""Laws of PagedKVCache: who may write a page, what a refusal leaves behind, what a step costs."""
+"""Laws of PagedKVCache: copy-on-write, failures that change nothing, the cost of a step."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Driver:
         return int(self.cache.pages_used)
 
 
-# Where tokens go
+# Targets of tokens
 
 
-def test_a_batch_says_where_each_token_goes() -> None:
+def test_a_batch_has_page_and_slot_of_each_token() -> None:
     d = Driver()
     d.step(5, 0, 9, 0)
     batch = jax.tree.map(np.asarray, d.step(4, 0, 1, 2))
@@ -109,7 +109,7 @@ def test_a_batch_says_where_each_token_goes() -> None:
     assert batch.slot.tolist() == [5, 6, 7, 0, 1, 0, 1] + [0] * (T - 7)
 
 
-def test_the_step_after_a_removal_in_the_middle_goes_on_behind_the_last_position() -> None:
+def test_a_step_after_a_removal_in_the_middle_continues_at_the_last_position() -> None:
     d = Driver()
     d.step(20, 0, 0, 0)
     d.remove(0, 3, 13)
@@ -118,7 +118,7 @@ def test_the_step_after_a_removal_in_the_middle_goes_on_behind_the_last_position
     assert d.oracle.contents(0)[-1] == (21, 21)
 
 
-def test_the_step_after_the_end_was_removed_goes_on_from_there_in_the_same_page() -> None:
+def test_a_step_after_truncation_continues_in_the_same_page() -> None:
     d = Driver()
     d.step(12, 0, 0, 0)
     held = d.pages(0)
@@ -140,7 +140,7 @@ def test_padding_rows_never_write_the_last_page() -> None:
     assert np.isnan(np.asarray(d.cache.k_pages[0])[4, :, 1:]).all()
 
 
-def test_unaligned_removal_splits_an_entry_and_refuses_where_the_row_is_full() -> None:
+def test_unaligned_removal_splits_an_entry_and_fails_if_the_row_is_full() -> None:
     d = Driver(**NARROW)
     d.step(26, 0, 0, 0)
     before = snapshot(d.cache)
@@ -165,7 +165,7 @@ def test_a_fork_shares_pages_until_one_writes() -> None:
     assert d.used == 3
 
 
-def test_of_sharers_that_write_in_one_step_the_last_keeps_the_original() -> None:
+def test_of_sequences_that_write_a_shared_page_the_last_keeps_the_original() -> None:
     d = Driver()
     d.step(12, 0, 0, 0)
     original = d.pages(0)[1]
@@ -187,7 +187,7 @@ def test_a_full_shared_page_is_not_copied() -> None:
     assert d.pages(0)[:2] == d.pages(1)[:2] and d.used == 4
 
 
-def test_a_sharer_of_a_shorter_prefix_does_not_overwrite_the_longer() -> None:
+def test_a_fork_of_a_shorter_prefix_does_not_overwrite_the_longer() -> None:
     d = Driver()
     d.step(14, 0, 0, 0)
     d.copy(0, 1, 0, 10)
@@ -195,7 +195,7 @@ def test_a_sharer_of_a_shorter_prefix_does_not_overwrite_the_longer() -> None:
     assert d.pages(0)[1] != d.pages(1)[1]
 
 
-def test_a_page_is_the_writers_own_once_the_others_have_left() -> None:
+def test_a_page_is_not_copied_once_its_other_sequences_are_gone() -> None:
     d = Driver()
     d.step(12, 0, 0, 0)
     d.copy(0, 1)
@@ -217,10 +217,10 @@ def test_copy_needs_an_empty_destination_and_may_start_in_the_middle() -> None:
     assert np.asarray(d.step(0, 0, 1, 0).position)[0] == 11
 
 
-# Running out
+# Exhaustion
 
 
-def test_a_pool_filled_to_the_last_page_hands_out_no_page_twice() -> None:
+def test_a_pool_filled_to_the_last_page_allocates_no_page_twice() -> None:
     d = Driver(**SMALL)
     d.step(8, 8, 8, 8)
     d.step(1, 0, 0, 0)
@@ -231,7 +231,7 @@ def test_a_pool_filled_to_the_last_page_hands_out_no_page_twice() -> None:
     assert d.used == 5
 
 
-def test_a_refusal_is_of_the_whole_batch_and_its_batch_is_padding() -> None:
+def test_a_failed_step_is_all_padding_and_changes_nothing() -> None:
     cache = make_cache(**SMALL)
     cache, _, ok = jit_step(cache, arr(10, 0, 0, 0), 0, num_tokens=T)
     assert ok
@@ -249,7 +249,7 @@ def test_a_refusal_is_of_the_whole_batch_and_its_batch_is_padding() -> None:
         assert_same(cache, before)
 
 
-def test_a_row_of_the_table_is_never_overrun() -> None:
+def test_a_row_of_the_table_never_overflows() -> None:
     d = Driver(**NARROW)
     d.step(32, 0, 0, 0)
     before = snapshot(d.cache)
@@ -258,7 +258,7 @@ def test_a_row_of_the_table_is_never_overrun() -> None:
     assert_same(d.cache, before)
 
 
-def test_no_page_leaks_over_many_lives() -> None:
+def test_no_page_leaks_over_many_lifetimes() -> None:
     d = Driver()
     for _ in range(5):
         d.step(12, 0, 0, 0)
@@ -279,7 +279,7 @@ def test_no_page_leaks_over_many_lives() -> None:
     st.lists(st.integers(0, 32), min_size=S, max_size=S),
     st.booleans(),
 )
-def test_sequences_that_fit_find_room_once_the_others_are_gone(
+def test_sequences_that_fit_can_reserve_once_the_others_are_gone(
     held: list[int], wanted: list[int], share: bool
 ) -> None:
     cache = make_cache(**NARROW)
@@ -297,12 +297,12 @@ def test_sequences_that_fit_find_room_once_the_others_are_gone(
     check_invariants(cache)
 
 
-def test_a_sequence_without_room_does_not_stand_in_the_way_of_those_behind_it() -> None:
+def test_a_sequence_that_does_not_fit_is_skipped() -> None:
     cache = make_cache(**SMALL)
     assert jit_ask(cache, arr(16, 32, 24, 8))[2].tolist() == [True, False, True, False]
 
 
-def test_a_step_of_single_tokens_refuses_two() -> None:
+def test_a_step_of_single_tokens_fails_for_two() -> None:
     cache = make_cache()
     before = snapshot(cache)
     same, batch, ok = reserve(cache, arr(1, 2, 0, 0), num_tokens=4, max_new=1)
@@ -310,7 +310,7 @@ def test_a_step_of_single_tokens_refuses_two() -> None:
     assert_same(same, before)
 
 
-def test_a_sequence_with_a_full_row_takes_no_room_from_the_others() -> None:
+def test_a_sequence_with_a_full_row_takes_no_pages_from_the_others() -> None:
     cache = make_cache(**NARROW)
     assert jit_ask(cache, arr(80, 8, 8, 0))[2].tolist() == [False, True, True, True]
 
@@ -323,10 +323,10 @@ def test_sequences_are_served_in_order_of_their_ids() -> None:
 # Host wrapper
 
 
-def test_out_of_pages_names_both_numbers_and_leaves_the_cache_usable() -> None:
+def test_out_of_pages_has_both_numbers_and_leaves_the_cache_usable() -> None:
     cache, _ = reserve_or_raise(make_cache(**SMALL), arr(10, 0, 0, 0), num_tokens=24)
     before = snapshot(cache)
-    with pytest.raises(OutOfPages, match=r"out of pages: 4 asked for, 3 free") as error:
+    with pytest.raises(OutOfPages, match=r"out of pages: 4 requested, 3 free") as error:
         reserve_or_raise(cache, arr(7, 17, 0, 0), num_tokens=24)
     assert (error.value.requested, error.value.free) == (4, 3)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
@@ -341,15 +341,15 @@ def test_out_of_pages_names_both_numbers_and_leaves_the_cache_usable() -> None:
     [
         ((1, -2, 0, 0), None, "num_new must not be negative, got -2"),
         ((3, 2, 0, 0), 4, "asks for 5 tokens, the step has 4 rows"),
-        ((0, 0, 81, 0), None, "sequence 2 would need more than max_pages_per_seq = 10 entries"),
-        ((1, 1, 1), None, r"one count a sequence, \[4\], got shape \(3,\)"),
+        ((0, 0, 81, 0), None, "sequence 2 has no room for its new tokens in PagedKVCache"),
+        ((1, 1, 1), None, r"one count per sequence, \[4\], got shape \(3,\)"),
         ((1, 1, 1, 1), 0, "num_tokens must be positive, got 0"),
     ],
 )
 def test_impossible_requests_are_value_errors(
     num_new: tuple[int, ...], num_tokens: int | None, message: str
 ) -> None:
-    cache = make_cache(**SMALL)
+    cache = make_cache()
     with pytest.raises(ValueError, match=message):
         reserve_or_raise(cache, arr(*num_new), num_tokens=num_tokens)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
@@ -368,7 +368,9 @@ def test_rows_of_a_step_are_static() -> None:
     cache = make_cache()
     with pytest.raises(ValueError, match="num_tokens must be given under jit"):
         jax.jit(reserve)(cache, arr(1, 0, 0, 0))
-    with pytest.raises(ValueError, match=r"num_new must have one count a sequence, \[4\], got shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"num_new must have one count per sequence, \[4\], got shape \(2,\)"
+    ):
         reserve(cache, arr(1, 2))
     with pytest.raises(ValueError, match="num_tokens must be positive, got 0"):
         reserve(cache, arr(1, 0, 0, 0), num_tokens=0)
@@ -376,7 +378,7 @@ def test_rows_of_a_step_are_static() -> None:
     def rows(num_new: Any) -> int:
         return jax.eval_shape(lambda c: reserve(c, num_new)[1], cache).num_tokens
 
-    # Known inside another program's trace as well, as long as the counts are not traced themselves.
+    # Known under another program's trace too, unless the counts are traced.
     assert rows([1, 2, 0, 3]) == rows(np.asarray([1, 2, 0, 3])) == rows(arr(1, 2, 0, 3)) == 6
     assert rows([0, 0, 0, 0]) == 1
     _, batch, ok = jit_reserve(cache, arr(1, 2, 0, 3), num_tokens=14)
@@ -405,7 +407,7 @@ def test_impossible_sizes_are_refused(size: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
-def test_sizes_are_read_off_the_arrays(dtype: str) -> None:
+def test_sizes_are_those_of_the_arrays(dtype: str) -> None:
     cache = PagedKVCache.create(
         num_layers=3, num_kv_heads=2, head_dim=5, num_pages=7, max_seqs=2, dtype=dtype
     )
@@ -446,10 +448,10 @@ def test_keep_and_clear() -> None:
     check_invariants(d.cache)
     assert not any(np.asarray(pages).any() for pages in d.cache.k_pages + d.cache.v_pages)
     d.oracle, d.token = Oracle.of(d.cache), 0
-    d.step(1, 1, 1, 1)  # its buffers are its own: they can be donated
+    d.step(1, 1, 1, 1)  # the cleared cache owns its buffers and can be donated
 
 
-def test_attend_writes_where_the_batch_says_and_keeps_the_other_layers() -> None:
+def test_attend_writes_the_batch_s_slots_of_one_layer() -> None:
     cache, batch, ok = jit_reserve(make_cache(), arr(3, 0, 9, 0), num_tokens=14)
     assert ok
     tokens = np.where(np.asarray(batch.valid), np.arange(14), -1)
@@ -466,7 +468,7 @@ def test_attend_writes_where_the_batch_says_and_keeps_the_other_layers() -> None
 # Compiled programs
 
 
-def test_nothing_is_traced_again_when_ids_lengths_and_ranges_change() -> None:
+def test_other_ids_lengths_and_ranges_are_not_retraced() -> None:
     def use(seq: int) -> None:
         cache = make_cache()
         cache, _, _ = jit_step(cache, jnp.asarray(np.roll([9, 1, 0, 0], seq), jnp.int32), seq, num_tokens=T)
@@ -485,17 +487,17 @@ def test_nothing_is_traced_again_when_ids_lengths_and_ranges_change() -> None:
 
 
 def test_host_wrapper_compiles_once_for_all_counts() -> None:
-    from jaxpaged.cache import paged as module
+    from jaxpaged.cache import interface as module
 
     cache = make_cache(**SMALL)
     cache, _ = reserve_or_raise(cache, arr(1, 0, 0, 0), num_tokens=24)
-    compiled = module._reserve_donating._cache_size(), module._plan_needs._cache_size()
+    compiled = module._reserve_donating._cache_size(), module._needs._cache_size()
     for num_new in ((0, 3, 1, 0), (2, 2, 2, 2), (8, 0, 0, 0), (0, 0, 0, 0)):
         cache, _ = reserve_or_raise(cache, arr(*num_new), num_tokens=24)
-    assert compiled == (module._reserve_donating._cache_size(), module._plan_needs._cache_size())
+    assert compiled == (module._reserve_donating._cache_size(), module._needs._cache_size())
 
 
-def test_every_operation_keeps_all_types_so_that_loops_can_carry_the_cache() -> None:
+def test_every_operation_keeps_all_types_for_loop_carries() -> None:
     cache = make_cache()
     types = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(lambda: cache))
     mask = jnp.ones(S, bool)
@@ -512,7 +514,7 @@ def test_every_operation_keeps_all_types_so_that_loops_can_carry_the_cache() -> 
         assert after == types
 
 
-def test_a_loop_inside_one_program_runs_until_the_pool_is_empty() -> None:
+def test_a_while_loop_runs_until_the_pool_is_exhausted() -> None:
     @counted
     def fill(cache: PagedKVCache) -> PagedKVCache:
         one = jnp.ones(S, jnp.int32)
@@ -539,13 +541,13 @@ def big_step(num_pages: int) -> tuple[PagedKVCache, jax.stages.Compiled]:
     return cache, step.lower(cache, jnp.ones(256, jnp.int32), num_tokens=256).compile()
 
 
-def test_a_token_for_each_of_256_sequences_writes_the_pool_in_place() -> None:
+def test_a_step_of_256_sequences_updates_the_pool_in_place() -> None:
     cache, compiled = big_step(65_536)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     memory = compiled.memory_analysis()
     assert "input_output_alias" in compiled.as_text()
     assert memory.alias_size_in_bytes >= size
-    # Nothing of the pool's size is made on the way, not even an array of one number a page.
+    # No temporary depends on the size of the pool, not even one number per page.
     small = big_step(1_024)[1].memory_analysis()
     assert memory.temp_size_in_bytes == small.temp_size_in_bytes
     for _ in range(10):
@@ -556,7 +558,7 @@ def test_a_token_for_each_of_256_sequences_writes_the_pool_in_place() -> None:
     assert len(set(batch.page.tolist())) == 256
 
 
-# The checker itself
+# check_invariants
 
 
 @pytest.mark.parametrize(
@@ -594,7 +596,7 @@ def test_a_token_for_each_of_256_sequences_writes_the_pool_in_place() -> None:
         (lambda a, t: (a, replace(t, num_entries=t.num_entries.at[0].set(11))), "num_entries outside"),
     ],
 )
-def test_the_checker_names_what_is_broken(damage: Callable[..., Any], message: str) -> None:
+def test_check_invariants_names_the_damage(damage: Callable[..., Any], message: str) -> None:
     cache, _, _ = jit_step(make_cache(), arr(12, 0, 3, 0), 0, num_tokens=T)
     check_invariants(cache)
     allocator, table = damage(cache.allocator, cache.table)
@@ -602,7 +604,7 @@ def test_the_checker_names_what_is_broken(damage: Callable[..., Any], message: s
         check_invariants(replace(cache, allocator=allocator, table=table))
 
 
-def test_the_checker_counts_pins() -> None:
+def test_check_invariants_counts_pins() -> None:
     cache, _, _ = jit_step(make_cache(), arr(12, 0, 0, 0), 0, num_tokens=T)
     allocator = replace(cache.allocator, ref_counts=cache.allocator.ref_counts.at[0].add(1))
     pins = np.zeros(14, np.int32)
@@ -625,10 +627,10 @@ def test_the_checker_counts_pins() -> None:
     ],
     ids=["remove", "remove_all", "shift", "shift_all", "copy", "reorder", "drop_unseen"],
 )
-def test_no_operation_on_sequences_so_much_as_reads_a_page(operation: Callable[[PagedKVCache], Any]) -> None:
-    """In the program every page array goes from its input straight to its output.
+def test_no_operation_on_sequences_reads_a_page(operation: Callable[[PagedKVCache], Any]) -> None:
+    """In the program, every page array goes unused from input to output.
 
-    What is left works on the table, so a shift costs the same however many tokens there are to shift.
+    The operations edit tables only, so a shift costs the same for any number of tokens.
     """
     cache = make_cache()
     program = jax.make_jaxpr(operation)(cache).jaxpr
