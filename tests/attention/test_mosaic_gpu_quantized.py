@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_mosaic_gpu import EVERY_CASE, interpreted, lowered_for_cuda, needs_interpreter, with_reference
+from test_mosaic_gpu import interpreted, lowered_for_cuda, needs_interpreter, with_reference
 
 from jaxpaged.attention.base import make_config
 from jaxpaged.attention.cases import CASES, Case
@@ -22,7 +22,7 @@ PAIRS = [("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0")]
 HEADS_OF_64 = {"num_q_heads": 3, "num_kv_heads": 1, "head_dim": 64}
 HEADS_OF_128 = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 128}
 TWO_WARPGROUPS = {"num_q_heads": 4, "num_kv_heads": 1, "head_dim": 256}
-TELLING = [
+REPRESENTATIVE = [
     Case("decode", **HEADS_OF_128, lengths=(70, 19), q_lens=(1, 1), dtype="q8_0"),
     Case(
         "everything",
@@ -121,7 +121,9 @@ def with_numbers_in_float16(built):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    "case", [*TELLING, *(every_case() if EVERY_CASE else ())], ids=lambda case: case.name
+    "case",
+    [*REPRESENTATIVE, *(pytest.param(case, marks=pytest.mark.slow) for case in every_case())],
+    ids=lambda case: case.name,
 )
 def test_the_kernel_attends_to_quantized_pages(case):
     """Unused slots and free pages hold rubbish codes and NaN scales, which change nothing.
@@ -140,7 +142,7 @@ def test_the_kernel_attends_to_quantized_pages(case):
 @needs_interpreter
 def test_bfloat16_queries_lose_nothing_and_nothing_races(capfd):
     """Weights are rounded to 11 bits; queries only where they are turned."""
-    built = build(TELLING[-1])
+    built = build(REPRESENTATIVE[-1])
     built = with_reference(dataclasses.replace(built, q=built.q.astype(jnp.bfloat16)))
     built = dataclasses.replace(built, out=np.asarray(hadamard_transform(jnp.asarray(built.out)), np.float64))
     # Output is compared in bfloat16: half a unit of 4 is 0.008.
@@ -174,13 +176,13 @@ def on_gpu(built):
     return lowered_for_cuda(jax.jit(kernel), *arguments)
 
 
-@pytest.mark.parametrize("case", [TELLING[0], TELLING[-1]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [REPRESENTATIVE[0], REPRESENTATIVE[-1]], ids=lambda case: case.name)
 def test_the_kernel_lowers_for_cuda(case):
     assert "mosaic_gpu" in on_gpu(build(case))
 
 
 def test_a_donated_step_aliases_its_pages():
-    built = build(TELLING[0])
+    built = build(REPRESENTATIVE[0])
     write, config = built.k_pages.format.write, make_config(128, None, None, None)
 
     def step(k_pages, v_pages, q, k, table, batch):
@@ -216,14 +218,14 @@ def test_what_the_kernel_cannot_serve_is_refused_with_the_reason(change, message
 
 
 def test_pages_of_another_kind_are_refused():
-    built = build(TELLING[0])
+    built = build(REPRESENTATIVE[0])
     plain = dataclasses.replace(built, v_pages=jnp.zeros(built.v_pages.shape, jnp.bfloat16))
     with pytest.raises(
         NotImplementedError, match="reads plain pages, or q8_0, q4_0, q4_1 of keys and of values"
     ):
         on_gpu(plain)
     with pytest.raises(NotImplementedError, match="these are kivi4"):
-        on_gpu(build(dataclasses.replace(TELLING[0], dtype="kivi4")))
+        on_gpu(build(dataclasses.replace(REPRESENTATIVE[0], dtype="kivi4")))
     phi = Case("phi", 2, 2, 96, (20,), (1,), page_size=64, rotary_dim=96, dtype="q8_0", hadamard=True)
     with pytest.raises(NotImplementedError, match="where head_dim is 64, 128 or 256; it is 96"):
         on_gpu(build(phi))
