@@ -15,11 +15,11 @@ from jaxpaged import ContiguousKVCache, PagedKVCache, Rope
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 8
 PAGE_SIZE = 8
 traces = itertools.count()
-"""Drawn from once a call of ``toy``, that is, once a trace."""
+"""Advanced by each trace of ``toy``."""
 
 
 def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array) -> tuple[jax.Array, Any]:
-    """A model as generation takes it."""
+    """Logits ``f32[R, VOCAB]`` and the cache: the signature that generation calls."""
     next(traces)
     x = params["embedding"][tokens] + jnp.sin(batch.rope_positions[:, None] * params["frequency"])
     q, k, v = (jnp.reshape(x @ params[name], (x.shape[0], -1, HEAD_DIM)) for name in ("q", "k", "v"))
@@ -29,7 +29,7 @@ def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array)
 
 
 def toy_params(seed: int = 0) -> Any:
-    """Weights, f32, whose logits are a few units apart and depend on what stands far back."""
+    """float32 weights; logits differ by a few units and depend on distant tokens."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -47,7 +47,7 @@ def toy_params(seed: int = 0) -> Any:
 
 
 def toy_log_probabilities(params: Any, tokens: Sequence[int]) -> np.ndarray:
-    """f64[VOCAB] behind the tokens."""
+    """Log-probabilities ``f64[VOCAB]`` of the token after ``tokens``."""
     p = {name: np.asarray(weight, np.float64) for name, weight in params.items()}
     length = len(tokens)
     x = p["embedding"][list(tokens)] + np.sin(np.arange(length)[:, None] * p["frequency"])
@@ -80,6 +80,6 @@ def contiguous(max_seqs: int, max_length: int) -> ContiguousKVCache:
 
 
 def rows_of(result: Any) -> list[list[int]]:
-    """The tokens of each sequence of a result."""
+    """Tokens of each row of a result."""
     counts = np.asarray(result.num_tokens)
     return [row[:n].tolist() for row, n in zip(np.asarray(result.tokens), counts, strict=True)]

@@ -31,7 +31,7 @@ def create(**options: Any) -> PagedKVCache:
 def _written(cache: PagedKVCache, num_new: jax.Array, first: jax.Array) -> tuple[PagedKVCache, jax.Array]:
     cache, batch, ok = ops.reserve(cache, num_new, num_tokens=64)
     rows = jax.random.normal(jax.random.key(first), (2, 64, KV, DIM))
-    for layer in range(2):
+    for layer in range(cache.num_layers):
         cache = cache.write(layer, rows[0] + layer, rows[1] - layer, batch)
     return cache, ok
 
@@ -86,7 +86,7 @@ def saved_as(cache: PagedKVCache, path: Path, seq: int = ops.ALL) -> ops.Snapsho
 
 
 FORMATS = [
-    {"dtype": "q4_k"},
+    {"dtype": "q4_k", "num_layers": 1},
     {"k_dtype": "kivi4", "v_dtype": "q8_0"},
 ]
 
