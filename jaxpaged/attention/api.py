@@ -49,7 +49,8 @@ VARIABLE = "JAXPAGED_ATTENTION"
 
 _EVERYWHERE = ("xla", "reference")
 _READ_LANES = ("mosaic_tpu", *_EVERYWHERE)
-"""Implementations that read ``LanePageFormat`` pages in their own layout; the others get plain pages."""
+"""Implementations that read ``LanePageFormat`` pages in their own layout; the others get plain
+pages."""
 _NEEDS = {"cpu_numba": "numba (pip install 'jaxpaged[cpu]')"}
 
 
@@ -88,9 +89,9 @@ def default_platform() -> str:
 def candidates(platform: str | None = None) -> tuple[str, ...]:
     """Implementations to try on a platform, in order of preference.
 
-    The environment variable ``JAXPAGED_ATTENTION`` names the only one to try, on every platform, to measure whole
-    models with one implementation after another. It is read when a program is traced; compiled programs, and calls
-    with ``implementation=``, ignore it.
+    The environment variable ``JAXPAGED_ATTENTION`` names the only one to try, on every platform, to
+    measure whole models with one implementation after another. It is read when a program is traced;
+    compiled programs, and calls with ``implementation=``, ignore it.
 
     Raises:
       ValueError: ``JAXPAGED_ATTENTION`` names none of ``IMPLEMENTATIONS``.
@@ -114,7 +115,8 @@ class Choice:
 
 
 def choose(platform: str, *args: Any, **options: Any) -> Choice:
-    """Finds the implementation of ``paged_attention(*args, **options)`` on a platform, without computing anything.
+    """Finds the implementation of ``paged_attention(*args, **options)`` on a platform, without
+    computing anything.
 
     Arrays may be ``jax.ShapeDtypeStruct``.
 
@@ -185,41 +187,48 @@ def paged_attention(
 ) -> Array | tuple[Array, Array]:
     """Causal attention of a step's queries to the pages of their sequences.
 
-    A query at position p sees the tokens of its sequence at the positions ``max(0, p - window + 1) <= n <= p``, with
-    ``weight_n = softmax_n(cap(scale * q . k_n))`` and ``cap(x) = soft_cap * tanh(x / soft_cap)``. The step's own keys
-    are already written and in the table. Slots that no entry covers, and free pages, may contain anything, NaN
-    included. A row that sees no token (padding, an empty table) is zero. Works under ``jit``, ``vmap``, ``scan``,
-    ``while_loop``, ``cond``, ``checkpoint`` and ``shard_map``; it has no derivative.
+    A query at position p sees the tokens of its sequence at the positions ``max(0, p - window + 1)
+    <= n <= p``, with ``weight_n = softmax_n(cap(scale * q . k_n))`` and ``cap(x) = soft_cap *
+    tanh(x / soft_cap)``. The step's own keys are already written and in the table. Slots that no
+    entry covers, and free pages, may contain anything, NaN included. A row that sees no token
+    (padding, an empty table) is zero. Works under ``jit``, ``vmap``, ``scan``, ``while_loop``,
+    ``cond``, ``checkpoint`` and ``shard_map``; it has no derivative.
 
     Args:
-      q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq / KV)``.
-      k_pages, v_pages: [N, KV, page_size, D], or the same numbers in a TPU's layout (``LanePageFormat``), floating
-        point; or quantized pages (``BlockPages``). Formats of keys and values may differ. Sums are float32.
+      q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq /
+        KV)``.
+      k_pages, v_pages: [N, KV, page_size, D], or the same numbers in a TPU's layout
+        (``LanePageFormat``), floating point; or quantized pages (``BlockPages``). Formats of keys
+        and values may differ. Sums are float32.
       table: block table of S sequences.
       batch: sequence and position of each of the T queries.
       scale: factor of the scores; default ``D ** -0.5``.
       window: number of tokens that a query sees, itself included; default all.
       soft_cap: bound of the scores; default none.
-      sinks: f32[Hq], an additional score of each head that joins the denominator and has no value; default none.
-      rope: rotary embedding of queries and keys. Keys of an entry are stored rotated at their position plus the entry's
-        rotation, queries come rotated at ``batch.rope_positions``; with it, scores are those of keys and queries
-        rotated at their positions, however often they were shifted. By default, rotations of entries are ignored.
-      implementation: one of ``IMPLEMENTATIONS``; default the first of ``candidates()`` that supports the arguments.
-        These depend on JAX's default platform at trace time, so a program for another platform names its
-        implementation.
+      sinks: f32[Hq], an additional score of each head that joins the denominator and has no value;
+        default none.
+      rope: rotary embedding of queries and keys. Keys of an entry are stored rotated at their
+        position plus the entry's rotation, queries come rotated at ``batch.rope_positions``; with
+        it, scores are those of keys and queries rotated at their positions, however often they were
+        shifted. By default, rotations of entries are ignored.
+      implementation: one of ``IMPLEMENTATIONS``; default the first of ``candidates()`` that
+        supports the arguments. These depend on JAX's default platform at trace time, so a program
+        for another platform names its implementation.
       return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
 
     Returns:
-      out [T, Hq, D] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], sinks included, -inf where no token is
-      seen.
+      out [T, Hq, D] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], sinks included,
+      -inf where no token is seen.
 
     Raises:
       ValueError: shapes that do not match, or an unknown implementation.
       TypeError: wrong dtypes.
-      NotImplementedError: the given implementation, or every one, does not support the arguments; says why.
+      NotImplementedError: the given implementation, or every one, does not support the arguments;
+        says why.
 
     Example:
-      >>> out = paged_attention(q, cache.k_pages[0], cache.v_pages[0], cache.table, batch)  # doctest: +SKIP
+      >>> out = paged_attention(q, cache.k_pages[0], cache.v_pages[0], cache.table, batch)  #
+      doctest: +SKIP
 
     Reference: PagedAttention, arXiv:2309.06180; the ragged form, arXiv:2604.15464.
     """

@@ -1,4 +1,5 @@
-"""Shared by implementations of attention: argument checks, softmax states, loops over ragged batches."""
+"""Shared by implementations of attention: argument checks, softmax states, loops over ragged
+batches."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
 
 
 def _alike(k_pages: Pages, v_pages: Pages) -> bool:
-    """True if both have equally many pages, heads and tokens; plain pages beside quantized ones may be lane-packed."""
+    """True if both have equally many pages, heads and tokens; plain pages beside quantized ones may
+    be lane-packed."""
     quantized, other = k_pages, v_pages
     if not isinstance(quantized, BlockPages):
         quantized, other = other, quantized
@@ -204,8 +206,9 @@ def finish_state(state: SoftmaxState, sinks: Array | None) -> tuple[Array, Array
 
     Args:
       state: the finished sums.
-      sinks: f32[..., R] or None: an additional score that joins the denominator and has no value. It is included in
-        lse, so that partial results merge exactly if one of them was given the sink.
+      sinks: f32[..., R] or None: an additional score that joins the denominator and has no value.
+        It is included in lse, so that partial results merge exactly if one of them was given the
+        sink.
     """
     maximum, denominator, weighted = state
     if sinks is not None:
@@ -221,8 +224,8 @@ def finish_state(state: SoftmaxState, sinks: Array | None) -> tuple[Array, Array
 def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """Attention over two disjoint sets of keys, from the attention over each.
 
-    ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``:
-    associative and commutative; a side without keys (lse = -inf) is neutral.
+    ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = exp(lse_a - lse) out_a + exp(lse_b - lse)
+    out_b``: associative and commutative; a side without keys (lse = -inf) is neutral.
 
     Args:
       out_a, out_b: [..., head_dim].
@@ -254,17 +257,19 @@ class Source(NamedTuple):
     """``(sequence i32[W], low i32[W], high i32[W]) -> (begin, end) i32[W]``: range of units with
     the tokens at positions low .. high; None = no bound."""
     positions: Callable[[Array, Array, Array], Array]
-    """``(sequence i32[W], unit i32[W], end i32[W]) -> i32[W, C]``: logical positions of the tokens in the ``stride``
-    units from ``unit`` on; NOWHERE where there is none, and from unit ``end`` on."""
+    """``(sequence i32[W], unit i32[W], end i32[W]) -> i32[W, C]``: logical positions of the tokens
+    in the ``stride`` units from ``unit`` on; NOWHERE where there is none, and from unit ``end`` on."""
     load: Callable[[Array, Array, Array], tuple[Array, Array]]
-    """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each: keys and
-    values of those units; v is finite everywhere."""
+    """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each:
+    keys and values of those units; v is finite everywhere."""
     stride: int
     rotation_run: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
-    """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: rotation offset of
-    the keys of ``unit``, and the first unit after it with another offset, or ``end``. None = keys are never shifted."""
+    """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: rotation
+    offset of the keys of ``unit``, and the first unit after it with another offset, or ``end``.
+    None = keys are never shifted."""
     hadamard: bool = False
-    """True if keys are stored Hadamard-transformed (``formats.hadamard``), so that queries are transformed too."""
+    """True if keys are stored Hadamard-transformed (``formats.hadamard``), so that queries are
+    transformed too."""
 
 
 class Tiling(NamedTuple):
@@ -289,11 +294,12 @@ def ragged_attention(
     dtype: jnp.dtype,
     rope: Rope | None = None,
 ) -> tuple[Array, Array]:
-    """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, D], lse f32[T, Hq])``.
+    """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, D], lse f32[T,
+    Hq])``.
 
-    Two passes, over the sequences with one query and over blocks of those with more. Both are loops with
-    dynamic trip counts, over blocks and over the chunks that a block sees: an empty pass costs nothing, and the cost
-    depends on live tokens only.
+    Two passes, over the sequences with one query and over blocks of those with more. Both are loops
+    with dynamic trip counts, over blocks and over the chunks that a block sees: an empty pass costs
+    nothing, and the cost depends on live tokens only.
 
     Args:
       q: [T, Hq, D].
@@ -342,7 +348,8 @@ def _block_pass(
     dtype: jnp.dtype,
     rope: Rope | None,
 ) -> tuple[Array, Array]:
-    """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``width`` blocks at a time."""
+    """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``width`` blocks at a
+    time."""
     tokens, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads
     ends = jnp.cumsum(blocks, dtype=jnp.int32)

@@ -38,7 +38,8 @@ class Case:
     shared: bool = False
     """Sequences begin with the pages of the first one."""
     rotary_dim: int = 0
-    """Number of rotated dimensions; entries are then shifted, each by its own number of positions. 0 = no RoPE."""
+    """Number of rotated dimensions; entries are then shifted, each by its own number of positions.
+    0 = no RoPE."""
     interleaved: bool = False
     """True if the RoPE pairs neighbouring dimensions."""
 

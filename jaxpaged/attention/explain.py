@@ -52,7 +52,8 @@ class Explanation:
 
 
 def explain(platform: str, step: Step) -> Explanation:
-    """Finds the implementation of a step on ``platform`` ("cpu", "gpu" or "tpu"), and its block sizes.
+    """Finds the implementation of a step on ``platform`` ("cpu", "gpu" or "tpu"), and its block
+    sizes.
 
     Computes nothing and needs no device of that platform.
 

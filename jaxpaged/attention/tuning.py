@@ -1,7 +1,7 @@
 """Measured block sizes by device and shape; kernels prefer them to their own choice.
 
-``python -m tpu_scripts.bench.tune_paged_attention`` measures them on the current device and rewrites the part between
-the two marks; entries of other devices stay.
+``python -m tpu_scripts.bench.tune_paged_attention`` measures them on the current device and
+rewrites the part between the two marks; entries of other devices stay.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def tuned(
     Args:
       num_kv_heads, group, head_dim, page_size, kind: see ``Key``.
       dtype: dtype of the pages.
-      device_kind: default: kind of JAX's default device at trace time. A program for another device finds no entry,
-        and its kernel chooses.
+      device_kind: default: kind of JAX's default device at trace time. A program for another device
+        finds no entry, and its kernel chooses.
     """
     trial = _TRIAL.get()
     if trial is not None:

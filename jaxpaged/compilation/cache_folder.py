@@ -1,6 +1,7 @@
 """Compiled code in the user's cache folder.
 
-Files there are unpickled and run, so a file that another user could have written, or that is damaged, is never read.
+Files there are unpickled and run, so a file that another user could have written, or that is
+damaged, is never read.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def private_folder(path: Path) -> Path:
 
 
 def read_entry(path: Path) -> bytes | None:
-    """Content that ``write_entry`` wrote; None if the file is missing, damaged, or writable by other users."""
+    """Content that ``write_entry`` wrote; None if the file is missing, damaged, or writable by
+    other users."""
     try:
         with path.open("rb") as file:
             content = file.read() if _is_private(os.fstat(file.fileno())) else b""

@@ -1,8 +1,9 @@
 """Executable cache: compiled programs on disk, loaded without tracing.
 
-JAX's compilation cache holds what XLA made of a program; to look it up there, the program is traced and lowered first,
-which for a model of 30 layers takes longer than all else of a start. The key here is what tracing depends on: the
-sources, the versions, the machine, the settings, and the shapes of the arguments.
+JAX's compilation cache holds what XLA made of a program; to look it up there, the program is traced
+and lowered first, which for a model of 30 layers takes longer than all else of a start. The key
+here is what tracing depends on: the sources, the versions, the machine, the settings, and the
+shapes of the arguments.
 
 Nothing is written until ``set_directory`` names a folder.
 """
@@ -41,7 +42,8 @@ _targets: dict[str, tuple[str, str, tuple[Any, ...]]] = {}
 
 
 def set_directory(folder: Path | None) -> None:
-    """Sets the folder for programs compiled from now on, created private to its user; None = no cache.
+    """Sets the folder for programs compiled from now on, created private to its user; None = no
+    cache.
 
     Raises:
       OSError: it cannot be created or written to, or other users own it or may write to it.
@@ -51,7 +53,8 @@ def set_directory(folder: Path | None) -> None:
 
 
 def register_target_loader(name: str, function: Callable[..., Any], *arguments: Any) -> None:
-    """Registers ``function(*arguments)``, a function of a module, which registers the custom call ``name``.
+    """Registers ``function(*arguments)``, a function of a module, which registers the custom call
+    ``name``.
 
     A program from the cache may contain calls that this process has not registered yet.
     """
@@ -85,8 +88,8 @@ def cached_compile(
     Args:
       lower: traces and lowers; returns ``jax.stages.Lowered``.
       name: identifies the program, with ``static`` and ``arguments``.
-      static: values that it closes over. A function has an attribute ``program_key``, a text that names all it depends
-        on, or the program is not cached; the ``repr`` of any other value does.
+      static: values that it closes over. A function has an attribute ``program_key``, a text that
+        names all it depends on, or the program is not cached; the ``repr`` of any other value does.
       arguments: pytrees of arrays or ``jax.ShapeDtypeStruct`` that the program will be called with.
     """
     key = None if _folder is None else _key(name, static, arguments)
@@ -156,7 +159,8 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _without_jax_cache() -> Iterator[None]:
-    """Disables JAX's cache: on CPUs, a program read from it lacks functions when it is serialized again."""
+    """Disables JAX's cache: on CPUs, a program read from it lacks functions when it is serialized
+    again."""
     before = getattr(jax.config, _DIRECTORY)
     jax.config.update(_DIRECTORY, None)
     compilation_cache.reset_cache()

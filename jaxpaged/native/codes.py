@@ -1,8 +1,10 @@
-"""Quantized numbers to float32 on vectors, for numba functions: runs of blocks of 32 codes with their scales.
+"""Quantized numbers to float32 on vectors, for numba functions: runs of blocks of 32 codes with
+their scales.
 
-``jaxpaged.pages.formats`` says how codes lie. A run is ``(codes, scales, minima, more, target, first, count)``: the
-addresses of a pool's parts, where float32 numbers go, and which blocks, counted from the pool's first. Few rows of a
-matrix meet codes directly (``dots_with_codes``, ``product_with_codes``), which are then float32 in registers alone.
+``jaxpaged.pages.formats`` says how codes lie. A run is ``(codes, scales, minima, more, target,
+first, count)``: the addresses of a pool's parts, where float32 numbers go, and which blocks,
+counted from the pool's first. Few rows of a matrix meet codes directly (``dots_with_codes``,
+``product_with_codes``), which are then float32 in registers alone.
 """
 
 from __future__ import annotations
@@ -133,7 +135,8 @@ def _write_run(block: Callable[..., list[Any]]) -> Callable[..., None]:
 def _block_of(
     expand: Callable[[Code, Any, Any, Any], list[Any]], size: int, zero: float | None
 ) -> Callable[..., list[Any]]:
-    """``scale * code + offset`` of block ``at``, as two vectors; the offset is its minimum, or ``zero * scale``.
+    """``scale * code + offset`` of block ``at``, as two vectors; the offset is its minimum, or
+    ``zero * scale``.
 
     Args:
       expand: the codes of a block.
@@ -155,7 +158,8 @@ def _block_of(
 
 
 def _q4_k_block(c: Code, codes: Any, scales: Any, minima: Any, more: Any, at: Any) -> list[Any]:
-    """Of a super-block of 8, whose scales and minimums have 6 bits; ``page_format.k_quants`` says where they are."""
+    """Of a super-block of 8, whose scales and minimums have 6 bits; ``page_format.k_quants`` says
+    where they are."""
 
     def integer(value: Any) -> Any:
         return c.b.zext(value, _I32)
@@ -192,7 +196,8 @@ def _q4_k_block(c: Code, codes: Any, scales: Any, minima: Any, more: Any, at: An
 
 
 def _write_by_channel(expand: Callable[[Code, Any, Any, Any], list[Any]], size: int) -> Callable[..., None]:
-    """``scale * code + minimum`` for the blocks of one row; scales and minima are 32 float32 numbers a block."""
+    """``scale * code + minimum`` for the blocks of one row; scales and minima are 32 float32
+    numbers a block."""
 
     def write(
         c: Code, codes: Any, scales: Any, minima: Any, more: Any, target: Any, first: Any, count: Any
@@ -239,7 +244,8 @@ def _sums_of_lanes(c: Code, vectors: list[Any]) -> list[Any]:
 
 
 def _write_dots(block: Callable[..., list[Any]], rows: int) -> Callable[..., None]:
-    """``out[rows, keys] = a[rows, 32 * blocks] @ keys.T``, two keys at a time, whose blocks follow one another."""
+    """``out[rows, keys] = a[rows, 32 * blocks] @ keys.T``, two keys at a time, whose blocks follow
+    one another."""
 
     def write(
         c: Code, codes: Any, scales: Any, minima: Any, more: Any, first: Any, blocks: Any, keys: Any, a: Any,
@@ -314,8 +320,9 @@ def _any_rows(write: Callable[..., Callable[..., None]], block: Callable[..., li
 
 
 def dots_with_codes(kind: Callable[..., list[Any]]) -> Any:
-    """``(rows, (codes, scales, minima, more, first, blocks, keys, a, lda, out, ldo))``: up to four rows of ``a`` times
-    each of ``keys`` keys, of ``blocks`` blocks each, the first one at ``first``."""
+    """``(rows, (codes, scales, minima, more, first, blocks, keys, a, lda, out, ldo))``: up to four
+    rows of ``a`` times each of ``keys`` keys, of ``blocks`` blocks each, the first one at
+    ``first``."""
     return _any_rows(_write_dots, kind)
 
 
@@ -328,10 +335,11 @@ def product_with_codes(kind: Callable[..., list[Any]]) -> Any:
 
 
 def _write_fp8(c: Code, source: Any, target: Any) -> None:
-    """Exponent and mantissa moved to where float32 has them, and the difference of their biases added.
+    """Exponent and mantissa moved to where float32 has them, and the difference of their biases
+    added.
 
-    Numbers without an exponent are whole multiples of 2**-9: made of bits they would be too small for float32 as XLA
-    sets it, which takes them for zero.
+    Numbers without an exponent are whole multiples of 2**-9: made of bits they would be too small
+    for float32 as XLA sets it, which takes them for zero.
     """
     wide = c.b.zext(_bytes_at(c, source), _WORDS)
     magnitude = c.b.and_(wide, _all(_WORDS, 0x7F))

@@ -1,11 +1,12 @@
-"""XLA custom calls made of numba functions, and the threads they run on.
+"""XLA custom calls made of numba functions, on XLA's threads.
 
-A kernel is two functions of C. XLA calls its *handler*, which looks at the buffers, writes into a *job* how many pieces
-of work there are, and lets *tasks* do them: one on the thread of the call, others on the threads that XLA computes
-with. So a kernel adds no thread pool that would compete with XLA's own, and threads are awake when it starts.
+A kernel is two C functions. XLA calls its *handler*, which reads the buffers, writes a *job* with a
+number of work items, and runs *tasks* that process them: one on the calling thread, others on XLA's
+thread pool. So a kernel has no thread pool of its own that would compete with XLA's, and threads
+are awake when it starts.
 
-The C structures of XLA's foreign function interface are read by offset. ``check_layout`` compares the header that
-comes with jaxlib, field by field, with what is assumed here.
+The C structures of XLA's foreign function interface are read by offset. ``check_layout`` compares
+jaxlib's header, field by field, with the offsets here.
 """
 
 from __future__ import annotations
@@ -51,24 +52,25 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "XLA_FFI_ThreadPool_NumThreads_Args": ("struct_size", "extension_start", "ctx", "num_threads"),
     "XLA_FFI_Error_Destroy_Args": ("struct_size", "extension_start", "error"),
 }
-"""The first fields of each structure, in order; the offsets below follow from them on a machine of 64 bits. Some were
-renamed in jax 0.12, and are where they were."""
+"""First fields of each structure, in order; the offsets below follow from them on a 64-bit machine.
+Some names are patterns, because jax 0.12 renamed them."""
 _API = ("struct_size", "extension_start", "api_version", "internal_api")
 _FIRST_FUNCTION = 48
 _FUNCTIONS = {"Error_Destroy": 2, "ThreadPool_Schedule": 11, "ThreadPool_NumThreads": 12}
-"""Those of XLA's functions that are called here, and their places in its table."""
+"""XLA's functions that are called here, and their indices in its table."""
 _ERROR_DESTROY, _SCHEDULE, _NUM_THREADS = (_FIRST_FUNCTION + 8 * place for place in _FUNCTIONS.values())
 
 
 class LayoutError(ImportError):
-    """This jaxlib's foreign function interface is not the one that the offsets here are for."""
+    """Raised if jaxlib's foreign function interface has other offsets than assumed here."""
 
 
 def check_layout() -> tuple[int, int]:
-    """The version of XLA's foreign function interface, when its structures are those assumed here; checked on import.
+    """Checks the structures of XLA's foreign function interface, and returns its version; runs on
+    import.
 
     Raises:
-      LayoutError: they are not, or jaxlib comes without its header.
+      LayoutError: a structure has other fields than assumed here, or jaxlib has no header.
     """
     path = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     try:
@@ -93,34 +95,35 @@ def check_layout() -> tuple[int, int]:
 
 
 def _fields_of(header: str, name: str) -> tuple[str, ...]:
-    """The names of a structure's fields, in order, as far as they are plain ones."""
+    """Names of a structure's plain fields, in order."""
     body = re.search(rf"struct {name} \{{(.*?)\}}", header, re.DOTALL)
     return tuple(re.findall(r"(\w+)\s*;", body[1])) if body else ()
 
 
 _MAJOR, _MINOR = check_layout()
 _BYTES, _HALVES = (2, 6, 20), (10, 16)
-"""XLA's numbers of the data types s8, u8, f8e4m3fn, and f16, bf16; kernels read no other type that has not 4 bytes."""
+"""XLA's numbers of the data types s8, u8, f8e4m3fn, and f16, bf16; kernels read no other type that
+has not 4 bytes."""
 
 
-# --- what a kernel reads of its call ------------------------------------------------------------------------
+# --- arguments and results of a call ------------------------------------------------------------------------
 
 
 @njit
 def argument(call: int, index: int) -> int:
-    """The buffer that is argument ``index``."""
+    """Buffer of argument ``index``."""
     return load_i64(load_i64(call, 9), index)
 
 
 @njit
 def result(call: int, index: int) -> int:
-    """The buffer that is result ``index``."""
+    """Buffer of result ``index``."""
     return load_i64(load_i64(call, 14), index)
 
 
 @njit
 def data(buffer: int) -> int:
-    """The address of a buffer's elements."""
+    """Address of a buffer's elements."""
     return load_i64(buffer, 3)
 
 
@@ -132,7 +135,8 @@ def size(buffer: int, axis: int) -> int:
 
 @njit
 def num_batch_axes(buffer: int, rank: int) -> int:
-    """Axes that ``vmap`` (``vmap_method="expand_dims"``) has put before the ``rank`` axes of a buffer's own."""
+    """Axes that ``vmap`` (``vmap_method="expand_dims"``) has put before the ``rank`` axes of a
+    buffer's own."""
     return load_i64(buffer, 4) - rank
 
 
@@ -149,8 +153,8 @@ def batch_size(out: int, axes: int) -> int:
 def example_data(buffer: int, out: int, axes: int, index: int) -> int:
     """Address of a buffer's elements in example ``index`` of ``batch_size(out, axes)``.
 
-    Each of the ``axes`` batch axes has the size that it has in the result ``out``, or 1 where the examples share one
-    array.
+    Each of the ``axes`` batch axes has the size that it has in the result ``out``, or 1 where the
+    examples share one array.
     """
     dtype = load_i32(buffer, 4)
     stride = i64(1 if dtype in _BYTES else 2 if dtype in _HALVES else 4)
@@ -177,7 +181,7 @@ def _destroy(call: int, error: int) -> None:
 
 @inlined
 def _schedule(call: int, task: int, job: int) -> bool:
-    """Asks XLA to run ``task(job)`` on one of its threads, some time."""
+    """Schedules ``task(job)`` on one of XLA's threads; returns False if XLA refuses."""
     arguments = malloc(40)
     store_i64(arguments, 0, 40)
     store_i64(arguments, 1, 0)
@@ -193,7 +197,7 @@ def _schedule(call: int, task: int, job: int) -> bool:
 
 @inlined
 def num_threads(call: int) -> int:
-    """Threads that XLA computes with; 1 when it does not say."""
+    """Number of XLA's threads; 1 if unknown."""
     answer = malloc(48)
     store_i64(answer, 0, 32)
     store_i64(answer, 1, 0)
@@ -209,8 +213,8 @@ def num_threads(call: int) -> int:
 
 
 @inlined
-def answers_query(call: int) -> bool:
-    """XLA asks a handler for its version before it calls it the first time; then there is nothing else to do."""
+def is_version_query(call: int) -> bool:
+    """True if XLA only asks the handler for its version, before the first call; answers it."""
     extension = load_i64(call, 1)
     if extension == 0:
         return False
@@ -220,18 +224,18 @@ def answers_query(call: int) -> bool:
     return True
 
 
-# --- a job: counters, then what the kernel keeps there ------------------------------------------------------
+# --- jobs: counters, then numbers of the kernel ------------------------------------------------------
 
-_HOLDERS, _NEXT, _DONE, _PIECES = range(4)
-_LOOKS = 1024
-"""How often a thread looks whether the others are done before it lets them run: some microseconds."""
+_HOLDERS, _NEXT, _DONE, _ITEMS = range(4)
+_POLLS = 1024
+"""Number of polls, some microseconds, before a waiting thread yields."""
 JOB = 4
-"""The first of a job's 64-bit numbers that belongs to the kernel."""
+"""Index of the kernel's first 64-bit number in a job."""
 
 
 @njit
 def new_job(numbers: int) -> int:
-    """A job with that many 64-bit numbers of the kernel's own, from ``JOB`` on, all 0."""
+    """Allocates a job with that many 64-bit numbers of the kernel, from index ``JOB`` on, all 0."""
     job = malloc(8 * (JOB + numbers))
     for i in range(JOB + numbers):
         store_i64(job, i, 0)
@@ -240,44 +244,46 @@ def new_job(numbers: int) -> int:
 
 
 @njit
-def next_piece(job: int) -> int:
-    """The next piece that nobody has taken; -1 when there is none."""
+def next_item(job: int) -> int:
+    """Takes the next item; -1 if none is left."""
     index = fetch_add(job + 8 * _NEXT, 1)
-    return index if index < load_i64(job, _PIECES) else -1
+    return index if index < load_i64(job, _ITEMS) else -1
 
 
 @njit
-def piece_done(job: int) -> None:
-    """Tells the thread of the call that one more piece is done."""
+def item_done(job: int) -> None:
+    """Counts an item as done."""
     fetch_add(job + 8 * _DONE, 1)
 
 
 @njit
 def release(job: int) -> None:
-    """Gives up the job; who does so last frees it.
+    """Releases a reference to the job; the last one frees it.
 
-    A thread may come to a job long after the call returned. It finds no piece left, and nobody ever waited for it.
+    A thread may start long after the call returned. It finds no item left, and no other thread
+    waits for it.
     """
     if fetch_add(job + 8 * _HOLDERS, -1) == 1:
         free(job)
 
 
 @inlined
-def run_pieces(call: int, job: int, pieces: int, threads: int, task: int) -> None:
-    """Has pieces 0 .. ``pieces`` done by ``task(job)``, on this thread and others; returns when all are."""
-    store_i64(job, _PIECES, pieces)
-    for _ in range(min(threads, pieces) - 1):
+def run_items(call: int, job: int, items: int, threads: int, task: int) -> None:
+    """Processes ``items`` work items with ``task(job)``, on this thread and others; returns when
+    all are done."""
+    store_i64(job, _ITEMS, items)
+    for _ in range(min(threads, items) - 1):
         fetch_add(job + 8 * _HOLDERS, 1)
         if not _schedule(call, task, job):
             fetch_add(job + 8 * _HOLDERS, -1)
             break
     fetch_add(job + 8 * _HOLDERS, 1)
     call_address(task, job)
-    looks = 0
-    while fetch_add(job + 8 * _DONE, 0) < pieces:
-        looks += 1
-        # Who has the last piece may be waiting for this very core.
-        if looks % _LOOKS == 0:
+    polls = 0
+    while fetch_add(job + 8 * _DONE, 0) < items:
+        polls += 1
+        # The thread with the last item may be waiting for this core.
+        if polls % _POLLS == 0:
             yield_thread()
 
 
@@ -291,7 +297,8 @@ _REGISTERED: dict[str, Compiled] = {}
 def register(
     name: str, handler: Callable[[int], int], task: Callable[[int], int], sources: Iterable[Path]
 ) -> None:
-    """Registers a kernel as the custom call ``name`` of the CPU platform, compiled or loaded from the kernel cache.
+    """Registers a kernel as the custom call ``name`` of the CPU platform, compiled or loaded from
+    the kernel cache.
 
     Args:
       name: target name for ``jax.ffi.ffi_call``.

@@ -1,7 +1,7 @@
 """Addresses as integers, for numba functions: loads, stores, atomic counters, malloc.
 
-Kernels read arrays of many types, some of them packed, whose shapes are known at run time alone. An address and an
-index say as much as an array does and compile to one instruction.
+Kernels read arrays of many types, some of them packed, whose shapes are known at run time alone. An
+address and an index say as much as an array does and compile to one instruction.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ store_f32 = _storer(_F32, types.float32, 4)
 
 @intrinsic
 def fetch_add(typing: Any, address: Any, value: Any) -> Any:
-    """``(address, value) -> i64``: adds to the 64-bit counter there, atomically; what it was before."""
+    """``(address, value) -> i64``: adds to the 64-bit counter there, atomically; what it was
+    before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", pointer(builder, args[0], _I64), args[1], "seq_cst")
@@ -113,7 +114,8 @@ free = _library("free", types.void, types.int64)
 
 @intrinsic
 def yield_thread(typing: Any) -> Any:
-    """Lets another thread run that waits for this core, where the system has such a call (POSIX); else nothing."""
+    """Lets another thread run that waits for this core, where the system has such a call (POSIX);
+    else nothing."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if sys.platform != "win32":
@@ -139,7 +141,8 @@ def call_address(typing: Any, function: Any, argument: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def symbol(typing: Any, name: Any) -> Any:
-    """``("NAME") -> i64``: the address of a function that the process knows by that name when the code is loaded."""
+    """``("NAME") -> i64``: the address of a function that the process knows by that name when the
+    code is loaded."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(_I64, [_I64])

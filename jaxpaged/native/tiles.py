@@ -1,10 +1,11 @@
 """Small matrix products and rows of exponentials on vectors, for numba functions.
 
-numba makes vectors of simple loops, but keeps no tile of sums in registers; what takes the time of attention is
-therefore written as vector instructions here. All matrices are float32, at addresses, with the distance of their rows
-in elements. LLVM splits vectors that a machine does not have.
+numba makes vectors of simple loops, but keeps no tile of sums in registers; what takes the time of
+attention is therefore written as vector instructions here. All matrices are float32, at addresses,
+with the distance of their rows in elements. LLVM splits vectors that a machine does not have.
 
-The shape of the tiles follows from the registers: AVX-512 has 32 of 16 numbers, others 16 of 8 (or 32 of 4).
+The shape of the tiles follows from the registers: AVX-512 has 32 of 16 numbers, others 16 of 8 (or
+32 of 4).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ njit: Callable[..., Any] = numba.njit(**_OPTIONS)
 i32: Any = np.int32
 i64: Any = np.int64
 f32: Any = np.float32
-"""Numbers of one type, in functions that numba compiles; to a type checker they are the numbers of Python."""
+"""Numbers of one type, in functions that numba compiles; to a type checker they are the numbers of
+Python."""
 inlined: Callable[..., Any] = numba.njit(inline="always", **_OPTIONS)
 """As ``njit``, but part of its caller: what is large and called once is then compiled once."""
 
@@ -214,7 +216,8 @@ _dots = {
 
 
 def any_rows(functions: Sequence[Any]) -> Any:
-    """``(rows, args)``: of functions of 1, 2, 3 and 4 rows the one for as many as there are, or for four."""
+    """``(rows, args)``: of functions of 1, 2, 3 and 4 rows the one for as many as there are, or for
+    four."""
     one, two, three, four = functions
 
     @njit
@@ -256,7 +259,8 @@ _dots_2_4, _dots_1_4, _dots_2_1, _dots_1_1 = (_dots[key] for key in ((2, 4), (1,
 
 @njit
 def dots(a: int, lda: int, b: int, ldb: int, out: int, ldo: int, m: int, n: int, k: int) -> None:
-    """``out[m, n] = a[m, k] @ b[n, k].T``, k a multiple of WIDTH: b is read in place, a few rows at a time."""
+    """``out[m, n] = a[m, k] @ b[n, k].T``, k a multiple of WIDTH: b is read in place, a few rows at
+    a time."""
     column = 0
     while column < n:
         several = n - column >= _KEYS
@@ -315,7 +319,8 @@ def transpose(source: int, lds: int, target: int, ldt: int, m: int, n: int) -> N
 def write_exp(c: Code, x: Any) -> Any:
     """e ** x for x <= 0, to 1e-7 of it; 0 below -87, where float32 ends.
 
-    x = n ln 2 + r, and e ** r by a polynomial (Cephes, S. Moshier 1992); 2 ** n is made of exponent bits.
+    x = n ln 2 + r, and e ** r by a polynomial (Cephes, S. Moshier 1992); 2 ** n is made of exponent
+    bits.
     """
     n = c.call("floor", c.fma(x, c.constant(1.44269504088896341), c.constant(0.5)))
     r = c.fma(n, c.constant(-0.693359375), x)

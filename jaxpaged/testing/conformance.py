@@ -1,7 +1,8 @@
-"""Conformance kit: cases with adversarial memory contents, and an oracle to compare any attention with.
+"""Conformance kit: cases with adversarial memory contents, and an oracle to compare any attention
+with.
 
-It runs in numpy on the host; the oracle shares no code with ``jaxpaged.attention``. ``docs/conformance.md`` tests a
-kernel of your own with it, and shows results of other kernels.
+It runs in numpy on the host; the oracle shares no code with ``jaxpaged.attention``.
+``docs/conformance.md`` tests a kernel of your own with it, and shows results of other kernels.
 
 Example:
   >>> for case in CASES:  # doctest: +SKIP
@@ -68,8 +69,8 @@ class Built:
 def build_case(case: Case, *, seed: int = 0) -> Built:
     """Builds the arrays of a case, with adversarial fill.
 
-    Pages are permuted; slots that no entry covers and free pages are NaN; table rows beyond ``num_entries`` hold stale
-    numbers: live pages, free pages, and the sentinel N.
+    Pages are permuted; slots that no entry covers and free pages are NaN; table rows beyond
+    ``num_entries`` hold stale numbers: live pages, free pages, and the sentinel N.
     """
     rng = np.random.default_rng(seed)
     size, max_seqs = case.page_size, len(case.lengths)
@@ -177,7 +178,8 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
 def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) -> tuple[Pages, Pages]:
     """Pages that hold ``f32[N, KV, page_size, D]``, with garbage codes where it is NaN.
 
-    In residual formats, every third page with tokens (``used bool[N, page_size]``) is a residual page.
+    In residual formats, every third page with tokens (``used bool[N, page_size]``) is a residual
+    page.
     """
     live = np.flatnonzero(used.any(axis=1))
     opened = live[::3]
@@ -227,9 +229,9 @@ def benign_fill(built: Built, *, keep: Collection[str] = ()) -> Built:
 
     Args:
       built: result of ``build_case``; the expected results stay the same.
-      keep: those of ``ADVERSARIAL_FILLS`` to leave unchanged. Without "unused_slots" and "free_pages", slots of live
-        pages that no entry covers and free pages get random numbers instead of NaN; without "stale_entries", table
-        rows beyond ``num_entries`` get a live page.
+      keep: those of ``ADVERSARIAL_FILLS`` to leave unchanged. Without "unused_slots" and
+        "free_pages", slots of live pages that no entry covers and free pages get random numbers
+        instead of NaN; without "stale_entries", table rows beyond ``num_entries`` get a live page.
 
     Raises:
       ValueError: an unknown name in ``keep``.
@@ -346,9 +348,9 @@ def check_conformance(
     """Compares an attention with the oracle.
 
     Args:
-      attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=, soft_cap=, sinks=)``, with
-        ``rope=`` where the case has one, and with ``return_lse=True`` if ``lse``; see
-        ``jaxpaged.attention.paged_attention``.
+      attention: called as ``attention(q, k_pages, v_pages, table, batch, scale=, window=,
+        soft_cap=, sinks=)``, with ``rope=`` where the case has one, and with ``return_lse=True`` if
+        ``lse``; see ``jaxpaged.attention.paged_attention``.
       case: a case, or the result of ``build_case``.
       rtol, atol: tolerances of the output; pages of any dtype, sums in float32.
       lse: True if the attention also returns the logarithm of its denominators.

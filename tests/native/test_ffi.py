@@ -23,19 +23,19 @@ IN, OUT, ROWS, COLUMNS, THREADS = range(ffi.JOB, ffi.JOB + 5)
 
 
 def doubling_task(job):
-    index = ffi.next_piece(job)
+    index = ffi.next_item(job)
     while index >= 0:
         columns = load_i64(job, COLUMNS)
         for i in range(index * columns, (index + 1) * columns):
             store_f32(load_i64(job, OUT), i, 2 * load_f32(load_i64(job, IN), i) + load_i64(job, THREADS) * 0)
-        ffi.piece_done(job)
-        index = ffi.next_piece(job)
+        ffi.item_done(job)
+        index = ffi.next_item(job)
     ffi.release(job)
     return 0
 
 
 def doubling_handler(call):
-    if ffi.answers_query(call):
+    if ffi.is_version_query(call):
         return 0
     job = ffi.new_job(5)
     x = ffi.argument(call, 0)
@@ -44,7 +44,7 @@ def doubling_handler(call):
     store_i64(job, COLUMNS, ffi.size(x, 1))
     threads = ffi.num_threads(call)
     store_f32(ffi.data(ffi.result(call, 1)), 0, np.float32(threads))
-    ffi.run_pieces(call, job, ffi.size(x, 0), threads, symbol("jaxpaged_test_doubling_task"))
+    ffi.run_items(call, job, ffi.size(x, 0), threads, symbol("jaxpaged_test_doubling_task"))
     ffi.release(job)
     return 0
 
@@ -61,14 +61,14 @@ def registered():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 1000])
-def test_every_piece_is_done_once(rows):
+def test_every_item_is_done_once(rows):
     x = np.random.default_rng(rows).standard_normal((rows, 7)).astype(np.float32)
     out, threads = double(x)
     np.testing.assert_array_equal(out, 2 * x)
     assert threads[0] >= 1
 
 
-def test_calls_from_many_threads_do_not_meet():
+def test_calls_from_many_threads_are_independent():
     xs = [np.full((50, 11), i, np.float32) for i in range(8)]
 
     def many(x):

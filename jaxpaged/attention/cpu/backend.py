@@ -1,4 +1,4 @@
-"""Paged attention on CPUs through XLA's foreign function interface: the work around the kernel of ``cpu_kernel.py``."""
+"""Paged attention on CPUs: the custom call of ``kernel.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxpaged.attention.base import Config, Pages, has_hadamard
 from jaxpaged.attention.cpu import job as cpu_job
 from jaxpaged.attention.cpu import kernel as cpu_kernel
 from jaxpaged.attention.cpu import pages as cpu_pages
-from jaxpaged.attention.cpu.job import LEAST_TOKENS, ROWS
+from jaxpaged.attention.cpu.job import MIN_ITEM_TOKENS, ROWS
 from jaxpaged.attention.cpu.kernel import FEW_ROWS, TILE, scratch_bytes
 from jaxpaged.attention.cpu.pages import KINDS
 from jaxpaged.compilation.executable_cache import register_target_loader
@@ -33,7 +33,7 @@ from jaxpaged.pages.rope import Rope
 
 @functools.cache
 def _target(quantized: bool) -> str:
-    """The name of the custom call, compiled on first use; see ``cpu_kernel.QUANTIZED``."""
+    """Name of the custom call, compiled on first use; see ``kernel.QUANTIZED``."""
     kernel: Any = cpu_kernel
     if quantized:
         spec = importlib.util.spec_from_file_location(f"{cpu_kernel.__name__}_quantized", cpu_kernel.__file__)
@@ -45,7 +45,7 @@ def _target(quantized: bool) -> str:
         kernel.NAME,
         kernel.handler,
         kernel.task,
-        [Path(str(room.__file__)) for room in (cpu_job, cpu_kernel, cpu_pages)],
+        [Path(str(module.__file__)) for module in (cpu_job, cpu_kernel, cpu_pages)],
     )
     register_target_loader(kernel.NAME, _target, quantized)
     return kernel.NAME
@@ -54,17 +54,18 @@ def _target(quantized: bool) -> str:
 def describe(
     q_shape: tuple[int, int, int], k_pages: Pages, v_pages: Pages, max_q_len: int | None
 ) -> dict[str, Any]:
-    """What a call with these shapes runs, for people to read.
+    """Describes a call with these shapes, for people to read.
 
     Args:
       q_shape: ``(T, Hq, D)``.
-      k_pages, v_pages: what ``paged_attention`` is given, or ``jax.ShapeDtypeStruct`` in the place of arrays.
-      max_q_len: as ``Batch`` has it.
+      k_pages, v_pages: pages, with ``jax.ShapeDtypeStruct`` or arrays.
+      max_q_len: see ``Batch``.
 
     Returns:
-      ``vector_width`` in float32; ``keys_per_tile``; ``rows_per_piece``, query heads counted; ``keys_read`` and
-      ``values_read``, "in place", "as codes" (few rows are multiplied with them), "converted" to float32, or then
-      "transposed"; ``least_tokens_per_piece``, below which a sequence is not cut; ``scratch_bytes`` of each thread.
+      ``vector_width`` in float32; ``keys_per_tile``; ``rows_per_item``, counting query heads;
+      ``keys_read`` and ``values_read``, "in place", "as codes" (multiplied with few rows),
+      "converted" to float32, or "transposed"; ``min_tokens_per_item``, below which a sequence is
+      not split; ``scratch_bytes`` of each thread.
     """
     tokens, num_q_heads, head_dim = q_shape
     group = num_q_heads // k_pages.shape[1]
@@ -80,10 +81,10 @@ def describe(
     return {
         "vector_width": WIDTH,
         "keys_per_tile": TILE,
-        "rows_per_piece": rows,
+        "rows_per_item": rows,
         "keys_read": "transposed" if rows > FEW_ROWS else read(k_pages),
         "values_read": read(v_pages),
-        "least_tokens_per_piece": LEAST_TOKENS,
+        "min_tokens_per_item": MIN_ITEM_TOKENS,
         "scratch_bytes": scratch_bytes(rows, head_dim, wide),
     }
 
@@ -101,7 +102,7 @@ def paged_attention(
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
     Raises:
-      NotImplementedError: a format that the kernel does not read, or not with heads of this size.
+      NotImplementedError: the kernel does not read the format, or not with this head_dim.
     """
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
@@ -140,13 +141,13 @@ def paged_attention(
 
 
 def _kind(pages: Pages, head_dim: int) -> int:
-    """The index of the pages' kind in ``KINDS``.
+    """Index of the pages' kind in ``KINDS``.
 
     Raises:
-      NotImplementedError: the kernel does not read it, or not with heads of this size.
+      NotImplementedError: the kernel does not read it, or not with this head_dim.
     """
     if isinstance(pages, BlockPages):
-        if type(pages) not in (BlockPages, ResidualPages):  # another subclass's parts lie otherwise
+        if type(pages) not in (BlockPages, ResidualPages):  # other subclasses have another layout
             raise NotImplementedError(f"does not read {pages.format.name} pages laid out for a TPU")
         kind, multiple = pages.format.name, BLOCK
         if isinstance(pages, ResidualPages) and getattr(pages.format.code, "by_channel", True) is False:
@@ -166,7 +167,7 @@ def _kind(pages: Pages, head_dim: int) -> int:
 
 
 def _parts(pages: Pages) -> list[Array]:
-    """Codes, scales, minima and what else there is, and open pages; empty where the format has none."""
+    """Codes, scales, minima, other parts, and residual pages; empty where the format has none."""
     if not isinstance(pages, BlockPages):
         return [pages, *(jnp.zeros(0, jnp.uint8) for _ in range(4))]
     parts = dict(pages.parts)

@@ -1,7 +1,8 @@
-"""What a call of the CPU kernel is cut into, and how its parts are joined.
+"""Work items of a call of the CPU kernel, and the merge of their results.
 
-A piece is some rows of queries, a KV head and a run of entries. Long sequences are cut so that every thread has its
-share, and the parts are merged by their log-sum-exp (FlashDecoding, arXiv:2311.01282).
+A work item is some rows of queries, a KV head and a range of entries. Long sequences are split over
+several items, to balance the threads, and partial results merged by their log-sum-exp
+(FlashDecoding, arXiv:2311.01282).
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from jaxpaged.native.memory import free, load_f32, load_i32, load_i64, malloc, s
 from jaxpaged.native.tiles import f32, i64, inlined, njit, padded
 
 ROWS = 192
-"""Rows of a piece, query heads counted: a tile of that many rows and its sums stay in the second-level cache."""
-PIECES_A_THREAD = 4
-"""Pieces that a long sequence is cut into, so that threads end together."""
-LEAST_TOKENS = 128
-"""Tokens of a piece at least: each part of a sequence has to be merged."""
+"""Rows of an item, counting query heads: a tile of that many rows and its sums stay in the
+second-level cache."""
+ITEMS_PER_THREAD = 4
+"""Number of items per thread, so that threads end together."""
+MIN_ITEM_TOKENS = 128
+"""Minimum number of tokens of an item: each part of a sequence has to be merged."""
 NOTHING = f32(-1e30)
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
 
-# What a job holds, by index: addresses of buffers, then sizes.
+# Numbers of a job, by index: addresses of buffers, then sizes.
 INPUTS = 25
 (
     Q,
@@ -31,13 +33,13 @@ INPUTS = 25
     K_SCALES,
     K_MINIMA,
     K_MORE,
-    K_OPEN,
+    K_RESIDUAL,
     V,
     V_SCALES,
     V_MINIMA,
     V_MORE,
-    V_OPEN,
-    PLACE,
+    V_RESIDUAL,
+    STAGING_SLOT,
     PAGES,
     FIRST_SLOT,
     NUM_TOKENS,
@@ -48,22 +50,22 @@ INPUTS = 25
     Q_POSITION,
     Q_ROPE,
     SINKS,
-    TURNS,
+    PHASE_STEPS,
     NUMBERS,
     OPTIONS,
 ) = range(JOB, JOB + INPUTS)
 (
     OUT,
     LSE,
-    PIECES,
+    ITEMS,
     PARTS,
-    NUM_PIECES,
+    NUM_ITEMS,
     Q_HEADS,
     KV_HEADS,
     DIM,
     NUM_PAGES,
     PAGE_SIZE,
-    PLACES,
+    NUM_STAGING_SLOTS,
     ENTRIES,
     HALF,
     WINDOW,
@@ -71,20 +73,20 @@ INPUTS = 25
     K_KIND,
     V_KIND,
     HADAMARD,
-    MOST_ROWS,
+    MAX_ROWS,
 ) = range(JOB + INPUTS, JOB + INPUTS + 19)
 JOB_SIZE = INPUTS + 19
-OPEN = K_OPEN - K
-"""Where open pages are, counted from the codes of keys or of values."""
+RESIDUAL = K_RESIDUAL - K
+"""Index of residual pages relative to the codes of keys or values."""
 
-# A piece, by index of 64-bit numbers.
+# Numbers of an item, by index.
 SEQ, HEAD, ROW, COUNT, BEGIN, END, SPLITS, PART = range(8)
-PIECE = 8
+ITEM = 8
 
 
 @njit
 def visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int]:
-    """The entries that queries in rows ``first .. last`` of one sequence see some token of."""
+    """Range of entries of a sequence that queries in rows ``first .. last`` see."""
     entries = load_i64(job, ENTRIES)
     window = load_i64(job, WINDOW)
     positions = load_i64(job, POSITION) + 4 * seq * entries
@@ -103,7 +105,8 @@ def visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int
 
 @inlined
 def plan(call: int, job: int, threads: int, example: int) -> int:
-    """Reads one example of the call, cuts it into pieces of about the same work, and says how many they are."""
+    """Reads one example of the call, divides it into items of similar work, and returns their
+    number."""
     q, table = argument(call, Q - JOB), argument(call, PAGES - JOB)
     axes = num_batch_axes(q, 3)
     for i in range(INPUTS):
@@ -122,20 +125,20 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
     store_i64(job, NUM_PAGES, load_i32(options, 7))
     store_i64(job, PAGE_SIZE, page_size)
     store_i64(job, ENTRIES, entries)
-    store_i64(job, HALF, size(argument(call, TURNS - JOB), -1))
+    store_i64(job, HALF, size(argument(call, PHASE_STEPS - JOB), -1))
     store_i64(job, WINDOW, load_i32(options, 0))
     store_i64(job, INTERLEAVED, load_i32(options, 1))
     store_i64(job, K_KIND, load_i32(options, 2))
     store_i64(job, V_KIND, load_i32(options, 3))
     store_i64(job, HADAMARD, load_i32(options, 4))
-    store_i64(job, PLACES, load_i32(options, 8))
+    store_i64(job, NUM_STAGING_SLOTS, load_i32(options, 8))
 
     group = q_heads // kv_heads
     block = max(ROWS // group, 1)
-    most_rows = min(block, tokens) * group
-    store_i64(job, MOST_ROWS, most_rows)
+    max_rows = min(block, tokens) * group
+    store_i64(job, MAX_ROWS, max_rows)
 
-    # Twice over the blocks: how much work there is, then the pieces.
+    # Two passes over the blocks: the first sums up the work, the second makes the items.
     cu = load_i64(job, CU_Q_LENS)
     work = i64(0)
     blocks = i64(0)
@@ -146,12 +149,12 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
             begin, end = visible_entries(job, seq, row, row + count - 1)
             work += count * (end - begin)
             blocks += 1
-    # Rounded up, or pieces would outnumber the memory below.
-    share = max(-(-work * kv_heads // (threads * PIECES_A_THREAD)), 1)
-    most = blocks * kv_heads + threads * PIECES_A_THREAD + 1
-    part_floats = most_rows * (padded(dim) + 2)
-    pieces = malloc(8 * PIECE * most)
-    store_i64(job, PIECES, pieces)
+    # Rounded up, so that the memory below holds all items.
+    share = max(-(-work * kv_heads // (threads * ITEMS_PER_THREAD)), 1)
+    most = blocks * kv_heads + threads * ITEMS_PER_THREAD + 1
+    part_floats = max_rows * (padded(dim) + 2)
+    items = malloc(8 * ITEM * most)
+    store_i64(job, ITEMS, items)
     store_i64(job, PARTS, malloc(4 * part_floats * most))
     number = i64(0)
     for seq in range(max_seqs):
@@ -159,21 +162,21 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
         for row in range(load_i32(cu, seq), stop, block):
             count = min(block, stop - row)
             begin, end = visible_entries(job, seq, row, row + count - 1)
-            most_splits = min(end - begin, (end - begin) * page_size // LEAST_TOKENS)
+            most_splits = min(end - begin, (end - begin) * page_size // MIN_ITEM_TOKENS)
             splits = max(min(count * (end - begin) // share, most_splits), 1)
             for head in range(kv_heads):
                 for split in range(splits):
-                    piece = pieces + 8 * PIECE * number
-                    store_i64(piece, SEQ, seq)
-                    store_i64(piece, HEAD, head)
-                    store_i64(piece, ROW, row)
-                    store_i64(piece, COUNT, count)
-                    store_i64(piece, BEGIN, begin + (end - begin) * split // splits)
-                    store_i64(piece, END, begin + (end - begin) * (split + 1) // splits)
-                    store_i64(piece, SPLITS, splits)
-                    store_i64(piece, PART, load_i64(job, PARTS) + 4 * part_floats * number)
+                    item = items + 8 * ITEM * number
+                    store_i64(item, SEQ, seq)
+                    store_i64(item, HEAD, head)
+                    store_i64(item, ROW, row)
+                    store_i64(item, COUNT, count)
+                    store_i64(item, BEGIN, begin + (end - begin) * split // splits)
+                    store_i64(item, END, begin + (end - begin) * (split + 1) // splits)
+                    store_i64(item, SPLITS, splits)
+                    store_i64(item, PART, load_i64(job, PARTS) + 4 * part_floats * number)
                     number += 1
-    store_i64(job, NUM_PIECES, number)
+    store_i64(job, NUM_ITEMS, number)
     # Padding attends to nothing.
     for row in range(i64(load_i32(cu, max_seqs)), tokens):
         for i in range(row * q_heads * dim, (row + 1) * q_heads * dim):
@@ -185,7 +188,7 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
 
 @njit
 def finish_row(job: int, token: int, q_head: int, maximum: float, total: float, weighted: int) -> None:
-    """One row's output from its sums, and the logarithm of its denominator."""
+    """Writes a row's output and the logarithm of its denominator from its sums."""
     dim, q_heads = load_i64(job, DIM), load_i64(job, Q_HEADS)
     sink = load_f32(load_i64(job, SINKS), q_head)
     scale = f32(1)
@@ -205,27 +208,27 @@ def finish_row(job: int, token: int, q_head: int, maximum: float, total: float, 
 
 @inlined
 def merge(job: int) -> None:
-    """Joins the parts of what was cut, and frees what the plan took."""
-    pieces, dim = load_i64(job, PIECES), load_i64(job, DIM)
+    """Merges the parts of split sequences, and frees the memory of ``plan``."""
+    items, dim = load_i64(job, ITEMS), load_i64(job, DIM)
     group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
     wide = padded(dim)
     number = i64(0)
-    while number < load_i64(job, NUM_PIECES):
-        piece = pieces + 8 * PIECE * number
-        splits = load_i64(piece, SPLITS)
+    while number < load_i64(job, NUM_ITEMS):
+        item = items + 8 * ITEM * number
+        splits = load_i64(item, SPLITS)
         number += splits
         if splits == 1:
             continue
-        rows = load_i64(piece, COUNT) * group
-        into = load_i64(piece, PART)
+        rows = load_i64(item, COUNT) * group
+        into = load_i64(item, PART)
         for r in range(rows):
             maximum = NOTHING
             for split in range(splits):
-                part = load_i64(piece + 8 * PIECE * split, PART)
+                part = load_i64(item + 8 * ITEM * split, PART)
                 maximum = max(maximum, load_f32(part, rows * wide + r))
             total = f32(0)
             for split in range(splits):
-                part = load_i64(piece + 8 * PIECE * split, PART)
+                part = load_i64(item + 8 * ITEM * split, PART)
                 weight = f32(math.exp(load_f32(part, rows * wide + r) - maximum))
                 total += weight * load_f32(part, rows * wide + rows + r)
                 for i in range(dim):
@@ -235,11 +238,11 @@ def merge(job: int) -> None:
                     store_f32(into, r * wide + i, value)
             finish_row(
                 job,
-                load_i64(piece, ROW) + r // group,
-                load_i64(piece, HEAD) * group + r % group,
+                load_i64(item, ROW) + r // group,
+                load_i64(item, HEAD) * group + r % group,
                 maximum,
                 total,
                 into + 4 * r * wide,
             )
     free(load_i64(job, PARTS))
-    free(pieces)
+    free(items)

@@ -1,12 +1,13 @@
 """The kernel of paged attention on CPUs: numba functions that read pages in place.
 
-Here is what is done with a piece; ``cpu_job.py`` has how a call is cut into them, ``cpu_pages.py`` how pages of each
-format are read. Query heads of a KV head are rows of one tile, so a key is read once for all of them. A piece goes
-through its entries, ``TILE`` keys at a time, and keeps an online softmax. Few rows meet keys where they lie; many rows
-meet a transposed copy of the tile, which then is an ordinary matrix product.
+This module computes one work item; ``job.py`` divides a call into items, ``pages.py`` reads pages
+of each format. Query heads of a KV head are rows of one tile, so a key is read once for all of
+them. An item goes through its entries, ``TILE`` keys at a time, with an online softmax. A few rows
+are multiplied with keys in place; many rows with a transposed copy of the tile, as an ordinary
+matrix product.
 
-An entry's tokens have consecutive positions. What a row sees of it is therefore one run of slots, and no other slot is
-ever read: NaN in unused slots cannot leak.
+An entry's tokens have consecutive positions, so a row sees one run of its slots, and no other slot
+is ever read: NaN in unused slots cannot leak.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ from jaxpaged.attention.cpu.job import (
     HALF,
     HEAD,
     INTERLEAVED,
+    ITEM,
+    ITEMS,
     JOB_SIZE,
     K_KIND,
     KV_HEADS,
-    MOST_ROWS,
+    MAX_ROWS,
     NOTHING,
     NUM_PAGES,
+    NUM_STAGING_SLOTS,
     NUM_TOKENS,
     NUMBERS,
-    OPEN,
     PAGE_SIZE,
     PAGES,
     PART,
-    PIECE,
-    PIECES,
-    PLACE,
-    PLACES,
+    PHASE_STEPS,
     POSITION,
     Q_HEADS,
     Q_POSITION,
     Q_ROPE,
+    RESIDUAL,
     ROTATION,
     ROW,
     SEQ,
     SPLITS,
-    TURNS,
+    STAGING_SLOT,
     V_KIND,
     WINDOW,
     K,
@@ -63,7 +64,7 @@ from jaxpaged.attention.cpu.job import (
 )
 from jaxpaged.attention.cpu.pages import (
     F16,
-    FIRST_SEALED,
+    FIRST_RESIDUAL,
     add_codes,
     bytes_of_row,
     bytes_of_scales,
@@ -73,16 +74,16 @@ from jaxpaged.attention.cpu.pages import (
     reads_codes,
 )
 from jaxpaged.native.ffi import (
-    answers_query,
     batch_size,
+    is_version_query,
+    item_done,
     new_job,
-    next_piece,
+    next_item,
     num_batch_axes,
     num_threads,
-    piece_done,
     release,
     result,
-    run_pieces,
+    run_items,
 )
 from jaxpaged.native.memory import (
     free,
@@ -113,17 +114,18 @@ from jaxpaged.native.tiles import (
 )
 
 QUANTIZED = __name__.endswith("_quantized")
-"""Whether this module reads quantized pages: ``cpu_numba`` loads the file a second time for them, because what they
-need takes as long to compile as all else. numba leaves out what a constant forbids."""
+"""True if this module reads quantized pages: ``backend`` loads the file a second time for them,
+because their code takes as long to compile as all other code. numba omits branches that a constant
+excludes."""
 NAME = f"jaxpaged_paged_attention{'_quantized' if QUANTIZED else ''}"
 _TASK = f"{NAME}_task"
 TILE = 64
-"""Keys of a tile."""
+"""Number of keys in a tile."""
 FEW_ROWS = 8
-"""Up to so many rows, keys are read in place; a transposed copy costs more than it saves."""
+"""Number of rows up to which keys are read in place; a transposed copy costs more than it saves."""
 _STRIDE = 4
-"""Keys of float32 between two requests for memory that comes later, more of shorter ones: few lines at a time, or
-computing waits for the requests."""
+"""Number of float32 keys between two prefetches, more of shorter keys: with more lines at a time,
+computing waits."""
 
 # A run of keys in a tile, by index of 64-bit numbers.
 _RUN_K, _RUN_V, _RUN_K_STRIDE, _RUN_V_STRIDE, _RUN_COLUMN, _RUN_COUNT, _RUN_POSITION = range(7)
@@ -132,25 +134,26 @@ _RUN = 7
 
 @register_jitable
 def scratch_bytes(rows: int, dim: int, wide: int) -> int:
-    """Memory that a thread works in."""
+    """Size of a thread's scratch memory."""
     return 4 * (rows * (3 * wide + TILE + 2) + 3 * TILE * wide + 4 * dim) + 8 * (_RUN * TILE + _WORK + 2)
 
 
 @njit
-def _turn_to_frame(job: int, work: int) -> bool:
-    """Turns the queries to keys of the frame at hand; False, and nothing written, where none has to turn.
+def _rotate_queries(job: int, work: int) -> bool:
+    """Rotates the queries to the current rotation offset; returns False, and writes nothing, if
+    they have it.
 
-    A query is rotated for the frame of its own key. Turned by the difference of the two frames, the angle to a key is
-    the difference of their logical positions.
+    A query has the rotation offset of its own key. Rotated by the difference of the two offsets,
+    the angle to a key is the difference of their logical positions.
     """
     half = load_i64(job, HALF)
     if half == 0:
         return False
     positions, rotated = load_i64(job, Q_POSITION), load_i64(job, Q_ROPE)
     group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
-    turns, table = load_i64(job, TURNS), load_i64(work, _ANGLES)
+    phase_steps, table = load_i64(job, PHASE_STEPS), load_i64(work, _ANGLES)
     rows, first, wide = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _WIDE)
-    rotation = load_i64(work, _FRAME)
+    rotation = load_i64(work, _ROTATION)
     interleaved = load_i64(job, INTERLEAVED) != 0
     anywhere = False
     for r in range(rows):
@@ -167,13 +170,13 @@ def _turn_to_frame(job: int, work: int) -> bool:
         difference = i64(rotation - (load_i32(rotated, token) - load_i32(positions, token)))
         if not known or difference != angle_of:
             for i in range(half):
-                # Angles are 32-bit integers that wrap as turns do.
-                angle = i32(difference * load_i32(turns, i)) * f32(2 * np.pi / 2**32)
+                # Angles are 32-bit integers that wrap as phase_steps do.
+                angle = i32(difference * load_i32(phase_steps, i)) * f32(2 * np.pi / 2**32)
                 store_f32(table, 2 * i, f32(math.cos(angle)))
                 store_f32(table, 2 * i + 1, f32(math.sin(angle)))
             known, angle_of = True, difference
         source = load_i64(work, _QUERIES) + 4 * r * wide
-        target = load_i64(work, _TURNED) + 4 * r * wide
+        target = load_i64(work, _TRANSFORMED) + 4 * r * wide
         for i in range(2 * half, wide):
             store_f32(target, i, load_f32(source, i))
         for i in range(half):
@@ -187,7 +190,7 @@ def _turn_to_frame(job: int, work: int) -> bool:
 
 @njit
 def _hadamard(x: int, n: int) -> None:
-    """The Hadamard turn of n numbers, a power of two, in place; see ``page_format.hadamard``."""
+    """Hadamard transform of n numbers, a power of two, in place; see ``formats.hadamard``."""
     half = i64(1)
     while half < n:
         for start in range(0, n, 2 * half):
@@ -202,29 +205,30 @@ def _hadamard(x: int, n: int) -> None:
 
 
 @njit
-def _turn(job: int, work: int) -> bool:
-    """Brings the queries to how keys of the frame at hand are stored; False, and nothing written, where they are."""
-    anywhere = _turn_to_frame(job, work)
+def _transform_queries(job: int, work: int) -> bool:
+    """Transforms the queries as the keys are stored; returns False, and writes nothing, if they
+    already match."""
+    anywhere = _rotate_queries(job, work)
     size = load_i64(job, HADAMARD)
     if size == 0:
         return anywhere
     rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
-    queries, turned = load_i64(work, _QUERIES), load_i64(work, _TURNED)
+    queries, transformed = load_i64(work, _QUERIES), load_i64(work, _TRANSFORMED)
     if not anywhere:
         for i in range(rows * wide):
-            store_f32(turned, i, load_f32(queries, i))
+            store_f32(transformed, i, load_f32(queries, i))
     for r in range(rows):
         for start in range(0, load_i64(job, DIM), size):
-            _hadamard(turned + 4 * (r * wide + start), size)
+            _hadamard(transformed + 4 * (r * wide + start), size)
     return True
 
 
-# --- one piece ----------------------------------------------------------------------------------------------
+# --- one work item ----------------------------------------------------------------------------------------------
 
-# What a thread works on, by index of 64-bit numbers: places in its memory, then where it is.
+# Scratch memory of a thread, by index of 64-bit numbers: addresses, then its state.
 (
     _QUERIES,
-    _TURNED,
+    _TRANSFORMED,
     _SUMS,
     _SCORES,
     _TRANSPOSED,
@@ -242,7 +246,7 @@ def _turn(job: int, work: int) -> bool:
     _ENTRY,
     _TOKENS_DONE,
     _LAST,
-    _FRAME,
+    _ROTATION,
     _TILE_QUERIES,
     _USED,
     _NUM_RUNS,
@@ -252,15 +256,15 @@ _WORK = 24
 
 
 @njit
-def _begin(job: int, piece: int, work: int) -> None:
-    """Lays out the memory behind ``work``, and loads the piece's queries, times the scale."""
+def _begin(job: int, item: int, work: int) -> None:
+    """Lays out the scratch memory at ``work``, and loads the item's queries, times the scale."""
     dim, q_heads = load_i64(job, DIM), load_i64(job, Q_HEADS)
     group = q_heads // load_i64(job, KV_HEADS)
-    first, head = load_i64(piece, ROW), load_i64(piece, HEAD)
-    rows, wide = load_i64(piece, COUNT) * group, padded(dim)
+    first, head = load_i64(item, ROW), load_i64(item, HEAD)
+    rows, wide = load_i64(item, COUNT) * group, padded(dim)
     queries = work + 8 * _WORK + 8  # a whole number of vectors behind the 64 bytes that scratch is aligned to
-    turned = queries + 4 * rows * wide
-    sums = turned + 4 * rows * wide
+    transformed = queries + 4 * rows * wide
+    sums = transformed + 4 * rows * wide
     scores = sums + 4 * rows * wide
     transposed = scores + 4 * rows * TILE
     wide_k = transposed + 4 * TILE * wide
@@ -269,7 +273,7 @@ def _begin(job: int, piece: int, work: int) -> None:
     totals = maxima + 4 * rows
     angles = totals + 4 * rows
     store_i64(work, _QUERIES, queries)
-    store_i64(work, _TURNED, turned)
+    store_i64(work, _TRANSFORMED, transformed)
     store_i64(work, _SUMS, sums)
     store_i64(work, _SCORES, scores)
     store_i64(work, _TRANSPOSED, transposed)
@@ -284,10 +288,10 @@ def _begin(job: int, piece: int, work: int) -> None:
     store_i64(work, _KV_HEAD, head)
     store_i64(work, _NUM_ROWS, rows)
     store_i64(work, _WIDE, wide)
-    store_i64(work, _TABLE_ROW, 4 * load_i64(piece, SEQ) * load_i64(job, ENTRIES))
-    store_i64(work, _ENTRY, load_i64(piece, BEGIN))
+    store_i64(work, _TABLE_ROW, 4 * load_i64(item, SEQ) * load_i64(job, ENTRIES))
+    store_i64(work, _ENTRY, load_i64(item, BEGIN))
     store_i64(work, _TOKENS_DONE, 0)
-    store_i64(work, _LAST, load_i64(piece, END))
+    store_i64(work, _LAST, load_i64(item, END))
     store_i64(work, _TILE_QUERIES, 0)
     scale = load_f32(load_i64(job, NUMBERS), 0)
     for r in range(rows):
@@ -301,18 +305,21 @@ def _begin(job: int, piece: int, work: int) -> None:
 
 @njit
 def _gather(job: int, work: int) -> None:
-    """The runs of the next tile: up to ``TILE`` keys of one frame; their rows are converted where they must be."""
+    """Collects the runs of the next tile, up to ``TILE`` keys of one rotation offset, converting
+    rows if necessary."""
     row, last = load_i64(work, _TABLE_ROW), load_i64(work, _LAST)
     counts, positions = load_i64(job, NUM_TOKENS) + row, load_i64(job, POSITION) + row
     rotations = load_i64(job, ROTATION) + row
     wide = load_i64(work, _WIDE)
     entry, done = load_i64(work, _ENTRY), load_i64(work, _TOKENS_DONE)
-    frame = i64(load_i32(rotations, entry))
-    if load_i64(work, _TILE_QUERIES) == 0 or frame != load_i64(work, _FRAME):
-        store_i64(work, _FRAME, frame)
-        store_i64(work, _TILE_QUERIES, load_i64(work, _TURNED if _turn(job, work) else _QUERIES))
+    offset = i64(load_i32(rotations, entry))
+    if load_i64(work, _TILE_QUERIES) == 0 or offset != load_i64(work, _ROTATION):
+        store_i64(work, _ROTATION, offset)
+        store_i64(
+            work, _TILE_QUERIES, load_i64(work, _TRANSFORMED if _transform_queries(job, work) else _QUERIES)
+        )
     used, num_runs = i64(0), i64(0)
-    while used < TILE and entry < last and load_i32(rotations, entry) == frame:
+    while used < TILE and entry < last and load_i32(rotations, entry) == offset:
         left = i64(load_i32(counts, entry)) - done
         count = min(left, TILE - used)
         buffer = 4 * used * wide
@@ -340,14 +347,15 @@ def _gather(job: int, work: int) -> None:
 
 @njit
 def _page_of(job: int, work: int, entry: int) -> int:
-    """The page of an entry; nothing outside the pool is ever read."""
+    """Page of an entry, clipped to the pool."""
     page = i64(load_i32(load_i64(job, PAGES) + load_i64(work, _TABLE_ROW), entry))
     return min(max(page, 0), load_i64(job, NUM_PAGES) - 1)
 
 
 @njit
 def _coded(job: int, side: int, row: int, count: int) -> tuple[int, int, int, int, int, int, int]:
-    """``count`` keys or values from the pool's ``row``-th on, as ``cpu_pages.dots_of_codes`` takes them."""
+    """Arguments of ``pages.dots_of_codes`` for ``count`` keys or values from row ``row`` of the
+    pool."""
     blocks = load_i64(job, DIM) // 32
     parts = (load_i64(job, side), load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3))
     return (*parts, row * blocks, blocks, count)
@@ -355,9 +363,10 @@ def _coded(job: int, side: int, row: int, count: int) -> tuple[int, int, int, in
 
 @njit
 def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, target: int) -> tuple[int, int]:
-    """``count`` keys or values (``side``: K, V) of an entry: where they are, and the distance of rows.
+    """Address of ``count`` keys or values (``side``: K, V) of an entry, and the stride of rows.
 
-    As float32, see ``cpu_pages.load_rows``; where few rows meet codes, the row of the pool, and 0.
+    As float32, see ``pages.load_rows``; for few rows of queries and codes, the row of the pool, and
+    0.
     """
     page, heads = _page_of(job, work, entry), load_i64(job, KV_HEADS)
     slot = load_i32(load_i64(job, FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + token
@@ -368,10 +377,10 @@ def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, ta
             kind, codes, page * heads + load_i64(work, _KV_HEAD), load_i64(job, PAGE_SIZE), slot, count,
             load_i64(job, DIM), load_i64(work, _WIDE), target,
         )  # fmt: skip
-    if kind >= FIRST_SEALED:
-        place = i64(load_i32(load_i64(job, PLACE), page))
-        if place < load_i64(job, PLACES):
-            page, kind, codes = place, i64(F16), load_i64(job, side + OPEN)
+    if kind >= FIRST_RESIDUAL:
+        staging_slot = i64(load_i32(load_i64(job, STAGING_SLOT), page))
+        if staging_slot < load_i64(job, NUM_STAGING_SLOTS):
+            page, kind, codes = staging_slot, i64(F16), load_i64(job, side + RESIDUAL)
     if load_i64(work, _NUM_ROWS) <= FEW_ROWS and reads_codes(kind):
         row = page * heads + load_i64(work, _KV_HEAD)
         return row * load_i64(job, PAGE_SIZE) + slot, i64(0)
@@ -384,9 +393,9 @@ def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, ta
 
 @njit
 def _ahead(job: int, work: int, run: int) -> int:
-    """Where the next tile's run ``run`` lies, more or less, in rows from the pool's first.
+    """Approximate row of the pool of run ``run`` in the next tile, to prefetch it during this one.
 
-    Pages lie anywhere, which no hardware foresees: what the next tile reads is asked for while this one is computed.
+    Pages are anywhere in memory, which no hardware prefetcher predicts.
     """
     entry, last = load_i64(work, _ENTRY), load_i64(work, _LAST)
     done = load_i64(work, _TOKENS_DONE) if run == 0 else i64(0)
@@ -398,7 +407,7 @@ def _ahead(job: int, work: int, run: int) -> int:
 
 @njit
 def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
-    """Asks for the scales, and what goes with them, of ``count`` rows from the pool's ``row``-th on."""
+    """Prefetches scales, minima and block scales of ``count`` rows from row ``row`` of the pool."""
     kind = load_i64(job, K_KIND if side == K else V_KIND)
     dim = load_i64(job, DIM)
     for part in range(1, 4):
@@ -408,7 +417,7 @@ def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
 
 @njit
 def _score(job: int, work: int) -> None:
-    """The scores of the tile, ``[rows, TILE]``, as far as there are keys."""
+    """Scores of the tile, ``[rows, TILE]``, up to its last key."""
     rows, wide = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE)
     scores, transposed = load_i64(work, _SCORES), load_i64(work, _TRANSPOSED)
     q, columns = load_i64(work, _TILE_QUERIES), padded(load_i64(work, _USED))
@@ -446,7 +455,7 @@ def _score(job: int, work: int) -> None:
 
 @njit
 def _mask(job: int, work: int) -> None:
-    """-inf where a row does not see a key, and behind the last key."""
+    """Sets scores to -inf where a row does not see a key, and beyond the last key."""
     rows, first, scores = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _SCORES)
     used = load_i64(work, _USED)
     positions = load_i64(job, Q_POSITION)
@@ -475,7 +484,7 @@ def _mask(job: int, work: int) -> None:
 
 @njit
 def _weigh(work: int) -> None:
-    """Turns scores into weights, and brings maxima, totals and sums to the new maxima."""
+    """Converts scores to weights, and rescales totals and sums to the new maxima."""
     rows, wide, columns = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), padded(load_i64(work, _USED))
     maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
     for r in range(rows):
@@ -519,12 +528,12 @@ def _add_values(job: int, work: int) -> None:
 
 
 @njit
-def _end(job: int, piece: int, work: int) -> None:
-    """Writes the piece's output, or its part of it, for ``merge``."""
+def _end(job: int, item: int, work: int) -> None:
+    """Writes the item's output, or its partial sums for ``merge``."""
     rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
     maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
-    if load_i64(piece, SPLITS) > 1:
-        part = load_i64(piece, PART)
+    if load_i64(item, SPLITS) > 1:
+        part = load_i64(item, PART)
         for i in range(rows * wide):
             store_f32(part, i, load_f32(sums, i))
         for r in range(rows):
@@ -539,42 +548,42 @@ def _end(job: int, piece: int, work: int) -> None:
 
 @inlined
 def _attend(job: int, index: int, work: int) -> None:
-    """One piece: its queries, its KV head, its run of entries."""
-    piece = load_i64(job, PIECES) + 8 * PIECE * index
-    _begin(job, piece, work)
+    """Computes one item: its queries, KV head and range of entries."""
+    item = load_i64(job, ITEMS) + 8 * ITEM * index
+    _begin(job, item, work)
     while load_i64(work, _ENTRY) < load_i64(work, _LAST):
         _gather(job, work)
         _score(job, work)
         _mask(job, work)
         _weigh(work)
         _add_values(job, work)
-    _end(job, piece, work)
+    _end(job, item, work)
 
 
 def task(job: int) -> int:
-    """Does pieces until there is none left."""
-    index = next_piece(job)
+    """Processes items until none is left."""
+    index = next_item(job)
     if index >= 0:
         dim = load_i64(job, DIM)
-        memory = malloc(scratch_bytes(load_i64(job, MOST_ROWS), dim, padded(dim)) + 64)
+        memory = malloc(scratch_bytes(load_i64(job, MAX_ROWS), dim, padded(dim)) + 64)
         scratch = (memory + 63) // 64 * 64  # a line of the cache, and a whole vector
         while index >= 0:
             _attend(job, index, scratch)
-            piece_done(job)
-            index = next_piece(job)
+            item_done(job)
+            index = next_item(job)
         free(memory)
     release(job)
     return 0
 
 
 def handler(call: int) -> int:
-    """What XLA calls."""
-    if answers_query(call):
+    """Entry point of the custom call."""
+    if is_version_query(call):
         return 0
     threads, out = num_threads(call), result(call, 0)
     for example in range(batch_size(out, num_batch_axes(out, 3))):
         job = new_job(JOB_SIZE)
-        run_pieces(call, job, plan(call, job, threads, example), threads, symbol(_TASK))
+        run_items(call, job, plan(call, job, threads, example), threads, symbol(_TASK))
         merge(job)
         release(job)
     return 0

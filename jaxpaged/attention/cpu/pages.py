@@ -1,4 +1,4 @@
-"""How the CPU kernel reads pages of each format: rows of them as float32."""
+"""Rows of pages of each format as float32, for the CPU kernel."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ KINDS = (
     "f32", "bf16", "f16", "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",
     "kivi4_by_token", "kivi2_by_token",
 )  # fmt: skip
-"""How numbers are stored; kernels know a kind by its index."""
+"""Storage kinds; kernels know a kind by its index."""
 (
     _F32, _BF16, _F16, _FP8, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0, _IQ4_NL, _Q4_K, _KIVI4, _KIVI2, _KIVI4_BY_TOKEN,
     _KIVI2_BY_TOKEN,
 ) = range(len(KINDS))  # fmt: skip
 F16 = _F16
-"""The kind of open pages."""
-FIRST_SEALED = _Q4_K
-"""Kinds from here on are of pages that are open before they are sealed."""
+"""Kind of residual pages."""
+FIRST_RESIDUAL = _Q4_K
+"""First kind with residual pages; all later ones have them too."""
 
 _expand_iq4_nl = codebook_run(IQ4_NL_VALUES)
 
 
 @njit
 def bytes_of_row(kind: int, dim: int) -> int:
-    """Bytes of the codes of a token of one head."""
+    """Bytes of the codes of one token and head."""
     if kind == _F32:
         return 4 * dim
     if kind in (_BF16, _F16):
@@ -83,7 +83,7 @@ def _load_plain(kind: int, source: int, count: int, dim: int, wide: int, target:
 def _load_blocks(
     kind: int, codes: int, scales: int, minima: int, more: int, target: int, first: int, count: int
 ) -> None:
-    """``count`` blocks of 32 numbers, from the pool's ``first``-th on."""
+    """``count`` blocks of 32 numbers, from block ``first`` of the pool."""
     run = (codes, scales, minima, more, target, first, count)
     if kind == _Q8_0:
         expand_bytes(run)
@@ -108,7 +108,7 @@ def _load_by_channel(
     kind: int, codes: int, scales: int, minima: int, page: int, row: int, count: int, dim: int, target: int,
     channels: int,
 ) -> None:  # fmt: skip
-    """``count`` rows, from the pool's ``row``-th on, whose channels have scales of the page."""
+    """``count`` rows from row ``row`` of the pool, with the page's scales of each channel."""
     widened = channels + 4 * dim
     for i in range(0, dim, 8):
         widen_f16((scales + 2 * (page * dim + i), channels + 4 * i))
@@ -126,7 +126,7 @@ def _load_by_channel(
 def load_plain_rows(
     kind: int, source: int, page: int, page_size: int, slot: int, count: int, dim: int, wide: int, target: int
 ) -> tuple[int, int]:
-    """As ``load_rows``, of numbers that are not quantized."""
+    """``load_rows`` of numbers that are not quantized."""
     source += bytes_of_row(kind, dim) * (page * page_size + slot)
     if kind == _F32 and dim == wide:
         return source, dim
@@ -139,17 +139,19 @@ def load_rows(
     kind: int, codes: int, scales: int, minima: int, more: int, page: int, page_size: int, slot: int, count: int,
     dim: int, wide: int, target: int, channels: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """``count`` rows of a page as float32 with ``wide`` readable numbers each: ``(address, distance of rows)``.
+    """``count`` rows of a page as float32 with ``wide`` readable numbers each: ``(address, distance
+    of rows)``.
 
-    What need not be converted stays where it is; else the rows go to ``target``.
+    Rows that need no conversion are not copied; others are written to ``target``.
 
     Args:
       kind: index into ``KINDS``.
-      codes, scales, minima, more: where the parts begin; plain numbers are codes, more are fifth bits or the scales of
-        q4_k's blocks.
+      codes, scales, minima, more: addresses of the parts; plain numbers are codes, more are fifth
+        bits or q4_k's block scales.
       page: page and KV head, ``page * num_kv_heads + head``.
-      slot: the first row.
-      dim: numbers of a row; a multiple of 8, of 16 for fp8, of 32 for blocks, unless the numbers are float32.
+      slot: first row.
+      dim: numbers of a row; a multiple of 8, of 16 for fp8, of 32 for blocks, unless the numbers
+        are float32.
       wide: dim rounded up to whole vectors.
       channels: memory for ``2 * dim`` numbers.
     """
@@ -163,25 +165,28 @@ def load_rows(
     return target, wide
 
 
-# --- products of few rows, straight from the codes --------------------------------------------------------------------
+# --- products of few rows with codes --------------------------------------------------------------------
 
 
 @njit
 def reads_codes(kind: int) -> bool:
-    """Whether few rows meet the codes of this kind directly; other kinds are converted first, in ``load_rows``."""
+    """True if few rows are multiplied with codes of this kind directly; other kinds are converted
+    in ``load_rows``."""
     return kind in (_Q8_0, _Q4_0, _Q4_1, _Q4_K, _KIVI4_BY_TOKEN)
 
 
 @njit
 def bytes_of_scales(kind: int, part: int, count: int) -> int:
-    """Bytes of the scales (``part`` 1), minima (2) and what there is more (3) of ``count`` numbers of such a kind."""
+    """Bytes of the scales (``part`` 1), minima (2) and other parts (3) of ``count`` numbers of such
+    a kind."""
     if kind == _Q4_K:  # a super-block has 16 bits, 16 bits and 12 bytes
         return count * (12 if part == 3 else 2) // 256
     return count // 16 if part == 1 or (part == 2 and kind in (_Q4_1, _KIVI4_BY_TOKEN)) else 0
 
 
 def _of_codes(product: Callable[..., Any]) -> Any:
-    """``(kind, rows, keys, a, lda, out, ldo)``: ``product`` of any number of rows of ``a``, and of any such kind."""
+    """``(kind, rows, keys, a, lda, out, ldo)``: ``product`` for any number of rows of ``a``, and
+    any such kind."""
     of_bytes, of_nibbles_less_8, of_nibbles, of_q4_k = map(product, (BYTES, NIBBLES_LESS_8, NIBBLES, Q4_K))
 
     @njit
@@ -201,6 +206,7 @@ def _of_codes(product: Callable[..., Any]) -> Any:
 
 
 dots_of_codes = _of_codes(dots_with_codes)
-"""``out[rows, count] = a @ keys.T``, with keys ``(codes, scales, minima, more, first block, blocks, count)``."""
+"""``out[rows, count] = a @ keys.T``, with keys ``(codes, scales, minima, more, first block, blocks,
+count)``."""
 add_codes = _of_codes(product_with_codes)
 """``out[rows, 32 * blocks] += a[rows, count] @ keys``."""

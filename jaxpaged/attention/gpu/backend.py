@@ -1,8 +1,9 @@
-"""Paged attention on Hopper GPUs, in Pallas' Mosaic GPU dialect: the work around the kernel of ``gpu_kernel.py``.
+"""Paged attention on Hopper GPUs, in Pallas' Mosaic GPU dialect: the work around the kernel of
+``gpu_kernel.py``.
 
-XLA cuts the queries of a step into items, lays them out in tiles of rows, finds the entries that each item sees, and
-afterwards joins the parts of the items. All of that has the size of the step's queries and of a row of the table; no
-key and no value is touched outside the kernel.
+XLA cuts the queries of a step into items, lays them out in tiles of rows, finds the entries that
+each item sees, and afterwards joins the parts of the items. All of that has the size of the step's
+queries and of a row of the table; no key and no value is touched outside the kernel.
 
 Sources: PagedAttention, arXiv:2309.06180; the merge of parts, Flash-Decoding (Dao et al., 2023).
 """
@@ -43,15 +44,16 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
-    Queries of the pages' dtype are multiplied as they are, and weights are rounded to it, as in FlashAttention. Other
-    queries and their weights become two terms of that dtype each, which keeps 16 bits and more of them, for one more
-    pass over the tensor cores.
+    Queries of the pages' dtype are multiplied as they are, and weights are rounded to it, as in
+    FlashAttention. Other queries and their weights become two terms of that dtype each, which keeps
+    16 bits and more of them, for one more pass over the tensor cores.
 
     Args:
       interpret: ``plgpu.InterpretGPUParams()`` runs the kernel on a CPU (jax 0.11.2 and later).
 
     Raises:
-      NotImplementedError: pages, heads, queries or a GPU that the kernel is not written for; the message says why.
+      NotImplementedError: pages, heads, queries or a GPU that the kernel is not written for; the
+        message says why.
     """
     if interpret is None:
         _check_device()
@@ -97,7 +99,8 @@ def _kind_of(k_pages: Pages, v_pages: Pages) -> PageKind:
     """What ``make_plan`` wants to know of pages.
 
     Raises:
-      NotImplementedError: one of two pools is quantized, or they are kept in a way that the kernel does not read.
+      NotImplementedError: one of two pools is quantized, or they are kept in a way that the kernel
+        does not read.
     """
     if not isinstance(k_pages, BlockPages) and not isinstance(v_pages, BlockPages):
         if k_pages.dtype != v_pages.dtype:
@@ -137,9 +140,10 @@ def describe(
       live_tokens: tokens that the sequences of the step hold together.
 
     Returns:
-      Names and numbers: the sizes of ``Plan``, ``blocks`` of the grid, ``shared_memory_bytes`` of a block,
-      ``blocks_per_sm``, and of one layer's step ``kv_bytes`` (every live key and value once), ``q_bytes`` (tiles
-      written and read) and ``out_bytes`` (parts written and read, result written).
+      Names and numbers: the sizes of ``Plan``, ``blocks`` of the grid, ``shared_memory_bytes`` of a
+      block, ``blocks_per_sm``, and of one layer's step ``kv_bytes`` (every live key and value
+      once), ``q_bytes`` (tiles written and read) and ``out_bytes`` (parts written and read, result
+      written).
 
     Raises:
       NotImplementedError: the kernel cannot serve them.
@@ -182,7 +186,8 @@ def describe(
 
 
 def _check_device() -> None:
-    """Looks at the GPU that is here, if there is one; without, the program is compiled for another machine.
+    """Looks at the GPU that is here, if there is one; without, the program is compiled for another
+    machine.
 
     Raises:
       NotImplementedError: it is no Hopper.
@@ -202,9 +207,10 @@ def _make_items(
     """Cuts the queries of a step into items.
 
     Returns:
-      ``(items i32[I, 4], row_positions i32[I, 64], first i32[I], (item i32[T], row i32[T]))``: of each item its
-      sequence, the first unit that it sees, the one behind the last, and its frame; the position of each of its rows,
-      -1 where there is none; its first query; and where each query of the step is found.
+      ``(items i32[I, 4], row_positions i32[I, 64], first i32[I], (item i32[T], row i32[T]))``: of
+      each item its sequence, the first unit that it sees, the one behind the last, and its frame;
+      the position of each of its rows, -1 where there is none; its first query; and where each
+      query of the step is found.
     """
     tokens, max_seqs = batch.num_tokens, batch.max_seqs
     item = jnp.arange(plan.num_items, dtype=jnp.int32)
@@ -247,8 +253,8 @@ def _make_items(
 
 
 def _pack_queries(q: Array, first: Array, plan: Plan) -> Array:
-    """``[terms, KV, I * item_rows + 64, D]`` of ``q [T, Hq, D]``: the rows of an item lie together, a query's heads
-    side by side, and behind every item there are the 64 rows that one copy brings."""
+    """``[terms, KV, I * item_rows + 64, D]`` of ``q [T, Hq, D]``: the rows of an item lie together,
+    a query's heads side by side, and behind every item there are the 64 rows that one copy brings."""
     tokens, num_q_heads, head_dim = q.shape
     q = q.reshape(tokens, num_q_heads // plan.group, plan.group, head_dim)
     if plan.single:

@@ -1,23 +1,26 @@
 """The kernel of paged attention on Hopper GPUs; ``gpu_plan.py`` has the sizes that it is built for.
 
-Its unit of work is an *item*: up to 64 rows of one KV head, a row being one query head of one query, so that the heads
-that share a KV head share its tile (GQA packing). 64 is the M of a Hopper ``wgmma``. An item walks the pages of its
-sequence in steps of 64 tokens; where there are fewer items than the GPU has room for, the steps of each are split over
-several blocks (split-KV).
+Its unit of work is an *item*: up to 64 rows of one KV head, a row being one query head of one
+query, so that the heads that share a KV head share its tile (GQA packing). 64 is the M of a Hopper
+``wgmma``. An item walks the pages of its sequence in steps of 64 tokens; where there are fewer
+items than the GPU has room for, the steps of each are split over several blocks (split-KV).
 
-A step: ask the copy engine (TMA) for the pages of a step to come, wait for this step's, ``S = q k^T`` on the tensor
-cores, mask, online softmax in float32, ``sum += p v`` on the tensor cores. One warpgroup does all of it; a second block
-on the same multiprocessor works while it waits. Heads above 128 have two warpgroups, which compute the same scores and
-share the columns of the values.
+A step: ask the copy engine (TMA) for the pages of a step to come, wait for this step's, ``S = q
+k^T`` on the tensor cores, mask, online softmax in float32, ``sum += p v`` on the tensor cores. One
+warpgroup does all of it; a second block on the same multiprocessor works while it waits. Heads
+above 128 have two warpgroups, which compute the same scores and share the columns of the values.
 
-Of quantized pages the copies bring codes, and the warpgroup makes a tile of float16 of them before each product
-(``gpu_quantized.py``): of keys, and when their scores are there, in the same place, of values.
+Of quantized pages the copies bring codes, and the warpgroup makes a tile of float16 of them before
+each product (``gpu_quantized.py``): of keys, and when their scores are there, in the same place, of
+values.
 
-The weights pass through shared memory, although a wgmma could take them from registers, and sums are added to a fresh
-product instead of in place, although a wgmma could accumulate: Pallas' GPU interpreter can do neither, and the kernel
-that is tested on a CPU is the one that ships. ``docs/kernels_gpu.md`` has what that costs.
+The weights pass through shared memory, although a wgmma could take them from registers, and sums
+are added to a fresh product instead of in place, although a wgmma could accumulate: Pallas' GPU
+interpreter can do neither, and the kernel that is tested on a CPU is the one that ships.
+``docs/kernels_gpu.md`` has what that costs.
 
-Sources: FlashAttention-3, arXiv:2407.08608 (wgmma, TMA); Flash-Decoding (split-KV); online softmax, arXiv:1805.02867.
+Sources: FlashAttention-3, arXiv:2407.08608 (wgmma, TMA); Flash-Decoding (split-KV); online softmax,
+arXiv:1805.02867.
 """
 
 from __future__ import annotations
@@ -81,19 +84,22 @@ def attend(
     """Runs the kernel.
 
     Args:
-      tiles: [terms, KV, I * item_rows + 64, D] in ``plan.dtype``, the queries; with ``turns`` [2 * terms, KV, ...],
-        behind them the queries turned by 90 degrees. Where keys are stored under a Hadamard turn, [3 * terms, KV, ...]:
-        the queries under it, and both without. For quantized pages in the order of columns (``to_columns``).
+      tiles: [terms, KV, I * item_rows + 64, D] in ``plan.dtype``, the queries; with ``turns`` [2 *
+        terms, KV, ...], behind them the queries turned by 90 degrees. Where keys are stored under a
+        Hadamard turn, [3 * terms, KV, ...]: the queries under it, and both without. For quantized
+        pages in the order of columns (``to_columns``).
       k_pages, v_pages: [N, KV, page_size, D].
-      items: i32[I, 4], of each item its sequence, first unit, the unit behind its last, and the frame of its queries.
+      items: i32[I, 4], of each item its sequence, first unit, the unit behind its last, and the
+        frame of its queries.
       row_positions: i32[I, 64], position of each row; -1 where there is none.
-      turns: i32[D], turns a position of each dimension in units of 2**-32, in the order of ``tiles``; None where no key
-        was ever shifted.
+      turns: i32[D], turns a position of each dimension in units of 2**-32, in the order of
+        ``tiles``; None where no key was ever shifted.
       interpret: as ``plgpu.kernel`` has it.
 
     Returns:
-      ``(out f32[splits, I, KV, item_rows, D], lse f32[splits, I, KV, 64])``, lse in base 2, -inf for a row or a split
-      that saw nothing; its out is then undefined. The columns of out are those of the values' tile.
+      ``(out f32[splits, I, KV, item_rows, D], lse f32[splits, I, KV, 64])``, lse in base 2, -inf
+      for a row or a split that saw nothing; its out is then undefined. The columns of out are those
+      of the values' tile.
     """
     num_kv_heads, _, head_dim = k_pages.shape[1:]
     dtype = plan.dtype
@@ -248,8 +254,9 @@ def _attend_item(
     def here(number: Array) -> Array:
         """0, but any number for all that the compiler knows.
 
-        Addresses that depend on it are computed where they are needed. Those of a product's operands are many and stay
-        the same from step to step: all of them were kept in registers, 10 to 30 a thread.
+        Addresses that depend on it are computed where they are needed. Those of a product's
+        operands are many and stay the same from step to step: all of them were kept in registers,
+        10 to 30 a thread.
         """
         return lax.optimization_barrier(number * 0)
 
@@ -287,9 +294,10 @@ def _attend_item(
     def hadamard_transform_queries(angle: Array) -> None:
         """Turns the queries by Hadamard's matrix, where they are.
 
-        The matrix is a product (Kronecker's) of one for the columns of a chunk, which lies where weights do and is
-        multiplied with, and of log2(head_dim / 64) for pairs of chunks, sums and differences. That columns are no
-        dimensions makes no difference: their order permutes the bits of numbers, and the matrix stays the same then.
+        The matrix is a product (Kronecker's) of one for the columns of a chunk, which lies where
+        weights do and is multiplied with, and of log2(head_dim / 64) for pairs of chunks, sums and
+        differences. That columns are no dimensions makes no difference: their order permutes the
+        bits of numbers, and the matrix stays the same then.
         """
         p[warpgroup, 0] = hadamard_signs(_CHUNK)
         plgpu.commit_smem()
@@ -342,7 +350,8 @@ def _attend_item(
         return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, STEP_TOKENS), jnp.float32))
 
     def multiply_turned_keys(step: Array, slot: Array, turned: Array) -> tuple[Array, Array]:
-        """Scores of units that may be of several frames; ``turned`` is the frame that the queries are turned to."""
+        """Scores of units that may be of several frames; ``turned`` is the frame that the queries
+        are turned to."""
         rotation = [
             rotations[sequence, lax.div(jnp.minimum(unit_of(step, j), end - 1), plan.parts)]
             for j in range(plan.units)

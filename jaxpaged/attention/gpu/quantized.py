@@ -1,15 +1,18 @@
-"""Quantized pages in the GPU kernel: from codes in shared memory to a tile of float16, which a wgmma can read.
+"""Quantized pages in the GPU kernel: from codes in shared memory to a tile of float16, which a
+wgmma can read.
 
-The copy engine brings codes and factors as they lie in the pool; no page is ever dequantized in global memory. Codes
-are taken as words of 16 bits, two or four to a word, and apart by bits: a float16 of exponent 10 whose lowest bits are
-a code is the number 1024 + code. So a mask, a difference and a product make two numbers at once, and what is rounded
-is the product of code and scale, once, to the 11 bits of float16.
+The copy engine brings codes and factors as they lie in the pool; no page is ever dequantized in
+global memory. Codes are taken as words of 16 bits, two or four to a word, and apart by bits: a
+float16 of exponent 10 whose lowest bits are a code is the number 1024 + code. So a mask, a
+difference and a product make two numbers at once, and what is rounded is the product of code and
+scale, once, to the 11 bits of float16.
 
-First codes of all words, then second ones, and so on: the columns of a tile have another order than the numbers of a
-head. Neither products nor the softmax mind, as long as queries come in the order of the keys' tile (``to_columns``) and
-results leave that of the values' (``to_numbers``).
+First codes of all words, then second ones, and so on: the columns of a tile have another order than
+the numbers of a head. Neither products nor the softmax mind, as long as queries come in the order
+of the keys' tile (``to_columns``) and results leave that of the values' (``to_numbers``).
 
-Sources: numbers by their bits, "Who Says Elephants Can't Run" (arXiv:2211.10017) and CUTLASS' mixed-input products.
+Sources: numbers by their bits, "Who Says Elephants Can't Run" (arXiv:2211.10017) and CUTLASS'
+mixed-input products.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class Code(NamedTuple):
     zero: int = 0
     """What is taken from a code of 4 bits."""
     factors: tuple[str, ...] = ("scales",)
-    """Parts of a page with one number a block: what codes are multiplied with, and what is added then."""
+    """Parts of a page with one number a block: what codes are multiplied with, and what is added
+    then."""
 
     @property
     def per_word(self) -> int:
@@ -54,8 +58,8 @@ CODES = {"q8_0": Code(8), "q4_0": Code(4, zero=8), "q4_1": Code(4, factors=("sca
 def to_columns(x: Array, code: Code, parts: int) -> Array:
     """``x [..., D]``, one for each number of a head, in the order of a tile's columns.
 
-    Each of ``parts`` equal parts of a head is ordered by itself. A block is coded as ggml does: of 4 bits, a byte has
-    number j in its low half and number j + 16 in its high one.
+    Each of ``parts`` equal parts of a head is ordered by itself. A block is coded as ggml does: of
+    4 bits, a byte has number j in its low half and number j + 16 in its high one.
     """
     halves = code.per_word // 2
     split = x.reshape(*x.shape[:-1], parts, -1, halves, BLOCK // (2 * halves), 2)
@@ -63,7 +67,8 @@ def to_columns(x: Array, code: Code, parts: int) -> Array:
 
 
 def to_numbers(x: Array, code: Code, parts: int) -> Array:
-    """``x [..., D]``, one for each column of a tile, in the order of a head's numbers: undoes ``to_columns``."""
+    """``x [..., D]``, one for each column of a tile, in the order of a head's numbers: undoes
+    ``to_columns``."""
     halves = code.per_word // 2
     split = x.reshape(*x.shape[:-1], parts, 2, halves, -1, BLOCK // (2 * halves))
     return jnp.moveaxis(split, (-4, -3), (-1, -3)).reshape(x.shape)
@@ -93,8 +98,8 @@ def dequantize(words: Any, factors: list[Any], tile: Any, code: Code, width: int
       tile: f16[64, W * code.per_word], the reference that is written.
       code: what the words hold.
       width: columns of a tile in shared memory.
-      live: bool[64] in the layout of rows, the tokens whose numbers count: others become 0, whatever their factors
-        are, NaN too. None = all.
+      live: bool[64] in the layout of rows, the tokens whose numbers count: others become 0,
+        whatever their factors are, NaN too. None = all.
     """
     layout, rows_of, columns_of = (
         plgpu.Layout.WGMMA,
@@ -108,7 +113,8 @@ def dequantize(words: Any, factors: list[Any], tile: Any, code: Code, width: int
         column = lax.broadcast_in_dim(column, packed.shape, [1])
 
         def spread(factor: Any, first: int = first, column: Array = column) -> Array:
-            """The factor of each word's block: which block that is, is known of every register when it is compiled."""
+            """The factor of each word's block: which block that is, is known of every register when
+            it is compiled."""
             found: Any = None
             for block in reversed(range(width // block_words)):
                 here = load(factor.at[:, first // block_words + block], rows_of)

@@ -68,7 +68,8 @@ class Plan(NamedTuple):
 
     @property
     def unit_tokens(self) -> int:
-        """Tokens of a unit, the part of a page that one copy brings: a page, or 64 tokens of a longer one."""
+        """Tokens of a unit, the part of a page that one copy brings: a page, or 64 tokens of a
+        longer one."""
         return min(self.page_size, STEP_TOKENS)
 
     @property

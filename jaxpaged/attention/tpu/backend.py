@@ -1,14 +1,17 @@
-"""Paged attention on TPU: one Pallas kernel for decode and prefill, that reads pages where they lie.
+"""Paged attention on TPU: one Pallas kernel for decode and prefill, that reads pages where they
+lie.
 
-Pages stay in HBM. The kernel runs through a list of items (``tpu_blocks.Items``: the queries of one sequence in one
-block of queries), and for each through the K/V blocks that it sees, several pages each. Two DMAs run ahead of the
-computation: entries of the block table into scalar memory, two K/V blocks ahead, and the pages that they name into
-VMEM, one block ahead, all KV heads of a page at once. They run ahead across items too, so that short sequences
-keep the memory busy. The grid is as long as the list, the loops as long as the sequences: cost follows live tokens.
+Pages stay in HBM. The kernel runs through a list of items (``tpu_blocks.Items``: the queries of one
+sequence in one block of queries), and for each through the K/V blocks that it sees, several pages
+each. Two DMAs run ahead of the computation: entries of the block table into scalar memory, two K/V
+blocks ahead, and the pages that they name into VMEM, one block ahead, all KV heads of a page at
+once. They run ahead across items too, so that short sequences keep the memory busy. The grid is as
+long as the list, the loops as long as the sequences: cost follows live tokens.
 
-Where heads are packed (``page_format.LanePageFormat``), a row of keys is ``[even token | odd token]``. Queries come as
-``[q | 0]`` and ``[0 | q]``, and each of them is the softmax of its own half of the tokens; the halves are merged as
-split-KV merges its parts. The matrix unit contracts 128 lanes at once anyway.
+Where heads are packed (``page_format.LanePageFormat``), a row of keys is ``[even token | odd
+token]``. Queries come as ``[q | 0]`` and ``[0 | q]``, and each of them is the softmax of its own
+half of the tokens; the halves are merged as split-KV merges its parts. The matrix unit contracts
+128 lanes at once anyway.
 
 Source of the ideas: ragged paged attention (arXiv:2604.15464), FlashAttention-2 (arXiv:2307.08691).
 """
@@ -68,7 +71,8 @@ def paged_attention(
 
     Args:
       blocks: the cut; ``choose_blocks`` if left out.
-      interpret: as ``pl.pallas_call`` has it: ``pltpu.InterpretParams()`` runs the kernel without a TPU.
+      interpret: as ``pl.pallas_call`` has it: ``pltpu.InterpretParams()`` runs the kernel without a
+        TPU.
 
     Raises:
       NotImplementedError: the kernel cannot serve these shapes; the message says why.
@@ -180,7 +184,8 @@ def _run(
     pages: int,
     interpret: Any,
 ) -> tuple[Array, Array]:
-    """Computes ``count`` items; block b is ``queries`` consecutive ones of ``rows``, of all rows if left out.
+    """Computes ``count`` items; block b is ``queries`` consecutive ones of ``rows``, of all rows if
+    left out.
 
     Returns:
       ``(out f32[R, Hq, D], lse f32[R, Hq])`` of the R rows.
@@ -294,10 +299,11 @@ def _run(
 
 
 def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
-    """What turns a row of queries: ``turns i32[1, lanes]`` of each lane, and ``partner f32[lanes, lanes]``.
+    """What turns a row of queries: ``turns i32[1, lanes]`` of each lane, and ``partner f32[lanes,
+    lanes]``.
 
-    ``x @ partner`` has in each lane the other number of its pair, with the sign that it is turned with; a product
-    with zeros and ones is exact, and no lane has to be shifted.
+    ``x @ partner`` has in each lane the other number of its pair, with the sign that it is turned
+    with; a product with zeros and ones is exact, and no lane has to be shifted.
     """
     dims, half = np.arange(rope.rotary_dim), rope.rotary_dim // 2
     pair = dims // 2 if rope.interleaved else dims % half
@@ -313,7 +319,8 @@ def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
 
 
 def _hadamard(head_dim: int, lanes: int, packed: int) -> Array:
-    """f32[lanes, lanes]: ``x @ it`` is each head of a row turned as ``page_format.hadamard`` does it."""
+    """f32[lanes, lanes]: ``x @ it`` is each head of a row turned as ``page_format.hadamard`` does
+    it."""
     n = hadamard.size(head_dim)
     blocks = np.kron(np.eye(packed * head_dim // n, dtype=np.float32), hadamard.matrix(n))
     return jnp.asarray(np.pad(blocks, (0, lanes - len(blocks))), jnp.float32)

@@ -1,4 +1,5 @@
-"""The cut of a TPU kernel's work: sizes of its blocks, and the list of what it computes, block by block."""
+"""The cut of a TPU kernel's work: sizes of its blocks, and the list of what it computes, block by
+block."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
 _BUFFER_BYTES = 4 << 20
 """Most VMEM for the K/V blocks: two of each, as one is computed while the other arrives."""
 _DECODE_BLOCK_BYTES = 1 << 20
-"""A K/V block for single queries: it takes longer to arrive than a DMA takes to start, and short sequences fill it."""
+"""A K/V block for single queries: it takes longer to arrive than a DMA takes to start, and short
+sequences fill it."""
 _MAX_LANES = 512
 """Columns of a tile of scores; wider ones leave the registers without helping the matrix unit."""
 _MAX_ROWS = 256
-"""Rows of a tile of scores: at 256 a K/V byte is used for as many operations as a v5e does while it arrives."""
+"""Rows of a tile of scores: at 256 a K/V byte is used for as many operations as a v5e does while it
+arrives."""
 _STATE_BYTES = 8 << 20
 """Most VMEM for a block's queries, sums and output."""
 _MAX_SPLIT_ROWS = 32
@@ -41,7 +44,8 @@ class Blocks:
     """How a call is cut; static."""
 
     pages: int
-    """Pages of a K/V block: fetched together, computed together. Rows of ``pages`` pages are a multiple of 128."""
+    """Pages of a K/V block: fetched together, computed together. Rows of ``pages`` pages are a
+    multiple of 128."""
     queries: int
     """Queries of a block where a sequence has several; 1 where none has."""
 
@@ -60,8 +64,8 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, q_shape: tuple[int, ...], pages_shape: tuple[int, ...], storage: Storage) -> Heads:
-        """From ``q_shape [T, Hq, D]``, and the shape of pages: ``[N, KV, rows of a page, lanes]`` of plain numbers, and
-        ``[N, KV, page_size, D]`` where ``storage`` quantizes them."""
+        """From ``q_shape [T, Hq, D]``, and the shape of pages: ``[N, KV, rows of a page, lanes]``
+        of plain numbers, and ``[N, KV, page_size, D]`` where ``storage`` quantizes them."""
         _, num_kv_heads, page_rows, lanes = pages_shape
         if isinstance(storage, LaneBlockFormat):
             page_rows, lanes = page_rows // tokens_per_row(storage.width, lanes), storage.width
@@ -119,15 +123,17 @@ class Stored(NamedTuple):
     def split(self, heads: Heads, queries: int) -> bool:
         """Whether scales are applied to scores and weights, not to keys and values.
 
-        A score is the sum over blocks of ``scale * (query . codes)``: codes alone are multiplied, and a scale is for a
-        score of each row of queries, not for 32 numbers of a key. The products take as many times the rows as a
-        row has blocks, which costs nothing while they are fewer than the codes that the matrix unit loads for them.
+        A score is the sum over blocks of ``scale * (query . codes)``: codes alone are multiplied,
+        and a scale is for a score of each row of queries, not for 32 numbers of a key. The products
+        take as many times the rows as a row has blocks, which costs nothing while they are fewer
+        than the codes that the matrix unit loads for them.
         """
         return any(self.quantized) and heads.packed * self.rows(heads, queries) <= _MAX_SPLIT_ROWS
 
 
 def compute_dtype(q_dtype: DTypeLike, *stored: Storage) -> np.dtype:
-    """What queries, keys and weights are multiplied in: bfloat16 where queries and plain pages hold it, or float32."""
+    """What queries, keys and weights are multiplied in: bfloat16 where queries and plain pages hold
+    it, or float32."""
     dtypes = {jnp.dtype(q_dtype), *(jnp.dtype(x) for x in stored if not isinstance(x, LaneBlockFormat))}
     return jnp.dtype(jnp.bfloat16 if dtypes == {jnp.dtype(jnp.bfloat16)} else jnp.float32)
 
@@ -142,8 +148,9 @@ def choose_blocks(
 ) -> Blocks:
     """Blocks that fit the VMEM that every TPU gives a kernel (16 MiB), from shapes alone.
 
-    A K/V block is as long as the memory needs to be busy (1 MiB) and a tile of scores stands (512 columns); a block of
-    queries has the rows at which the matrix unit, not the memory, limits a prompt (256).
+    A K/V block is as long as the memory needs to be busy (1 MiB) and a tile of scores stands (512
+    columns); a block of queries has the rows at which the matrix unit, not the memory, limits a
+    prompt (256).
 
     Args:
       q_shape: [T, Hq, D].
@@ -204,8 +211,8 @@ def vmem_bytes(
 def scales_shape(heads: Heads, stored: Stored, queries: int, columns: int) -> tuple[int, ...]:
     """Shape, in VMEM, of the scales of a K/V block of ``columns`` rows, of keys and of values.
 
-    Where they meet scores, f32[2, blocks of all heads, columns]; where they meet keys, transposed, with blocks along
-    the lanes, f32[2, *, columns, 128].
+    Where they meet scores, f32[2, blocks of all heads, columns]; where they meet keys, transposed,
+    with blocks along the lanes, f32[2, *, columns, 128].
     """
     if not any(stored.quantized):
         return 1, 8, LANES
@@ -248,12 +255,14 @@ def describe(
       rope: whether entries may be shifted.
 
     Returns:
-      ``implementation``; ``blocks``; ``dtype`` of the products; ``packed`` tokens in a row; ``padding``, the share of
-      K/V bytes that is none; ``tokens_per_block`` and ``bytes_per_block``, a K/V block's; ``query_rows``, rows of a
-      tile of scores; ``scales``, what those of quantized pages are applied to; ``vmem_bytes`` and ``smem_bytes`` of the
-      larger of the call's kernels; ``bytes_per_token``, K/V bytes, codes and scales, that are read for each live token
-      of a sequence, by each of its blocks of queries; ``table_bytes``, read and written once a step to pack the table;
-      ``relayout``, whether XLA copies the whole pool before every call.
+      ``implementation``; ``blocks``; ``dtype`` of the products; ``packed`` tokens in a row;
+      ``padding``, the share of K/V bytes that is none; ``tokens_per_block`` and
+      ``bytes_per_block``, a K/V block's; ``query_rows``, rows of a tile of scores; ``scales``, what
+      those of quantized pages are applied to; ``vmem_bytes`` and ``smem_bytes`` of the larger of
+      the call's kernels; ``bytes_per_token``, K/V bytes, codes and scales, that are read for each
+      live token of a sequence, by each of its blocks of queries; ``table_bytes``, read and written
+      once a step to pack the table; ``relayout``, whether XLA copies the whole pool before every
+      call.
     """
     heads, stored = Heads.of(q_shape, k_pages_shape, page_dtype), Stored(page_dtype, v_dtype or page_dtype)
     blocks = choose_blocks(q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype=v_dtype)
@@ -297,9 +306,11 @@ def _padded(n: int, unit: int) -> int:
 
 
 class Items(NamedTuple):
-    """Pieces of work in the order they are computed, ``i32[I]`` each; those from ``count`` on do not exist.
+    """Pieces of work in the order they are computed, ``i32[I]`` each; those from ``count`` on do
+    not exist.
 
-    An item is the queries of one sequence in one block of queries. Items of a block follow each other.
+    An item is the queries of one sequence in one block of queries. Items of a block follow each
+    other.
     """
 
     block: Array
@@ -319,7 +330,8 @@ class Items(NamedTuple):
 
 
 def single_items(table: BlockTable, batch: Batch, rows: Array, window: int | None) -> Items:
-    """One item for each of ``rows i32[I]``, rows of the step that are their sequences' only queries."""
+    """One item for each of ``rows i32[I]``, rows of the step that are their sequences' only
+    queries."""
     row = jnp.minimum(rows, batch.num_tokens - 1)
     sequence = jnp.minimum(batch.sequence[row], batch.max_seqs - 1)
     first, end = _entries(table, sequence, batch.position[row], None, window)
@@ -332,7 +344,8 @@ def single_items(table: BlockTable, batch: Batch, rows: Array, window: int | Non
 def block_items(
     table: BlockTable, batch: Batch, chosen: Array, queries: int, window: int | None
 ) -> tuple[Items, Array]:
-    """The items of the sequences ``chosen bool[S]`` in blocks of ``queries`` consecutive rows, and their count."""
+    """The items of the sequences ``chosen bool[S]`` in blocks of ``queries`` consecutive rows, and
+    their count."""
     begin, end = batch.cu_q_lens[:-1], batch.cu_q_lens[1:]
     counts = jnp.where(chosen & (end > begin), (end - 1) // queries - begin // queries + 1, 0)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
@@ -388,10 +401,11 @@ SLOTS_SHIFT = 9
 
 
 def pack_table(table: BlockTable, pages: int, num_pages: int) -> Array:
-    """i32[S, chunks, 1, W]: the entries of ``pages`` consecutive pages side by side, field by field.
+    """i32[S, chunks, 1, W]: the entries of ``pages`` consecutive pages side by side, field by
+    field.
 
-    One row is one DMA into scalar memory, so that the kernel holds three of them and no table, however long contexts
-    may grow. The same for every layer of a step: XLA makes it once.
+    One row is one DMA into scalar memory, so that the kernel holds three of them and no table,
+    however long contexts may grow. The same for every layer of a step: XLA makes it once.
     """
     chunks = -(-table.max_pages_per_seq // pages)
     fields = (

@@ -35,7 +35,8 @@ class Side(NamedTuple):
     pools: Sequence[Any]
     """In HBM, the parts of pages ``[N, ...]``: numbers, or codes and scales."""
     buffers: Sequence[Any]
-    """In VMEM, two of each: numbers or codes ``[2, KV, rows of pages, lanes]``, scales ``[2, pages, ...]``."""
+    """In VMEM, two of each: numbers or codes ``[2, KV, rows of pages, lanes]``, scales ``[2, pages,
+    ...]``."""
     scales: Any
     """The scales of the block at hand, see ``tpu_blocks.scales_shape``."""
 
@@ -106,9 +107,10 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     """Computes one item, the one of this step of the grid; the first step also starts the stream.
 
     Args:
-      refs: in the order of ``mosaic_tpu``'s call: how many items there are; the fields of ``Items``; blocks of queries
-        and of their positions, with ``rotated`` also of their rotations, and what turns them; the packed table and the
-        parts of pages, in HBM; blocks of the outputs; scratch.
+      refs: in the order of ``mosaic_tpu``'s call: how many items there are; the fields of
+        ``Items``; blocks of queries and of their positions, with ``rotated`` also of their
+        rotations, and what turns them; the packed table and the parts of pages, in HBM; blocks of
+        the outputs; scratch.
       cut: the static sizes.
       rotated: whether entries may carry rotations.
     """
@@ -212,7 +214,8 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     # --- one K/V block
 
     def slots_of(number: Array, k: Any, begin: Array, end: Array) -> tuple[Array, Array]:
-        """First slot of an entry and the first behind it; none where it is not one of ``begin .. end``."""
+        """First slot of an entry and the first behind it; none where it is not one of ``begin ..
+        end``."""
         word = field(number, 1, k)
         first = word & ((1 << SLOTS_SHIFT) - 1)
         seen = (k >= begin) & (k < end)
@@ -221,8 +224,9 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     def zero_unused_slots(number: Array, begin: Array, end: Array) -> None:
         """Makes V zero where there is no token: a weight of 0 times NaN would be NaN.
 
-        So is K where tokens share a row, of which a query's zeros meet the other's. Only pages that are partly used
-        are touched, mostly a sequence's last one. Quantized numbers are finite, whatever lies there.
+        So is K where tokens share a row, of which a query's zeros meet the other's. Only pages that
+        are partly used are touched, mostly a sequence's last one. Quantized numbers are finite,
+        whatever lies there.
         """
         touched = (v_side, k_side) if packed > 1 else (v_side,)
         buffers = [side.buffers[0] for side in touched if not side.quantized]
@@ -345,7 +349,8 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         _over_heads(heads.num_kv_heads, cut.heads_at_once, one_head)
 
     def rotate_queries(rotation: Array) -> None:
-        """Turns the queries from the frame of their own keys to that of keys of ``rotation``, if they are not there."""
+        """Turns the queries from the frame of their own keys to that of keys of ``rotation``, if
+        they are not there."""
 
         @pl.when((state[1] == 0) | (state[2] != rotation))
         def turn() -> None:
@@ -463,7 +468,8 @@ def _over_heads(num_kv_heads: int, at_once: int, body: Any) -> None:
 
 
 def _load(side: Side, slot: Array, h: Any, cut: Cut) -> Array:
-    """``[columns, lanes]``, keys or values of a head as they are multiplied; their codes, where queries are split."""
+    """``[columns, lanes]``, keys or values of a head as they are multiplied; their codes, where
+    queries are split."""
     numbers = side.buffers[0][slot, h]
     if not isinstance(side.storage, LaneBlockFormat):
         return numbers.astype(cut.dtype)

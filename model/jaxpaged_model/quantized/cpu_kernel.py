@@ -13,16 +13,16 @@ import math
 
 from jaxpaged.native.ffi import (
     JOB,
-    answers_query,
     argument,
     data,
+    is_version_query,
+    item_done,
     new_job,
-    next_piece,
+    next_item,
     num_threads,
-    piece_done,
     release,
     result,
-    run_pieces,
+    run_items,
     size,
 )
 from jaxpaged.native.memory import (
@@ -196,7 +196,7 @@ def _multiply(job: int, index: int, sums: int) -> None:
 
 def task(job: int) -> int:
     """Computes work items until none is left."""
-    index = next_piece(job)
+    index = next_item(job)
     if index >= 0:
         memory = malloc(8 * ROWS * _MOST_ROWS + 64)
         sums = (memory + 63) // 64 * 64
@@ -206,8 +206,8 @@ def task(job: int) -> int:
                 _prepare(job, first, min(load_i64(job, TOKENS) - first, _SHARED_ROWS))
             else:
                 _multiply(job, index, sums)
-            piece_done(job)
-            index = next_piece(job)
+            item_done(job)
+            index = next_item(job)
         free(memory)
     release(job)
     return 0
@@ -250,7 +250,7 @@ def _allocate_activations(job: int) -> int:
 
 def handler(call: int) -> int:
     """Entry point of the custom call."""
-    if answers_query(call):
+    if is_version_query(call):
         return 0
     job = new_job(JOB_SIZE)
     _read_call(call, job)
@@ -265,7 +265,7 @@ def handler(call: int) -> int:
         for i in range(JOB, JOB + JOB_SIZE):
             store_i64(first, i, load_i64(job, i))
         store_i64(first, STAGE, _PREPARE)
-        run_pieces(call, first, -(-tokens // _SHARED_ROWS), threads, symbol(_TASK))
+        run_items(call, first, -(-tokens // _SHARED_ROWS), threads, symbol(_TASK))
         release(first)
     if panels * (columns // BLOCK) * _CODE_BYTES * tokens < _SMALL:
         threads = 1
@@ -276,7 +276,7 @@ def handler(call: int) -> int:
     store_i64(job, STAGE, _MULTIPLY)
     store_i64(job, RUN, run)
     store_i64(job, RUNS, runs)
-    run_pieces(call, job, runs * blocks_of_rows, threads, symbol(_TASK))
+    run_items(call, job, runs * blocks_of_rows, threads, symbol(_TASK))
     free(memory)
     release(job)
     return 0
