@@ -62,10 +62,7 @@ def create_cache(
 ) -> Any:
     """An empty cache for a model, on its mesh: with so many sequences and pages on each data shard."""
     config, mesh = model.local_config, model.mesh
-    heads = {
-        "num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "max_seqs": max_seqs, "dtype": dtype,
-    }  # fmt: skip
+    heads = {**config.cache_spec, "max_seqs": max_seqs, "dtype": dtype}
 
     def create() -> Any:
         if not paged:

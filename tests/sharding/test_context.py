@@ -181,7 +181,7 @@ class Twins:
         before = self.plain.table
         self.plain, batch, out, said = self.act_plain(self.plain, *arguments)
         self.spread, batch_spread, out_spread, said_spread = self.act_spread(self.spread, *arguments)
-        # The book, the batch and every answer: equal to the bit.
+        # Metadata, batch and results: equal bit by bit.
         ours = (self.spread.allocator, self.spread.table, batch_spread, said_spread)
         theirs = (self.plain.allocator, self.plain.table, batch, said)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -225,7 +225,7 @@ class Twins:
                 self.seen["rank without a page"] += used > 0 and len(mine) == 0
 
     def count(self, before: Any, batch: Any) -> None:
-        """What a step was, to know that a test has met it."""
+        """Kind of a step, to prove that a test has met it."""
         after = self.plain.table
         for seq in np.flatnonzero(np.asarray(batch.q_lens)):
             used = int(before.num_entries[seq])
@@ -449,7 +449,7 @@ PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in e
 def generate_on(size: int, run: Callable[..., Any], params: Any, request: Any, num_layers: int = 1) -> Any:
     """``run(params, cache, request) -> (result, cache)`` over ``size`` devices, 0 = an ordinary cache; as numpy.
 
-    Of the cache only the book comes back.
+    Of the cache only the replicated metadata is returned.
     """
     sizes = SIZES | {"num_layers": num_layers}
     if size == 0:
@@ -484,7 +484,7 @@ def on_one_device(params: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", [2, 8])
-def test_generate_gives_the_tokens_of_one_device(params: Any, on_one_device: Any, size: int) -> None:
+def test_generate_has_the_tokens_of_one_device(params: Any, on_one_device: Any, size: int) -> None:
     run, request, expected = on_one_device
     assert_same(generate_on(size, run, params, request, num_layers=2), expected)
     result = expected[0]
@@ -492,7 +492,7 @@ def test_generate_gives_the_tokens_of_one_device(params: Any, on_one_device: Any
     assert len(set(result.tokens[:6].flatten().tolist())) > 12, "a model that repeats itself shows little"
 
 
-def test_lookup_gives_the_tokens_that_generate_gives_on_one_device(params: Any, on_one_device: Any) -> None:
+def test_lookup_has_the_tokens_of_generate_on_one_device(params: Any, on_one_device: Any) -> None:
     prompts, empty = [PROMPTS[0], PROMPTS[2]], PagedKVCache.create(**SIZES)
     request, shape = lookup._request(empty, prompts, 3, 2, 20, (), 32, False)
     run = functools.partial(lookup._generate, toy, shape)

@@ -13,7 +13,7 @@ from mesh_kit import loaded, mesh_of
 from jaxpaged.sharding.mesh import TENSOR
 
 CUT = {"q": 1, "k": 1, "v": 1, "gate": 1, "up": 1, "out": 0, "down": 0}
-"""The axis of a layer's ``[in, out]`` kernel that is dealt, by the layer."""
+"""The axis of a layer's ``[in, out]`` kernel that is split, by layer."""
 
 
 def keys_of(path: tuple) -> list[str]:
@@ -25,9 +25,9 @@ def keys_of(path: tuple) -> list[str]:
 def test_each_device_has_its_part(kind, data, tensor):
     mesh = mesh_of(data, tensor)
     whole = loaded(kind, weights="dequantized").params
-    dealt = load_model(loaded(kind).path, weights="dequantized", mesh=mesh).params
+    sharded = load_model(loaded(kind).path, weights="dequantized", mesh=mesh).params
     wanted = jax.tree_util.tree_leaves_with_path(whole)
-    found = dict(jax.tree_util.tree_leaves_with_path(dealt))
+    found = dict(jax.tree_util.tree_leaves_with_path(sharded))
     assert found.keys() == {path for path, _ in wanted}
     kv_heads, head_dim = 2, 16
     for path, leaf in wanted:

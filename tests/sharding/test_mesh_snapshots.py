@@ -25,7 +25,7 @@ def cache_on(sizes, **more):
 
 
 def tokens_of(result):
-    """What was generated behind the sequence's prompt."""
+    """Tokens generated behind the prompt of the sequence."""
     counts = np.asarray(result.num_tokens).reshape(-1)
     return np.asarray(result.tokens).reshape(len(counts), -1)[SEQ, : counts[SEQ]].tolist()
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpaged.cache import interface
-from jaxpaged.cache import sharing as adoption
+from jaxpaged.cache import sharing
 from jaxpaged.generation.loop import generate
 from jaxpaged.sharding.mesh import BatchSharding, MeshError, check_heads, make_mesh, parse_mesh
 from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, ShardedCache, over_mesh, put
@@ -24,7 +24,7 @@ DATA, TENSOR, S, N, T = 2, 4, 3, 16, 8
 
 
 def collectives(program, mesh) -> Counter[tuple[str, str]]:
-    """Of a compiled program, by kind and the axes that they are over."""
+    """Collectives of a compiled program, by kind and axes."""
     found = contents_of(program.as_text(), dict(mesh.shape)).collectives
     return Counter((one.kind, one.over) for one in found)
 
@@ -76,6 +76,12 @@ def test_arrays_without_elements_go_through_a_program(model):
     assert sums.tolist() == [[3, 4, 5]] * DATA
 
 
+def test_the_repr_of_a_sharded_cache_shows_sizes_alone(model):
+    text = repr(mesh_kit.create_cache(model, S, N))
+    assert text.startswith("ShardedCache(PagedKVCache(") and text.endswith("on a mesh of data=2, tensor=4)")
+    assert "Array" not in text and len(text) < 200
+
+
 def test_a_mesh_takes_the_devices_that_it_needs():
     assert make_mesh(data=2, tensor=2).size == 4
     with pytest.raises(MeshError, match="mesh data=4,tensor=4 has 16 devices, and there are 8"):
@@ -117,7 +123,7 @@ def test_sharded_rows_are_gathered_in_order(shards: int, prompts: int, samples: 
     )
 
 
-def test_nothing_that_edits_tables_talks(model):
+def test_edits_of_tables_communicate_nothing(model):
     """``reserve`` and every operation on sequences, of the cache and of the engine."""
     sharded = mesh_kit.create_cache(model, S, N)
     counts, marked = np.zeros((DATA, S), np.int32), np.zeros((DATA, S), bool)
@@ -132,8 +138,8 @@ def test_nothing_that_edits_tables_talks(model):
         "seq_shift": (interface.seq_shift, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
         "seq_reorder": (interface.seq_reorder, (BATCH,), (CACHE,), (counts,)),
         "seq_drop_unseen": (lambda c: c.seq_drop_unseen(16), (), (CACHE,), ()),
-        "pin": (adoption.pin_pages, (BATCH,), (CACHE,), (pages,)),
-        "adopt": (adoption.seq_attach, (BATCH, BATCH), (CACHE, BATCH), (np.zeros((DATA, S, N), np.int32), counts)),
+        "pin": (sharing.pin_pages, (BATCH,), (CACHE,), (pages,)),
+        "attach": (sharing.seq_attach, (BATCH, BATCH), (CACHE, BATCH), (np.zeros((DATA, S, N), np.int32), counts)),
         "clear": (interface.clear, (), (CACHE,), ()),
     }  # fmt: skip
     for name, (function, in_kinds, out_kinds, arguments) in programs.items():
@@ -142,7 +148,7 @@ def test_nothing_that_edits_tables_talks(model):
 
 
 @pytest.mark.parametrize("rows", [S, 16], ids=["decode", "prompt"])
-def test_a_step_sums_twice_a_layer_and_tells_nothing_else(model, rows: int):
+def test_a_step_sums_twice_a_layer_and_communicates_nothing_else(model, rows: int):
     sharded = mesh_kit.create_cache(model, S, N)
 
     def step(params, cache, tokens, num_new):

@@ -21,7 +21,7 @@ TEXT = "class Stack:\n    def __init__(self"
 GREEDY = ("-m", str(tiny.PATH), "--temp", "0")
 SECONDS = 240
 FIRST_PORT = 65536 - 4096
-"""Of those that JAX makes of the number of a cluster's job."""
+"""First of the ports that JAX derives from a job number."""
 
 
 def free_port(wanted: int = 0) -> int:
@@ -92,7 +92,7 @@ def test_the_text_is_that_of_one_device(flags):
 
 
 def slurm(process: int, port: int) -> dict[str, str]:
-    """What ``srun --ntasks 2`` tells a task; JAX makes the port of the job's number."""
+    """Environment that ``srun --ntasks 2`` sets for a task; JAX makes the port of the job's number."""
     return {
         "SLURM_JOB_ID": str(port - FIRST_PORT), "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
@@ -101,7 +101,7 @@ def slurm(process: int, port: int) -> dict[str, str]:
 
 
 def open_mpi(process: int, port: int) -> dict[str, str]:
-    """What ``mpirun -n 2`` tells a process."""
+    """Environment that ``mpirun -n 2`` sets for a process."""
     return {
         "OMPI_MCA_orte_hnp_uri": f"{(port - FIRST_PORT) * 4096}.0;tcp://127.0.0.1,10.0.0.1:34911",
         "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(process), "OMPI_COMM_WORLD_LOCAL_RANK": "0",
