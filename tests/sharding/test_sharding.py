@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpaged.cache import interface
-from jaxpaged.cache import sharing
+from jaxpaged.cache import interface, sharing
 from jaxpaged.generation.loop import generate
 from jaxpaged.sharding.mesh import BatchSharding, MeshError, check_heads, make_mesh, parse_mesh
 from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, ShardedCache, over_mesh, put
