@@ -9,8 +9,7 @@ import time
 import click
 import numpy as np
 
-from jaxpaged.app.kv_report import KVReport
-from jaxpaged.app.output import text_of
+from jaxpaged.app.output import choices_of, text_of
 from jaxpaged.app.run import Run
 from jaxpaged.app.session import Session
 from jaxpaged.generation.beams import BeamResult, prepare_beam_search
@@ -54,7 +53,16 @@ def complete(session: Session, prompt: str) -> int:
     session.pages_peak = int(result.pages_peak)
     run, scores = _run_of(result)
     if o.as_json:
-        _print_json(session, ids, run, scores, session.report(plan), result)
+        choices = choices_of(session, run)
+        document = {
+            "prompt_tokens": ids,
+            **choices[0],
+            "timings": timings.as_dict(),
+            "kv": {**session.report(plan).as_dict(), "pages_peak_unshared": int(result.unshared_peak)},
+            "complete": bool(result.complete[0]),
+            "choices": [{"index": i, "score": scores[i], **choice} for i, choice in enumerate(choices)],
+        }
+        click.echo(json.dumps(document))
     else:
         click.echo((prompt if o.display_prompt else "") + text_of(session, run.tokens[0]))
     if not bool(result.complete[0]) and FINISH_NAN not in run.finish_reason:
@@ -84,22 +92,3 @@ def _sharing_line(beams: int, score: float, result: BeamResult) -> str:
         f"{'beams':>16} = {beams}, the best scores {score:.4f}; sharing pages saves {saved:.0%} of them on average "
         f"({int(result.pages_peak)} instead of {int(result.unshared_peak)} at the peak)"
     )
-
-
-def _print_json(
-    session: Session, prompt: list[int], run: Run, scores: list[float], report: KVReport, result: BeamResult
-) -> None:
-    """Prints one JSON object, as for samples; ``choices`` holds every beam with its score."""
-    choices = [
-        {"tokens": tokens, "text": text_of(session, tokens), "finish_reason": run.reason(row)}
-        for row, tokens in enumerate(run.tokens)
-    ]
-    document = {
-        "prompt_tokens": prompt,
-        **choices[0],
-        "timings": session.timings.as_dict(),
-        "kv": {**report.as_dict(), "pages_peak_unshared": int(result.unshared_peak)},
-        "complete": bool(result.complete[0]),
-        "choices": [{"index": i, "score": scores[i], **choice} for i, choice in enumerate(choices)],
-    }
-    click.echo(json.dumps(document))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +15,6 @@ T = TypeVar("T")
 AT_LEAST_0, AT_LEAST_1, AT_LEAST_MINUS_1 = (click.IntRange(min=low) for low in (0, 1, -1))
 CONTEXT_SIZE = click.IntRange(0, 2**24)
 FILE = click.Path(path_type=Path)
-
-
-def heading(title: str) -> Callable[..., Any]:
-    """``flag`` for the flags under one heading of ``--help``."""
-    return partial(flag, title)
 
 
 def flag(title: str, names: str, help: str, default: Any = None, type: Any = None, **more: Any) -> Any:

@@ -58,25 +58,10 @@ _TABLE: tuple[tuple[int, str, str], ...] = (
 """(number of values, reason, flags); ``_ON_OR_OFF``: a value only if the next word is one of ``_SWITCH_VALUES``."""
 _IGNORED = {name: (count, reason) for count, reason, names in _TABLE for name in names.split()}
 _HEADINGS = (
-    "Model",
-    "Prompt",
-    "Chat",
-    "Text",
-    "Tests",
-    "A server that runs",
-    "Own servers",
-    "Generation",
-    "Sampling",
-    "Batch",
-    "KV cache",
-    "Server",
-    "Load",
-    "Workload",
-    "Limits",
-    "Devices",
-    "Output",
-    "Other",
+    "Model, Prompt, Chat, Text, Tests, A server that runs, Own servers, Generation, Sampling, Batch, KV cache, "
+    "Server, Load, Workload, Limits, Devices, Output, Other"
 )
+"""Headings of ``--help``, in order."""
 _SWITCH_VALUES = {"on", "off", "auto", "enabled", "disabled", "true", "false", "0", "1", "-1"}
 
 
@@ -140,6 +125,6 @@ class LlamaCommand(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
-        for title, records in sorted(groups.items(), key=lambda group: _HEADINGS.index(group[0])):
+        for title, records in sorted(groups.items(), key=lambda group: _HEADINGS.find(group[0])):
             with formatter.section(title):
                 formatter.write_dl(records)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import click
 
-from jaxpaged.app.flags import AT_LEAST_1, AT_LEAST_MINUS_1, CONTEXT_SIZE, count_list, heading, name_list
+from jaxpaged.app.flags import AT_LEAST_1, AT_LEAST_MINUS_1, CONTEXT_SIZE, count_list, flag, name_list
 from jaxpaged.app.options import (
     CACHE_TYPES,
     TYPE_HELP,
@@ -18,11 +19,11 @@ from jaxpaged.app.options import (
     StepFlags,
 )
 
-_tests = heading("Tests")
-_text = heading("Text")
-_batch = heading("Batch")
-_cache = heading("KV cache")
-_output = heading("Output")
+_tests = partial(flag, "Tests")
+_text = partial(flag, "Text")
+_batch = partial(flag, "Batch")
+_cache = partial(flag, "KV cache")
+_output = partial(flag, "Output")
 _FORMATS = {"type": name_list(CACHE_TYPES), "metavar": "FORMAT,..."}
 
 

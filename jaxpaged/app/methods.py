@@ -17,18 +17,21 @@ def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
       InputError: there is such a flag.
     """
     o = options
+    clashes = {
+        "--context-shift": o.context_shift,
+        "--prompt-cache": o.prompt_cache is not None,
+        "-np": o.parallel > 1,
+    }
     if o.lookup:
         name = f"--lookup {o.lookup}"
-        clashes = {"--context-shift": o.context_shift, "--prompt-cache": o.prompt_cache is not None}
-        _refuse(name, {**clashes, "--beams": o.beams > 1, "-np": o.parallel > 1})
+        _refuse(name, {**clashes, "--beams": o.beams > 1})
         if o.temp > 0:
             raise InputError(f"{name} is greedy decoding: it needs --temp 0")
         if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
             raise InputError(f"{name} knows no penalties")
     if o.beams > 1:
         name = f"--beams {o.beams}"
-        clashes = {"--context-shift": o.context_shift, "--prompt-cache": o.prompt_cache is not None}
-        _refuse(name, {**clashes, "--page-map": o.page_map is not None, "-np": o.parallel > 1})
+        _refuse(name, {**clashes, "--page-map": o.page_map is not None})
         if not prompted:
             raise InputError(f"{name} continues a prompt (-p or -f) and does not chat")
         if o.predict == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +17,7 @@ from jaxpaged.app.flags import (
     FILE,
     FiniteFloat,
     Parsed,
-    heading,
+    flag,
 )
 
 DTYPES = ("f32", "bf16", "f16")
@@ -46,15 +47,15 @@ def _picture_file(text: str) -> Path:
     return Path(text)
 
 
-_model = heading("Model")
-_devices = heading("Devices")
-_prompt = heading("Prompt")
-_chat = heading("Chat")
-_generation = heading("Generation")
-_batch = heading("Batch")
-_sampling = heading("Sampling")
-_cache = heading("KV cache")
-_output = heading("Output")
+_model = partial(flag, "Model")
+_devices = partial(flag, "Devices")
+_prompt = partial(flag, "Prompt")
+_chat = partial(flag, "Chat")
+_generation = partial(flag, "Generation")
+_batch = partial(flag, "Batch")
+_sampling = partial(flag, "Sampling")
+_cache = partial(flag, "KV cache")
+_output = partial(flag, "Output")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,17 @@ def text_of(session: Session, tokens: list[int]) -> str:
     return "".join(map(decoder.push, tokens)) + decoder.flush()
 
 
-def print_json(session: Session, prompt: list[int], run: Run, plan: CachePlan) -> None:
-    """Prints one JSON object: the fields of the first sample, and ``choices`` if there are several."""
-    choices = [
+def choices_of(session: Session, run: Run) -> list[dict[str, Any]]:
+    """Tokens, text and finish reason of each sequence, for JSON."""
+    return [
         {"tokens": tokens, "text": text_of(session, tokens), "finish_reason": run.reason(row)}
         for row, tokens in enumerate(run.tokens)
     ]
+
+
+def print_json(session: Session, prompt: list[int], run: Run, plan: CachePlan) -> None:
+    """Prints one JSON object: the fields of the first sample, and ``choices`` if there are several."""
+    choices = choices_of(session, run)
     result: dict[str, Any] = {
         "prompt_tokens": prompt,
         **choices[0],

@@ -13,12 +13,13 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxpaged.app.errors import InputError, say
-from jaxpaged.app.flags import AT_LEAST_0, AT_LEAST_1, heading
+from jaxpaged.app.flags import AT_LEAST_0, AT_LEAST_1, flag
 
-_devices = heading("Devices")
+_devices = partial(flag, "Devices")
 _STARTUP_SECONDS = 120
 """Time that processes wait for each other at the start."""
 _HEARTBEAT_SECONDS = 20

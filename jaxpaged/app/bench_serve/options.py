@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ from jaxpaged.app.bench_serve.lengths import (
     parse_lengths,
 )
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.flags import AT_LEAST_1, CONTEXT_SIZE, FiniteFloat, Parsed, count_list, heading, name_list
+from jaxpaged.app.flags import AT_LEAST_1, CONTEXT_SIZE, FiniteFloat, Parsed, count_list, flag, name_list
 from jaxpaged.app.options import ModelFlags, PageFlags
 from jaxpaged.app.server.options import BYTES
 
@@ -79,12 +80,12 @@ def _result_file(*suffixes: str) -> Parsed:
     return Parsed("file", parse)
 
 
-_theirs = heading("A server that runs")
-_own = heading("Own servers")
-_load = heading("Load")
-_work = heading("Workload")
-_limit = heading("Limits")
-_output = heading("Output")
+_theirs = partial(flag, "A server that runs")
+_own = partial(flag, "Own servers")
+_load = partial(flag, "Load")
+_work = partial(flag, "Workload")
+_limit = partial(flag, "Limits")
+_output = partial(flag, "Output")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.flags import AT_LEAST_1, FILE, FiniteFloat, Parsed, heading
+from jaxpaged.app.flags import AT_LEAST_1, FILE, FiniteFloat, Parsed, flag
 from jaxpaged.app.options import RunFlags
 from jaxpaged.app.prompt import read_text
 
@@ -68,10 +69,10 @@ def _joined(_: click.Context, __: click.Parameter, value: tuple[tuple[str, ...],
 BYTES = Parsed("bytes", parse_bytes)
 _WORDS: dict[str, Any] = {"type": Parsed("word,...", _parse_words), "multiple": True, "callback": _joined}
 """A flag that may be repeated, each time with a list."""
-_model = heading("Model")
-_server = heading("Server")
-_batch = heading("Batch")
-_cache = heading("KV cache")
+_model = partial(flag, "Model")
+_server = partial(flag, "Server")
+_batch = partial(flag, "Batch")
+_cache = partial(flag, "KV cache")
 
 
 @dataclass(frozen=True, kw_only=True)
