@@ -1,5 +1,6 @@
 """Settings of all tests: cheap compilation, shared caches, and budgets of time and memory. Needs hypothesis alone."""
 
+import ctypes
 import gc
 import os
 import resource
@@ -78,6 +79,8 @@ def bounded_memory() -> Iterator[None]:
     if "jax" in sys.modules and _resident_bytes() > _clear_at:
         sys.modules["jax"].clear_caches()
         gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # glibc keeps what is freed, and the process looks as large as before
         _clear_at = max(CLEAR_PROGRAMS_AT, _resident_bytes() + CLEAR_PROGRAMS_AT // 3)
 
 
