@@ -303,7 +303,7 @@ COMPILE_CHECK = [sys.executable, "-m", "tpu_scripts.compile_check.gpu"]
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the plugin is here")
 def test_the_compile_check_says_what_it_needs():
     done = subprocess.run(COMPILE_CHECK, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout.startswith("needs jax-cuda13-plugin")
+    assert done.returncode == 2 and done.stderr.startswith("needs jax-cuda13-plugin")
 
 
 @pytest.mark.slow
