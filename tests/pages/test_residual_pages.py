@@ -25,6 +25,7 @@ from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.formats import ResidualFormat, ResidualPages
 from jaxpaged.pages.formats.residual import PageCode
+from jaxpaged.pages.rope import Rope
 
 PAGE_SIZE, MAX_SEQS, NUM_TOKENS, DIM = 8, 4, 40, 32
 
@@ -50,7 +51,13 @@ LOSSLESS = ResidualFormat("lossless", jnp.float32, Lossless())
 
 
 def create(*, k: ResidualFormat = LOSSLESS, v: str = "f32", num_pages: int = 40) -> PagedKVCache:
-    sizes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": DIM, "page_size": PAGE_SIZE}
+    sizes = {
+        "num_layers": 1,
+        "num_kv_heads": 2,
+        "head_dim": DIM,
+        "page_size": PAGE_SIZE,
+        "rope": Rope.create(()),
+    }
     cache = PagedKVCache.create(**sizes, num_pages=num_pages, max_seqs=MAX_SEQS, k_dtype="q4_k", v_dtype=v)
     pages = k.create(num_pages, 2, PAGE_SIZE, DIM, num_residual=MAX_SEQS)
     # NaN shows what is read without having been written.
