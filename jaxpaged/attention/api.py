@@ -242,7 +242,7 @@ def paged_attention(
     check_rope(rope, head_dim)
     config = make_config(head_dim, scale, window, soft_cap)
     # Under trial, a program traced before would have other block sizes.
-    run = _attend.__wrapped__ if tuning.under_trial() else _attend
+    run = _attend if tuning.under_trial() else _jitted_attend
     refusals = []
     for name in candidates() if implementation is None else (implementation,):
         try:
@@ -256,7 +256,6 @@ def paged_attention(
     raise NotImplementedError("; ".join(refusals))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _attend(
     attend: Callable[..., tuple[Array, Array]],
     reads_lanes: bool,
@@ -269,7 +268,7 @@ def _attend(
     sinks: Array | None,
     rope: Rope | None,
 ) -> tuple[Array, Array]:
-    """One implementation. Jitted, so that the layers of a model, alike, are traced once."""
+    """Attention by one implementation."""
     pages = (
         (k_pages, v_pages) if reads_lanes else (_plain(k_pages, q.shape[-1]), _plain(v_pages, q.shape[-1]))
     )
@@ -277,6 +276,10 @@ def _attend(
     if has_hadamard(v_pages):
         out = hadamard_transform(out)  # the transform is its own inverse, and linear
     return out.astype(q.dtype), lse
+
+
+_jitted_attend = jax.jit(_attend, static_argnums=(0, 1, 2))
+"""Traced once for all layers that are alike."""
 
 
 def _plain(pages: Pages, head_dim: int) -> Pages:

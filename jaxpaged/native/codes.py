@@ -3,8 +3,8 @@ their scales.
 
 ``jaxpaged.pages.formats`` says how codes lie. A run is ``(codes, scales, minima, more, target,
 first, count)``: the addresses of a pool's parts, where float32 numbers go, and which blocks,
-counted from the pool's first. Few rows of a matrix meet codes directly (``dots_with_codes``,
-``product_with_codes``), which are then float32 in registers alone.
+counted from the pool's first. A few rows of a matrix are multiplied with codes directly
+(``dots_with_codes``, ``product_with_codes``), which become float32 in registers only.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def _block_of(
 
 
 def _q4_k_block(c: Code, codes: Any, scales: Any, minima: Any, more: Any, at: Any) -> list[Any]:
-    """Of a super-block of 8, whose scales and minimums have 6 bits; ``page_format.k_quants`` says
-    where they are."""
+    """Block ``at`` of a super-block of 8, with scales and minima of 6 bits; see
+    ``formats.k_quants``."""
 
     def integer(value: Any) -> Any:
         return c.b.zext(value, _I32)
@@ -327,7 +327,8 @@ def dots_with_codes(kind: Callable[..., list[Any]]) -> Any:
 
 
 def product_with_codes(kind: Callable[..., list[Any]]) -> Any:
-    """As ``dots_with_codes``: ``out[rows, 32 * blocks] += a[rows, keys] @ keys``."""
+    """``out[rows, 32 * blocks] += a[rows, keys] @ keys``, with the arguments of
+    ``dots_with_codes``."""
     return _any_rows(_write_product, kind)
 
 
@@ -367,7 +368,7 @@ expand_twos = _run(_write_run(_block_of(_expand_twos, 8, None)))
 """Quarters of 8 bytes."""
 expand_q4_k = _run(_write_run(Q4_K))
 expand_nibbles_by_channel = _run(_write_by_channel(_expand_nibbles, 16))
-"""One row, whose scales and minima are float32, a number a channel."""
+"""One row, with a float32 scale and minimum for each channel."""
 expand_twos_by_channel = _run(_write_by_channel(_expand_twos, 8))
 widen_fp8 = instructions(_write_fp8, types.void, *(types.int64,) * 2)
 """``((source, target))``: 16 floats of e4m3; what stands for NaN there becomes 480."""

@@ -1,8 +1,8 @@
 """Small matrix products and rows of exponentials on vectors, for numba functions.
 
-numba makes vectors of simple loops, but keeps no tile of sums in registers; what takes the time of
-attention is therefore written as vector instructions here. All matrices are float32, at addresses,
-with the distance of their rows in elements. LLVM splits vectors that a machine does not have.
+numba vectorizes simple loops, but keeps no tile of sums in registers; the inner loops of attention
+are therefore vector instructions here. All matrices are float32, at addresses, with the distance of
+their rows in elements. LLVM splits vectors that a machine does not have.
 
 The shape of the tiles follows from the registers: AVX-512 has 32 of 16 numbers, others 16 of 8 (or
 32 of 4).
@@ -26,7 +26,7 @@ from jaxpaged.native.memory import load_f32, pointer, store_f32
 
 WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
 WIDTH = 16 if WIDE else 8
-"""Numbers of a vector; what is called ``padded`` is a multiple of it."""
+"""Numbers in a vector; ``padded`` sizes are multiples of it."""
 _ROWS = 4
 _COLUMNS = 4 if WIDE else 2
 """A tile of sums: rows times vectors."""
@@ -39,14 +39,13 @@ _FAST = ("nnan", "nsz", "reassoc", "contract")
 
 _OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 njit: Callable[..., Any] = numba.njit(**_OPTIONS)
-"""A function that kernels call; nothing is checked, and Python cannot call it."""
+"""Decorator for functions of kernels: unchecked, and not callable from Python."""
 i32: Any = np.int32
 i64: Any = np.int64
 f32: Any = np.float32
-"""Numbers of one type, in functions that numba compiles; to a type checker they are the numbers of
-Python."""
+"""Typed numbers in functions that numba compiles; plain numbers to a type checker."""
 inlined: Callable[..., Any] = numba.njit(inline="always", **_OPTIONS)
-"""As ``njit``, but part of its caller: what is large and called once is then compiled once."""
+"""``njit``, inlined in its caller, so that large functions with one caller are compiled once."""
 
 
 @register_jitable

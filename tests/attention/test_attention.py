@@ -13,7 +13,7 @@ from jaxpaged.attention.cases import CASES, QUANTIZED_CASES, SMOLLM2_135M, Case
 from jaxpaged.testing.conformance import build_case, check_conformance
 
 HERE = candidates("cpu")
-"""What runs on the machine that tests."""
+"""Implementations of the machine that tests."""
 QUICK = {"xla_backend_optimization_level": 0}
 """Results are compared, not timed, and most of a small program's compilation is optimization."""
 

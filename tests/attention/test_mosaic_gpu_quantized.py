@@ -75,7 +75,7 @@ REPRESENTATIVE = [
 
 
 def served(case):
-    """Whether the scales of a page, or of 64 tokens of a longer one, are a multiple of 128 bytes."""
+    """True if the scales of a page, or of 64 tokens of a longer one, are a multiple of 128 bytes."""
     return min(case.page_size, 64) * case.head_dim % 2048 == 0
 
 
@@ -206,7 +206,7 @@ def test_a_donated_step_aliases_its_pages():
         ),
         (
             {"page_size": 8},
-            "scales of head_dim 64 are copied in pieces of 128 bytes: page_size must be at least 32",
+            "scales of head_dim 64 are copied 128 bytes at a time: page_size must be at least 32",
         ),
         ({"page_size": 8, "head_dim": 128}, "at least 16; it is 8"),
     ],
@@ -254,7 +254,7 @@ def test_describe_counts_codes_and_scales():
 @pytest.mark.parametrize("formats", PAIRS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_ring_of_codes_keeps_enough_under_way(formats, head_dim):
-    """What copies are to bring while a step is computed, for 4.8 TB/s at 700 ns of latency: 25 KB a multiprocessor."""
+    """Bytes of copies during the computation of a step, for 4.8 TB/s at 700 ns of latency: 25 KB a multiprocessor."""
     kinds = tuple(page_format(name) for name in formats)
     plan = make_plan(
         8, 32, (4096, 8, 32, head_dim), kinds, "bfloat16", max_q_len=1, max_seqs=8, max_pages_per_seq=256

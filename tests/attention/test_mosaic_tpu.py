@@ -45,7 +45,7 @@ REPRESENTATIVE = (
 
 
 def races_found() -> bool:
-    """Whether the interpreter saw a race since it was reset; jax has no public name for it."""
+    """True if the interpreter saw a race since its reset; jax has no public name for it."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found

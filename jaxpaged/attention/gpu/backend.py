@@ -75,15 +75,15 @@ def paged_attention(
     if rope is not None:
         if hadamard and (head_dim < 64 or head_dim & (head_dim - 1)):
             raise NotImplementedError(
-                f"turns queries to keys under a Hadamard turn where head_dim is 64, 128 or 256; it is {head_dim}"
+                f"rotates queries for Hadamard-transformed keys where head_dim is 64, 128 or 256; it is {head_dim}"
             )
-        # Queries of one item are turned to one frame here, its first query's; nearly always it is theirs already.
+        # Queries of an item are rotated to the offset of its first query, which they nearly always have.
         own = batch.rope_positions - batch.position
         cos, sin = rope.cos_sin(items[place[0], _FRAME] - own)
         q = rope.rotate_by(q, cos[:, None], sin[:, None])
         parts, turns = [q, _quarter_turn(rope, q)], _turns_by_dimension(rope, head_dim)
     if hadamard:
-        # The kernel turns anew from what is not yet turned, if it turns at all.
+        # If the kernel rotates, it starts from the untransformed queries.
         parts = [hadamard_transform(q), *(parts if rope is not None else ())]
     if plan.codes is not None:
         k_code, v_code = plan.codes
@@ -96,11 +96,10 @@ def paged_attention(
 
 
 def _kind_of(k_pages: Pages, v_pages: Pages) -> PageKind:
-    """What ``make_plan`` wants to know of pages.
+    """Format of pages, for ``make_plan``.
 
     Raises:
-      NotImplementedError: one of two pools is quantized, or they are kept in a way that the kernel
-        does not read.
+      NotImplementedError: only one pool is quantized, or the kernel does not read the format.
     """
     if not isinstance(k_pages, BlockPages) and not isinstance(v_pages, BlockPages):
         if k_pages.dtype != v_pages.dtype:
@@ -128,7 +127,7 @@ def describe(
     q_dtype: DTypeLike | None = None,
     live_tokens: int = 0,
 ) -> dict[str, Any]:
-    """What a call on these shapes does, in numbers.
+    """Describes a call with these shapes.
 
     Args:
       q_shape: ``(T, Hq, D)``.
@@ -280,8 +279,8 @@ def _pack_queries(q: Array, first: Array, plan: Plan) -> Array:
 
 
 def _quarter_turn(rope: Rope, q: Array) -> Array:
-    """q with each pair turned by 90 degrees and 0 behind them: to turn by an angle is then
-    ``cos * q + sin * quarter_turn(q)``, each dimension by itself."""
+    """q with each pair rotated by 90 degrees, and 0 in other dimensions: rotated by an angle, q is
+    then ``cos * q + sin * quarter_turn(q)``, each dimension by itself."""
     one = jnp.ones(rope.phase_step.shape, jnp.float32)
     turned = rope.rotate_by(q, 0 * one, one)
     return jnp.where(jnp.arange(q.shape[-1], dtype=jnp.int32) < rope.rotary_dim, turned, 0).astype(q.dtype)

@@ -2,8 +2,8 @@
 
 Its unit of work is an *item*: up to 64 rows of one KV head, a row being one query head of one
 query, so that the heads that share a KV head share its tile (GQA packing). 64 is the M of a Hopper
-``wgmma``. An item walks the pages of its sequence in steps of 64 tokens; where there are fewer
-items than the GPU has room for, the steps of each are split over several blocks (split-KV).
+``wgmma``. An item walks the pages of its sequence in steps of 64 tokens; where items do not fill
+the GPU, the steps of each are split over several blocks (split-KV).
 
 A step: ask the copy engine (TMA) for the pages of a step to come, wait for this step's, ``S = q
 k^T`` on the tensor cores, mask, online softmax in float32, ``sum += p v`` on the tensor cores. One
@@ -110,7 +110,7 @@ def attend(
     out_tiled = (plgpu.TilingTransform((8, out_width)), plgpu.SwizzleTransform(plan.swizzle))
 
     def ring(code: Code | None) -> Any:
-        """Room for the pages of every step under way, a warpgroup's columns by themselves."""
+        """Buffers for the pages of all steps in flight, separate for each warpgroup's columns."""
         width, of = (columns, dtype) if code is None else (columns // code.per_word, WORD)
         return plgpu.SMEM((plan.stages, plan.warpgroups, STEP_TOKENS, width), of, transforms=tiled)
 
@@ -269,13 +269,13 @@ def _attend_item(
             q[term, :, chunk] = part
 
     def rotate_queries(angle: Array) -> None:
-        """Replaces the queries by those turned by ``angle`` positions."""
+        """Rotates the queries by ``angle`` positions."""
         join()  # the queries' readers are done
         unturned = plan.terms if hadamard else 0
         for i, chunk in enumerate(chunks(head_dim, _CHUNK)):
 
             def part(first: int, chunk: Any = chunk) -> Array:
-                # Seldom needed: straight from global memory, for want of room for a second tile.
+                # Rare: read from global memory, as a second tile does not fit in shared memory.
                 return sum_of([tiles.at[first + term, kv_head, rows, chunk] for term in range(plan.terms)])
 
             @pl.when(warpgroup == i % plan.warpgroups)
@@ -292,7 +292,7 @@ def _attend_item(
         join()
 
     def hadamard_transform_queries(angle: Array) -> None:
-        """Turns the queries by Hadamard's matrix, where they are.
+        """Multiplies the queries by Hadamard's matrix, in place.
 
         The matrix is a product (Kronecker's) of one for the columns of a chunk, which lies where
         weights do and is multiplied with, and of log2(head_dim / 64) for pairs of chunks, sums and
@@ -350,8 +350,8 @@ def _attend_item(
         return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, STEP_TOKENS), jnp.float32))
 
     def multiply_turned_keys(step: Array, slot: Array, turned: Array) -> tuple[Array, Array]:
-        """Scores of units that may be of several frames; ``turned`` is the frame that the queries
-        are turned to."""
+        """Scores of units that may have several rotation offsets; ``turned`` is that of the
+        queries."""
         rotation = [
             rotations[sequence, lax.div(jnp.minimum(unit_of(step, j), end - 1), plan.parts)]
             for j in range(plan.units)
@@ -385,7 +385,7 @@ def _attend_item(
         turned, maximum, denominator, weighted = carry
         slot = lax.rem(step, plan.stages)
         ahead = step + (plan.stages - 1)
-        join()  # the last step's pages are read, and make room
+        join()  # the last step's pages have been read; their buffer is free
         pl.when((ahead < num_steps) & leads)(functools.partial(load_step, ahead))
 
         # Which columns of the step are tokens, lower <= column < upper, and at which positions.
@@ -455,7 +455,7 @@ def _attend_item(
                     )
 
         else:
-            join()  # each has read the keys, whose place the values take
+            join()  # all have read the keys; the values overwrite them
             dequantize_pages(1, v, slot, live_tokens())
         plgpu.commit_smem()
         values = v.at[slot, warpgroup] if plan.codes is None else numbers.at[here(slot), warpgroup]
@@ -487,7 +487,7 @@ def _attend_item(
 
     @pl.when(num_steps > 0)
     def _() -> None:
-        join()  # the keys, whose place the result takes, are read
+        join()  # the keys have been read; the result overwrites them
         out[warpgroup] = weighted / lax.broadcast_in_dim(safe, weighted.shape, [0])
         plgpu.commit_smem()
         written = pl.ds(0, plan.item_rows)

@@ -35,12 +35,12 @@ _WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()
 
 
 class Code(NamedTuple):
-    """What the numbers of a format are coded as."""
+    """Code of a format's numbers."""
 
     bits: int
-    """Of a code: 8, as signed numbers, or 4."""
+    """Bits of a code: 8, signed, or 4."""
     zero: int = 0
-    """What is taken from a code of 4 bits."""
+    """Number subtracted from a code of 4 bits."""
     factors: tuple[str, ...] = ("scales",)
     """Parts of a page with one number a block: what codes are multiplied with, and what is added
     then."""
@@ -132,7 +132,7 @@ def dequantize(words: Any, factors: list[Any], tile: Any, code: Code, width: int
 
 
 def _numbers(words: Array, code: Code) -> Iterator[Array]:
-    """What the codes at each place of ``words`` stand for, without factors: float16, exact."""
+    """Numbers of the codes at each place of ``words``, without factors: float16, exact."""
     # A byte swap is one instruction for two words, a shift of both is five. The barrier keeps the compiler from finding
     # out that half of the swap's result is not looked at.
     swapped = lax.optimization_barrier(words << 8 | lax.shift_right_logical(words, WORD(8)))

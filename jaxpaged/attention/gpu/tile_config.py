@@ -1,4 +1,4 @@
-"""The sizes that the GPU kernel is built for: from shapes alone, before anything is compiled."""
+"""Tile config of the GPU kernel, from shapes alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_SPLITS = 128
 _RING_BYTES = 65_536
 """Shared memory for keys and values: with it two blocks share a multiprocessor for heads up to 128."""
 _SHARED_MEMORY_BYTES = 232_448
-"""What one block of a Hopper GPU can have."""
+"""Shared memory of one block of a Hopper GPU."""
 _SHARED_MEMORY_BYTES_PER_SM = 233_472
 _BARRIER_BYTES = 1024
 _REDUCTION_BYTES = 2048
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     """The static sizes of one call."""
 
     single: bool
-    """Whether each sequence has one query at most: an item is then a query."""
+    """True if each sequence has at most one query: an item is then a query."""
     group: int
     """Query heads of a KV head: rows of one query."""
     queries: int
@@ -47,14 +47,14 @@ class Plan(NamedTuple):
     item_rows: int
     """Rows that an item has in memory: a whole number of tiles of 8, as copies begin at tiles."""
     num_splits: int
-    """Parts that the steps of each item are cut into."""
+    """Number of parts that the steps of each item are split into."""
     page_size: int
     stages: int
-    """Steps whose pages have room in shared memory: one under computation, the others on their way."""
+    """Number of steps with pages in shared memory: one is computed, the others are in flight."""
     dtype: jnp.dtype
-    """Of what a wgmma multiplies: the pages', or float16 where they are quantized."""
+    """Dtype of wgmma operands: the pages', or float16 for quantized pages."""
     codes: tuple[Code, Code] | None
-    """Of quantized keys and values."""
+    """Codes of quantized keys and values."""
     terms: int
     """Numbers of that dtype that stand for one number of the queries or the weights."""
     warpgroups: int
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     swizzle: int
     """Bytes of a row of a tile in shared memory."""
     shared_memory_bytes: int
-    """Of a block, without barriers."""
+    """Shared memory of a block, without barriers."""
     blocks_per_sm: int
     """Blocks that can share a multiprocessor."""
 
@@ -204,7 +204,7 @@ def _padded(size: int) -> int:
 
 
 def _codes(formats: tuple[BlockFormat, BlockFormat]) -> tuple[Code, Code]:
-    """How keys and values are coded.
+    """Codes of keys and values.
 
     Raises:
       NotImplementedError: the kernel reads other formats.
@@ -217,7 +217,7 @@ def _codes(formats: tuple[BlockFormat, BlockFormat]) -> tuple[Code, Code]:
 
 
 def _check_copies(codes: tuple[Code, Code], page_size: int, head_dim: int, columns: int) -> None:
-    """Whether codes and factors can be copied, and codes taken apart.
+    """Checks that codes and factors can be copied, and codes unpacked.
 
     Raises:
       NotImplementedError: one of them cannot; says which sizes can.
@@ -236,6 +236,6 @@ def _check_copies(codes: tuple[Code, Code], page_size: int, head_dim: int, colum
     )
     if page_size < fits:
         raise NotImplementedError(
-            f"scales of head_dim {head_dim} are copied in pieces of {_COPY_ALIGNMENT} bytes: page_size must be at "
+            f"scales of head_dim {head_dim} are copied {_COPY_ALIGNMENT} bytes at a time: page_size must be at "
             f"least {fits}; it is {page_size}"
         )

@@ -70,8 +70,8 @@ def paged_attention(
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
     Args:
-      blocks: the cut; ``choose_blocks`` if left out.
-      interpret: as ``pl.pallas_call`` has it: ``pltpu.InterpretParams()`` runs the kernel without a
+      blocks: block sizes; default ``choose_blocks``.
+      interpret: see ``pl.pallas_call``; ``pltpu.InterpretParams()`` runs the kernel without a
         TPU.
 
     Raises:
@@ -148,7 +148,7 @@ def paged_attention(
 
 
 def _storage(pages: Pages) -> Storage:
-    """What pages hold, if the kernel reads it."""
+    """Storage of pages, if the kernel reads it."""
     if isinstance(pages, BlockPages):
         if not isinstance(pages.format, LaneBlockFormat):
             raise NotImplementedError(
@@ -163,7 +163,7 @@ def _storage(pages: Pages) -> Storage:
 
 
 def _parts(pages: Pages) -> list[Array]:
-    """The arrays of pages, those that ``Stored.parts`` tells of."""
+    """Arrays of pages, in the order of ``Stored.parts``."""
     return [pages.parts["codes"], pages.parts["scales"]] if isinstance(pages, BlockPages) else [pages]
 
 
@@ -299,8 +299,8 @@ def _run(
 
 
 def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
-    """What turns a row of queries: ``turns i32[1, lanes]`` of each lane, and ``partner f32[lanes,
-    lanes]``.
+    """Arrays that rotate a row of queries: ``turns i32[1, lanes]`` of each lane, and ``partner
+    f32[lanes, lanes]``.
 
     ``x @ partner`` has in each lane the other number of its pair, with the sign that it is turned
     with; a product with zeros and ones is exact, and no lane has to be shifted.
@@ -319,8 +319,7 @@ def _turning(rope: Rope, head_dim: int, lanes: int, packed: int) -> list[Array]:
 
 
 def _hadamard(head_dim: int, lanes: int, packed: int) -> Array:
-    """f32[lanes, lanes]: ``x @ it`` is each head of a row turned as ``page_format.hadamard`` does
-    it."""
+    """f32[lanes, lanes]: ``x @ it`` is the Hadamard transform of each head of a row."""
     n = hadamard.size(head_dim)
     blocks = np.kron(np.eye(packed * head_dim // n, dtype=np.float32), hadamard.matrix(n))
     return jnp.asarray(np.pad(blocks, (0, lanes - len(blocks))), jnp.float32)

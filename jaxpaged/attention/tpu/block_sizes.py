@@ -1,5 +1,4 @@
-"""The cut of a TPU kernel's work: sizes of its blocks, and the list of what it computes, block by
-block."""
+"""Block sizes of the TPU kernel, and its work items."""
 
 from __future__ import annotations
 
@@ -36,22 +35,22 @@ _MAX_SPLIT_ROWS = 32
 """Rows of queries up to which they meet quantized blocks one by one; see ``Stored.split``."""
 
 Storage = DTypeLike | LaneBlockFormat
-"""What pages of keys or values hold: plain numbers of a dtype, or quantized ones."""
+"""Storage of keys or values: a dtype, or a quantized format."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a call is cut; static."""
+    """Block sizes of a call; static."""
 
     pages: int
-    """Pages of a K/V block: fetched together, computed together. Rows of ``pages`` pages are a
+    """Pages of a K/V block, fetched and computed together. Rows of ``pages`` pages are a
     multiple of 128."""
     queries: int
-    """Queries of a block where a sequence has several; 1 where none has."""
+    """Queries of a block; 1 if each sequence has one."""
 
 
 class Heads(NamedTuple):
-    """The sizes that a cut depends on, read off shapes; all static."""
+    """Sizes that block sizes depend on, from shapes; static."""
 
     num_kv_heads: int
     group: int
@@ -87,7 +86,7 @@ class Heads(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What pages of keys and of values hold; static."""
+    """Storage of keys and values; static."""
 
     k: Storage
     v: Storage
@@ -98,7 +97,7 @@ class Stored(NamedTuple):
 
     @property
     def turned(self) -> bool:
-        """Whether keys are stored turned (``page_format.hadamard``), and queries come so."""
+        """True if keys are stored Hadamard-transformed, and queries come transformed."""
         return isinstance(self.k, LaneBlockFormat) and self.k.hadamard
 
     def parts(self, heads: Heads) -> list[tuple[tuple[int, ...], DTypeLike]]:
@@ -121,7 +120,7 @@ class Stored(NamedTuple):
         return _padded(rows, 8) if any(self.quantized) else rows
 
     def split(self, heads: Heads, queries: int) -> bool:
-        """Whether scales are applied to scores and weights, not to keys and values.
+        """True if scales are applied to scores and weights, not to keys and values.
 
         A score is the sum over blocks of ``scale * (query . codes)``: codes alone are multiplied,
         and a scale is for a score of each row of queries, not for 32 numbers of a key. The products
@@ -132,8 +131,7 @@ class Stored(NamedTuple):
 
 
 def compute_dtype(q_dtype: DTypeLike, *stored: Storage) -> np.dtype:
-    """What queries, keys and weights are multiplied in: bfloat16 where queries and plain pages hold
-    it, or float32."""
+    """Dtype of products: bfloat16 if queries and plain pages have it, else float32."""
     dtypes = {jnp.dtype(q_dtype), *(jnp.dtype(x) for x in stored if not isinstance(x, LaneBlockFormat))}
     return jnp.dtype(jnp.bfloat16 if dtypes == {jnp.dtype(jnp.bfloat16)} else jnp.float32)
 
@@ -246,13 +244,13 @@ def describe(
     max_pages_per_seq: int = 1,
     rope: bool = False,
 ) -> dict[str, Any]:
-    """What a call with these shapes runs, for people to read.
+    """Describes a call with these shapes, for people to read.
 
     Args:
       q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype: as ``choose_blocks`` has them.
       q_dtype: of the queries.
       max_seqs, max_pages_per_seq: S and P of the block table.
-      rope: whether entries may be shifted.
+      rope: True if entries may be shifted.
 
     Returns:
       ``implementation``; ``blocks``; ``dtype`` of the products; ``packed`` tokens in a row;
@@ -261,7 +259,7 @@ def describe(
       those of quantized pages are applied to; ``vmem_bytes`` and ``smem_bytes`` of the larger of
       the call's kernels; ``bytes_per_token``, K/V bytes, codes and scales, that are read for each
       live token of a sequence, by each of its blocks of queries; ``table_bytes``, read and written
-      once a step to pack the table; ``relayout``, whether XLA copies the whole pool before every
+      once a step to pack the table; ``relayout``, True if XLA copies the whole pool before every
       call.
     """
     heads, stored = Heads.of(q_shape, k_pages_shape, page_dtype), Stored(page_dtype, v_dtype or page_dtype)
@@ -306,8 +304,7 @@ def _padded(n: int, unit: int) -> int:
 
 
 class Items(NamedTuple):
-    """Pieces of work in the order they are computed, ``i32[I]`` each; those from ``count`` on do
-    not exist.
+    """Work items in order of computation, ``i32[I]`` each; those from ``count`` on do not exist.
 
     An item is the queries of one sequence in one block of queries. Items of a block follow each
     other.
@@ -318,11 +315,11 @@ class Items(NamedTuple):
     first_row: Array
     """First row of the block that belongs to the sequence."""
     end_row: Array
-    """First row behind those that do."""
+    """End of these rows."""
     first_entry: Array
     """First entry of the sequence that one of the queries sees."""
     end_entry: Array
-    """First entry behind those that one of them sees."""
+    """End of these entries."""
     own_low: Array
     """Smallest rotation that one of the queries carries, and"""
     own_high: Array

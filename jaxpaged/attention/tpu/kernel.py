@@ -62,13 +62,13 @@ class Cut:
     heads: Heads
     config: Config
     pages: int
-    """Of a K/V block."""
+    """Pages of a K/V block."""
     queries: int
-    """Of a block."""
+    """Queries of a block."""
     num_items: int
     """Length of the list; how many of them there are is known on the device."""
     dtype: np.dtype
-    """Of the factors of products."""
+    """Dtype of the factors of products."""
     stored: Stored
 
     @property
@@ -112,7 +112,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         rotations, and what turns them; the packed table and the parts of pages, in HBM; blocks of
         the outputs; scratch.
       cut: the static sizes.
-      rotated: whether entries may carry rotations.
+      rotated: True if entries may have rotations.
     """
     count_ref, *refs_of_items = refs[: 1 + _ITEM_FIELDS]
     items = Items(*refs_of_items)
@@ -133,13 +133,13 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     page_rows, packed = heads.page_rows, heads.packed
     item = pl.program_id(0)
 
-    # --- the stream of K/V blocks: which comes when, and what is fetched for it
+    # --- the stream of K/V blocks: their order, and their DMAs
 
     def first_chunk(i: Array) -> Array:
         return items.first_entry[i] // pages
 
     def end_chunk(i: Array) -> Array:
-        """Of an item that sees nothing too there is one chunk, with no live entry in it."""
+        """End of an item's chunks; an item that sees nothing has one chunk without live entries."""
         return jnp.maximum(pl.cdiv(items.end_entry[i], pages), first_chunk(i) + 1)
 
     def following(i: Array, chunk: Array) -> tuple[Array, Array]:
@@ -349,8 +349,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         _over_heads(heads.num_kv_heads, cut.heads_at_once, one_head)
 
     def rotate_queries(rotation: Array) -> None:
-        """Turns the queries from the frame of their own keys to that of keys of ``rotation``, if
-        they are not there."""
+        """Rotates the queries from the offset of their own keys to ``rotation``, if it differs."""
 
         @pl.when((state[1] == 0) | (state[2] != rotation))
         def turn() -> None:
@@ -450,7 +449,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
 
 def _buffer_of(number: Array) -> Array:
-    """Which of the two buffers the K/V block of that number lies in."""
+    """Index of the buffer (of two) of K/V block ``number``."""
     return lax.rem(number, 2)
 
 
