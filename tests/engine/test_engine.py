@@ -262,6 +262,7 @@ def test_nan_logits_end_their_own_request_and_leave_nothing_behind(engine, monke
         assert finish(engine, greedy(f"r{i}", text, 9))[f"r{i}", 0].tokens == alone(text, 9)
 
 
+@pytest.mark.slow
 def test_texts_are_the_same_with_64_bit_types(engine, monkeypatch):
     monkeypatch.setattr(SwapCosts, "swap_is_cheaper", lambda *_: True)
     sampled = {"temperature": 1.2, "top_k": 0, "seed": 2**32 - 2, "num_logprobs": 2}
