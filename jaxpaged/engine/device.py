@@ -255,7 +255,7 @@ class Device:
         rows = programs.ATTACHED_PER_EDIT
         return Edit(
             pinned=np.full(p, n, np.int32),
-            removed=np.full(s, s, np.int32),
+            removed=np.zeros(s, bool),
             attached=np.full(rows, s, np.int32),
             attached_pages=np.full((rows, p), n, np.int32),
             attached_tokens=np.zeros(rows, np.int32),
@@ -295,7 +295,7 @@ class Device:
     ) -> None:
         given = self._empty_edit()
         _put(given.pinned, pinned)
-        _put(given.removed, removed)
+        given.removed[list(removed)] = True
         _put(given.unpinned, unpinned)
         for i, (slot, pages, count) in enumerate(attached):
             given.attached[i], given.attached_tokens[i] = slot, count

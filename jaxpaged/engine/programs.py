@@ -25,6 +25,7 @@ from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
 from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
 from jaxpaged.pages import allocator as allocators
+from jaxpaged.pages import block_table as block_tables
 from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
 
@@ -34,7 +35,6 @@ NAN_TOKEN = -2
 """In place of a token: the logits held NaN."""
 ATTACHED_PER_EDIT = 8
 """Sequences that one edit can attach pages to."""
-_Sequences = tuple[PageAllocator, BlockTable]
 
 
 @jax.tree_util.register_dataclass
@@ -259,7 +259,7 @@ class Edit:
     pinned: Given
     """i32[M]: pages that the prefix cache retains, from the front; N in padding."""
     removed: Given
-    """i32[S]: sequences that end, from the front; S in padding."""
+    """bool[S]: sequences that end."""
     attached: Given
     """i32[A]: empty sequences that attach pages, from the front; S in padding."""
     attached_pages: Given
@@ -276,49 +276,33 @@ def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableSt
     Returns:
       ``(cache, ok bool[], state)``. Not ok: pages could not be attached; everything else is done.
     """
-    n, s = cache.num_pages, cache.max_seqs
-    cache = replace(
-        cache,
-        allocator=lax.cond(
-            given.pinned[0] < n, allocators.retain, lambda same, _: same, cache.allocator, given.pinned
-        ),
-    )
 
-    def remove_one(i: Array, state: _Sequences) -> _Sequences:
-        held = replace(cache, allocator=state[0], table=state[1])
-        held, _ = _edit_rows(held, given.removed[i, None], lambda rows: rows.seq_remove(jnp.ones(1, bool)))
-        return held.allocator, held.table
-
-    def attach(allocator: PageAllocator, table: BlockTable) -> tuple[_Sequences, Array]:
-        held, ok = _edit_rows(
-            replace(cache, allocator=allocator, table=table),
-            given.attached,
-            lambda rows: seq_attach(rows, given.attached_pages, given.attached_tokens),
+    def update(operation: Callable[..., PageAllocator], cache: PagedKVCache, pages: Array) -> PagedKVCache:
+        some = pages[0] < cache.num_pages
+        return replace(
+            cache, allocator=lax.cond(some, operation, lambda same, _: same, cache.allocator, pages)
         )
-        return (held.allocator, held.table), ok
 
-    num_removed = jnp.sum(given.removed < s, dtype=jnp.int32)
-    state = lax.fori_loop(0, num_removed, remove_one, (cache.allocator, cache.table))
-    state, ok = lax.cond(given.attached[0] < s, attach, lambda *same: (same, jnp.bool_(True)), *state)
-    allocator = lax.cond(
-        given.unpinned[0] < n, allocators.release, lambda same, _: same, state[0], given.unpinned
+    def attach(allocator: PageAllocator, table: BlockTable) -> tuple[PageAllocator, BlockTable, Array]:
+        rows = jax.tree.map(lambda field: field.at[given.attached].get(mode="clip"), table)
+        held = replace(cache, allocator=allocator, table=rows)
+        held, ok = seq_attach(held, given.attached_pages, given.attached_tokens)
+        table = jax.tree.map(
+            lambda field, new: field.at[given.attached].set(new, mode="drop"), table, held.table
+        )
+        return held.allocator, table, ok
+
+    cache = update(allocators.retain, cache, given.pinned)
+    cache, _ = cache.seq_remove(given.removed)
+    allocator, table, ok = lax.cond(
+        given.attached[0] < cache.max_seqs,
+        attach,
+        lambda *same: (*same, jnp.bool_(True)),
+        cache.allocator,
+        cache.table,
     )
-    cache = replace(cache, allocator=allocator, table=state[1])
+    cache = update(allocators.release, replace(cache, allocator=allocator, table=table), given.unpinned)
     return cache, ok, table_state(cache)
-
-
-def _edit_rows(
-    cache: PagedKVCache, ids: Array, operation: Callable[[PagedKVCache], tuple[PagedKVCache, Array]]
-) -> tuple[PagedKVCache, Array]:
-    """Applies an operation to the sequences ``ids i32[R]`` as if there were no others, at R/S of
-    its cost.
-
-    For an id of S the operation sees some other row, which it must leave alone.
-    """
-    rows = jax.tree.map(lambda field: field.at[ids].get(mode="clip"), cache.table)
-    edited, ok = operation(replace(cache, table=rows))
-    table = jax.tree.map(lambda field, new: field.at[ids].set(new, mode="drop"), cache.table, edited.table)
-    return replace(cache, allocator=edited.allocator, table=table), ok
 
 
 def remove(cache: Cache, removed: Array) -> Cache:
@@ -336,21 +320,17 @@ def shift(
       ``(cache, ok bool[], state)``. Not ok: its row of the table is too narrow; nothing was
       changed.
     """
-    marked = seq[None] < cache.max_seqs
-
-    def shift_row(before: PagedKVCache) -> tuple[PagedKVCache, Array]:
-        # Ranges are positions, and a sequence that was shifted before still begins at 0.
-        after, removed = before.seq_remove(marked, keep, keep + discard)
-        after, shifted = after.seq_shift(marked, keep + discard, -1, -discard)
-        ok = removed & shifted
-        allocator, table = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old),
-            (after.allocator, after.table),
-            (before.allocator, before.table),
-        )
-        return replace(before, allocator=allocator, table=table), ok
-
-    cache, ok = _edit_rows(cache, seq[None], shift_row)
+    # Ranges are positions, and a sequence that was shifted before still begins at 0.
+    before, end = cache, keep + discard
+    cache, removed = cache.seq_remove(seq, keep, end)
+    cache, shifted = cache.seq_shift(seq, end, -1, -discard)
+    ok = removed & shifted
+    row = block_tables.choose(
+        ok, block_tables.get_row(cache.table, seq), block_tables.get_row(before.table, seq)
+    )
+    table = block_tables.set_row(cache.table, seq, row)
+    allocator = jax.tree.map(lambda new, old: jnp.where(ok, new, old), cache.allocator, before.allocator)
+    cache = replace(cache, allocator=allocator, table=table)
     return cache, ok, table_state(cache)
 
 
