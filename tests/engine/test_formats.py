@@ -6,6 +6,7 @@ import random
 
 import jax
 import jax.numpy as jnp
+import pytest
 from engine_kit import prompt
 
 from jaxpaged import PagedKVCache, Rope
@@ -22,6 +23,7 @@ def model(params, tokens, cache, batch, rows):
     return (x + out[:, 0])[rows] @ params[0].T, cache
 
 
+@pytest.mark.slow
 def test_random_requests_leave_no_page_behind():
     keys = jax.random.split(jax.random.key(0), 2)
     params = [jax.random.normal(keys[0], (VOCAB, HIDDEN)), jax.random.normal(keys[1], (HIDDEN, HIDDEN)) / 8]
