@@ -74,7 +74,7 @@ class Report:
 
 
 def resident_megabytes() -> float:
-    """Of this process."""
+    """Memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -226,7 +226,7 @@ class Client:
 
 
 async def _expected(http: httpx.AsyncClient, model: Any, report: Report) -> dict[str, dict[str, Any]]:
-    """What each prompt gives alone: asked for one by one, outside of the prefix cache."""
+    """Text of each prompt alone: asked for one by one, outside of the prefix cache."""
     expected = {}
     for prompt in prompts():
         body = {
