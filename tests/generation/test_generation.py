@@ -83,7 +83,25 @@ def contiguous(max_seqs: int = 3) -> ContiguousKVCache:
 
 
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 33))]
-SAMPLING = SamplingParams.create(3, temperature=0.9, seed=[1, 2, 3], repeat_penalty=1.2)
+SAMPLING = SamplingParams.create(3, temperature=0.9, seed=[1, 2, 3])
+
+
+def run(params: Any, cache: Any, prompts: Any, count: Any, **options: Any) -> Any:
+    """Mostly one program: prefill in steps of 16 tokens, up to 16 new tokens, and prompts of 33 to 48 among three."""
+    return generate(toy, params, cache, prompts, max_new_tokens=count, **{"batch_size": 16} | options)
+
+
+def in_threes(
+    params: Any, make: Any, prompts: list[list[int]], count: int, **sampling: Any
+) -> list[list[int]]:
+    """The text of each prompt with its number as seed, three in a cache at a time, so that one program serves all."""
+    texts: dict[int, list[int]] = {}
+    for first in range(0, len(prompts), 3):
+        rows = range(min(first, len(prompts) - 3), min(first + 3, len(prompts)))
+        own = SamplingParams.create(3, seed=list(rows), **sampling)
+        result, _ = run(params, make(), [prompts[i] for i in rows], count, sampling=own)
+        texts |= dict(zip(rows, rows_of(result), strict=True))
+    return [texts[i] for i in range(len(prompts))]
 
 
 def rows_of(result: Any) -> list[list[int]]:
@@ -93,31 +111,34 @@ def rows_of(result: Any) -> list[list[int]]:
 
 
 def test_paged_contiguous_and_the_whole_prompt_computed_anew_give_the_same_greedy_tokens(params: Any) -> None:
-    result, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=12, batch_size=16)
-    other, _ = generate(toy, params, contiguous(), PROMPTS, max_new_tokens=12)
+    result, _ = run(params, paged(), PROMPTS, 12)
+    other, _ = run(params, contiguous(), PROMPTS, 12)
     assert rows_of(result) == rows_of(other)
     # No cache reused: every token from a prefill of all that stands before it.
-    history = list(PROMPTS[1])
-    for expected in rows_of(result)[1][:5]:
-        once, _ = generate(toy, params, paged(1), [history], max_new_tokens=1, batch_size=64)
+    history = list(PROMPTS[2])
+    for expected in rows_of(result)[2][:5]:
+        once, _ = run(params, paged(), [history], 1)
         assert rows_of(once)[0] == [expected]
         history.append(expected)
 
 
 def test_a_sequence_gives_the_same_text_alone_in_any_batch_and_for_any_prefill_chunk(params: Any) -> None:
-    together, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING, batch_size=16)
-    own = SamplingParams.create(1, temperature=0.9, seed=2, repeat_penalty=1.2)
-    alone, _ = generate(toy, params, paged(1), PROMPTS[1:2], max_new_tokens=20, sampling=own)
-    assert rows_of(alone)[0] == rows_of(together)[1]
-    turned = SamplingParams.create(3, temperature=0.9, seed=[3, 1, 2], repeat_penalty=1.2)
-    order = [PROMPTS[2], PROMPTS[0], PROMPTS[1]]
-    shuffled, _ = generate(toy, params, paged(), order, max_new_tokens=20, sampling=turned)
+    penalized = {"temperature": 0.9, "repeat_penalty": 1.2}
+    sampling = SamplingParams.create(3, seed=[1, 2, 3], **penalized)
+    together, _ = run(params, paged(), PROMPTS, 16, sampling=sampling)
+    own = SamplingParams.create(1, seed=3, **penalized)
+    alone, _ = run(params, paged(1), PROMPTS[2:], 16, sampling=own, batch_size=64)
+    assert rows_of(alone)[0] == rows_of(together)[2]
+    rotated = SamplingParams.create(3, seed=[3, 1, 2], **penalized)
+    shuffled, _ = run(params, paged(), [PROMPTS[2], PROMPTS[0], PROMPTS[1]], 16, sampling=rotated)
     assert rows_of(shuffled) == [rows_of(together)[i] for i in (2, 0, 1)]
 
 
 def test_a_stream_hands_out_the_tokens_of_generate(params: Any) -> None:
-    whole, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
-    stream = generate_stream(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING, every=3)
+    whole, _ = run(params, paged(), PROMPTS, 16, sampling=SAMPLING)
+    stream = generate_stream(
+        toy, params, paged(), PROMPTS, max_new_tokens=16, sampling=SAMPLING, batch_size=64, every=3
+    )
     chunks = list(stream)
     joined = [[token for c in chunks for token in c.tokens[i]] for i in range(3)]
     assert joined == rows_of(whole)
@@ -129,9 +150,9 @@ def test_a_stream_hands_out_the_tokens_of_generate(params: Any) -> None:
 
 
 def test_a_stop_token_ends_a_sequence_and_is_not_part_of_it(params: Any) -> None:
-    free, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    free, _ = run(params, paged(), PROMPTS, 16, sampling=SAMPLING)
     stop = rows_of(free)[1][7]
-    cut, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING, stop_ids=[stop])
+    cut, _ = run(params, paged(), PROMPTS, 16, sampling=SAMPLING, stop_ids=[stop])
     for whole, short, reason in zip(rows_of(free), rows_of(cut), np.array(cut.finish_reason), strict=True):
         expected = whole[: whole.index(stop)] if stop in whole else whole
         assert short == expected
@@ -139,14 +160,14 @@ def test_a_stop_token_ends_a_sequence_and_is_not_part_of_it(params: Any) -> None
 
 
 def test_limits_are_per_sequence_and_may_be_zero(params: Any) -> None:
-    result, cache = generate(toy, params, paged(), PROMPTS, max_new_tokens=[0, 3, 9])
+    result, cache = run(params, paged(), PROMPTS, [0, 3, 9])
     assert np.array(result.num_tokens).tolist() == [0, 3, 9]
     assert np.array(result.finish_reason).tolist() == [FINISH_LENGTH] * 3
     assert int(cache.pages_used) == 0
 
 
 def test_pages_are_given_back_and_the_peak_is_what_live_tokens_need(params: Any) -> None:
-    result, cache = generate(toy, params, paged(), PROMPTS, max_new_tokens=8)
+    result, cache = run(params, paged(), PROMPTS, 8)
     check_invariants(cache)
     assert int(cache.pages_used) == 0
     # The last token of each is never fed back.
@@ -154,17 +175,17 @@ def test_pages_are_given_back_and_the_peak_is_what_live_tokens_need(params: Any)
 
 
 def test_prompts_wait_for_pages_instead_of_failing(params: Any) -> None:
-    roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
-    tight, cache = generate(toy, params, paged(num_pages=10), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    roomy, _ = run(params, paged(), PROMPTS, 16, sampling=SAMPLING)
+    tight, cache = run(params, paged(num_pages=9), PROMPTS, 16, sampling=SAMPLING)
     check_invariants(cache)
     assert rows_of(tight) == rows_of(roomy)
     assert np.array(tight.finish_reason).tolist() == [FINISH_LENGTH] * 3
-    assert int(tight.pages_peak) <= 10 and int(cache.pages_used) == 0
+    assert int(tight.pages_peak) <= 9 and int(cache.pages_used) == 0
 
 
 def test_out_of_pages_ends_a_sequence_that_is_alone_with_what_it_has(params: Any) -> None:
-    roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
-    tight, cache = generate(toy, params, paged(num_pages=5), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    roomy, _ = run(params, paged(), PROMPTS, 16, sampling=SAMPLING)
+    tight, cache = run(params, paged(num_pages=5), PROMPTS, 16, sampling=SAMPLING)
     check_invariants(cache)
     assert np.array(tight.finish_reason).tolist() == [FINISH_LENGTH, FINISH_LENGTH, FINISH_OUT_OF_PAGES]
     # 40 slots hold 33 tokens of the prompt and 7 of those generated; one more was sampled.
@@ -174,70 +195,59 @@ def test_out_of_pages_ends_a_sequence_that_is_alone_with_what_it_has(params: Any
 
 
 def test_kept_sequences_run_out_of_pages_without_waiting(params: Any) -> None:
-    roomy, _ = generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
-    tight, cache = generate(
-        toy, params, paged(num_pages=10), PROMPTS, max_new_tokens=20, sampling=SAMPLING, keep=True
-    )
+    roomy, _ = run(params, paged(), PROMPTS, 16, sampling=SAMPLING)
+    tight, cache = run(params, paged(num_pages=9), PROMPTS, 16, sampling=SAMPLING, keep=True)
     check_invariants(cache)
     reasons = np.array(tight.finish_reason).tolist()
     assert FINISH_OUT_OF_PAGES in reasons
     for whole, got, reason in zip(rows_of(roomy), rows_of(tight), reasons, strict=True):
         assert got == whole[: len(got)]
-        assert (len(got) < 20) == (reason == FINISH_OUT_OF_PAGES)
+        assert (len(got) < 16) == (reason == FINISH_OUT_OF_PAGES)
 
 
 MANY = [
-    np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 33, 2, 27, 9, 1))
+    np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 33, 2, 35, 9, 1))
 ]
 
 
 @pytest.mark.parametrize("make", [paged, contiguous])
 def test_more_prompts_than_sequences_give_what_each_gives_alone(params: Any, make: Any) -> None:
-    limits = [3, 20, 1, 14, 0, 9, 17]
+    limits = [3, 16, 1, 14, 0, 9, 15]
     sampling = SamplingParams.create(7, temperature=0.9, seed=list(range(7)), repeat_penalty=1.2)
-    result, cache = generate(
-        toy, params, make(), MANY, max_new_tokens=limits, sampling=sampling, batch_size=16
-    )
+    result, cache = run(params, make(), MANY, limits, sampling=sampling)
     assert np.array(result.finish_reason)[:7].tolist() == [FINISH_LENGTH] * 7
-    for i, (prompt, limit) in enumerate(zip(MANY, limits, strict=True)):
-        own = SamplingParams.create(1, temperature=0.9, seed=i, repeat_penalty=1.2)
-        alone, _ = generate(toy, params, make(1), [prompt], max_new_tokens=20, sampling=own)
-        assert rows_of(result)[i] == rows_of(alone)[0][:limit]
+    alone = in_threes(params, make, MANY, 16, temperature=0.9, repeat_penalty=1.2)
+    assert rows_of(result)[:7] == [text[:limit] for text, limit in zip(alone, limits, strict=True)]
     assert int(cache.pages_used) == 0
 
 
 def test_a_queue_passes_over_what_never_fits_and_waits_for_pages(params: Any) -> None:
-    roomy, _ = generate(toy, params, paged(), MANY, max_new_tokens=10, batch_size=16)
+    roomy = in_threes(params, paged, MANY, 10, temperature=0.0)
     prompts = [*MANY[:3], list(range(60)), *MANY[3:]]
-    tight, cache = generate(toy, params, paged(num_pages=6), prompts, max_new_tokens=10, batch_size=16)
+    tight, cache = run(params, paged(num_pages=6), prompts, 10)
     check_invariants(cache)
     reasons = np.array(tight.finish_reason)[:8].tolist()
     assert reasons == [FINISH_OUT_OF_PAGES if i == 3 else FINISH_LENGTH for i in range(8)]
     got = rows_of(tight)[:8]
     assert got.pop(3) == []
-    assert got == rows_of(roomy)[:7]
+    assert got == roomy
     assert int(tight.pages_peak) <= 6 and int(cache.pages_used) == 0
 
 
 def test_a_stream_of_a_queue_hands_out_the_tokens_of_generate(params: Any) -> None:
-    whole, _ = generate(toy, params, paged(), MANY, max_new_tokens=10, batch_size=16)
+    whole = in_threes(params, paged, MANY, 10, temperature=0.0)
     stream = generate_stream(toy, params, paged(), MANY, max_new_tokens=10, batch_size=16, every=4)
     chunks = list(stream)
-    assert [[t for c in chunks for t in c.tokens[i]] for i in range(7)] == rows_of(whole)[:7]
+    assert [[t for c in chunks for t in c.tokens[i]] for i in range(7)] == whole
 
 
 @pytest.mark.parametrize("make", [paged, contiguous])
 def test_samples_of_a_prompt_are_what_their_seeds_give_alone(params: Any, make: Any) -> None:
-    prompts, seeds = [MANY[1], MANY[2], MANY[3]], list(range(6))
-    sampling = SamplingParams.create(6, temperature=0.9, seed=seeds)
-    result, cache = generate(
-        toy, params, make(4), prompts, n=2, max_new_tokens=12, sampling=sampling, batch_size=16
-    )
-    got = rows_of(result)
-    for row in seeds:
-        own = SamplingParams.create(1, temperature=0.9, seed=row)
-        alone, _ = generate(toy, params, make(1), [prompts[row // 2]], max_new_tokens=12, sampling=own)
-        assert got[row] == rows_of(alone)[0]
+    prompts = [MANY[1], MANY[2], MANY[3]]
+    sampling = SamplingParams.create(6, temperature=0.9, seed=list(range(6)))
+    result, cache = run(params, make(4), prompts, 12, n=2, sampling=sampling)
+    each = [prompt for prompt in prompts for _ in range(2)]
+    assert rows_of(result)[:6] == in_threes(params, make, each, 12, temperature=0.9)
     assert int(cache.pages_used) == 0
 
 
@@ -257,9 +267,7 @@ def test_samples_of_one_seed_differ_and_equal_seeds_give_equal_samples(params: A
 
 
 def test_samples_share_the_whole_pages_of_their_prompt(params: Any) -> None:
-    result, cache = generate(
-        toy, params, paged(3), [PROMPTS[2]], n=3, max_new_tokens=8, sampling=SAMPLING, keep=True
-    )
+    result, cache = run(params, paged(), [PROMPTS[2]], 8, n=3, sampling=SAMPLING, keep=True)
     check_invariants(cache)
     # 33 tokens fill 4 pages, which are shared; the fifth is copied twice.
     assert int(result.pages_peak) == 4 + 3
@@ -297,24 +305,17 @@ def slow_greedy(params: Any, prompt: list[int], count: int, n_ctx: int, keep: in
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize(("keep", "n_ctx"), [(0, 40), (5, 37), (-1, 48)])
-def test_generation_goes_on_beyond_the_context_and_the_pool_does_not_grow(
-    params: Any, keep: int, n_ctx: int
-) -> None:
+@pytest.mark.parametrize("keep", [0, 5, -1])
+def test_generation_goes_on_beyond_the_context_and_the_pool_does_not_grow(params: Any, keep: int) -> None:
+    n_ctx, count = 37, 90
     shift = ContextShift(n_ctx, n_keep=keep)
-    result, cache = generate(
-        toy,
-        params,
-        paged(3, num_pages=3 * (-(-n_ctx // 8) + 2)),
-        PROMPTS,
-        max_new_tokens=150,
-        context_shift=shift,
-    )
+    pool = paged(num_pages=3 * (-(-n_ctx // 8) + 2))
+    result, cache = run(params, pool, PROMPTS, count, context_shift=shift)
     check_invariants(cache)
     assert np.array(result.finish_reason).tolist() == [FINISH_LENGTH] * 3
     for prompt, got in zip(PROMPTS, rows_of(result), strict=True):
-        kept = len(prompt) if keep < 0 else keep
-        assert got == slow_greedy(params, prompt, 150, n_ctx, kept)
+        kept = min(len(prompt) if keep < 0 else keep, n_ctx - 4)
+        assert got == slow_greedy(params, prompt, count, n_ctx, kept)
 
 
 def test_pages_behind_the_window_go_back_while_it_generates(params: Any) -> None:
@@ -330,7 +331,7 @@ def test_pages_behind_the_window_go_back_while_it_generates(params: Any) -> None
         logits, inner = toy(params, tokens, Windowed(cache), batch, rows)
         return logits, inner.cache
 
-    arguments: dict[str, Any] = {"max_new_tokens": 100, "batch_size": 16}
+    arguments: dict[str, Any] = {"max_new_tokens": 48, "batch_size": 16}
     everything, _ = generate(windowed, params, paged(num_pages=80), PROMPTS, **arguments)
     result, cache = generate(windowed, params, paged(num_pages=14), PROMPTS, window=12, **arguments)
     check_invariants(cache)
@@ -340,18 +341,18 @@ def test_pages_behind_the_window_go_back_while_it_generates(params: Any) -> None
 
 
 def test_a_prompt_that_never_fits_ends_without_tokens(params: Any) -> None:
-    result, cache = generate(toy, params, paged(num_pages=3), PROMPTS, max_new_tokens=2, batch_size=64)
-    assert np.array(result.finish_reason).tolist()[2] == FINISH_OUT_OF_PAGES
+    result, cache = run(params, paged(num_pages=5), [*PROMPTS[:2], list(range(41))], 2)
+    assert np.array(result.finish_reason).tolist() == [FINISH_LENGTH, FINISH_LENGTH, FINISH_OUT_OF_PAGES]
     assert int(result.num_tokens[2]) == 0
     assert int(cache.pages_used) == 0
 
 
 @pytest.mark.parametrize("make", [paged, contiguous])
 def test_kept_sequences_continue_where_they_stopped(params: Any, make: Any) -> None:
-    whole, _ = generate(toy, params, make(), PROMPTS, max_new_tokens=16)
-    first, cache = generate(toy, params, make(), PROMPTS, max_new_tokens=6, keep=True)
+    whole, _ = run(params, make(), PROMPTS, 16)
+    first, cache = run(params, make(), PROMPTS, 6, keep=True)
     newest = [[tokens[-1]] for tokens in rows_of(first)]
-    rest, cache = generate(toy, params, cache, newest, max_new_tokens=10, keep=True)
+    rest, cache = run(params, cache, newest, 10, keep=True)
     assert [a + b for a, b in zip(rows_of(first), rows_of(rest), strict=True)] == rows_of(whole)
     assert np.array(cache.lengths).tolist() == [len(p) + 15 for p in PROMPTS]
 
@@ -360,9 +361,9 @@ def test_history_is_what_penalties_look_at_and_a_shift_keeps(params: Any) -> Non
     """A prompt whose beginning is in the cache already gives what the whole prompt gives."""
     shift = ContextShift(40, n_keep=12)
     sampling = SamplingParams.create(1, temperature=0.0, presence_penalty=30.0, repeat_last_n=48)
-    settings: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling, "context_shift": shift}
+    settings: dict[str, Any] = {"max_new_tokens": 16, "sampling": sampling, "context_shift": shift}
     whole, _ = generate(toy, params, paged(1), [PROMPTS[2]], **settings)
-    settings |= {"keep": True, "max_new_tokens": 24}
+    settings["keep"] = True
     begun, cache = generate(toy, params, paged(1), [PROMPTS[2][:-3]], **(settings | {"max_new_tokens": 0}))
     assert int(begun.num_tokens[0]) == 0
     rest, _ = generate(toy, params, cache, [PROMPTS[2][-3:]], **settings, history=[PROMPTS[2][:-3]])
@@ -370,13 +371,14 @@ def test_history_is_what_penalties_look_at_and_a_shift_keeps(params: Any) -> Non
 
 
 def test_other_prompts_lengths_and_parameters_do_not_retrace(params: Any) -> None:
-    generate(toy, params, paged(), PROMPTS, max_new_tokens=20, sampling=SAMPLING)
+    def sampling(**options: Any) -> SamplingParams:
+        return SamplingParams.create(3, seed=[9, 8, 7], **options)
+
+    run(params, paged(), PROMPTS, 16, sampling=sampling(temperature=0.9, repeat_penalty=1.2))
     before = next(traces)
-    shorter = [p[: n + 1] for n, p in enumerate(reversed(PROMPTS))]
-    shorter[0] = PROMPTS[2] + [1]
-    shorter[1] = PROMPTS[1] + [2, 3]
-    other = SamplingParams.create(3, temperature=[0.0, 1.0, 0.5], seed=[9, 8, 7], repeat_penalty=1.1, top_k=5)
-    generate(toy, params, paged(), shorter, max_new_tokens=[17, 18, 24], sampling=other, stop_ids=[3, 4])
+    other = sampling(temperature=[0.0, 1.0, 0.5], repeat_penalty=1.1, top_k=5)
+    prompts = [PROMPTS[2] + [1], PROMPTS[1] + [2, 3], PROMPTS[2][:3]]
+    run(params, paged(), prompts, [11, 12, 16], sampling=other, stop_ids=[3, 4])
     assert next(traces) == before + 1
 
 
@@ -420,8 +422,8 @@ def test_bad_arguments_are_named(params: Any, changed: dict[str, Any], message: 
 def test_generation_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, params: Any) -> None:
     # Limits of one size are one program; sequences 0 and 1 end early, and go on elsewhere.
     prompts = PROMPTS
-    whole, _ = generate(toy, params, paged(), prompts, max_new_tokens=16, keep=True)
-    half, cache = generate(toy, params, paged(), prompts, max_new_tokens=[6, 6, 16], keep=True)
+    whole, _ = run(params, paged(), prompts, 16, keep=True)
+    half, cache = run(params, paged(), prompts, [6, 6, 16], keep=True)
     expected, tokens = rows_of(whole), rows_of(half)
     held = [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
     snapshot(cache, tmp_path / "half", token_ids=held, fingerprint="a model")
