@@ -79,6 +79,7 @@ def test_the_examples_of_the_docs_are_accepted():
         application.commands[name].make_context(name, flags)
 
 
+@pytest.mark.slow
 def test_the_demo_writes_code_without_repeating_itself(here):
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     (demo,) = re.findall(r"^\t\.venv/bin/jaxpaged (generate .*) \$\(ARGS\)$", makefile, re.M)
@@ -151,6 +152,7 @@ def test_contiguous_cache_gives_the_same_tokens(jaxpaged, model_path, paged):
     )
 
 
+@pytest.mark.slow
 def test_x64_changes_no_token(jaxpaged, model_path, paged):
     flags = ("-p", "def f(x):", "-n", "40", *GREEDY, "--json", *SMALL_PAGES)
     done = jaxpaged("generate", "-m", model_path, *flags, JAX_ENABLE_X64="1")
@@ -178,6 +180,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, done.stdout, "")
 
 
+@pytest.mark.slow
 def test_parallel_samples_are_those_of_their_seeds(jaxpaged, model_path):
     # One by one they run the program of `paged`, which is compiled already.
     flags = (
@@ -199,6 +202,7 @@ def test_parallel_samples_are_those_of_their_seeds(jaxpaged, model_path):
     assert both["choices"][1]["tokens"] == second["tokens"]
 
 
+@pytest.mark.slow
 def test_running_out_of_pages_ends_the_text(jaxpaged, model_path):
     done = jaxpaged(
         "generate", "-m", model_path, "-p", "def f(x):", "-n", "40", *GREEDY, "--json", "--page-size", "8",
@@ -210,6 +214,7 @@ def test_running_out_of_pages_ends_the_text(jaxpaged, model_path):
     assert "out of pages: " in done.stderr
 
 
+@pytest.mark.slow
 def test_chat_on_a_pipe(jaxpaged, model_path):
     done = jaxpaged("generate", "-m", model_path, "-cnv", "-n", "4", *GREEDY, stdin="a\nb\n")
     assert done.returncode == 0, done.stderr

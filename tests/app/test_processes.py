@@ -107,7 +107,7 @@ def test_flags_that_do_not_go_together_are_named(command, flags, said, refused):
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        ("tensor", "--mesh tensor: 'tensor' is no axis and its size"),
+        ("tensor", "--mesh tensor: 'tensor' is not an axis with its size"),
         ("model=2", "--mesh model=2: "),
         ("tensor=0", "--mesh tensor=0: "),
         ("tensor=2,tensor=2", "--mesh tensor=2,tensor=2: "),
