@@ -215,11 +215,13 @@ class Oracle:
                     entries.append(Slice(self.fresh_page(), 0, last.end, (token,), last.rotation))
                     pages += 1
                 else:
-                    page = last.page
-                    if self.references()[page] > 1:
+                    own = [i for i, entry in enumerate(entries) if entry.page == last.page]
+                    if self.references()[last.page] > len(own):  # shared: its own entries move to a copy
                         page = self.fresh_page()
                         pages += 1
-                    entries[-1] = replace(last, page=page, tokens=(*last.tokens, token))
+                        for i in own:
+                            entries[i] = replace(entries[i], page=page)
+                    entries[-1] = replace(entries[-1], tokens=(*last.tokens, token))
                 token += 1
             taken.append(pages)
             ok = ok and len(entries) <= self.max_pages_per_seq
