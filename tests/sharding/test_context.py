@@ -286,7 +286,7 @@ def random_operations(twins: Twins, steps: int) -> None:
 
 def test_any_operations_leave_the_same_book_pages_and_attention(twins: Twins) -> None:
     random_operations(twins, 60)
-    refusals = "edited refused", "reserved refused", "fits refused"
+    refusals = "edited refused", "reserved refused", "can_reserve_each refused"
     for what in ("copy to another rank", "rank without a page", "shifted", "cut pages", *refusals):
         assert twins.seen[what] > 0, f"the test never met: {what}"
 
@@ -321,7 +321,7 @@ def test_one_sequence_fills_the_pool_to_the_last_page_whatever_rank_has_it(twins
     assert int(twins.spread.pages_free) == 0
     before = jax.tree.map(np.array, twins.spread)
     said = twins.step([0, 1, 0, 0])
-    assert not said["reserved"] and said["fits"].tolist() == [True, False, True, True]
+    assert not said["reserved"] and said["can_reserve_each"].tolist() == [True, False, True, True]
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, twins.spread), before)
     # Back to three tokens, and on: pages come back in another order.
     assert twins.step([T, 0, 0, 0], REMOVE, seq=0, p0=3)["reserved"]
@@ -494,7 +494,7 @@ def test_generate_has_the_tokens_of_one_device(params: Any, on_one_device: Any, 
 
 def test_lookup_has_the_tokens_of_generate_on_one_device(params: Any, on_one_device: Any) -> None:
     prompts, empty = [PROMPTS[0], PROMPTS[2]], PagedKVCache.create(**SIZES)
-    request, shape = lookup._request(empty, prompts, 3, 2, 20, (), 32, False)
+    request, shape = lookup._request(empty, prompts, None, 3, 2, 20, (), 32, False)
     run = functools.partial(lookup._generate, toy, shape)
     result = generate_on(4, run, params, request, num_layers=2)[0]
     np.testing.assert_array_equal(result.tokens[:2], on_one_device[2][0].tokens[[0, 4]])
@@ -503,7 +503,7 @@ def test_lookup_has_the_tokens_of_generate_on_one_device(params: Any, on_one_dev
 
 def test_beams_are_those_of_one_device(params: Any) -> None:
     empty = PagedKVCache.create(**SIZES)
-    request, shape = beams._request(empty, PROMPTS[1:2], 4, 10, 1.0, False, 4, (), 32)
+    request, shape = beams._request(empty, PROMPTS[1:2], None, 4, 10, 1.0, False, 4, (), 32)
     run = functools.partial(beams._beam_search, toy, shape)
     plain, spread = (generate_on(size, run, params, request) for size in (0, 4))
     assert_same(spread[1:], plain[1:])
@@ -521,8 +521,8 @@ def test_beams_are_those_of_one_device(params: Any) -> None:
         ({"axis_size": 0}, "axis_size must be positive, got 0"),
         ({"num_pages": 10}, "num_pages must be a positive multiple of axis_size, .* 4 ranks .* got 10"),
         ({"num_pages": 0}, "num_pages must be a positive multiple"),
-        ({"dtype": "kivi4", "head_dim": 32, "page_size": 32}, "pages of kivi4 are sealed"),
-        ({"v_dtype": "kivi2", "head_dim": 32, "page_size": 32}, "pages of kivi2 are sealed"),
+        ({"dtype": "kivi4", "head_dim": 32, "page_size": 32}, "kivi4 quantizes whole pages"),
+        ({"v_dtype": "kivi2", "head_dim": 32, "page_size": 32}, "kivi2 quantizes whole pages"),
         ({"page_size": 12}, "page_size"),
     ],
 )
@@ -537,7 +537,7 @@ def test_a_mesh_axis_of_another_size_is_named() -> None:
     def reserve(cache: Any) -> Any:
         return cache.reserve(jnp.ones(S, jnp.int32), num_tokens=T)[0]
 
-    with pytest.raises(ValueError, match="made for 4 ranks, the mesh axis 'context' has 2"):
+    with pytest.raises(ValueError, match="created for 4 ranks, the mesh axis 'context' has 2"):
         sharded(reserve, 2, (specs,), specs).lower(cache)
 
 

@@ -135,7 +135,7 @@ def test_openai_chat(client):
 def test_openai_errors(client, server):
     assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny-python-Q8_0").id]
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="any", prompt="x", max_tokens=-1)
+        client.completions.create(model="any", prompt="x", max_tokens=-2)
     assert refused.value.param == "max_tokens" and refused.value.status_code == 400
     with pytest.raises(openai.BadRequestError, match="context size"):
         client.completions.create(model="any", prompt=[1] * 256)
