@@ -48,7 +48,7 @@ test: .venv/.extra-test ## Test the laws of all packages; minutes
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: .venv/.extra-test ## Test what that leaves out: kernels, commands, clients, scripts, meshes, newest jax
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) -m slow $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) --dist worksteal -m slow $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-mesh test-newest)
 
 # Each file is a process of its own: programs over eight devices take memory and threads.
