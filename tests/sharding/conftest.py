@@ -19,6 +19,13 @@ if "jax" not in sys.modules:
     os.environ["NPROC"] = str(max(2 * NUM_DEVICES, int(os.environ.get("NPROC", "0"))))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Programs over eight devices take their time: `make test-all` runs them."""
+    for item in items:
+        if "sharding" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> None:
     """Skips all of it where jax has started with fewer devices."""
