@@ -47,7 +47,7 @@ $(SMOLLM2): | .venv/bin/python
 test: .venv/.extra-test ## Test the laws of all packages; minutes
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: .venv/.extra-test ## Test what that leaves out: kernels, commands, clients, scripts, meshes, newest jax
+test-all: .venv/.extra-dev ## Test what that leaves out: kernels, commands, clients, scripts, meshes, newest jax
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) --dist worksteal -m slow $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-mesh test-newest)
 
