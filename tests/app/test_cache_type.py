@@ -70,7 +70,7 @@ def test_quantized_rows_give_the_same_text_with_and_without_pages(generate):
     assert paged["kv"]["bytes_contiguous"] == contiguous["kv"]["bytes_peak"] == 128 // 8 * page
 
 
-def test_pages_that_are_sealed_are_filled_whatever_was_reused_of_them(generate, tmp_path):
+def test_residual_pages_are_filled_whatever_was_reused_of_them(generate, tmp_path):
     # All of them run one program: prompts of up to 8 tokens are alike to it.
     def run(name: str, prompt: str, *more: str) -> dict:
         flags = ("-n", "12", "-ctk", "kivi2", "-ctv", "f16", "--prompt-cache", tmp_path / name)
@@ -85,7 +85,7 @@ def test_pages_that_are_sealed_are_filled_whatever_was_reused_of_them(generate, 
         assert (again["tokens"], again["kv"]) == (expected["tokens"], expected["kv"])
 
 
-def test_a_chat_that_forgets_forgets_whole_pages_where_they_are_sealed():
+def test_a_chat_that_forgets_forgets_whole_pages_of_residual_formats():
     assert reusable_tokens([1, 2, 3, 4, 5], [1, 2, 3, 9, 5], by=2) == 2
     assert reusable_tokens([1, 2, 3], [1, 2, 3, 4], by=2) == 3  # goes on behind what is held
     assert reusable_tokens([1, 2, 3], [1, 2, 3], by=2) == 2

@@ -43,7 +43,7 @@ def step(cache: PagedKVCache, num_new: list[int], first: int) -> PagedKVCache:
 
 
 def shared(**options: Any) -> PagedKVCache:
-    """A fork that shares an open page and one that has gone on, a cut inside a sealed page."""
+    """A fork that shares a residual page, one that has gone on, and a cut inside a quantized page."""
     cache = step(create(**options), [13, 9, 21, 0], 0)
     for operation, arguments in (
         (ops.seq_copy, (0, 3, 0, -1)),
