@@ -182,6 +182,8 @@ class ContiguousKVCache:
         num_new = jnp.asarray(num_new, jnp.int32)
         return (num_new >= 0) & (num_new <= self.max_length - self.lengths)
 
+    has_room = can_reserve_each
+
     def can_reserve(self, num_new: Array) -> Array:
         """See ``interface.can_reserve``."""
         return jnp.all(self.can_reserve_each(num_new))

@@ -56,6 +56,7 @@ class KVCache(Protocol):
     ) -> tuple[Self, Batch, Array]: ...
     def can_reserve(self, num_new: Array) -> Array: ...
     def can_reserve_each(self, num_new: Array) -> Array: ...
+    def has_room(self, num_new: Array) -> Array: ...
     def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array: ...
     def whole_pages(self, num_tokens: Array) -> Array: ...
     def clear(self, *, scrub: bool = False) -> Self: ...
@@ -112,7 +113,7 @@ class OutOfPages(RuntimeError):
 
 
 _reserve_donating = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")
-_needs = jax.jit(lambda cache, num_new: (cache.pages_needed(num_new), cache.can_reserve_each(num_new)))
+_needs = jax.jit(lambda cache, num_new: (cache.pages_needed(num_new), cache.has_room(num_new)))
 
 
 def reserve_or_raise(cache: Cache, num_new: Array, *, num_tokens: int | None = None) -> tuple[Cache, Batch]:
@@ -131,12 +132,11 @@ def reserve_or_raise(cache: Cache, num_new: Array, *, num_tokens: int | None = N
         raise ValueError(f"num_new must not be negative, got {counts.min()}")
     if counts.sum() > rows:
         raise ValueError(f"num_new asks for {counts.sum()} tokens, the step has {rows} rows")
-    needed, fits = (np.asarray(x) for x in _needs(cache, counts))
-    free = int(cache.pages_free)
-    if needed.sum() > free:
+    needed, has_room = (np.asarray(x) for x in _needs(cache, counts))
+    if not has_room.all():
+        raise ValueError(f"sequence {int(np.argmin(has_room))} has no room for its new tokens in {cache!r}")
+    if needed.sum() > (free := int(cache.pages_free)):
         raise OutOfPages(int(needed.sum()), free)
-    if not fits.all():
-        raise ValueError(f"sequence {int(np.argmin(fits))} has no room for its new tokens in {cache!r}")
     cache, batch, _ = _reserve_donating(cache, counts, num_tokens=rows)
     return cache, batch
 

@@ -88,6 +88,10 @@ class Sequences:
         enough = jnp.sum(plan.needed, dtype=jnp.int32) <= self.allocator.num_free
         return jnp.all(plan.representable) & enough
 
+    def has_room(self, num_new: Array) -> Array:
+        """bool[S]: True if the table's row holds ``num_new i32[S]`` more tokens, however few pages are free."""
+        return reservation.plan(self.metadata, num_new).representable
+
     def can_reserve_each(self, num_new: Array) -> Array:
         """bool[S]: True for sequences that get their pages when served by id, skipping those that do not fit.
 

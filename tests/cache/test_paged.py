@@ -349,7 +349,7 @@ def test_out_of_pages_has_both_numbers_and_leaves_the_cache_usable() -> None:
 def test_impossible_requests_are_value_errors(
     num_new: tuple[int, ...], num_tokens: int | None, message: str
 ) -> None:
-    cache = make_cache()
+    cache = make_cache(**SMALL)
     with pytest.raises(ValueError, match=message):
         reserve_or_raise(cache, arr(*num_new), num_tokens=num_tokens)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
