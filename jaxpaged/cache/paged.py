@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -14,28 +13,25 @@ from jaxpaged.attention import paged_attention
 from jaxpaged.attention.api import default_platform
 from jaxpaged.attention.base import Pages
 from jaxpaged.cache import reservation
-from jaxpaged.cache.checks import check_layer, check_sizes, check_step_rows, step_rows, storage_formats
-from jaxpaged.cache.reservation import Metadata, PageCopies
-from jaxpaged.cache.sequences import Sequences
+from jaxpaged.cache.checks import check_sizes, step_rows, storage_formats
+from jaxpaged.cache.page_pool import PagePool
+from jaxpaged.cache.reservation import PageCopies
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages import residual
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.formats import (
     LANES,
-    BlockPages,
     PageFormat,
     ResidualFormat,
-    ResidualPages,
     check_page_size,
 )
-from jaxpaged.pages.residual import StagingSlots
 from jaxpaged.pages.rope import Rope
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class PagedKVCache(Sequences):
+class PagedKVCache(PagePool):
     """Keys and values of S sequences in a pool of N pages, for L layers.
 
     ``k_pages`` and ``v_pages`` hold one array per layer. Every operation is pure and un-jitted; jit
@@ -43,18 +39,6 @@ class PagedKVCache(Sequences):
 
     Reference: PagedAttention, arXiv:2309.06180.
     """
-
-    k_pages: tuple[Pages, ...]
-    """L of: array ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as its
-    layout has it, or quantized pages (``formats.BlockPages``)."""
-    v_pages: tuple[Pages, ...]
-    """Values, like ``k_pages``."""
-    staging: StagingSlots | None
-    """Staging slots of residual pages; None where no format has them."""
-    page_size: int = field(metadata={"static": True})
-    head_dim: int = field(metadata={"static": True})
-    k_format: PageFormat = field(metadata={"static": True})
-    v_format: PageFormat = field(metadata={"static": True})
 
     @classmethod
     def create(
@@ -144,33 +128,6 @@ class PagedKVCache(Sequences):
         """Name of this kind of cache in tables and flags."""
         return "paged"
 
-    @property
-    def num_layers(self) -> int:
-        """L, static."""
-        return len(self.k_pages)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads of the pages here, static."""
-        return self.k_pages[0].shape[1] if self.k_pages else 0
-
-    @property
-    def metadata(self) -> Metadata:
-        """Allocator, table and staging slots."""
-        return Metadata(self.allocator, self.table, self.staging, self.page_size)
-
-    @property
-    def bytes_per_page(self) -> int:
-        """Bytes of one page: keys and values, all layers."""
-        pools = [p.parts if isinstance(p, BlockPages) else p for p in self.k_pages + self.v_pages]
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_pages
-
-    @property
-    def bytes_of_staging(self) -> int:
-        """Bytes of all staging slots; 0 where no format has residual pages."""
-        staged = [p.residual for p in self.k_pages + self.v_pages if isinstance(p, ResidualPages)]
-        return sum(x.size * x.dtype.itemsize for x in staged)
-
     def attend(
         self,
         layer: int,
@@ -214,37 +171,6 @@ class PagedKVCache(Sequences):
         )
         return out, cache
 
-    def write(self, layer: int, k: Array, v: Array, batch: Batch) -> PagedKVCache:
-        """Writes a step's keys and values of one layer to their pages; arguments as for ``attend``."""
-        layer = check_layer(layer, self.num_layers)
-        check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
-
-        def written(storage: PageFormat, pages: Any, rows: Array) -> Pages:
-            if isinstance(storage, ResidualFormat):
-                assert self.staging is not None, "made by create"
-                assert batch.finalized is not None, "made by reserve"
-                return storage.write_step(pages, self.staging, batch.finalized, batch.page, batch.slot, rows)
-            return storage.write(pages, batch.page, batch.slot, rows)
-
-        k_pages = written(self.k_format, self.k_pages[layer], k)
-        v_pages = written(self.v_format, self.v_pages[layer], v)
-        return replace(
-            self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
-        )
-
-    def pages(self, layer: int) -> tuple[Pages, Pages]:
-        """Keys and values of one layer, as ``paged_attention`` takes them."""
-        k, v = (self.as_read(pages) for pages in (self.k_pages[layer], self.v_pages[layer]))
-        return k, v
-
-    def as_read(self, pages: Pages) -> Pages:
-        """Pages of a layer together with the staging slots of its residual ones."""
-        if isinstance(pages, ResidualPages) and self.staging is not None:
-            return replace(pages, slot_of_page=self.staging.slot_of_page)
-        return pages
-
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[PagedKVCache, Batch, Array]:
@@ -261,20 +187,6 @@ class PagedKVCache(Sequences):
             v_pages=v_pages,
         )
         return cache, made.batch, made.ok
-
-    def clear(self, *, scrub: bool = False) -> PagedKVCache:
-        """See ``interface.clear``."""
-        k_pages, v_pages = self.k_pages, self.v_pages
-        if scrub:
-            k_pages, v_pages = jax.tree.map(jnp.zeros_like, (k_pages, v_pages))
-        return replace(
-            self,
-            allocator=pages_of.create(self.num_pages),
-            table=tables.empty_like(self.table, self.num_pages),
-            k_pages=k_pages,
-            v_pages=v_pages,
-            staging=None if self.staging is None else residual.create(self.num_pages, self.max_seqs),
-        )
 
     def _copy_pages(self, copies: PageCopies) -> tuple[tuple[Pages, ...], tuple[Pages, ...]]:
         """Copies pages in every layer. A loop, so that a step without copies does not touch the pool."""

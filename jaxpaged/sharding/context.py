@@ -26,23 +26,21 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpaged.attention import paged_attention
-from jaxpaged.attention.base import Pages
 from jaxpaged.cache import reservation
-from jaxpaged.cache.checks import check_layer, check_step_rows, step_rows, storage_formats
+from jaxpaged.cache.checks import step_rows, storage_formats
+from jaxpaged.cache.page_pool import PagePool
 from jaxpaged.cache.paged import PagedKVCache, create_table
-from jaxpaged.cache.reservation import Metadata, PageCopies
-from jaxpaged.cache.sequences import Sequences
+from jaxpaged.cache.reservation import PageCopies
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, PageFormat
 from jaxpaged.pages.rope import Rope
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class ContextKVCache(Sequences):
+class ContextKVCache(PagePool):
     """Part of one rank of S sequences in a pool of N pages over C ranks, for L layers; see the
     module.
 
@@ -50,18 +48,9 @@ class ContextKVCache(Sequences):
     and ``local_table`` differ between ranks (``context_specs``).
     """
 
-    k_pages: tuple[Pages, ...]
-    """Pages of this rank, one array a layer, ``[N / C, num_kv_heads, page_size, head_dim]`` or as
-    the format stores them."""
-    v_pages: tuple[Pages, ...]
-    """Same layout as ``k_pages``."""
     local_table: BlockTable
     """``[S, P]``: compacted entries of ``table`` with pages of this rank, as local page numbers (N
     / C = no entry). Updated by ``reserve`` only, for the attention of its step."""
-    page_size: int = field(metadata={"static": True})
-    head_dim: int = field(metadata={"static": True})
-    k_format: PageFormat = field(metadata={"static": True})
-    v_format: PageFormat = field(metadata={"static": True})
     axis: str = field(metadata={"static": True})
     """Name of the mesh axis."""
     axis_size: int = field(metadata={"static": True})
@@ -142,6 +131,7 @@ class ContextKVCache(Sequences):
             rope=rope,
             k_pages=local.k_pages,
             v_pages=local.v_pages,
+            staging=None,
             local_table=tables.create(max_seqs, table.max_pages_per_seq, num_pages // axis_size),
             page_size=page_size,
             head_dim=head_dim,
@@ -159,30 +149,9 @@ class ContextKVCache(Sequences):
         )
 
     @property
-    def num_layers(self) -> int:
-        """L, static."""
-        return len(self.k_pages)
-
-    @property
     def num_local_pages(self) -> int:
         """N / C, static: pages of one rank; also the local number of "no page"."""
         return self.num_pages // self.axis_size
-
-    @property
-    def bytes_per_page(self) -> int:
-        """Bytes of one page: keys and values of all layers, on one rank."""
-        pools = [p.parts if isinstance(p, BlockPages) else p for p in self.k_pages + self.v_pages]
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_local_pages
-
-    @property
-    def bytes_of_staging(self) -> int:
-        """0, since residual formats are not supported."""
-        return 0
-
-    @property
-    def metadata(self) -> Metadata:
-        """Replicated allocator and table, without staging slots."""
-        return Metadata(self.allocator, self.table, None, self.page_size)
 
     def attend(
         self,
@@ -222,26 +191,6 @@ class ContextKVCache(Sequences):
         )
         return merge_over_axis(out, lse, self.axis, sinks), cache
 
-    def write(self, layer: int, k: Array, v: Array, batch: Batch) -> ContextKVCache:
-        """Writes the keys and values of one layer and step whose pages are on this rank.
-
-        Args:
-          layer: index of the layer, from 0.
-          k: ``[T, num_kv_heads, head_dim]``, rotated at ``batch.rope_positions``.
-          v: ``[T, num_kv_heads, head_dim]``.
-          batch: result of ``reserve`` for this step.
-        """
-        layer = check_layer(layer, self.num_layers)
-        check_step_rows(k, v, batch.num_tokens, self.k_pages[layer].shape[1], self.head_dim)
-        page = self._local(batch.page)
-        k_pages = self.k_format.write(self.k_pages[layer], page, batch.slot, k)  # type: ignore[arg-type]
-        v_pages = self.v_format.write(self.v_pages[layer], page, batch.slot, v)  # type: ignore[arg-type]
-        return replace(
-            self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
-        )
-
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[ContextKVCache, Batch, Array]:
@@ -268,7 +217,7 @@ class ContextKVCache(Sequences):
         """True for global pages of this rank; arbitrary for "no page"."""
         return page % self.axis_size == lax.axis_index(self.axis)
 
-    def _local(self, page: Array) -> Array:
+    def local_page(self, page: Array) -> Array:
         """Local numbers of global pages; N / C for those of other ranks and "no page"."""
         # "No page" is N, a multiple of C, and becomes N / C where it counts as local.
         return jnp.where(self._is_local(page), page // self.axis_size, self.num_local_pages)
@@ -280,7 +229,7 @@ class ContextKVCache(Sequences):
         mine = self._is_local(table.pages) & (lax.iota(jnp.int32, p) < table.num_entries[:, None])
         column = jnp.where(mine, jnp.cumsum(mine, axis=1, dtype=jnp.int32) - 1, p)
         fields = (
-            self._local(table.pages),
+            self.local_page(table.pages),
             table.first_slot,
             table.num_tokens,
             table.position,
@@ -308,7 +257,7 @@ class ContextKVCache(Sequences):
             sent = jnp.where(self._is_local(source), jnp.concatenate(words), 0)
             received = jnp.split(lax.psum(sent, self.axis), _ends([len(x) for x in words]))
             return [
-                pool.at[self._local(target)].set(_from_words(x, pool.shape[1:], pool.dtype), mode="drop")
+                pool.at[self.local_page(target)].set(_from_words(x, pool.shape[1:], pool.dtype), mode="drop")
                 for pool, x in zip(pools, received, strict=True)
             ]
 
