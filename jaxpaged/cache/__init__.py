@@ -1,7 +1,8 @@
 """KV caches and their operations.
 
 ``interface`` has the operations as functions and the protocol that caches implement; ``paged`` and
-``contiguous`` implement it, on ``sequences`` (block tables) and ``reservation`` (the plan of a step).
+``contiguous`` implement it, on ``sequences`` (block tables), ``page_pool`` (pages) and ``reservation``
+(the plan of a step).
 ``sharing`` attaches, pins, reads and writes pages by number.
 """
 
