@@ -51,9 +51,12 @@ test-all: .venv/.extra-dev ## Test what that leaves out: kernels, commands, clie
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) --dist worksteal -m slow $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-mesh test-newest)
 
-# Each file is a process of its own: programs over eight devices take memory and threads.
+# Each file is a process of its own, two side by side: programs over eight devices take memory and threads. Processes
+# that wait for each other have the machine to themselves.
+MESH_TESTS := $(filter-out %two_processes.py,$(wildcard tests/sharding/test_*.py))
 test-mesh: .venv/.extra-test ## Test meshes, on eight devices made of one CPU, and two processes
-	set -e; for file in $(or $(ARGS),$(wildcard tests/sharding/test_*.py)); do JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $$file; done
+	printf '%s\n' $(or $(ARGS),$(MESH_TESTS)) | JAX_PLATFORMS=cpu xargs -P 2 -n 1 .venv/bin/python -m pytest -q
+	$(if $(ARGS),,JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/sharding/test_two_processes.py)
 
 lint: .venv/.extra-dev ## Check style and formatting
 	.venv/bin/ruff check
