@@ -263,7 +263,11 @@ def _take(values: Array, index: Array) -> Array:
 
 def _unshared(cache: Any) -> Array:
     """i32[]: pages in use if no sequences shared pages, one an entry."""
-    return jnp.sum(cache.table.num_entries, dtype=jnp.int32) if isinstance(cache, PagedKVCache) else cache.pages_used
+    return (
+        jnp.sum(cache.table.num_entries, dtype=jnp.int32)
+        if isinstance(cache, PagedKVCache)
+        else cache.pages_used
+    )
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:
