@@ -163,7 +163,7 @@ def _end(
 ) -> tuple[Cache, State]:
     """Ends the sequences ``ended bool[S]``, which are idle then, and frees the pages of ``released
     bool[S]``."""
-    cache = lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
+    cache, _ = cache.seq_remove(released)
     idle = state.num_tokens.shape[0]
     row = jnp.where(ended, state.row, idle)
     return cache, replace(
@@ -239,13 +239,10 @@ def _discard(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new
     usual = jnp.where(request.n_discard > 0, request.n_discard, (length - keep) // 2)
     discard = jnp.clip(jnp.maximum(usual, length + num_new - request.n_ctx), 0, length - keep)
 
-    def shift(cache: Cache) -> Cache:
-        # Ranges are positions; a sequence without gaps begins at its smallest.
-        begin = cache.seq_position_min() + keep
-        cache, removed = cache.seq_remove(full, begin, begin + discard)
-        return cache.seq_shift(full & removed, begin + discard, -1, -discard)[0]
-
-    return lax.cond(jnp.any(full), shift, lambda cache: cache, cache)
+    # Ranges are positions; a sequence without gaps begins at its smallest.
+    begin = cache.seq_position_min() + keep
+    cache, removed = cache.seq_remove(full, begin, begin + discard)
+    return cache.seq_shift(full & removed, begin + discard, -1, -discard)[0]
 
 
 def _step(

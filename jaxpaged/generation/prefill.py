@@ -31,7 +31,7 @@ def prefill(
         before = jnp.cumsum(left, dtype=jnp.int32) - left
         num_new = jnp.clip(chunk - before, 0, left)
         refused = served & ~cache.can_reserve_each(num_new)
-        cache = lax.cond(jnp.any(refused), lambda c: c.seq_remove(refused)[0], lambda c: c, cache)
+        cache, _ = cache.seq_remove(refused)
         num_new = jnp.where(refused, 0, num_new)
         cache, batch, _ = cache.reserve(num_new, num_tokens=chunk, max_new=chunk)
         row = jnp.minimum(batch.sequence, num_new.shape[0] - 1)

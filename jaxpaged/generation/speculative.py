@@ -212,7 +212,7 @@ def _end(
     cache: Cache, state: _State, ended: Array, reason: Array | int, released: Array
 ) -> tuple[Cache, _State]:
     """Ends the sequences ``ended bool[S]`` and frees the pages of ``released bool[S]``."""
-    cache = lax.cond(jnp.any(released), lambda c: c.seq_remove(released)[0], lambda c: c, cache)
+    cache, _ = cache.seq_remove(released)
     return cache, replace(
         state,
         active=state.active & ~ended,
@@ -268,7 +268,7 @@ def _verify(
     # Roll back: the newest token and the accepted ones stay.
     rejected = num_new > 1 + accepted
     behind = batch.position[jnp.minimum(first, s * width - 1)] + 1 + accepted
-    cache = lax.cond(jnp.any(rejected), lambda c: c.seq_remove(rejected, behind)[0], lambda c: c, cache)
+    cache, _ = cache.seq_remove(rejected, behind)
     column = jnp.where(step < appended[:, None], state.length[:, None] + step, state.text.shape[1])
     return (
         cache,
