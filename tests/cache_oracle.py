@@ -52,7 +52,7 @@ def encode(tokens: jax.Array | np.ndarray, layer: int, values: int, heads: int, 
 
 def write(cache: PagedKVCache, batch: Batch, tokens: jax.Array) -> PagedKVCache:
     """Writes the tokens of a step to all layers, as ``attend`` does, with padding to the sentinel page."""
-    heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
+    heads, dim = cache.k_pages.shape[1], cache.k_pages.shape[3]
     for layer in range(cache.num_layers):
         cache = cache.write(layer, *(encode(tokens, layer, which, heads, dim) for which in (0, 1)), batch)
     return cache
@@ -130,8 +130,11 @@ def read_back(cache: PagedKVCache, seq: int) -> tuple[list[int], np.ndarray, np.
             position.append(int(table.position[e]) + i)
     index = (np.asarray(page, np.int64), slice(None), np.asarray(slot, np.int64))
     k, v = (
-        np.stack([np.asarray(pages)[index] for pages in layers], axis=1)
-        for layers in (cache.k_pages, cache.v_pages)
+        np.stack(
+            [pages[index] for pages in np.asarray(pool).reshape(cache.num_layers, -1, *pool.shape[1:])],
+            axis=1,
+        )
+        for pool in (cache.k_pages, cache.v_pages)
     )
     return position, k, v
 
@@ -326,7 +329,7 @@ class Oracle:
         assert self.num_pages - int(cache.allocator.num_free) == self.pages_used
         if not contents:
             return
-        heads, dim = cache.k_pages[0].shape[1], cache.k_pages[0].shape[3]
+        heads, dim = cache.k_pages.shape[1], cache.k_pages.shape[3]
         for seq in range(self.max_seqs):
             held = self.contents(seq)
             position, k, v = read_back(cache, seq)
@@ -335,5 +338,5 @@ class Oracle:
             for layer in range(cache.num_layers):
                 np.testing.assert_array_equal(k[:, layer], encode(tokens, layer, 0, heads, dim))
                 np.testing.assert_array_equal(v[:, layer], encode(tokens, layer, 1, heads, dim))
-        for layer_pages in cache.k_pages + cache.v_pages:
-            assert not (np.asarray(layer_pages) == POISON).any(), "padding was written"
+        for pool in (cache.k_pages, cache.v_pages):
+            assert not (np.asarray(pool) == POISON).any(), "padding was written"

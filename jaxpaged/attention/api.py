@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxpaged.attention import tuning
@@ -147,6 +148,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Array | None = None,
     rope: Rope | None = None,
+    first_page: Array | int = 0,
     implementation: str | None = None,
     return_lse: Literal[False] = False,
 ) -> Array: ...
@@ -165,6 +167,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Array | None = None,
     rope: Rope | None = None,
+    first_page: Array | int = 0,
     implementation: str | None = None,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -182,6 +185,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Array | None = None,
     rope: Rope | None = None,
+    first_page: Array | int = 0,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -199,7 +203,8 @@ def paged_attention(
         KV)``.
       k_pages, v_pages: [N, KV, page_size, D], or the same numbers in a TPU's layout
         (``LanePageFormat``), floating point; or quantized pages (``BlockPages``). Formats of keys
-        and values may differ. Sums are float32.
+        and values may differ. Sums are float32. Pages of several layers may be joined along the
+        first axis, see ``first_page``.
       table: block table of S sequences.
       batch: sequence and position of each of the T queries.
       scale: factor of the scores; default ``D ** -0.5``.
@@ -211,6 +216,8 @@ def paged_attention(
         position plus the entry's rotation, queries come rotated at ``batch.rope_positions``; with
         it, scores are those of keys and queries rotated at their positions, however often they were
         shifted. By default, rotations of entries are ignored.
+      first_page: i32[], index in ``k_pages`` and ``v_pages`` of the table's page 0. In a pool of
+        several layers it is ``layer * num_pages``, and may be traced: layers can run in a scan.
       implementation: one of ``IMPLEMENTATIONS``; default the first of ``candidates()`` that
         supports the arguments. These depend on JAX's default platform at trace time, so a program
         for another platform names its implementation.
@@ -227,8 +234,10 @@ def paged_attention(
         says why.
 
     Example:
-      >>> out = paged_attention(q, cache.k_pages[0], cache.v_pages[0], cache.table, batch)  #
-      doctest: +SKIP
+      >>> first = layer * cache.num_pages  # doctest: +SKIP
+      >>> out = paged_attention(
+      ...     q, cache.k_pages, cache.v_pages, cache.table, batch, first_page=first
+      ... )  # doctest: +SKIP
 
     Reference: PagedAttention, arXiv:2309.06180; the ragged form, arXiv:2604.15464.
     """
@@ -247,7 +256,17 @@ def paged_attention(
     for name in candidates() if implementation is None else (implementation,):
         try:
             out, lse = run(
-                load(name), name in _READ_LANES, config, q, k_pages, v_pages, table, batch, sinks, rope
+                load(name),
+                name in _READ_LANES,
+                config,
+                q,
+                k_pages,
+                v_pages,
+                table,
+                batch,
+                sinks,
+                rope,
+                first_page,
             )
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
@@ -267,12 +286,14 @@ def _attend(
     batch: Batch,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array | int,
 ) -> tuple[Array, Array]:
     """Attention by one implementation."""
     pages = (
         (k_pages, v_pages) if reads_lanes else (_plain(k_pages, q.shape[-1]), _plain(v_pages, q.shape[-1]))
     )
-    out, lse = attend(q, *pages, table, batch, config, sinks, rope)
+    first_page = jnp.asarray(first_page, jnp.int32)
+    out, lse = attend(q, *pages, table, batch, config, sinks, rope, first_page)
     if has_hadamard(v_pages):
         out = hadamard_transform(out)  # the transform is its own inverse, and linear
     return out.astype(q.dtype), lse

@@ -19,7 +19,8 @@ from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width
 from jaxpaged.pages.rope import Rope
 
 Pages = Array | BlockPages
-"""Keys or values of one layer: a page array, or quantized pages."""
+"""Keys or values: a page array, or quantized pages; of one layer, or of several joined along the
+first axis."""
 
 _LOWEST = -1e30
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""

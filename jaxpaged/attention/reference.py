@@ -21,6 +21,7 @@ def paged_attention(
     config: Config,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array | int = 0,
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     tokens, num_q_heads, head_dim = q.shape
@@ -37,7 +38,7 @@ def paged_attention(
 
     # Keys of each sequence in the order of its table, [S, P * page_size, KV, D]; unused slots may be NaN.
     def gather(pages: Pages) -> Array:
-        taken = jnp.clip(table.pages, 0, num_pages - 1)
+        taken = jnp.clip(table.pages + first_page, 0, num_pages - 1)
         if isinstance(pages, BlockPages):
             rows = pages.format.load(pages, taken)
         else:

@@ -39,6 +39,7 @@ def paged_attention(
     config: Config,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array | int = 0,
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     return lax.platform_dependent(
@@ -49,6 +50,7 @@ def paged_attention(
         batch,
         sinks,
         rope,
+        jnp.asarray(first_page, jnp.int32),
         cpu=partial(_attend, config=config, cpu=True),
         default=partial(_attend, config=config, cpu=False),
     )
@@ -62,6 +64,7 @@ def _attend(
     batch: Batch,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array,
     *,
     config: Config,
     cpu: bool,
@@ -81,7 +84,7 @@ def _attend(
         )
         stride = max(_CHUNK_TOKENS // page_size, 1)
     stride = min(stride, table.max_pages_per_seq)
-    source = _paged_source(k_pages, v_pages, table, head_dim, stride, dtype, slices=cpu)
+    source = _paged_source(k_pages, v_pages, table, first_page, head_dim, stride, dtype, slices=cpu)
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype, rope)
 
 
@@ -89,6 +92,7 @@ def _paged_source(
     k_pages: Pages,
     v_pages: Pages,
     table: BlockTable,
+    first_page: Array,
     head_dim: int,
     stride: int,
     dtype: jnp.dtype,
@@ -139,7 +143,7 @@ def _paged_source(
         return jnp.where(live, position + slot - first_slot, NOWHERE).reshape(len(unit), -1)
 
     def load(sequence: Array, unit: Array, position: Array) -> tuple[Array, Array]:
-        pages = jnp.clip(window(table.pages, sequence, unit), 0, num_pages - 1)
+        pages = jnp.clip(window(table.pages, sequence, unit) + first_page, 0, num_pages - 1)
 
         def rows(pool: Pages) -> Array:
             if isinstance(pool, BlockPages):

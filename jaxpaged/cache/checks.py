@@ -22,6 +22,18 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be positive, got {size}")
 
 
+def check_rows(rows: int) -> None:
+    """Raises ``ValueError`` if a pool has too many rows for int32, which indexes them.
+
+    Offsets in bytes are 64-bit everywhere: 2^31 rows of 128 numbers are 512 GiB in bf16.
+    """
+    if rows >= 2**31:
+        raise ValueError(
+            f"layers * pages * KV heads * page_size must be below 2^31 on one device, got {rows}; "
+            "split the pool over devices"
+        )
+
+
 def storage_formats(
     dtype: DTypeLike | None,
     k_dtype: DTypeLike | None = None,
@@ -38,16 +50,20 @@ def storage_formats(
     return formats_of(dtype, k_dtype, v_dtype, hadamard)
 
 
-def check_layer(layer: int, num_layers: int) -> int:
-    """``layer`` as an int, if it is static and in [0, num_layers).
+def check_layer(layer: Array | int, num_layers: int) -> Array | int:
+    """``layer``, an integer; if its value is known, it must be in [0, num_layers).
 
     Raises:
       ValueError: it is not.
     """
+    if isinstance(layer, jax.core.Tracer):
+        if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
+            raise ValueError(f"layer must be one integer, got {layer.dtype}{list(layer.shape)}")
+        return layer.astype(jnp.int32)
     try:
         index = operator.index(layer)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise ValueError(f"layer must be a static integer, got {layer}") from None
+    except TypeError:
+        raise ValueError(f"layer must be one integer, got {layer!r}") from None
     if not 0 <= index < num_layers:
         raise ValueError(f"layer must be in [0, {num_layers}), got {index}")
     return index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from jaxpaged.attention.base import (
 )
 from jaxpaged.cache.checks import (
     check_layer,
+    check_rows,
     check_sizes,
     check_step_rows,
     sequence_mask,
@@ -36,6 +38,7 @@ from jaxpaged.cache.checks import (
     storage_formats,
 )
 from jaxpaged.cache.interface import Integer
+from jaxpaged.cache.windows import Windows, by_window
 from jaxpaged.pages.batch import Batch, pack
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import (
@@ -58,12 +61,15 @@ class ContiguousKVCache:
     In a ``Batch`` of this cache the page is the sequence (S = dropped), the slot the index in it.
     """
 
-    k: tuple[Pages, ...]
-    """L arrays [S, KV, max_length rounded up to whole chunks, D], or quantized rows; always finite."""
-    v: tuple[Pages, ...]
+    k: Pages
+    """[L * S, KV, max_length rounded up to whole chunks, D], or quantized rows; always finite. Row s of
+    layer l is ``l * S + s``."""
+    v: Pages
     """Values, like ``k``."""
     lengths: Array
     """i32[S]: number of tokens of each sequence, at positions 0 .. length - 1."""
+    num_layers: int = dataclasses.field(metadata={"static": True})
+    """L."""
     max_length: int = dataclasses.field(metadata={"static": True})
     """Tokens per row."""
     k_format: PageFormat = dataclasses.field(metadata={"static": True})
@@ -105,10 +111,11 @@ class ContiguousKVCache:
                 raise ValueError(f"{storage.name} quantizes whole pages; a cache without pages stores {rows}")
             storage.check(MAX_PAGE_SIZE, head_dim)
         chunk = min(max_length, _CHUNK_TOKENS)
-        shape = max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim
-        # Every layer its own buffer: donation refuses one buffer given twice.
-        k, v = (tuple(storage.create(*shape) for _ in range(num_layers)) for storage in (k_format, v_format))
-        return ContiguousKVCache(k, v, jnp.zeros(max_seqs, jnp.int32), max_length, k_format, v_format)
+        shape = num_layers * max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim
+        check_rows(math.prod(shape[:3]))
+        k, v = (storage.create(*shape) for storage in (k_format, v_format))
+        lengths = jnp.zeros(max_seqs, jnp.int32)
+        return ContiguousKVCache(k, v, lengths, num_layers, max_length, k_format, v_format)
 
     def __repr__(self) -> str:
         return (
@@ -127,11 +134,6 @@ class ContiguousKVCache:
         return self.lengths.shape[0]
 
     @property
-    def num_layers(self) -> int:
-        """L, static."""
-        return len(self.k)
-
-    @property
     def num_pages(self) -> int:
         """Rows count as pages, one per sequence."""
         return self.max_seqs
@@ -139,7 +141,7 @@ class ContiguousKVCache:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of a row: keys and values of every layer."""
-        return sum(x.nbytes for x in (*self.k, *self.v)) // self.max_seqs
+        return (self.k.nbytes + self.v.nbytes) // self.max_seqs
 
     @property
     def pages_used(self) -> Array:
@@ -212,51 +214,62 @@ class ContiguousKVCache:
 
     def attend(
         self,
-        layer: int,
+        layer: Array | int,
         q: Array,
         k: Array,
         v: Array,
         batch: Batch,
         *,
         scale: float | None = None,
-        window: int | None = None,
+        window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, ContiguousKVCache]:
         """Writes a step's keys and values of one layer, and attends; see ``PagedKVCache.attend``."""
         layer = check_layer(layer, self.num_layers)
-        max_seqs, num_kv_heads, _, head_dim = self.k[layer].shape
-        check_queries(q, num_kv_heads, head_dim, batch, max_seqs, sinks)
+        _, num_kv_heads, _, head_dim = self.k.shape
+        check_queries(q, num_kv_heads, head_dim, batch, self.max_seqs, sinks)
         check_step_rows(k, v, batch.num_tokens, num_kv_heads, head_dim)
-        config = make_config(head_dim, scale, window, soft_cap)
+        first_row = jnp.asarray(layer * self.max_seqs, jnp.int32)
+        row = jnp.where(batch.page < self.max_seqs, first_row + batch.page, self.k.shape[0])
 
         def write(storage: PageFormat, pool: Any, rows: Array) -> Pages:
-            return storage.write(pool, batch.page, batch.slot, rows)
+            return storage.write(pool, row, batch.slot, rows)
 
-        k_row, v_row = write(self.k_format, self.k[layer], k), write(self.v_format, self.v[layer], v)
-        out = self._attend_in_place(q, k_row, v_row, batch, config, sinks)
-        if out is None:
-            out = lax.platform_dependent(
+        k_rows, v_rows = write(self.k_format, self.k, k), write(self.v_format, self.v, v)
+
+        def attend(window: int | None) -> Array:
+            config = make_config(head_dim, scale, window, soft_cap)
+            out = self._attend_in_place(q, k_rows, v_rows, first_row, batch, config, sinks)
+            if out is not None:
+                return out
+            computed: Array = lax.platform_dependent(
                 q,
-                k_row,
-                v_row,
+                k_rows,
+                v_rows,
+                first_row,
                 self.lengths,
                 batch,
                 sinks,
                 cpu=partial(_attend, config=config, cpu=True),
                 default=partial(_attend, config=config, cpu=False),
             )
-        if has_hadamard(v_row):
+            return computed
+
+        out = by_window(window, layer, self.num_layers, attend)
+        if has_hadamard(v_rows):
             out = hadamard_transform(out)
-        cache = dataclasses.replace(
-            self,
-            k=(*self.k[:layer], k_row, *self.k[layer + 1 :]),
-            v=(*self.v[:layer], v_row, *self.v[layer + 1 :]),
-        )
-        return out.astype(q.dtype), cache
+        return out.astype(q.dtype), dataclasses.replace(self, k=k_rows, v=v_rows)
 
     def _attend_in_place(
-        self, q: Array, k: Pages, v: Pages, batch: Batch, config: Config, sinks: Array | None
+        self,
+        q: Array,
+        k: Pages,
+        v: Pages,
+        first_row: Array,
+        batch: Batch,
+        config: Config,
+        sinks: Array | None,
     ) -> Array | None:
         """Attention by the CPU kernel, if available: a row is a page as long as the context, its chunks are entries."""
         if "cpu_numba" not in candidates():
@@ -275,7 +288,7 @@ class ContiguousKVCache:
             num_entries=-(-self.lengths // chunk),
         )
         try:
-            return load("cpu_numba")(q, k, v, table, batch, config, sinks, None)[0]
+            return load("cpu_numba")(q, k, v, table, batch, config, sinks, None, first_row)[0]
         except NotImplementedError:
             return None
 
@@ -304,10 +317,16 @@ class ContiguousKVCache:
     def seq_reorder(self, source: Array) -> ContiguousKVCache:
         """See ``interface.seq_reorder``; every row moves."""
         source = jnp.asarray(source, jnp.int32)
+        rows = self._rows(jnp.clip(source, 0, self.max_seqs - 1)).reshape(-1)
         known = (source >= 0) & (source < self.max_seqs)
         lengths = jnp.where(known, self.lengths.at[source].get(mode="clip"), 0)
-        k, v = jax.tree.map(lambda pool: pool.at[source].get(mode="clip"), (self.k, self.v))
+        k, v = jax.tree.map(lambda pool: pool[rows], (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
+    def _rows(self, sequence: Array) -> Array:
+        """i32[L, ...]: rows of sequences ``i32[...]`` in every layer."""
+        layer = jnp.arange(self.num_layers, dtype=jnp.int32)
+        return layer.reshape(-1, *(1 for _ in sequence.shape)) * self.max_seqs + sequence
 
     def seq_copy(
         self, src: Integer, dst: Integer, p0: Integer = 0, p1: Integer = -1
@@ -323,9 +342,9 @@ class ContiguousKVCache:
         ok = inside & (self.lengths[dst] == 0) & ((p0 == 0) | (length == 0))
 
         def copy(pool: Array) -> Array:
-            # `where` over one row, not over the pool, which then stays in place.
-            row = jnp.where(ok, lax.dynamic_index_in_dim(pool, src), lax.dynamic_index_in_dim(pool, dst))
-            return lax.dynamic_update_index_in_dim(pool, row, dst, 0)
+            # Dropped, not selected: the pool stays in place.
+            target = jnp.where(ok, self._rows(dst), len(pool))
+            return pool.at[target].set(pool[self._rows(src)], mode="drop")
 
         cache = dataclasses.replace(
             self,
@@ -340,6 +359,7 @@ def _attend(
     q: Array,
     k: Pages,
     v: Pages,
+    first_row: Array,
     lengths: Array,
     batch: Batch,
     sinks: Array | None,
@@ -347,7 +367,8 @@ def _attend(
     config: Config,
     cpu: bool,
 ) -> Array:
-    max_seqs, num_kv_heads, max_length, _ = k.shape
+    _, num_kv_heads, max_length, _ = k.shape
+    max_seqs = len(lengths)
     chunk = min(max_length, _CHUNK_TOKENS)
     rows = min(128, power_of_two(q.shape[0]))
     if cpu:
@@ -373,7 +394,7 @@ def _attend(
         def chunks(pool: Array) -> Array:
             sizes = 1, num_kv_heads, chunk, pool.shape[-1]
             slices = [
-                lax.dynamic_slice(pool, (sequence[i], 0, unit[i] * chunk, 0), sizes)
+                lax.dynamic_slice(pool, (first_row + sequence[i], 0, unit[i] * chunk, 0), sizes)
                 for i in range(sequence.shape[0])
             ]
             return jnp.concatenate(slices)

@@ -160,10 +160,8 @@ def _entry_of(before: Array, num_entries: Array, token: Array) -> Array:
     return jnp.clip(jnp.searchsorted(known, token, side="right") - 1, 0, before.shape[0] - 1)
 
 
-def _move(
-    cache: PagedKVCache, row: BlockTable, targets: Array, start: Array
-) -> tuple[tuple[Pages, ...], tuple[Pages, ...]]:
-    """Fills the ``targets`` page by page from the front.
+def _move(cache: PagedKVCache, row: BlockTable, targets: Array, start: Array) -> tuple[Pages, Pages]:
+    """Fills the ``targets`` page by page from the front, in all layers.
 
     Each page is read before it is overwritten, because tokens only move towards the start.
     """
@@ -172,7 +170,8 @@ def _move(
     length = jnp.sum(row.num_tokens, dtype=jnp.int32)
     count = jnp.sum(targets < cache.num_pages, dtype=jnp.int32)
 
-    def fill(i: Array, layers: tuple[tuple[Pages, ...], ...]) -> tuple[tuple[Pages, ...], ...]:
+    def fill(j: Array, pools: tuple[Pages, Pages]) -> tuple[Pages, Pages]:
+        i, layer = jnp.divmod(j, cache.num_layers)
         page = start // ps + i
         token = jnp.minimum(page * ps + jnp.arange(ps, dtype=jnp.int32), length - 1)
         entry = _entry_of(before, row.num_entries, token)
@@ -182,13 +181,11 @@ def _move(
         read_from: Any = cache.as_read
 
         def gathered(storage: PageFormat, pages: Any) -> Any:
-            moved: Any = storage.gather(read_from(pages), source, slot, targets[page])
+            first = layer * cache.num_pages
+            moved: Any = storage.gather(read_from(pages), first + source, slot, first + targets[page])
             return replace(moved, slot_of_page=None) if storage.has_residual else moved
 
-        k_pages, v_pages = layers
-        return tuple(gathered(cache.k_format, p) for p in k_pages), tuple(
-            gathered(cache.v_format, p) for p in v_pages
-        )
+        k_pages, v_pages = pools
+        return gathered(cache.k_format, k_pages), gathered(cache.v_format, v_pages)
 
-    k_pages, v_pages = jax.lax.fori_loop(0, count, fill, (cache.k_pages, cache.v_pages))
-    return k_pages, v_pages
+    return jax.lax.fori_loop(0, count * cache.num_layers, fill, (cache.k_pages, cache.v_pages))

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.cache.checks import step_rows
+from jaxpaged.cache.windows import Windows
 from jaxpaged.pages.batch import Batch
 
 ALL = -1
@@ -40,14 +41,14 @@ class KVCache(Protocol):
     def pages_free(self) -> Array: ...
     def attend(
         self,
-        layer: int,
+        layer: Array | int,
         q: Array,
         k: Array,
         v: Array,
         batch: Batch,
         *,
         scale: float | None = None,
-        window: int | None = None,
+        window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, Self]: ...

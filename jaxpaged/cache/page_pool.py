@@ -23,29 +23,35 @@ from jaxpaged.pages.residual import StagingSlots
 
 @dataclass(frozen=True, repr=False)
 class PagePool(Sequences):
-    """Keys and values of S sequences in N pages, for L layers."""
+    """Keys and values of S sequences in N pages, for L layers.
 
-    k_pages: tuple[Pages, ...]
-    """L of: array ``[num_pages, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as its
-    layout has it, or quantized pages (``formats.BlockPages``)."""
-    v_pages: tuple[Pages, ...]
-    """Values, like ``k_pages``."""
+    All layers share one allocator and one table: page p of a sequence is page p of every layer, at
+    index ``layer * N + p`` of the pool.
+    """
+
+    k_pages: Pages
+    """Pool of keys: array ``[L * N, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as
+    its layout has it, or quantized pages (``formats.BlockPages``)."""
+    v_pages: Pages
+    """Pool of values, like ``k_pages``."""
     staging: StagingSlots | None
     """Staging slots of residual pages; None where no format has them."""
+    num_layers: int = field(metadata={"static": True})
+    """L."""
     page_size: int = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
     k_format: PageFormat = field(metadata={"static": True})
     v_format: PageFormat = field(metadata={"static": True})
 
     @property
-    def num_layers(self) -> int:
-        """L, static."""
-        return len(self.k_pages)
-
-    @property
     def num_kv_heads(self) -> int:
         """Key/value heads of the pages here, static."""
-        return self.k_pages[0].shape[1] if self.k_pages else 0
+        return self.k_pages.shape[1]
+
+    @property
+    def num_local_pages(self) -> int:
+        """Pages of one layer in the arrays here, static; also the local number of "no page"."""
+        return self.num_pages
 
     @property
     def metadata(self) -> Metadata:
@@ -55,20 +61,20 @@ class PagePool(Sequences):
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page: keys and values, all layers."""
-        pools = [p.parts if isinstance(p, BlockPages) else p for p in self.k_pages + self.v_pages]
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.k_pages[0].shape[0]
+        pools = [p.parts if isinstance(p, BlockPages) else p for p in (self.k_pages, self.v_pages)]
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.num_local_pages
 
     @property
     def bytes_of_staging(self) -> int:
         """Bytes of all staging slots; 0 where no format has residual pages."""
-        staged = [p.residual for p in self.k_pages + self.v_pages if isinstance(p, ResidualPages)]
+        staged = [p.residual for p in (self.k_pages, self.v_pages) if isinstance(p, ResidualPages)]
         return sum(x.size * x.dtype.itemsize for x in staged)
 
     def local_page(self, page: Array) -> Array:
-        """Index of ``page`` in the arrays here, out of range for pages that are elsewhere."""
+        """Local number of ``page``; ``num_local_pages`` for "no page" and pages that are elsewhere."""
         return page
 
-    def write(self, layer: int, k: Array, v: Array, batch: Batch) -> Self:
+    def write(self, layer: Array | int, k: Array, v: Array, batch: Batch) -> Self:
         """Writes a step's keys and values of one layer to their pages; arguments as for ``attend``."""
         layer = check_layer(layer, self.num_layers)
         page = self.local_page(batch.page)
@@ -78,24 +84,31 @@ class PagePool(Sequences):
             if isinstance(storage, ResidualFormat):
                 assert self.staging is not None, "made by create"
                 assert batch.finalized is not None, "made by reserve"
-                return storage.write_step(pages, self.staging, batch.finalized, page, batch.slot, rows)
-            return storage.write(pages, page, batch.slot, rows)
+                return storage.write_step(pages, self.staging, batch.finalized, page, batch.slot, rows, layer)
+            return storage.write(pages, self.pool_page(layer, page), batch.slot, rows)
 
-        k_pages = written(self.k_format, self.k_pages[layer], k)
-        v_pages = written(self.v_format, self.v_pages[layer], v)
         return replace(
             self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
+            k_pages=written(self.k_format, self.k_pages, k),
+            v_pages=written(self.v_format, self.v_pages, v),
         )
 
+    def pool_page(self, layer: Array | int, page: Array) -> Array:
+        """Index in the pool of local pages of a layer; ``L * N``, which is dropped, for "no page"."""
+        n = self.num_local_pages
+        return jnp.where(page < n, layer * n + page, self.num_layers * n)
+
     def pages(self, layer: int) -> tuple[Pages, Pages]:
-        """Keys and values of one layer, as ``paged_attention`` takes them."""
-        k, v = (self.as_read(pages) for pages in (self.k_pages[layer], self.v_pages[layer]))
+        """Copies of one layer's keys and values, as ``paged_attention`` takes them; to look at."""
+        layers = jax.tree.map(
+            lambda pool: pool.reshape(self.num_layers, -1, *pool.shape[1:])[layer],
+            (self.k_pages, self.v_pages),
+        )
+        k, v = map(self.as_read, layers)
         return k, v
 
     def as_read(self, pages: Pages) -> Pages:
-        """Pages of a layer together with the staging slots of its residual ones."""
+        """Pages together with the staging slots of the residual ones, as ``paged_attention`` takes them."""
         if isinstance(pages, ResidualPages) and self.staging is not None:
             return replace(pages, slot_of_page=self.staging.slot_of_page)
         return pages

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -13,9 +14,10 @@ from jaxpaged.attention import paged_attention
 from jaxpaged.attention.api import default_platform
 from jaxpaged.attention.base import Pages
 from jaxpaged.cache import reservation
-from jaxpaged.cache.checks import check_sizes, step_rows, storage_formats
+from jaxpaged.cache.checks import check_rows, check_sizes, step_rows, storage_formats
 from jaxpaged.cache.page_pool import PagePool
 from jaxpaged.cache.reservation import PageCopies
+from jaxpaged.cache.windows import Windows, by_window
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages import residual
@@ -34,7 +36,8 @@ from jaxpaged.pages.rope import Rope
 class PagedKVCache(PagePool):
     """Keys and values of S sequences in a pool of N pages, for L layers.
 
-    ``k_pages`` and ``v_pages`` hold one array per layer. Every operation is pure and un-jitted; jit
+    ``k_pages`` and ``v_pages`` hold the pages of all layers, so that layers can run in a scan with
+    the cache in its carry. Every operation is pure and un-jitted; jit
     your step with the cache donated, or each step copies the pool.
 
     Reference: PagedAttention, arXiv:2309.06180.
@@ -96,20 +99,22 @@ class PagedKVCache(PagePool):
         fills_a_row = page_size * head_dim >= LANES
         if layout == "lanes" or (layout is None and fills_a_row and default_platform() == "tpu"):
             k_format, v_format = k_format.on_lanes(head_dim), v_format.on_lanes(head_dim)
-        shape = num_pages, num_kv_heads, page_size, head_dim
+        check_rows(num_layers * num_pages * num_kv_heads * page_size)
+        shape = num_layers * num_pages, num_kv_heads, page_size, head_dim
 
-        def create_layers(storage: PageFormat) -> tuple[Pages, ...]:
-            staged = {"num_residual": max_seqs} if storage.has_residual else {}
-            return tuple(storage.create(*shape, **staged) for _ in range(num_layers))
+        def create_pool(storage: PageFormat) -> Pages:
+            staged = {"num_residual": num_layers * max_seqs} if storage.has_residual else {}
+            return storage.create(*shape, **staged)
 
         has_residual = k_format.has_residual or v_format.has_residual
         return cls(
             allocator=pages_of.create(num_pages),
             table=create_table(max_seqs, max_seq_len, num_pages, page_size),
             rope=rope,
-            k_pages=create_layers(k_format),
-            v_pages=create_layers(v_format),
+            k_pages=create_pool(k_format),
+            v_pages=create_pool(v_format),
             staging=residual.create(num_pages, max_seqs) if has_residual else None,
+            num_layers=num_layers,
             page_size=page_size,
             head_dim=head_dim,
             k_format=k_format,
@@ -130,26 +135,27 @@ class PagedKVCache(PagePool):
 
     def attend(
         self,
-        layer: int,
+        layer: Array | int,
         q: Array,
         k: Array,
         v: Array,
         batch: Batch,
         *,
         scale: float | None = None,
-        window: int | None = None,
+        window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, PagedKVCache]:
         """Writes a step's keys and values of one layer to their pages, and attends.
 
         Args:
-          layer: index of the layer, static.
+          layer: i32[], index of the layer; may be traced.
           q: ``[T, num_q_heads, head_dim]``, rotated at ``batch.rope_positions``.
           k: ``[T, num_kv_heads, head_dim]``, rotated likewise.
           v: ``[T, num_kv_heads, head_dim]``.
           batch: from this step's ``reserve``.
-          scale, window, soft_cap, sinks: as for ``paged_attention``.
+          scale, soft_cap, sinks: as for ``paged_attention``.
+          window: tokens that a query sees; or one of each layer, in a tuple.
 
         Returns:
           ``(out [T, num_q_heads, head_dim], cache)``.
@@ -158,16 +164,23 @@ class PagedKVCache(PagePool):
           ValueError: a wrong layer, shape or dtype.
         """
         cache = self.write(layer, k, v, batch)
-        out = paged_attention(
-            q,
-            *cache.pages(layer),
-            self.table,
-            batch,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            rope=self.rotation,
+        out = by_window(
+            window,
+            layer,
+            self.num_layers,
+            lambda window: paged_attention(
+                q,
+                cache.as_read(cache.k_pages),
+                cache.as_read(cache.v_pages),
+                self.table,
+                batch,
+                scale=scale,
+                window=window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+                rope=self.rotation,
+                first_page=layer * self.num_pages,
+            ),
         )
         return out, cache
 
@@ -188,22 +201,26 @@ class PagedKVCache(PagePool):
         )
         return cache, made.batch, made.ok
 
-    def _copy_pages(self, copies: PageCopies) -> tuple[tuple[Pages, ...], tuple[Pages, ...]]:
+    def _copy_pages(self, copies: PageCopies) -> tuple[Pages, Pages]:
         """Copies pages in every layer. A loop, so that a step without copies does not touch the pool."""
 
-        def copy_one(i: Array, layers: tuple[Any, ...]) -> tuple[Any, ...]:
+        def copy_one(j: Array, pools: tuple[Any, Any]) -> tuple[Any, Any]:
+            i, layer = jnp.divmod(j, self.num_layers)
+
             def copy(storage: PageFormat, pages: Any) -> Any:
                 if isinstance(storage, ResidualFormat):  # only residual pages are written, and so copied
                     assert copies.staging is not None
-                    return storage.copy_residual(pages, copies.staging.source[i], copies.staging.target[i])
-                return storage.copy(pages, copies.source[i], copies.target[i])
+                    first = layer * self.max_seqs
+                    source, target = copies.staging.source[i], copies.staging.target[i]
+                    return storage.copy_residual(pages, first + source, first + target)
+                first = layer * self.num_pages
+                return storage.copy(pages, first + copies.source[i], first + copies.target[i])
 
-            k_pages, v_pages = layers
-            return tuple(copy(self.k_format, p) for p in k_pages), tuple(
-                copy(self.v_format, p) for p in v_pages
-            )
+            k_pages, v_pages = pools
+            return copy(self.k_format, k_pages), copy(self.v_format, v_pages)
 
-        return jax.lax.fori_loop(0, copies.num, copy_one, (self.k_pages, self.v_pages))
+        pools = self.k_pages, self.v_pages
+        return jax.lax.fori_loop(0, copies.num * self.num_layers, copy_one, pools)
 
 
 def create_table(max_seqs: int, max_seq_len: int | None, num_pages: int, page_size: int) -> tables.BlockTable:

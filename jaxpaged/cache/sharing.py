@@ -20,7 +20,7 @@ from jaxpaged.pages import block_table as tables
 from jaxpaged.pages.block_table import BlockTable
 
 PagesOfLayers = Any
-"""Pytree ``(keys of L layers, values of L layers)`` of arrays with the page as first axis."""
+"""Pytree ``(keys, values)`` of arrays ``[M, L, ...]``: M pages in all layers."""
 
 
 def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[PagedKVCache, Array]:
@@ -112,12 +112,19 @@ def read_pages(cache: PagedKVCache, pages: Array) -> PagesOfLayers:
         raise ValueError(
             f"pages of {cache.k_format.title} and {cache.v_format.title} are read by snapshots alone"
         )
-    return jax.tree.map(lambda pool: pool.at[pages].get(mode="clip"), (cache.k_pages, cache.v_pages))
+    index = _in_all_layers(cache, pages)
+    return jax.tree.map(lambda pool: pool.at[index].get(mode="clip"), (cache.k_pages, cache.v_pages))
 
 
 def write_pages(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:
     """Overwrites ``pages i32[M]`` with the result of ``read_pages``; N is ignored."""
+    index = _in_all_layers(cache, pages)
     k_pages, v_pages = jax.tree.map(
-        lambda pool, new: pool.at[pages].set(new, mode="drop"), (cache.k_pages, cache.v_pages), data
+        lambda pool, new: pool.at[index].set(new, mode="drop"), (cache.k_pages, cache.v_pages), data
     )
     return replace(cache, k_pages=k_pages, v_pages=v_pages)
+
+
+def _in_all_layers(cache: PagedKVCache, pages: Array) -> Array:
+    """i32[M, L]: indices in the pool of ``pages i32[M]``."""
+    return cache.pool_page(jnp.arange(cache.num_layers, dtype=jnp.int32), pages[:, None])

@@ -189,8 +189,8 @@ class Device:
             yield Program("allocate", programs.allocate, (), no_sequence, three, (GATHERED, GATHERED))
 
     def _no_data(self, pool: Any) -> np.ndarray:
-        """Zeros in the shape of ``_PAGES_PER_COPY`` pages of a layer."""
-        return np.zeros((_PAGES_PER_COPY, *pool.shape[1:]), pool.dtype)
+        """Zeros in the shape of ``_PAGES_PER_COPY`` pages, see ``sharing.PagesOfLayers``."""
+        return np.zeros((_PAGES_PER_COPY, self.cache.num_layers, *pool.shape[1:]), pool.dtype)
 
     def _empty_row(self) -> BlockTable:
         cache = self.cache

@@ -134,6 +134,28 @@ def size(buffer: int, axis: int) -> int:
 
 
 @njit
+def rank(buffer: int) -> int:
+    """Number of a buffer's axes."""
+    return load_i64(buffer, 4)
+
+
+@njit
+def _stride(buffer: int, axes: int) -> int:
+    """Bytes of a buffer's elements along all axes but the first ``axes``."""
+    dtype = load_i32(buffer, 4)
+    stride = i64(1 if dtype in _BYTES else 2 if dtype in _HALVES else 4)
+    for axis in range(axes, rank(buffer)):
+        stride *= size(buffer, axis)
+    return stride
+
+
+@njit
+def element(buffer: int, index: int) -> int:
+    """Address of element ``index`` along a buffer's first axis."""
+    return data(buffer) + index * _stride(buffer, 1)
+
+
+@njit
 def num_batch_axes(buffer: int, rank: int) -> int:
     """Axes that ``vmap`` (``vmap_method="expand_dims"``) has put before the ``rank`` axes of a
     buffer's own."""
@@ -156,10 +178,7 @@ def example_data(buffer: int, out: int, axes: int, index: int) -> int:
     Each of the ``axes`` batch axes has the size that it has in the result ``out``, or 1 where the
     examples share one array.
     """
-    dtype = load_i32(buffer, 4)
-    stride = i64(1 if dtype in _BYTES else 2 if dtype in _HALVES else 4)
-    for axis in range(axes, load_i64(buffer, 4)):
-        stride *= size(buffer, axis)
+    stride = _stride(buffer, axes)
     address = data(buffer)
     for axis in range(axes - 1, -1, -1):
         if size(buffer, axis) > 1:

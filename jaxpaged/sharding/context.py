@@ -31,6 +31,7 @@ from jaxpaged.cache.checks import step_rows, storage_formats
 from jaxpaged.cache.page_pool import PagePool
 from jaxpaged.cache.paged import PagedKVCache, create_table
 from jaxpaged.cache.reservation import PageCopies
+from jaxpaged.cache.windows import Windows, by_window
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages.batch import Batch
@@ -133,6 +134,7 @@ class ContextKVCache(PagePool):
             v_pages=local.v_pages,
             staging=None,
             local_table=tables.create(max_seqs, table.max_pages_per_seq, num_pages // axis_size),
+            num_layers=num_layers,
             page_size=page_size,
             head_dim=head_dim,
             k_format=local.k_format,
@@ -155,14 +157,14 @@ class ContextKVCache(PagePool):
 
     def attend(
         self,
-        layer: int,
+        layer: Array | int,
         q: Array,
         k: Array,
         v: Array,
         batch: Batch,
         *,
         scale: float | None = None,
-        window: int | None = None,
+        window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
     ) -> tuple[Array, ContextKVCache]:
@@ -177,17 +179,23 @@ class ContextKVCache(PagePool):
           of each rank is rounded to that dtype, and merged in float32.
         """
         cache = self.write(layer, k, v, batch)
-        out, lse = paged_attention(
-            q,
-            cache.k_pages[layer],
-            cache.v_pages[layer],
-            self.local_table,
-            batch,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            rope=self.rotation,
-            return_lse=True,
+        out, lse = by_window(
+            window,
+            layer,
+            self.num_layers,
+            lambda window: paged_attention(
+                q,
+                cache.k_pages,
+                cache.v_pages,
+                self.local_table,
+                batch,
+                scale=scale,
+                window=window,
+                soft_cap=soft_cap,
+                rope=self.rotation,
+                first_page=layer * self.num_local_pages,
+                return_lse=True,
+            ),
         )
         return merge_over_axis(out, lse, self.axis, sinks), cache
 
@@ -245,24 +253,28 @@ class ContextKVCache(PagePool):
         return BlockTable(pages, first_slot, num_tokens, position, rotation, num_entries)
 
     def _copy_pages(self, copies: PageCopies) -> ContextKVCache:
-        """Copies pages in every layer at once.
+        """Copies pages in every layer.
 
         A loop, so that a step without copies neither touches the pool nor communicates.
         """
 
-        def copy_one(i: Array, pools: list[Array]) -> list[Array]:
+        def copy_one(j: Array, pools: list[Array]) -> list[Array]:
+            i, layer = jnp.divmod(j, self.num_layers)
             source, target = copies.source[i], copies.target[i]
-            words = [_as_words(pool[source // self.axis_size]) for pool in pools]
+            first = layer * self.num_local_pages
+            words = [_as_words(pool[first + source // self.axis_size]) for pool in pools]
             # The rank of the page sends it, the others add zeros.
             sent = jnp.where(self._is_local(source), jnp.concatenate(words), 0)
             received = jnp.split(lax.psum(sent, self.axis), _ends([len(x) for x in words]))
             return [
-                pool.at[self.local_page(target)].set(_from_words(x, pool.shape[1:], pool.dtype), mode="drop")
+                pool.at[self.pool_page(layer, self.local_page(target))].set(
+                    _from_words(x, pool.shape[1:], pool.dtype), mode="drop"
+                )
                 for pool, x in zip(pools, received, strict=True)
             ]
 
         pools, structure = jax.tree.flatten((self.k_pages, self.v_pages))
-        pools = lax.fori_loop(0, copies.num, copy_one, pools)
+        pools = lax.fori_loop(0, copies.num * self.num_layers, copy_one, pools)
         k_pages, v_pages = jax.tree.unflatten(structure, pools)
         return replace(self, k_pages=k_pages, v_pages=v_pages)
 
@@ -271,7 +283,8 @@ def context_specs(cache: ContextKVCache) -> Any:
     """Partition specs of a cache, for ``in_specs`` and ``out_specs`` of ``jax.shard_map``.
 
     Pages and ``local_table`` are split along their first axis by the cache's mesh axis: a global
-    page array is ``[N, ...]``, with page p at index ``p % C * (N / C) + p // C``, and the table
+    page array is ``[C * L * (N / C), ...]``, with page p of layer l at index ``(p % C * L + l) * (N / C)
+    + p // C``, and the table
     ``[C * S, P]``. All else is replicated, as a Batch is.
 
     Args:

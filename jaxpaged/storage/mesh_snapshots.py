@@ -125,8 +125,7 @@ def _locate(cache: ShardedCache, seq: int) -> tuple[int, int]:
 
 
 def _local_heads(cache: ShardedCache) -> int:
-    pages = cache.local.k_pages[0]
-    return int(pages.shape[1])
+    return int(cache.local.k_pages.shape[1])
 
 
 def _heads(cache: ShardedCache) -> int:

@@ -87,10 +87,16 @@ def take(
         slots = np.asarray(cache.staging.slot_of_page)[pages]
     residual = np.flatnonzero(slots < cache.max_seqs) if len(slots) else np.zeros(0, np.int64)
 
-    def stored(storage: PageFormat, layers: tuple[Any, ...]) -> tuple[Stored, ...]:
+    layers = range(cache.num_layers)
+
+    def stored(storage: PageFormat, pool: Any) -> tuple[Stored, ...]:
         if isinstance(storage, ResidualFormat):
-            return tuple(_read_pages(one, pages, slots[residual]) for one in layers)
-        return _read_rows(storage, layers, page, slot)
+            s = cache.max_seqs
+            return tuple(
+                _read_pages(pool, layer * cache.num_pages + pages, layer * s + slots[residual])
+                for layer in layers
+            )
+        return tuple(_read_rows(storage, pool, layer * cache.num_pages + page, slot) for layer in layers)
 
     keys, values = stored(cache.k_format, cache.k_pages), stored(cache.v_format, cache.v_pages)
     _, num_kv_heads, head_dim = _sizes(cache)
@@ -138,16 +144,18 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
     layout, pages = plan.layout, plan.pages
     page, slot = divmod(layout.slot, cache.page_size)
 
-    def written(
-        storage: PageFormat, layers: tuple[Any, ...], saved_layers: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        if isinstance(storage, ResidualFormat):
-            return tuple(
-                _write_pages(old, new, pages, layout.sources, plan.slots)
-                for old, new in zip(layers, saved_layers, strict=True)
-            )
-        rows = [jax.tree.map(lambda x: x[layout.rows], one) for one in saved_layers]
-        return _write_rows(storage, cache.num_pages, layers, pages[page], slot, rows)
+    def written(storage: PageFormat, pool: Any, saved_layers: tuple[Any, ...]) -> Any:
+        for layer, one in enumerate(saved_layers):
+            first = layer * cache.num_pages
+            if isinstance(storage, ResidualFormat):
+                slots = np.where(
+                    plan.slots < cache.max_seqs, layer * cache.max_seqs + plan.slots, len(pool.residual)
+                )
+                pool = _write_pages(pool, one, first + pages, layout.sources, slots)
+            else:
+                rows = jax.tree.map(lambda x: x[layout.rows], one)
+                pool = _write_rows(storage, pool, first + pages[page], slot, rows)
+        return pool
 
     k_pages = written(cache.k_format, cache.k_pages, saved.keys)
     v_pages = written(cache.v_format, cache.v_pages, saved.values)
@@ -209,7 +217,7 @@ def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Pl
 
 def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:
     """Numbers of layers and KV heads, and head_dim."""
-    pages, storage = cache.k_pages[0], cache.k_format
+    pages, storage = cache.k_pages, cache.k_format
     if isinstance(pages, BlockPages):
         return cache.num_layers, pages.shape[1], pages.head_dim
     rows = jax.eval_shape(storage.read, pages, np.zeros(1, int), np.zeros(1, int))
@@ -430,25 +438,13 @@ def _padded(array: np.ndarray, padding: int = 0) -> np.ndarray:
     return np.pad(array, [(0, spare)] + [(0, 0)] * (array.ndim - 1), constant_values=padding)
 
 
-def _read_rows(
-    storage: PageFormat, layers: tuple[Any, ...], page: np.ndarray, slot: np.ndarray
-) -> tuple[Stored, ...]:
-    index = _padded(page), _padded(slot)
-    return tuple(
-        jax.tree.map(lambda x: np.asarray(x)[: len(page)], _read(storage, pages, *index)) for pages in layers
+def _read_rows(storage: PageFormat, pool: Any, page: np.ndarray, slot: np.ndarray) -> Stored:
+    read: Stored = jax.tree.map(
+        lambda x: np.asarray(x)[: len(page)], _read(storage, pool, _padded(page), _padded(slot))
     )
+    return read
 
 
-def _write_rows(
-    storage: PageFormat,
-    num_pages: int,
-    layers: tuple[Any, ...],
-    page: np.ndarray,
-    slot: np.ndarray,
-    rows: list[Stored],
-) -> tuple[Any, ...]:
-    index = _padded(page, num_pages), _padded(slot)
-    return tuple(
-        _write(storage, old, *index, jax.tree.map(_padded, new))
-        for old, new in zip(layers, rows, strict=True)
-    )
+def _write_rows(storage: PageFormat, pool: Any, page: np.ndarray, slot: np.ndarray, rows: Stored) -> Any:
+    index = _padded(page, pool.shape[0]), _padded(slot)
+    return _write(storage, pool, *index, jax.tree.map(_padded, rows))

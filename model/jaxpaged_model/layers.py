@@ -1,30 +1,71 @@
-"""The layers of a Llama-family transformer, in Flax NNX."""
+"""The layers of a Llama-family transformer, in Flax NNX: all layers of one kind as one module.
+
+A parameter of a block has a leading axis, the layers of the model, and a module is called with the
+index of its layer. So the blocks run in a ``lax.scan``, and a program is as long as one block.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.quantized.layouts import of_layer
 from jaxpaged_model.quantized.linear import QuantizedLinear, WeightPlan
-from jaxpaged_model.quantized.norm import rms_norm
+from jaxpaged_model.quantized.norm import Norm, rms_norm
+
+Layer = Array | int | None
+"""Index of a layer in a stack, i32[] or an int; None for a module that is no stack."""
 
 
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 (arXiv:1910.07467)."""
 
-    def __init__(self, dim: int, eps: float, dtype: Any) -> None:
-        self.scale = nnx.Param(jnp.ones(dim, dtype))
+    def __init__(self, dim: int, eps: float, dtype: Any, stack: tuple[int, ...] = ()) -> None:
+        self.scale = nnx.Param(jnp.ones((*stack, dim), dtype))
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
-        return rms_norm(x, self.scale[...], self.eps)
+    def of(self, layer: Layer = None) -> Norm:
+        """``(scale [dim], eps)`` of one layer."""
+        return of_layer(self.scale[...], layer), self.eps
+
+    def __call__(self, x: Array, layer: Layer = None) -> Array:
+        return rms_norm(x, *self.of(layer))
+
+
+class Linear(nnx.Module):
+    """``norm(x) @ kernel + bias + add``, with the interface of ``QuantizedLinear``."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        *,
+        use_bias: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        stack: tuple[int, ...] = (),
+    ) -> None:
+        init = nnx.initializers.lecun_normal(batch_axis=tuple(range(len(stack))))
+        self.kernel = nnx.Param(init(rngs.params(), (*stack, dim_in, dim_out), dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, dim_out), dtype)) if use_bias else None)
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Array, *, layer: Layer = None, norm: Norm | None = None, add: Array | None = None
+    ) -> Array:
+        x = x if norm is None else rms_norm(x, *norm)
+        out = x.astype(self.dtype) @ of_layer(self.kernel[...], layer)
+        out = out if self.bias is None else out + of_layer(self.bias[...], layer)
+        return out if add is None else add + out
 
 
 class Rotation(NamedTuple):
@@ -47,142 +88,216 @@ class Rotation(NamedTuple):
         return self.rope.rotate_by(x, self.cos, self.sin)
 
 
-class Layers:
-    """Creates the linear layers of one block, dense or quantized according to a plan."""
+# --- matrices of different formats in different layers ----------------------------------------------------------
+
+SLOTS: dict[str, tuple[str, ...]] = {
+    "attention.qkv": ("attention.q", "attention.k", "attention.v"),
+    "attention.out": ("attention.out",),
+    "mlp.gate_up": ("mlp.gate", "mlp.up"),
+    "mlp.down": ("mlp.down",),
+}
+"""The matrices of a block. Those of a slot become one if all have the same quantized format."""
+
+Variant = str | tuple[str | None, ...]
+"""The formats of a slot in one layer: that of its joined matrix, or those of its matrices (None =
+dense)."""
+
+
+def variants(plan: WeightPlan, slot: str, num_layers: int) -> tuple[Variant, ...]:
+    """The variant of a slot in each layer."""
+
+    def of_one(layer: int) -> Variant:
+        joined = plan.of(f"blocks.{layer}.{slot}") if len(SLOTS[slot]) > 1 else None
+        return joined or tuple(plan.of(f"blocks.{layer}.{part}") for part in SLOTS[slot])
+
+    return tuple(map(of_one, range(num_layers)))
+
+
+class ByVariant(nnx.Module):
+    """A slot of all layers: a module of stacked parameters for each variant, and which one a layer has.
+
+    Args:
+      given: the variant of each layer.
+      make: creates the module of a variant; ``stack`` are the leading axes of its parameters.
+    """
 
     def __init__(
-        self, path: str, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs, axis: str | None = None
+        self, given: Sequence[Variant], make: Callable[[Variant, tuple[int, ...]], nnx.Module]
     ) -> None:
-        self.path, self.plan, self.dtype, self.rngs, self.axis = path, plan, dtype, rngs, axis
+        distinct = list(dict.fromkeys(given))
+        self.which = tuple(distinct.index(variant) for variant in given)
+        self.index = tuple(given[:layer].count(variant) for layer, variant in enumerate(given))
+        self.variants = nnx.List([make(variant, (given.count(variant),)) for variant in distinct])
 
-    def linear(
-        self, name: str, dim_in: int, dim_out: int, bias: bool = False
-    ) -> nnx.Linear | QuantizedLinear:
-        made = self.quantized(name, dim_in, dim_out, use_bias=bias)
-        return made or nnx.Linear(
-            dim_in, dim_out, use_bias=bias, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs
+    def __call__(self, layer: Array | int, *args: Any, **options: Any) -> Any:
+        run: list[Any] = list(self.variants)
+        if len(run) == 1:
+            return run[0](*args, **options, layer=layer)
+        if isinstance(layer, int):
+            return run[self.which[layer]](*args, **options, layer=self.index[layer])
+        which, index = (jnp.asarray(table, jnp.int32)[layer] for table in (self.which, self.index))
+        return lax.switch(which, [lambda one=one: one(*args, **options, layer=index) for one in run])
+
+
+def linear(
+    kind: str | None,
+    dim_in: int,
+    dim_out: int,
+    stack: tuple[int, ...] = (),
+    *,
+    plan: WeightPlan,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    use_bias: bool = False,
+    gated: bool = False,
+) -> Linear | QuantizedLinear:
+    """Creates a linear layer of a quantized format, or a dense one (``kind`` None)."""
+    if kind is None:
+        return Linear(dim_in, dim_out, use_bias=use_bias, dtype=dtype, rngs=rngs, stack=stack)
+    return QuantizedLinear(
+        kind, dim_in, dim_out, use_bias=use_bias, gated=gated, dtype=dtype, exact=plan.exact,
+        layout=plan.layout, stack=stack,
+    )  # fmt: skip
+
+
+Make = Callable[..., Linear | QuantizedLinear]
+"""``linear`` with the model's plan, dtype and keys."""
+
+
+class Projections(nnx.Module):
+    """Queries, keys and values of ``x``, ``[T, dim]`` each, by one joined matrix or three."""
+
+    def __init__(self, variant: Variant, stack: tuple[int, ...], config: ModelConfig, make: Make) -> None:
+        c = config
+        self.dims = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        joined = isinstance(variant, str)
+        self.joined = nnx.data(
+            make(variant, c.hidden_size, sum(self.dims), stack, use_bias=c.qkv_bias)
+            if isinstance(variant, str)
+            else None
+        )
+        self.q, self.k, self.v = (
+            nnx.data(None if joined else make(kind, c.hidden_size, dim, stack, use_bias=c.qkv_bias))
+            for kind, dim in zip((None,) * 3 if joined else variant, self.dims, strict=True)
         )
 
-    def quantized(self, name: str, dim_in: int, dim_out: int, **options: Any) -> QuantizedLinear | None:
-        """The quantized layer of that name, None if the plan has no such layer."""
-        kind = self.plan.of(self.path + name)
-        if kind is None:
-            return None
-        plan = self.plan
-        return QuantizedLinear(
-            kind, dim_in, dim_out, dtype=self.dtype, exact=plan.exact, layout=plan.layout, **options
+    def __call__(self, x: Array, *, layer: Layer, norm: Norm) -> tuple[Array, ...]:
+        if self.joined is not None:
+            q_dim, k_dim, _ = self.dims
+            return tuple(jnp.split(self.joined(x, layer=layer, norm=norm), [q_dim, q_dim + k_dim], axis=-1))
+        return tuple(one(x, layer=layer, norm=norm) for one in (self.q, self.k, self.v) if one is not None)
+
+
+class GatedProjection(nnx.Module):
+    """``silu(gate(x)) * up(x)``, by one joined matrix, which is read in one pass, or two."""
+
+    def __init__(self, variant: Variant, stack: tuple[int, ...], config: ModelConfig, make: Make) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        joined = isinstance(variant, str)
+        self.joined = nnx.data(
+            make(variant, hidden, inner, stack, gated=True) if isinstance(variant, str) else None
+        )
+        self.gate, self.up = (
+            nnx.data(None if joined else make(kind, hidden, inner, stack, use_bias=bias))
+            for kind in ((None,) * 2 if joined else variant)
         )
 
+    def __call__(self, x: Array, *, layer: Layer, norm: Norm) -> Array:
+        if self.joined is not None:
+            return self.joined(x, layer=layer, norm=norm)
+        gate, up = (one(x, layer=layer, norm=norm) for one in (self.gate, self.up) if one is not None)
+        return jax.nn.silu(gate) * up
 
-def norm_linear(layer: nnx.Linear | QuantizedLinear, norm: RMSNorm, x: Array) -> Array:
-    """``layer(norm(x))``, which is one operation of a quantized layer."""
-    if isinstance(layer, QuantizedLinear):
-        return layer(x, norm=(norm.scale[...], norm.eps))
-    return layer(norm(x))
+
+# --- blocks -----------------------------------------------------------------------------------------------------
 
 
-def linear_residual(
-    layer: nnx.Linear | QuantizedLinear, x: Array, residual: Array, axis: str | None = None
+def _with_residual(
+    matrix: ByVariant, layer: Array | int, x: Array, residual: Array, axis: str | None
 ) -> Array:
-    """``residual + layer(x)``, which is one operation of a quantized layer.
+    """``residual + matrix(x)``.
 
-    With ``axis`` the layer's inputs are split over that mesh axis, and its partial results are summed.
+    With ``axis`` the inputs are split over that mesh axis, and partial results are summed.
     """
     if axis is not None:
-        return residual + jax.lax.psum(layer(x), axis)
-    return layer(x, add=residual) if isinstance(layer, QuantizedLinear) else residual + layer(x)
+        return residual + jax.lax.psum(matrix(layer, x), axis)
+    out: Array = matrix(layer, x, add=residual)
+    return out
 
 
 class Attention(nnx.Module):
     """Grouped-query self-attention through a cache, which stores keys and values and computes attention."""
 
-    def __init__(self, config: ModelConfig, layer: int, layers: Layers) -> None:
-        c = config
-        self.layer, self.window, self.axis = layer, c.window(layer), layers.axis
-        self.num_q_heads, self.num_kv_heads, self.head_dim = c.num_q_heads, c.num_kv_heads, c.head_dim
-        q_dim, kv_dim = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        # Of the same quantized type, the three are one matrix.
-        self.qkv = nnx.data(
-            layers.quantized("attention.qkv", c.hidden_size, q_dim + 2 * kv_dim, use_bias=c.qkv_bias)
+    def __init__(
+        self, config: ModelConfig, plan: WeightPlan, make: Make, dtype: Any, axis: str | None
+    ) -> None:
+        c, stack = config, (config.num_layers,)
+        self.window, self.axis, self.head_dim = c.windows or None, axis, c.head_dim
+        self.qkv = ByVariant(
+            variants(plan, "attention.qkv", c.num_layers),
+            lambda variant, stack: Projections(variant, stack, c, make),
         )
-        self.q, self.k, self.v = (
-            nnx.data(
-                None
-                if self.qkv is not None
-                else layers.linear(f"attention.{name}", c.hidden_size, dim, c.qkv_bias)
-            )
-            for name, dim in (("q", q_dim), ("k", kv_dim), ("v", kv_dim))
+        self.out = ByVariant(
+            variants(plan, "attention.out", c.num_layers),
+            lambda kinds, stack: make(
+                kinds[0], c.num_q_heads * c.head_dim, c.hidden_size, stack, use_bias=c.attention_out_bias
+            ),
         )
-        self.out = layers.linear("attention.out", q_dim, c.hidden_size, c.attention_out_bias)
-        self.q_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, layers.dtype) if c.qk_norm else None)
-        self.k_norm = nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, layers.dtype) if c.qk_norm else None)
-
-    def _projections(self, x: Array, norm: RMSNorm) -> tuple[Array, Array, Array]:
-        if self.qkv is None:
-            parts = (self.q, self.k, self.v)
-            q, k, v = (norm_linear(layer, norm, x) for layer in parts if layer is not None)
-            return q, k, v
-        q_dim, kv_dim = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = jnp.split(norm_linear(self.qkv, norm, x), [q_dim, q_dim + kv_dim], axis=-1)
-        return q, k, v
+        self.q_norm, self.k_norm = (
+            nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, dtype, stack) if c.qk_norm else None)
+            for _ in range(2)
+        )
 
     def __call__(
-        self, x: Array, norm: RMSNorm, rotation: Rotation, cache: Any, batch: Batch
+        self, layer: Array | int, x: Array, norm: Norm, rotation: Rotation, cache: Any, batch: Batch
     ) -> tuple[Array, Any]:
         """Returns (``x + out(attend(norm(x)))``, cache)."""
         tokens = x.shape[0]
-        q, k, v = (part.reshape(tokens, -1, self.head_dim) for part in self._projections(x, norm))
+        q, k, v = (part.reshape(tokens, -1, self.head_dim) for part in self.qkv(layer, x, norm=norm))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, layer), self.k_norm(k, layer)
         q, k = rotation(q), rotation(k)
-        out, cache = cache.attend(self.layer, q, k, v, batch, window=self.window)
-        return linear_residual(self.out, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
+        out, cache = cache.attend(layer, q, k, v, batch, window=self.window)
+        return _with_residual(self.out, layer, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
 
 
 class MLP(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.axis = layers.axis
-        # Of the same quantized type, gate and up are one matrix, which is read in one pass.
-        self.gate_up = nnx.data(layers.quantized("mlp.gate_up", hidden, inner, gated=True))
-        self.gate, self.up = (
-            nnx.data(None if self.gate_up is not None else layers.linear(f"mlp.{name}", hidden, inner, bias))
-            for name in ("gate", "up")
+    def __init__(self, config: ModelConfig, plan: WeightPlan, make: Make, axis: str | None) -> None:
+        c = config
+        self.axis = axis
+        self.gate_up = ByVariant(
+            variants(plan, "mlp.gate_up", c.num_layers),
+            lambda variant, stack: GatedProjection(variant, stack, c, make),
         )
-        self.down = layers.linear("mlp.down", inner, hidden, bias)
+        self.down = ByVariant(
+            variants(plan, "mlp.down", c.num_layers),
+            lambda kinds, stack: make(
+                kinds[0], c.intermediate_size, c.hidden_size, stack, use_bias=c.mlp_bias
+            ),
+        )
 
-    def __call__(self, x: Array, norm: RMSNorm) -> Array:
+    def __call__(self, layer: Array | int, x: Array, norm: Norm) -> Array:
         """``x + mlp(norm(x))``."""
-        if self.gate_up is not None:
-            inner = norm_linear(self.gate_up, norm, x)
-        else:
-            parts = (self.gate, self.up)
-            gate, up = (norm_linear(layer, norm, x) for layer in parts if layer is not None)
-            inner = jax.nn.silu(gate) * up
-        return linear_residual(self.down, inner, x, self.axis)
+        return _with_residual(self.down, layer, self.gate_up(layer, x, norm=norm), x, self.axis)
 
 
-class Block(nnx.Module):
-    """Pre-norm transformer layer: attention, then MLP."""
+class Blocks(nnx.Module):
+    """All pre-norm transformer layers: attention, then MLP."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        *,
-        plan: WeightPlan,
-        dtype: Any,
-        rngs: nnx.Rngs,
-        axis: str | None = None,
+        self, config: ModelConfig, *, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs, axis: str | None = None
     ) -> None:
-        layers = Layers(f"blocks.{layer}.", plan, dtype, rngs, axis)
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, layer, layers)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, layers)
+        make, stack = partial(linear, plan=plan, dtype=dtype, rngs=rngs), (config.num_layers,)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, stack)
+        self.attention = Attention(config, plan, make, dtype, axis)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, stack)
+        self.mlp = MLP(config, plan, make, axis)
 
-    def __call__(self, x: Array, rotation: Rotation, cache: Any, batch: Batch) -> tuple[Array, Any]:
-        x, cache = self.attention(x, self.attention_norm, rotation, cache, batch)
-        return self.mlp(x, self.mlp_norm), cache
+    def __call__(
+        self, layer: Array | int, x: Array, rotation: Rotation, cache: Any, batch: Batch
+    ) -> tuple[Array, Any]:
+        """Runs layer ``layer``."""
+        x, cache = self.attention(layer, x, self.attention_norm.of(layer), rotation, cache, batch)
+        return self.mlp(layer, x, self.mlp_norm.of(layer)), cache

@@ -12,13 +12,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
 from jaxpaged_model.config import ModelConfig, rope_frequencies
-from jaxpaged_model.layers import Block, Layers, RMSNorm, Rotation, norm_linear
+from jaxpaged_model.layers import Blocks, RMSNorm, Rotation, linear
 from jaxpaged_model.quantized.linear import QuantizedEmbedding, WeightPlan
 
 _DENSE = WeightPlan()
@@ -49,12 +49,13 @@ class Llama(nnx.Module):
                 kind, c.vocab_size, c.hidden_size, dtype=dtype, exact=plan.exact, layout=plan.layout
             )
         )
-        self.blocks = nnx.List(
-            [Block(c, i, plan=plan, dtype=dtype, rngs=rngs, axis=axis) for i in range(c.num_layers)]
-        )
+        self.blocks = Blocks(c, plan=plan, dtype=dtype, rngs=rngs, axis=axis)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        layers = Layers("", plan, dtype, rngs)
-        self.head = nnx.data(None if c.tie_embeddings else layers.linear("head", c.hidden_size, c.vocab_size))
+        self.head = nnx.data(
+            None
+            if c.tie_embeddings
+            else linear(plan.of("head"), c.hidden_size, c.vocab_size, plan=plan, dtype=dtype, rngs=rngs)
+        )
 
     def __call__(self, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
         """Runs one step.
@@ -70,14 +71,19 @@ class Llama(nnx.Module):
         """
         _, attention_factor = rope_frequencies(self.config)
         rotation = Rotation.create(self.config.rope, batch.rope_positions, attention_factor)
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x, cache = block(x, rotation, cache, batch)
+
+        def block(carry: tuple[Array, Any], layer: Array) -> tuple[tuple[Array, Any], None]:
+            x, cache = carry
+            return self.blocks(layer, x, rotation, cache, batch), None
+
+        # The cache is in the carry, not among xs and ys, which would be copied.
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), _ = lax.scan(block, (self.embedding(tokens), cache), layers)
         x = x[rows]
         if self.head is not None:
-            logits = norm_linear(self.head, self.norm, x)
+            logits = self.head(x, norm=self.norm.of())
         elif isinstance(self.embedding, QuantizedEmbedding):
-            logits = self.embedding.attend(x, norm=(self.norm.scale[...], self.norm.eps))
+            logits = self.embedding.attend(x, norm=self.norm.of())
         else:
             logits = self.embedding.attend(self.norm(x))
         return logits.astype(jnp.float32), cache

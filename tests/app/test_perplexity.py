@@ -24,6 +24,7 @@ N_CTX = 64
 TEXT = "def f(x):\n    return x * 2\n" * 20
 
 
+@jax.tree_util.register_static
 class NoCache:
     """Attention over the tokens of one chunk alone, in plain jax.numpy; the seam of a cache and nothing behind it."""
 
@@ -45,7 +46,9 @@ def measured(chunks):
     """Scores of a model of random weights by page format, with f32 beside; each setting is measured once."""
     model, params = functional(CONFIG), random_params(CONFIG, seed=1)
     # Logits of random weights are small: these are sure of something, and look far back.
-    params = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if "scale" in jax.tree_util.keystr(path) else 3 * x, params
+    )
 
     def run(*kinds, step=N_CTX, parallel=2):
         caches = [k.create(CONFIG, num_seqs=parallel, tokens=N_CTX, page_size=16) for k in kinds]

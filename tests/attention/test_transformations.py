@@ -53,11 +53,12 @@ def attention_over(dtype: str) -> tuple[Step, Any, Array]:
 def product_with(name: str) -> tuple[Step, Any, Array]:
     from jaxpaged_model.quantized import panels
     from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+    from jaxpaged_model.quantized.layouts import empty_parts
     from jaxpaged_model.quantized.product import product
 
     size, fmt = 256, WEIGHT_FORMATS[name]
     raw = np.random.default_rng(0).integers(0, 60, (size, size // fmt.file_block * fmt.file_bytes), np.uint8)
-    parts = panels.empty_parts(fmt, size, size)
+    parts = empty_parts("panels", fmt, size, size)
     panels.pack(fmt, raw, parts)
     matrix = {part: jnp.asarray(numbers) for part, numbers in parts.items()}
 

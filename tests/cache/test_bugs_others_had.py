@@ -131,9 +131,7 @@ def test_nan_in_unused_slots_and_free_pages_reaches_no_output() -> None:
     cache, _ = jit_remove(cache, 0, 2, 5)
     rope = Rope.create(np.ones(1))
     cache, batch, _ = jit_step(cache, jnp.array([1, 1, 0, 0]), 20, num_tokens=40)
-    out = paged_attention(
-        jnp.ones((40, 4, 2)), cache.k_pages[0], cache.v_pages[0], cache.table, batch, rope=rope
-    )
+    out = paged_attention(jnp.ones((40, 4, 2)), cache.k_pages, cache.v_pages, cache.table, batch, rope=rope)
     assert np.isfinite(out).all()
 
 

@@ -114,7 +114,7 @@ ROWS = jnp.ones((4, KV, D))
     [
         (-1, {}, r"layer must be in \[0, 2\), got -1"),
         (LAYERS, {}, r"layer must be in \[0, 2\), got 2"),
-        (0.0, {}, "layer must be a static integer, got 0.0"),
+        (0.0, {}, "layer must be one integer, got 0.0"),
         (0, {"k": (1, KV, D)}, r"k must be .* = \(4, 2, 4\), got \(1, 2, 4\)"),
         (0, {"k": (4, 1, D)}, r"k must be .* = \(4, 2, 4\), got \(4, 1, 4\)"),
         (0, {"v": (4, KV, 1)}, r"v must be .* = \(4, 2, 4\), got \(4, 2, 1\)"),
@@ -142,9 +142,27 @@ def test_dtypes_of_rows_and_counts_are_checked(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_traced_layer_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="layer must be a static integer"):
-        jax.eval_shape(lambda i, c, b: c.attend(i, ROWS, ROWS, ROWS, b)[0], jnp.int32(0), *step_of(kind))
+def test_layers_run_in_a_scan(kind: str) -> None:
+    """A traced layer gives the outputs and the cache of static ones."""
+    cache, batch, _ = ops.reserve(make(kind), jnp.array([3, 0, 1]), num_tokens=4)
+    rows = jax.random.normal(jax.random.key(0), ROWS.shape)
+
+    def attend(carry: tuple[Any, Any], layer: Any) -> tuple[Any, Any]:
+        x, cache = carry
+        out, cache = cache.attend(layer, x, x, x, batch)
+        return (x + out, cache), out
+
+    static, outs = (rows, cache), []
+    for layer in range(cache.num_layers):
+        static, out = attend(static, layer)
+        outs.append(out)
+    scanned, out = jax.lax.scan(attend, (rows, cache), jnp.arange(cache.num_layers))
+    np.testing.assert_array_equal(out, np.stack(outs))
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(static), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for wrong in (jnp.float32(0), jnp.zeros(1, jnp.int32)):
+        with pytest.raises(ValueError, match="layer must be one integer, got"):
+            jax.eval_shape(lambda i: cache.attend(i, rows, rows, rows, batch)[0], wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

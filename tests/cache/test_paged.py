@@ -137,7 +137,7 @@ def test_an_emptied_sequence_starts_again_at_position_0() -> None:
 def test_padding_rows_never_write_the_last_page() -> None:
     d = Driver(**SMALL)
     d.step(8, 8, 8, 9)  # T - 33 rows of poison; Driver looks for it in all pages
-    assert np.isnan(np.asarray(d.cache.k_pages[0])[4, :, 1:]).all()
+    assert np.isnan(np.asarray(d.cache.k_pages)[4, :, 1:]).all()
 
 
 def test_unaligned_removal_splits_an_entry_and_fails_if_the_row_is_full() -> None:
@@ -413,7 +413,7 @@ def test_sizes_are_those_of_the_arrays(dtype: str) -> None:
     )
     assert (cache.num_layers, cache.num_pages, cache.max_seqs, cache.max_pages_per_seq) == (3, 7, 2, 7)
     assert cache.page_size == 32 and cache.kind == "paged"
-    assert cache.bytes_per_page * 7 == sum(x.nbytes for x in cache.k_pages + cache.v_pages)
+    assert cache.bytes_per_page * 7 == cache.k_pages.nbytes + cache.v_pages.nbytes
     check_invariants(cache)
 
 
@@ -443,10 +443,10 @@ def test_keep_and_clear() -> None:
     check_invariants(d.cache)
     d.cache = jit_clear(d.cache)
     check_invariants(d.cache)
-    assert d.used == 0 and np.isfinite(np.asarray(d.cache.k_pages[0])).any()
+    assert d.used == 0 and np.isfinite(np.asarray(d.cache.k_pages)).any()
     d.cache = jit_clear(d.cache, scrub=True)
     check_invariants(d.cache)
-    assert not any(np.asarray(pages).any() for pages in d.cache.k_pages + d.cache.v_pages)
+    assert not any(np.asarray(pages).any() for pages in (d.cache.k_pages, d.cache.v_pages))
     d.oracle, d.token = Oracle.of(d.cache), 0
     d.step(1, 1, 1, 1)  # the cleared cache owns its buffers and can be donated
 
@@ -458,7 +458,7 @@ def test_attend_writes_the_batch_s_slots_of_one_layer() -> None:
     k, v = (jnp.asarray(encode(tokens, 1, which, 2, 2)) for which in (0, 1))
     out, after = jax.jit(lambda c, b, k, v: c.attend(1, k, k, v, b))(cache, batch, k, v)
     assert out.shape == (14, 2, 2) and not out[12:].any()
-    assert np.isnan(np.asarray(after.k_pages[0])).all() and np.isnan(np.asarray(after.v_pages[0])).all()
+    assert all(np.isnan(np.asarray(pages)).all() for pages in after.pages(0)), "of the other layer"
     for seq, of_seq in ((0, slice(0, 3)), (2, slice(3, 12))):
         _, k_read, v_read = read_back(after, seq)
         np.testing.assert_array_equal(k_read[:, 1], np.asarray(k)[of_seq])

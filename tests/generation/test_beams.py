@@ -285,7 +285,7 @@ def test_the_program_writes_the_pool_in_place(params: Any) -> None:
     request, shape = rooms._request(cache, PROMPTS, None, WIDTH, 8, 1.0, False, 1, (), 64)
     program = rooms._beam_search_donating.lower(toy, shape, params, cache, request).compile()
     memory = program.memory_analysis()
-    pool = sum(x.nbytes for x in cache.k_pages + cache.v_pages)
+    pool = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // 8
 

@@ -392,7 +392,7 @@ def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
         .compile()
         .memory_analysis()
     )
-    pool = sum(x.nbytes for x in cache.k_pages + cache.v_pages)
+    pool = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // 8
 

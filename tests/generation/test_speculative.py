@@ -182,7 +182,7 @@ def test_the_program_writes_the_pool_in_place(params: Any) -> None:
     cache = paged(3, 4096, max_pages_per_seq=16)
     request, shape = rooms._request(cache, PROMPTS, None, NUM_DRAFT, 3, LIMITS, (), 16, False)
     memory = rooms._generate_donating.lower(toy, shape, params, cache, request).compile().memory_analysis()
-    pool = sum(x.nbytes for x in cache.k_pages + cache.v_pages)
+    pool = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // 8
 

@@ -8,8 +8,9 @@ from typing import Any
 import gguf
 import jax.numpy as jnp
 import numpy as np
-from jaxpaged_model.quantized import panels
+from jaxpaged_model.quantized import lanes, panels
 from jaxpaged_model.quantized.formats import SUPER_BLOCK, WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import empty_parts
 
 HALF_FLOATS = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
@@ -41,7 +42,7 @@ def numbers(name: str, raw: np.ndarray) -> np.ndarray:
 def packed(name: str, raw: np.ndarray, columns: int, layout: Any = panels) -> dict[str, Any]:
     """The same matrix in a memory layout."""
     fmt = WEIGHT_FORMATS[name]
-    parts = layout.empty_parts(fmt, len(raw), columns)
+    parts = empty_parts("lanes" if layout is lanes else "panels", fmt, len(raw), columns)
     layout.pack(fmt, raw, parts)
     return {key: jnp.asarray(part) for key, part in parts.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.llama import abstract_params, functional
 from safetensors.numpy import save_file
 
+from jaxpaged.cache.windows import Windows
 from jaxpaged.pages.batch import Batch
 
 HIDDEN, INTERMEDIATE, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
@@ -199,17 +201,21 @@ def write_converted_gguf(
     return path
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
 class Dense:
     """Replaces the cache: dense causal attention over one sequence."""
 
     def attend(
-        self, layer: int, q: Any, k: Any, v: Any, batch: Batch, *, window: int | None, **_: Any
+        self, layer: Any, q: Any, k: Any, v: Any, batch: Batch, *, window: Windows, **_: Any
     ) -> tuple[Any, Any]:
+        if isinstance(window, tuple):
+            window = jnp.asarray([one or q.shape[0] for one in window])[layer]
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
         scores = jnp.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         distance = jnp.arange(q.shape[0])[:, None] - jnp.arange(q.shape[0])
-        seen = (distance >= 0) & (distance < (window or q.shape[0]))
+        seen = (distance >= 0) & (distance < (q.shape[0] if window is None else window))
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
         return jnp.einsum("hqk,khd->qhd", weights, v), self
 
@@ -230,7 +236,7 @@ def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float3
 
     def draw(path: Any, leaf: Any) -> Any:
         scale = "scale" in jax.tree_util.keystr(path)
-        values = rng.standard_normal(leaf.shape) * (0.2 if scale else leaf.shape[0] ** -0.5) + scale
+        values = rng.standard_normal(leaf.shape) * (0.2 if scale else leaf.shape[-2 if leaf.ndim > 1 else 0] ** -0.5) + scale
         return jnp.asarray(values.astype(np.float32), dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))

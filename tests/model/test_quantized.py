@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jaxpaged_model.quantized import cpu_vectors, panels, product
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
-from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
+from jaxpaged_model.quantized.layouts import ALIGNMENT, LAYOUTS, Layout, empty_parts
 from quantized_matrices import bits_per_weight, numbers, packed, random_raw
 
 NAMES = tuple(WEIGHT_FORMATS)
@@ -66,7 +66,7 @@ def test_memory_is_that_of_the_file(name: str, layout: Layout) -> None:
 
 def test_matrices_packed_one_after_another_are_one_matrix() -> None:
     fmt, raw = WEIGHT_FORMATS["Q6_K"], random_raw("Q6_K", 80, COLUMNS)
-    parts = panels.empty_parts(fmt, 80, COLUMNS)
+    parts = empty_parts("panels", fmt, 80, COLUMNS)
     for begin, end in ((48, 80), (0, 32), (32, 48)):
         panels.pack(fmt, raw[begin:end], parts, begin)
     for key, part in packed("Q6_K", raw, COLUMNS).items():
@@ -76,8 +76,8 @@ def test_matrices_packed_one_after_another_are_one_matrix() -> None:
 
 
 def test_parts_are_aligned_for_xla() -> None:
-    for part in panels.empty_parts(WEIGHT_FORMATS["Q5_K"], 33, COLUMNS).values():
-        assert part.ctypes.data % panels.ALIGNMENT == 0
+    for part in empty_parts("panels", WEIGHT_FORMATS["Q5_K"], 33, COLUMNS).values():
+        assert part.ctypes.data % ALIGNMENT == 0
         assert jax.device_put(part).unsafe_buffer_pointer() == part.ctypes.data
 
 

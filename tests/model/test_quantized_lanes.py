@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jaxpaged_model.quantized import lanes, product, tpu_kernel
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.layouts import empty_parts
 from quantized_matrices import numbers, packed, random_raw, random_weights_raw
 
 from jaxpaged.pages.formats.lane_blocks import half_to_float
@@ -23,7 +24,7 @@ def relative(found: Any, wanted: np.ndarray) -> float:
 
 def test_matrices_packed_one_after_another_are_one_matrix() -> None:
     fmt, raw = WEIGHT_FORMATS["Q5_K"], random_raw("Q5_K", 30, 512)
-    parts = lanes.empty_parts(fmt, 30, 512)
+    parts = empty_parts("lanes", fmt, 30, 512)
     for begin, end in ((7, 30), (0, 7)):
         lanes.pack(fmt, raw[begin:end], parts, begin)
     for key, part in packed("Q5_K", raw, 512, lanes).items():

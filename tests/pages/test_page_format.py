@@ -74,7 +74,7 @@ def create(**options: Any) -> PagedKVCache:
 )
 def test_every_spelling_of_a_dtype_is_the_same_format(name: str, dtype: Any) -> None:
     expected = create(dtype=name)
-    assert expected.k_pages[0].dtype == dtype
+    assert expected.k_pages.dtype == dtype
     for spelling in (dtype, np.dtype(dtype), np.dtype(dtype).name, np.dtype(dtype).type):
         assert page_format(spelling) is page_format(name)
         assert jax.tree.structure(create(dtype=spelling)) == jax.tree.structure(expected)
@@ -161,7 +161,7 @@ def test_attention_is_the_same_in_both_layouts(head_dim: int) -> None:
     rng = np.random.default_rng(1)
     sizes = {"num_layers": 1, "num_kv_heads": KV, "head_dim": head_dim, "num_pages": 9, "max_seqs": 2}
     caches = [PagedKVCache.create(**sizes, page_size=8, layout=layout) for layout in ("plain", "lanes")]
-    assert caches[0].k_pages[0].shape != caches[1].k_pages[0].shape
+    assert caches[0].k_pages.shape != caches[1].k_pages.shape
 
     @jax.jit
     def step(cache: PagedKVCache, counts: Any, q: Any, k: Any, v: Any) -> tuple[PagedKVCache, list[Any], Any]:
@@ -197,8 +197,8 @@ def test_a_cache_on_a_tpu_uses_lanes_by_default(
 ) -> None:
     monkeypatch.setattr("jaxpaged.cache.paged.default_platform", lambda: platform)
     cache = create(head_dim=head_dim)
-    assert cache.k_pages[0].shape[2:] == expected
-    assert cache.bytes_per_page == cache.k_pages[0].nbytes + cache.v_pages[0].nbytes
+    assert cache.k_pages.shape[2:] == expected
+    assert cache.bytes_per_page == cache.k_pages.nbytes + cache.v_pages.nbytes
 
 
 def test_an_unknown_layout_is_refused() -> None:

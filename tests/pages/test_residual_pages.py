@@ -62,7 +62,7 @@ def create(*, k: ResidualFormat = LOSSLESS, v: str = "f32", num_pages: int = 40)
     pages = k.create(num_pages, 2, PAGE_SIZE, DIM, num_residual=MAX_SEQS)
     # NaN shows what is read without having been written.
     pages = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages)
-    return replace(cache, k_pages=(pages,), k_format=k)
+    return replace(cache, k_pages=pages, k_format=k)
 
 
 def step(cache: PagedKVCache, num_new: Array, first_token: Array) -> tuple[PagedKVCache, Batch, Array]:

@@ -208,7 +208,7 @@ def test_shards_have_tables_and_pools_of_their_own(model):
     assert {str(piece.index) for piece in table.addressable_shards} == {
         str((slice(d, d + 1), slice(None), slice(None))) for d in range(DATA)
     }
-    pages = after.parts.k_pages[0]
+    pages = after.parts.k_pages
     assert pages.shape[0] == DATA * TENSOR * N and len({str(p.index) for p in pages.addressable_shards}) == 8
 
 

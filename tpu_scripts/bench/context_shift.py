@@ -44,8 +44,8 @@ def rerotate_keys(cache: PagedKVCache, rope: Rope) -> PagedKVCache:
     moved = (cache.table.position[0][:, None] + slot >= KEEP + DISCARD).astype(jnp.int32)
     delta = jnp.zeros((cache.num_pages, cache.page_size), jnp.int32)
     delta = delta.at[cache.table.pages[0]].set(-DISCARD * moved, mode="drop")
-    cos, sin = rope.cos_sin(delta)
-    k_pages = tuple(rope.rotate_by(k, cos[:, None], sin[:, None]) for k in cache.k_pages)
+    cos, sin = (jnp.tile(x, (cache.num_layers, 1, 1))[:, None] for x in rope.cos_sin(delta))
+    k_pages = rope.rotate_by(cache.k_pages, cos, sin)
     return replace(move_entries(cache), k_pages=k_pages)
 
 

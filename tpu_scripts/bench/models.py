@@ -59,7 +59,7 @@ def _noise(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def with_noise(cache: Any) -> Any:
     """Replaces all keys and values of ``cache`` by random ones; residual formats hold finalized pages alone."""
     pools = ("k_pages", "v_pages") if cache.kind == "paged" else ("k", "v")
-    return dataclasses.replace(cache, **{p: tuple(_noisy(x) for x in getattr(cache, p)) for p in pools})
+    return dataclasses.replace(cache, **{p: _noisy(getattr(cache, p)) for p in pools})
 
 
 def _noisy(pages: Any) -> Any:

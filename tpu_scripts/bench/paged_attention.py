@@ -112,7 +112,7 @@ class Shape:
             max_seq_len=1,
             dtype=self.dtype,
         )
-        return jax.eval_shape(create).k_pages[0]
+        return jax.eval_shape(create).k_pages
 
     def layer_bytes(self) -> int:
         """Bytes of one layer's pages."""

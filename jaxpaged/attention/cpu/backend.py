@@ -98,6 +98,7 @@ def paged_attention(
     config: Config,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array | int = 0,
 ) -> tuple[Array, Array]:
     """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
@@ -110,9 +111,8 @@ def paged_attention(
     hadamard = hadamard_size(head_dim) if has_hadamard(k_pages) else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
-    slots = max(
-        len(pages.residual) if isinstance(pages, ResidualPages) else 0 for pages in (k_pages, v_pages)
-    )
+    slot_of_page, slots = _staging_slots(k_pages, v_pages)
+    first_slot = first_page // len(slot_of_page) * slots if slots else 0
     sizes = num_kv_heads, page_size, num_pages, slots
     options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
     out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
@@ -122,7 +122,8 @@ def paged_attention(
         q.astype(jnp.float32),
         *_parts(k_pages),
         *_parts(v_pages),
-        _staging_slots(k_pages, v_pages),
+        slot_of_page,
+        jnp.stack([jnp.asarray(first_page, jnp.int32), jnp.asarray(first_slot, jnp.int32)]),
         table.pages,
         table.first_slot,
         table.num_tokens,
@@ -177,10 +178,10 @@ def _parts(pages: Pages) -> list[Array]:
     return [jnp.zeros(0, jnp.uint8) if part is None else part for part in found]
 
 
-def _staging_slots(k_pages: Pages, v_pages: Pages) -> Array:
-    """i32[N]: staging slot of each page."""
+def _staging_slots(k_pages: Pages, v_pages: Pages) -> tuple[Array, int]:
+    """``(i32[N] staging slot of each page of a layer, number of slots of a layer)``; ``([], 0)``
+    without residual pages."""
     for pages in (k_pages, v_pages):
         if isinstance(pages, ResidualPages):
-            quantized = jnp.full(pages.shape[0], len(pages.residual), jnp.int32)
-            return quantized if pages.slot_of_page is None else pages.slot_of_page
-    return jnp.zeros(0, jnp.int32)
+            return pages.staging_slots()
+    return jnp.zeros(0, jnp.int32), 0

@@ -26,7 +26,7 @@ NOTHING = f32(-1e30)
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
 
 # Numbers of a job, by index: addresses of buffers, then sizes.
-INPUTS = 25
+INPUTS = 26
 (
     Q,
     K,
@@ -40,6 +40,7 @@ INPUTS = 25
     V_MORE,
     V_RESIDUAL,
     STAGING_SLOT,
+    FIRST,
     PAGES,
     FIRST_SLOT,
     NUM_TOKENS,

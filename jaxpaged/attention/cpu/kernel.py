@@ -23,6 +23,7 @@ from jaxpaged.attention.cpu.job import (
     DIM,
     END,
     ENTRIES,
+    FIRST,
     FIRST_SLOT,
     HADAMARD,
     HALF,
@@ -347,8 +348,9 @@ def _gather(job: int, work: int) -> None:
 
 @njit
 def _page_of(job: int, work: int, entry: int) -> int:
-    """Page of an entry, clipped to the pool."""
+    """Index in the pool of the page of an entry, clipped to the pool."""
     page = i64(load_i32(load_i64(job, PAGES) + load_i64(work, _TABLE_ROW), entry))
+    page += load_i32(load_i64(job, FIRST), 0)
     return min(max(page, 0), load_i64(job, NUM_PAGES) - 1)
 
 
@@ -378,9 +380,10 @@ def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, ta
             load_i64(job, DIM), load_i64(work, _WIDE), target,
         )  # fmt: skip
     if kind >= FIRST_RESIDUAL:
-        staging_slot = i64(load_i32(load_i64(job, STAGING_SLOT), page))
+        first = load_i64(job, FIRST)
+        staging_slot = i64(load_i32(load_i64(job, STAGING_SLOT), page - load_i32(first, 0)))
         if staging_slot < load_i64(job, NUM_STAGING_SLOTS):
-            page, kind, codes = staging_slot, i64(F16), load_i64(job, side + RESIDUAL)
+            page, kind, codes = staging_slot + load_i32(first, 1), i64(F16), load_i64(job, side + RESIDUAL)
     if load_i64(work, _NUM_ROWS) <= FEW_ROWS and reads_codes(kind):
         row = page * heads + load_i64(work, _KV_HEAD)
         return row * load_i64(job, PAGE_SIZE) + slot, i64(0)

@@ -39,6 +39,7 @@ def paged_attention(
     config: Config,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array | int = 0,
     *,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
@@ -69,7 +70,7 @@ def paged_attention(
         max_seqs=table.max_seqs,
         max_pages_per_seq=table.max_pages_per_seq,
     )
-    items, row_positions, first, place = _make_items(table, batch, config, plan)
+    items, row_positions, first, place = _make_items(table, batch, config, plan, first_page)
     hadamard = has_hadamard(k_pages)
     parts, turns = [q], None
     if rope is not None:
@@ -201,13 +202,14 @@ _SEQUENCE, _BEGIN, _END, _FRAME = range(4)
 
 
 def _make_items(
-    table: BlockTable, batch: Batch, config: Config, plan: Plan
+    table: BlockTable, batch: Batch, config: Config, plan: Plan, first_page: Array | int
 ) -> tuple[Array, Array, Array, tuple[Array, Array]]:
     """Cuts the queries of a step into items.
 
     Returns:
-      ``(items i32[I, 4], row_positions i32[I, 64], first i32[I], (item i32[T], row i32[T]))``: of
-      each item its sequence, the first unit that it sees, the one behind the last, and its frame;
+      ``(items i32[I, 5], row_positions i32[I, 64], first i32[I], (item i32[T], row i32[T]))``: of
+      each item its sequence, the first unit that it sees, the one behind the last, its frame, and
+      ``first_page``;
       the position of each of its rows, -1 where there is none; its first query; and where each
       query of the step is found.
     """
@@ -247,7 +249,8 @@ def _make_items(
         gone = live & (position + table.num_tokens[sequence] <= low[:, None])
         begin = jnp.minimum(jnp.sum(gone, axis=1, dtype=jnp.int32), end)
     frame = batch.rope_positions[first] - batch.position[first]
-    items = jnp.stack([sequence, begin * plan.parts, end * plan.parts, frame], axis=1)
+    layer = jnp.full_like(sequence, first_page)
+    items = jnp.stack([sequence, begin * plan.parts, end * plan.parts, frame, layer], axis=1)
     return items, row_positions, first, place
 
 

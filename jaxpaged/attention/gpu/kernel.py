@@ -89,8 +89,8 @@ def attend(
         Hadamard turn, [3 * terms, KV, ...]: the queries under it, and both without. For quantized
         pages in the order of columns (``to_columns``).
       k_pages, v_pages: [N, KV, page_size, D].
-      items: i32[I, 4], of each item its sequence, first unit, the unit behind its last, and the
-        frame of its queries.
+      items: i32[I, 5], of each item its sequence, first unit, the unit behind its last, the frame
+        of its queries, and the layer's first page.
       row_positions: i32[I, 64], position of each row; -1 where there is none.
       turns: i32[D], turns a position of each dimension in units of 2**-32, in the order of
         ``tiles``; None where no key was ever shifted.
@@ -214,7 +214,7 @@ def _attend_item(
     )
     columns = head_dim // plan.warpgroups
 
-    sequence, begin, end, frame = (items[item, i] for i in range(4))
+    sequence, begin, end, frame, first_page = (items[item, i] for i in range(5))
     rows = pl.ds(item * plan.item_rows, ROWS)
     steps = lax.div(end - begin + (plan.units - 1), plan.units)
     share = lax.div(steps + (plan.num_splits - 1), plan.num_splits)
@@ -230,7 +230,8 @@ def _attend_item(
         for j in range(plan.units):
             # Behind the last unit it is read once more, out of the cache, and masked: no copy has a condition.
             unit = jnp.minimum(unit_of(step, j), end - 1)
-            page, place = pages[sequence, lax.div(unit, plan.parts)], lax.rem(unit, plan.parts)
+            page = first_page + pages[sequence, lax.div(unit, plan.parts)]
+            place = lax.rem(unit, plan.parts)
             tokens = pl.ds(place * plan.unit_tokens, plan.unit_tokens)
             target = pl.ds(j * plan.unit_tokens, plan.unit_tokens)
             for pool, ring, barrier in ((k_pages, k, k_barrier), (v_pages, v, v_barrier)):

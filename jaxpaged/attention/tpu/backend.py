@@ -63,6 +63,7 @@ def paged_attention(
     config: Config,
     sinks: Array | None,
     rope: Rope | None,
+    first_page: Array | int = 0,
     *,
     blocks: Blocks | None = None,
     interpret: Any = False,
@@ -115,6 +116,7 @@ def paged_attention(
         entries,
         batch,
         rope,
+        jnp.asarray(first_page, jnp.int32),
         heads=heads,
         stored=stored,
         config=config,
@@ -173,6 +175,7 @@ def _run(
     entries: Array,
     batch: Batch,
     rope: Rope | None,
+    first_page: Array,
     items: Items,
     count: Array,
     rows: Array | None,
@@ -229,7 +232,7 @@ def _run(
     def of_item(block_shape: tuple[int, ...]) -> pl.BlockSpec:
         """The block of an array ``[blocks, ...]`` that belongs to an item."""
         return pl.BlockSpec(
-            block_shape, lambda i, count, block, *_: (block[i], *(0,) * (len(block_shape) - 1))
+            block_shape, lambda i, scalars, block, *_: (block[i], *(0,) * (len(block_shape) - 1))
         )
 
     rows_of_block = packed * width
@@ -278,7 +281,7 @@ def _run(
         name=f"paged_attention_{queries}x{pages}",
     )
     with jax.enable_x64(False):  # Mosaic has no 64-bit integers, which loop counters would be
-        out, lse = run(count.reshape(1), *items, *inputs, entries, *pools)
+        out, lse = run(jnp.stack([count, first_page]), *items, *inputs, entries, *pools)
 
     if packed > 1:
         # Each part of a row is a softmax over its own tokens; they merge as those of disjoint sets of keys.

@@ -107,14 +107,14 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     """Computes one item, the one of this step of the grid; the first step also starts the stream.
 
     Args:
-      refs: in the order of ``mosaic_tpu``'s call: how many items there are; the fields of
+      refs: in the order of ``mosaic_tpu``'s call: how many items there are, and the layer's first page; the fields of
         ``Items``; blocks of queries and of their positions, with ``rotated`` also of their
         rotations, and what turns them; the packed table and the parts of pages, in HBM; blocks of
         the outputs; scratch.
       cut: the static sizes.
       rotated: True if entries may have rotations.
     """
-    count_ref, *refs_of_items = refs[: 1 + _ITEM_FIELDS]
+    scalars, *refs_of_items = refs[: 1 + _ITEM_FIELDS]
     items = Items(*refs_of_items)
     q_ref, position_ref, *rest = refs[1 + _ITEM_FIELDS :]
     if rotated:
@@ -174,7 +174,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
     def start_pages(i: Array, chunk: Array, number: Array) -> None:
         def start(k: Array, _: None) -> None:
-            for copy in fetch_page(number, k, field(number, 0, k)):
+            for copy in fetch_page(number, k, scalars[1] + field(number, 0, k)):
                 copy.start()
 
         lax.fori_loop(*live(i, chunk), start, None)
@@ -204,7 +204,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         now.start()
         i, after = following(item, chunk)
 
-        @pl.when(i < count_ref[0])
+        @pl.when(i < scalars[0])
         def second() -> None:
             fetch_entries(i, after, jnp.int32(1)).start()
 
@@ -409,11 +409,11 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         i_1, chunk_1 = following(item, chunk)
         i_2, chunk_2 = following(jnp.minimum(i_1, cut.num_items - 1), chunk_1)
 
-        @pl.when((i_1 < count_ref[0]) & (i_2 < count_ref[0]))
+        @pl.when((i_1 < scalars[0]) & (i_2 < scalars[0]))
         def two_ahead() -> None:
             fetch_entries(i_2, chunk_2, number + 2).start()
 
-        @pl.when(i_1 < count_ref[0])
+        @pl.when(i_1 < scalars[0])
         def one_ahead() -> None:
             fetch_entries(i_1, chunk_1, number + 1).wait()
             start_pages(i_1, chunk_1, number + 1)

@@ -27,7 +27,7 @@ Parts = Mapping[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockPages:
-    """Quantized keys or values of one layer; attention takes it in place of a page array."""
+    """Quantized keys or values; attention takes it in place of a page array."""
 
     parts: dict[str, Array]
     """Arrays ``[num_pages, num_kv_heads, ...]``; names and shapes depend on the format."""

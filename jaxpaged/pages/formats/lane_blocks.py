@@ -39,7 +39,7 @@ _UNITS_AT_ONCE = 64
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LaneBlockPages(BlockPages):
-    """Quantized keys or values of one layer, in rows of TPU lanes."""
+    """Quantized keys or values, in rows of TPU lanes."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

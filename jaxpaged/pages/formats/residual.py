@@ -26,12 +26,21 @@ RESIDUAL_DTYPE = jnp.float16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ResidualPages(BlockPages):
-    """Quantized and residual pages of one layer."""
+    """Quantized and residual pages of L layers: page p of layer l is ``l * N + p`` of the pool, and
+    staging slot s ``l * S + s``."""
 
     residual: Array = field(kw_only=True)
-    """f16[S, num_kv_heads, page_size, head_dim]: staging slots; rows are transformed if ``hadamard``."""
+    """f16[L * S, num_kv_heads, page_size, head_dim]: staging slots; rows are transformed if
+    ``hadamard``."""
     slot_of_page: Array | None = field(kw_only=True, default=None)
     """i32[N]: ``StagingSlots.slot_of_page``, S = quantized; present only where attention reads."""
+
+    def staging_slots(self) -> tuple[Array, int]:
+        """``(slot_of_page, S)``; without ``slot_of_page`` all pages count as quantized, of one layer."""
+        num_pages, num_slots = self.shape[0], len(self.residual)
+        if self.slot_of_page is None:
+            return jnp.full(num_pages, num_slots, jnp.int32), num_slots
+        return self.slot_of_page, num_slots * len(self.slot_of_page) // num_pages
 
 
 class PageCode:
@@ -95,32 +104,36 @@ class ResidualFormat(BlockFormat):
         page: Array,
         slot: Array,
         rows: Array,
+        layer: Array | int = 0,
     ) -> ResidualPages:
         """Writes a step's rows to residual pages, and quantizes the pages that it fills.
 
         Args:
-          pages: pages of a layer.
+          pages: pages of all layers.
           staging: staging slots after the step, without the pages that it fills.
           finalized: pages that it fills.
           page, slot: i32[T], target of each row; page N = not written.
           rows: [T, num_kv_heads, head_dim].
+          layer: i32[], layer of the rows.
         """
+        num_slots = staging.num_slots
+        first_page, first_slot = layer * len(staging.slot_of_page), layer * num_slots
         rows = hadamard.transform(rows) if self.hadamard else rows.astype(jnp.float32)
         last, slots = len(rows) - 1, jnp.arange(pages.page_size, dtype=jnp.int32)
 
         def finalize(i: Array, parts: dict[str, Array]) -> dict[str, Array]:
-            staged = lax.dynamic_index_in_dim(
-                pages.residual, finalized.staging_slot[i], keepdims=False
-            ).astype(jnp.float32)
+            staging_slot = first_slot + jnp.minimum(finalized.staging_slot[i], num_slots - 1)
+            staged = lax.dynamic_index_in_dim(pages.residual, staging_slot, keepdims=False)
             row = finalized.first_row[i] + slots - finalized.first_slot[i]
             fresh = rows.at[jnp.clip(row, 0, last)].get(mode="clip").swapaxes(0, 1)
-            full = jnp.where((slots >= finalized.first_slot[i])[:, None], fresh, staged)
-            encoded = self.code.encode(full)
-            return {name: part.at[finalized.page[i]].set(encoded[name]) for name, part in parts.items()}
+            full = jnp.where((slots >= finalized.first_slot[i])[:, None], fresh, staged.astype(jnp.float32))
+            encoded, target = self.code.encode(full), first_page + finalized.page[i]
+            return {name: part.at[target].set(encoded[name]) for name, part in parts.items()}
 
         # Pages are finalized first, because this step may assign their slots to other pages.
         parts = lax.fori_loop(0, finalized.count, finalize, pages.parts)
         target = staging.slot(page)
+        target = jnp.where(target < num_slots, first_slot + target, len(pages.residual))
         residual = pages.residual.at[target, :, slot].set(rows.astype(RESIDUAL_DTYPE), mode="drop")
         return replace(pages, parts=parts, residual=residual)
 
@@ -138,8 +151,11 @@ class ResidualFormat(BlockFormat):
         quantized = self.decode(parts, pages.page_size, pages.head_dim)
         if pages.slot_of_page is None:
             return quantized
-        slot, num_slots = pages.slot_of_page[page], len(pages.residual)
-        residual = take_pages(pages.residual, jnp.minimum(slot, num_slots - 1), slices)
+        slot_of_page, num_slots = pages.staging_slots()
+        layer, own = jnp.divmod(page, len(slot_of_page))
+        slot = slot_of_page[own]
+        staged = layer * num_slots + jnp.minimum(slot, num_slots - 1)
+        residual = take_pages(pages.residual, staged, slices)
         return jnp.where((slot < num_slots)[..., None, None, None], residual.astype(jnp.float32), quantized)
 
     def gather(self, pages: ResidualPages, page: Array, slot: Array, target: Array) -> ResidualPages:  # type: ignore[override]

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from gguf import GGMLQuantizationType as GGMLType
 
-from jaxpaged_model.checkpoint.weights import placements, to_file
+from jaxpaged_model.checkpoint.weights import param_place, placements, to_file
 from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
 from jaxpaged_model.llama import Params
+from jaxpaged_model.quantized.linear import WeightPlan
 
 Quantization = Literal["F32", "F16", "Q8_0"]
 
@@ -50,7 +51,13 @@ def write_gguf(
     """
     weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
     places = placements(config, "gguf")
-    if missing := [place.path for place in places.values() if place.path not in weights]:
+
+    def found(path: str) -> tuple[str, Any]:
+        """Path of the params that have a weight, and its index there."""
+        place = param_place(path, WeightPlan(), config.num_layers)
+        return f"{place.path}.{path.rpartition('.')[2]}", place.index
+
+    if missing := [place.path for place in places.values() if found(place.path)[0] not in weights]:
         raise ValueError(
             f"{missing[0]} is not in the params, or it is quantized in memory; dense weights are needed: "
             'load_model(path, weights="dequantized")'
@@ -64,7 +71,8 @@ def write_gguf(
         for key, value in tokenizer_metadata.items():
             _add(writer, key, value)
         for name, placement in places.items():
-            value = to_file(np.asarray(weights[placement.path][...], np.float32), placement)
+            path, index = found(placement.path)
+            value = to_file(np.asarray(weights[path][index], np.float32), placement)
             kind = _type_of(value, quantization)
             writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)
         if (factors := _rope_factors(config)) is not None:

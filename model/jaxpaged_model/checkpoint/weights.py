@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 
 from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.layers import SLOTS, variants
 from jaxpaged_model.llama import Params
 from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
-from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, aligned_zeros, empty_parts
 from jaxpaged_model.quantized.linear import WeightPlan
 
 Progress = Callable[[int, int], None]
@@ -176,13 +177,6 @@ def _sizes(c: ModelConfig) -> str:
     )
 
 
-_TOGETHER: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("attention.qkv", ("attention.q", "attention.k", "attention.v")),
-    ("mlp.gate_up", ("mlp.gate", "mlp.up")),
-)
-"""Layers that become one if all have the same quantized type."""
-
-
 def weight_plan(
     config: ModelConfig,
     source: TensorSource,
@@ -205,12 +199,12 @@ def weight_plan(
             if source.tensors[name].dtype in WEIGHT_FORMATS:
                 kinds[path] = source.tensors[name].dtype
     for i in range(config.num_layers):
-        for together, parts in _TOGETHER:
+        for together, parts in SLOTS.items():
             paths = [f"blocks.{i}.{part}" for part in parts]
             found = {kinds.get(path) for path in paths}
             fitting = all(rows.get(path, 1) % LAYOUTS[layout].ROWS == 0 for path in paths)
             biased = together == "mlp.gate_up" and config.mlp_bias
-            if len(found) == 1 and None not in found and fitting and not biased:
+            if len(parts) > 1 and len(found) == 1 and None not in found and fitting and not biased:
                 kinds[f"blocks.{i}.{together}"] = kinds[paths[0]]
                 for path in paths:
                     del kinds[path]
@@ -228,6 +222,9 @@ def load_params(
 ) -> Params:
     """Reads all weights, one tensor at a time; needs memory for the params and one more tensor.
 
+    Params of the layers are read stack by stack, each into its place, so that a stack is on its device
+    before memory for the next one is needed.
+
     Args:
       config: the model.
       source: its file or folder.
@@ -241,70 +238,109 @@ def load_params(
     """
     places = placements(config, naming)
     check_tensors(config, source, places)
-    loader = _Loader(places.values(), dtype, plan or WeightPlan())
+    loader = _Loader(config, places.values(), dtype, plan or WeightPlan())
     done, total = 0, sum(source.tensors[name].num_bytes for name in places)
-    for name, info in source.tensors.items():
-        if (placement := places.get(name)) is None:
-            continue
-        loader.add(source, name, placement)
-        done += info.num_bytes
-        if progress is not None:
-            progress(done, total)
+    by_stack: dict[str, list[str]] = {}
+    for name in source.tensors:
+        if (placement := places.get(name)) is not None:
+            by_stack.setdefault(loader.place(placement.path).path, []).append(name)
+    for path, names in by_stack.items():
+        for name in names:
+            loader.add(source, name, places[name])
+            done += source.tensors[name].num_bytes
+            if progress is not None:
+                progress(done, total)
+        loader.finish(path)
     return loader.params()
 
 
-class _Loader:
-    """Collects the params of a model from its tensors, in any order."""
+@dataclass(frozen=True)
+class ParamPlace:
+    """The module of the params that has a weight: with those of other layers in a stack, and perhaps
+    joined with other matrices."""
 
-    def __init__(self, places: Iterable[Placement], dtype: Any, plan: WeightPlan) -> None:
-        self._dtype, self._plan, self._layout = dtype, plan, LAYOUTS[plan.layout]
+    path: str
+    """Path of the module."""
+    kind: str | None = None
+    """Format of its matrix; None = dense."""
+    index: Any = ...
+    """Its index in the stack; ``...`` if the module is no stack."""
+    stack: tuple[int, ...] = ()
+    """Leading axes of the stack."""
+    joined: tuple[str, ...] = ()
+    """Modules whose matrices are joined there, in this order; without a joined matrix the own one."""
+
+
+def param_place(path: str, plan: WeightPlan, num_layers: int) -> ParamPlace:
+    """Where the params have the weight that a ``Placement`` calls ``path``."""
+    module = path.rpartition(".")[0]
+    if not module.startswith("blocks."):
+        return ParamPlace(module, plan.of(module), joined=(module,))
+    block, number, name = module.split(".", 2)
+    layer = int(number)
+    slot = next((slot for slot, parts in SLOTS.items() if name in parts), None)
+    if slot is None:
+        return ParamPlace(f"blocks.{name}", None, layer, (num_layers,), (module,))
+    of_layers, parts = variants(plan, slot, num_layers), SLOTS[slot]
+    variant = of_layers[layer]
+    which = list(dict.fromkeys(of_layers)).index(variant)
+    inside = f"blocks.{slot}.variants.{which}"
+    at = of_layers[:layer].count(variant), (of_layers.count(variant),)
+    if isinstance(variant, str):
+        joined = tuple(f"{block}.{layer}.{part}" for part in parts)
+        return ParamPlace(f"{inside}.joined", variant, *at, joined)
+    own = f"{inside}.{name.rpartition('.')[2]}" if len(parts) > 1 else inside
+    return ParamPlace(own, variant[parts.index(name)], *at, (module,))
+
+
+class _Loader:
+    """Fills the params of a model from its tensors, those of a stack one after the other."""
+
+    def __init__(
+        self, config: ModelConfig, places: Iterable[Placement], dtype: Any, plan: WeightPlan
+    ) -> None:
+        self._config, self._dtype, self._plan = config, dtype, plan
         self._params: list[tuple[tuple[str | int, ...], nnx.Param]] = []
-        self._matrices: dict[str, dict[str, Any]] = {}
-        self._biases: dict[str, dict[int, np.ndarray]] = {}
-        """Biases of quantized layers, by the first row of each."""
+        self._open: dict[str, dict[str, np.ndarray]] = {}
+        """Params of modules that are being filled, by path and name."""
         self._rows = {place.path.rpartition(".")[0]: place.shape[0] for place in places}
 
+    def place(self, path: str) -> ParamPlace:
+        """See ``param_place``."""
+        return param_place(path, self._plan, self._config.num_layers)
+
     def add(self, source: TensorSource, name: str, placement: Placement) -> None:
-        path, _, weight = placement.path.rpartition(".")
-        together, before, rows = self._joined(path)
-        kind = self._plan.of(together)
-        if kind is None:
-            # Converted before the transfer to an accelerator, which is then of half the bytes.
-            value = from_file(source.read(name), placement).astype(self._dtype, order="C", copy=False)
-            self._put(placement.path, value)
-        elif weight == "bias":
-            self._biases.setdefault(together, {})[before] = from_file(source.read(name), placement)
-        else:
-            fmt = WEIGHT_FORMATS[kind]
-            if together not in self._matrices:
-                self._matrices[together] = self._layout.empty_parts(fmt, rows, placement.shape[1])
+        """Reads a tensor to its place."""
+        place, (module, _, weight) = self.place(placement.path), placement.path.rpartition(".")
+        rows = [self._rows[one] for one in place.joined]
+        first_row = sum(rows[: place.joined.index(module)])
+        arrays = self._open.setdefault(place.path, {})
+        if place.kind is not None and weight != "bias":
+            fmt = WEIGHT_FORMATS[place.kind]
+            if "codes" not in arrays:
+                columns = placement.shape[1]
+                arrays |= empty_parts(self._plan.layout, fmt, sum(rows), columns, place.stack)
+            matrix = {part: x[place.index] for part, x in arrays.items() if part != "bias"}
             raw = from_file(source.raw(name), replace(placement, transpose=False))
-            self._layout.pack(fmt, raw, self._matrices[together], before)
+            LAYOUTS[self._plan.layout].pack(fmt, raw, matrix, first_row)
             source.release(name)
+            return
+        value = from_file(source.read(name), placement)
+        if weight not in arrays:
+            shape = (sum(rows),) if weight == "bias" else value.shape
+            # Converted before the transfer to an accelerator, which is then of half the bytes.
+            arrays[weight] = aligned_zeros((*place.stack, *shape), self._dtype)
+        arrays[weight][place.index][first_row : first_row + len(value)] = value
 
-    def _joined(self, path: str) -> tuple[str, int, int]:
-        """Returns (layer that contains ``path``, rows before it there, all rows of the layer)."""
-        for together, parts in _TOGETHER:
-            for part in parts:
-                block = path.removesuffix(part)
-                if path.endswith(part) and self._plan.of(block + together) is not None:
-                    sizes = [self._rows[block + one] for one in parts]
-                    return block + together, sum(sizes[: parts.index(part)]), sum(sizes)
-        return path, 0, self._rows[path]
-
-    def _put(self, path: str, value: np.ndarray) -> None:
+    def finish(self, path: str) -> None:
+        """Moves the params of a module to the device."""
         keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
-        self._params.append(
-            (keys, nnx.Param(jax.device_put(value)))
-        )  # aligned arrays are not copied on a CPU
+        for name, array in self._open.pop(path).items():
+            value = jax.device_put(array)  # aligned arrays are not copied on a CPU
+            self._params.append(((*keys, name), nnx.Param(value)))
 
     def params(self) -> Params:
-        for path, parts in self._matrices.items():
-            for name, part in parts.items():
-                self._put(f"{path}.{name}", part)
-        for path, biases in self._biases.items():
-            value = np.concatenate([biases[first] for first in sorted(biases)])
-            self._put(f"{path}.bias", value.astype(self._dtype))
+        """All params."""
         return nnx.from_flat_state(self._params)
 
 

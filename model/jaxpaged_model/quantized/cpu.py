@@ -16,6 +16,7 @@ from jax import Array
 from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.ffi import register
 from jaxpaged_model.quantized import cpu_kernel, cpu_vectors, formats, panels
+from jaxpaged_model.quantized.norm import Norm
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 
@@ -41,7 +42,8 @@ def product(
     parts: Mapping[str, Array],
     outputs: int,
     *,
-    norm: tuple[Array, float] | None,
+    layer: Array | int | None = None,
+    norm: Norm | None,
     add: Array | None,
     gated: bool,
     exact: bool,
@@ -57,6 +59,7 @@ def product(
         *(parts.get(part, jnp.zeros(0, jnp.uint8)) for part in _PARTS),
         np.asarray([eps], np.float32),
         np.asarray([gated], np.int32),
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
     )
 
 

@@ -15,11 +15,13 @@ from jaxpaged.native.ffi import (
     JOB,
     argument,
     data,
+    element,
     is_version_query,
     item_done,
     new_job,
     next_item,
     num_threads,
+    rank,
     release,
     result,
     run_items,
@@ -65,14 +67,16 @@ _SMALL = 1 << 18
 """Bytes of codes, times rows, below which one thread computes all: starting another takes microseconds."""
 
 # Indices of a job's numbers: addresses of inputs, then the rest.
-INPUTS = 10
-(X, NORM, ADD, CODES, SCALES, STEPS, MINIMA, MIN_STEPS, NUMBERS, OPTIONS) = range(JOB, JOB + INPUTS)
+INPUTS = 11
+(X, NORM, ADD, CODES, SCALES, STEPS, MINIMA, MIN_STEPS, NUMBERS, OPTIONS, LAYER) = range(JOB, JOB + INPUTS)
 (
     OUT, TOKENS, COLUMNS, OUTPUTS, PANELS, GATED, NORMED, ADDED, STAGE, RUN, RUNS, ACTIVATIONS, WIDTH_A, FACTORS,
     STARTS, SUMS,
 ) = range(JOB + INPUTS, JOB + INPUTS + 16)  # fmt: skip
 JOB_SIZE = INPUTS + 16
 _PREPARE, _MULTIPLY = 0, 1
+_STACKED = 4
+"""Rank of a part of a stack of matrices."""
 
 _CODE_BYTES = 4 * ROWS * FORMAT.bits
 _GROUP, _HAS_MINIMA, _HAS_STEPS = FORMAT.group, FORMAT.has_minima, FORMAT.has_steps
@@ -217,6 +221,11 @@ def task(job: int) -> int:
 def _read_call(call: int, job: int) -> None:
     for i in range(INPUTS):
         store_i64(job, JOB + i, data(argument(call, i)))
+    layer = i64(load_i32(load_i64(job, LAYER), 0))
+    for i in range(CODES, MIN_STEPS + 1):
+        part = argument(call, i - JOB)
+        if rank(part) == _STACKED:
+            store_i64(job, i, element(part, layer))
     x, codes, out = argument(call, X - JOB), argument(call, CODES - JOB), result(call, 0)
     is_gated = i64(load_i32(load_i64(job, OPTIONS), 0))
     store_i64(job, OUT, data(out))
@@ -224,7 +233,8 @@ def _read_call(call: int, job: int) -> None:
     store_i64(job, COLUMNS, size(x, 1))
     store_i64(job, OUTPUTS, size(out, 1))
     store_i64(job, GATED, is_gated)
-    store_i64(job, PANELS, size(codes, 0) // 2 if is_gated != 0 else size(codes, 0))
+    panels = size(codes, -3)
+    store_i64(job, PANELS, panels // 2 if is_gated != 0 else panels)
     store_i64(job, NORMED, size(argument(call, NORM - JOB), 0))
     store_i64(job, ADDED, size(argument(call, ADD - JOB), 0))
 

@@ -77,7 +77,7 @@ def tile_config(fmt: WeightFormat, rows: int, columns: int, tokens: int) -> Tile
 
 def _block(config: TileConfig, *refs: Any, **scratch: Any) -> None:
     """The body of the kernel; arguments are references."""
-    x, codes, *factors, out = refs
+    layer_ref, x, codes, *factors, out = refs
     x_ring, code_ring, tile, barrier = (scratch[name] for name in ("x", "codes", "tile", "barrier"))
     wgmma, columns_of, rows_of = (
         plgpu.Layout.WGMMA,
@@ -86,19 +86,19 @@ def _block(config: TileConfig, *refs: Any, **scratch: Any) -> None:
     )
     fmt, length = config.fmt, config.length
     mine = pl.ds(lax.axis_index("rows") * config.bn, config.bn)
-    steps = length // _BK
+    steps, layer = length // _BK, layer_ref[0]
 
     def fetch(step: Array) -> None:
         slot = lax.rem(step, config.stages)
         for i in range(config.segments):
-            source = codes.at[pl.ds(i * length + step * _BK, _BK), mine]
+            source = codes.at[layer, pl.ds(i * length + step * _BK, _BK), mine]
             plgpu.copy_gmem_to_smem(source, code_ring.at[slot, i], barrier.at[slot])
         for i in range(config.runs):
             first = i * length + step * _BK
             plgpu.copy_gmem_to_smem(x.at[:, pl.ds(first, _BK)], x_ring.at[slot, i], barrier.at[slot])
             for (name, (shared, _)), part in zip(fmt.factors.items(), factors, strict=True):
                 count = max(_BK // shared, 1)
-                source = part.at[pl.ds(lax.div(first, shared), count), mine]
+                source = part.at[layer, pl.ds(lax.div(first, shared), count), mine]
                 plgpu.copy_gmem_to_smem(source, scratch[name].at[slot, i], barrier.at[slot])
 
     def factor(slot: Array, i: Array, scales: str, steps_name: str) -> Array:
@@ -152,8 +152,17 @@ def _block(config: TileConfig, *refs: Any, **scratch: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: Any = None) -> Array:
+def matmul(
+    fmt: WeightFormat,
+    x: Array,
+    parts: dict[str, Array],
+    layer: Array | int | None = None,
+    *,
+    interpret: Any = None,
+) -> Array:
     """``x @ W.T``: bf16 ``[T, rows]`` from ``x`` bf16 ``[T, columns]`` and a matrix's parts.
+
+    With ``layer`` the parts are those of a stack of matrices; tiles are copied from that layer's.
 
     Raises:
       NotImplementedError: another dtype or GPU, or see ``tile_config``.
@@ -170,7 +179,9 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: A
             # Right in Pallas' interpreter, wrong by factors of 1e7 on an H100 with jax 0.11.2 (kernel_check.on_device).
             raise NotImplementedError(f"the compiled GPU kernel gives wrong values of {fmt.name}'s table")
     tokens, columns = x.shape
-    rows = parts["codes"].shape[1]
+    if layer is None:
+        layer, parts = 0, {name: part[None] for name, part in parts.items()}
+    rows = parts["codes"].shape[2]
     config = tile_config(fmt, rows, columns, tokens)
     x = jnp.pad(x, ((0, TOKENS - tokens), (0, lanes.padded(fmt, columns) - columns)))
     tiled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
@@ -196,4 +207,5 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: A
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
-    return kernel(x, parts["codes"], *(parts[name] for name in fmt.factors))[:tokens]
+    index = jnp.asarray(layer, jnp.int32).reshape(1)
+    return kernel(index, x, parts["codes"], *(parts[name] for name in fmt.factors))[:tokens]

@@ -70,11 +70,6 @@ def part_shapes(fmt: WeightFormat, rows: int, columns: int) -> dict[str, jax.Sha
     }
 
 
-def empty_parts(fmt: WeightFormat, rows: int, columns: int) -> Parts:
-    """Numpy arrays of zeros for a matrix's parts."""
-    return {name: np.zeros(one.shape, one.dtype) for name, one in part_shapes(fmt, rows, columns).items()}
-
-
 def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> None:
     """Writes a matrix of a file, u8 ``[rows, bytes]``, to rows ``first_row`` and up of a matrix's parts."""
     found = fmt.unpack(raw)

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
-from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, of_layer
+from jaxpaged_model.quantized.norm import Norm
 from jaxpaged_model.quantized.product import product
 
 
@@ -43,14 +44,16 @@ class WeightPlan:
 
 
 class _Quantized(nnx.Module):
-    """A quantized matrix; each part is a parameter of that name."""
+    """A quantized matrix, or a stack of them; each part is a parameter of that name."""
 
-    def __init__(self, name: str, rows: int, columns: int, *, exact: bool, layout: Layout) -> None:
+    def __init__(
+        self, name: str, rows: int, columns: int, *, exact: bool, layout: Layout, stack: tuple[int, ...] = ()
+    ) -> None:
         self.format, self.rows, self.columns, self.exact, self.layout = name, rows, columns, exact, layout
         shapes = LAYOUTS[layout].part_shapes(WEIGHT_FORMATS[name], rows, columns)
         self.part_names = tuple(shapes)
         for part, shape in shapes.items():
-            setattr(self, part, nnx.Param(jnp.zeros(shape.shape, shape.dtype)))
+            setattr(self, part, nnx.Param(jnp.zeros((*stack, *shape.shape), shape.dtype)))
 
     def parts(self) -> dict[str, Array]:
         """The matrix's parts, see ``panels.Parts`` and ``lanes.Parts``."""
@@ -70,6 +73,7 @@ class QuantizedLinear(_Quantized):
       gated: see ``product.product``.
       dtype: dtype of the bias.
       exact, layout: see ``product.product``.
+      stack: leading axes of the parameters: the number of layers, or none.
     """
 
     def __init__(
@@ -83,16 +87,23 @@ class QuantizedLinear(_Quantized):
         dtype: Any = jnp.float32,
         exact: bool = False,
         layout: Layout = "panels",
+        stack: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(name, 2 * dim_out if gated else dim_out, dim_in, exact=exact, layout=layout)
+        rows = 2 * dim_out if gated else dim_out
+        super().__init__(name, rows, dim_in, exact=exact, layout=layout, stack=stack)
         self.outputs, self.gated = dim_out, gated
-        self.bias = nnx.data(nnx.Param(jnp.zeros(dim_out, dtype)) if use_bias else None)
+        self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, dim_out), dtype)) if use_bias else None)
 
     def __call__(
-        self, x: Array, *, norm: tuple[Array, float] | None = None, add: Array | None = None
+        self,
+        x: Array,
+        *,
+        layer: Array | int | None = None,
+        norm: Norm | None = None,
+        add: Array | None = None,
     ) -> Array:
-        out = self._product(x, self.outputs, norm=norm, add=add, gated=self.gated)
-        return out if self.bias is None else out + self.bias[...]
+        out = self._product(x, self.outputs, layer=layer, norm=norm, add=add, gated=self.gated)
+        return out if self.bias is None else out + of_layer(self.bias[...], layer)
 
 
 class QuantizedEmbedding(_Quantized):
@@ -108,6 +119,6 @@ class QuantizedEmbedding(_Quantized):
         rows = LAYOUTS[self.layout].rows_of(self.format, self.parts(), tokens, self.columns)
         return rows.astype(self.dtype)
 
-    def attend(self, x: Array, *, norm: tuple[Array, float] | None = None) -> Array:
+    def attend(self, x: Array, *, norm: Norm | None = None) -> Array:
         """Logits ``norm(x) @ W.T``."""
         return self._product(x, self.rows, norm=norm)

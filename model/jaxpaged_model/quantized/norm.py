@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+Norm = tuple[Array, float]
+"""Scale and epsilon of an RMSNorm before a product."""
+
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, computed in float32, in ``x``'s dtype.

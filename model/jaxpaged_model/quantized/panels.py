@@ -12,7 +12,6 @@ repacked types (``ggml-cpu/repack.cpp``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,9 +27,6 @@ ROWS = 16
 QUADS = 8
 """Quads of a block, of four columns each."""
 _QUAD = 4
-ALIGNMENT = 64
-"""Bytes of a cache line, and XLA's alignment of arrays that it does not copy."""
-
 Parts = dict[str, Any]
 """``codes`` u8[panels, blocks, 64 * bits]; ``scales`` f16[panels, groups, 16], or with steps f16[panels,
 super-blocks, 16]; ``minima`` like ``scales``; ``steps`` i8[panels, groups, 16]; ``min_steps`` likewise, u8."""
@@ -49,21 +45,6 @@ def part_shapes(fmt: WeightFormat, rows: int, columns: int) -> dict[str, jax.Sha
         name: jax.ShapeDtypeStruct((panels, columns // shared, ROWS), dtype)
         for name, (shared, dtype) in fmt.factors.items()
     }
-
-
-def empty_parts(fmt: WeightFormat, rows: int, columns: int) -> Parts:
-    """Uninitialized numpy arrays for a matrix's parts, aligned so that XLA does not copy them."""
-    return {
-        name: _aligned(one.shape, np.dtype(one.dtype))
-        for name, one in part_shapes(fmt, rows, columns).items()
-    }
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> None:

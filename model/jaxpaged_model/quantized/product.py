@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
-from jaxpaged_model.quantized.layouts import LAYOUTS, Layout
-from jaxpaged_model.quantized.norm import rms_norm
+from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, of_layer
+from jaxpaged_model.quantized.norm import Norm, rms_norm
 
 Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
@@ -38,7 +38,8 @@ def product(
     parts: Mapping[str, Array],
     outputs: int,
     *,
-    norm: tuple[Array, float] | None = None,
+    layer: Array | int | None = None,
+    norm: Norm | None = None,
     add: Array | None = None,
     gated: bool = False,
     exact: bool = False,
@@ -50,7 +51,9 @@ def product(
     Args:
       x: ``[T, columns]``, any floating dtype.
       name: the format, one of ``WEIGHT_FORMATS``.
-      parts: the matrix, see ``panels.Parts`` and ``lanes.Parts``.
+      parts: the matrix, see ``panels.Parts`` and ``lanes.Parts``; or a stack of them, with the layer as
+        first axis of each part.
+      layer: i32[], index of the matrix in the stack, which is read where it lies; None: no stack.
       outputs: rows of the matrix, or half of them if ``gated``.
       norm: ``(scale [columns], eps)`` of an RMSNorm of ``x`` before the product.
       add: ``[T, outputs]``, added to the product.
@@ -69,10 +72,12 @@ def product(
         from jaxpaged_model.quantized import cpu
 
         wide = x.astype(jnp.float32)
-        out = cpu.product(wide, name, parts, outputs, norm=norm, add=add, gated=gated, exact=exact)
+        out = cpu.product(
+            wide, name, parts, outputs, layer=layer, norm=norm, add=add, gated=gated, exact=exact
+        )
         return out.astype(x.dtype)
     x = x if norm is None else rms_norm(x, *norm)
-    out = _matmul(wanted, x, name, parts, 2 * outputs if gated else outputs, layout)
+    out = _matmul(wanted, x, name, parts, layer, 2 * outputs if gated else outputs, layout)
     if gated:
         out = jax.nn.silu(out[:, :outputs]) * out[:, outputs:]
     return out if add is None else out + add
@@ -90,11 +95,18 @@ def _kernel(wanted: Implementation) -> Any:
 
 
 def _matmul(
-    wanted: Implementation, x: Array, name: str, parts: Mapping[str, Array], rows: int, layout: Layout
+    wanted: Implementation,
+    x: Array,
+    name: str,
+    parts: Mapping[str, Array],
+    layer: Array | int | None,
+    rows: int,
+    layout: Layout,
 ) -> Array:
     """``x @ W.T`` by a kernel that reads the quantized matrix, or by XLA, which dequantizes all of it first."""
     if layout == "lanes" and wanted in ("gpu", "tpu"):
         with contextlib.suppress(NotImplementedError):
-            return _kernel(wanted).matmul(WEIGHT_FORMATS[name], x, dict(parts))
-    matrix = LAYOUTS[layout].dequantized(name, parts, rows, x.shape[1])
+            return _kernel(wanted).matmul(WEIGHT_FORMATS[name], x, dict(parts), layer)
+    own = {key: of_layer(part, layer) for key, part in parts.items()}
+    matrix = LAYOUTS[layout].dequantized(name, own, rows, x.shape[1])
     return jnp.einsum("tk,ok->to", x, matrix.astype(x.dtype))

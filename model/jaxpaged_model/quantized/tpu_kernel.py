@@ -56,7 +56,10 @@ def _spread(super_scales: Array, groups: int) -> Array:
     return jnp.broadcast_to(super_scales[:, None], shape).reshape(groups, -1)
 
 
-def _kernel(fmt: WeightFormat, config: TileConfig, columns: int, num_segments: int, *refs: Any) -> None:
+def _kernel(
+    fmt: WeightFormat, config: TileConfig, columns: int, num_segments: int, layer: Any, *refs: Any
+) -> None:
+    del layer  # for the index maps alone
     x_ref, segments, others = refs[0], refs[1 : 1 + num_segments], refs[1 + num_segments :]
     given = dict(zip(fmt.factors, others, strict=False))
     out_ref, sums_ref, *factors = others[len(fmt.factors) :]
@@ -114,8 +117,17 @@ def _ordered(fmt: WeightFormat, config: TileConfig, x: Array, columns: int) -> A
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "interpret"))
-def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: bool = False) -> Array:
+def matmul(
+    fmt: WeightFormat,
+    x: Array,
+    parts: dict[str, Array],
+    layer: Array | int | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
     """``x @ W.T``: ``[T, rows]`` from ``x [T, columns]``, float32 or bfloat16, and a matrix's parts.
+
+    With ``layer`` the parts are those of a stack of matrices; blocks are read from that layer's.
 
     Raises:
       NotImplementedError: another dtype.
@@ -123,14 +135,21 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: b
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"the TPU kernel multiplies float32 and bfloat16, not {x.dtype}")
     tokens, columns = x.shape
-    rows = parts["codes"].shape[1]
+    if layer is None:
+        layer, parts = 0, {name: part[None] for name, part in parts.items()}
+    height, rows = parts["codes"].shape[1:]
     config = TileConfig.create(fmt, rows, columns, tokens, x.dtype)
     ordered, length = _ordered(fmt, config, x, columns), lanes.run_length(fmt, columns)
-    num_segments = parts["codes"].shape[0] // length
+    num_segments = height // length
     grid = (-(-rows // config.bn), ordered.shape[0] // config.bt, config.steps)
 
     def segment(i: int) -> Any:
-        return pl.BlockSpec((config.bk, config.bn), lambda n, t, c, i=i: (i * config.steps + c, n))
+        return pl.BlockSpec(
+            (None, config.bk, config.bn), lambda n, t, c, layer, i=i: (layer[0], i * config.steps + c, n)
+        )
+
+    def whole(part: Array) -> Any:
+        return pl.BlockSpec((None, part.shape[1], config.bn), lambda n, t, c, layer: (layer[0], 0, n))
 
     others = [parts[name] for name in fmt.factors]
     others = [lax.bitcast_convert_type(p, jnp.int16) if p.dtype == jnp.float16 else p for p in others]
@@ -138,19 +157,22 @@ def matmul(fmt: WeightFormat, x: Array, parts: dict[str, Array], *, interpret: b
     factors = [pltpu.VMEM((groups, config.bn), jnp.float32)] * (2 if fmt.has_minima else 1)
     out = pl.pallas_call(
         functools.partial(_kernel, fmt, config, columns, num_segments),
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((config.bt, lanes.num_runs(fmt) * config.bk), lambda n, t, c: (t, c)),
-            *map(segment, range(num_segments)),
-            *(pl.BlockSpec((part.shape[0], config.bn), lambda n, t, c: (0, n)) for part in others),
-        ],
-        out_specs=pl.BlockSpec((config.bt, config.bn), lambda n, t, c: (t, n)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((config.bt, lanes.num_runs(fmt) * config.bk), lambda n, t, c, _: (t, c)),
+                *map(segment, range(num_segments)),
+                *map(whole, others),
+            ],
+            out_specs=pl.BlockSpec((config.bt, config.bn), lambda n, t, c, _: (t, n)),
+            scratch_shapes=[pltpu.VMEM((config.bt, config.bn), jnp.float32), *factors],
+        ),
         out_shape=jax.ShapeDtypeStruct((ordered.shape[0], rows), x.dtype),
-        scratch_shapes=[pltpu.VMEM((config.bt, config.bn), jnp.float32), *factors],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 << 20
         ),
         interpret=interpret,
         name=f"quantized_product_{fmt.name}",
-    )(ordered, *[parts["codes"]] * num_segments, *others)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), ordered, *[parts["codes"]] * num_segments, *others)
     return out[:tokens]
