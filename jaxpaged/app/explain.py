@@ -108,7 +108,7 @@ def _step(
     window: int | None,
 ) -> Step:
     cache = _cache(config, options, seqs)
-    k_pages, v_pages = jax.eval_shape(lambda: cache.pages(0))
+    k_pages, v_pages = jax.eval_shape(lambda cache: cache.pages(0), cache)
     return Step(
         num_q_heads=config.num_q_heads,
         k_pages=k_pages,
