@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_pools import in_a_pool
 
 from jaxpaged.attention import api, candidates, choose, merge_states, paged_attention
 from jaxpaged.attention.cases import CASES, QUANTIZED_CASES, SMOLLM2_135M, Case
@@ -48,6 +49,32 @@ def test_the_kit_notices_a_masked_value_that_leaks():
     wrong = dataclasses.replace(built, v_pages=clean.at[built.table.pages[0, 0]].add(1))
     with pytest.raises(AssertionError, match="small: out"):
         check_conformance(under_jit("xla"), wrong)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("name", ["group_5_everything", "shifted", "q8_0_smollm2_decode", "q4_k"])
+def test_a_layer_of_a_pool_is_the_layer_alone(name, implementation):
+    built = build_case(next(case for case in (*CASES, *QUANTIZED_CASES) if case.name == name))
+
+    @jax.jit(compiler_options=QUICK)
+    def run(k_pages, v_pages, first_page):
+        return paged_attention(
+            built.q,
+            k_pages,
+            v_pages,
+            built.table,
+            built.batch,
+            first_page=first_page,
+            implementation=implementation,
+            return_lse=True,
+            **built.options,
+        )
+
+    alone = run(built.k_pages, built.v_pages, jnp.int32(0))
+    for layer in (1, 2):
+        pool, first_page = in_a_pool(built, layer)
+        for found, wanted in zip(run(pool.k_pages, pool.v_pages, first_page), alone, strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def split(table, entries):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
+from layer_pools import in_a_pool
 
 from jaxpaged.attention import reference
 from jaxpaged.attention.base import make_config
@@ -71,13 +72,27 @@ def with_reference(built):
 
 
 def interpreted(
-    q, k_pages, v_pages, table, batch, *, scale, window, soft_cap, sinks, rope=None, return_lse, races=False
+    q,
+    k_pages,
+    v_pages,
+    table,
+    batch,
+    *,
+    scale,
+    window,
+    soft_cap,
+    sinks,
+    rope=None,
+    first_page=0,
+    return_lse,
+    races=False,
 ):
     assert return_lse
     config = make_config(q.shape[-1], scale, window, soft_cap)
     interpret = plgpu.InterpretGPUParams(detect_races=races)
     attention = functools.partial(mosaic_gpu.paged_attention, config=config, interpret=interpret)
-    out, lse = jax.jit(attention)(q, k_pages, v_pages, table, batch, sinks=sinks, rope=rope)
+    arguments = q, k_pages, v_pages, table, batch
+    out, lse = jax.jit(attention)(*arguments, sinks=sinks, rope=rope, first_page=first_page)
     return out.astype(q.dtype), lse
 
 
@@ -141,6 +156,30 @@ def test_queries_of_the_pages_dtype(case, capfd):
     # Output is compared in bfloat16: half a unit of 4 is 0.008.
     check_conformance(functools.partial(interpreted, races=True), built, rtol=1e-2, atol=1e-2)
     assert "RACE" not in capfd.readouterr().out
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("decode", **LLAMA_3_8B, lengths=(70, 19), q_lens=(1, 1)),
+        Case("mixed", **SMOLLM2_135M, lengths=(90, 71, 0), q_lens=(1, 37, 0), window=60),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_layer_of_a_pool_is_the_layer_alone(case):
+    check_a_layer_of_a_pool(interpreted, build(case))
+
+
+def check_a_layer_of_a_pool(attention, built):
+    """Attention to layer 2 of a pool and to its pages alone are equal bit by bit."""
+    pool, first_page = in_a_pool(built, 2)
+    options = built.options | {"return_lse": True}
+    queries = built.table, built.batch
+    alone = attention(built.q, built.k_pages, built.v_pages, *queries, **options)
+    found = attention(built.q, pool.k_pages, pool.v_pages, *queries, first_page=first_page, **options)
+    for one, wanted in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(one, wanted)
 
 
 @needs_interpreter

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_mosaic_gpu import interpreted, lowered_for_cuda, needs_interpreter, with_reference
+from test_mosaic_gpu import (
+    check_a_layer_of_a_pool,
+    interpreted,
+    lowered_for_cuda,
+    needs_interpreter,
+    with_reference,
+)
 
 from jaxpaged.attention.base import make_config
 from jaxpaged.attention.cases import CASES, Case
@@ -137,6 +143,11 @@ def test_the_kernel_attends_to_quantized_pages(case):
     check_conformance(lambda *_, **__: results, built, rtol=2.5e-3, atol=2.5e-3)
     if case.dtype != "q4_1":  # a product and a sum, each rounded
         check_conformance(lambda *_, **__: results, with_numbers_in_float16(built), rtol=1e-4, atol=1e-4)
+
+
+@needs_interpreter
+def test_a_layer_of_a_pool_is_the_layer_alone():
+    check_a_layer_of_a_pool(attention, build(REPRESENTATIVE[0]))
 
 
 @needs_interpreter

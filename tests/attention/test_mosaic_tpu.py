@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from layer_pools import in_a_pool
 
 from jaxpaged.attention.base import Pages, make_config
 from jaxpaged.attention.cases import CASES, LLAMA_3_8B, MODELS, QUANTIZED_CASES, SMOLLM2_135M, Case
@@ -80,13 +81,25 @@ def on_lanes(built: Built) -> Built:
 
 def interpreted(blocks: Blocks | None = None):
     def attention(
-        q, k_pages, v_pages, table, batch, *, scale, window, soft_cap, sinks, rope=None, return_lse
+        q,
+        k_pages,
+        v_pages,
+        table,
+        batch,
+        *,
+        scale,
+        window,
+        soft_cap,
+        sinks,
+        rope=None,
+        first_page=0,
+        return_lse,
     ):
         config = make_config(q.shape[-1], scale, window, soft_cap)
         run = functools.partial(
             mosaic_tpu.paged_attention, config=config, rope=rope, blocks=blocks, interpret=INTERPRETER
         )
-        out, lse = jax.jit(run)(q, k_pages, v_pages, table, batch, sinks=sinks)
+        out, lse = jax.jit(run)(q, k_pages, v_pages, table, batch, sinks=sinks, first_page=first_page)
         turned = isinstance(v_pages, BlockPages) and v_pages.format.hadamard
         return hadamard_transform(out) if turned else out, lse
 
@@ -174,6 +187,27 @@ def test_the_kernel_conforms_over_quantized_pages(case: Case, queries: int) -> N
 def test_chosen_blocks_conform_too() -> None:
     built = build_case(next(case for case in CASES if case.name == "smollm2_mixed"))
     check_conformance(interpreted(), built)
+    assert not races_found()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("decode", **SMOLLM2_135M, lengths=(40, 150), q_lens=(1, 1)),
+        Case("chunk", **LLAMA_3_8B, lengths=(40, 33), q_lens=(9, 1), dtype="bf16"),
+        Case("q8_0", **SMOLLM2_135M, lengths=(40, 33), q_lens=(1, 1), dtype="q8_0", v_dtype="q4_0"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_layer_of_a_pool_is_the_layer_alone(case: Case) -> None:
+    built = on_lanes(build_case(case)) if case.head_dim < 128 else build_case(case)
+    pool, first_page = in_a_pool(built, 2)
+    options = built.options | {"return_lse": True}
+    attention, queries = interpreted(smallest(built)), (built.table, built.batch)
+    alone = attention(built.q, built.k_pages, built.v_pages, *queries, **options)
+    found = attention(built.q, pool.k_pages, pool.v_pages, *queries, first_page=first_page, **options)
+    for one, wanted in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(one, wanted)
     assert not races_found()
 
 

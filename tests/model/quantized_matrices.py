@@ -47,6 +47,16 @@ def packed(name: str, raw: np.ndarray, columns: int, layout: Any = panels) -> di
     return {key: jnp.asarray(part) for key, part in parts.items()}
 
 
+def stacked(parts: dict[str, Any], layer: int, num_layers: int = 3) -> dict[str, Any]:
+    """A stack of matrices of which ``layer`` is this one; the others hold NaN and other codes."""
+
+    def joined(part: Any) -> Any:
+        other = jnp.full_like(part, jnp.nan) if jnp.issubdtype(part.dtype, jnp.floating) else ~part
+        return jnp.stack([part if i == layer else other for i in range(num_layers)])
+
+    return {key: joined(part) for key, part in parts.items()}
+
+
 def bits_per_weight(name: str, layout: Any = panels) -> float:
     """Bits of a number in memory, without padding."""
     shapes = layout.part_shapes(WEIGHT_FORMATS[name], layout.ROWS, SUPER_BLOCK).values()

@@ -15,7 +15,7 @@ import pytest
 from jaxpaged_model.quantized import cpu_vectors, panels, product
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import ALIGNMENT, LAYOUTS, Layout, empty_parts
-from quantized_matrices import bits_per_weight, numbers, packed, random_raw
+from quantized_matrices import bits_per_weight, numbers, packed, random_raw, stacked
 
 NAMES = tuple(WEIGHT_FORMATS)
 ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
@@ -121,6 +121,21 @@ def test_fused_operations(tokens: int, exact: bool) -> None:
             bound, 1e-5 if not exact else 0
         )
         assert relative(np.asarray(added), both[:, :48] + add) < max(bound, 1e-5 if not exact else 0)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_a_layer_of_a_stack_is_the_matrix_alone(name: str, implementation: product.Implementation) -> None:
+    parts = packed(name, random_raw(name, 72, COLUMNS), COLUMNS)
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((3, COLUMNS)), jnp.float32)
+
+    @jax.jit
+    def run(parts: dict[str, Any], layer: Any) -> Any:
+        return product.product(x, name, parts, 72, layer=layer, implementation=implementation)
+
+    alone = np.asarray(run(parts, None))
+    for layer in (1, 2):
+        assert relative(np.asarray(run(stacked(parts, layer), layer)), alone) < 1e-6
 
 
 def test_a_token_is_the_same_alone_and_in_a_batch() -> None:

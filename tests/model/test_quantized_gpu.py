@@ -8,6 +8,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxpaged_model.quantized import gpu_kernel, lanes, product
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from quantized_matrices import stacked
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="jax before 0.11.2 offers no interpreter of GPU kernels"
@@ -55,6 +56,17 @@ def test_copies_and_readers_do_not_race():
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     found = gpu_kernel.matmul(WEIGHT_FORMATS["Q4_K"], x, parts, interpret=interpret)
     assert relative(found, np.asarray(x, np.float64) @ matrix.T) < 2.0**-7
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_a_layer_of_a_stack_is_the_matrix_alone(name):
+    parts, x = drawn(name, 64, 1024), activations(2, 1024)
+    interpret = plgpu.InterpretGPUParams()
+    alone = gpu_kernel.matmul(WEIGHT_FORMATS[name], x, parts, interpret=interpret)
+    stack = stacked(parts, 2)
+    found = gpu_kernel.matmul(WEIGHT_FORMATS[name], x, stack, jnp.int32(2), interpret=interpret)
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(alone, np.float32))
 
 
 @needs_interpreter

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxpaged_model.quantized import lanes, product, tpu_kernel
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import empty_parts
-from quantized_matrices import numbers, packed, random_raw, random_weights_raw
+from quantized_matrices import numbers, packed, random_raw, random_weights_raw, stacked
 
 from jaxpaged.pages.formats.lane_blocks import half_to_float
 
@@ -51,6 +52,24 @@ def test_products_equal_those_of_dequantized_matrices(
         found = tpu_kernel.matmul(WEIGHT_FORMATS[name], jnp.asarray(x, dtype), parts, interpret=True)
         assert found.shape == (tokens, rows) and found.dtype == dtype
         assert relative(found, wanted) < bound
+
+
+@pytest.mark.parametrize("how", ["xla", "tpu"])
+@pytest.mark.parametrize(("name", "columns"), [("Q8_0", 96), ("Q5_1", 512), ("Q4_K", 512)])
+def test_a_layer_of_a_stack_is_the_matrix_alone(
+    name: str, columns: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "tpu":
+        kernel = tpu_kernel.matmul
+        monkeypatch.setattr(tpu_kernel, "matmul", lambda *a: kernel(*a, interpret=True))
+    parts = packed(name, random_weights_raw(name, 130, columns), columns, lanes)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, columns)), jnp.float32)
+    around: dict[str, Any] = {"layout": "lanes", "implementation": how}
+    alone = product.product(x, name, parts, 130, **around)
+    for layer in (1, 2):
+        stack = stacked(parts, layer)
+        found = jax.jit(lambda i, stack=stack: product.product(x, name, stack, 130, layer=i, **around))(layer)
+        assert relative(found, np.asarray(alone, np.float64)) < 1e-6
 
 
 def test_extreme_scales() -> None:

@@ -275,7 +275,7 @@ def _run(
             scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct((num_blocks, *shape), jnp.float32) for shape in out_shapes],
-        # Pages are clipped to the pool when the table is packed; checking each DMA again doubles its cost.
+        # The kernel clips pages to the pool; checking each DMA again doubles its cost.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         interpret=interpret,
         name=f"paged_attention_{queries}x{pages}",

@@ -107,8 +107,8 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
     """Computes one item, the one of this step of the grid; the first step also starts the stream.
 
     Args:
-      refs: in the order of ``mosaic_tpu``'s call: how many items there are, and the layer's first page; the fields of
-        ``Items``; blocks of queries and of their positions, with ``rotated`` also of their
+      refs: in the order of ``mosaic_tpu``'s call: how many items there are, and the layer's first
+        page; the fields of ``Items``; blocks of queries and of their positions, with ``rotated`` also of their
         rotations, and what turns them; the packed table and the parts of pages, in HBM; blocks of
         the outputs; scratch.
       cut: the static sizes.
@@ -174,7 +174,8 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
     def start_pages(i: Array, chunk: Array, number: Array) -> None:
         def start(k: Array, _: None) -> None:
-            for copy in fetch_page(number, k, scalars[1] + field(number, 0, k)):
+            page = jnp.minimum(scalars[1] + field(number, 0, k), pools[0].shape[0] - 1)
+            for copy in fetch_page(number, k, page):
                 copy.start()
 
         lax.fori_loop(*live(i, chunk), start, None)
