@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -98,8 +99,19 @@ class CachePlan:
             )
 
     def create(self) -> Any:
-        """Creates the cache; a ``ShardedCache`` on a mesh."""
-        return self._local() if self.mesh is None else ShardedCache.create(self.mesh, self._local)
+        """Creates the cache; a ``ShardedCache`` on a mesh.
+
+        On a CPU, pages take memory when they are first written: a pool is as large as the context.
+        """
+        if self.mesh is not None:
+            return ShardedCache.create(self.mesh, self._local)
+        if self.kind != "paged" or jax.default_backend() != "cpu" or find_spec("llvmlite") is None:
+            return self._local()
+        from jaxpaged.native.kernels import untouched
+
+        pools = jax.tree.map(untouched, (self._arrays.k_pages, self._arrays.v_pages))
+        empty = jax.jit(lambda: replace(self._local(), k_pages=None, v_pages=None))()
+        return replace(empty, k_pages=pools[0], v_pages=pools[1])
 
     def _local(self) -> Any:
         """Creates the cache of one device."""

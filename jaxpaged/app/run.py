@@ -75,6 +75,7 @@ def generate(
     history: Sequence[Sequence[int]] = (),
     warmup: bool = True,
     every: Callable[[], int] | None = None,
+    fixed_steps: bool = False,
     on_start: Callable[[], None],
     on_cache: Callable[[Any, int], None] | None = None,
     on_tokens: Callable[[list[list[int]]], None],
@@ -87,6 +88,7 @@ def generate(
       samples: per prompt.
       lookup: tokens of a draft; above 0, prompt-lookup decoding, which is greedy.
       every: returns the decode steps per chunk; default: as many as take a tenth of a second.
+      fixed_steps: see ``generate_stream``.
       on_cache: called with the cache and the number of tokens generated, after the prefill and after each chunk.
       on_tokens: called with each sample's new tokens.
     """
@@ -113,6 +115,7 @@ def generate(
             context_shift=context_shift,
             window=window,
             history=history,
+            fixed_steps=fixed_steps,
             **common,
         )
     start = time.perf_counter()

@@ -29,6 +29,9 @@ from jaxpaged.sharding.multihost import broadcast_object
 _ENDLESS = 2**18
 """Limit of -n -1 with context shifts; arrays for so many tokens are allocated at once."""
 _SMALLEST_SHIFTED = 8
+_COMMON_POOL = 8192
+"""Tokens of the pool of a single sequence, if its context has as many: a prompt of 4,096 and as
+many to generate."""
 _SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
 
 
@@ -163,6 +166,9 @@ class Session:
         each = num_seqs if o.beams > 1 else BatchSharding.of(loaded.mesh, 1, num_seqs).samples_per_shard
         if o.context_shift:
             tokens, spare = min(tokens, self.context), 2
+        if num_seqs == 1 and self.options.kv_pages is None:
+            # Runs of any length then share the programs of one pool.
+            tokens = max(tokens, min(self.context, _COMMON_POOL))
         if self.window is not None and self.window + o.step_tokens < tokens:
             tokens, spare = self.window + o.step_tokens, 2
         return CachePlan.make(
@@ -279,6 +285,7 @@ class Session:
             history=[history] * len(prompts),
             warmup=o.warmup,
             every=None if recorder is None else lambda: recorder.every,
+            fixed_steps=rows == 1,
             on_start=start,
             on_cache=record,
             on_tokens=pass_on,

@@ -464,8 +464,9 @@ def generate(
     that decode. A prompt is admitted when there are pages for all that it and the others may yet
     write, so none runs out of pages on the way, unless it is alone.
 
-    Programs are compiled for sizes in buckets: prompts of up to 16 tokens, 24, 32, 48, 64 and so on
-    share a program, as do ``max_new_tokens`` in the same steps. All else is data.
+    Programs are compiled for sizes in buckets: any prompts and ``max_new_tokens`` of up to 4,096
+    tokens share a program (fewer where many rows share an array), if their prefill steps have the
+    same size: up to 16 tokens, 24, 32, 48, 64 and so on up to ``batch_size``. All else is data.
 
     Args:
       model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``,

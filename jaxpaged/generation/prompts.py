@@ -48,15 +48,25 @@ def bucket(count: int, smallest: int = 16) -> int:
     return size
 
 
-def chunk_size(num_tokens: int, batch_size: int) -> int:
+def columns(count: int, rows: int) -> int:
+    """Columns of an array ``[rows, columns]`` of tokens for rows of up to ``count``: 4,096 at least,
+    or fewer where many rows make an array large, so that most requests share a program."""
+    return bucket(count, max(16, min(4096, 65536 // rows)))
+
+
+def chunk_size(num_tokens: int, batch_size: int, *, fixed: bool = False) -> int:
     """Tokens of a prefill step: steps of one size, as few as ``batch_size`` allows, with little
     padding.
+
+    ``fixed``: steps of ``batch_size`` whatever the prompts, so that all share a program.
 
     Raises:
       ValueError: ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
+    if fixed:
+        return batch_size
     steps = -(-num_tokens // batch_size)
     return min(bucket(-(-num_tokens // steps)), batch_size)
 
@@ -150,7 +160,12 @@ def pack_stop_ids(stop_ids: npt.ArrayLike) -> np.ndarray:
 
 
 def pack_prompts(
-    prompts: Sequence[np.ndarray], *, max_seqs: int, stride: int = 1, batch_size: int, shards: int = 1
+    prompts: Sequence[np.ndarray],
+    *,
+    max_seqs: int,
+    stride: int = 1,
+    batch_size: int,
+    shards: int = 1,
 ) -> tuple[Prompts, int]:
     """Prompts as host arrays, and the static number of tokens of a prefill step; 0 = no step.
 
@@ -175,7 +190,7 @@ def pack_prompts(
             f"prompts must be 1 to {most} (max_seqs = {max_seqs}{each}{where}), got {len(prompts)}"
         )
     lens = np.zeros((shards, max_seqs), np.int32)
-    tokens = np.zeros((shards, max_seqs, bucket(max(map(len, prompts)))), np.int32)
+    tokens = np.zeros((shards, max_seqs, columns(max(map(len, prompts)), max_seqs * shards)), np.int32)
     for i, prompt in enumerate(prompts):
         place = i % shards, i // shards * stride
         lens[place] = len(prompt)

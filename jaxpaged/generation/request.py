@@ -15,6 +15,7 @@ from jaxpaged.generation.prompts import (
     PromptsLike,
     bucket,
     chunk_size,
+    columns,
     pack_stop_ids,
     token_limits,
     token_lists,
@@ -110,8 +111,10 @@ def make_request(
     history: Sequence[Sequence[int]] = (),
     mesh: Mesh | None = None,
     prompt_lens: npt.ArrayLike | None = None,
+    fixed_steps: bool = False,
 ) -> tuple[Request, Shape]:
-    """Arguments as for ``generate``; ``max_seqs`` is S of the cache.
+    """Arguments as for ``generate``; ``max_seqs`` is S of the cache, ``fixed_steps`` as for
+    ``chunk_size``.
 
     On a mesh, arrays have one more leading axis: the part of each data shard.
 
@@ -142,7 +145,7 @@ def make_request(
     limits[:count] = np.repeat(token_limits(max_new_tokens, len(ids), 0), num_samples)
     lens = np.zeros(num_prompts, np.int32)
     lens[: len(ids)] = [len(prompt) for prompt in ids]
-    padded = np.zeros((num_prompts, bucket(int(lens.max()))), np.int32)
+    padded = np.zeros((num_prompts, columns(int(lens.max()), num_prompts)), np.int32)
     for i, prompt in enumerate(ids):
         padded[i, : len(prompt)] = prompt
     sampling = _sampling_rows(sampling, count, max_seqs, rows)
@@ -162,7 +165,7 @@ def make_request(
         wanted = np.where(context_shift.n_keep < 0, whole, np.minimum(context_shift.n_keep, whole))
         keeps = np.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
     sharded_lens = sharding.shard_prompts(lens)
-    chunk = chunk_size(int(sharded_lens.sum(axis=1).max()), batch_size)
+    chunk = chunk_size(int(sharded_lens.sum(axis=1).max()), batch_size, fixed=fixed_steps)
     chunk = chunk if s == 1 else max(chunk, s + 1)  # the sequences that already decode take part
     bounds = [context_shift.n_ctx] if context_shift is not None else []
     bounds += [window + chunk] if window is not None else []
@@ -180,7 +183,7 @@ def make_request(
     )
     shape = Shape(
         chunk=chunk,
-        capacity=bucket(max(1, int(limits.max()))),
+        capacity=columns(max(1, int(limits.max())), rows),
         num_samples=n,
         queue=queue,
         keep=keep,

@@ -35,7 +35,7 @@ from jaxpaged.generation.prefill import prefill
 from jaxpaged.generation.prompts import (
     Prompts,
     PromptsLike,
-    bucket,
+    columns,
     pack_limits,
     pack_prompts,
     pack_stop_ids,
@@ -186,7 +186,9 @@ def _request(
         pack_limits(limits, max_seqs, shards),
         BatchSharding(shards, 1).replicate(pack_stop_ids(stop_ids)),
     )
-    return put_batch(mesh, request), _Shape(num_draft, ngram, bucket(int(limits.max())), chunk, keep)
+    return put_batch(mesh, request), _Shape(
+        num_draft, ngram, columns(int(limits.max()), max_seqs), chunk, keep
+    )
 
 
 def _start(model: Model, shape: _Shape, params: Any, cache: Cache, request: _Request) -> tuple[Cache, _State]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxpaged.cache.interface import Cache
+from jaxpaged.compilation import background
 from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.generation.loop import (
     RUNNING,
@@ -108,6 +109,7 @@ class GenerateStream(TokenStream):
         advance = cached_compile(
             lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
         )
+        background.wait()  # for kernels, so that their compilation is not counted as the first step
         self._programs = begin.program, advance.program
         self.cache_hit = begin.cache_hit and advance.cache_hit
 
@@ -136,11 +138,17 @@ def generate_stream(
     window: int | None = None,
     history: Sequence[Sequence[int]] = (),
     every: int = 8,
+    fixed_steps: bool = False,
 ) -> GenerateStream:
     """``generate`` that yields tokens while it runs: the first ones after prefill, then up to
     ``every`` a sample.
 
     Arguments and tokens are those of ``generate``; the steps of one chunk run in one XLA program.
+
+    Args:
+      every: tokens of a chunk, at most.
+      fixed_steps: prefill in steps of ``batch_size`` tokens, however short a prompt is, so that all
+        prompts share a program; for models whose products skip padding.
 
     Raises:
       ValueError: as ``generate``, or ``every`` is not positive.
@@ -150,7 +158,7 @@ def generate_stream(
     mesh = mesh_of(cache)
     request, shape = make_request(
         cache.max_seqs, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep, n, context_shift,
-        window, history, mesh, prompt_lens,
+        window, history, mesh, prompt_lens, fixed_steps,
     )  # fmt: skip
     sharding = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)
     return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every, sharding=sharding)

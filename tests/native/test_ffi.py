@@ -1,11 +1,11 @@
-"""Custom calls made of numba functions: structures, threads, and the kernel cache."""
+"""Custom calls made of numba functions: structures, threads, compilation beside, and the kernel cache."""
 
 import concurrent.futures
 import os
 import re
-import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -15,14 +15,18 @@ import pytest
 
 pytest.importorskip("numba")
 
-from jaxpaged.native import ffi
+from jaxpaged.compilation import background
+from jaxpaged.native import ffi, kernels, layout
 from jaxpaged.native.memory import load_f32, load_i64, store_f32, store_i64, symbol
 
-NAME = "jaxpaged_test_doubling"
+VARIANT = "waiting" if __name__ == "waiting" else "doubling"
+NAME = f"jaxpaged_test_{VARIANT}"
+TASK = f"{NAME}_task"
+KERNEL = kernels.Kernel(NAME, Path(__file__), "doubling", ())
 IN, OUT, ROWS, COLUMNS, THREADS = range(ffi.JOB, ffi.JOB + 5)
 
 
-def doubling_task(job):
+def task(job):
     index = ffi.next_item(job)
     while index >= 0:
         columns = load_i64(job, COLUMNS)
@@ -34,7 +38,7 @@ def doubling_task(job):
     return 0
 
 
-def doubling_handler(call):
+def handler(call):
     if ffi.is_version_query(call):
         return 0
     job = ffi.new_job(5)
@@ -44,7 +48,7 @@ def doubling_handler(call):
     store_i64(job, COLUMNS, ffi.size(x, 1))
     threads = ffi.num_threads(call)
     store_f32(ffi.data(ffi.result(call, 1)), 0, np.float32(threads))
-    ffi.run_items(call, job, ffi.size(x, 0), threads, symbol("jaxpaged_test_doubling_task"))
+    ffi.run_items(call, job, ffi.size(x, 0), threads, symbol(TASK))
     ffi.release(job)
     return 0
 
@@ -57,7 +61,7 @@ def double(x):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    ffi.register(NAME, doubling_handler, doubling_task, [Path(__file__)])
+    kernels.register(KERNEL)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 1000])
@@ -85,16 +89,13 @@ def test_a_call_inside_a_loop_inside_a_program():
 
 
 def test_the_layout_is_compared_with_jaxlibs_header(monkeypatch, tmp_path):
-    assert ffi.check_layout()[0] >= 0
-    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    copy = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
-    copy.parent.mkdir(parents=True)
-    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    with pytest.raises(ffi.LayoutError, match="no readable"):
-        ffi.check_layout()
-    shutil.copy(header, copy)
-    assert ffi.check_layout()[0] >= 0
-    text = header.read_text()
+    assert layout.check_layout()[0] >= 0
+    text, copy = layout.header().read_text(), tmp_path / "c_api.h"
+    monkeypatch.setattr(layout, "header", lambda: copy)
+    with pytest.raises(layout.LayoutError, match="no readable"):
+        layout.check_layout()
+    copy.write_text(text)
+    assert layout.check_layout()[0] >= 0
     for change, message in (
         (text.replace("  void* data;\n  int64_t rank;", "  int64_t rank;\n  void* data;"), "XLA_FFI_Buffer"),
         (re.sub(r"_XLA_FFI_API_STRUCT_FIELD\(XLA_FFI_State_Get\);", "", text), "table of functions"),
@@ -102,54 +103,105 @@ def test_the_layout_is_compared_with_jaxlibs_header(monkeypatch, tmp_path):
     ):
         assert change != text
         copy.write_text(change)
-        with pytest.raises(ffi.LayoutError, match=message):
-            ffi.check_layout()
+        with pytest.raises(layout.LayoutError, match=message):
+            layout.check_layout()
+
+
+def test_a_program_compiles_and_waits_while_its_kernel_is_compiled(monkeypatch, tmp_path):
+    """The custom call is there at once; it goes on when its code is."""
+    monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path))
+    compiled = threading.Event()
+    elsewhere = kernels._compiled_elsewhere
+
+    def late(kernel):
+        content = elsewhere(kernel)
+        assert compiled.wait(60)
+        return content
+
+    monkeypatch.setattr(kernels, "_compiled_elsewhere", late)
+    name = "jaxpaged_test_waiting"
+    kernels.register(kernels.Kernel(name, Path(__file__), "waiting"))
+    shapes = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    x = jnp.ones((3, 5))
+    program = jax.jit(jax.ffi.ffi_call(name, shapes)).lower(x).compile()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        out = pool.submit(lambda: np.asarray(program(x)[0]))
+        with pytest.raises(concurrent.futures.TimeoutError):
+            out.result(timeout=0.2)
+        compiled.set()
+        np.testing.assert_array_equal(out.result(), 2 * np.ones((3, 5)))
+    background.wait()
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_of_the_call(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path))
+    file = tmp_path / "broken.py"
+    file.write_text("def task(job):\n    return missing\n\n\nhandler = task\n")
+    kernels.register(kernels.Kernel("jaxpaged_test_broken", file, "broken"))
+    with pytest.raises(RuntimeError, match=r"jaxpaged_test_broken does not compile[\s\S]*missing"):
+        background.wait()
+    call = jax.ffi.ffi_call("jaxpaged_test_broken", jax.ShapeDtypeStruct((1,), jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the kernel jaxpaged_test_broken did not compile"):
+        jax.block_until_ready(jax.jit(lambda: call())())
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
-    """Cached code is linked to the address of the task in the new process."""
+    """A process that finds object code does not need numba."""
     script = (
-        "import jax, test_ffi\n"
-        "from jaxpaged.native import ffi\n"
-        "ffi.register(test_ffi.NAME, test_ffi.doubling_handler, test_ffi.doubling_task, [])\n"
-        "assert (test_ffi.double(jax.numpy.ones((9, 7)))[0] == 2).all()\n"
-        "print([function.cache_hits for function in ffi._REGISTERED[test_ffi.NAME]])\n"
+        "import sys, jax, jax.numpy as jnp\n"
+        "from pathlib import Path\n"
+        "from jaxpaged.native import kernels\n"
+        "kernels.register(kernels.Kernel(sys.argv[1], Path(sys.argv[2]), 'doubling', ()))\n"
+        "shapes = jax.ShapeDtypeStruct((9, 7), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)\n"
+        "out, _ = jax.jit(jax.ffi.ffi_call(sys.argv[1], shapes))(jnp.ones((9, 7)))\n"
+        "assert (out == 2).all()\n"
+        "print('numba' in sys.modules)\n"
     )
-    environment = os.environ | {"JAXPAGED_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    ]
-    assert outputs == ["[0, 0]\n", "[1, 1]\n"]
+    environment = os.environ | {"JAXPAGED_CACHE": str(tmp_path)}
+    written: list[list[int]] = []
+    for _ in range(2):
+        command = [sys.executable, "-c", script, NAME, str(Path(__file__))]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert out == "False\n"
+        written.append([file.stat().st_ctime_ns for file in tmp_path.rglob("*.kernel")])
+    assert len(written[0]) == 1
 
 
 @pytest.fixture
 def compile_again(monkeypatch, tmp_path):
-    """Registers the kernel with an empty cache folder; returns the cache hits of its two functions."""
+    """Registers the kernel with an empty cache folder; returns True if that compiled it."""
     monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
+    code = kernels._compiled_elsewhere(KERNEL)
+    compiled = []
+
+    def compile_elsewhere(kernel):
+        compiled.append(kernel)
+        return code
+
+    monkeypatch.setattr(kernels, "_compiled_elsewhere", compile_elsewhere)
 
     def register():
-        ffi.register(NAME, doubling_handler, doubling_task, [])
-        return [function.cache_hits for function in ffi._REGISTERED[NAME]]
+        compiled.clear()
+        kernels.register(KERNEL)
+        background.wait()
+        return bool(compiled)
 
     return register
 
 
 def test_damaged_cache_entries_are_rebuilt(compile_again, tmp_path):
-    """numba itself runs a damaged file, and crashes."""
-    assert compile_again() == [0, 0]
+    """LLVM itself links a damaged file, and crashes."""
+    assert compile_again()
     for damage in (
         lambda content: b"",
         lambda content: content[:-9],
         lambda content: content[: len(content) // 2] + bytes(500) + content[len(content) // 2 + 500 :],
     ):
-        assert compile_again() == [1, 1]
+        assert not compile_again()
         for file in (file for file in tmp_path.rglob("*") if file.is_file()):
             file.write_bytes(damage(file.read_bytes()))
-        assert compile_again() == [0, 0]
+        assert compile_again()
 
 
 def test_without_a_usable_cache_folder_kernels_compile(compile_again, monkeypatch, tmp_path):
@@ -159,5 +211,13 @@ def test_without_a_usable_cache_folder_kernels_compile(compile_again, monkeypatc
     for folder, reason in (("file", "Not a directory"), ("open", "another user owns it or may write to it")):
         monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path / folder))
         with pytest.warns(RuntimeWarning, match=f"no kernel cache, every process compiles: .*{reason}"):
-            assert compile_again() == [0, 0]
+            assert compile_again()
     assert not list((tmp_path / "open" / "kernels").iterdir())
+
+
+def test_untouched_memory_is_an_array_that_can_be_donated():
+    pool = kernels.untouched(jax.ShapeDtypeStruct((1 << 20, 4), jnp.int8))
+    address = pool.unsafe_buffer_pointer()
+    written = jax.jit(lambda x: x.at[5].set(7), donate_argnums=0)(pool)
+    assert written.unsafe_buffer_pointer() == address
+    assert written.shape == (1 << 20, 4) and (written[5] == 7).all()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,9 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.attention.base import Config, Pages, has_hadamard
-from jaxpaged.attention.cpu import job as cpu_job
-from jaxpaged.attention.cpu import kernel as cpu_kernel
-from jaxpaged.attention.cpu import pages as cpu_pages
-from jaxpaged.attention.cpu.job import MIN_ITEM_TOKENS, ROWS
-from jaxpaged.attention.cpu.kernel import FEW_ROWS, TILE, scratch_bytes
-from jaxpaged.attention.cpu.pages import KINDS
+from jaxpaged.attention.cpu.kinds import KINDS
 from jaxpaged.compilation.executable_cache import register_target_loader
-from jaxpaged.native.ffi import register
-from jaxpaged.native.tiles import WIDTH, padded
+from jaxpaged.native.kernels import Kernel, register
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import BlockPages, ResidualPages
@@ -30,25 +22,18 @@ from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.hadamard import size as hadamard_size
 from jaxpaged.pages.rope import Rope
 
+_FOLDER = Path(__file__).parent
+
 
 @functools.cache
 def _target(quantized: bool) -> str:
-    """Name of the custom call, compiled on first use; see ``kernel.QUANTIZED``."""
-    kernel: Any = cpu_kernel
-    if quantized:
-        spec = importlib.util.spec_from_file_location(f"{cpu_kernel.__name__}_quantized", cpu_kernel.__file__)
-        assert spec is not None
-        assert spec.loader is not None
-        kernel = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(kernel)
-    register(
-        kernel.NAME,
-        kernel.handler,
-        kernel.task,
-        [Path(str(module.__file__)) for module in (cpu_job, cpu_kernel, cpu_pages)],
-    )
-    register_target_loader(kernel.NAME, _target, quantized)
-    return kernel.NAME
+    """Name of the custom call, registered on first use; see ``kernel.QUANTIZED``."""
+    variant = "_quantized" if quantized else ""
+    sources = tuple(_FOLDER / file for file in ("job.py", "pages.py", "kinds.py"))
+    name = f"jaxpaged_paged_attention{variant}"
+    register(Kernel(name, _FOLDER / "kernel.py", f"{__package__}.kernel{variant}", sources))
+    register_target_loader(name, _target, quantized)
+    return name
 
 
 def describe(
@@ -67,25 +52,29 @@ def describe(
       "converted" to float32, or "transposed"; ``min_tokens_per_item``, below which a sequence is
       not split; ``scratch_bytes`` of each thread.
     """
+    from jaxpaged.attention.cpu import kernel, pages
+    from jaxpaged.attention.cpu.job import MIN_ITEM_TOKENS, ROWS
+    from jaxpaged.native.tiles import WIDTH, padded
+
     tokens, num_q_heads, head_dim = q_shape
     group = num_q_heads // k_pages.shape[1]
     rows = min(max(ROWS // group, 1), max_q_len or tokens) * group
     wide = padded(head_dim)
 
-    def read(pages: Pages) -> str:
-        kind = _kind(pages, head_dim)
-        if rows <= FEW_ROWS and cpu_pages.reads_codes.py_func(kind):
+    def read(given: Pages) -> str:
+        kind = _kind(given, head_dim)
+        if rows <= kernel.FEW_ROWS and pages.reads_codes.py_func(kind):
             return "as codes"
         return "in place" if KINDS[kind] == "f32" and wide == head_dim else "converted"
 
     return {
         "vector_width": WIDTH,
-        "keys_per_tile": TILE,
+        "keys_per_tile": kernel.TILE,
         "rows_per_item": rows,
-        "keys_read": "transposed" if rows > FEW_ROWS else read(k_pages),
+        "keys_read": "transposed" if rows > kernel.FEW_ROWS else read(k_pages),
         "values_read": read(v_pages),
         "min_tokens_per_item": MIN_ITEM_TOKENS,
-        "scratch_bytes": scratch_bytes(rows, head_dim, wide),
+        "scratch_bytes": kernel.scratch_bytes(rows, head_dim, wide),
     }
 
 

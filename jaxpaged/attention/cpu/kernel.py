@@ -115,11 +115,11 @@ from jaxpaged.native.tiles import (
 )
 
 QUANTIZED = __name__.endswith("_quantized")
-"""True if this module reads quantized pages: ``backend`` loads the file a second time for them,
+"""True if this module reads quantized pages: ``backend`` makes a second kernel of the file for them,
 because their code takes as long to compile as all other code. numba omits branches that a constant
 excludes."""
-NAME = f"jaxpaged_paged_attention{'_quantized' if QUANTIZED else ''}"
-_TASK = f"{NAME}_task"
+_TASK = f"jaxpaged_paged_attention{'_quantized' if QUANTIZED else ''}_task"
+"""Symbol of ``task`` in the kernel's object code."""
 TILE = 64
 """Number of keys in a tile."""
 FEW_ROWS = 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxpaged.attention.cpu.kinds import KINDS
 from jaxpaged.native.codes import (
     BYTES,
     NIBBLES,
@@ -28,11 +29,6 @@ from jaxpaged.native.memory import load_f32, store_f32
 from jaxpaged.native.tiles import f32, i64, njit, widen_bf16, widen_f16
 from jaxpaged.pages.formats.ggml import IQ4_NL_VALUES
 
-KINDS = (
-    "f32", "bf16", "f16", "fp8_e4m3", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k", "kivi4", "kivi2",
-    "kivi4_by_token", "kivi2_by_token",
-)  # fmt: skip
-"""Storage kinds; kernels know a kind by its index."""
 (
     _F32, _BF16, _F16, _FP8, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0, _IQ4_NL, _Q4_K, _KIVI4, _KIVI2, _KIVI4_BY_TOKEN,
     _KIVI2_BY_TOKEN,

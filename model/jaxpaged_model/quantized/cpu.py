@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,26 +12,24 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.compilation.executable_cache import register_target_loader
-from jaxpaged.native.ffi import register
-from jaxpaged_model.quantized import cpu_kernel, cpu_vectors, formats, panels
+from jaxpaged.native.kernels import Kernel, register
 from jaxpaged_model.quantized.norm import Norm
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 
 
+_FOLDER = Path(__file__).parent
+
+
 @functools.cache
 def _target(name: str, exact: bool) -> str:
-    """Registers the custom call of a format; returns its name."""
-    variant = f"{cpu_kernel.__name__}_{name}__{'exact' if exact else 'rounded'}"
-    spec = importlib.util.spec_from_file_location(variant, cpu_kernel.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    kernel = sys.modules[variant] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernel)
-    sources = [Path(str(module.__file__)) for module in (cpu_kernel, cpu_vectors, formats, panels)]
-    register(kernel.NAME, kernel.handler, kernel.task, sources)
-    register_target_loader(kernel.NAME, _target, name, exact)
-    return kernel.NAME
+    """Name of the custom call of a format, registered on first use."""
+    variant = f"{name}__{'exact' if exact else 'rounded'}"
+    sources = tuple(_FOLDER / file for file in ("cpu_vectors.py", "formats.py", "panels.py"))
+    target = f"jaxpaged_product_{name}{'_exact' if exact else ''}"
+    register(Kernel(target, _FOLDER / "cpu_kernel.py", f"{__package__}.cpu_kernel_{variant}", sources))
+    register_target_loader(target, _target, name, exact)
+    return target
 
 
 def product(

@@ -55,8 +55,8 @@ from jaxpaged_model.quantized.panels import ROWS
 _VARIANT = __name__.rpartition(".")[2].removeprefix("cpu_kernel_").split("__")
 FORMAT = WEIGHT_FORMATS.get(_VARIANT[0], WEIGHT_FORMATS["Q8_0"])
 EXACT = _VARIANT[-1] == "exact"
-NAME = f"jaxpaged_product_{FORMAT.name}{'_exact' if EXACT else ''}"
-_TASK = f"{NAME}_task"
+_TASK = f"jaxpaged_product_{FORMAT.name}{'_exact' if EXACT else ''}_task"
+"""Symbol of ``task`` in the kernel's object code."""
 
 _ITEM_ROWS = 64
 """Rows of a work item: with 2,000 columns, they and a panel fit into the second-level cache."""
