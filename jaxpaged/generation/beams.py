@@ -36,7 +36,7 @@ from jaxpaged.generation.prefill import prefill
 from jaxpaged.generation.prompts import (
     Prompts,
     PromptsLike,
-    columns,
+    bucket,
     pack_limits,
     pack_prompts,
     pack_stop_ids,
@@ -231,7 +231,7 @@ def _request(
         length_penalty=sharding.replicate(np.float32(length_penalty)),
         early_stopping=sharding.replicate(np.int32(_EARLY_STOPPING.index(early_stopping))),
     )
-    shape = _Shape(num_beams, num_return_sequences, columns(int(limits.max()), max_seqs), chunk)
+    shape = _Shape(num_beams, num_return_sequences, bucket(int(limits.max())), chunk)
     return put_batch(mesh, request), shape
 
 

@@ -123,7 +123,7 @@ def test_json_is_one_object_with_all_fields(paged):
         assert timings[f"{name}_per_second"] == pytest.approx(rate, rel=1e-2)
 
 
-def test_pool_is_what_the_run_can_fill(paged):
+def test_pool_is_the_context(paged):
     token = 2 * 2 * 8 * 4  # K and V, KV heads, head_dim, bytes
     assert paged["kv"] == {
         "kind": "paged",
@@ -131,7 +131,7 @@ def test_pool_is_what_the_run_can_fill(paged):
         "type_v": "f32",
         "hadamard": None,
         "page_size": 8,
-        "pages_total": 8,  # for 9 + 40 tokens 7, rounded up
+        "pages_total": CONTEXT // 8,  # of the whole context, so that runs share a program
         "pages_peak": 6,  # the newest token is never fed back
         "bytes_peak": 6 * 8 * token,
         "bytes_contiguous": CONTEXT * token,
@@ -169,7 +169,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(jaxpaged, model_path, paged)
         "prompt eval time =",
         "  eval time =",
         "total time =",
-        "KV cache = paged, 6 of 8 pages of 8 tokens",
+        "KV cache = paged, 6 of 16 pages of 8 tokens",
     ):
         assert line in done.stderr
     assert f"for {CONTEXT} tokens)" in done.stderr

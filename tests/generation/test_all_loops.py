@@ -22,6 +22,7 @@ from jaxpaged import (
     generate_stream,
 )
 from jaxpaged.generation.loop import LimitVocab
+from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.generation.speculative import lookup_stream
 
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 11))]
@@ -208,20 +209,29 @@ def test_the_repr_of_a_result_shows_shapes_and_fetches_nothing(params: Any) -> N
     for array in jax.tree.leaves(result):
         array.delete()
     assert repr(result) == (
-        "GenerateResult(tokens=int32[6, 16], num_tokens=int32[6], finish_reason=int32[6], "
+        "GenerateResult(tokens=int32[6, 4096], num_tokens=int32[6], finish_reason=int32[6], "
         "pages_peak=int32[], num_steps=int32[])"
     )
     stream = generate_stream(MODEL, params, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
     assert "Array" not in repr(stream) and "\n" not in repr(stream)
 
 
-def test_prompts_of_5_to_16_tokens_share_a_program() -> None:
+def test_requests_share_a_program() -> None:
+    """Prompts in steps of one size and any limit; with ``fixed_steps`` prompts of any length, too."""
     weights = toy_params()
 
-    def programs(length: int) -> int:
+    def programs(length: int, new: int, temperature: float = 0.0, **options: Any) -> int:
         before = next(traces)
-        generate(toy, weights, paged(1, 8), [list(range(length))], max_new_tokens=LIMIT - length % 3)
+        prompts, sampling = [np.arange(length) % 50], SamplingParams.create(1, temperature=temperature)
+        run = generate_stream if options else generate
+        out = run(toy, weights, paged(1, 1100), prompts, max_new_tokens=new, sampling=sampling, **options)
+        for _ in out if options else ():
+            break
         return next(traces) - before - 1
 
-    assert programs(5) > 0
-    assert [programs(length) for length in range(5, 17)] == [0] * 12
+    assert programs(5, LIMIT) > 0
+    assert [programs(length, 1 + 300 * length) for length in range(5, 14)] == [0] * 9
+    fixed: dict[str, Any] = {"batch_size": 64, "fixed_steps": True}
+    assert programs(5, LIMIT, **fixed) > 0
+    for length, new, temperature in ((1, 4096, 1.0), (42, 60, 0.0), (700, 1, 0.7), (4096, 4000, 0.0)):
+        assert programs(length, new, temperature, **fixed) == 0

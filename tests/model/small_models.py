@@ -236,7 +236,11 @@ def random_params(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float3
 
     def draw(path: Any, leaf: Any) -> Any:
         scale = "scale" in jax.tree_util.keystr(path)
-        values = rng.standard_normal(leaf.shape) * (0.2 if scale else leaf.shape[-2 if leaf.ndim > 1 else 0] ** -0.5) + scale
+        values = (
+            rng.standard_normal(leaf.shape)
+            * (0.2 if scale else leaf.shape[-2 if leaf.ndim > 1 else 0] ** -0.5)
+            + scale
+        )
         return jnp.asarray(values.astype(np.float32), dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))

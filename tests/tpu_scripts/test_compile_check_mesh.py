@@ -14,7 +14,7 @@ from script_kit import run
 
 from tpu_scripts.compile_check import mesh
 from tpu_scripts.compile_check.hlo import Collective, Contents, axes_of, bytes_of, contents_of, groups_of
-from tpu_scripts.compile_check.mesh import verdict
+from tpu_scripts.compile_check.mesh import Layers, verdict
 
 ROOT = Path(__file__).parents[2]
 AXES = {"data": 2, "context": 1, "tensor": 4}
@@ -133,9 +133,19 @@ def sums(count: int, over: str = "tensor", *, in_loop: bool = False) -> list[Col
     return [Collective("all-reduce", over, in_loop, 1024)] * count
 
 
-def judged(program: str, axes: dict[str, int], found: list[Collective], kernels: int, **memory: int) -> str:
+UNROLLED, SCANNED = Layers(2, scanned=False), Layers(2, scanned=True)
+
+
+def judged(
+    program: str,
+    axes: dict[str, int],
+    found: list[Collective],
+    kernels: int,
+    layers: Layers = UNROLLED,
+    **memory: int,
+) -> str:
     sizes = {"alias_bytes": 4096, "temp_bytes": 16, "pool_bytes": 4096} | memory
-    return verdict(program, axes, 2, Contents(tuple(found), kernels), sizes)
+    return verdict(program, axes, layers, Contents(tuple(found), kernels), sizes)
 
 
 def test_two_sums_a_layer_are_right():
@@ -149,6 +159,13 @@ def test_two_sums_a_layer_are_right():
     assert judged("reserve", spread, sums(1, "context", in_loop=True), 0) == "ok"
     gathered = [Collective("all-gather", "data", False, 8)]
     assert judged("generate", AXES, [*sums(8, in_loop=True), *gathered], 6) == "ok"
+
+
+def test_layers_in_a_scan_count_once():
+    assert judged("decode", AXES, sums(2, in_loop=True), 1, SCANNED) == "ok"
+    assert judged("generate", AXES, sums(4, in_loop=True), 3, SCANNED) == "ok"
+    assert "2 all-reduce over tensor in a loop expected" in judged("prompt", AXES, sums(4), 1, SCANNED)
+    assert judged("decode", AXES, sums(2, in_loop=True), 0, SCANNED) == "0 attention kernels in 1 layers"
 
 
 def test_whatever_else_is_wrong():
