@@ -18,10 +18,12 @@ from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import interrupt
 from jaxpaged.app.errors import InputError
-from jaxpaged.app.options import ModelFlags
+from jaxpaged.app.options import ModelFlags, PageFlags
 from jaxpaged.app.processes import open_mesh
 from jaxpaged.app.timings import since_start
+from jaxpaged.attention.api import prepare
 from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.formats import formats_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def open_model(options: ModelFlags, *, mesh: str | None = None, show_progress: b
     if dtype == "auto":
         dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
     start, opened = time.perf_counter(), since_start()
+    if isinstance(options, PageFlags):
+        prepare(*formats_of(dtype, options.cache_type_k, options.cache_type_v))
     devices = open_mesh(mesh)
     try:
         file = model_file(options.model, options.hf, options.offline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -27,7 +28,7 @@ from jaxpaged.attention.base import (
 )
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width, token_rows
+from jaxpaged.pages.formats import BlockPages, PageFormat, hadamard_transform, lane_width, token_rows
 from jaxpaged.pages.rope import Rope
 
 _MODULES = {
@@ -77,6 +78,15 @@ def _find(name: str) -> Callable[..., tuple[Array, Array]] | str:
     except ImportError as broken:
         warnings.warn(f"attention falls back from {name}: {broken}", RuntimeWarning, stacklevel=2)
         return str(broken)
+
+
+def prepare(k_format: PageFormat, v_format: PageFormat) -> None:
+    """Starts to compile what attention over pages of these formats needs beside XLA's programs; it
+    may be called as soon as the formats are known, and need not be."""
+    with contextlib.suppress(NotImplementedError):
+        if candidates()[0] == "cpu_numba":
+            load("cpu_numba")
+            importlib.import_module("jaxpaged.attention.cpu.backend").prepare(k_format, v_format)
 
 
 def default_platform() -> str:

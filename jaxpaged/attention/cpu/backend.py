@@ -17,7 +17,7 @@ from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.kernels import Kernel, register
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, ResidualPages
+from jaxpaged.pages.formats import BlockFormat, BlockPages, PageFormat, ResidualPages
 from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.hadamard import size as hadamard_size
 from jaxpaged.pages.rope import Rope
@@ -34,6 +34,12 @@ def _target(quantized: bool) -> str:
     register(Kernel(name, _FOLDER / "kernel.py", f"{__package__}.kernel{variant}", sources))
     register_target_loader(name, _target, quantized)
     return name
+
+
+def prepare(k_format: PageFormat, v_format: PageFormat) -> None:
+    """Registers the kernel for pages of these formats before a program is traced, so that its
+    compilation, if it is not in the cache, goes on beside what follows."""
+    _target(any(isinstance(one, BlockFormat) for one in (k_format, v_format)))
 
 
 def describe(
