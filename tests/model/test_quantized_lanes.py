@@ -32,6 +32,13 @@ def test_matrices_packed_one_after_another_are_one_matrix() -> None:
         np.testing.assert_array_equal(parts[key], part)
 
 
+@pytest.mark.parametrize("rows", [40, 128, 300])
+def test_columns_are_taken_by_blocks_of_lanes(rows: int) -> None:
+    index = jnp.array([rows - 1, 0, 17, 17, rows // 2])
+    for part in packed("Q4_K", random_raw("Q4_K", rows, 256), 256, lanes).values():
+        np.testing.assert_array_equal(lanes.take_by_lanes(part, index), part[:, index])
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "columns", "tokens"),
     [

@@ -20,4 +20,9 @@ from tpu_scripts.compile_check.steps import LAYERS, copies
     ],
 )
 def test_copies_of_matrices_count(line: str, counts: bool) -> None:
-    assert bool(copies(line, smallest=1 << 20, tokens=512)) == counts
+    text = f"%body.1 (x: s32[]) -> s32[] {{\n{line}\n}}\n"
+    assert bool(copies(text, smallest=1 << 20, tokens=512)) == counts
+    inside = (
+        f"{text}ENTRY %main (x: s32[]) -> s32[] {{\n  %y = s32[] fusion(%x), kind=kLoop, calls=%body.1\n}}\n"
+    )
+    assert not copies(inside, smallest=1 << 20, tokens=512)

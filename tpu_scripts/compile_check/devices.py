@@ -101,6 +101,17 @@ def devices(target: str) -> list[Any]:
     return topologies.get_topology_desc(target, platform="tpu").devices
 
 
+def trace_models_for(platform: str) -> None:
+    """Lets models of this process choose products and loops as on a "tpu" or "gpu", which is not here.
+
+    The environment variable JAXPAGED_ATTENTION does so for attention.
+    """
+    from jaxpaged_model import llama
+    from jaxpaged_model.quantized import product
+
+    vars(llama)["default_platform"] = vars(product)["choose"] = lambda *_: platform
+
+
 class Compiler:
     """Compiles for one device of a target; arrays are shapes without data."""
 

@@ -10,7 +10,8 @@ tokens, pages of 16, 32 and 64 tokens, bfloat16, with the rotation offsets that 
 128 and 256 also with quantized pages, of 32 and 64 tokens. It goes all the way to machine code for sm_90a, so what does
 not fit a block's shared memory or its registers shows as on hardware; times do not. More rows compile a whole donated
 step of one layer, the write of its keys and values and the attention, and check that XLA works on the pool in place.
-The last ones compile products with quantized weights, of each type that a GGUF file may have.
+The last ones compile products with quantized weights, of each type that a GGUF file may have, and whole steps of a
+model (compile_check.steps).
 
 Exit status: 0, all compiled and nothing spilled; 1, something did not; 2, a package is missing.
 """
@@ -47,6 +48,7 @@ from tpu_scripts.compile_check.devices import (
     num_bytes,
     same_heads,
 )
+from tpu_scripts.compile_check.steps import step_rows
 from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 
 NUM_PAGES, PROMPT, PROMPT_SEQS = 8192, 512, 8
@@ -87,7 +89,7 @@ def main() -> int:
     print(common.head(*heads, left=("model", "pages", "kind", "result")), flush=True)
     # The variables are set before jax starts: no driver is looked for, and Mosaic keeps the report of ptxas.
     with tempfile.TemporaryDirectory() as dump:
-        variables = {**found, "MOSAIC_GPU_DUMP_TO": dump}
+        variables = {**found, "MOSAIC_GPU_DUMP_TO": dump, "JAXPAGED_ATTENTION": "mosaic_gpu"}
         with Worker("tpu_scripts.compile_check.gpu", {"quick": args.quick}, variables) as worker:
             try:
                 for row in worker.rows():
@@ -139,6 +141,9 @@ class GpuCompiler(Compiler):
             yield self.donated_step(head_dim, pages)
         for name, sizes in itertools.product(WEIGHT_FORMATS, LLAMA_3_8B_PRODUCTS[: 1 if quick else 2]):
             yield self.product(name, *sizes)
+        for row in step_rows(self, self.report, quick):
+            kind = f"{row.pop('kind')} step"
+            yield {"models": f"Llama-3-8B, {row.pop('weights')} weights", "pages": "bf16", "kind": kind} | row
 
     def arguments(
         self, heads: dict[str, int], tokens: int, max_q_len: int | None, page_size: int, pages: str

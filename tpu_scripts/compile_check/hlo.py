@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,6 +109,17 @@ def contents_of(text: str, axes: Mapping[str, int]) -> Contents:
         return Contents(tuple(collectives), kernels)
 
     return whole(entry)
+
+
+def unfused(text: str) -> Iterator[tuple[str, str]]:
+    """Yields shape and operation of each instruction that is not part of a fusion: those with results in memory."""
+    fused = set(re.findall(r" fusion\(.*\bcalls=%?([\w.\-]+)", text))
+    here = ""
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            here = head[2] if (head := _HEAD.match(line)) else ""
+        elif here not in fused and (found := _INSTRUCTION.match(line)):
+            yield found[2], found[3]
 
 
 def _operands(rest: str) -> list[str]:

@@ -7,6 +7,7 @@ Needs: libtpu, which the line above installs.
 
 libtpu brings the compilers that run on a TPU's host, Mosaic and LLO among them: what does not fit into VMEM, is not
 aligned, or has no instruction fails here as it fails there. Nothing runs, so there are no times but those of compiling.
+The last table compiles whole steps of a model (compile_check.steps).
 docs/kernels_tpu.md explains the tables. Exit status: 0; 1 if something did not compile; 2 without libtpu.
 """
 
@@ -46,6 +47,7 @@ from tpu_scripts.compile_check.devices import (
     num_bytes,
     same_heads,
 )
+from tpu_scripts.compile_check.steps import step_rows
 from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 
 TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -62,6 +64,7 @@ TABLES = {
     "kernels": "target, model, kind, page_size, dtype, blocks, vmem_mib, temp_mib, code_mib, seconds, result",
     "layout": "target, layout, kind, pool_mib, temp_mib, alias_mib, accessed_mib, code_mib, result",
     "products": "target, weights, kind, temp_mib, code_mib, seconds, result",
+    "steps": "target, weights, kind, pool_mib, alias_mib, temp_mib, most_mib, code_mib, seconds, result",
     "bundles": "target, kind, block, kernel, bundles, least, total, result",
 }
 """Columns of each table."""
@@ -69,10 +72,11 @@ HEADS = {
     "page_size": "page",
     "dtype": "pages of",
     "vmem_mib": "VMEM MiB",
-    "pool_mib": "one pool MiB",
+    "pool_mib": "pool MiB",
     "alias_mib": "in place MiB",
     "accessed_mib": "accessed MiB",
     "temp_mib": "temp MiB",
+    "most_mib": "at most MiB",
     "code_mib": "code MiB",
     "seconds": "s",
     "layout": "pool",
@@ -100,7 +104,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as dump:
             flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
             dumped = {"LIBTPU_INIT_ARGS": flags, "JAXPAGED_LLO_DUMP": dump} if args.bundles else {}
-            with Worker("tpu_scripts.compile_check.tpu", task, {**found, **dumped}, limit=1500) as worker:
+            variables = {**found, **dumped, "JAXPAGED_ATTENTION": "mosaic_tpu"}
+            with Worker("tpu_scripts.compile_check.tpu", task, variables, limit=1500) as worker:
                 try:
                     rows += worker.rows()
                 except WorkerFailed as reason:
@@ -122,6 +127,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 heads[2] = "rows of activations"
             elif name == "layout":
                 heads[2] = "program"
+            elif name == "steps":
+                heads[2] = "step"
             print(f"\n{common.head(*heads, left=heads)}")
             for row in chosen:
                 print(common.row(*(cell(row, column) for column in names)))
@@ -150,6 +157,8 @@ class TpuCompiler(Compiler):
         for layout, dtype in (("plain", "bf16"), ("lanes", "bf16"), ("lanes", "q8_0"), ("lanes", "q4_0")):
             yield from self.layout(layout, dtype)
         yield from self.products(quick)
+        for row in step_rows(self, self.compile, quick):
+            yield row | {"table": "steps"}
 
     def products(self, quick: bool) -> Iterator[dict[str, Any]]:
         """Rows of activations times quantized weights: Llama-3-8B's, and of whole-block types SmolLM2-135M's."""

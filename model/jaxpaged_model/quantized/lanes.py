@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+from jaxpaged.pages.formats import LANES
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS, WeightFormat
 
 SUBLANES = 32
@@ -116,8 +117,25 @@ def dequantized(name: str, parts: Mapping[str, Array], rows: int, columns: int) 
 
 def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -> Array:
     """Dequantizes the rows at ``index`` i32[n], which must be inside the matrix: f32 ``[n, columns]``."""
-    taken = {key: part[:, index] for key, part in parts.items()}
+    taken = {key: _take(part, index) for key, part in parts.items()}
     return _numbers(WEIGHT_FORMATS[name], taken, columns).T
+
+
+def _take(part: Array, index: Array) -> Array:
+    """``part[:, index]``; on TPUs, where XLA would copy the whole part for it, by blocks of lanes."""
+    return lax.platform_dependent(part, index, tpu=take_by_lanes, default=lambda part, index: part[:, index])
+
+
+def take_by_lanes(part: Array, index: Array) -> Array:
+    """``part[:, index]``, one block of lanes for each index i32[n]."""
+    width = min(part.shape[1], LANES)
+
+    def one(i: Array) -> Array:
+        start = jnp.minimum(i // LANES * LANES, part.shape[1] - width)
+        block = lax.dynamic_slice_in_dim(part, start, width, axis=1)
+        return jnp.sum(jnp.where(jnp.arange(width) == i - start, block, 0), axis=1, dtype=part.dtype)
+
+    return lax.map(one, index).T
 
 
 def _numbers(fmt: WeightFormat, parts: Mapping[str, Array], columns: int) -> Array:

@@ -149,10 +149,18 @@ def matmul(
         )
 
     def whole(part: Array) -> Any:
-        return pl.BlockSpec((None, part.shape[1], config.bn), lambda n, t, c, layer: (layer[0], 0, n))
+        stacked = len(part) == len(parts["codes"])
+        return pl.BlockSpec(
+            (None, part.shape[1], config.bn), lambda n, t, c, layer: (layer[0] if stacked else 0, 0, n)
+        )
 
-    others = [parts[name] for name in fmt.factors]
-    others = [lax.bitcast_convert_type(p, jnp.int16) if p.dtype == jnp.float16 else p for p in others]
+    def readable(part: Array) -> Array:
+        """Mosaic has no float16, and XLA copies an array to show its bits as integers: so one layer's."""
+        if part.dtype != jnp.float16:
+            return part
+        return lax.bitcast_convert_type(lax.dynamic_index_in_dim(part, layer), jnp.int16)
+
+    others = [readable(parts[name]) for name in fmt.factors]
     groups = lanes.padded(fmt, columns) // fmt.group
     factors = [pltpu.VMEM((groups, config.bn), jnp.float32)] * (2 if fmt.has_minima else 1)
     out = pl.pallas_call(
