@@ -185,11 +185,8 @@ class Projections(nnx.Module):
         if self.joined is not None:
             q_dim, k_dim, _ = self.dims
             return tuple(jnp.split(self.joined(x, layer=layer, norm=norm), [q_dim, q_dim + k_dim], axis=-1))
-        # XLA would join products of the same operand, for which it copies matrices of a stack on a GPU,
-        # and compute heads directly, for which it transposes them on a TPU.
-        parts = [one for one in (self.q, self.k, self.v) if one is not None]
-        operands = lax.optimization_barrier([x] * len(parts))
-        found = [one(x, layer=layer, norm=norm) for one, x in zip(parts, operands, strict=True)]
+        found = [one(x, layer=layer, norm=norm) for one in (self.q, self.k, self.v) if one is not None]
+        # Otherwise XLA multiplies straight to heads, for which it transposes each layer's matrices on a TPU.
         return tuple(lax.optimization_barrier(found))
 
 
@@ -299,8 +296,6 @@ class Blocks(nnx.Module):
         self.attention = Attention(config, plan, make, dtype, axis)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, stack)
         self.mlp = MLP(config, plan, make, axis)
-        formats = [one for slot in SLOTS for one in variants(plan, slot, config.num_layers)]
-        self.has_dense = any(not isinstance(one, str) and None in one for one in formats)
 
     def __call__(
         self, layer: Array | int, x: Array, rotation: Rotation, cache: Any, batch: Batch

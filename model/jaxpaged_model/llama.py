@@ -15,7 +15,6 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxpaged.attention.api import default_platform
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
 from jaxpaged_model.config import ModelConfig, rope_frequencies
@@ -73,19 +72,13 @@ class Llama(nnx.Module):
         _, attention_factor = rope_frequencies(self.config)
         rotation = Rotation.create(self.config.rope, batch.rope_positions, attention_factor)
 
-        def block(carry: tuple[Array, Any], layer: Array | int) -> tuple[tuple[Array, Any], None]:
+        def block(carry: tuple[Array, Any], layer: Array) -> tuple[tuple[Array, Any], None]:
             x, cache = carry
             return self.blocks(layer, x, rotation, cache, batch), None
 
         # The cache is in the carry, not among xs and ys, which would be copied.
-        carry = self.embedding(tokens), cache
-        if self.blocks.has_dense and default_platform() == "gpu":
-            # XLA's products for GPUs read a static slice where it lies, and copy a dynamic one first.
-            for layer in range(self.config.num_layers):
-                carry, _ = block(carry, layer)
-        else:
-            carry, _ = lax.scan(block, carry, jnp.arange(self.config.num_layers, dtype=jnp.int32))
-        x, cache = carry
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), _ = lax.scan(block, (self.embedding(tokens), cache), layers)
         x = x[rows]
         if self.head is not None:
             logits = self.head(x, norm=self.norm.of())

@@ -14,7 +14,7 @@ from script_kit import run
 
 from tpu_scripts.compile_check import mesh
 from tpu_scripts.compile_check.hlo import Collective, Contents, axes_of, bytes_of, contents_of, groups_of
-from tpu_scripts.compile_check.mesh import Layers, verdict
+from tpu_scripts.compile_check.mesh import verdict
 
 ROOT = Path(__file__).parents[2]
 AXES = {"data": 2, "context": 1, "tensor": 4}
@@ -129,11 +129,8 @@ def test_bytes_of_shapes(shape: str, size: int):
     assert bytes_of(shape) == size
 
 
-def sums(count: int, over: str = "tensor", *, in_loop: bool = False) -> list[Collective]:
+def sums(count: int, over: str = "tensor", *, in_loop: bool = True) -> list[Collective]:
     return [Collective("all-reduce", over, in_loop, 1024)] * count
-
-
-UNROLLED, SCANNED = Layers(2, scanned=False), Layers(2, scanned=True)
 
 
 def judged(
@@ -141,46 +138,35 @@ def judged(
     axes: dict[str, int],
     found: list[Collective],
     kernels: int,
-    layers: Layers = UNROLLED,
     **memory: int,
 ) -> str:
     sizes = {"alias_bytes": 4096, "temp_bytes": 16, "pool_bytes": 4096} | memory
-    return verdict(program, axes, layers, Contents(tuple(found), kernels), sizes)
+    return verdict(program, axes, 2, Contents(tuple(found), kernels), sizes)
 
 
-def test_two_sums_a_layer_are_right():
+def test_two_sums_in_the_loop_over_layers_are_right():
     spread = {"data": 1, "context": 2, "tensor": 4}
     alone = {"data": 8, "context": 1, "tensor": 1}
-    assert judged("decode", AXES, sums(4), 2) == "ok"
-    assert judged("prompt", AXES, [*sums(4), *sums(3, "")], 4) == "ok"  # those over one device move nothing
-    assert judged("decode", alone, [], 2) == "ok"
-    merged = [*sums(4), *sums(4, "context"), *sums(1, "context", in_loop=True)]
-    assert judged("decode", spread, merged, 2) == "ok"
-    assert judged("reserve", spread, sums(1, "context", in_loop=True), 0) == "ok"
+    assert judged("decode", AXES, sums(2), 1) == "ok"
+    assert judged("prompt", AXES, [*sums(2), *sums(3, "")], 2) == "ok"  # those over one device move nothing
+    assert judged("decode", alone, [], 1) == "ok"
+    assert judged("decode", spread, [*sums(2), *sums(3, "context")], 1) == "ok"
+    assert judged("reserve", spread, sums(1, "context"), 0) == "ok"
     gathered = [Collective("all-gather", "data", False, 8)]
-    assert judged("generate", AXES, [*sums(8, in_loop=True), *gathered], 6) == "ok"
-
-
-def test_layers_in_a_scan_count_once():
-    assert judged("decode", AXES, sums(2, in_loop=True), 1, SCANNED) == "ok"
-    assert judged("generate", AXES, sums(4, in_loop=True), 3, SCANNED) == "ok"
-    assert "2 all-reduce over tensor in a loop expected" in judged("prompt", AXES, sums(4), 1, SCANNED)
-    assert judged("decode", AXES, sums(2, in_loop=True), 0, SCANNED) == "0 attention kernels in 1 layers"
+    assert judged("generate", AXES, [*sums(4), *gathered], 3) == "ok"
 
 
 def test_whatever_else_is_wrong():
-    assert judged("decode", AXES, sums(5), 2) == (
-        "collectives: 4 all-reduce over tensor expected, 5 all-reduce over tensor found"
+    assert judged("decode", AXES, sums(3), 1) == (
+        "collectives: 2 all-reduce over tensor in a loop expected, 3 all-reduce over tensor in a loop found"
     )
-    gathered = [*sums(4), Collective("all-gather", "tensor", False, 8)]
-    assert "1 all-gather over tensor" in judged("prompt", AXES, gathered, 2)
-    assert "over data found" in judged("decode", AXES, sums(4, "data"), 2)
-    assert (
-        judged("seq_shift", AXES, sums(1), 0) == "collectives: none expected, 1 all-reduce over tensor found"
-    )
-    assert judged("reserve", AXES, sums(1, "?"), 0).endswith("1 all-reduce over ? found")
-    assert judged("decode", AXES, sums(4), 0) == "0 attention kernels in 2 layers"
-    assert judged("decode", AXES, sums(4), 3) == "3 attention kernels in 2 layers"
+    assert "2 all-reduce over tensor found" in judged("decode", AXES, sums(2, in_loop=False), 1)
+    gathered = [*sums(2), Collective("all-gather", "tensor", False, 8)]
+    assert "1 all-gather over tensor" in judged("prompt", AXES, gathered, 1)
+    assert "over data in a loop found" in judged("decode", AXES, sums(2, "data"), 1)
+    assert "none expected, 1 all-reduce over tensor" in judged("seq_shift", AXES, sums(1), 0)
+    assert judged("reserve", AXES, sums(1, "?"), 0).endswith("1 all-reduce over ? in a loop found")
+    assert judged("decode", AXES, sums(2), 0) == "no attention kernel"
     assert judged("reserve", AXES, [], 0, alias_bytes=0) == "pool not in place: 0 of 4096 bytes aliased"
     assert "as large as a copy" in judged("reserve", AXES, [], 0, temp_bytes=1024)
     assert judged("seq_length", AXES, [], 0, alias_bytes=0) == "ok"

@@ -102,14 +102,13 @@ def devices(target: str) -> list[Any]:
 
 
 def trace_models_for(platform: str) -> None:
-    """Lets models of this process choose products and loops as on a "tpu" or "gpu", which is not here.
+    """Lets models of this process choose products as on a "tpu" or "gpu", which is not here.
 
     The environment variable JAXPAGED_ATTENTION does so for attention.
     """
-    from jaxpaged_model import llama
     from jaxpaged_model.quantized import product
 
-    vars(llama)["default_platform"] = vars(product)["choose"] = lambda *_: platform
+    vars(product)["choose"] = lambda *_: platform
 
 
 class Compiler:

@@ -69,7 +69,9 @@ def step_row(compiler: Compiler, compile: Callable[..., Any], weights: str, toke
     if program is None:
         return row
     row["pool_bytes"] = num_bytes((cache.k_pages, cache.v_pages))
-    row["most_bytes"] = ROOM + activations(config, tokens, compiler.platform == "cuda" and bool(stored))
+    row["most_bytes"] = ROOM + activations(config, tokens)
+    if compiler.platform == "cuda":
+        row["most_bytes"] += gpu_products(config, tokens, bool(stored))
     smallest = math.prod((config.hidden_size, config.num_kv_heads * config.head_dim))
     problems = [row["result"]] if row["result"] != "ok" else []
     if row["alias_bytes"] < row["pool_bytes"]:
@@ -80,15 +82,25 @@ def step_row(compiler: Compiler, compile: Callable[..., Any], weights: str, toke
     return row | {"result": "; ".join(problems) or "ok"}
 
 
-def activations(config: Any, tokens: int, gpu_products: bool) -> int:
-    """Bytes of the activations of one layer and of the logits, in bfloat16, with what products add."""
+def activations(config: Any, tokens: int) -> int:
+    """Bytes of the activations of one layer and of the logits, in bfloat16."""
     c = config
     heads = c.head_dim * (2 * c.num_q_heads + 2 * c.num_kv_heads)
-    widths, logits = heads + 2 * c.intermediate_size + 2 * c.hidden_size, MAX_SEQS * c.vocab_size
-    if not gpu_products:
-        return 2 * (tokens * widths + logits)
-    matrix = 2 * c.intermediate_size * c.hidden_size if tokens > GPU_ROWS else 0
-    return 2 * (max(tokens, GPU_ROWS) * widths + GPU_ROWS * c.vocab_size + matrix)
+    widths = heads + 2 * c.intermediate_size + 2 * c.hidden_size
+    return 2 * (tokens * widths + MAX_SEQS * c.vocab_size)
+
+
+def gpu_products(config: Any, tokens: int, stored: bool) -> int:
+    """Bytes that products add on a GPU.
+
+    Dense: XLA copies a layer's matrices out of their stacks, in a loop even where the index is static. Stored: rows of
+    logits up to ``GPU_ROWS``; with more rows of activations a dequantized matrix.
+    """
+    c = config
+    gate_up = 2 * c.intermediate_size * c.hidden_size
+    if not stored:
+        return 2 * (gate_up + c.intermediate_size * c.hidden_size)
+    return 2 * (gate_up if tokens > GPU_ROWS else GPU_ROWS * (c.vocab_size + 2 * c.intermediate_size))
 
 
 def copies(text: str, smallest: int, tokens: int) -> list[str]:
