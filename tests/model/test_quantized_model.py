@@ -26,7 +26,7 @@ from jaxpaged.pages.batch import Batch
 
 
 class Drawn:
-    """Replaces a GGUF file: matrices of random blocks of the type that ``kind`` returns, the rest float32."""
+    """Replaces a GGUF file: matrices of random blocks of the type that ``kind`` returns, or float32."""
 
     path = Path("drawn.gguf")
 
@@ -50,7 +50,7 @@ class Drawn:
         return self._numbers[name]
 
     def raw(self, name: str) -> np.ndarray:
-        return self._raw[name]
+        return self._raw[name] if name in self._raw else self._numbers[name].view(np.uint8)
 
     def release(self, name: str) -> None:
         self.released.append(name)
@@ -171,7 +171,8 @@ def test_layers_that_are_quantized_alike_are_one() -> None:
     # Biases of gate and up are not fused; keys of 8 rows end inside a panel.
     assert {"mlp.gate", "mlp.up"} <= layers("all biases").keys()
     assert {"attention.k", "attention.q", "attention.v"} <= layers("half a panel").keys()
-    assert layers("head alone") == {"head": "Q6_K"}
+    floats = ("attention.out", "attention.qkv", "embedding", "mlp.down", "mlp.gate_up")
+    assert layers("head alone") == {"head": "Q6_K"} | dict.fromkeys(floats, "F32")
 
 
 def test_the_files_memory_is_released_tensor_by_tensor() -> None:

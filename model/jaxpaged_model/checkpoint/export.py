@@ -47,7 +47,7 @@ def write_gguf(
         written as uint32), lists of one of these (integers as int32).
 
     Raises:
-      ValueError: the weights are quantized; nothing is written.
+      ValueError: matrices are stored in a file's format; nothing is written.
     """
     weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
     places = placements(config, "gguf")
@@ -59,7 +59,7 @@ def write_gguf(
 
     if missing := [place.path for place in places.values() if found(place.path)[0] not in weights]:
         raise ValueError(
-            f"{missing[0]} is not in the params, or it is quantized in memory; dense weights are needed: "
+            f"{missing[0]} is not in the params, or it is stored in a file's format; dense weights are needed: "
             'load_model(path, weights="dequantized")'
         )
     architecture = "llama" if config.architecture == "mistral" else config.architecture

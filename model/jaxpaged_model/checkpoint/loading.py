@@ -39,8 +39,8 @@ class LoadedModel:
       config: its hyperparameters.
       params: its weights.
       function: the model, a pure function of ``params``; its logits are f32[R, vocab_size].
-      exact_function: the same with exact products, see ``load_model``; equal to ``function`` if the
-        weights are dense.
+      exact_function: the same with exact products, see ``load_model``; equal to ``function`` if no
+        weights are quantized.
       tokenizer: its tokenizer.
       path: its file or folder.
       size_bytes: size of the weight files.
@@ -117,9 +117,10 @@ def load_model(
         and a tokenizer.
       dtype: dtype of computations and of dense weights: "f32", "bf16", "f16", or the same by numpy's or
         JAX's name.
-      weights: "stored": weights stay quantized in memory as in the GGUF file; "dequantized": all weights
-        are converted to ``dtype``; "auto": stored if a kernel reads them, which is on CPUs with numba.
-      exact: True for float32 activations in products with stored weights. Otherwise the CPU kernel
+      weights: "stored": weights stay in memory as in the file, on CPUs with numba of any type, elsewhere
+        of a quantized one; "dequantized": all weights are converted to ``dtype``, and ``function`` has
+        gradients; "auto": stored if a kernel reads them, which is on CPUs with numba.
+      exact: True for float32 activations in products with quantized weights. Otherwise the CPU kernel
         rounds them to 16-bit integers with a scale for each 32: about twice as fast, error below 1e-4.
       progress: called with (bytes done, total bytes) after each tensor.
       mesh: devices over which to shard the model (``jaxpaged.sharding.mesh.make_mesh``); each process
@@ -150,7 +151,7 @@ def load_model(
     clock.lap("tokenizer")
 
     def planned(config: ModelConfig, source: TensorSource) -> WeightPlan:
-        if naming != "gguf" or not stored:
+        if not stored:
             return WeightPlan()
         return weight_plan(config, source, naming, exact=exact, layout=product.layout_for())
 

@@ -67,8 +67,8 @@ class SafetensorsFolder:
         return file.get_tensor(name) if part is None else file.get_slice(name)[part]
 
     def raw(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Raises NotImplementedError: a folder has no quantized tensors."""
-        raise NotImplementedError(f"{self.path}: {name} is not quantized")
+        """One tensor's bytes, or those of a part, u8 ``[rows, bytes of a row]``."""
+        return np.ascontiguousarray(self.read(name, part)).view(np.uint8)
 
     def release(self, name: str) -> None:
         """Does nothing: no bytes stay mapped."""

@@ -55,7 +55,7 @@ class _Info:
 class ShardSource:
     """A file's tensors as one of ``size`` devices needs them: the source of a smaller model.
 
-    A layer that is split inside a block of quantized numbers has the type "F32", and becomes dense.
+    A layer that is split inside a block of quantized numbers has the type "F32": it is dequantized.
 
     Args:
       config: the whole model.
@@ -100,7 +100,9 @@ class ShardSource:
         return self._file.read(name, self._parts[name])
 
     def raw(self, name: str) -> np.ndarray:
-        """The device's bytes of a quantized tensor, u8 ``[rows, bytes of a row]``."""
+        """The device's bytes of a tensor, u8 ``[rows, bytes of a row]``."""
+        if self.tensors[name].dtype != self._file.tensors[name].dtype:
+            return np.ascontiguousarray(self.read(name), np.float32).view(np.uint8)
         return self._file.raw(name, self._parts[name])
 
     def release(self, name: str) -> None:
@@ -150,7 +152,7 @@ def load_shards(
       file: its weights.
       naming: convention of the tensors' names.
       mesh: a mesh of ``jaxpaged.sharding.mesh.make_mesh``.
-      plan: function from (config of one device, its source) to the layers that stay quantized.
+      plan: function from (config of one device, its source) to the layers that stay as in the file.
       dtype: dtype of the dense params.
       progress: called with (bytes done, total bytes), of the bytes that this process reads.
 

@@ -16,7 +16,7 @@ from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.layers import SLOTS, variants
 from jaxpaged_model.llama import Params
 from jaxpaged_model.metadata import ModelError
-from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.formats import BLOCK
 from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, aligned_zeros, empty_parts
 from jaxpaged_model.quantized.linear import WeightPlan
 
@@ -185,19 +185,23 @@ def weight_plan(
     exact: bool = False,
     layout: Layout = "panels",
 ) -> WeightPlan:
-    """Plan in which all layers that are quantized in the file stay so.
+    """Plan in which all matrices stay in memory as they are in the file, if the layout has their format.
+
+    Matrices of a number of columns that is no multiple of 32 are dense.
 
     Args:
       config, source, naming: as for ``load_params``.
       exact, layout: see ``quantized.product.product``.
     """
-    kinds, rows = {}, {}
+    kinds: dict[str, str] = {}
+    rows: dict[str, int] = {}
     for name, placement in placements(config, naming).items():
         path, _, weight = placement.path.rpartition(".")
         if weight in ("kernel", "embedding") and name in source.tensors:
             rows[path] = placement.shape[0]
-            if source.tensors[name].dtype in WEIGHT_FORMATS:
-                kinds[path] = source.tensors[name].dtype
+            kind = source.tensors[name].dtype
+            if kind in LAYOUTS[layout].FORMATS and placement.shape[1] % BLOCK == 0:
+                kinds[path] = kind
     for i in range(config.num_layers):
         for together, parts in SLOTS.items():
             paths = [f"blocks.{i}.{part}" for part in parts]
@@ -208,7 +212,8 @@ def weight_plan(
                 kinds[f"blocks.{i}.{together}"] = kinds[paths[0]]
                 for path in paths:
                     del kinds[path]
-    return WeightPlan(tuple(sorted(kinds.items())), exact and bool(kinds), layout)
+    plan = WeightPlan(tuple(sorted(kinds.items())), layout=layout)
+    return plan.exactly() if exact else plan
 
 
 def load_params(
@@ -230,7 +235,7 @@ def load_params(
       source: its file or folder.
       naming: convention of the tensors' names.
       dtype: dtype of the dense params.
-      plan: layers that stay quantized; None = none.
+      plan: layers that stay as in the file; None = none.
       progress: called with (bytes done, total bytes) after each tensor.
 
     Raises:
@@ -316,7 +321,7 @@ class _Loader:
         first_row = sum(rows[: place.joined.index(module)])
         arrays = self._open.setdefault(place.path, {})
         if place.kind is not None and weight != "bias":
-            fmt = WEIGHT_FORMATS[place.kind]
+            fmt = LAYOUTS[self._plan.layout].FORMATS[place.kind]
             if "codes" not in arrays:
                 columns = placement.shape[1]
                 arrays |= empty_parts(self._plan.layout, fmt, sum(rows), columns, place.stack)

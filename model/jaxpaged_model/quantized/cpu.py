@@ -1,4 +1,4 @@
-"""Products with quantized matrices on CPUs: a custom call of ``cpu_kernel.py`` for each format."""
+"""Products with stored matrices on CPUs: a custom call of ``cpu_kernel.py`` for each format."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax import Array
 
 from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.kernels import Kernel, register
+from jaxpaged_model.quantized.formats import FLOAT_FORMATS
 from jaxpaged_model.quantized.norm import Norm
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
@@ -47,7 +48,7 @@ def product(
     """See ``product.product``, for ``x`` f32[T, columns]."""
     nothing = jnp.zeros(0, jnp.float32)
     scale, eps = (nothing, 0.0) if norm is None else norm
-    call = _call(_target(name, exact), outputs)
+    call = _call(_target(name, exact or name in FLOAT_FORMATS), outputs)
     return call(
         x,
         nothing if add is None else add.astype(jnp.float32),

@@ -1,4 +1,4 @@
-"""CPU kernel of products with quantized matrices: scheduling, and the operations before and after the products.
+"""CPU kernel of products with stored matrices: scheduling, and the operations before and after the products.
 
 A call computes ``f(norm(x) @ W.T)``, so that a transformer layer is a few calls: optionally an RMSNorm of
 ``x`` first, and afterwards a sum, or ``silu(gate) * up`` if the matrix is the concatenation of gate and up.
@@ -10,6 +10,7 @@ The module is loaded once for each format and exactness, see ``cpu.py``; its ``_
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from jaxpaged.native.ffi import (
     JOB,
@@ -44,25 +45,28 @@ from jaxpaged_model.quantized.cpu_vectors import (
     copied,
     gated,
     group_sums,
+    pair_product,
     panel_product,
     quantize_row,
     scaled,
     square_sum,
 )
-from jaxpaged_model.quantized.formats import BLOCK, SUPER_BLOCK, WEIGHT_FORMATS
+from jaxpaged_model.quantized.formats import BLOCK, STORED_FORMATS, SUPER_BLOCK, FloatFormat
 from jaxpaged_model.quantized.panels import ROWS
 
 _VARIANT = __name__.rpartition(".")[2].removeprefix("cpu_kernel_").split("__")
-FORMAT = WEIGHT_FORMATS.get(_VARIANT[0], WEIGHT_FORMATS["Q8_0"])
+FORMAT = STORED_FORMATS.get(_VARIANT[0], STORED_FORMATS["Q8_0"])
+IS_FLOAT = isinstance(FORMAT, FloatFormat)
 EXACT = _VARIANT[-1] == "exact"
 _TASK = f"jaxpaged_product_{FORMAT.name}{'_exact' if EXACT else ''}_task"
 """Symbol of ``task`` in the kernel's object code."""
 
-_ITEM_ROWS = 64
-"""Rows of a work item: with 2,000 columns, they and a panel fit into the second-level cache."""
+_ITEM_ROWS = 128 if IS_FLOAT else 64
+"""Rows of a work item: with 2,000 columns, they and a panel fit into the second-level cache. With numbers
+instead of codes a panel is larger, and is worth more rows."""
 _SHARED_ROWS = 16
 """Number of rows up to which the calling thread prepares them alone: other threads would start too late."""
-_ITEMS_PER_THREAD = 4
+_ITEMS_PER_THREAD = 8 if IS_FLOAT else 4
 _SMALL = 1 << 18
 """Bytes of codes, times rows, below which one thread computes all: starting another takes microseconds."""
 
@@ -81,11 +85,17 @@ _STACKED = 4
 _CODE_BYTES = 4 * ROWS * FORMAT.bits
 _GROUP, _HAS_MINIMA, _HAS_STEPS = FORMAT.group, FORMAT.has_minima, FORMAT.has_steps
 _MOST_ROWS = ROW_SIZES[-1]
-_products = [panel_product(FORMAT, rows, EXACT) for rows in ROW_SIZES]
+_TILE_PANELS = 2 if IS_FLOAT else 1
+"""Panels of a tile, or pairs of gate and up."""
+_quantize: Any = None
+_group_sums: Any = None
+if isinstance(FORMAT, FloatFormat):
+    _products = [pair_product(FORMAT, rows) for rows in ROW_SIZES]
+else:
+    _products = [panel_product(FORMAT, rows, EXACT) for rows in ROW_SIZES]
+    _quantize, _group_sums = quantize_row(FORMAT), group_sums(FORMAT)
 _one, _two, _four = _products[:3]
 _most = _products[-1]
-_quantize = quantize_row(FORMAT)
-_group_sums = group_sums(FORMAT)
 
 
 @njit
@@ -118,6 +128,19 @@ def _prepare(job: int, first: int, count: int) -> None:
                 free(space)
 
 
+@inlined
+def _times(rows: int, args: tuple[int, ...]) -> None:
+    """Runs the product of as many rows as ``_rows_at_once`` has given."""
+    if rows >= 8:
+        _most(args)
+    elif rows >= 4:
+        _four(args)
+    elif rows >= 2:
+        _two(args)
+    else:
+        _one(args)
+
+
 @njit
 def _times_panel(job: int, panel: int, first: int, rows: int, out: int) -> None:
     """Multiplies some rows with one panel: ``out[rows, 16]``."""
@@ -139,14 +162,16 @@ def _times_panel(job: int, panel: int, first: int, rows: int, out: int) -> None:
         groups,
         out,
     )
-    if rows >= 8:
-        _most(args)
-    elif rows >= 4:
-        _four(args)
-    elif rows >= 2:
-        _two(args)
-    else:
-        _one(args)
+    _times(rows, args)
+
+
+@njit
+def _times_pair(job: int, panel: int, other: int, first: int, rows: int, out: int, out_other: int) -> None:
+    """Multiplies some rows with two panels of floating-point numbers."""
+    columns, width = load_i64(job, COLUMNS), load_i64(job, WIDTH_A)
+    codes, size = load_i64(job, CODES), columns // BLOCK * _CODE_BYTES
+    a = load_i64(job, ACTIVATIONS) + first * width
+    _times(rows, (codes + panel * size, codes + other * size, columns, a, width, out, out_other))
 
 
 @njit
@@ -180,6 +205,30 @@ def _write(job: int, panel: int, first: int, rows: int, sums: int) -> None:
             copied((mine, out))
 
 
+@njit
+def _tile_of_codes(job: int, panel: int, first: int, rows: int, sums: int) -> None:
+    """Computes and writes the products of a panel, or of two of gate and up."""
+    _times_panel(job, panel, first, rows, sums)
+    if load_i64(job, GATED) != 0:
+        _times_panel(job, load_i64(job, PANELS) + panel, first, rows, sums + 4 * ROWS * _MOST_ROWS)
+    _write(job, panel, first, rows, sums)
+
+
+@njit
+def _tile_of_numbers(job: int, panel: int, first: int, rows: int, sums: int) -> None:
+    """Computes and writes the products of two panels, of which the last one may be the first again."""
+    panels, is_gated = load_i64(job, PANELS), load_i64(job, GATED) != 0
+    other = panels + panel if is_gated else min(panel + 1, panels - 1)
+    others = sums + 4 * ROWS * _MOST_ROWS
+    _times_pair(job, panel, other, first, rows, sums, others)
+    _write(job, panel, first, rows, sums)
+    if not is_gated and other > panel:
+        _write(job, other, first, rows, others)
+
+
+_tile = _tile_of_numbers if IS_FLOAT else _tile_of_codes
+
+
 @inlined
 def _multiply(job: int, index: int, sums: int) -> None:
     """Computes one work item: a range of panels, some rows."""
@@ -187,14 +236,12 @@ def _multiply(job: int, index: int, sums: int) -> None:
     panels, tokens = load_i64(job, PANELS), load_i64(job, TOKENS)
     begin = index // runs * _ITEM_ROWS
     end = min(begin + _ITEM_ROWS, tokens)
-    for panel in range(index % runs * run, min((index % runs + 1) * run, panels)):
+    step = 1 if load_i64(job, GATED) != 0 else _TILE_PANELS
+    for panel in range(index % runs * run, min((index % runs + 1) * run, panels), step):
         row = begin
         while row < end:
             rows = _rows_at_once(end - row)
-            _times_panel(job, panel, row, rows, sums)
-            if load_i64(job, GATED) != 0:
-                _times_panel(job, panels + panel, row, rows, sums + 4 * ROWS * _MOST_ROWS)
-            _write(job, panel, row, rows, sums)
+            _tile(job, panel, row, rows, sums)
             row += rows
 
 
@@ -281,7 +328,7 @@ def handler(call: int) -> int:
         threads = 1
     blocks_of_rows = -(-tokens // _ITEM_ROWS)
     wanted = max(threads * _ITEMS_PER_THREAD // blocks_of_rows, 1) if threads > 1 else 1
-    run = -(-panels // wanted)
+    run = -(-panels // (wanted * _TILE_PANELS)) * _TILE_PANELS
     runs = -(-panels // run)
     store_i64(job, STAGE, _MULTIPLY)
     store_i64(job, RUN, run)

@@ -6,6 +6,8 @@ two instructions of AVX-512 VNNI or Arm's dot product. (ggml's kernels round act
 one instruction; the mean KL divergence of a small model is 2e-4 with 8 bits and 1e-8 with 16:
 docs/weights.md.) A sum starts at ``-zero`` times the sum of the activations, so that codes stay unsigned. Exact
 products use float32 activations and convert codes in registers.
+
+A floating-point matrix is multiplied with float32 activations, too: a column of a panel is one vector.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from numba import config, types
 
 from jaxpaged.native.memory import pointer
 from jaxpaged.native.tiles import WIDTH, Code, instructions, write_exp
-from jaxpaged_model.quantized.formats import BLOCK, WeightFormat
+from jaxpaged_model.quantized.formats import BLOCK, FloatFormat, WeightFormat
 from jaxpaged_model.quantized.panels import QUADS, ROWS
 
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -352,6 +354,60 @@ def panel_product(fmt: WeightFormat, rows: int, exact: bool) -> Any:
         return sums
 
     return instructions(write, types.void, *(types.int64,) * PANEL_ARGUMENTS)
+
+
+# --- two panels of floating-point numbers times some rows -------------------------------------------------------
+
+_PANELS_AT_ONCE = 2 if _host_has("avx512f") else 1
+"""Panels whose sums stay in registers together with those of the most rows. One panel and 8 rows are as many loads
+as multiply-adds, and a CPU does two of each at a time: two panels share the loads of activations."""
+_UNROLLED = 8
+"""Columns of a step."""
+
+
+def widened(c: Code, fmt: FloatFormat, address: Any) -> Any:
+    """Loads sixteen numbers as float32."""
+    if fmt.name == "F32":
+        return _load(c, address, _FLOATS)
+    if fmt.name == "F16":
+        return c.b.fpext(_load(c, address, ir.VectorType(_F16, ROWS)), _FLOATS)
+    high = c.b.zext(_load(c, address, ir.VectorType(_I16, ROWS)), _WORDS)
+    return c.b.bitcast(c.b.shl(high, ir.Constant(_WORDS, [16] * ROWS)), _FLOATS)
+
+
+def pair_product(fmt: FloatFormat, rows: int) -> Any:
+    """``((first, second, columns, a, lda, out, out_second))``: ``out[rows, 16] = a[rows] @ first.T``, and of second.
+
+    All are addresses but ``columns``, a multiple of 32, and ``lda``, bytes of a row of activations. Each sum is in
+    the order of columns, whatever the number of rows.
+    """
+    line = ROWS * fmt.bits // 8
+
+    def multiply(c: Code, panels: list[tuple[Any, Any]], columns: Any, a: Any, lda: Any) -> None:
+        totals = [c.variables(rows, ir.Constant(_FLOATS, [0.0] * ROWS)) for _ in panels]
+        row_of = [c.b.add(a, c.b.mul(lda, _I64(r))) for r in range(rows)]
+        with c.loop(columns, _UNROLLED) as column:
+            starts = [_offset(c, panel, column, line) for panel, _ in panels]
+            for start in starts:
+                _prefetch(c, c.b.add(start, _I64(_AHEAD)), _UNROLLED * line // 64)
+            for i in range(_UNROLLED):
+                numbers = [widened(c, fmt, c.b.add(start, _I64(line * i))) for start in starts]
+                for r in range(rows):
+                    own = c.spread(_load(c, c.b.add(c.at(row_of[r], column), _I64(4 * i)), _F32), _FLOATS)
+                    for number, cells in zip(numbers, totals, strict=True):
+                        c.b.store(c.fma(number, own, c.get(cells[r])), cells[r])
+        for (_, out), cells in zip(panels, totals, strict=True):
+            for r in range(rows):
+                c.store(c.get(cells[r]), c.at(out, ROWS * r))
+
+    def write(
+        c: Code, first: Any, second: Any, columns: Any, a: Any, lda: Any, out: Any, out_second: Any
+    ) -> None:
+        both = [(first, out), (second, out_second)]
+        for i in range(0, 2, _PANELS_AT_ONCE):
+            multiply(c, both[i : i + _PANELS_AT_ONCE], columns, a, lda)
+
+    return instructions(write, types.void, *(types.int64,) * 7)
 
 
 # --- rows of activations ----------------------------------------------------------------------------------------

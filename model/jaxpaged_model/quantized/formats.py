@@ -1,17 +1,23 @@
-"""The quantized types of GGUF files: codes of a few bits, with a scale and perhaps a minimum for each group.
+"""The types of matrices that stay in memory as a file has them.
+
+The quantized types of GGUF files are codes of a few bits, with a scale and perhaps a minimum for each group.
 
 A number is ``scale * (code - zero)``, or ``scale * code - minimum``. In K-quants, scales and minima are
 integers of a few bits, multiplied by one float16 for a super-block of 256 numbers.
 
 Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (github.com/ggml-org/llama.cpp). The ``gguf`` package
 only dequantizes to float32; tests compare the two.
+
+Floating-point types are numbers without a scale, in GGUF files and in Hugging Face folders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 32
@@ -25,15 +31,15 @@ class Unpacked:
     """The parts of ``n`` blocks of a file.
 
     Attributes:
-      codes: u8 ``[n, numbers]``.
-      scales: f16 ``[n, 1]``, one for each block of the file.
+      codes: u8 ``[n, numbers]``; the numbers themselves if they are floating point.
+      scales: f16 ``[n, 1]``, one for each block of the file; None if codes are numbers.
       minima: like ``scales``; None if the format has none.
       steps: i8 ``[n, groups]``, factors of the scale; None if each group has its own float16 scale.
       min_steps: u8 ``[n, groups]``, factors of the minimum, likewise.
     """
 
     codes: np.ndarray
-    scales: np.ndarray
+    scales: np.ndarray | None = None
     minima: np.ndarray | None = None
     steps: np.ndarray | None = None
     min_steps: np.ndarray | None = None
@@ -94,8 +100,44 @@ class WeightFormat:
         def by_row(part: np.ndarray | None) -> np.ndarray | None:
             return None if part is None else part.reshape(rows, -1)
 
-        codes, scales = found.codes.reshape(rows, -1), found.scales.reshape(rows, -1)
-        return Unpacked(codes, scales, by_row(found.minima), by_row(found.steps), by_row(found.min_steps))
+        return Unpacked(
+            found.codes.reshape(rows, -1),
+            *map(by_row, (found.scales, found.minima, found.steps, found.min_steps)),
+        )
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A floating-point type: codes are the numbers, and there is no scale.
+
+    Attributes:
+      name: its name in GGUF files and in safetensors.
+      dtype: numpy's type of a number.
+    """
+
+    name: str
+    dtype: np.dtype
+
+    group: ClassVar[int] = BLOCK
+    has_minima: ClassVar[bool] = False
+    has_steps: ClassVar[bool] = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return 8 * self.dtype.itemsize
+
+    @property
+    def factors(self) -> dict[str, tuple[int, type]]:
+        """No parts beside the codes."""
+        return {}
+
+    def unpack(self, raw: np.ndarray) -> Unpacked:
+        """The numbers of a matrix's rows, u8 ``[rows, bytes]``, which are not copied."""
+        return Unpacked(raw.view(self.dtype))
+
+
+StoredFormat = WeightFormat | FloatFormat
 
 
 # --- the bytes of each type -------------------------------------------------------------------------------------
@@ -201,4 +243,10 @@ _FORMATS = (
     WeightFormat("IQ4_XS", (4,), 128, 32, 256, 136, table=_IQ4_TABLE, unpack_blocks=_iq4_xs),
 )
 WEIGHT_FORMATS: dict[str, WeightFormat] = {one.name: one for one in _FORMATS}
+"""The quantized formats by name."""
+FLOAT_FORMATS: dict[str, FloatFormat] = {
+    name: FloatFormat(name, np.dtype(kind))
+    for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", jnp.bfloat16))
+}
+STORED_FORMATS: dict[str, StoredFormat] = {**WEIGHT_FORMATS, **FLOAT_FORMATS}
 """All formats by name."""

@@ -24,6 +24,8 @@ from jaxpaged_model.quantized.formats import WEIGHT_FORMATS, WeightFormat
 SUBLANES = 32
 """Rows of a TPU's tile of bytes; the length of a run is a multiple of it."""
 
+FORMATS = WEIGHT_FORMATS
+"""Formats of matrices that have this layout."""
 ROWS = 1
 """Concatenated matrices begin at multiples of it."""
 

@@ -1,4 +1,4 @@
-"""The two memory layouts of a quantized matrix; their modules have the same functions."""
+"""The two memory layouts of a stored matrix; their modules have the same functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxpaged_model.quantized import lanes, panels
-from jaxpaged_model.quantized.formats import WeightFormat
+from jaxpaged_model.quantized.formats import StoredFormat
 
 Layout = Literal["panels", "lanes"]
 """"panels" for CPUs, "lanes" for accelerators."""
@@ -29,7 +29,7 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def empty_parts(
-    layout: Layout, fmt: WeightFormat, rows: int, columns: int, stack: tuple[int, ...] = ()
+    layout: Layout, fmt: StoredFormat, rows: int, columns: int, stack: tuple[int, ...] = ()
 ) -> dict[str, np.ndarray]:
     """The parts of a matrix, or of a stack of matrices, all zeros; ``LAYOUTS[layout].pack`` fills them."""
     shapes = LAYOUTS[layout].part_shapes(fmt, rows, columns)

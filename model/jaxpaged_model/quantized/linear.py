@@ -1,4 +1,4 @@
-"""Layers with quantized weights, in Flax NNX, and the plan of a model's quantized layers."""
+"""Layers whose weights are stored as in a file, in Flax NNX, and the plan of a model's stored layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
+from jaxpaged_model.quantized.formats import STORED_FORMATS, WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, of_layer
 from jaxpaged_model.quantized.norm import Norm
 from jaxpaged_model.quantized.product import product
@@ -18,7 +18,7 @@ from jaxpaged_model.quantized.product import product
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The quantized layers of a model and their formats; all others are dense.
+    """The stored layers of a model and their formats; all others are dense.
 
     Attributes:
       formats: pairs of a layer's path in the model, such as ``"blocks.0.attention.qkv"``, and its format.
@@ -35,8 +35,8 @@ class WeightPlan:
         return dict(self.formats)
 
     def exactly(self) -> WeightPlan:
-        """The same layers, with exact products."""
-        return replace(self, exact=True) if self.formats else self
+        """The same layers, with exact products; those of floating-point formats always are."""
+        return replace(self, exact=True) if any(kind in WEIGHT_FORMATS for _, kind in self.formats) else self
 
     def of(self, path: str) -> str | None:
         """The format of a layer, None if it is dense."""
@@ -44,13 +44,13 @@ class WeightPlan:
 
 
 class _Quantized(nnx.Module):
-    """A quantized matrix, or a stack of them; each part is a parameter of that name."""
+    """A stored matrix, or a stack of them; each part is a parameter of that name."""
 
     def __init__(
         self, name: str, rows: int, columns: int, *, exact: bool, layout: Layout, stack: tuple[int, ...] = ()
     ) -> None:
         self.format, self.rows, self.columns, self.exact, self.layout = name, rows, columns, exact, layout
-        shapes = LAYOUTS[layout].part_shapes(WEIGHT_FORMATS[name], rows, columns)
+        shapes = LAYOUTS[layout].part_shapes(STORED_FORMATS[name], rows, columns)
         self.part_names = tuple(shapes)
         for part, shape in shapes.items():
             setattr(self, part, nnx.Param(jnp.zeros((*stack, *shape.shape), shape.dtype)))

@@ -1,4 +1,7 @@
-"""Memory layout of a quantized matrix for CPUs: panels of 16 rows, in the order in which they are multiplied.
+"""Memory layout of a matrix for CPUs: panels of 16 rows, in the order in which they are multiplied.
+
+Floating-point numbers are columns of a panel, one after the other: 16 numbers, which are one vector of a
+multiply-add instruction. Quantized numbers are more tightly packed.
 
 Each block of 32 columns of a panel is eight quads of 16 rows and 4 columns, which are the 64 bytes of a
 vector: multiply-add instructions sum over columns, and each element of the vector belongs to one row.
@@ -20,15 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged_model.quantized.formats import BLOCK, WEIGHT_FORMATS, WeightFormat
+from jaxpaged_model.quantized.formats import BLOCK, STORED_FORMATS, FloatFormat, StoredFormat, WeightFormat
 
+FORMATS = STORED_FORMATS
+"""Formats of matrices that have this layout; columns are a multiple of 32."""
 ROWS = 16
 """Rows of a panel; concatenated matrices begin at multiples of it."""
 QUADS = 8
 """Quads of a block, of four columns each."""
 _QUAD = 4
 Parts = dict[str, Any]
-"""``codes`` u8[panels, blocks, 64 * bits]; ``scales`` f16[panels, groups, 16], or with steps f16[panels,
+"""``codes`` u8[panels, blocks, 64 * bits], or the numbers [panels, columns, 16] if they are floating point, and
+nothing else; ``scales`` f16[panels, groups, 16], or with steps f16[panels,
 super-blocks, 16]; ``minima`` like ``scales``; ``steps`` i8[panels, groups, 16]; ``min_steps`` likewise, u8."""
 
 
@@ -37,9 +43,11 @@ def num_panels(rows: int) -> int:
     return -(-rows // ROWS)
 
 
-def part_shapes(fmt: WeightFormat, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
+def part_shapes(fmt: StoredFormat, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a matrix's parts."""
     panels = num_panels(rows)
+    if isinstance(fmt, FloatFormat):
+        return {"codes": jax.ShapeDtypeStruct((panels, columns, ROWS), fmt.dtype)}
     codes = jax.ShapeDtypeStruct((panels, columns // BLOCK, ROWS * _QUAD * fmt.bits), jnp.uint8)
     return {"codes": codes} | {
         name: jax.ShapeDtypeStruct((panels, columns // shared, ROWS), dtype)
@@ -47,7 +55,7 @@ def part_shapes(fmt: WeightFormat, rows: int, columns: int) -> dict[str, jax.Sha
     }
 
 
-def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> None:
+def pack(fmt: StoredFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> None:
     """Writes a matrix of a file, u8 ``[rows, bytes]``, to rows ``first_row`` and up of a matrix's parts.
 
     Raises:
@@ -63,7 +71,7 @@ def pack(fmt: WeightFormat, raw: np.ndarray, out: Parts, first_row: int = 0) -> 
             part = np.pad(part, ((0, missing), (0, 0)))
         by_panel = part.reshape(-1, ROWS, part.shape[1])
         target = out[name][first_panel : first_panel + len(by_panel)]
-        if name == "codes":
+        if name == "codes" and isinstance(fmt, WeightFormat):
             _pack_codes(fmt, by_panel, target)
         else:
             target[...] = by_panel.swapaxes(1, 2)
@@ -95,18 +103,18 @@ def _pack_codes(fmt: WeightFormat, codes: np.ndarray, out: np.ndarray) -> None:
 
 def dequantized(name: str, parts: Mapping[str, Array], rows: int, columns: int) -> Array:
     """Dequantizes a matrix: f32 ``[rows, columns]``."""
-    fmt = WEIGHT_FORMATS[name]
+    fmt = FORMATS[name]
     numbers = _numbers(fmt, parts)
     return numbers.swapaxes(1, 2).reshape(-1, numbers.shape[1])[:rows, :columns]
 
 
 def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -> Array:
     """Dequantizes the rows at ``index`` i32[n], which must be inside the matrix: f32 ``[n, columns]``."""
-    fmt = WEIGHT_FORMATS[name]
+    fmt = FORMATS[name]
     panel, lane = index // ROWS, index % ROWS
     taken = {}
     for key, part in parts.items():
-        if key == "codes":
+        if key == "codes" and isinstance(fmt, WeightFormat):
             quads = part.reshape(*part.shape[:2], fmt.bits, ROWS, _QUAD)
             taken[key] = quads[panel, :, :, lane].reshape(len(index), part.shape[1], -1)
         else:
@@ -114,9 +122,11 @@ def rows_of(name: str, parts: Mapping[str, Array], index: Array, columns: int) -
     return _numbers(fmt, taken)[:, :columns, 0]
 
 
-def _numbers(fmt: WeightFormat, parts: Mapping[str, Array]) -> Array:
+def _numbers(fmt: StoredFormat, parts: Mapping[str, Array]) -> Array:
     """Dequantizes parts with any number of rows in a panel: f32[panels, columns, rows of a panel]."""
     codes = parts["codes"]
+    if isinstance(fmt, FloatFormat):
+        return codes.astype(jnp.float32)
     panels, blocks, _ = codes.shape
     vectors = codes.reshape(panels, blocks, fmt.bits, -1, _QUAD)
     quads, done = jnp.uint8(0), 0

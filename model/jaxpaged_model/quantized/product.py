@@ -1,4 +1,4 @@
-"""Products with quantized matrices on any platform."""
+"""Products with stored matrices on any platform."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def product(
 
     Args:
       x: ``[T, columns]``, any floating dtype.
-      name: the format, one of ``WEIGHT_FORMATS``.
+      name: the format, one of the layout's ``FORMATS``.
       parts: the matrix, see ``panels.Parts`` and ``lanes.Parts``; or a stack of them, with the layer as
         first axis of each part.
       layer: i32[], index of the matrix in the stack, which is read where it lies; None: no stack.
@@ -60,7 +60,7 @@ def product(
       gated: True if the matrix is the concatenation of gate and up, of ``outputs`` rows each, a multiple
         of 16; the result is ``silu(gate) * up``.
       exact: True for float32 activations; otherwise kernels may round them to 16-bit integers with a
-        scale for each 32, a relative error below 1e-4.
+        scale for each 32, a relative error below 1e-4. Products with floating-point formats are exact.
       layout: memory layout of the matrix.
       implementation: None = ``choose()``; XLA computes what it does not support.
 
