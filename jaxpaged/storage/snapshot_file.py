@@ -18,7 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpaged.pages.formats import BlockFormat, PageFormat, ResidualFormat, check_page_size, titled
+from jaxpaged.pages.formats import (
+    BlockFormat,
+    Float8Format,
+    PageFormat,
+    ResidualFormat,
+    check_page_size,
+    titled,
+)
 
 KIND, VERSION = "jaxpaged.snapshot", 2
 _BLANK = "0" * 64
@@ -280,7 +287,7 @@ def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapsh
 
     def stored(side: str, layer: int, storage: PageFormat) -> Stored:
         name = f"{side}.{layer}"
-        if not isinstance(storage, BlockFormat):
+        if not isinstance(storage, BlockFormat) or isinstance(storage, Float8Format):
             return tensors[name]
         return {n.removeprefix(f"{name}."): rows for n, rows in tensors.items() if n.startswith(f"{name}.")}
 

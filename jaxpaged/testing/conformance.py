@@ -198,7 +198,9 @@ def _stored(case: Case, keys: np.ndarray, values: np.ndarray, used: np.ndarray) 
         parts = {}
         for name, encoded in storage.encode(jnp.asarray(np.nan_to_num(filled))).items():
             part = np.array(encoded)
-            garbage = np.nan if part.dtype == np.float16 else -103 if part.dtype == np.int8 else 151
+            garbage = (
+                np.nan if part.dtype == np.float16 else -103 if part.dtype == np.int8 else 127
+            )  # NaN of 8 bits
             (part if nothing.ndim == 1 else part.swapaxes(1, 2))[nothing] = garbage
             parts[name] = jnp.asarray(part)
         sizes = rows.shape[2:]

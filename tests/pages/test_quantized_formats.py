@@ -18,12 +18,17 @@ from jaxpaged import PagedKVCache
 from jaxpaged.pages.formats import (
     PAGE_FORMATS,
     BlockFormat,
+    Float8Format,
     ResidualFormat,
     hadamard_transform,
     k_quants,
 )
 
-BY_ROW = [name for name, one in PAGE_FORMATS.items() if isinstance(one, BlockFormat) and not one.has_residual]
+BY_ROW = [
+    name
+    for name, one in PAGE_FORMATS.items()
+    if isinstance(one, BlockFormat) and not one.has_residual and not isinstance(one, Float8Format)
+]
 BY_PAGE = [name for name, one in PAGE_FORMATS.items() if one.has_residual]
 QUANTIZERS = [name for name in BY_ROW if name != "iq4_nl"]  # which the gguf package only reads
 

@@ -17,7 +17,7 @@ from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.kernels import Kernel, register
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockFormat, BlockPages, PageFormat, ResidualPages
+from jaxpaged.pages.formats import BlockFormat, BlockPages, Float8Format, PageFormat, ResidualPages
 from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.hadamard import size as hadamard_size
 from jaxpaged.pages.rope import Rope
@@ -145,7 +145,7 @@ def _kind(pages: Pages, head_dim: int) -> int:
     if isinstance(pages, BlockPages):
         if type(pages) not in (BlockPages, ResidualPages):  # other subclasses have another layout
             raise NotImplementedError(f"does not read {pages.format.name} pages laid out for a TPU")
-        kind, multiple = pages.format.name, BLOCK
+        kind, multiple = pages.format.name, 16 if isinstance(pages.format, Float8Format) else BLOCK
         if isinstance(pages, ResidualPages) and getattr(pages.format.code, "by_channel", True) is False:
             kind += "_by_token"
     else:

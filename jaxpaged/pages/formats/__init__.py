@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 from jaxpaged.pages.formats import ggml, hadamard
 from jaxpaged.pages.formats.blocks import BlockFormat as BlockFormat
 from jaxpaged.pages.formats.blocks import BlockPages as BlockPages
+from jaxpaged.pages.formats.float8 import Float8Format as Float8Format
 from jaxpaged.pages.formats.k_quants import Q4_K
 from jaxpaged.pages.formats.kivi import Kivi
 from jaxpaged.pages.formats.lane_blocks import PackedBlockFormat
 from jaxpaged.pages.formats.plain import LANES as LANES
-from jaxpaged.pages.formats.plain import Float8Format
 from jaxpaged.pages.formats.plain import LanePageFormat as LanePageFormat
 from jaxpaged.pages.formats.plain import PageFormat as PageFormat
 from jaxpaged.pages.formats.plain import lane_width as lane_width

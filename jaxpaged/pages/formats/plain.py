@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
 LANES = 128
@@ -182,32 +182,3 @@ class LanePageFormat(PageFormat):
 
     def _padded(self, rows: Array) -> Array:
         return jnp.pad(rows, ((0, 0), (0, 0), (0, self.width // self.packed - self.head_dim)))
-
-
-@dataclass(frozen=True)
-class Float8Format(PageFormat):
-    """8-bit floats, 4 bits of exponent and 3 of mantissa, without scales (arXiv:2209.05433).
-
-    Numbers are clipped to +-448: the format has no infinity, and a cast would make NaN.
-    """
-
-    def round(self, rows: Array) -> Array:
-        largest = float(jnp.finfo(self.dtype).max)
-        return jnp.clip(rows, -largest, largest).astype(self.dtype)
-
-    def read(self, pages: Array, page: Array, slot: Array) -> Array:
-        """u8: the bits, because not every reader of tensor files knows this dtype."""
-        return lax.bitcast_convert_type(self.rows(pages, page, slot), jnp.uint8)
-
-    def put(self, pages: Array, page: Array, slot: Array, stored: Array) -> Array:
-        return self.write(pages, page, slot, lax.bitcast_convert_type(stored, self.dtype))
-
-    def on_lanes(self, head_dim: int) -> PageFormat:
-        return self if head_dim % LANES == 0 else LaneFloat8Format(self.name, self.dtype, head_dim)
-
-
-@dataclass(frozen=True)
-class LaneFloat8Format(LanePageFormat):
-    """8-bit floats in rows of TPU lanes."""
-
-    round, read, put = Float8Format.round, Float8Format.read, Float8Format.put
