@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+import jax
 from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import processes
@@ -285,7 +286,8 @@ class Session:
             history=[history] * len(prompts),
             warmup=o.warmup,
             every=None if recorder is None else lambda: recorder.every,
-            fixed_steps=rows == 1,
+            # Elsewhere than on a CPU, rows of padding cost little.
+            fixed_steps=rows == 1 and (loaded.skips_padding or jax.default_backend() != "cpu"),
             on_start=start,
             on_cache=record,
             on_tokens=pass_on,

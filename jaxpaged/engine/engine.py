@@ -78,6 +78,8 @@ class EngineConfig:
     """Host memory for preempted sequences; 0 = always recompute them."""
     fingerprint: str = ""
     """Identifies the model in slot files."""
+    skips_padding: bool = False
+    """True if the model's products skip rows of padding: one program then serves steps of all sizes."""
     lockstep: bool = False
     """True: no decision depends on time, so that several processes make the same ones."""
 
@@ -115,16 +117,17 @@ class Engine:
         device: Callable[..., Device] = Device,
     ) -> None:
         slots = cache.max_seqs
-        sizes = [size for size in _sizes(max(config.max_batch_tokens, slots), 2) if size >= slots][-4:]
+        rows = max(config.max_batch_tokens, slots)
+        sizes = [size for size in _sizes(rows, 2) if size >= slots][-4:]
+        # Where padding rows cost as much as others, a program for two sequences is not worth compiling.
+        decode_sizes = [size for size in _sizes(slots, 2) if size != 2 or slots == 2]
         self.config = config
         self.device = device(
             model,
             params,
             cache,
-            # On a CPU padding rows cost as much as others; a program for two sequences is not worth
-            # compiling.
-            decode_rows=[rows for rows in _sizes(slots, 2) if rows != 2 or slots == 2],
-            prompt_rows=sizes,
+            decode_rows=decode_sizes[-1:] if config.skips_padding else decode_sizes,
+            prompt_rows=sizes[-1:] if config.skips_padding else sizes,
             decode_steps=config.decode_steps,
             num_recent=min(1 << (config.n_ctx - 1).bit_length(), _MOST_RECENT),  # few sizes, few programs
         )

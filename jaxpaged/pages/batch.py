@@ -60,6 +60,11 @@ class Batch:
         return self.sequence < self.max_seqs
 
     @property
+    def num_valid(self) -> Array:
+        """i32[]: rows that are no padding; they come first."""
+        return self.cu_q_lens[-1]
+
+    @property
     def last_rows(self) -> Array:
         """i32[S]: row of the last token of each sequence; an arbitrary valid row if it has none."""
         return jnp.clip(self.cu_q_lens[1:] - 1, 0, self.num_tokens - 1)

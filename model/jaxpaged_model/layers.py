@@ -60,8 +60,15 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Array, *, layer: Layer = None, norm: Norm | None = None, add: Array | None = None
+        self,
+        x: Array,
+        *,
+        layer: Layer = None,
+        num_rows: Array | None = None,
+        norm: Norm | None = None,
+        add: Array | None = None,
     ) -> Array:
+        del num_rows  # XLA multiplies all rows
         x = x if norm is None else rms_norm(x, *norm)
         out = x.astype(self.dtype) @ of_layer(self.kernel[...], layer)
         out = out if self.bias is None else out + of_layer(self.bias[...], layer)
@@ -181,11 +188,12 @@ class Projections(nnx.Module):
             for kind, dim in zip((None,) * 3 if joined else variant, self.dims, strict=True)
         )
 
-    def __call__(self, x: Array, *, layer: Layer, norm: Norm) -> tuple[Array, ...]:
+    def __call__(self, x: Array, *, layer: Layer, norm: Norm, num_rows: Array) -> tuple[Array, ...]:
+        around: dict[str, Any] = {"layer": layer, "norm": norm, "num_rows": num_rows}
         if self.joined is not None:
             q_dim, k_dim, _ = self.dims
-            return tuple(jnp.split(self.joined(x, layer=layer, norm=norm), [q_dim, q_dim + k_dim], axis=-1))
-        found = [one(x, layer=layer, norm=norm) for one in (self.q, self.k, self.v) if one is not None]
+            return tuple(jnp.split(self.joined(x, **around), [q_dim, q_dim + k_dim], axis=-1))
+        found = [one(x, **around) for one in (self.q, self.k, self.v) if one is not None]
         # Otherwise XLA multiplies straight to heads, for which it transposes each layer's matrices on a TPU.
         return tuple(lax.optimization_barrier(found))
 
@@ -204,10 +212,11 @@ class GatedProjection(nnx.Module):
             for kind in ((None,) * 2 if joined else variant)
         )
 
-    def __call__(self, x: Array, *, layer: Layer, norm: Norm) -> Array:
+    def __call__(self, x: Array, *, layer: Layer, norm: Norm, num_rows: Array) -> Array:
+        around: dict[str, Any] = {"layer": layer, "norm": norm, "num_rows": num_rows}
         if self.joined is not None:
-            return self.joined(x, layer=layer, norm=norm)
-        gate, up = (one(x, layer=layer, norm=norm) for one in (self.gate, self.up) if one is not None)
+            return self.joined(x, **around)
+        gate, up = (one(x, **around) for one in (self.gate, self.up) if one is not None)
         return jax.nn.silu(gate) * up
 
 
@@ -215,15 +224,15 @@ class GatedProjection(nnx.Module):
 
 
 def _with_residual(
-    matrix: ByVariant, layer: Array | int, x: Array, residual: Array, axis: str | None
+    matrix: ByVariant, layer: Array | int, x: Array, residual: Array, num_rows: Array, axis: str | None
 ) -> Array:
     """``residual + matrix(x)``.
 
     With ``axis`` the inputs are split over that mesh axis, and partial results are summed.
     """
     if axis is not None:
-        return residual + jax.lax.psum(matrix(layer, x), axis)
-    out: Array = matrix(layer, x, add=residual)
+        return residual + jax.lax.psum(matrix(layer, x, num_rows=num_rows), axis)
+    out: Array = matrix(layer, x, add=residual, num_rows=num_rows)
     return out
 
 
@@ -255,12 +264,16 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Any]:
         """Returns (``x + out(attend(norm(x)))``, cache)."""
         tokens = x.shape[0]
-        q, k, v = (part.reshape(tokens, -1, self.head_dim) for part in self.qkv(layer, x, norm=norm))
+        q, k, v = (
+            part.reshape(tokens, -1, self.head_dim)
+            for part in self.qkv(layer, x, norm=norm, num_rows=batch.num_valid)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, layer), self.k_norm(k, layer)
         q, k = rotation(q), rotation(k)
         out, cache = cache.attend(layer, q, k, v, batch, window=self.window)
-        return _with_residual(self.out, layer, out.reshape(tokens, -1).astype(x.dtype), x, self.axis), cache
+        out = out.reshape(tokens, -1).astype(x.dtype)
+        return _with_residual(self.out, layer, out, x, batch.num_valid, self.axis), cache
 
 
 class MLP(nnx.Module):
@@ -280,9 +293,10 @@ class MLP(nnx.Module):
             ),
         )
 
-    def __call__(self, layer: Array | int, x: Array, norm: Norm) -> Array:
-        """``x + mlp(norm(x))``."""
-        return _with_residual(self.down, layer, self.gate_up(layer, x, norm=norm), x, self.axis)
+    def __call__(self, layer: Array | int, x: Array, norm: Norm, num_rows: Array) -> Array:
+        """``x + mlp(norm(x))``; zero from row ``num_rows`` on, or arbitrary."""
+        inner = self.gate_up(layer, x, norm=norm, num_rows=num_rows)
+        return _with_residual(self.down, layer, inner, x, num_rows, self.axis)
 
 
 class Blocks(nnx.Module):
@@ -302,4 +316,4 @@ class Blocks(nnx.Module):
     ) -> tuple[Array, Any]:
         """Runs layer ``layer``."""
         x, cache = self.attention(layer, x, self.attention_norm.of(layer), rotation, cache, batch)
-        return self.mlp(layer, x, self.mlp_norm.of(layer)), cache
+        return self.mlp(layer, x, self.mlp_norm.of(layer), batch.num_valid), cache

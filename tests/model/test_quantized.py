@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from jaxpaged_model.quantized import cpu_vectors, panels, product
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import ALIGNMENT, LAYOUTS, Layout, empty_parts
-from quantized_matrices import bits_per_weight, numbers, packed, random_raw, stacked
+from quantized_matrices import bits_per_weight, numbers, packed, random_raw, random_weights_raw, stacked
 
 NAMES = tuple(WEIGHT_FORMATS)
 ONE_OF_EACH_KIND = ("Q8_0", "Q5_1", "Q6_K", "IQ4_XS")
@@ -281,3 +282,21 @@ def test_llvm_compiles_arms_instructions() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     dots, lookups = map(int, done.stdout.split())
     assert dots == 3 * 8 * 4 * 4 * 2 and lookups >= 8 * 4
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 40, 64, 99])
+def test_rows_that_do_not_count_are_zero_and_change_no_other(num_rows: int) -> None:
+    matrix = packed("Q8_0", random_weights_raw("Q8_0", 48, 64), 64)
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    run = functools.partial(product.product, x, "Q8_0", matrix, 48, add=jnp.ones((64, 48)))
+    everything, found = run(), run(num_rows=jnp.int32(num_rows))
+    np.testing.assert_array_equal(found[:num_rows], everything[:num_rows])
+    assert not np.asarray(found[num_rows:]).any()
+
+
+def test_examples_of_a_vmap_have_rows_of_their_own() -> None:
+    matrix = packed("Q8_0", random_weights_raw("Q8_0", 48, 64), 64)
+    x, counts = jax.random.normal(jax.random.key(0), (3, 8, 64)), jnp.array([8, 0, 3])
+    run = lambda x, count: product.product(x, "Q8_0", matrix, 48, num_rows=count)  # noqa: E731
+    for example, found, count in zip(x, jax.vmap(run)(x, counts), counts, strict=True):
+        np.testing.assert_array_equal(found[:count], run(example, count)[:count])

@@ -114,6 +114,7 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
         context_shift=options.context_shift,
         swap_bytes=options.swap_space,
         fingerprint=ready.loaded.fingerprint,
+        skips_padding=ready.loaded.skips_padding,
         lockstep=processes.count() > 1,
     )
     if mesh is None:

@@ -46,6 +46,8 @@ class LoadedModel:
       size_bytes: size of the weight files.
       description: such as ``"llama 135M Q8_0"``.
       seconds: loading time by phase.
+      skips_padding: True if its products skip rows of padding, so that steps of one size serve any
+        number of tokens: stored weights on a CPU.
       fingerprint: 64 hexadecimal digits, see ``checkpoint.fingerprint``.
       mesh: the devices over which the model is sharded; None = one device. ``function`` is then the
         function of each of them, see ``jaxpaged.sharding.mesh``.
@@ -61,6 +63,7 @@ class LoadedModel:
     description: str
     fingerprint: str
     seconds: Mapping[str, float]
+    skips_padding: bool = False
     mesh: Mesh | None = None
 
     @property
@@ -157,6 +160,7 @@ def load_model(
 
     if mesh is None:
         local, axis, plan = config, None, planned(config, source)
+        product.prepare((kind for _, kind in plan.formats), exact=exact)
         params = load_params(config, source, naming, dtype=dtype, plan=plan, progress=progress)
     else:
         local, axis = config.shard(mesh.shape[TENSOR]), TENSOR
@@ -179,6 +183,7 @@ def load_model(
         description=f"{config.architecture} {_rounded(config.num_parameters())} {kind}",
         fingerprint=fingerprint(config, source),
         seconds=clock.laps,
+        skips_padding=bool(plan.formats) and product.choose() == "cpu",
         mesh=mesh,
     )
 

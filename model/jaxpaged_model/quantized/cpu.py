@@ -17,8 +17,6 @@ from jaxpaged_model.quantized.formats import FLOAT_FORMATS
 from jaxpaged_model.quantized.norm import Norm
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
-
-
 _FOLDER = Path(__file__).parent
 
 
@@ -33,6 +31,11 @@ def _target(name: str, exact: bool) -> str:
     return target
 
 
+def prepare(name: str, *, exact: bool) -> None:
+    """Registers the custom call of a format; its kernel is compiled meanwhile, if it has to be."""
+    _target(name, exact or name in FLOAT_FORMATS)
+
+
 def product(
     x: Array,
     name: str,
@@ -40,6 +43,7 @@ def product(
     outputs: int,
     *,
     layer: Array | int | None = None,
+    num_rows: Array | None = None,
     norm: Norm | None,
     add: Array | None,
     gated: bool,
@@ -57,12 +61,13 @@ def product(
         np.asarray([eps], np.float32),
         np.asarray([gated], np.int32),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
+        jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32),
     )
 
 
 @functools.cache
 def _call(target: str, outputs: int) -> Callable[..., Array]:
-    """The custom call as a function of ``(x, add, scale, *matrix)``.
+    """The custom call as a function of ``(x, add, scale, *matrix, num_rows)``.
 
     Under ``vmap``, examples that share a matrix become the rows of one call.
     """
@@ -74,17 +79,17 @@ def _call(target: str, outputs: int) -> Callable[..., Array]:
     call = jax.custom_batching.custom_vmap(one)
 
     @call.def_vmap
-    def batched(
-        size: int, is_batched: list[bool], x: Array, add: Array, *matrix: Array
-    ) -> tuple[Array, bool]:
-        if any(is_batched[2:]):
+    def batched(size: int, is_batched: list[bool], x: Array, add: Array, *rest: Array) -> tuple[Array, bool]:
+        if any(is_batched[2:-1]):
             axes = [0 if each else None for each in is_batched]
-            return jax.vmap(one, axes)(x, add, *matrix), True
+            return jax.vmap(one, axes)(x, add, *rest), True
         x, add = (
             rows if each or not rows.size else jnp.broadcast_to(rows, (size, *rows.shape))
             for rows, each in zip((x, add), is_batched, strict=False)
         )
-        out = call(x.reshape(-1, x.shape[-1]), add.reshape(-1, add.shape[-1]) if add.size else add, *matrix)
+        x = x.reshape(-1, x.shape[-1])
+        add = add.reshape(-1, add.shape[-1]) if add.size else add
+        out = call(x, add, *rest[:-1], jnp.int32(x.shape[0]))  # padding of an example is in the middle
         return out.reshape(size, -1, outputs), True
 
     return jax.jit(call)

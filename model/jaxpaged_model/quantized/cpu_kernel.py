@@ -71,8 +71,10 @@ _SMALL = 1 << 18
 """Bytes of codes, times rows, below which one thread computes all: starting another takes microseconds."""
 
 # Indices of a job's numbers: addresses of inputs, then the rest.
-INPUTS = 11
-(X, NORM, ADD, CODES, SCALES, STEPS, MINIMA, MIN_STEPS, NUMBERS, OPTIONS, LAYER) = range(JOB, JOB + INPUTS)
+INPUTS = 12
+(
+    X, NORM, ADD, CODES, SCALES, STEPS, MINIMA, MIN_STEPS, NUMBERS, OPTIONS, LAYER, NUM_ROWS,
+) = range(JOB, JOB + INPUTS)  # fmt: skip
 (
     OUT, TOKENS, COLUMNS, OUTPUTS, PANELS, GATED, NORMED, ADDED, STAGE, RUN, RUNS, ACTIVATIONS, WIDTH_A, FACTORS,
     STARTS, SUMS,
@@ -276,7 +278,10 @@ def _read_call(call: int, job: int) -> None:
     x, codes, out = argument(call, X - JOB), argument(call, CODES - JOB), result(call, 0)
     is_gated = i64(load_i32(load_i64(job, OPTIONS), 0))
     store_i64(job, OUT, data(out))
-    store_i64(job, TOKENS, size(x, 0))
+    tokens = min(max(i64(load_i32(load_i64(job, NUM_ROWS), 0)), i64(0)), size(x, 0))
+    store_i64(job, TOKENS, tokens)
+    for i in range(tokens * size(out, 1), size(x, 0) * size(out, 1)):
+        store_f32(data(out), i, f32(0))
     store_i64(job, COLUMNS, size(x, 1))
     store_i64(job, OUTPUTS, size(out, 1))
     store_i64(job, GATED, is_gated)

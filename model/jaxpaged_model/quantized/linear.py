@@ -99,10 +99,13 @@ class QuantizedLinear(_Quantized):
         x: Array,
         *,
         layer: Array | int | None = None,
+        num_rows: Array | None = None,
         norm: Norm | None = None,
         add: Array | None = None,
     ) -> Array:
-        out = self._product(x, self.outputs, layer=layer, norm=norm, add=add, gated=self.gated)
+        out = self._product(
+            x, self.outputs, layer=layer, num_rows=num_rows, norm=norm, add=add, gated=self.gated
+        )
         return out if self.bias is None else out + of_layer(self.bias[...], layer)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -32,6 +32,16 @@ def layout_for(platform: str | None = None) -> Layout:
     return "panels" if choose(platform) == "cpu" else "lanes"
 
 
+def prepare(formats: Iterable[str], *, exact: bool) -> None:
+    """Starts to compile what products with matrices of these formats need beside XLA's programs; it
+    may be called as soon as the formats are known, and need not be."""
+    if choose() == "cpu":
+        from jaxpaged_model.quantized import cpu
+
+        for name in sorted({*formats}):
+            cpu.prepare(name, exact=exact)
+
+
 def product(
     x: Array,
     name: str,
@@ -39,6 +49,7 @@ def product(
     outputs: int,
     *,
     layer: Array | int | None = None,
+    num_rows: Array | None = None,
     norm: Norm | None = None,
     add: Array | None = None,
     gated: bool = False,
@@ -55,6 +66,8 @@ def product(
         first axis of each part.
       layer: i32[], index of the matrix in the stack, which is read where it lies; None: no stack.
       outputs: rows of the matrix, or half of them if ``gated``.
+      num_rows: i32[], rows of ``x`` that count, the first ones; the others of the result are arbitrary.
+        The CPU kernel skips them. None: all.
       norm: ``(scale [columns], eps)`` of an RMSNorm of ``x`` before the product.
       add: ``[T, outputs]``, added to the product.
       gated: True if the matrix is the concatenation of gate and up, of ``outputs`` rows each, a multiple
@@ -73,7 +86,16 @@ def product(
 
         wide = x.astype(jnp.float32)
         out = cpu.product(
-            wide, name, parts, outputs, layer=layer, norm=norm, add=add, gated=gated, exact=exact
+            wide,
+            name,
+            parts,
+            outputs,
+            layer=layer,
+            num_rows=num_rows,
+            norm=norm,
+            add=add,
+            gated=gated,
+            exact=exact,
         )
         return out.astype(x.dtype)
     x = x if norm is None else rms_norm(x, *norm)
