@@ -12,8 +12,8 @@ from mesh_kit import loaded, mesh_of
 
 from jaxpaged.sharding.mesh import TENSOR
 
-CUT = {"q": 1, "k": 1, "v": 1, "gate": 1, "up": 1, "out": 0, "down": 0}
-"""The axis of a layer's ``[in, out]`` kernel that is split, by layer."""
+CUT = {"q": -1, "k": -1, "v": -1, "gate": -1, "up": -1, "out": -2, "down": -2}
+"""The axis of a layer's ``[layers, in, out]`` kernel that is split, by layer."""
 
 
 def keys_of(path: tuple) -> list[str]:
@@ -48,7 +48,7 @@ def test_each_device_has_its_part(kind, data, tensor):
             elif weight == "bias" and layer in ("out", "down"):
                 expected = expected if rank == 0 else np.zeros_like(expected)
             else:
-                axis = CUT[layer] if weight == "kernel" else 0
+                axis = CUT[layer] if weight == "kernel" else -1
                 parts = min(tensor, kv_heads) if layer in ("k", "v") else tensor
                 expected = np.split(expected, parts, axis)[rank * parts // tensor]
                 assert layer not in ("k", "v") or expected.shape[axis] % head_dim == 0
