@@ -87,7 +87,7 @@ class ModelFlags(ModelFile):
     )
     weights: Weights = _model(
         "--weights",
-        "Keep quantized weights of a GGUF file as stored, or convert them to --dtype. auto: stored where "
+        "Keep weights in the file's format in memory, or convert them to --dtype. auto: stored where "
         "a kernel reads them (CPUs with numba).",
         "auto",
         click.Choice(get_args(Weights)),
