@@ -1,4 +1,4 @@
-"""What numba functions need to be XLA custom calls: arguments, results, and jobs on XLA's threads.
+"""Arguments, results and jobs of XLA custom calls, for numba functions.
 
 A kernel is two C functions. XLA calls its *handler*, which reads the buffers, writes a *job* with a
 number of work items, and runs *tasks* that process them: one on the calling thread, others on XLA's
