@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,5 +28,9 @@ def start(task: Callable[[], Any]) -> Future[Any]:
 
 def wait() -> None:
     """Waits for all that was started; raises the exception of a task that failed."""
-    while _tasks:
-        _tasks.pop(0).result()
+    for task in tuple(_tasks):
+        try:
+            task.result()
+        finally:
+            with contextlib.suppress(ValueError):  # another thread waited, too
+                _tasks.remove(task)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.compilation import background
 from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.engine import programs
 from jaxpaged.engine.programs import Edit, StepInput, StepOutput, StepShape, TableState
@@ -139,13 +140,14 @@ class Device:
         return isinstance(self.cache, PagedKVCache) and self.cache.staging is None
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compiles every program once. Nothing is compiled afterwards."""
+        """Compiles every program once, and the kernels they call. Nothing is compiled afterwards."""
         start = time.monotonic()
         todo = list(self.to_compile())
         for i, program in enumerate(todo):
             if progress is not None:
                 progress(i, len(todo), program.name)
             self._programs[program.name] = self._compile(program)
+        background.wait()
         if progress is not None:
             progress(len(todo), len(todo), "")
         self.compiled = len(todo)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpaged.compilation import background
 from jaxpaged.engine.device import Device, HostTable, Program, Progress, name_of
 from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableState
 from jaxpaged.generation.loop import Model
@@ -66,6 +67,7 @@ class MeshDevice:
             arguments = (*params, self.cache, *self._stacked(program, {}))
             compiled = jax.jit(function, donate_argnums=len(params)).lower(*arguments).compile()
             self._programs[program.name] = program, compiled
+        background.wait()
         if progress is not None:
             progress(len(todo), len(todo), "")
         for shard in self.shards:

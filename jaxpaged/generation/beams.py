@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.paged import PagedKVCache
+from jaxpaged.compilation import background
 from jaxpaged.generation.loop import (
     FINISH_LENGTH,
     FINISH_NAN,
@@ -586,6 +587,7 @@ class BeamSearch:
             # In parallel, since XLA compiles much of a program on one thread.
             with ThreadPoolExecutor(2) as pool:
                 self._programs = tuple(pool.map(lambda program: program.compile(), (start, search)))
+            background.wait()
 
     def prefill(self) -> None:
         """Prefills the prompts, and waits until that is done."""

@@ -469,15 +469,14 @@ class LookupStream(TokenStream):
 
     _first_steps = 1
 
-    def compile(self) -> None:
-        if self._programs is None:
-            start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
-            advance = _advance_donating.lower(
-                self.model, self.shape, self.params, *start.out_info, self.request, np.int32(0)
-            )
-            # In parallel, since XLA compiles much of a program on one thread.
-            with ThreadPoolExecutor(2) as pool:
-                self._programs = tuple(pool.map(lambda program: program.compile(), (start, advance)))
+    def _compile(self) -> Any:
+        start = _start_donating.lower(self.model, self.shape, self.params, self.cache, self.request)
+        advance = _advance_donating.lower(
+            self.model, self.shape, self.params, *start.out_info, self.request, np.int32(0)
+        )
+        # In parallel, since XLA compiles much of a program on one thread.
+        with ThreadPoolExecutor(2) as pool:
+            return tuple(pool.map(lambda program: program.compile(), (start, advance)))
 
     def _begin(self) -> Any:
         self.cache, state = self._programs[0](self.params, self.cache, self.request)

@@ -63,7 +63,13 @@ class TokenStream:
     _first_steps = 0
 
     def compile(self) -> None:
-        """Compiles the programs without running them."""
+        """Compiles the programs, and the kernels that they call, without running them."""
+        if self._programs is None:
+            self._programs = self._compile()
+            background.wait()
+
+    def _compile(self) -> Any:
+        """The program that makes the state of ``_begin``, and the one that advances it."""
         raise NotImplementedError
 
     def _begin(self) -> Any:
@@ -98,9 +104,7 @@ class GenerateStream(TokenStream):
     sharding: BatchSharding | None = None
     """Distribution of the samples over the data shards of a mesh; None without a mesh."""
 
-    def compile(self) -> None:
-        if self._programs is not None:
-            return
+    def _compile(self) -> Any:
         static, given = (self.model, self.shape), (self.cache, self.request)
         begin = cached_compile(
             lambda: begin_jitted.lower(*given, self.shape), "generation.begin", (self.shape,), given
@@ -109,9 +113,8 @@ class GenerateStream(TokenStream):
         advance = cached_compile(
             lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
         )
-        background.wait()  # for kernels, so that their compilation is not counted as the first step
-        self._programs = begin.program, advance.program
         self.cache_hit = begin.cache_hit and advance.cache_hit
+        return begin.program, advance.program
 
     def _begin(self) -> Any:
         return self._programs[0](self.cache, self.request)

@@ -34,7 +34,6 @@ _FAILED = -1
 _POLL_MICROSECONDS = 500
 _linked: list[Any] = []
 """References to linked code, whose addresses XLA has."""
-_registered: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def register(kernel: Kernel) -> None:
 def _register(name: str, address: int) -> None:
     function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-    _registered[name] = function
+    _linked.append(function)
 
 
 def _compile(kernel: Kernel, entry: Path | None, address: ctypes.c_int64) -> None:

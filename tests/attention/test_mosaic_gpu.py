@@ -71,28 +71,12 @@ def with_reference(built):
     return dataclasses.replace(built, out=np.asarray(out, np.float64), lse=np.asarray(lse, np.float64))
 
 
-def interpreted(
-    q,
-    k_pages,
-    v_pages,
-    table,
-    batch,
-    *,
-    scale,
-    window,
-    soft_cap,
-    sinks,
-    rope=None,
-    first_page=0,
-    return_lse,
-    races=False,
-):
+def interpreted(q, *arguments, scale, window, soft_cap, return_lse, races=False, **options):
     assert return_lse
     config = make_config(q.shape[-1], scale, window, soft_cap)
     interpret = plgpu.InterpretGPUParams(detect_races=races)
     attention = functools.partial(mosaic_gpu.paged_attention, config=config, interpret=interpret)
-    arguments = q, k_pages, v_pages, table, batch
-    out, lse = jax.jit(attention)(*arguments, sinks=sinks, rope=rope, first_page=first_page)
+    out, lse = jax.jit(attention)(q, *arguments, **{"rope": None, **options})
     return out.astype(q.dtype), lse
 
 

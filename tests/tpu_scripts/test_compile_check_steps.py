@@ -1,4 +1,4 @@
-"""What compile_check.steps counts as a copy, on lines of compiled programs; no compiler is needed."""
+"""Copies that compile_check.steps finds in lines of compiled programs; no compiler is needed."""
 
 from __future__ import annotations
 
