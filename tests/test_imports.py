@@ -53,11 +53,32 @@ import jaxpaged.generation.loop
 assert generate is jaxpaged.generate is jaxpaged.generation.loop.generate
 """
 
+KERNELS = """
+import sys
+from pathlib import Path
 
-@pytest.mark.parametrize("script", [WITHOUT_THE_REST, LAZY], ids=["without the rest", "lazy"])
+from jaxpaged.native.compile_kernel import load
+
+kernels = (
+    ("jaxpaged/attention/cpu/kernel.py", "jaxpaged.attention.cpu.kernel"),
+    ("model/jaxpaged_model/quantized/cpu_kernel.py", "jaxpaged_model.quantized.cpu_kernel_Q4_1__rounded"),
+)
+for file, module in kernels:
+    assert callable(load(Path(file), module).handler)
+assert "jax" not in sys.modules, "a process that compiles a kernel imports JAX"
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [WITHOUT_THE_REST, LAZY, KERNELS], ids=["without the rest", "lazy", "kernels"]
+)
 def test_the_core_imports(script: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=Path(jaxpaged.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
 

@@ -21,7 +21,7 @@ from jaxpaged.native.memory import (
     store_i64,
     yield_thread,
 )
-from jaxpaged.native.tiles import i64, inlined, njit
+from jaxpaged.native.tiles import i64, njit
 
 _BYTES, _HALVES = (2, 6, 20), (10, 16)
 """XLA's numbers of the data types s8, u8, f8e4m3fn, and f16, bf16; kernels read no other type that
@@ -120,7 +120,7 @@ def _destroy(call: int, error: int) -> None:
     free(arguments)
 
 
-@inlined
+@njit
 def _schedule(call: int, task: int, job: int) -> bool:
     """Schedules ``task(job)`` on one of XLA's threads; returns False if XLA refuses."""
     arguments = malloc(40)
@@ -136,7 +136,7 @@ def _schedule(call: int, task: int, job: int) -> bool:
     return error == 0
 
 
-@inlined
+@njit
 def num_threads(call: int) -> int:
     """Number of XLA's threads; 1 if unknown."""
     answer = malloc(48)
@@ -153,7 +153,7 @@ def num_threads(call: int) -> int:
     return max(threads, 1) if error == 0 else 1
 
 
-@inlined
+@njit
 def is_version_query(call: int) -> bool:
     """True if XLA only asks the handler for its version, before the first call; answers it."""
     extension = load_i64(call, 1)
@@ -208,7 +208,7 @@ def release(job: int) -> None:
         free(job)
 
 
-@inlined
+@njit
 def run_items(call: int, job: int, items: int, threads: int, task: int) -> None:
     """Processes ``items`` work items with ``task(job)``, on this thread and others; returns when
     all are done."""

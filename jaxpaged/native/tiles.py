@@ -37,15 +37,12 @@ _I64, _I32, _F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, WIDTH)
 _FAST = ("nnan", "nsz", "reassoc", "contract")
 
-_OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-njit: Callable[..., Any] = numba.njit(**_OPTIONS)
+njit: Callable[..., Any] = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Decorator for functions of kernels: unchecked, and not callable from Python."""
 i32: Any = np.int32
 i64: Any = np.int64
 f32: Any = np.float32
 """Typed numbers in functions that numba compiles; plain numbers to a type checker."""
-inlined: Callable[..., Any] = numba.njit(inline="always", **_OPTIONS)
-"""``njit``, inlined in its caller, so that large functions with one caller are compiled once."""
 
 
 @register_jitable

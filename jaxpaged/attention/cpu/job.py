@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpaged.native.ffi import JOB, argument, example_data, num_batch_axes, result, size
 from jaxpaged.native.memory import free, load_f32, load_i32, load_i64, malloc, store_f32, store_i64
-from jaxpaged.native.tiles import f32, i64, inlined, njit, padded
+from jaxpaged.native.tiles import f32, i64, njit, padded
 
 ROWS = 192
 """Rows of an item, counting query heads: a tile of that many rows and its sums stay in the
@@ -104,7 +104,7 @@ def visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int
     return begin, end
 
 
-@inlined
+@njit
 def plan(call: int, job: int, threads: int, example: int) -> int:
     """Reads one example of the call, divides it into items of similar work, and returns their
     number."""
@@ -207,7 +207,7 @@ def finish_row(job: int, token: int, q_head: int, maximum: float, total: float, 
     store_f32(load_i64(job, LSE), token * q_heads + q_head, lse)
 
 
-@inlined
+@njit
 def merge(job: int) -> None:
     """Merges the parts of split sequences, and frees the memory of ``plan``."""
     items, dim = load_i64(job, ITEMS), load_i64(job, DIM)

@@ -102,7 +102,6 @@ from jaxpaged.native.tiles import (
     f32,
     i32,
     i64,
-    inlined,
     njit,
     padded,
     product,
@@ -549,7 +548,7 @@ def _end(job: int, item: int, work: int) -> None:
         finish_row(job, token, q_head, load_f32(maxima, r), load_f32(totals, r), sums + 4 * r * wide)
 
 
-@inlined
+@njit
 def _attend(job: int, index: int, work: int) -> None:
     """Computes one item: its queries, KV head and range of entries."""
     item = load_i64(job, ITEMS) + 8 * ITEM * index

@@ -27,7 +27,7 @@ from jaxpaged.native.codes import (
 )
 from jaxpaged.native.memory import load_f32, store_f32
 from jaxpaged.native.tiles import f32, i64, njit, widen_bf16, widen_f16
-from jaxpaged.pages.formats.ggml import IQ4_NL_VALUES
+from jaxpaged.pages.formats.codebooks import IQ4_NL_VALUES
 
 (
     _F32, _BF16, _F16, _FP8, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0, _IQ4_NL, _Q4_K, _KIVI4, _KIVI2, _KIVI4_BY_TOKEN,

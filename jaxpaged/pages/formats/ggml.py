@@ -21,11 +21,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxpaged.pages.formats.codebooks import IQ4_NL_VALUES
+
 BLOCK = 32
 """Numbers per block."""
-IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""Codebook of iq4_nl, in units of the scale; denser where numbers are frequent."""
-
 Blocks = Mapping[str, Array]
 """Parts of blocks by name, ``[..., width]`` each."""
 

@@ -38,7 +38,7 @@ from jaxpaged.native.memory import (
     store_i64,
     symbol,
 )
-from jaxpaged.native.tiles import f32, i64, inlined, njit
+from jaxpaged.native.tiles import f32, i64, njit
 from jaxpaged_model.quantized.cpu_vectors import (
     ROW_SIZES,
     added,
@@ -51,8 +51,7 @@ from jaxpaged_model.quantized.cpu_vectors import (
     scaled,
     square_sum,
 )
-from jaxpaged_model.quantized.formats import BLOCK, STORED_FORMATS, SUPER_BLOCK, FloatFormat
-from jaxpaged_model.quantized.panels import ROWS
+from jaxpaged_model.quantized.formats import BLOCK, ROWS, STORED_FORMATS, SUPER_BLOCK, FloatFormat
 
 _VARIANT = __name__.rpartition(".")[2].removeprefix("cpu_kernel_").split("__")
 FORMAT = STORED_FORMATS.get(_VARIANT[0], STORED_FORMATS["Q8_0"])
@@ -130,7 +129,7 @@ def _prepare(job: int, first: int, count: int) -> None:
                 free(space)
 
 
-@inlined
+@njit
 def _times(rows: int, args: tuple[int, ...]) -> None:
     """Runs the product of as many rows as ``_rows_at_once`` has given."""
     if rows >= 8:
@@ -231,7 +230,7 @@ def _tile_of_numbers(job: int, panel: int, first: int, rows: int, sums: int) -> 
 _tile = _tile_of_numbers if IS_FLOAT else _tile_of_codes
 
 
-@inlined
+@njit
 def _multiply(job: int, index: int, sums: int) -> None:
     """Computes one work item: a range of panels, some rows."""
     runs, run = load_i64(job, RUNS), load_i64(job, RUN)
@@ -266,7 +265,7 @@ def task(job: int) -> int:
     return 0
 
 
-@inlined
+@njit
 def _read_call(call: int, job: int) -> None:
     for i in range(INPUTS):
         store_i64(job, JOB + i, data(argument(call, i)))
@@ -291,7 +290,7 @@ def _read_call(call: int, job: int) -> None:
     store_i64(job, ADDED, size(argument(call, ADD - JOB), 0))
 
 
-@inlined
+@njit
 def _allocate_activations(job: int) -> int:
     """Allocates memory for quantized activations; returns the address to be freed."""
     tokens, columns = load_i64(job, TOKENS), load_i64(job, COLUMNS)

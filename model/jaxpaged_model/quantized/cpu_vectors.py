@@ -21,8 +21,7 @@ from numba import config, types
 
 from jaxpaged.native.memory import pointer
 from jaxpaged.native.tiles import WIDTH, Code, instructions, write_exp
-from jaxpaged_model.quantized.formats import BLOCK, FloatFormat, WeightFormat
-from jaxpaged_model.quantized.panels import QUADS, ROWS
+from jaxpaged_model.quantized.formats import BLOCK, QUADS, ROWS, FloatFormat, WeightFormat
 
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F16, _F32 = ir.HalfType(), ir.FloatType()

@@ -17,12 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 BLOCK = 32
 """Columns of a block; every group is a block or half of one."""
 SUPER_BLOCK = 256
+ROWS = 16
+"""Rows of a panel, see ``panels``; concatenated matrices begin at multiples of it."""
+QUADS = 8
+"""Quads of a block, of four columns each, see ``panels``."""
 _HALF_FLOAT = np.dtype("<f2")
 
 
@@ -246,7 +250,7 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {one.name: one for one in _FORMATS}
 """The quantized formats by name."""
 FLOAT_FORMATS: dict[str, FloatFormat] = {
     name: FloatFormat(name, np.dtype(kind))
-    for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", jnp.bfloat16))
+    for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", ml_dtypes.bfloat16))
 }
 STORED_FORMATS: dict[str, StoredFormat] = {**WEIGHT_FORMATS, **FLOAT_FORMATS}
 """All formats by name."""

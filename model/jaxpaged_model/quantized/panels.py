@@ -23,14 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpaged_model.quantized.formats import BLOCK, STORED_FORMATS, FloatFormat, StoredFormat, WeightFormat
+from jaxpaged_model.quantized.formats import (
+    BLOCK,
+    QUADS,
+    ROWS,
+    STORED_FORMATS,
+    FloatFormat,
+    StoredFormat,
+    WeightFormat,
+)
 
 FORMATS = STORED_FORMATS
 """Formats of matrices that have this layout; columns are a multiple of 32."""
-ROWS = 16
-"""Rows of a panel; concatenated matrices begin at multiples of it."""
-QUADS = 8
-"""Quads of a block, of four columns each."""
 _QUAD = 4
 Parts = dict[str, Any]
 """``codes`` u8[panels, blocks, 64 * bits], or the numbers [panels, columns, 16] if they are floating point, and
