@@ -36,11 +36,13 @@ if TYPE_CHECKING:
         FINISH_OUT_OF_PAGES,
         FINISH_STOP,
         ContextShift,
+        Lookup,
+        Request,
         SamplingParams,
         beam_search,
         generate,
-        generate_lookup,
         generate_stream,
+        run,
         sample,
     )
     from jaxpaged.pages import Batch, Rope
@@ -58,8 +60,10 @@ __all__ = [
     "Batch",
     "ContextShift",
     "ContiguousKVCache",
+    "Lookup",
     "OutOfPages",
     "PagedKVCache",
+    "Request",
     "Rope",
     "SamplingParams",
     "SnapshotError",
@@ -70,13 +74,13 @@ __all__ = [
     "clear",
     "draw_page_map",
     "generate",
-    "generate_lookup",
     "generate_stream",
     "paged_attention",
     "read_snapshot",
     "reserve",
     "reserve_or_raise",
     "restore",
+    "run",
     "sample",
     "seq_copy",
     "seq_defragment",
@@ -95,8 +99,8 @@ _NAMES = {
     "cache": "ALL ContiguousKVCache OutOfPages PagedKVCache can_reserve check_invariants clear reserve "
     "reserve_or_raise seq_copy seq_defragment seq_keep seq_length seq_position_max seq_position_min seq_remove "
     "seq_reorder seq_shift",
-    "generation": "ContextShift FINISH_LENGTH FINISH_NAN FINISH_OUT_OF_PAGES FINISH_STOP SamplingParams beam_search "
-    "generate generate_lookup generate_stream sample",
+    "generation": "ContextShift FINISH_LENGTH FINISH_NAN FINISH_OUT_OF_PAGES FINISH_STOP Lookup Request SamplingParams "
+    "beam_search generate generate_stream run sample",
     "pages": "Batch Rope",
     "pages.formats": "PAGE_FORMATS",
     "pictures": "draw_page_map",

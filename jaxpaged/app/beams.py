@@ -12,18 +12,18 @@ import numpy as np
 from jaxpaged.app.output import choices_of, text_of
 from jaxpaged.app.run import Run
 from jaxpaged.app.session import Session
-from jaxpaged.generation.beams import BeamResult, prepare_beam_search
-from jaxpaged.generation.loop import FINISH_NAN
+from jaxpaged.generation.api import beam_request
+from jaxpaged.generation.result import FINISH_NAN, BeamResult
+from jaxpaged.generation.stream import GenerateStream
 
 
 def complete(session: Session, prompt: str) -> int:
     """Continues the prompt and prints the best text when the search has ended; the exit status."""
     o, loaded = session.options, session.ready.loaded
     ids, new, plan = session.completion(prompt, o.beams)
-    search = prepare_beam_search(
-        session.model,
-        loaded.params,
-        plan.create(),
+    cache = plan.create()
+    request = beam_request(
+        cache,
         [ids],
         num_beams=o.beams,
         num_return_sequences=o.beams,
@@ -32,15 +32,19 @@ def complete(session: Session, prompt: str) -> int:
         stop_ids=sorted(loaded.tokenizer.stop_ids),
         batch_size=o.step_tokens,
     )
+    search = GenerateStream(session.model, loaded.params, cache, request, num_samples=o.beams, every=new)
     notice = "searching ..." if o.log and sys.stderr.isatty() else ""
     click.echo(notice, nl=False, err=True)
     start = time.perf_counter()
     if o.warmup:
         search.compile()
     compiled = time.perf_counter()
-    search.prefill()
+    chunks = iter(search)
+    next(chunks)
     read = time.perf_counter()
-    result = search.search()
+    for _ in chunks:
+        pass
+    result = search.result
     ended = time.perf_counter()
     if notice:
         click.echo("\r\033[K", nl=False, err=True)

@@ -18,7 +18,7 @@ from jaxpaged.app.output import print_json
 from jaxpaged.app.prompt import read_text, unescape
 from jaxpaged.app.prompt_cache import PromptCache
 from jaxpaged.app.session import Session
-from jaxpaged.generation.loop import FINISH_NAN, FINISH_STOP
+from jaxpaged.generation.result import FINISH_NAN, FINISH_STOP
 
 
 def template_of(options: RunFlags, model_template: str | None) -> str | None:

@@ -296,7 +296,7 @@ class GenerateOptions(RunFlags):
     )
     lookup: int = _generation(
         "--lookup, --draft-max, --draft, --draft-n",
-        "Draft up to N tokens a step from the text so far; needs --temp 0. 0 = off.",
+        "Draft up to N tokens a step from the text so far; the tokens stay the same. 0 = off.",
         0,
         AT_LEAST_0,
     )

@@ -11,10 +11,9 @@ from typing import Any
 from jaxpaged.app import interrupt
 from jaxpaged.app.memory import trim_memory
 from jaxpaged.app.timings import Timings
-from jaxpaged.generation.loop import FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
-from jaxpaged.generation.request import ContextShift
+from jaxpaged.generation.request import ContextShift, Lookup
+from jaxpaged.generation.result import FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.generation.speculative import LookupResult, LookupStream, lookup_stream
 from jaxpaged.generation.stream import GenerateStream, generate_stream
 from jaxpaged.sharding.multihost import broadcast_object
 
@@ -86,7 +85,7 @@ def generate(
       warmup: compile before the clock of the prompt starts.
       on_start: called before the prefill, after compiling.
       samples: per prompt.
-      lookup: tokens of a draft; above 0, prompt-lookup decoding, which is greedy.
+      lookup: tokens of a draft; above 0, prompt-lookup decoding.
       every: returns the decode steps per chunk; default: as many as take a tenth of a second.
       fixed_steps: see ``generate_stream``.
       on_cache: called with the cache and the number of tokens generated, after the prefill and after each chunk.
@@ -94,30 +93,24 @@ def generate(
     """
     rows = len(prompts) * samples
     run = Run([[] for _ in range(rows)], [0] * rows)
-    common: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "stop_ids": stop_ids,
-        "batch_size": batch_size,
-        "keep": keep,
-        "every": 1,
-    }
-    stream: GenerateStream | LookupStream
-    if lookup:
-        stream = lookup_stream(model, params, cache, prompts, num_draft=lookup, **common)
-    else:
-        stream = generate_stream(
-            model,
-            params,
-            cache,
-            prompts,
-            sampling=sampling,
-            n=samples,
-            context_shift=context_shift,
-            window=window,
-            history=history,
-            fixed_steps=fixed_steps,
-            **common,
-        )
+    stream = generate_stream(
+        model,
+        params,
+        cache,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        n=samples,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
+        keep=keep,
+        context_shift=context_shift,
+        window=window,
+        history=history,
+        lookup=Lookup(lookup) if lookup else None,
+        fixed_steps=fixed_steps,
+        every=1,
+    )
     start = time.perf_counter()
     if warmup:
         _compile(stream)
@@ -133,7 +126,6 @@ def generate(
         run.finish_reason = chunk.finish_reason
         if stream.result is not None:
             run.pages_peak = int(stream.result.pages_peak)
-        if isinstance(stream.result, LookupResult):
             run.drafted, run.accepted = (
                 int(x.sum()) for x in (stream.result.drafted, stream.result.accepted)
             )
@@ -163,7 +155,7 @@ def generate(
     return run
 
 
-def _compile(stream: GenerateStream | LookupStream) -> None:
+def _compile(stream: GenerateStream) -> None:
     """Compiles, or returns on Ctrl-C, while compiling goes on into the compilation cache."""
     pool = ThreadPoolExecutor(1)
     compiled = pool.submit(stream.compile)

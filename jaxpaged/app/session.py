@@ -21,8 +21,8 @@ from jaxpaged.app.loading import ForbidTokens, ReadyModel, open_model
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
-from jaxpaged.generation.loop import FINISH_NAN
 from jaxpaged.generation.request import ContextShift
+from jaxpaged.generation.result import FINISH_NAN
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import broadcast_object
@@ -150,8 +150,8 @@ class Session:
         windows = [config.window(layer) for layer in range(config.num_layers)]
         bounded = [window for window in windows if window is not None]
         o = self.options
-        # A prompt cache needs all pages; beams and drafts free pages at their end only.
-        forgets = o.paged and o.prompt_cache is None and o.beams == 1 and o.lookup == 0
+        # A prompt cache needs all pages; beams free pages at their end only.
+        forgets = o.paged and o.prompt_cache is None and o.beams == 1
         return max(bounded) if forgets and len(bounded) == len(windows) else None
 
     @property

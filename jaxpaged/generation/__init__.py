@@ -1,22 +1,15 @@
 """Whole generations inside XLA programs.
 
-``loop`` prefills, decodes and samples; ``stream`` runs it a few steps at a time, ``beams`` searches,
-``speculative`` drafts tokens from the text so far. ``prompts`` and ``request`` check arguments,
-``sampling`` has the chain of samplers, ``prefill`` what beams and drafts begin with.
+``loop`` prefills, decodes and samples; ``api`` runs it at once, ``stream`` a few steps at a time.
+``beams`` and ``lookup`` are ways to choose tokens in it; ``prompts`` and ``request`` check arguments,
+``sampling`` has the chain of samplers, ``result`` what comes out.
 """
 
-from jaxpaged.generation.beams import beam_search
-from jaxpaged.generation.loop import (
-    FINISH_LENGTH,
-    FINISH_NAN,
-    FINISH_OUT_OF_PAGES,
-    FINISH_STOP,
-    LimitVocab,
-    generate,
-)
-from jaxpaged.generation.request import ContextShift
+from jaxpaged.generation.api import beam_search, generate
+from jaxpaged.generation.loop import LimitVocab, run
+from jaxpaged.generation.request import ContextShift, Lookup, Request
+from jaxpaged.generation.result import FINISH_LENGTH, FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation.sampling import SamplingParams, sample
-from jaxpaged.generation.speculative import generate_lookup, lookup_stream
 from jaxpaged.generation.stream import generate_stream
 
 __all__ = [
@@ -26,11 +19,12 @@ __all__ = [
     "FINISH_STOP",
     "ContextShift",
     "LimitVocab",
+    "Lookup",
+    "Request",
     "SamplingParams",
     "beam_search",
     "generate",
-    "generate_lookup",
     "generate_stream",
-    "lookup_stream",
+    "run",
     "sample",
 ]

@@ -1,36 +1,39 @@
-"""Generation in one XLA program: admit prompts, prefill, decode, sample, stop, free pages.
+"""The decode loop: admit prompts, prefill, decode, sample, stop, free pages, in one XLA program.
 
 The path of a token, top to bottom: ``_admit`` assigns a prompt of the queue to an idle sequence of
 the cache; ``_step`` reserves slots for the next tokens of all sequences (part of a prompt, or the
-newest token), runs the model and samples; ``_accept`` appends the sampled tokens and ends
-sequences, which then serve the next prompts. ``generate`` does all of it without returning to
-Python; ``generate_stream`` returns every few tokens.
+newest token and its draft), runs the model and samples; ``_accept`` appends the sampled tokens and
+ends sequences, which then serve the next prompts. ``run`` does all of it without returning to
+Python; ``generate_stream`` returns every few steps. Drafts (``lookup``) and beams (``beams``) are
+ways of choosing tokens in this loop.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax import Array, lax
 
 from jaxpaged.cache.interface import Cache, KVCache
-from jaxpaged.generation.prompts import PromptsLike
-from jaxpaged.generation.request import ContextShift, Request, Shape, make_request
-from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
+from jaxpaged.generation import beams
+from jaxpaged.generation.lookup import find_drafts
+from jaxpaged.generation.request import Request
+from jaxpaged.generation.result import (
+    FINISH_LENGTH,
+    FINISH_NAN,
+    FINISH_OUT_OF_PAGES,
+    FINISH_STOP,
+    RUNNING,
+    GenerateResult,
+    ResultBase,
+)
+from jaxpaged.generation.sampling import SamplingParams, logprobs_of, push_recent, sample
 from jaxpaged.pages.batch import Batch
-from jaxpaged.sharding.mesh import BatchSharding
-from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, STATIC, mesh_of, over_mesh
-
-RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES, FINISH_NAN = 0, 1, 2, 3, 4
-"""Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of
-pages; the logits held NaN."""
 
 Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 """``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``"""
@@ -64,42 +67,13 @@ class LimitVocab:
         return None if key is None else f"{key} vocab_size={self.vocab_size}"
 
 
-class ResultBase:
-    """A dataclass of arrays whose ``repr`` shows their dtypes and shapes, and does not fetch
-    them."""
-
-    def __repr__(self) -> str:
-        arrays = ", ".join(f"{name}={x.dtype}{list(x.shape)}" for name, x in vars(self).items())
-        return f"{type(self).__name__}({arrays})"
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, repr=False)
-class GenerateResult(ResultBase):
-    """Result of ``generate``. Sample j of prompt i is row ``i * n + j`` of R; rows behind the last
-    are padding."""
-
-    tokens: Array
-    """i32[R, M]: generated tokens, without the stop token, padded with -1."""
-    num_tokens: Array
-    """i32[R]: number of generated tokens."""
-    finish_reason: Array
-    """i32[R]: FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES or FINISH_NAN; RUNNING in padding."""
-    pages_peak: Array
-    """i32[]: largest number of pages in use after any step."""
-    num_steps: Array
-    """i32[]: runs of the model."""
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class State(ResultBase):
     """Carry of the loop, beside the cache: S sequences of the cache, R rows of the result."""
 
-    tokens: Array
-    num_tokens: Array
-    finish_reason: Array
-    """See GenerateResult."""
+    result: GenerateResult
+    """Result so far."""
     next_prompt: Array
     """i32[]: first prompt that has not been admitted."""
     row: Array
@@ -112,13 +86,8 @@ class State(ResultBase):
     """i32[S]: token sampled last, not yet in the cache."""
     recent: Array
     """i32[S, W]: tokens that penalties apply to, newest last."""
-    pages_peak: Array
-    num_steps: Array
-
-    def result(self) -> GenerateResult:
-        return GenerateResult(
-            self.tokens, self.num_tokens, self.finish_reason, self.pages_peak, self.num_steps
-        )
+    search: beams.Search | None
+    """State of a beam search, else None."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +110,10 @@ class Slots:
     """bool[S]: another sequence prefills the prompt."""
 
     @classmethod
-    def of(cls, state: State, request: Request, shape: Shape) -> Slots:
-        rows = state.num_tokens.shape[0]
+    def of(cls, state: State, request: Request) -> Slots:
+        rows = state.result.num_tokens.shape[0]
         busy, row = state.row < rows, jnp.minimum(state.row, rows - 1)
-        prompt = row // shape.num_samples
+        prompt = lax.div(row, jnp.int32(request.shape.num_samples))
         prompt_len = request.prompt_lens[prompt]
         unread = busy & (state.progress < prompt_len)
         leads = state.leader == lax.iota(jnp.int32, state.row.shape[0])
@@ -153,34 +122,20 @@ class Slots:
     def tokens_left(self, state: State, request: Request) -> Array:
         """i32[S]: tokens that each sequence will write unless it stops early; its last token is not
         written."""
-        sampled = jnp.maximum(state.num_tokens[self.row], 1)
+        sampled = jnp.maximum(state.result.num_tokens[self.row], 1)
         left = self.prompt_len - state.progress + request.max_new_tokens[self.row] - sampled
         return jnp.where(self.busy, jnp.maximum(left, 0), 0)
 
 
-def _end(
-    cache: Cache, state: State, ended: Array, reason: Array | int, released: Array
-) -> tuple[Cache, State]:
-    """Ends the sequences ``ended bool[S]``, which are idle then, and frees the pages of ``released
-    bool[S]``."""
-    cache, _ = cache.seq_remove(released)
-    idle = state.num_tokens.shape[0]
-    row = jnp.where(ended, state.row, idle)
-    return cache, replace(
-        state,
-        row=jnp.where(ended, idle, state.row),
-        finish_reason=state.finish_reason.at[row].set(reason, mode="drop"),
-    )
-
-
-def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> State:
+def _admit(cache: KVCache, state: State, request: Request) -> State:
     """Assigns prompts of the queue, in order, to idle sequences while there are pages for all they
     may write.
 
     An admitted prompt never runs out of pages, unless it has the pool to itself. One that does not
     fit even then ends with FINISH_OUT_OF_PAGES.
     """
-    n, s, rows = shape.num_samples, cache.max_seqs, state.num_tokens.shape[0]
+    shape, s, rows = request.shape, cache.max_seqs, state.result.num_tokens.shape[0]
+    n = shape.num_samples
 
     def pending(carry: tuple[State, Array]) -> Array:
         return carry[1]
@@ -200,7 +155,7 @@ def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> Stat
             leader=jnp.where(member, leader, state.leader),
             recent=jnp.where(member[:, None], request.recent[state.next_prompt], state.recent),
         )
-        slots = Slots.of(admitted, request, shape)
+        slots = Slots.of(admitted, request)
         needed = cache.pages_needed(slots.tokens_left(admitted, request), limit=shape.limit)
         needed -= jnp.where(slots.waiting, cache.whole_pages(slots.prompt_len), 0)
         alone = jnp.all(idle)
@@ -209,17 +164,19 @@ def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> Stat
         )
         possible = jnp.sum(for_prompt) <= cache.pages_free
         enough = (jnp.sum(needed) <= cache.pages_free) | (alone & possible)
-        if shape.keep:  # pages are never freed, so waiting for them would be in vain
+        # Where pages are never freed, waiting for them would be in vain; beams share most of theirs.
+        if shape.keep or shape.beams:
             enough = possible = jnp.bool_(True)
         enters = (jnp.sum(member) == n) & enough
         refused = alone & ~possible
         refused_rows = jnp.where(refused, first, rows) + lax.iota(jnp.int32, n)
         state = jax.tree.map(lambda new, old: jnp.where(enters, new, old), admitted, state)
         moved_on = enters | refused
+        reason = state.result.finish_reason.at[refused_rows].set(FINISH_OUT_OF_PAGES, mode="drop")
         state = replace(
             state,
             next_prompt=state.next_prompt + moved_on,
-            finish_reason=state.finish_reason.at[refused_rows].set(FINISH_OUT_OF_PAGES, mode="drop"),
+            result=replace(state.result, finish_reason=reason),
         )
         return state, moved_on & (state.next_prompt < request.num_prompts)
 
@@ -227,8 +184,9 @@ def _admit(cache: KVCache, state: State, request: Request, shape: Shape) -> Stat
     return lax.while_loop(pending, admit_next, (state, waiting))[0]
 
 
-def _discard(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new: Array) -> Cache:
+def _discard(cache: Cache, slots: Slots, request: Request, num_new: Array) -> Cache:
     """Removes tokens that no layer will see again, and those that a context shift discards."""
+    shape = request.shape
     if shape.window is not None:
         cache = cache.seq_drop_unseen(shape.window)
     if not shape.shift:
@@ -245,69 +203,186 @@ def _discard(cache: Cache, slots: Slots, request: Request, shape: Shape, num_new
     return cache.seq_shift(full & removed, begin + discard, -1, -discard)[0]
 
 
-def _step(
-    model: Model,
-    shape: Shape,
-    params: Any,
-    cache: Cache,
-    state: State,
-    request: Request,
-    *,
-    prefill: bool,
-) -> tuple[Cache, State]:
-    """One run of the model: a token of every decoding sequence and, with ``prefill``, parts of
-    prompts."""
-    s = cache.max_seqs
-    num_tokens = shape.chunk if prefill else s
-    slots = Slots.of(state, request, shape)
-    num_new = slots.decoding.astype(jnp.int32)
-    if prefill:
-        left = jnp.where(slots.prefilling, slots.prompt_len - state.progress, 0)
-        before = jnp.cumsum(left, dtype=jnp.int32) - left
-        num_new += jnp.clip(num_tokens - jnp.sum(num_new, dtype=jnp.int32) - before, 0, left)
+def _draft(cache: Cache, state: State, slots: Slots, request: Request, decodes: Array) -> tuple[Array, Array]:
+    """``(draft i32[S, K], count i32[S])``: tokens to try behind the newest one, and number of them."""
+    s, lookup, shape = cache.max_seqs, request.shape.lookup, request.shape
+    if lookup is None:
+        return jnp.zeros((s, 0), jnp.int32), jnp.zeros(s, jnp.int32)
+    # The text of each sequence: its prompt, and what was generated since.
+    result, prompt_len = state.result, slots.prompt_len
+    column = lax.iota(jnp.int32, request.prompts.shape[1] + shape.capacity)
+    generated = jnp.clip(column - prompt_len[:, None], 0, shape.capacity - 1)
+    text = jnp.where(
+        column < prompt_len[:, None],
+        jnp.pad(request.prompts, ((0, 0), (0, shape.capacity)))[slots.prompt],
+        jnp.take_along_axis(result.tokens[slots.row], generated, axis=1),
+    )
+    num_tokens = result.num_tokens[slots.row]
+    draft, found = find_drafts(text, prompt_len + num_tokens, ngram=lookup.ngram, num_draft=lookup.num_draft)
+    # The last token of a limit is never drafted, since a step adds one more token than it accepts.
+    left = request.max_new_tokens[slots.row] - num_tokens - 1
+    if shape.shift:
+        left = jnp.minimum(left, request.n_ctx - cache.lengths - 1)
+    count = jnp.where(decodes & slots.decoding & found, jnp.clip(left, 0, lookup.num_draft), 0)
+    # A draft must neither take a page that another sequence needs nor end its own sequence.
+    fits = jnp.all(cache.can_reserve_each(slots.decoding + count))
+    return draft, jnp.where(fits, count, 0)
 
-    cache = _discard(cache, slots, request, shape, num_new)
-    # Sequences without pages end here, with their other samples, and their pages serve the others.
+
+def _once(wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+    """``function(value)`` if ``wanted``, else ``value``.
+
+    A loop of at most one turn: a branch of ``lax.cond`` that writes to the pool copies it.
+    """
+    done = lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), function(c[1])), (wanted, value))
+    return done[1]
+
+
+def _step(
+    model: Model, params: Any, cache: Cache, state: State, request: Request, last: Array, logits: Array
+) -> tuple[Cache, State, Array]:
+    """One run of the model: parts of prompts and a token of every decoding sequence, or where no prompt is
+    left and ``num_steps`` is below ``last``, a token of every decoding sequence and its draft.
+
+    Nothing but the model depends on the number of rows, so all else is compiled once for both.
+
+    Args:
+      logits: f32[S * width, V], memory for those of the step.
+    """
+    shape, s = request.shape, cache.max_seqs
+    width = shape.width
+    num_rows = max(shape.chunk, s * width)
+    slots = Slots.of(state, request)
+    prefills = jnp.any(slots.prefilling)
+    decodes = ~prefills & jnp.any(slots.decoding) & (state.result.num_steps < last)
+    draft, count = _draft(cache, state, slots, request, decodes)
+    going = slots.decoding & (prefills | decodes)
+    if state.search is not None:
+        going &= state.search.grows(s)
+    num_new = jnp.where(going, 1 + count, 0)
+    left = jnp.where(slots.prefilling, slots.prompt_len - state.progress, 0)
+    before = jnp.cumsum(left, dtype=jnp.int32) - left
+    num_new += jnp.clip(shape.chunk - jnp.sum(num_new, dtype=jnp.int32) - before, 0, left)
+
+    cache = _discard(cache, slots, request, num_new)
+    # Sequences without pages end, with their other samples, and their pages serve the others from the next step on.
     fits = cache.can_reserve_each(num_new)
-    ended = slots.busy & ~(fits & fits[state.leader])
-    cache, state = _end(cache, state, ended, FINISH_OUT_OF_PAGES, released=ended)
-    num_new = jnp.where(ended, 0, num_new)
-    cache, batch, _ = cache.reserve(num_new, num_tokens=num_tokens, max_new=num_tokens if prefill else 1)
+    unserved = slots.busy & ~(fits & fits[state.leader])
+    refused = unserved
+    if state.search is not None:
+        # A search goes on with all its beams or waits for pages; where none can go on, the first ends.
+        without = jnp.zeros(request.prompt_lens.shape[0], bool)
+        without = without.at[slots.prompt].max(unserved)
+        unserved = slots.busy & without[slots.prompt]
+        stuck = ~jnp.any((num_new > 0) & ~unserved)
+        refused = unserved & stuck & (slots.prompt == jnp.argmax(without))
+    num_new = jnp.where(unserved, 0, num_new)
+    cache, batch, _ = cache.reserve(num_new, num_tokens=num_rows, max_new=max(shape.chunk, width))
 
     sequence = jnp.minimum(batch.sequence, s - 1)
-    tokens = state.newest[sequence]
-    if prefill:
-        column = state.progress[sequence] + lax.iota(jnp.int32, num_tokens) - batch.cu_q_lens[sequence]
-        column = jnp.clip(column, 0, request.prompts.shape[1] - 1)
-        tokens = jnp.where(
-            slots.prefilling[sequence], request.prompts[slots.prompt[sequence], column], tokens
-        )
-    last = batch.last_rows[state.leader]
-    logits, cache = model(params, tokens, cache, batch, last)
+    place = lax.iota(jnp.int32, num_rows) - batch.cu_q_lens[sequence]
+    column = jnp.clip(state.progress[sequence] + place, 0, request.prompts.shape[1] - 1)
+    tried = jnp.concatenate([state.newest[:, None], draft], axis=1)
+    tokens = jnp.where(
+        slots.prefilling[sequence],
+        request.prompts[slots.prompt[sequence], column],
+        tried[sequence, jnp.clip(place, 0, width - 1)],
+    )
+    # Rows whose logits are needed: the newest token's and its draft's, or the last one of a prompt.
+    first = jnp.where(slots.decoding, batch.cu_q_lens[:-1], batch.last_rows[state.leader])
+    rows = jnp.minimum(first[:, None] + lax.iota(jnp.int32, width), num_rows - 1)
+
+    def runs(
+        num_rows: int, width: int, max_q_len: int
+    ) -> Callable[[tuple[Cache, Array]], tuple[Cache, Array]]:
+        def forward(carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+            cache, logits = carry
+            some = batch.first(num_rows, max_q_len)
+            asked = jnp.minimum(rows[:, :width].reshape(-1), num_rows - 1)
+            found, cache = model(params, tokens[:num_rows], cache, some, asked)
+            if width == shape.width:
+                return cache, found.astype(logits.dtype)
+            by_sequence = logits.reshape(s, shape.width, -1)
+            by_sequence = by_sequence.at[:, :width].set(found.astype(logits.dtype).reshape(s, width, -1))
+            return cache, by_sequence.reshape(logits.shape)
+
+        return forward
+
+    carry = _once(prefills, runs(shape.chunk, 1, shape.chunk), (cache, logits))
+    if width > 1:
+        drafted = jnp.any(count > 0)
+        carry = _once(decodes & drafted, runs(s * width, width, width), carry)
+        decodes_one = decodes & ~drafted
+    else:
+        decodes_one = decodes
+    cache, logits = _once(decodes_one, runs(s, 1, 1), carry)
 
     progress = state.progress + jnp.where(slots.prefilling, num_new, 0)
     sampled = (num_new > 0) & (progress == slots.prompt_len)
-    if prefill and shape.num_samples > 1:
-        forked = slots.waiting & ~ended & sampled[state.leader]
+    if shape.num_samples > 1:
+        forked = slots.waiting & ~unserved & sampled[state.leader]
         source = jnp.where(forked, state.leader, lax.iota(jnp.int32, s))
         cache = lax.cond(jnp.any(forked), lambda c: c.seq_reorder(source), lambda c: c, cache)
         progress = jnp.where(forked, slots.prompt_len, progress)
         sampled |= forked
         state = replace(state, leader=jnp.where(forked, lax.iota(jnp.int32, s), state.leader))
+    result = state.result
+    result = replace(
+        result,
+        pages_peak=jnp.maximum(result.pages_peak, cache.pages_used),
+        num_steps=result.num_steps + (prefills | decodes),
+    )
+    state = replace(state, progress=progress, result=result)
+    if state.search is not None:
+        cache, result, row, newest, search = beams.select(
+            cache, logits, request, result, state.row, state.newest, state.search, sampled, refused
+        )
+        return cache, replace(state, result=result, row=row, newest=newest, search=search), logits
     # Random numbers follow the distance from the beginning, which a context shift does not change.
-    token = sample(
-        logits,
-        jax.tree.map(lambda field: field[slots.row], request.sampling),
-        batch.rope_positions[last] + 1,
-        state.recent,
+    tokens, found = _choose(logits, request, state, slots, draft, batch.rope_positions[rows] + 1)
+    agrees = (draft == tokens[:, :-1]) & (lax.iota(jnp.int32, width - 1) < count[:, None])
+    accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
+    cache, state = _accept(cache, state, request, slots, tokens, found, sampled, count, accepted, refused)
+    return cache, state, logits
+
+
+def _choose(
+    logits: Array, request: Request, state: State, slots: Slots, draft: Array, position: Array
+) -> tuple[Array, Any]:
+    """Samples a token behind the newest one and behind each token of the draft.
+
+    Each position has its own random number and sees the draft before it, so a draft that is kept
+    as far as it agrees leaves the distribution as it is: the tokens are those of steps without drafts.
+
+    Returns:
+      ``(tokens i32[S, width], log-probabilities or None)``
+    """
+    shape, (s, width) = request.shape, position.shape
+    recent = [state.recent]
+    for i in range(width - 1):
+        recent.append(push_recent(recent[-1], draft[:, i], jnp.ones(s, bool)))
+    params: SamplingParams = jax.tree.map(lambda field: field[slots.row], request.sampling)
+    changed = logits
+    if shape.logits_processor is not None:
+        changed = shape.logits_processor(
+            logits, state.result.tokens[slots.row], state.result.num_tokens[slots.row]
+        )
+        if changed.shape != logits.shape:
+            raise ValueError(
+                f"logits_processor must return logits {list(logits.shape)}, got {list(changed.shape)}"
+            )
+    tokens = sample(
+        changed,
+        jax.tree.map(lambda field: jnp.repeat(field, width), params) if width > 1 else params,
+        position.reshape(-1),
+        jnp.stack(recent, axis=1).reshape(s * width, -1),
     )
-    state = replace(
-        state,
-        progress=progress,
-        pages_peak=jnp.maximum(state.pages_peak, cache.pages_used),
-        num_steps=state.num_steps + 1,
-    )
-    return _accept(cache, state, request, slots, token, sampled, shape.keep)
+    found = None
+    if shape.logprobs is not None:
+        found = jax.tree.map(
+            lambda x: x.reshape(s, width, *x.shape[1:]), logprobs_of(logits, tokens, shape.logprobs)
+        )
+    return tokens.reshape(s, width), found
 
 
 def _accept(
@@ -315,200 +390,178 @@ def _accept(
     state: State,
     request: Request,
     slots: Slots,
-    token: Array,
+    tokens: Array,
+    logprobs: Any,
     sampled: Array,
-    keep: bool,
+    count: Array,
+    accepted: Array,
+    refused: Array,
 ) -> tuple[Cache, State]:
-    """Appends the token of each sequence in ``sampled bool[S]``, and ends those that are
-    finished."""
-    failed = sampled & (token < 0)
-    stopped = sampled & ~failed & jnp.any(token[:, None] == request.stop_ids, axis=1)
-    limit = request.max_new_tokens[slots.row]
-    below_limit = state.num_tokens[slots.row] < limit
-    appended = sampled & ~stopped & ~failed & below_limit
-    row = jnp.where(appended, slots.row, state.num_tokens.shape[0])
-    num_tokens = state.num_tokens.at[row].add(1, mode="drop")
-    column = state.num_tokens[slots.row]
-    state = replace(
-        state,
-        tokens=state.tokens.at[row, column].set(token, mode="drop"),
-        num_tokens=num_tokens,
-        newest=jnp.where(appended, token, state.newest),
-        recent=push_recent(state.recent, token, appended),
-    )
-    full = sampled & (num_tokens[slots.row] >= limit)
-    reason = jnp.where(stopped & below_limit, FINISH_STOP, jnp.where(failed, FINISH_NAN, FINISH_LENGTH))
+    """Appends tokens of each sequence in ``sampled``, and ends those that are finished.
+
+    Args:
+      tokens: i32[S, width]: the first ``accepted i32[S]`` agree with the draft, and one more follows.
+      logprobs: of those tokens, as by ``logprobs_of``.
+      sampled: bool[S]
+      count: i32[S]: tokens of the draft, which are in the cache.
+      refused: bool[S]: sequences that end without pages.
+    """
+    result, keep = state.result, request.shape.keep
+    width, idle = tokens.shape[1], result.num_tokens.shape[0]
+    step = lax.iota(jnp.int32, width)
+    before, limit = result.num_tokens[slots.row], request.max_new_tokens[slots.row]
+    room = jnp.maximum(limit - before, 0)
+    ends = (tokens < 0) | jnp.any(tokens[..., None] == request.stop_ids, axis=-1)
+    ends &= step <= accepted[:, None]
+    end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1), width).astype(jnp.int32)
+    at_end = jnp.any(ends & (tokens < 0) & (step == end[:, None]), axis=1)
+    failed = sampled & at_end & ((end < room) | (room == 0))
+    stopped = sampled & (end < width) & ~at_end
+    appended = jnp.where(sampled, jnp.minimum(jnp.minimum(end, accepted + 1), room), 0)
+    full = sampled & (before + appended >= limit)
     ended = stopped | full | failed
-    return _end(cache, state, ended, reason, released=failed if keep else ended)
+    reason = jnp.where(stopped & (end < room), FINISH_STOP, jnp.where(failed, FINISH_NAN, FINISH_LENGTH))
+
+    row = jnp.where(appended > 0, slots.row, idle)
+    column = jnp.where(step < appended[:, None], before[:, None] + step, result.tokens.shape[1])
+    recent = state.recent
+    for i in range(width):
+        recent = push_recent(recent, tokens[:, i], i < appended)
+    newest = jnp.take_along_axis(tokens, jnp.maximum(appended - 1, 0)[:, None], axis=1)[:, 0]
+
+    def put(values: Array, new: Array) -> Array:
+        return values.at[slots.row[:, None], column].set(new, mode="drop")
+
+    result = replace(
+        result,
+        tokens=put(result.tokens, tokens),
+        num_tokens=result.num_tokens.at[row].add(appended, mode="drop"),
+        finish_reason=result.finish_reason.at[jnp.where(ended | refused, state.row, idle)].set(
+            jnp.where(refused, FINISH_OUT_OF_PAGES, reason), mode="drop"
+        ),
+    )
+    if logprobs is not None:
+        result = replace(result, **jax.tree.map(put, {k: getattr(result, k) for k in logprobs}, logprobs))
+    released = refused | (failed if keep else ended)
+    if width == 1:
+        cache, _ = cache.seq_remove(released)
+    else:
+        kept = jnp.minimum(accepted, appended)
+        result = replace(
+            result,
+            drafted=result.drafted.at[row].add(count, mode="drop"),
+            accepted=result.accepted.at[row].add(kept, mode="drop"),
+        )
+        # Roll back: the newest token and the accepted ones stay.
+        behind = cache.seq_position_max() + 1 - (count - kept)
+        rejected = sampled & (count > kept)
+        cache, _ = cache.seq_remove(released | rejected, jnp.where(released, 0, behind))
+    return cache, replace(
+        state,
+        result=result,
+        row=jnp.where(ended | refused, idle, state.row),
+        newest=jnp.where(appended > 0, newest, state.newest),
+        recent=recent,
+    )
 
 
-def begin(cache: KVCache, request: Request, shape: Shape) -> State:
+def begin(cache: KVCache, request: Request) -> State:
     """State before any prompt is admitted."""
-    s, rows = cache.max_seqs, request.max_new_tokens.shape[0]
+    shape, s, rows = request.shape, cache.max_seqs, request.max_new_tokens.shape[0]
     none = jnp.zeros(s, jnp.int32)
+    columns = 0 if shape.logprobs is None else shape.capacity
+    likeliest = rows, columns, shape.logprobs or 0
     return State(
-        tokens=jnp.full((rows, shape.capacity), -1, jnp.int32),
-        num_tokens=jnp.zeros(rows, jnp.int32),
-        finish_reason=jnp.full(rows, RUNNING, jnp.int32),
+        result=GenerateResult(
+            tokens=jnp.full((rows, shape.capacity), -1, jnp.int32),
+            num_tokens=jnp.zeros(rows, jnp.int32),
+            finish_reason=jnp.full(rows, RUNNING, jnp.int32),
+            logprobs=jnp.zeros((rows, columns), jnp.float32),
+            top_tokens=jnp.full(likeliest, -1, jnp.int32),
+            top_logprobs=jnp.zeros(likeliest, jnp.float32),
+            drafted=jnp.zeros(rows, jnp.int32),
+            accepted=jnp.zeros(rows, jnp.int32),
+            pages_peak=cache.pages_used,
+            num_steps=jnp.int32(0),
+        ),
         next_prompt=jnp.int32(0),
         row=none + rows,
         progress=none,
         leader=lax.iota(jnp.int32, s),
         newest=none,
         recent=jnp.full((s, request.recent.shape[1]), -1, jnp.int32),
-        pages_peak=cache.pages_used,
-        num_steps=jnp.int32(0),
+        search=beams.begin(cache, request) if shape.beams else None,
     )
 
 
-def _advance(
-    model: Model,
-    shape: Shape,
-    params: Any,
-    cache: Cache,
-    state: State,
-    request: Request,
-    steps: Array,
+def advance(
+    model: Model, params: Any, cache: Cache, state: State, request: Request, steps: Array
 ) -> tuple[Cache, State]:
     """Runs at most ``steps`` decode steps, and as many prefill steps as the admitted prompts
     need."""
-    rows = state.num_tokens.shape[0]
-    last = state.num_steps + steps
+    rows = state.result.num_tokens.shape[0]
+    last = state.result.num_steps + steps
+    model = jax.jit(model)  # traced once for each number of rows
+    num_logits = cache.max_seqs * request.shape.width
 
-    def prefilling(state: State) -> Array:
-        return jnp.any(Slots.of(state, request, shape).prefilling)
+    def first_logits() -> Array:
+        rows = jnp.zeros(num_logits, jnp.int32)
+        none = jnp.zeros(cache.max_seqs, jnp.int32)
+        reserved, batch, _ = cache.reserve(none, num_tokens=num_logits, max_new=request.shape.width)
+        return model(params, rows, reserved, batch, rows)[0]
 
-    def admissible(state: State) -> Array:
-        return (state.next_prompt < request.num_prompts) & jnp.any(state.row == rows)
+    logits = jnp.zeros(jax.eval_shape(first_logits).shape, jnp.float32)
 
-    def unfinished(carry: tuple[Cache, State]) -> Array:
-        state = carry[1]
+    def unfinished(carry: tuple[Array, Cache, State, Array]) -> Array:
+        first, _, state, _ = carry
         left = (state.next_prompt < request.num_prompts) | jnp.any(state.row < rows)
-        return left & ((state.num_steps < last) | prefilling(state))
+        prefilling = jnp.any(Slots.of(state, request).prefilling)
+        # The first turn admits prompts, which may have to be prefilled.
+        return left & (first | prefilling | (state.result.num_steps < last))
 
-    # Two loops in succession, not a condition inside of one: a branch that writes to the pool might
-    # copy it. Both end as soon as a sequence is idle while prompts wait, but not before a step was
-    # made, since a prompt may have to wait for pages.
-    def cycle(carry: tuple[Cache, State]) -> tuple[Cache, State]:
-        cache, state = carry
+    def turn(carry: tuple[Array, Cache, State, Array]) -> tuple[Array, Cache, State, Array]:
+        _, cache, state, logits = carry
+        state = _admit(cache, state, request)
+        return jnp.bool_(False), *_step(model, params, cache, state, request, last, logits)
 
-        def step(carry: tuple[Array, Cache, State], *, prefill: bool) -> tuple[Array, Cache, State]:
-            cache, state = _step(model, shape, params, carry[1], carry[2], request, prefill=prefill)
-            return ~admissible(state), cache, state
-
-        def prefills(carry: tuple[Array, Cache, State]) -> Array:
-            return carry[0] & prefilling(carry[2])
-
-        def decodes(carry: tuple[Array, Cache, State]) -> Array:
-            go, _, state = carry
-            return go & jnp.any(state.row < rows) & (state.num_steps < last) & ~prefilling(state)
-
-        going = jnp.bool_(True), cache, _admit(cache, state, request, shape)
-        going = lax.while_loop(prefills, functools.partial(step, prefill=True), going)
-        _, cache, state = lax.while_loop(decodes, functools.partial(step, prefill=False), going)
-        return cache, state
-
-    state = _admit(cache, state, request, shape)
-    return lax.while_loop(unfinished, cycle, (cache, state))
+    _, cache, state, _ = lax.while_loop(unfinished, turn, (jnp.bool_(True), cache, state, logits))
+    return cache, state
 
 
-def _generate(
-    model: Model, shape: Shape, params: Any, cache: Cache, request: Request
-) -> tuple[GenerateResult, Cache]:
-    state = begin(cache, request, shape)
-    most = jnp.int32(np.iinfo(np.int32).max)
-    cache, state = _advance(model, shape, params, cache, state, request, most)
-    return state.result(), cache
+def run(model: Model, params: Any, cache: Cache, request: Request) -> tuple[Any, Cache]:
+    """Generates what a request asks for: the pure function behind ``generate``.
 
-
-_generate_donating = jax.jit(
-    over_mesh(_generate, (STATIC, STATIC, PARAMS, CACHE, BATCH), (GATHERED, CACHE)),
-    static_argnums=(0, 1),
-    donate_argnums=3,
-)
-begin_jitted = jax.jit(over_mesh(begin, (CACHE, BATCH, STATIC), BATCH), static_argnums=2)
-advance_donating = jax.jit(
-    over_mesh(_advance, (STATIC, STATIC, PARAMS, CACHE, BATCH, BATCH, REPLICATED), (CACHE, BATCH)),
-    static_argnums=(0, 1),
-    donate_argnums=(3, 4),
-)
-
-
-def gather_result(result: GenerateResult, sharding: BatchSharding) -> GenerateResult:
-    """Results of the data shards of a mesh in the caller's order, on the host; pages are summed
-    up."""
-    return sharding.gather_result(result, pages_peak=np.sum, num_steps=np.max)
-
-
-def generate(
-    model: Model,
-    params: Any,
-    cache: Cache,
-    prompts: PromptsLike,
-    *,
-    max_new_tokens: npt.ArrayLike,
-    prompt_lens: npt.ArrayLike | None = None,
-    n: int = 1,
-    sampling: SamplingParams | None = None,
-    stop_ids: Sequence[int] = (),
-    batch_size: int = 512,
-    keep: bool = False,
-    context_shift: ContextShift | None = None,
-    window: int | None = None,
-    history: Sequence[Sequence[int]] = (),
-) -> tuple[GenerateResult, Cache]:
-    """Generates a continuation of each prompt, in one XLA program that does not return to Python.
-
-    More prompts than the cache has sequences wait in a queue on the device: when a sequence ends,
-    its pages are freed, and the next prompt is prefilled in chunks, in the steps of the sequences
-    that decode. A prompt is admitted when there are pages for all that it and the others may yet
-    write, so none runs out of pages on the way, unless it is alone.
-
-    Programs are compiled for sizes in buckets: any prompts and ``max_new_tokens`` of up to 4,096
-    tokens share a program (fewer where many rows share an array), if their prefill steps have the
-    same size: up to 16 tokens, 24, 32, 48, 64 and so on up to ``batch_size``. All else is data.
+    Works under the caller's ``jit``, ``vmap`` (over seeds, for example) and ``shard_map``; donate
+    the cache to keep its pages in place.
 
     Args:
-      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``,
-        hashable.
+      model: ``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``.
       params: the model's weights, a pytree.
-      cache: paged or contiguous; **donated**. With as many sequences as rows, row i continues
-        sequence i of the cache; with fewer, all sequences should be empty. A ``ShardedCache`` runs
-        the program on its mesh: prompts are distributed over its data shards, or the samples of a
-        few prompts are; ``model`` and ``params`` are then of ``load_model(mesh=...)``.
-      prompts: token ids, any number of prompts of any lengths, none empty: lists, 1-D arrays, or
-        one array ``i32[B, T]``.
-      max_new_tokens: maximum number of tokens to generate, one for all or one a prompt.
-      prompt_lens: i32[B], tokens of each prompt if ``prompts`` are padded on the right.
-      n: samples of each prompt, at most the cache's sequences. They share the prompt's pages, with
-        copy-on-write.
-      sampling: one row a sample, or one a sequence of the cache if these are more; default greedy.
-      stop_ids: tokens that end a sequence; they are not part of the result.
-      batch_size: maximum number of tokens of a prefill step, which may hold parts of several
-        prompts.
-      keep: leave finished sequences in the cache (without their newest token, which was never an
-        input); otherwise their pages are freed when they end. Not with a queue.
-      context_shift: continue beyond the context; takes two pages and two table entries a sequence
-        more than ``n_ctx`` tokens do. Needs a paged cache with a ``rope``.
-      window: attention window of the widest layer, if none sees all tokens: pages behind it are
-        freed on the way.
-      history: tokens before each prompt that the cache holds already: penalties apply to them, and
-        ``n_keep`` of a context shift counts them.
+      cache: paged or contiguous.
+      request: of ``Request.create``.
 
     Returns:
-      ``(result, cache)``. A sequence that gets no page ends with FINISH_OUT_OF_PAGES and the tokens
-      it has; one whose logits hold NaN ends with FINISH_NAN. Their pages are freed, with ``keep``
-      too.
+      ``(GenerateResult, cache)``.
 
-    Raises:
-      ValueError: no prompt, an empty prompt, ids that are no integers or negative, a negative
-        count, sampling of another size, a prompt that fills the shifted context, ``keep`` with more
-        rows than sequences.
+    Example:
+      >>> from jaxpaged import PagedKVCache, Request, run
+      >>> def model(params, tokens, cache, batch, rows):  # counts upwards
+      ...     return jax.nn.one_hot(tokens[rows] + 1, 16), cache
+      >>> cache = PagedKVCache.create(
+      ...     num_layers=1, num_kv_heads=1, head_dim=2, num_pages=4, page_size=8, max_seqs=1
+      ... )
+      >>> @jax.jit
+      ... def count(cache, prompts):
+      ...     return run(model, None, cache, Request.create(cache, prompts, max_new_tokens=3))
+      >>> count(cache, jnp.array([[3, 4]]))[0].tokens[0, :3].tolist()
+      [5, 6, 7]
     """
-    mesh = mesh_of(cache)
-    request, shape = make_request(
-        cache.max_seqs, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep, n, context_shift,
-        window, history, mesh, prompt_lens,
-    )  # fmt: skip
-    result, cache = _generate_donating(model, shape, params, cache, request)
-    return (result if mesh is None else gather_result(result, BatchSharding.of(mesh, len(prompts), n))), cache
+    state = begin(cache, request)
+    most = jnp.int32(np.iinfo(np.int32).max)
+    cache, state = advance(model, params, cache, state, request, most)
+    return result_of(state, request), cache
+
+
+def result_of(state: State, request: Request) -> Any:
+    """GenerateResult, or BeamResult of a beam search."""
+    return state.result if state.search is None else beams.result(state.result, state.search, request)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
@@ -16,24 +13,6 @@ PromptsLike = Sequence[npt.ArrayLike] | npt.NDArray[Any] | Array
 """Token ids: a sequence of lists or 1-D arrays, or one array ``[B, T]`` padded on the right."""
 
 _INT_MAX = np.iinfo(np.int32).max
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts in arrays, so that other prompts do not recompile. S = max_seqs, one row a
-    sequence."""
-
-    tokens: Array
-    """i32[S, longest prompt, padded]"""
-    lens: Array
-    """i32[S]: 0 = no prompt."""
-
-    @property
-    def last_tokens(self) -> Array:
-        """i32[S]: last token of each prompt; arbitrary where there is none."""
-        last = jnp.maximum(self.lens - 1, 0)[:, None]
-        return jnp.take_along_axis(self.tokens, last, axis=1)[:, 0]
 
 
 def bucket(count: int, smallest: int = 16) -> int:
@@ -157,52 +136,3 @@ def pack_stop_ids(stop_ids: npt.ArrayLike) -> np.ndarray:
     """
     unique = np.unique(_token_ids("stop_ids", stop_ids))
     return np.pad(unique.astype(np.int32), (0, bucket(len(unique)) - len(unique)), constant_values=-1)
-
-
-def pack_prompts(
-    prompts: Sequence[np.ndarray],
-    *,
-    max_seqs: int,
-    stride: int = 1,
-    batch_size: int,
-    shards: int = 1,
-) -> tuple[Prompts, int]:
-    """Prompts as host arrays, and the static number of tokens of a prefill step; 0 = no step.
-
-    Args:
-      prompts: of ``token_lists``.
-      max_seqs: S, sequences of each data shard.
-      stride: prompt i is for sequence ``i * stride``.
-      batch_size: largest number of tokens of a prefill step.
-      shards: D. Prompt i is for sequence ``i // D * stride`` of data shard ``i % D``.
-
-    Returns:
-      ``(prompts, chunk)``; arrays have one more leading axis, ``[D, ...]``.
-
-    Raises:
-      ValueError: no prompt or too many, or a ``batch_size`` below 1.
-    """
-    most = max_seqs // stride * shards
-    if not 1 <= len(prompts) <= most:
-        each = "" if stride == 1 else f" / {stride} sequences each"
-        where = "" if shards == 1 else f", on each of {shards} data shards"
-        raise ValueError(
-            f"prompts must be 1 to {most} (max_seqs = {max_seqs}{each}{where}), got {len(prompts)}"
-        )
-    lens = np.zeros((shards, max_seqs), np.int32)
-    tokens = np.zeros((shards, max_seqs, columns(max(map(len, prompts)), max_seqs * shards)), np.int32)
-    for i, prompt in enumerate(prompts):
-        place = i % shards, i // shards * stride
-        lens[place] = len(prompt)
-        tokens[(*place, slice(len(prompt)))] = prompt
-    chunk = chunk_size(int(lens.sum(axis=1).max()), batch_size)
-    arrays: Any = (tokens, lens)
-    return Prompts(*arrays), chunk if lens.max() > 1 else 0
-
-
-def pack_limits(limits: np.ndarray, max_prompts: int, shards: int = 1) -> Any:
-    """i32[D, max_prompts]: limit of each prompt, distributed as by ``pack_prompts``; 0 where there
-    is none."""
-    padded = np.zeros(max_prompts * shards, np.int32)
-    padded[: len(limits)] = limits
-    return padded.reshape(max_prompts, shards).T

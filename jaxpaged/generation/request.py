@@ -1,15 +1,16 @@
-"""Arguments of ``generate`` in arrays, and the static sizes that its program depends on."""
+"""Requests: what to generate, in arrays, and the static sizes that a program depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
-from jax.sharding import Mesh
 
 from jaxpaged.generation.prompts import (
     PromptsLike,
@@ -21,8 +22,11 @@ from jaxpaged.generation.prompts import (
     token_lists,
 )
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.sharding.mesh import BatchSharding
-from jaxpaged.sharding.specs import put_batch
+from jaxpaged.sharding.mesh import BatchSharding, num_shards
+from jaxpaged.sharding.specs import mesh_of, put
+
+_TRACED_PENALTY_WINDOW = 64
+"""Recent tokens that penalties see if their parameters are traced; the default of ``repeat_last_n``."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +52,54 @@ class ContextShift:
             raise ValueError(f"n_discard must not be negative, got {self.n_discard}")
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Prompt-lookup decoding: several tokens a step where the text repeats itself.
+
+    A draft is copied from behind an earlier occurrence of the last tokens, and kept as far as it
+    is what sampling chooses. So tokens are those of ``generate`` without it, as far as the model's
+    logits do not depend on the number of tokens of a step.
+
+    Reference: Saxena, "Prompt Lookup Decoding" (2023); transformers' ``prompt_lookup_num_tokens``.
+    """
+
+    num_draft: int = 8
+    """K: tokens of a draft."""
+    ngram: int = 3
+    """Maximum number of last tokens to match."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+EarlyStopping = Literal[False, True, "never"]
+EARLY_STOPPING: tuple[EarlyStopping, ...] = (False, True, "never")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Request:
-    """Dynamic part of a request: other values do not recompile. G prompts, R = G * n rows."""
+class SearchParams:
+    """Parameters of a beam search; values do not recompile."""
 
-    prompts: Array
-    """i32[G, longest prompt, padded]"""
-    prompt_lens: Array
-    """i32[G]: 0 in padding."""
-    num_prompts: Array
-    """i32[]"""
-    max_new_tokens: Array
-    """i32[R]"""
-    stop_ids: Array
-    """i32[number of stop tokens]; -1 in padding."""
-    sampling: SamplingParams
-    """R rows."""
-    recent: Array
-    """i32[G, W]: last tokens of each prompt."""
-    n_ctx: Array
-    """i32[]: maximum number of tokens of a sequence, if contexts are shifted."""
-    n_keep: Array
-    """i32[G]"""
-    n_discard: Array
-    """i32[]: 0 = half."""
+    length_penalty: Any
+    """f32[]"""
+    early_stopping: Any
+    """i32[]: index in ``EARLY_STOPPING``."""
+    num_return: int = field(metadata={"static": True})
+    """R: sequences to return."""
+
+    def penalized(self, score: Array, length: Array) -> Array:
+        """Score of sequences of ``length``, at least 1, with the length penalty; -inf stays
+        -inf."""
+        divided = score / length.astype(jnp.float32) ** self.length_penalty
+        return jnp.where(score > -jnp.inf, divided, -jnp.inf)
+
+
+LogitsProcessor = Callable[[Array, Array, Array], Array]
+"""``(logits f32[S, V], tokens i32[S, M], num_tokens i32[S]) -> logits f32[S, V]``, pure and hashable:
+changes logits before a token is sampled. ``tokens`` are those generated so far, padded with -1."""
 
 
 @dataclass(frozen=True)
@@ -95,113 +122,237 @@ class Shape:
     """Attention window of the widest layer, in tokens."""
     limit: int | None
     """Maximum number of tokens of a sequence, if a window or a shift bounds it."""
+    lookup: Lookup | None
+    logprobs: int | None
+    """Number of likeliest tokens whose log-probabilities are returned, beside the sampled one's; None =
+    no log-probabilities."""
+    logits_processor: LogitsProcessor | None
+    beams: int = 0
+    """Width of a beam search, whose beams are the samples of a prompt; 0 = sampling."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of a sequence in a decode step, at most."""
+        return 1 if self.lookup is None else 1 + self.lookup.num_draft
 
 
-def make_request(
-    max_seqs: int,
-    prompts: PromptsLike,
-    max_new_tokens: npt.ArrayLike,
-    sampling: SamplingParams | None,
-    stop_ids: Sequence[int],
-    batch_size: int,
-    keep: bool,
-    num_samples: int,
-    context_shift: ContextShift | None,
-    window: int | None,
-    history: Sequence[Sequence[int]] = (),
-    mesh: Mesh | None = None,
-    prompt_lens: npt.ArrayLike | None = None,
-    fixed_steps: bool = False,
-) -> tuple[Request, Shape]:
-    """Arguments as for ``generate``; ``max_seqs`` is S of the cache, ``fixed_steps`` as for
-    ``chunk_size``.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Request:
+    """Prompts and options of a generation, for ``run``. G prompts, R = G * n rows.
 
-    On a mesh, arrays have one more leading axis: the part of each data shard.
-
-    Raises:
-      ValueError: as ``generate``.
+    Arrays are data: other values do not recompile.
     """
-    ids = token_lists(prompts, prompt_lens)
-    if not ids:
-        raise ValueError("prompts must be at least 1, got 0")
-    sharding = BatchSharding.of(mesh, len(ids), num_samples)
-    s, n = max_seqs // sharding.shards, sharding.samples_per_shard  # of one data shard
-    if not 1 <= n <= s:
-        raise ValueError(f"n must be 1 to {s} (the cache's max_seqs), got {n}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, got {window}")
-    if len(history) not in (0, len(ids)):
-        raise ValueError(f"history must be of each of {len(ids)} prompts, got {len(history)}")
-    counts = sharding.prompts_per_shard(len(ids))
-    most = int(counts.max())
-    queue = most * n > s
-    if keep and queue:
-        raise ValueError(f"keep needs a sequence for each of {most * n} rows, the cache has {s}")
-    count = len(ids) * num_samples
-    num_prompts = bucket(most) if queue else -(-s // n)
-    num_prompts *= 1 if sharding.split_samples else sharding.shards
-    rows = num_prompts * num_samples
-    limits = np.zeros(rows, np.int32)
-    limits[:count] = np.repeat(token_limits(max_new_tokens, len(ids), 0), num_samples)
-    lens = np.zeros(num_prompts, np.int32)
-    lens[: len(ids)] = [len(prompt) for prompt in ids]
-    padded = np.zeros((num_prompts, columns(int(lens.max()), num_prompts)), np.int32)
-    for i, prompt in enumerate(ids):
-        padded[i, : len(prompt)] = prompt
-    sampling = _sampling_rows(sampling, count, max_seqs, rows)
-    texts = ids
-    if len(history):
-        texts = [np.append(np.asarray(before, np.int32), ids[i]) for i, before in enumerate(history)]
-    whole = np.zeros(num_prompts, np.int32)
-    whole[: len(ids)] = [len(text) for text in texts]
-    penalty_window = _penalty_window(sampling, int(whole.max() + limits.max()))
-    recent = np.full((num_prompts, penalty_window), -1, np.int32)
-    for i, text in enumerate(texts):
-        last = text[max(0, len(text) - penalty_window) :]
-        recent[i, penalty_window - len(last) :] = last
-    keeps = np.zeros(num_prompts, np.int32)
-    if context_shift is not None:
-        _check_context(context_shift, lens)
-        wanted = np.where(context_shift.n_keep < 0, whole, np.minimum(context_shift.n_keep, whole))
-        keeps = np.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
-    sharded_lens = sharding.shard_prompts(lens)
-    chunk = chunk_size(int(sharded_lens.sum(axis=1).max()), batch_size, fixed=fixed_steps)
-    chunk = chunk if s == 1 else max(chunk, s + 1)  # the sequences that already decode take part
-    bounds = [context_shift.n_ctx] if context_shift is not None else []
-    bounds += [window + chunk] if window is not None else []
-    request = Request(
-        prompts=sharding.shard_prompts(padded),
-        prompt_lens=sharded_lens,
-        num_prompts=counts,
-        max_new_tokens=sharding.shard_rows(limits),
-        stop_ids=sharding.replicate(pack_stop_ids(stop_ids)),
-        sampling=jax.tree.map(sharding.shard_rows, sampling),
-        recent=sharding.shard_prompts(recent),
-        n_ctx=sharding.replicate(np.int32(0 if context_shift is None else context_shift.n_ctx)),
-        n_keep=sharding.shard_prompts(keeps),
-        n_discard=sharding.replicate(np.int32(0 if context_shift is None else context_shift.n_discard)),
-    )
-    shape = Shape(
-        chunk=chunk,
-        capacity=columns(max(1, int(limits.max())), rows),
-        num_samples=n,
-        queue=queue,
-        keep=keep,
-        shift=context_shift is not None,
-        window=window,
-        limit=min(bounds, default=None),
-    )
-    return put_batch(mesh, request), shape
+
+    prompts: Array
+    """i32[G, longest prompt, padded]"""
+    prompt_lens: Array
+    """i32[G]: 0 in padding."""
+    num_prompts: Array
+    """i32[]"""
+    max_new_tokens: Array
+    """i32[R]"""
+    stop_ids: Array
+    """i32[number of stop tokens]; -1 in padding."""
+    sampling: SamplingParams
+    """R rows."""
+    recent: Array
+    """i32[G, W]: last tokens of each prompt."""
+    n_ctx: Array
+    """i32[]: maximum number of tokens of a sequence, if contexts are shifted."""
+    n_keep: Array
+    """i32[G]"""
+    n_discard: Array
+    """i32[]: 0 = half."""
+    search: SearchParams | None
+    """Parameters of a beam search, else None."""
+    shape: Shape = field(metadata={"static": True})
+
+    @staticmethod
+    def create(
+        cache: Any,
+        prompts: PromptsLike,
+        *,
+        max_new_tokens: npt.ArrayLike,
+        prompt_lens: npt.ArrayLike | None = None,
+        n: int = 1,
+        sampling: SamplingParams | None = None,
+        key: Array | None = None,
+        stop_ids: Sequence[int] = (),
+        batch_size: int = 512,
+        keep: bool = False,
+        context_shift: ContextShift | None = None,
+        window: int | None = None,
+        history: Sequence[Sequence[int]] = (),
+        lookup: Lookup | None = None,
+        logprobs: int | None = None,
+        logits_processor: LogitsProcessor | None = None,
+        fixed_steps: bool = False,
+        search: SearchParams | None = None,
+    ) -> Request:
+        """A request for ``cache``; arguments as for ``generate``.
+
+        Under ``jit``, ``prompts`` are one array ``i32[B, T]``, whose values and those of
+        ``prompt_lens``, ``sampling`` and ``key`` may be traced, and are not checked then;
+        ``max_new_tokens`` is an integer, and penalties see the last 64 tokens.
+
+        Args:
+          fixed_steps: see ``generate_stream``.
+          search: parameters of a beam search with ``n`` beams, see ``beam_request``.
+
+        Raises:
+          ValueError: as ``generate``; traced prompts of another form.
+        """
+        mesh, num_samples = mesh_of(cache), n
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 token, got {window}")
+        if logprobs is not None and logprobs < 0:
+            raise ValueError(f"logprobs must not be negative, got {logprobs}")
+        traced = _is_traced(prompts, prompt_lens)
+        if traced:
+            ids, lens, longest = _traced_prompts(prompts, prompt_lens, mesh)
+            count = ids.shape[0]
+            if len(history):
+                raise ValueError("history needs prompts that are not traced")
+        else:
+            lists = token_lists(prompts, prompt_lens)
+            count = len(lists)
+            lens = np.asarray([len(one) for one in lists], np.int32)
+            longest = int(lens.max(initial=0))
+            ids = _padded(lists, longest)
+        if count < 1:
+            raise ValueError("prompts must be at least 1, got 0")
+        if len(history) not in (0, count):
+            raise ValueError(f"history must be of each of {count} prompts, got {len(history)}")
+
+        # The layout: which prompts each data shard has, and rows of the result.
+        sharding = BatchSharding.of(mesh, count, num_samples)
+        if search is not None:  # beams stay together
+            sharding = BatchSharding(num_shards(mesh), num_samples)
+        s, n = cache.max_seqs // sharding.shards, sharding.samples_per_shard  # of one data shard
+        if not 1 <= n <= s:
+            raise ValueError(f"n must be 1 to {s} (the cache's max_seqs), got {n}")
+        counts = sharding.prompts_per_shard(count)
+        most = int(counts.max())
+        queue = most * n > s
+        if keep and queue:
+            raise ValueError(f"keep needs a sequence for each of {most * n} rows, the cache has {s}")
+        num_prompts = bucket(most) if queue else -(-s // n)
+        num_prompts *= 1 if sharding.split_samples else sharding.shards
+        rows = num_prompts * num_samples
+
+        limits = np.zeros(rows, np.int32)
+        given = token_limits(max_new_tokens, count, 0 if search is None else 1)
+        limits[: count * num_samples] = np.repeat(given, num_samples)
+        xp: Any = jnp if traced else np
+        padding = (0, num_prompts - count)
+        lens = xp.pad(lens, padding)
+        ids = xp.pad(ids, (padding, (0, columns(longest, num_prompts) - longest)))
+        sampling = _sampling_rows(sampling, count * num_samples, cache.max_seqs, rows, key)
+        texts, whole = ids, lens
+        if len(history):
+            joined = [np.append(np.asarray(h, np.int32), x) for h, x in zip(history, lists, strict=True)]
+            whole = np.pad(np.asarray([len(text) for text in joined], np.int32), padding)
+            texts = _padded(joined, int(whole.max()), num_prompts)
+        width = _TRACED_PENALTY_WINDOW
+        if not _is_traced(sampling, lens):
+            width = _penalty_window(sampling, int(whole.max() + limits.max()))
+        index = whole[:, None] - width + np.arange(width, dtype=np.int32)
+        recent = xp.where(index < 0, np.int32(-1), xp.take_along_axis(texts, xp.maximum(index, 0), axis=1))
+
+        keeps, bounds = xp.zeros(num_prompts, np.int32), []
+        if context_shift is not None:
+            if not traced:
+                _check_context(context_shift, lens)
+            wanted = whole if context_shift.n_keep < 0 else xp.minimum(context_shift.n_keep, whole)
+            keeps = xp.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
+            bounds = [context_shift.n_ctx]
+        total = longest * count
+        if not traced:
+            total = int(sharding.shard_prompts(lens).sum(axis=1).max())
+        chunk = chunk_size(total, batch_size, fixed=fixed_steps)
+        chunk = chunk if s == 1 else max(chunk, s + 1)  # the sequences that already decode take part
+        bounds += [window + chunk] if window is not None else []
+        shape = Shape(
+            chunk=chunk,
+            # Beams copy their tokens in every step.
+            capacity=columns(max(1, int(limits.max())), rows)
+            if search is None
+            else bucket(int(limits.max())),
+            num_samples=n,
+            queue=queue,
+            keep=keep,
+            shift=context_shift is not None,
+            window=window,
+            limit=min(bounds, default=None),
+            lookup=lookup,
+            logprobs=logprobs,
+            logits_processor=logits_processor,
+            beams=0 if search is None else num_samples,
+        )
+
+        def of_shards(distribute: Callable[[Any], Any], **values: Any) -> dict[str, Any]:
+            return values if mesh is None else jax.tree.map(distribute, values)
+
+        n_ctx, n_discard = (0, 0) if context_shift is None else (context_shift.n_ctx, context_shift.n_discard)
+        request = Request(
+            **of_shards(sharding.shard_prompts, prompts=ids, prompt_lens=lens, recent=recent, n_keep=keeps),
+            **of_shards(sharding.shard_rows, max_new_tokens=limits, sampling=sampling),
+            **of_shards(
+                sharding.replicate,
+                stop_ids=pack_stop_ids(stop_ids),
+                n_ctx=np.int32(n_ctx),
+                n_discard=np.int32(n_discard),
+                search=search,
+            ),
+            num_prompts=jnp.int32(count) if mesh is None else counts,
+            shape=shape,
+        )
+        return jax.tree.map(jnp.asarray, request) if mesh is None else put(mesh, request)
 
 
-def _sampling_rows(sampling: SamplingParams | None, count: int, max_seqs: int, rows: int) -> SamplingParams:
+def _is_traced(*values: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def _padded(lists: Sequence[np.ndarray], width: int, rows: int | None = None) -> np.ndarray:
+    """Lists of ids as i32[rows, width], padded with 0."""
+    padded = np.zeros((len(lists) if rows is None else rows, width), np.int32)
+    for row, ids in zip(padded, lists, strict=False):
+        row[: len(ids)] = ids
+    return padded
+
+
+def _traced_prompts(prompts: Any, prompt_lens: Any, mesh: Any) -> tuple[Any, Any, int]:
+    """``(ids i32[B, T], lens i32[B], T)`` of prompts under ``jit``."""
+    if mesh is not None:
+        raise ValueError("prompts of a ShardedCache must not be traced: they are distributed by the host")
+    if not hasattr(prompts, "ndim") or prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
+        given = (
+            f"{prompts.dtype}{list(prompts.shape)}" if hasattr(prompts, "dtype") else type(prompts).__name__
+        )
+        raise ValueError(f"traced prompts must be one integer array [B, T] with prompt_lens [B], got {given}")
+    count, longest = prompts.shape
+    lens = jnp.full(count, longest, jnp.int32) if prompt_lens is None else jnp.asarray(prompt_lens, jnp.int32)
+    if lens.shape != (count,):
+        raise ValueError(f"prompt_lens must be [{count}], one for each prompt, got {list(lens.shape)}")
+    return jnp.asarray(prompts, jnp.int32), lens, longest
+
+
+def _sampling_rows(
+    sampling: SamplingParams | None, count: int, max_seqs: int, rows: int, key: Array | None
+) -> SamplingParams:
     """``rows`` rows of ``sampling``, which has ``count`` of them or, where these are more,
-    ``max_seqs``."""
+    ``max_seqs``; with a key, seeds of its own for each."""
     if sampling is None:
-        return SamplingParams.greedy(rows)
+        sampling = SamplingParams.greedy(count) if key is None else SamplingParams.create(count)
     if sampling.num_seqs not in (count, max(count, max_seqs)):
         raise ValueError(f"sampling must have one row for each of {count} samples, got {sampling.num_seqs}")
+    if key is not None:
+        sampling = replace(sampling, seed=SamplingParams.seeds_of(key, sampling.num_seqs))
     index = np.minimum(np.arange(rows), sampling.num_seqs - 1)
+    if _is_traced(sampling):
+        return jax.tree.map(lambda field: field[index], sampling)
     return jax.tree.map(lambda field: np.asarray(field)[index], sampling)
 
 

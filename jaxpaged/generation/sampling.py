@@ -105,7 +105,7 @@ class SamplingParams:
             return column
 
         if _is_key(seed):
-            seeds = jax.random.bits(seed, (num_seqs,), jnp.uint32)
+            seeds = cls.seeds_of(seed, num_seqs)
         else:
             allowed = "must be from 0 to 2**32 - 1, or a key of jax.random"
             column = integers("seed", seed, 0, 2**32 - 1, allowed)
@@ -139,6 +139,18 @@ class SamplingParams:
             ),
             seed=seeds,
         )
+
+    @staticmethod
+    def seeds_of(key: Array, num_seqs: int) -> Array:
+        """u32[num_seqs]: a seed for each sequence from a key of ``jax.random``.
+
+        Raises:
+          ValueError: not a key.
+        """
+        if not _is_key(key):
+            given = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+            raise ValueError(f"key must be a key of jax.random (jax.random.key(0)), got {given}")
+        return jax.random.bits(key, (num_seqs,), jnp.uint32)
 
     @classmethod
     def greedy(cls, num_seqs: int) -> SamplingParams:
@@ -197,6 +209,29 @@ def sample(logits: Array, params: SamplingParams, position: Array, recent: Array
         )
         logits = lax.cond(jnp.any(penalized), _penalize, lambda z, _p, _r: z, logits, params, recent)
     return lax.cond(jnp.all(_is_greedy(params)), _argmax, _sample_random, logits, params, position)
+
+
+def logprobs_of(logits: Array, tokens: Array, count: int) -> dict[str, Array]:
+    """Log-probabilities of tokens, and of the likeliest ones, by softmax of the logits.
+
+    Args:
+      logits: float[S, V].
+      tokens: i32[S]; the result is arbitrary where one is negative.
+      count: k, number of likeliest tokens.
+
+    Returns:
+      ``logprobs f32[S]``; ``top_tokens i32[S, k]`` and ``top_logprobs f32[S, k]``, likeliest first.
+    """
+    logits = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)
+    values, ids = lax.top_k(logits, min(count, logits.shape[1]))
+    missing = ((0, 0), (0, count - values.shape[1]))
+    return {
+        "logprobs": (chosen - total)[:, 0],
+        "top_tokens": jnp.pad(ids.astype(jnp.int32), missing, constant_values=-1),
+        "top_logprobs": jnp.pad(values - total, missing),
+    }
 
 
 def push_recent(recent: Array, tokens: Array, active: Array) -> Array:

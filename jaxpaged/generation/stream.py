@@ -1,4 +1,4 @@
-"""Generation that returns to Python every few tokens."""
+"""The decode loop come back to Python every few steps."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
+from jax import Array
 
 from jaxpaged.cache.interface import Cache
 from jaxpaged.compilation import background
 from jaxpaged.compilation.executable_cache import cached_compile
-from jaxpaged.generation.loop import (
-    RUNNING,
-    GenerateResult,
-    Model,
-    advance_donating,
-    begin_jitted,
-    gather_result,
-)
+from jaxpaged.generation.api import gather_result
+from jaxpaged.generation.loop import Model, advance, begin, result_of
 from jaxpaged.generation.prompts import PromptsLike
-from jaxpaged.generation.request import ContextShift, make_request
+from jaxpaged.generation.request import ContextShift, LogitsProcessor, Lookup, Request
+from jaxpaged.generation.result import RUNNING
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import fetch
-from jaxpaged.sharding.specs import mesh_of
+from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, STATIC, mesh_of, over_mesh
+
+begin_jitted = jax.jit(over_mesh(begin, (CACHE, BATCH), BATCH))
+advance_donating = jax.jit(
+    over_mesh(advance, (STATIC, PARAMS, CACHE, BATCH, BATCH, REPLICATED), (CACHE, BATCH)),
+    static_argnums=0,
+    donate_argnums=(2, 3),
+)
 
 
 @dataclass(frozen=True)
@@ -39,89 +43,67 @@ class StreamChunk:
 
 
 @dataclass
-class TokenStream:
-    """Iterator of StreamChunks; see ``generate_stream`` and ``lookup_stream``.
+class GenerateStream:
+    """Iterator of StreamChunks over a request; see ``generate_stream``.
 
     ``compile()`` may be called first, to separate compilation from what is timed. ``cache`` is the
-    cache after the latest chunk; the one passed in is donated by the first.
+    cache after the latest chunk; the one passed in is donated by the first. The first chunk ends
+    after prefill.
     """
 
     model: Model
     params: Any = field(repr=False)
     cache: Any = field(repr=False)
+    request: Request = field(repr=False)
     num_samples: int
     """Number of samples."""
-    request: Any = field(repr=False)
-    shape: Any
-    every: int
+    every: int = 8
     """Steps of the next chunk; may be changed between chunks."""
+    sharding: BatchSharding | None = None
+    """Distribution of the samples over the data shards of a mesh; None without a mesh."""
     result: Any = field(default=None, repr=False)
     """After each chunk, the result so far, on the host."""
     cache_hit: bool = False
     """True if the programs were in the executable cache."""
     _programs: Any = field(default=None, repr=False)
-    _first_steps = 0
 
     def compile(self) -> None:
         """Compiles the programs, and the kernels that they call, without running them."""
-        if self._programs is None:
-            self._programs = self._compile()
-            background.wait()
-
-    def _compile(self) -> Any:
-        """The program that makes the state of ``_begin``, and the one that advances it."""
-        raise NotImplementedError
-
-    def _begin(self) -> Any:
-        """State before the first chunk."""
-        raise NotImplementedError
-
-    def _result(self, state: Any) -> Any:
-        """Result on the host, in the caller's order; a copy, as ``state`` is donated to the next
-        chunk."""
-        raise NotImplementedError
+        if self._programs is not None:
+            return
+        given = self.cache, self.request
+        first = cached_compile(lambda: begin_jitted.lower(*given), "generation.begin", (), given)
+        arguments = self.params, self.cache, first.program.out_info, self.request, np.int32(0)
+        more = cached_compile(
+            lambda: advance_donating.lower(self.model, *arguments),
+            "generation.advance",
+            (self.model,),
+            arguments,
+        )
+        self.cache_hit = first.cache_hit and more.cache_hit
+        self._programs = first.program, more.program
+        background.wait()
 
     def __iter__(self) -> Iterator[StreamChunk]:
         self.compile()
-        state = self._begin()
-        advance = self._programs[1]
-        seen, steps, running = [0] * self.num_samples, self._first_steps, True
+        first, more = self._programs
+        state = first(self.cache, self.request)
+        seen, steps, running = [0] * self.num_samples, 0, True
         while running:
-            self.cache, state = advance(self.params, self.cache, state, self.request, np.int32(steps))
-            self.result = self._result(state)
-            counts = self.result.num_tokens[: self.num_samples].tolist()
-            new = [self.result.tokens[i, seen[i] : count].tolist() for i, count in enumerate(counts)]
-            reasons = self.result.finish_reason[: self.num_samples].tolist()
+            self.cache, state = more(self.params, self.cache, state, self.request, np.int32(steps))
+            found = self._on_host(state.result)
+            # A copy, since the state is donated to the next chunk.
+            self.result = found if state.search is None else fetch(result_of(state, self.request))
+            counts = found.num_tokens[: self.num_samples].tolist()
+            new = [found.tokens[i, seen[i] : count].tolist() for i, count in enumerate(counts)]
+            reasons = found.finish_reason[: self.num_samples].tolist()
             seen, running = counts, RUNNING in reasons
             yield StreamChunk(new, reasons)
             steps = self.every
 
-
-@dataclass
-class GenerateStream(TokenStream):
-    """Iterator of StreamChunks; see ``generate_stream``."""
-
-    sharding: BatchSharding | None = None
-    """Distribution of the samples over the data shards of a mesh; None without a mesh."""
-
-    def _compile(self) -> Any:
-        static, given = (self.model, self.shape), (self.cache, self.request)
-        begin = cached_compile(
-            lambda: begin_jitted.lower(*given, self.shape), "generation.begin", (self.shape,), given
-        )
-        arguments = (self.params, self.cache, begin.program.out_info, self.request, np.int32(0))
-        advance = cached_compile(
-            lambda: advance_donating.lower(*static, *arguments), "generation.advance", static, arguments
-        )
-        self.cache_hit = begin.cache_hit and advance.cache_hit
-        return begin.program, advance.program
-
-    def _begin(self) -> Any:
-        return self._programs[0](self.cache, self.request)
-
-    def _result(self, state: Any) -> GenerateResult:
-        result = fetch(state.result())
-        return result if self.sharding is None else gather_result(result, self.sharding)
+    def _on_host(self, result: Any) -> Any:
+        """A result on the host, in the caller's order."""
+        return fetch(result) if self.sharding is None else gather_result(fetch(result), self.sharding)
 
 
 def generate_stream(
@@ -134,22 +116,26 @@ def generate_stream(
     prompt_lens: npt.ArrayLike | None = None,
     n: int = 1,
     sampling: SamplingParams | None = None,
+    key: Array | None = None,
     stop_ids: Sequence[int] = (),
     batch_size: int = 512,
     keep: bool = False,
     context_shift: ContextShift | None = None,
     window: int | None = None,
     history: Sequence[Sequence[int]] = (),
+    lookup: Lookup | None = None,
+    logprobs: int | None = None,
+    logits_processor: LogitsProcessor | None = None,
     every: int = 8,
     fixed_steps: bool = False,
 ) -> GenerateStream:
-    """``generate`` that yields tokens while it runs: the first ones after prefill, then up to
-    ``every`` a sample.
+    """``generate`` that yields tokens while it runs: the first ones after prefill, then those of
+    up to ``every`` steps.
 
     Arguments and tokens are those of ``generate``; the steps of one chunk run in one XLA program.
 
     Args:
-      every: tokens of a chunk, at most.
+      every: steps of a chunk, at most.
       fixed_steps: prefill in steps of ``batch_size`` tokens, however short a prompt is, so that all
         prompts share a program; for models whose products skip padding.
 
@@ -159,9 +145,24 @@ def generate_stream(
     if every < 1:
         raise ValueError(f"every must be positive, got {every}")
     mesh = mesh_of(cache)
-    request, shape = make_request(
-        cache.max_seqs, prompts, max_new_tokens, sampling, stop_ids, batch_size, keep, n, context_shift,
-        window, history, mesh, prompt_lens, fixed_steps,
-    )  # fmt: skip
+    request = Request.create(
+        cache,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        prompt_lens=prompt_lens,
+        n=n,
+        sampling=sampling,
+        key=key,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
+        keep=keep,
+        context_shift=context_shift,
+        window=window,
+        history=history,
+        lookup=lookup,
+        logprobs=logprobs,
+        logits_processor=logits_processor,
+        fixed_steps=fixed_steps,
+    )
     sharding = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)
-    return GenerateStream(model, params, cache, len(prompts) * n, request, shape, every, sharding=sharding)
+    return GenerateStream(model, params, cache, request, len(prompts) * n, every, sharding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,14 @@ class Batch:
     def num_valid(self) -> Array:
         """i32[]: rows that are no padding; they come first."""
         return self.cu_q_lens[-1]
+
+    def first(self, num_tokens: int, max_q_len: int | None = None) -> Batch:
+        """The same step with its first ``num_tokens`` rows only; those behind them are padding."""
+        rows = {
+            name: getattr(self, name)[:num_tokens]
+            for name in ("sequence", "position", "rope_positions", "page", "slot")
+        }
+        return replace(self, **rows, max_q_len=max_q_len)
 
     @property
     def last_rows(self) -> Array:

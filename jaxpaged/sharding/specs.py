@@ -180,12 +180,6 @@ def put(mesh: Mesh, value: Any, specs: Specs = _SHARD) -> Any:
     return _by_spec(place, specs, value)
 
 
-def put_batch(mesh: Mesh | None, value: Any) -> Any:
-    """Puts host arrays ``[data, ...]`` on a mesh as ``BATCH``; without a mesh, those of the only
-    shard."""
-    return jax.tree.map(lambda x: jnp.asarray(x[0]), value) if mesh is None else put(mesh, value)
-
-
 def over_mesh(
     function: Callable[..., Any], in_kinds: Sequence[str], out_kinds: str | tuple[str, ...]
 ) -> Callable[..., Any]:

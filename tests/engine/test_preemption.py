@@ -9,7 +9,7 @@ from toy_transformer import PAGE_SIZE, toy
 from jaxpaged import PagedKVCache
 from jaxpaged.engine import Engine, EngineRequest
 from jaxpaged.engine.swap import SwapCosts
-from jaxpaged.generation.loop import generate
+from jaxpaged.generation.api import generate
 from jaxpaged.generation.request import ContextShift
 
 

@@ -18,12 +18,11 @@ from jaxpaged import (
     beam_search,
     check_invariants,
     generate,
-    generate_lookup,
     generate_stream,
 )
 from jaxpaged.generation.loop import LimitVocab
+from jaxpaged.generation.request import Lookup
 from jaxpaged.generation.sampling import SamplingParams
-from jaxpaged.generation.speculative import lookup_stream
 
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 11))]
 LIMIT = 12
@@ -52,8 +51,10 @@ LOOPS: dict[str, Loop] = {
     "generate": lambda *arguments, **options: rows(*generate(*arguments, **options)),
     "stream": lambda *arguments, **options: streamed(generate_stream(*arguments, **options)),
     "beams": beams,
-    "lookup": lambda *arguments, **options: rows(*generate_lookup(*arguments, **options)),
-    "lookup_stream": lambda *arguments, **options: streamed(lookup_stream(*arguments, **options)),
+    "lookup": lambda *arguments, **options: rows(*generate(*arguments, lookup=Lookup(), **options)),
+    "lookup_stream": lambda *arguments, **options: streamed(
+        generate_stream(*arguments, lookup=Lookup(), **options)
+    ),
 }
 every_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 
@@ -210,7 +211,8 @@ def test_the_repr_of_a_result_shows_shapes_and_fetches_nothing(params: Any) -> N
         array.delete()
     assert repr(result) == (
         "GenerateResult(tokens=int32[6, 4096], num_tokens=int32[6], finish_reason=int32[6], "
-        "pages_peak=int32[], num_steps=int32[])"
+        "logprobs=float32[6, 0], top_tokens=int32[6, 0, 0], top_logprobs=float32[6, 0, 0], drafted=int32[6], "
+        "accepted=int32[6], pages_peak=int32[], num_steps=int32[])"
     )
     stream = generate_stream(MODEL, params, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)
     assert "Array" not in repr(stream) and "\n" not in repr(stream)

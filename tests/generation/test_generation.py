@@ -27,7 +27,9 @@ from jaxpaged import (
     restore,
     snapshot,
 )
-from jaxpaged.generation import loop as rooms
+from jaxpaged.generation.loop import begin
+from jaxpaged.generation.request import Request
+from jaxpaged.generation.stream import advance_donating
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 97, 32, 4, 2, 8, 2
 FREQUENCIES = 100.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -385,12 +387,10 @@ def test_other_prompts_lengths_and_parameters_do_not_retrace(params: Any) -> Non
 def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
     """The compiled loop aliases every page array to its input, and needs no memory of the pool's size beside it."""
     cache = paged(num_pages=4096)
-    request, shape = rooms.make_request(3, PROMPTS, 8, None, (), 64, False, 1, None, None)
-    state = rooms.begin(cache, request, shape)
+    request = Request.create(cache, PROMPTS, max_new_tokens=8, batch_size=64)
+    state = begin(cache, request)
     memory = (
-        rooms.advance_donating.lower(toy, shape, params, cache, state, request, jnp.int32(4))
-        .compile()
-        .memory_analysis()
+        advance_donating.lower(toy, params, cache, state, request, jnp.int32(4)).compile().memory_analysis()
     )
     pool = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert memory.alias_size_in_bytes >= pool

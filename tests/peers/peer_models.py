@@ -22,7 +22,7 @@ from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.generation.loop import generate
+from jaxpaged.generation.api import generate
 
 VOCAB_SIZE = 300
 # One prompt is longer than a prefill step, one than every sliding window, one is a single token.

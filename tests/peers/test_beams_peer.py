@@ -18,7 +18,7 @@ from jaxpaged_model.checkpoint.loading import load_model
 
 from jaxpaged.cache.invariants import check_invariants
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.generation.beams import beam_search
+from jaxpaged.generation.api import beam_search
 
 LIMIT = 24
 # (length_penalty, early_stopping, how many stop tokens); many stop tokens end hypotheses all the time.

@@ -15,10 +15,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpaged import PagedKVCache, Rope, check_invariants
-from jaxpaged.generation import beams
-from jaxpaged.generation import loop as generation
-from jaxpaged.generation import speculative as lookup
-from jaxpaged.generation.request import ContextShift, make_request
+from jaxpaged.generation.api import beam_request
+from jaxpaged.generation.loop import run as run_request
+from jaxpaged.generation.request import ContextShift, Lookup, Request
 from jaxpaged.sharding.context import ContextKVCache, _as_words, _from_words, context_specs
 
 S, T, LAYERS, Q_HEADS, KV_HEADS, PAGE_SIZE, NUM_PAGES = 4, 24, 2, 4, 2, 8, 16
@@ -480,8 +479,9 @@ def on_one_device(params: Any) -> Any:
     """Two samples of each prompt, so that pages are shared and copied; the third prompt waits in the queue, and the
     second is so long that its context is shifted."""
     shift = ContextShift(n_ctx=40, n_keep=3)
-    request, shape = make_request(S, PROMPTS, 20, None, (), 16, False, 2, shift, None, ())
-    run = functools.partial(generation._generate, toy, shape)
+    empty = PagedKVCache.create(**SIZES)
+    request = Request.create(empty, PROMPTS, max_new_tokens=20, batch_size=16, n=2, context_shift=shift)
+    run = functools.partial(run_request, toy)
     return run, request, generate_on(0, run, params, request, num_layers=2)
 
 
@@ -496,8 +496,8 @@ def test_generate_has_the_tokens_of_one_device(params: Any, on_one_device: Any, 
 
 def test_lookup_has_the_tokens_of_generate_on_one_device(params: Any, on_one_device: Any) -> None:
     prompts, empty = [PROMPTS[0], PROMPTS[2]], PagedKVCache.create(**SIZES)
-    request, shape = lookup._request(empty, prompts, None, 3, 2, 20, (), 32, False)
-    run = functools.partial(lookup._generate, toy, shape)
+    request = Request.create(empty, prompts, max_new_tokens=20, batch_size=32, lookup=Lookup(3, ngram=2))
+    run = functools.partial(run_request, toy)
     result = generate_on(4, run, params, request, num_layers=2)[0]
     wanted = on_one_device[2][0].tokens[[0, 4]]
     columns = min(wanted.shape[1], result.tokens.shape[1])
@@ -507,8 +507,10 @@ def test_lookup_has_the_tokens_of_generate_on_one_device(params: Any, on_one_dev
 
 def test_beams_are_those_of_one_device(params: Any) -> None:
     empty = PagedKVCache.create(**SIZES)
-    request, shape = beams._request(empty, PROMPTS[1:2], None, 4, 10, 1.0, False, 4, (), 32)
-    run = functools.partial(beams._beam_search, toy, shape)
+    request = beam_request(
+        empty, PROMPTS[1:2], num_beams=4, num_return_sequences=4, max_new_tokens=10, batch_size=32
+    )
+    run = functools.partial(run_request, toy)
     plain, spread = (generate_on(size, run, params, request) for size in (0, 4))
     assert_same(spread[1:], plain[1:])
     np.testing.assert_array_equal(spread[0].tokens, plain[0].tokens)

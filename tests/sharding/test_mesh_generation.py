@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpaged import ContextShift, SamplingParams
-from jaxpaged.generation.beams import beam_search
-from jaxpaged.generation.loop import generate
-from jaxpaged.generation.speculative import generate_lookup, lookup_stream
+from jaxpaged.generation.api import beam_search, generate
+from jaxpaged.generation.request import Lookup
 from jaxpaged.generation.stream import generate_stream
 
 PROMPTS = [
@@ -111,18 +110,20 @@ def test_beams_find_the_same_sequences(mesh: tuple[int, int]):
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 4)], ids=str)
 def test_lookup_decoding_accepts_the_same_drafts(mesh: tuple[int, int]):
     prompts = [PROMPTS[0] * 3, PROMPTS[1] * 4, PROMPTS[2]]
-    expected, _ = run("tiny", None, 4, 64, generate_lookup, prompts, num_draft=4)
-    found, _ = run("tiny", mesh_kit.mesh_of(*mesh), 4 // mesh[0], 64, generate_lookup, prompts, num_draft=4)
+    expected, _ = run("tiny", None, 4, 64, generate, prompts, lookup=Lookup(4))
+    found, _ = run("tiny", mesh_kit.mesh_of(*mesh), 4 // mesh[0], 64, generate, prompts, lookup=Lookup(4))
     assert tokens_of(found)[:3] == tokens_of(expected)[:3]
     assert np.asarray(found.accepted)[:3].tolist() == np.asarray(expected.accepted)[:3].tolist()
 
 
-@pytest.mark.parametrize("function", [generate_stream, lookup_stream])
-def test_a_stream_hands_out_what_a_generation_gives(function):
+@pytest.mark.parametrize("lookup", [None, Lookup()], ids=str)
+def test_a_stream_hands_out_what_a_generation_gives(lookup):
     expected, _ = run("tiny", None, 6, 64)
     model = mesh_kit.loaded("tiny", mesh_kit.mesh_of(2, 2))
     cache = mesh_kit.create_cache(model, 3, 32)
-    stream = function(model.function, model.params, cache, PROMPTS, max_new_tokens=NEW, every=5)
+    stream = generate_stream(
+        model.function, model.params, cache, PROMPTS, max_new_tokens=NEW, every=5, lookup=lookup
+    )
     handed: list[list[int]] = [[] for _ in PROMPTS]
     for chunk in stream:
         for row, tokens in enumerate(chunk.tokens):
@@ -150,8 +151,8 @@ def test_a_generation_is_one_program():
     caches = [mesh_kit.create_cache(model, 3, 32) for _ in range(2)]
     generate(model.function, model.params, caches[0], PROMPTS, max_new_tokens=NEW)
     with jax.log_compiles(False):
-        from jaxpaged.generation.loop import _generate_donating
+        from jaxpaged.generation.api import run_donating
 
-        before = _generate_donating._cache_size()
+        before = run_donating._cache_size()
         generate(model.function, model.params, caches[1], PROMPTS[::-1], max_new_tokens=NEW - 3)
-        assert _generate_donating._cache_size() == before
+        assert run_donating._cache_size() == before

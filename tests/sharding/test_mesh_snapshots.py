@@ -6,7 +6,7 @@ import mesh_kit
 import numpy as np
 import pytest
 
-from jaxpaged.generation.loop import generate
+from jaxpaged.generation.api import generate
 from jaxpaged.sharding.specs import ShardedCache
 from jaxpaged.storage import mesh_snapshots, snapshots
 from jaxpaged.storage.snapshot_file import SnapshotError, read_snapshot

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpaged.cache import interface, sharing
-from jaxpaged.generation.loop import generate
+from jaxpaged.generation.api import generate
 from jaxpaged.sharding.mesh import BatchSharding, MeshError, check_heads, make_mesh, parse_mesh
 from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, ShardedCache, over_mesh, put
 from tpu_scripts.compile_check.hlo import contents_of

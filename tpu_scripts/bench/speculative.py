@@ -21,7 +21,7 @@ from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
 from jaxpaged_model.tiny.corpus import read_corpus
 
 from jaxpaged import generate_stream
-from jaxpaged.generation.speculative import lookup_stream
+from jaxpaged.generation.request import Lookup
 from tpu_scripts import common
 from tpu_scripts.bench.models import Pool, make_cache
 from tpu_scripts.common import Parser, each, positive
@@ -78,8 +78,8 @@ def main() -> None:
         plain = generate_stream(loaded.function, loaded.params, pool.cache, [ids], **options)
         plain.compile()
         for num_draft in args.num_draft:
-            lookup = lookup_stream(
-                loaded.function, loaded.params, pool.cache, [ids], num_draft=num_draft, **options
+            lookup = generate_stream(
+                loaded.function, loaded.params, pool.cache, [ids], lookup=Lookup(num_draft), **options
             )
             lookup.compile()
             ways = {"plain": partial(pool.lend, plain, rate), "lookup": partial(pool.lend, lookup, rate)}
@@ -91,7 +91,7 @@ def main() -> None:
                 raise SystemExit(f"{name}: the texts differ")
             drafted, accepted = int(ours.drafted[0]), int(ours.accepted[0])
             share = f"{accepted} ({accepted / max(1, drafted):.0%})"
-            steps = f"{int(ours.num_steps[0])} for {int(ours.num_tokens[0])} tokens"
+            steps = f"{int(ours.num_steps)} for {int(ours.num_tokens[0])} tokens"
             medians = (f"{statistics.median(found):.0f}" for found in rates.values())
             ratio = common.median_ratio(rates["lookup"], rates["plain"])
             print(common.row(name, num_draft, drafted, share, steps, *medians, f"{ratio:.2f}"), flush=True)
