@@ -1,7 +1,8 @@
 """The layers of a Llama-family transformer, in Flax NNX: all layers of one kind as one module.
 
 A parameter of a block has a leading axis, the layers of the model, and a module is called with the
-index of its layer. So the blocks run in a ``lax.scan``, and a program is as long as one block.
+index of its layer. So the blocks run in a ``lax.scan``, and a program is as long as one block. Dense
+matrices on GPUs are an exception, see ``by_layer``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax import Array, lax
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.quantized import product
 from jaxpaged_model.quantized.layouts import of_layer
 from jaxpaged_model.quantized.linear import QuantizedLinear, WeightPlan
 from jaxpaged_model.quantized.norm import Norm, rms_norm
@@ -70,7 +72,9 @@ class Linear(nnx.Module):
     ) -> Array:
         del num_rows  # XLA multiplies all rows
         x = x if norm is None else rms_norm(x, *norm)
-        out = x.astype(self.dtype) @ of_layer(self.kernel[...], layer)
+        kernel = self.kernel.get_value()
+        own = kernel[layer] if isinstance(kernel, tuple) else of_layer(kernel, layer)
+        out = x.astype(self.dtype) @ own
         out = out if self.bias is None else out + of_layer(self.bias[...], layer)
         return out if add is None else add + out
 
@@ -218,6 +222,28 @@ class GatedProjection(nnx.Module):
             return self.joined(x, **around)
         gate, up = (one(x, **around) for one in (self.gate, self.up) if one is not None)
         return jax.nn.silu(gate) * up
+
+
+# --- arrays of single layers ------------------------------------------------------------------------------------
+
+
+def by_layer(path: Sequence[str | int], stack: Any) -> Any:
+    """Splits a stack of dense matrices on GPUs into a tuple, an array for each layer.
+
+    There XLA copies a matrix out of its stack before it multiplies: a step would read the weights
+    twice and write them once. With such a tuple among the params, layers do not run in a scan.
+
+    Args:
+      path: path of the parameter in the model.
+      stack: its value, a numpy or JAX array; any other parameter is returned as it is.
+    """
+    apart = path[0] == "blocks" and path[-1] == "kernel" and product.choose() == "gpu"
+    return tuple(stack) if apart else stack
+
+
+def is_by_layer(module: nnx.Module) -> bool:
+    """True if any parameter of the module is a tuple of ``by_layer``."""
+    return any(isinstance(one.get_value(), tuple) for _, one in nnx.to_flat_state(nnx.state(module)))
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------

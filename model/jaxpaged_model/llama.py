@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
 from jaxpaged_model.config import ModelConfig, rope_frequencies
-from jaxpaged_model.layers import Blocks, RMSNorm, Rotation, linear
+from jaxpaged_model.layers import Blocks, RMSNorm, Rotation, by_layer, is_by_layer, linear
 from jaxpaged_model.quantized.linear import QuantizedEmbedding, WeightPlan
 
 _DENSE = WeightPlan()
@@ -72,13 +72,18 @@ class Llama(nnx.Module):
         _, attention_factor = rope_frequencies(self.config)
         rotation = Rotation.create(self.config.rope, batch.rope_positions, attention_factor)
 
-        def block(carry: tuple[Array, Any], layer: Array) -> tuple[tuple[Array, Any], None]:
+        def block(carry: tuple[Array, Any], layer: Array | int) -> tuple[tuple[Array, Any], None]:
             x, cache = carry
             return self.blocks(layer, x, rotation, cache, batch), None
 
-        # The cache is in the carry, not among xs and ys, which would be copied.
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), _ = lax.scan(block, (self.embedding(tokens), cache), layers)
+        carry = self.embedding(tokens), cache
+        if is_by_layer(self.blocks):
+            for layer in range(self.config.num_layers):
+                carry, _ = block(carry, layer)
+        else:
+            # The cache is in the carry, not among xs and ys, which would be copied.
+            carry, _ = lax.scan(block, carry, jnp.arange(self.config.num_layers, dtype=jnp.int32))
+        x, cache = carry
         x = x[rows]
         if self.head is not None:
             logits = self.head(x, norm=self.norm.of())
@@ -138,7 +143,12 @@ def _skeleton(
 def abstract_params(config: ModelConfig, dtype: DTypeLike = "f32", plan: WeightPlan = _DENSE) -> Params:
     """Shapes and dtypes of the weights, without memory behind them."""
     found = _skeleton(config, float_dtype(dtype), plan)[1]
-    return jax.tree.map(lambda x: x, found)  # copied: a Variable can be written to
+    return jax.eval_shape(lambda params: _by_layer(params), found)
+
+
+def _by_layer(params: Params) -> Params:
+    """Params as ``by_layer`` has them."""
+    return nnx.map_state(lambda path, param: nnx.Param(by_layer(path, param.get_value())), params)
 
 
 def functional(
@@ -164,7 +174,7 @@ def functional(
 def _functional(config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | None) -> ModelFn:
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
         graph, abstract = _skeleton(config, dtype, plan, axis)
-        if len(jax.tree.leaves(params)) != len(jax.tree.leaves(abstract)):
+        if len(nnx.to_flat_state(params)) != len(nnx.to_flat_state(abstract)):
             raise ValueError(
                 "the params are those of another model or of other quantized weights; "
                 "load_model's result has the function that takes its params"
@@ -178,4 +188,8 @@ def _functional(config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | N
 def random_params(config: ModelConfig, *, seed: int = 0, dtype: DTypeLike = "f32") -> Params:
     """Random dense weights, for tests, training and benchmarks."""
     dtype = float_dtype(dtype)
-    return jax.jit(lambda key: nnx.state(_init(config, dtype, _DENSE, key), nnx.Param))(jax.random.key(seed))
+
+    def init(key: Array) -> Params:
+        return _by_layer(nnx.state(_init(config, dtype, _DENSE, key), nnx.Param))
+
+    return jax.jit(init)(jax.random.key(seed))

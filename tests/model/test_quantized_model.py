@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jaxpaged_model.checkpoint.export import write_gguf
 from jaxpaged_model.checkpoint.loading import load_model
 from jaxpaged_model.checkpoint.weights import Placement, load_params, placements, weight_plan
 from jaxpaged_model.config import ModelConfig
-from jaxpaged_model.llama import functional
+from jaxpaged_model.llama import abstract_params, functional
+from jaxpaged_model.quantized import product
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import Layout
 from jaxpaged_model.quantized.linear import WeightPlan
@@ -109,6 +112,28 @@ def test_logits_are_those_of_dequantized_weights_on_accelerators_too(name: str) 
     )
     wanted = logits(config, load_params(config, file, "gguf"))
     assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_model_with_an_array_for_each_layer_is_that_with_stacks(
+    stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense matrices on a GPU, and those among stored ones."""
+    config, kind = MODELS["qwen2, biases"]
+    file = Drawn(config, kind)
+    plan = weight_plan(config, file, "gguf") if stored else WeightPlan()
+    plan = replace(plan, formats=tuple(one for one in plan.formats if one[0] != "blocks.1.mlp.down"))
+    found = {}
+    for platform in ("xla", "gpu"):
+        monkeypatch.setattr(product, "choose", lambda *_, platform=platform: platform)
+        params = load_params(config, file, "gguf", plan=plan)
+        wanted = abstract_params(config, plan=plan)
+        assert jax.tree.structure(params) == jax.tree.structure(wanted)
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
+        dense = [one.get_value() for path, one in nnx.to_flat_state(params.blocks) if path[-1] == "kernel"]
+        assert all(isinstance(kernel, tuple) == (platform == "gpu") for kernel in dense) and dense
+        found[platform] = logits(config, params, function=functional(config, plan=plan))
+    np.testing.assert_allclose(found["gpu"], found["xla"], rtol=0, atol=1e-5 * np.abs(found["xla"]).max())
 
 
 @pytest.mark.parametrize("layout", [None, "panels", "lanes"])

@@ -138,10 +138,11 @@ def judged(
     axes: dict[str, int],
     found: list[Collective],
     kernels: int,
+    unrolled: bool = False,
     **memory: int,
 ) -> str:
     sizes = {"alias_bytes": 4096, "temp_bytes": 16, "pool_bytes": 4096} | memory
-    return verdict(program, axes, 2, Contents(tuple(found), kernels), sizes)
+    return verdict(program, axes, 2, Contents(tuple(found), kernels), sizes, unrolled)
 
 
 def test_two_sums_in_the_loop_over_layers_are_right():
@@ -154,6 +155,8 @@ def test_two_sums_in_the_loop_over_layers_are_right():
     assert judged("reserve", spread, sums(1, "context"), 0) == "ok"
     gathered = [Collective("all-gather", "data", False, 8)]
     assert judged("generate", AXES, [*sums(4), *gathered], 3) == "ok"
+    assert judged("decode", AXES, sums(4, in_loop=False), 2, unrolled=True) == "ok"
+    assert judged("generate", AXES, [*sums(8), *gathered], 6, unrolled=True) == "ok"
 
 
 def test_whatever_else_is_wrong():

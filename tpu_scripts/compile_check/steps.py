@@ -1,7 +1,8 @@
 """Whole steps of a model on one device: the pool stays where it is, and no stack of weights is copied.
 
-Llama-3-8B's sizes and fewer layers, dense and with stored weights; a token of each of 8 sequences, and 512 tokens of
-prompts. The pool has more than 2**31 numbers and 2**32 bytes, of keys and of values.
+Llama-3-8B's sizes and fewer layers, dense and with stored weights; a token of each of 8 sequences, once and in a loop
+as in ``generate``, and 512 tokens of prompts. The pool has more than 2**31 numbers and 2**32 bytes, of keys and of
+values.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from tpu_scripts.compile_check.hlo import unfused
 
 LAYERS, PAGES, PAGE_SIZE, MAX_SEQS, PROMPT = 5, 13312, 32, 8, 512
 WEIGHTS = ("bf16", "Q8_0", "Q4_0")
-STEPS = {"decode": MAX_SEQS, "prompt": PROMPT}
+STEPS = {"decode": (MAX_SEQS, 1), "looped decode": (MAX_SEQS, 16), "prompt": (PROMPT, 1)}
+"""Tokens of a step, and how often it runs."""
 ROOM = 5 << 20
-"""Bytes of temporaries beside activations."""
+"""Bytes of temporaries beside activations and logits."""
 COPIES = ("copy", "transpose", "convert", "bitcast-convert")
 """Operations that write a whole array; the last two may belong to a product, if they are of one layer."""
 GPU_ROWS = 64
@@ -34,10 +36,12 @@ def step_rows(compiler: Compiler, compile: Callable[..., Any], quick: bool) -> I
     """Rows of all steps; ``compile`` as ``compiler.compile``."""
     trace_models_for("gpu" if compiler.platform == "cuda" else "tpu")
     for weights, kind in itertools.product(WEIGHTS[: 2 if quick else None], STEPS):
-        yield {"weights": weights, "kind": kind} | step_row(compiler, compile, weights, STEPS[kind])
+        yield {"weights": weights, "kind": kind} | step_row(compiler, compile, weights, *STEPS[kind])
 
 
-def step_row(compiler: Compiler, compile: Callable[..., Any], weights: str, tokens: int) -> dict[str, Any]:
+def step_row(
+    compiler: Compiler, compile: Callable[..., Any], weights: str, tokens: int, times: int
+) -> dict[str, Any]:
     """Row of one step."""
     from jaxpaged_model.config import ModelConfig
     from jaxpaged_model.layers import SLOTS
@@ -62,16 +66,23 @@ def step_row(compiler: Compiler, compile: Callable[..., Any], weights: str, toke
         logits, cache = model(params, ids, cache, batch, batch.last_rows)
         return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+    def steps(params: Any, cache: Any, ids: Any, num_new: Any) -> Any:
+        if times == 1:
+            return step(params, cache, ids, num_new)
+        return jax.lax.fori_loop(0, times, lambda _, state: step(params, *state, num_new), (cache, ids))
+
     params = compiler.arrays(abstract_params(config, jnp.bfloat16, plan))
     cache = compiler.arrays(jax.eval_shape(make_cache))
     given = params, cache, compiler.array(tokens), compiler.array(MAX_SEQS)
-    program, row = compile(step, *given, donate=(1,))
+    program, row = compile(steps, *given, donate=(1,))
     if program is None:
         return row
     row["pool_bytes"] = num_bytes((cache.k_pages, cache.v_pages))
     row["most_bytes"] = ROOM + activations(config, tokens)
-    if compiler.platform == "cuda":
-        row["most_bytes"] += gpu_products(config, tokens, bool(stored))
+    if stored and times > 1:  # for v6e and tpu7x, bits of the head's scales as integers, once before the loop
+        row["most_bytes"] += 2 * config.vocab_size * config.hidden_size // 32
+    if compiler.platform == "cuda" and stored:
+        row["most_bytes"] += gpu_products(config, tokens)
     smallest = math.prod((config.hidden_size, config.num_kv_heads * config.head_dim))
     problems = [row["result"]] if row["result"] != "ok" else []
     if row["alias_bytes"] < row["pool_bytes"]:
@@ -90,17 +101,15 @@ def activations(config: Any, tokens: int) -> int:
     return 2 * (tokens * widths + MAX_SEQS * c.vocab_size)
 
 
-def gpu_products(config: Any, tokens: int, stored: bool) -> int:
-    """Bytes that products add on a GPU.
+def gpu_products(config: Any, tokens: int) -> int:
+    """Bytes that products with stored weights add on a GPU.
 
-    Dense: XLA copies a layer's matrices out of their stacks, in a loop even where the index is static. Stored: rows of
-    logits up to ``GPU_ROWS``; with more rows of activations a dequantized matrix.
+    Rows of logits up to ``GPU_ROWS``; with more rows of activations a dequantized matrix.
     """
     c = config
-    gate_up = 2 * c.intermediate_size * c.hidden_size
-    if not stored:
-        return 2 * (gate_up + c.intermediate_size * c.hidden_size)
-    return 2 * (gate_up if tokens > GPU_ROWS else GPU_ROWS * (c.vocab_size + 2 * c.intermediate_size))
+    if tokens > GPU_ROWS:
+        return 2 * 2 * c.intermediate_size * c.hidden_size
+    return 2 * GPU_ROWS * (c.vocab_size + 2 * c.intermediate_size)
 
 
 def copies(text: str, smallest: int, tokens: int) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpaged_model.config import ModelConfig
-from jaxpaged_model.layers import SLOTS, variants
+from jaxpaged_model.layers import SLOTS, by_layer, variants
 from jaxpaged_model.llama import Params
 from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.quantized.formats import BLOCK
@@ -341,8 +341,9 @@ class _Loader:
         """Moves the params of a module to the device."""
         keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
         for name, array in self._open.pop(path).items():
-            value = jax.device_put(array)  # aligned arrays are not copied on a CPU
-            self._params.append(((*keys, name), nnx.Param(value)))
+            where = (*keys, name)
+            value = jax.device_put(by_layer(where, array))  # aligned arrays are not copied on a CPU
+            self._params.append((where, nnx.Param(value)))
 
     def params(self) -> Params:
         """All params."""
