@@ -94,14 +94,23 @@ def cached_compile(
     """
     key = None if _folder is None else _key(name, static, arguments)
     if _folder is None or key is None:
-        return CachedExecutable(lower().compile(), cache_hit=False)
+        return CachedExecutable(_compiled(lower()), cache_hit=False)
     path = _folder / f"{key}{_SUFFIX}"
     if (program := _read(path)) is not None:
         return CachedExecutable(program, cache_hit=True)
     with _without_jax_cache():
-        program = lower().compile()
+        program = _compiled(lower())
     _write(path, program)
     return CachedExecutable(program, cache_hit=False)
+
+
+_QUICK = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else {}
+"""XLA's older code generation for CPUs, in two thirds of the time; programs are as fast, since our
+kernels do the work. Later versions have it no more."""
+
+
+def _compiled(lowered: Any) -> Any:
+    return lowered.compile(compiler_options=_QUICK if jax.default_backend() == "cpu" else None)
 
 
 # --- keys ----------------------------------------------------------------------------------

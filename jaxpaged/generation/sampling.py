@@ -426,6 +426,15 @@ def _mass(z: Array, params: SamplingParams) -> Array:
     return _chunked(weight, 0.0).sum(axis=1).sum(axis=1)
 
 
+def _cumulative(x: Array) -> Array:
+    """Cumulative sums along the last axis.
+
+    XLA would compute the summands once for each of the sums that they are part of, in a program as
+    large as that.
+    """
+    return lax.cumsum(lax.optimization_barrier(x), axis=1)
+
+
 def _choose(
     values: Array, ids: Array, vocab_size: int, params: SamplingParams, uniform: Array, mass: Array | None
 ) -> tuple[Array, Array]:
@@ -450,7 +459,7 @@ def _choose(
     top_k = jnp.where((params.top_k <= 0) | (params.top_k >= vocab_size), vocab_size, params.top_k)
 
     probability = jnp.where(index < top_k[:, None], jnp.exp(gap), 0.0)
-    cumulative = lax.cumsum(probability, axis=1)
+    cumulative = _cumulative(probability)
     total = cumulative[:, -1] if mass is None else jnp.where(top_k <= size, cumulative[:, -1], mass)
     by_top_p = 1 + jnp.sum(cumulative < (params.top_p * total)[:, None], axis=1, dtype=jnp.int32)
     by_top_p = jnp.where(params.top_p < 1.0, by_top_p, _INT_MAX)
@@ -458,7 +467,7 @@ def _choose(
     kept = jnp.minimum(jnp.minimum(top_k, by_top_p), by_min_p)
 
     weight = jnp.where(index < kept[:, None], jnp.exp(_temper(gap, params)), 0.0)
-    cumulative = lax.cumsum(weight, axis=1)
+    cumulative = _cumulative(weight)
     total_weight = cumulative[:, -1]
     settled = jnp.ones_like(greedy)
     if mass is not None:

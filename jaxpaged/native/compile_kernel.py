@@ -1,4 +1,4 @@
-"""Compiles one kernel to object code: ``python -m jaxpaged.native.compile_kernel NAME FILE MODULE OUTPUT``."""
+"""Compiles kernels to object code: ``python -m jaxpaged.native.compile_kernel [NAME FILE MODULE OUTPUT]...``."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ class _BarePackages:
         return found
 
 
+sys.meta_path.insert(0, _BarePackages())
+
+
 def load(file: Path, module: str) -> ModuleType:
     """Imports a kernel's file under the name ``module``."""
-    sys.meta_path.insert(0, _BarePackages())
     spec = importlib.util.spec_from_file_location(module, file)
     assert spec is not None
     assert spec.loader is not None
@@ -82,5 +84,6 @@ def _optimize(module: Any) -> None:
 
 if __name__ == "__main__":
     gc.disable()  # numba's objects live until the end
-    name, file, module, output = sys.argv[1:]
-    Path(output).write_bytes(compile_kernel(name, Path(file), module))
+    for at in range(1, len(sys.argv), 4):
+        name, file, module, output = sys.argv[at : at + 4]
+        Path(output).write_bytes(compile_kernel(name, Path(file), module))

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import llvmlite.binding as llvm
@@ -65,27 +66,43 @@ class Kernel:
         return digest.hexdigest()[:32]
 
 
-def register(kernel: Kernel) -> None:
-    """Registers a kernel as a custom call of the CPU platform; does not wait for its compilation.
+def register(*kernels: Kernel) -> None:
+    """Registers kernels as custom calls of the CPU platform; does not wait for their compilation.
 
-    ``background.wait`` does, and raises what made it fail; a program that calls the kernel before
+    ``background.wait`` does, and raises what made it fail; a program that calls a kernel before
     then waits.
 
     Warns:
-      RuntimeWarning: the cache folder cannot be used, so the kernel is compiled.
+      RuntimeWarning: the cache folder cannot be used, so kernels are compiled.
     """
-    entry = None
+    folder = None
     try:
-        entry = private_folder(cache_folder() / "kernels") / f"{kernel.key}.kernel"
+        folder = private_folder(cache_folder() / "kernels")
     except OSError as error:
         warnings.warn(f"no kernel cache, every process compiles: {error}", RuntimeWarning, stacklevel=2)
-    content = None if entry is None else read_entry(entry)
-    if content is not None:
-        return _register(kernel.name, link(kernel.name, content))
-    address = ctypes.c_int64(0)
-    _linked.append(address)
-    _register(kernel.name, _waiting_call(kernel.name, ctypes.addressof(address)))
-    background.start(lambda: _compile(kernel, entry, address))
+    missing = []
+    for kernel in kernels:
+        entry = None if folder is None else folder / f"{kernel.key}.kernel"
+        content = None if entry is None else read_entry(entry)
+        if content is not None:
+            _register(kernel.name, link(kernel.name, content))
+            continue
+        address = ctypes.c_int64(0)
+        _linked.append(address)
+        _register(kernel.name, _waiting_call(kernel.name, ctypes.addressof(address)))
+        missing.append(_Missing(kernel, entry, address))
+    if missing:
+        background.start(lambda: _compile(missing))
+
+
+class _Missing(NamedTuple):
+    """A kernel that is not in the cache."""
+
+    kernel: Kernel
+    entry: Path | None
+    """Its file in the cache, if there is one."""
+    address: ctypes.c_int64
+    """Of its handler; 0 until it is compiled."""
 
 
 def _register(name: str, address: int) -> None:
@@ -94,28 +111,33 @@ def _register(name: str, address: int) -> None:
     _linked.append(function)
 
 
-def _compile(kernel: Kernel, entry: Path | None, address: ctypes.c_int64) -> None:
-    """Compiles a kernel in another process, links it, and lets the calls that wait for it go on."""
+def _compile(missing: Sequence[_Missing]) -> None:
+    """Compiles kernels in another process, links them, and lets the calls that wait for them go on."""
     try:
-        content = _compiled_elsewhere(kernel)
-        if entry is not None:
-            write_entry(entry, content)
-        address.value = link(kernel.name, content)
+        contents = _compiled_elsewhere([each.kernel for each in missing])
+        for (kernel, entry, address), content in zip(missing, contents, strict=True):
+            if entry is not None:
+                write_entry(entry, content)
+            address.value = link(kernel.name, content)
     except BaseException:
-        address.value = _FAILED
+        for each in missing:
+            each.address.value = each.address.value or _FAILED
         raise
 
 
-def _compiled_elsewhere(kernel: Kernel) -> bytes:
+def _compiled_elsewhere(kernels: Sequence[Kernel]) -> list[bytes]:
+    """Object code of kernels. One process compiles the functions that they share once."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "kernel")
+        outputs = [Path(folder, kernel.name) for kernel in kernels]
         command = [sys.executable, "-m", "jaxpaged.native.compile_kernel"]
-        command += [kernel.name, str(kernel.file), kernel.module, str(output)]
+        for kernel, output in zip(kernels, outputs, strict=True):
+            command += [kernel.name, str(kernel.file), kernel.module, str(output)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"kernel {kernel.name} does not compile:\n{done.stderr}")
-        return output.read_bytes()
+            names = ", ".join(kernel.name for kernel in kernels)
+            raise RuntimeError(f"kernels {names} do not compile:\n{done.stderr}")
+        return [output.read_bytes() for output in outputs]
 
 
 def link(name: str, content: bytes) -> int:

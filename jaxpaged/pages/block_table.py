@@ -101,7 +101,10 @@ def last_entry(table: BlockTable) -> Entry:
     index = jnp.maximum(table.num_entries - 1, 0)[..., None]
 
     def pick(field: Array) -> Array:
-        return jnp.take_along_axis(field, index, axis=-1)[..., 0]
+        # Fewer operations: this is a large part of a step's program.
+        return jnp.take_along_axis(
+            field, index, axis=-1, mode="promise_in_bounds", wrap_negative_indices=False
+        )[..., 0]
 
     fields = table.pages, table.first_slot, table.num_tokens, table.position, table.rotation
     return Entry(*map(pick, fields))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -20,20 +20,30 @@ _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 _FOLDER = Path(__file__).parent
 
 
-@functools.cache
+_registered: set[str] = set()
+
+
 def _target(name: str, exact: bool) -> str:
     """Name of the custom call of a format, registered on first use."""
+    prepare([name], exact=exact)
+    return _kernel(name, exact).name
+
+
+def _kernel(name: str, exact: bool) -> Kernel:
+    exact |= name in FLOAT_FORMATS
     variant = f"{name}__{'exact' if exact else 'rounded'}"
     sources = tuple(_FOLDER / file for file in ("cpu_vectors.py", "formats.py", "panels.py"))
     target = f"jaxpaged_product_{name}{'_exact' if exact else ''}"
-    register(Kernel(target, _FOLDER / "cpu_kernel.py", f"{__package__}.cpu_kernel_{variant}", sources))
-    register_target_loader(target, _target, name, exact)
-    return target
+    return Kernel(target, _FOLDER / "cpu_kernel.py", f"{__package__}.cpu_kernel_{variant}", sources)
 
 
-def prepare(name: str, *, exact: bool) -> None:
-    """Registers the custom call of a format; its kernel is compiled meanwhile, if it has to be."""
-    _target(name, exact or name in FLOAT_FORMATS)
+def prepare(names: Iterable[str], *, exact: bool) -> None:
+    """Registers the custom calls of formats; their kernels are compiled meanwhile, if they have to be."""
+    kernels = {name: kernel for name in names if (kernel := _kernel(name, exact)).name not in _registered}
+    _registered.update(kernel.name for kernel in kernels.values())
+    register(*kernels.values())
+    for name, kernel in kernels.items():
+        register_target_loader(kernel.name, _target, name, exact)
 
 
 def product(
@@ -52,7 +62,7 @@ def product(
     """See ``product.product``, for ``x`` f32[T, columns]."""
     nothing = jnp.zeros(0, jnp.float32)
     scale, eps = (nothing, 0.0) if norm is None else norm
-    call = _call(_target(name, exact or name in FLOAT_FORMATS), outputs)
+    call = _call(_target(name, exact), outputs)
     return call(
         x,
         nothing if add is None else add.astype(jnp.float32),

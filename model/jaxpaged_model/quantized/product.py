@@ -38,8 +38,7 @@ def prepare(formats: Iterable[str], *, exact: bool) -> None:
     if choose() == "cpu":
         from jaxpaged_model.quantized import cpu
 
-        for name in sorted({*formats}):
-            cpu.prepare(name, exact=exact)
+        cpu.prepare(sorted({*formats}), exact=exact)
 
 
 def product(
