@@ -48,9 +48,9 @@ assert not {"jax", "numpy"} & set(sys.modules), "import jaxpaged imports JAX"
 assert jaxpaged.PagedKVCache is jaxpaged.cache.paged.PagedKVCache
 assert "jax" in sys.modules and "jaxpaged.generation.loop" not in sys.modules
 from jaxpaged import *
-import jaxpaged.generation.loop
+import jaxpaged.generation.api
 
-assert generate is jaxpaged.generate is jaxpaged.generation.loop.generate
+assert generate is jaxpaged.generate is jaxpaged.generation.api.generate
 """
 
 KERNELS = """

@@ -102,7 +102,7 @@ class _Missing(NamedTuple):
     entry: Path | None
     """Its file in the cache, if there is one."""
     address: ctypes.c_int64
-    """Of its handler; 0 until it is compiled."""
+    """Address of its handler; 0 until it is compiled."""
 
 
 def _register(name: str, address: int) -> None:
@@ -135,8 +135,8 @@ def _compiled_elsewhere(kernels: Sequence[Kernel]) -> list[bytes]:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            names = ", ".join(kernel.name for kernel in kernels)
-            raise RuntimeError(f"kernels {names} do not compile:\n{done.stderr}")
+            names = " or ".join(kernel.name for kernel in kernels)
+            raise RuntimeError(f"kernel {names} does not compile:\n{done.stderr}")
         return [output.read_bytes() for output in outputs]
 
 

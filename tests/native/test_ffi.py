@@ -172,7 +172,7 @@ def compile_again(monkeypatch, tmp_path):
     """Registers the kernel with an empty cache folder; returns True if that compiled it."""
     monkeypatch.setenv("JAXPAGED_CACHE", str(tmp_path))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
-    code = kernels._compiled_elsewhere(KERNEL)
+    code = kernels._compiled_elsewhere([KERNEL])
     compiled = []
 
     def compile_elsewhere(kernel):
