@@ -152,6 +152,7 @@ def _block(config: TileConfig, *refs: Any, **scratch: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "interpret"))
 def matmul(
     fmt: WeightFormat,
     x: Array,
