@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         generate_stream,
         run,
         sample,
+        score,
     )
     from jaxpaged.pages import Batch, Rope
     from jaxpaged.pages.formats import PAGE_FORMATS
@@ -82,6 +83,7 @@ __all__ = [
     "restore",
     "run",
     "sample",
+    "score",
     "seq_copy",
     "seq_defragment",
     "seq_keep",
@@ -100,7 +102,7 @@ _NAMES = {
     "reserve_or_raise seq_copy seq_defragment seq_keep seq_length seq_position_max seq_position_min seq_remove "
     "seq_reorder seq_shift",
     "generation": "ContextShift FINISH_LENGTH FINISH_NAN FINISH_OUT_OF_PAGES FINISH_STOP Lookup Request SamplingParams "
-    "beam_search generate generate_stream run sample",
+    "beam_search generate generate_stream run sample score",
     "pages": "Batch Rope",
     "pages.formats": "PAGE_FORMATS",
     "pictures": "draw_page_map",

@@ -2,7 +2,7 @@
 
 ``loop`` prefills, decodes and samples; ``api`` runs it at once, ``stream`` a few steps at a time.
 ``beams`` and ``lookup`` are ways to choose tokens in it; ``prompts`` and ``request`` check arguments,
-``sampling`` has the chain of samplers, ``result`` what comes out.
+``sampling`` has the chain of samplers, ``result`` what comes out; ``scoring`` reads given texts.
 """
 
 from jaxpaged.generation.api import beam_search, generate
@@ -10,6 +10,7 @@ from jaxpaged.generation.loop import LimitVocab, run
 from jaxpaged.generation.request import ContextShift, Lookup, Request
 from jaxpaged.generation.result import FINISH_LENGTH, FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation.sampling import SamplingParams, sample
+from jaxpaged.generation.scoring import score
 from jaxpaged.generation.stream import generate_stream
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "generate_stream",
     "run",
     "sample",
+    "score",
 ]
