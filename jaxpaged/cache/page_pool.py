@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpaged.attention.base import Pages
 from jaxpaged.cache.checks import check_layer, check_step_rows
@@ -42,6 +43,8 @@ class PagePool(Sequences):
     head_dim: int = field(metadata={"static": True})
     k_format: PageFormat = field(metadata={"static": True})
     v_format: PageFormat = field(metadata={"static": True})
+    sharding: NamedSharding | None = field(default=None, kw_only=True, metadata={"static": True})
+    """Sharding of the pages over their KV heads, ``PartitionSpec(None, axis)``; None on one device."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -52,6 +55,27 @@ class PagePool(Sequences):
     def num_local_pages(self) -> int:
         """Pages of one layer in the arrays here, static; also the local number of "no page"."""
         return self.num_pages
+
+    def partition_specs(self, tensor: str | None = None) -> Self:
+        """Partition specs of the cache's arrays, in a cache of specs: for ``in_shardings`` of ``jit``,
+        ``in_specs`` of ``shard_map``, or ``device_put``.
+
+        Args:
+          tensor: mesh axis that KV heads are split over; default that of ``sharding``, or none. All
+            else is replicated.
+        """
+        if tensor is None and self.sharding is not None:
+            tensor = self.sharding.spec[1]
+        heads: Any = PartitionSpec() if tensor is None else PartitionSpec(None, tensor)
+        same: Any = PartitionSpec()
+        return replace(
+            self,
+            allocator=same,
+            table=same,
+            k_pages=heads,
+            v_pages=heads,
+            staging=None if self.staging is None else same,
+        )
 
     @property
     def metadata(self) -> Metadata:

@@ -8,13 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpaged.attention import paged_attention
 from jaxpaged.attention.api import default_platform
 from jaxpaged.attention.base import Pages
 from jaxpaged.cache import reservation
-from jaxpaged.cache.checks import check_rows, check_sizes, step_rows, storage_formats
+from jaxpaged.cache.checks import (
+    check_layer,
+    check_rows,
+    check_sizes,
+    check_step_rows,
+    step_rows,
+    storage_formats,
+)
+from jaxpaged.cache.head_sharding import REPLICATED, HeadAxis, head_axis, over_heads, repeated, split_heads
 from jaxpaged.cache.page_pool import PagePool
 from jaxpaged.cache.reservation import PageCopies
 from jaxpaged.cache.windows import Windows, by_window
@@ -60,6 +69,7 @@ class PagedKVCache(PagePool):
         v_dtype: DTypeLike | None = None,
         hadamard: bool | None = None,
         layout: str | None = None,
+        sharding: NamedSharding | None = None,
     ) -> PagedKVCache:
         """Creates an empty cache.
 
@@ -84,6 +94,9 @@ class PagedKVCache(PagePool):
           layout: "plain" pages, or rows that fill the "lanes" of a TPU (``formats.LanePageFormat``);
             they differ where head_dim is no multiple of 128. Default: lanes where JAX computes on a
             TPU and a page fills a row of them, plain elsewhere.
+          sharding: ``NamedSharding(mesh, PartitionSpec(None, axis))``: the KV heads of pages are split
+            over a mesh axis, and ``attend`` computes each device's heads there; with fewer KV heads
+            than devices, several devices have the same. Not needed where the axis is explicit.
 
         Raises:
           ValueError: a size is impossible, or a format cannot store heads or pages of these sizes;
@@ -99,12 +112,26 @@ class PagedKVCache(PagePool):
         fills_a_row = page_size * head_dim >= LANES
         if layout == "lanes" or (layout is None and fills_a_row and default_platform() == "tpu"):
             k_format, v_format = k_format.on_lanes(head_dim), v_format.on_lanes(head_dim)
-        check_rows(num_layers * num_pages * num_kv_heads * page_size)
-        shape = num_layers * num_pages, num_kv_heads, page_size, head_dim
+        local_heads = num_kv_heads
+        if sharding is not None:
+            axis, num_heads = split_heads(sharding, num_kv_heads)
+            local_heads = num_heads // sharding.mesh.shape[axis]
+        check_rows(num_layers * num_pages * local_heads * page_size)
 
         def create_pool(storage: PageFormat) -> Pages:
             staged = {"num_residual": num_layers * max_seqs} if storage.has_residual else {}
-            return storage.create(*shape, **staged)
+
+            def create() -> Pages:
+                return storage.create(num_layers * num_pages, local_heads, page_size, head_dim, **staged)
+
+            if sharding is None:
+                return create()
+            pool: Pages = jax.jit(
+                jax.shard_map(
+                    create, mesh=sharding.mesh, in_specs=(), out_specs=sharding.spec, check_vma=False
+                )
+            )()
+            return pool
 
         has_residual = k_format.has_residual or v_format.has_residual
         return cls(
@@ -119,6 +146,7 @@ class PagedKVCache(PagePool):
             head_dim=head_dim,
             k_format=k_format,
             v_format=v_format,
+            sharding=sharding,
         )
 
     def __repr__(self) -> str:
@@ -163,6 +191,11 @@ class PagedKVCache(PagePool):
         Raises:
           ValueError: a wrong layer, shape or dtype.
         """
+        axis = head_axis(self.k_pages, self.sharding)
+        if axis is not None:
+            return self._attend_on_devices(
+                axis, layer, q, k, v, batch, sinks, scale=scale, window=window, soft_cap=soft_cap
+            )
         cache = self.write(layer, k, v, batch)
         out = by_window(
             window,
@@ -184,13 +217,63 @@ class PagedKVCache(PagePool):
         )
         return out, cache
 
+    def _attend_on_devices(
+        self,
+        axis: HeadAxis,
+        layer: Array | int,
+        q: Array,
+        k: Array,
+        v: Array,
+        batch: Batch,
+        sinks: Array | None,
+        **options: Any,
+    ) -> tuple[Array, PagedKVCache]:
+        """``attend`` with each device's heads."""
+        k, v = (repeated(rows, self.num_kv_heads) for rows in (k, v))
+        check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
+        heads = axis.heads
+        specs = self.partition_specs(axis.name)
+
+        def attend(
+            cache: PagedKVCache,
+            layer: Array | int,
+            batch: Batch,
+            sinks: Array | None,
+            q: Array,
+            k: Array,
+            v: Array,
+        ) -> tuple[Array, PagedKVCache]:
+            return cache.attend(layer, q, k, v, batch, sinks=sinks, **options)
+
+        in_specs = specs, REPLICATED, REPLICATED, PartitionSpec(axis.name), heads, heads, heads
+        out: tuple[Array, PagedKVCache] = over_heads(
+            axis,
+            attend,
+            in_specs,
+            (heads, specs),
+            self,
+            check_layer(layer, self.num_layers),
+            batch,
+            sinks,
+            q,
+            k,
+            v,
+        )
+        return out
+
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[PagedKVCache, Batch, Array]:
         """See ``interface.reserve``."""
         rows = step_rows(num_new, self.max_seqs, num_tokens)
         made = reservation.reserve(self.metadata, num_new, rows, max_new)
-        k_pages, v_pages = self._copy_pages(made.copies)
+        axis = head_axis(self.k_pages, self.sharding)
+        if axis is None or not axis.explicit:  # XLA splits copies
+            k_pages, v_pages = self._copy_pages(made.copies)
+        else:
+            heads, specs = axis.heads, self.partition_specs(axis.name)
+            copy = PagedKVCache._copy_pages
+            k_pages, v_pages = over_heads(axis, copy, (specs, REPLICATED), (heads, heads), self, made.copies)
         cache = replace(
             self,
             allocator=made.allocator,
