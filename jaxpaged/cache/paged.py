@@ -267,13 +267,7 @@ class PagedKVCache(PagePool):
         """See ``interface.reserve``."""
         rows = step_rows(num_new, self.max_seqs, num_tokens)
         made = reservation.reserve(self.metadata, num_new, rows, max_new)
-        axis = head_axis(self.k_pages, self.sharding)
-        if axis is None or not axis.explicit:  # XLA splits copies
-            k_pages, v_pages = self._copy_pages(made.copies)
-        else:
-            heads, specs = axis.heads, self.partition_specs(axis.name)
-            copy = PagedKVCache._copy_pages
-            k_pages, v_pages = over_heads(axis, copy, (specs, REPLICATED), (heads, heads), self, made.copies)
+        k_pages, v_pages = self._copy_pages(made.copies)
         cache = replace(
             self,
             allocator=made.allocator,
