@@ -79,10 +79,8 @@ def step_row(
         return row
     row["pool_bytes"] = num_bytes((cache.k_pages, cache.v_pages))
     row["most_bytes"] = ROOM + activations(config, tokens)
-    if stored and times > 1:  # for v6e and tpu7x, bits of the head's scales as integers, once before the loop
-        row["most_bytes"] += 2 * config.vocab_size * config.hidden_size // 32
-    if compiler.platform == "cuda" and stored:
-        row["most_bytes"] += gpu_products(config, tokens)
+    if stored:
+        row["most_bytes"] += gpu_products(config, tokens) if compiler.platform == "cuda" else scales(config)
     smallest = math.prod((config.hidden_size, config.num_kv_heads * config.head_dim))
     problems = [row["result"]] if row["result"] != "ok" else []
     if row["alias_bytes"] < row["pool_bytes"]:
@@ -110,6 +108,11 @@ def gpu_products(config: Any, tokens: int) -> int:
     if tokens > GPU_ROWS:
         return 2 * 2 * c.intermediate_size * c.hidden_size
     return 2 * GPU_ROWS * (c.vocab_size + 2 * c.intermediate_size)
+
+
+def scales(config: Any) -> int:
+    """Bytes of the scales of the head and of a layer's largest matrix: for TPUs XLA copies them to show their bits."""
+    return 2 * config.hidden_size // 32 * (config.vocab_size + 2 * config.intermediate_size)
 
 
 def copies(text: str, smallest: int, tokens: int) -> list[str]:
