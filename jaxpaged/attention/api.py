@@ -199,14 +199,15 @@ def paged_attention(
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Causal attention of a step's queries to the pages of their sequences.
+    """Attention of a step's queries to the pages of their sequences, causal by default.
 
     A query at position p sees the tokens of its sequence at the positions ``max(0, p - window + 1)
-    <= n <= p``, with ``weight_n = softmax_n(cap(scale * q . k_n))`` and ``cap(x) = soft_cap *
-    tanh(x / soft_cap)``. The step's own keys are already written and in the table. Slots that no
-    entry covers, and free pages, may contain anything, NaN included. A row that sees no token
-    (padding, an empty table) is zero. Works under ``jit``, ``vmap``, ``scan``, ``while_loop``,
-    ``cond``, ``checkpoint`` and ``shard_map``; it has no derivative.
+    <= n <= p``, and those at ``p < n < batch.visible_end`` where that is given, with ``weight_n =
+    softmax_n(cap(scale * q . k_n))`` and ``cap(x) = soft_cap * tanh(x / soft_cap)``. The step's own
+    keys are already written and in the table. Slots that no entry covers, and free pages, may contain
+    anything, NaN included. A row that sees no token (padding, an empty table) is zero. Works under
+    ``jit``, ``vmap``, ``scan``, ``while_loop``, ``cond``, ``checkpoint`` and ``shard_map``; it has no
+    derivative.
 
     Args:
       q: [T, Hq, D], floating point; Hq is a multiple of KV, head h reads KV head ``h // (Hq /
@@ -216,7 +217,7 @@ def paged_attention(
         and values may differ. Sums are float32. Pages of several layers may be joined along the
         first axis, see ``first_page``.
       table: block table of S sequences.
-      batch: sequence and position of each of the T queries.
+      batch: sequence and position of each of the T queries, and how far it sees.
       scale: factor of the scores; default ``D ** -0.5``.
       window: number of tokens that a query sees, itself included; default all.
       soft_cap: bound of the scores; default none.

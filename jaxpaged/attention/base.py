@@ -58,7 +58,7 @@ def check_queries(
 
     Raises:
       ValueError: shapes that do not match; names both.
-      TypeError: q or sinks is not floating point.
+      TypeError: q or sinks is not floating point, or ``batch.visible_end`` not int32.
     """
     if q.ndim != 3:
         raise ValueError(f"q must be [tokens, q_heads, head_dim], got shape {q.shape}")
@@ -74,6 +74,11 @@ def check_queries(
         raise ValueError(f"q has {tokens} tokens, the batch {batch.num_tokens}")
     if batch.max_seqs != max_seqs:
         raise ValueError(f"the batch is made for {batch.max_seqs} sequences, the cache holds {max_seqs}")
+    seen = batch.visible_end
+    if seen is not None and seen.shape != (tokens,):
+        raise ValueError(f"batch.visible_end must have shape {(tokens,)}, one for each row, got {seen.shape}")
+    if seen is not None and seen.dtype != jnp.int32:
+        raise TypeError(f"batch.visible_end must be int32, got {seen.dtype}")
     if sinks is not None and sinks.shape != (num_q_heads,):
         raise ValueError(
             f"sinks must have shape {(num_q_heads,)}, one for each query head, got {sinks.shape}"
@@ -369,14 +374,23 @@ def _block_pass(
             low = batch.position.at[jnp.minimum(first, tokens - 1)].get(mode="clip")
             low = jnp.maximum(low - config.window + 1, 0)
         if rows > 1:  # a single query is its sequence's last token, and sees to the end
-            high = batch.position[jnp.max(jnp.where(row < tokens, row, 0), axis=1)]
+            if batch.visible_end is None:
+                high = batch.position[jnp.max(jnp.where(row < tokens, row, 0), axis=1)]
+            else:
+                high = jnp.max(batch.last_visible.at[row].get(mode="fill", fill_value=-1), axis=1)
         position = batch.position.at[row].get(mode="fill", fill_value=-1)
 
         begin, end = source.span(sequence, low, high)
         end = jnp.where(exists, end, begin)
         qs = q.at[row].get(mode="clip").reshape(width, rows, num_kv_heads, group, head_dim)
         qs = qs.transpose(0, 2, 1, 3, 4).reshape(width, num_kv_heads, rows * group, head_dim)
-        position_of_row = jnp.repeat(position, group, axis=1) if rows > 1 else position
+
+        def by_row(x: Array) -> Array:
+            return jnp.repeat(x, group, axis=1) if rows > 1 else x
+
+        position_of_row = last_visible = by_row(position)
+        if batch.visible_end is not None:
+            last_visible = by_row(batch.last_visible.at[row].get(mode="fill", fill_value=-1))
 
         def attend_run(softmax: SoftmaxState, qs: Array, unit: Array, stop: Array) -> SoftmaxState:
             """Adds the keys of the units ``unit .. stop``, which share a rotation offset."""
@@ -385,7 +399,7 @@ def _block_pass(
                 softmax, key_position = carry
                 here = unit + j * source.stride
                 k, v = source.load(sequence, here, key_position)
-                visible = key_position[:, None] <= position_of_row[..., None]
+                visible = key_position[:, None] <= last_visible[..., None]
                 if config.window is not None:
                     visible &= key_position[:, None] > position_of_row[..., None] - config.window
                 # Positions are carried from the step before: XLA:CPU would otherwise recompute them, table lookups

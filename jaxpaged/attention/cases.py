@@ -37,6 +37,8 @@ class Case:
     """Positions that no entry covers."""
     shared: bool = False
     """Sequences begin with the pages of the first one."""
+    ahead: bool = False
+    """Rows that see keys behind them: a random ``Batch.visible_end`` each, of which some change nothing."""
     rotary_dim: int = 0
     """Number of rotated dimensions; entries are then shifted, each by its own number of positions.
     0 = no RoPE."""
@@ -139,6 +141,27 @@ CASES: tuple[Case, ...] = (
         rotary_dim=20,
         interleaved=True,
         shared=True,
+    ),
+    # Rows that see behind them.
+    Case(
+        "ahead",
+        **SMOLLM2_135M,
+        lengths=(150, 90, 0, 33, 40),
+        q_lens=(150, 37, 0, 1, 2),
+        padding=3,
+        ahead=True,
+    ),
+    Case(
+        "ahead_window_shifted",
+        **MISTRAL_7B,
+        lengths=(200, 60),
+        q_lens=(70, 1),
+        window=50,
+        page_size=16,
+        slices=True,
+        gaps=True,
+        ahead=True,
+        rotary_dim=128,
     ),
     # Odd sizes.
     Case("one_token", num_q_heads=1, num_kv_heads=1, head_dim=8, lengths=(1,), q_lens=(1,), page_size=8),

@@ -61,7 +61,7 @@ def paged_attention(
     # Scores of each query and the keys of its sequence; query heads are grouped by KV head.
     sequence = jnp.minimum(batch.sequence, max_seqs - 1)
     query_position = batch.position[:, None]
-    visible = batch.valid[:, None] & live[sequence] & (position[sequence] <= query_position)
+    visible = batch.valid[:, None] & live[sequence] & (position[sequence] <= batch.last_visible[:, None])
     if config.window is not None:
         visible &= position[sequence] > query_position - config.window
     grouped = q.reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)

@@ -27,6 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from jaxpaged.compilation.cache_folder import private_folder, read_entry, write_entry
+from jaxpaged.compilation.options import compiler_options
 
 _SUFFIX = ".program"
 _DIRECTORY = "jax_compilation_cache_dir"
@@ -104,13 +105,8 @@ def cached_compile(
     return CachedExecutable(program, cache_hit=False)
 
 
-_QUICK = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else {}
-"""XLA's older code generation for CPUs, in two thirds of the time; programs are as fast, since our
-kernels do the work. Later versions have it no more."""
-
-
 def _compiled(lowered: Any) -> Any:
-    return lowered.compile(compiler_options=_QUICK if jax.default_backend() == "cpu" else None)
+    return lowered.compile(compiler_options=compiler_options(jax.default_backend()))
 
 
 # --- keys ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxpaged.compilation import background
+from jaxpaged.compilation.options import compiler_options
 from jaxpaged.engine.device import Device, HostTable, Program, Progress, name_of
 from jaxpaged.engine.programs import SlotParams, StepInput, StepOutput, StepShape, TableState
 from jaxpaged.generation.loop import Model
@@ -65,7 +66,8 @@ class MeshDevice:
             function = over_mesh(functools.partial(program.function, *program.static), in_kinds, out_kinds)
             params = (self._params,) if program.reads_params else ()
             arguments = (*params, self.cache, *self._stacked(program, {}))
-            compiled = jax.jit(function, donate_argnums=len(params)).lower(*arguments).compile()
+            lowered = jax.jit(function, donate_argnums=len(params)).lower(*arguments)
+            compiled = lowered.compile(compiler_options=compiler_options(jax.default_backend()))
             self._programs[program.name] = program, compiled
         background.wait()
         if progress is not None:

@@ -23,7 +23,7 @@ from jaxpaged.cache.reservation import free_slots
 from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
-from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
+from jaxpaged.generation.sampling import SamplingParams, logprobs_of, push_recent, sample
 from jaxpaged.pages import allocator as allocators
 from jaxpaged.pages import block_table as block_tables
 from jaxpaged.pages.allocator import PageAllocator
@@ -225,20 +225,16 @@ def _sample_tokens(
     tokens = sample(
         lax.cond(has_bias, biased, lambda z: z, logits), mine.sampling, given.position[row], given.recent[row]
     )
-    count = min(MAX_LOGPROBS, vocab_size)
 
-    def likeliest(z: Array) -> tuple[Array, Array, Array]:
-        z = jax.nn.log_softmax(z, axis=-1)
-        values, ids = lax.top_k(z, count)
-        return jnp.take_along_axis(z, tokens[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
+    def likeliest(z: Array) -> tuple[Array, ...]:
+        found = logprobs_of(z, tokens, MAX_LOGPROBS)
+        return found["logprobs"], found["top_tokens"], found["top_logprobs"]
 
-    def nothing(z: Array) -> tuple[Array, Array, Array]:
-        shape = z.shape[0], count
-        return jnp.zeros(shape[0], z.dtype), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, z.dtype)
+    def nothing(z: Array) -> tuple[Array, ...]:
+        shape = z.shape[0], MAX_LOGPROBS
+        return jnp.zeros(shape[0], jnp.float32), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
 
     logprobs, ids, values = lax.cond(jnp.any(wants), likeliest, nothing, logits)
-    wide = ((0, 0), (0, MAX_LOGPROBS - count))
-    ids, values = jnp.pad(ids, wide, constant_values=-1), jnp.pad(values, wide)
 
     def of_sequences(values: Array, fill: int) -> Array:
         return jnp.full((s, *values.shape[1:]), fill, values.dtype).at[owner].set(values, mode="drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from jax import Array
 
 from jaxpaged.cache.interface import Cache
+from jaxpaged.compilation.options import compiler_options
 from jaxpaged.generation.loop import Model, run
 from jaxpaged.generation.prompts import PromptsLike, token_lists
 from jaxpaged.generation.request import (
@@ -27,9 +29,12 @@ from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, num_shards
 from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, STATIC, mesh_of, over_mesh
 
-run_donating = jax.jit(
-    over_mesh(run, (STATIC, PARAMS, CACHE, BATCH), (GATHERED, CACHE)), static_argnums=0, donate_argnums=2
-)
+
+@functools.cache
+def run_donating(platform: str) -> Any:
+    """``run`` jitted for a platform; donates the cache."""
+    function = over_mesh(run, (STATIC, PARAMS, CACHE, BATCH), (GATHERED, CACHE))
+    return jax.jit(function, static_argnums=0, donate_argnums=2, compiler_options=compiler_options(platform))
 
 
 def gather_result(result: Any, sharding: BatchSharding) -> Any:
@@ -136,7 +141,7 @@ def generate(
         logprobs=logprobs,
         logits_processor=logits_processor,
     )
-    result, cache = run_donating(model, params, cache, request)
+    result, cache = run_donating(jax.default_backend())(model, params, cache, request)
     mesh = mesh_of(cache)
     return (result if mesh is None else gather_result(result, BatchSharding.of(mesh, len(prompts), n))), cache
 
@@ -260,6 +265,6 @@ def beam_search(
         stop_ids=stop_ids,
         batch_size=batch_size,
     )
-    result, cache = run_donating(model, params, cache, request)
+    result, cache = run_donating(jax.default_backend())(model, params, cache, request)
     mesh = mesh_of(cache)
     return (result if mesh is None else gather_result(result, BatchSharding(num_shards(mesh), 1))), cache

@@ -26,6 +26,7 @@ from jaxpaged.generation.result import (
     BeamResult,
     GenerateResult,
 )
+from jaxpaged.generation.sampling import largest
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +160,7 @@ def _candidates(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidat
     logits = logits.astype(jnp.float32)
     stops = jnp.where(stop_ids < 0, vocab, stop_ids)  # a negative index would wrap
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    values, ids = lax.top_k(logits.at[:, stops].set(-jnp.inf, mode="drop"), min(w, vocab))
+    values, ids = largest(logits.at[:, stops].set(-jnp.inf, mode="drop"), min(w, vocab))
     stop_values = logits.at[:, stops].get(mode="fill", fill_value=-jnp.inf)
 
     def candidates(values: Array, ids: Array) -> _Candidates:
@@ -173,7 +174,7 @@ def _candidates(logits: Array, score: Array, stop_ids: Array) -> tuple[_Candidat
         )
 
     def best(all_: _Candidates) -> _Candidates:
-        _, chosen = lax.top_k(all_.score, w)
+        _, chosen = largest(all_.score, w)
         return jax.tree.map(lambda x: _take(x, chosen), all_)
 
     going = candidates(values, ids)
@@ -244,7 +245,7 @@ def select(
         reason=jnp.where(out, FINISH_OUT_OF_PAGES, jnp.where(stops, FINISH_STOP, FINISH_LENGTH)),
     )
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), search.finished, more)
-    _, best = lax.top_k(both.score, w)
+    _, best = largest(both.score, w)
     finished = jax.tree.map(lambda x: _take(x, best), both)
 
     never, at_once = params.early_stopping == 2, params.early_stopping == 1

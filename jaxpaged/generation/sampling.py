@@ -225,13 +225,20 @@ def logprobs_of(logits: Array, tokens: Array, count: int) -> dict[str, Array]:
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)
-    values, ids = lax.top_k(logits, min(count, logits.shape[1]))
+    values, ids = largest(logits, min(count, logits.shape[1]))
     missing = ((0, 0), (0, count - values.shape[1]))
     return {
         "logprobs": (chosen - total)[:, 0],
         "top_tokens": jnp.pad(ids.astype(jnp.int32), missing, constant_values=-1),
         "top_logprobs": jnp.pad(values - total, missing),
     }
+
+
+def largest(x: Array, k: int) -> tuple[Array, Array]:
+    """``lax.top_k``, and not a sort on a CPU: XLA sorts the row if a part of the result is used alone."""
+    values, ids = lax.top_k(x, k)
+    # One by one: XLA of jax 0.10 dies of a barrier around both.
+    return lax.optimization_barrier(values), lax.optimization_barrier(ids)
 
 
 def push_recent(recent: Array, tokens: Array, active: Array) -> Array:
@@ -355,7 +362,7 @@ def _sample_random(logits: Array, params: SamplingParams, position: Array) -> Ar
     z = _clean(logits)
     uniform = jax.vmap(_uniform)(params.seed, position)
     head = min(_HEAD, z.shape[1])
-    values, ids = lax.top_k(z, head)
+    values, ids = largest(z, head)
     if head == z.shape[1]:
         return _choose(values, ids, z.shape[1], params, uniform, None)[0]
     whole = _whole_row_needed(z.shape[1], params)
@@ -382,7 +389,7 @@ def _sample_row(row: tuple[Array, SamplingParams, Array, Array, Array, Array]) -
 
     if vocab_size <= _LONG_HEAD:
         return from_sorted(z)[0]
-    values, ids = lax.top_k(z, _LONG_HEAD)
+    values, ids = largest(z, _LONG_HEAD)
     token, settled = _choose(values, ids, vocab_size, params, uniform, mass)
     return lax.cond(settled[0], lambda _: token, from_sorted, z)[0]
 

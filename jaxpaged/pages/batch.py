@@ -38,6 +38,16 @@ class Batch:
     """Static bound on the tokens of one sequence; None = T. 1 compiles to a smaller program."""
     finalized: FinalizedPages | None = None
     """Residual pages that the step fills; None for formats that have none."""
+    visible_end: Array | None = None
+    """i32[T]: position behind the last one that each row's query sees; a row always sees up to its
+    own position, so smaller numbers change nothing. None = causal attention, no row sees more.
+
+    For text that sees itself in both directions: prompts of prefix-LMs, the tokens of an image. The
+    keys have to be there: what sees each other belongs into one step. A window still limits what
+    lies before a row, and nothing behind it.
+
+    >>> prefix = dataclasses.replace(batch, visible_end=prompt_lengths[batch.sequence])  # doctest: +SKIP
+    """
 
     @property
     def num_tokens(self) -> int:
@@ -64,12 +74,21 @@ class Batch:
         """i32[]: rows that are no padding; they come first."""
         return self.cu_q_lens[-1]
 
+    @property
+    def last_visible(self) -> Array:
+        """i32[T]: largest position that each row's query sees; ``position`` in causal attention."""
+        if self.visible_end is None:
+            return self.position
+        return jnp.maximum(self.position + 1, self.visible_end) - 1
+
     def first(self, num_tokens: int, max_q_len: int | None = None) -> Batch:
         """The same step with its first ``num_tokens`` rows only; those behind them are padding."""
         rows = {
             name: getattr(self, name)[:num_tokens]
             for name in ("sequence", "position", "rope_positions", "page", "slot")
         }
+        if self.visible_end is not None:
+            rows["visible_end"] = self.visible_end[:num_tokens]
         return replace(self, **rows, max_q_len=max_q_len)
 
     @property

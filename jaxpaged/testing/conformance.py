@@ -153,6 +153,12 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         slot=jnp.zeros(tokens, jnp.int32),
         cu_q_lens=integers(np.concatenate([[0], np.cumsum(q_lens)])),
     )
+    visible_end = asked + 1
+    if case.ahead:
+        visible_end = rng.integers(0, max(case.lengths) + 9, tokens)
+        visible_end[::5], visible_end[1::7] = np.iinfo(np.int32).max, np.iinfo(np.int32).min
+        batch = replace(batch, visible_end=integers(visible_end))
+        visible_end = np.maximum(asked + 1, visible_end)
     k, v = _stored(case, k_pages, v_pages, ~np.isnan(k_pages[:, 0, :, 0]))
     # The oracle reads the stored, rounded numbers; keys are rotated back exactly.
     oracle_k = _numbers(k)
@@ -167,6 +173,7 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
         entries,
         sequence,
         asked,
+        visible_end,
         sinks,
     )
     rope = Rope.create(_frequencies(case), interleaved=case.interleaved) if case.rotary_dim else None
@@ -302,6 +309,7 @@ def _oracle(
     entries: list[list[tuple[int, int, int]]],
     sequence: np.ndarray,
     position: np.ndarray,
+    visible_end: np.ndarray,
     sinks: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention one query and one head at a time, in float64."""
@@ -322,7 +330,7 @@ def _oracle(
         if found is None:
             continue
         where, keys, values = found
-        see = where <= position[t]
+        see = where < visible_end[t]
         if case.window is not None:
             see &= where > position[t] - case.window
         for h in range(case.num_q_heads):

@@ -289,7 +289,7 @@ def test_other_prompts_limits_and_parameters_do_not_retrace(params: Any) -> None
 def test_the_program_writes_the_pool_in_place(params: Any) -> None:
     cache = paged(9, 4096, max_pages_per_seq=8)
     request = beam_request(cache, PROMPTS, num_beams=WIDTH, max_new_tokens=8, batch_size=64)
-    program = run_donating.lower(toy, params, cache, request).compile()
+    program = run_donating("cpu").lower(toy, params, cache, request).compile()
     memory = program.memory_analysis()
     pool = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert memory.alias_size_in_bytes >= pool

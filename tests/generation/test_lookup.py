@@ -219,7 +219,7 @@ def test_other_prompts_and_limits_do_not_retrace(params: Any) -> None:
 def test_the_program_writes_the_pool_in_place(params: Any) -> None:
     cache = paged(3, 4096, max_pages_per_seq=16)
     request = Request.create(cache, PROMPTS, max_new_tokens=LIMITS, batch_size=16, lookup=Lookup(NUM_DRAFT))
-    memory = run_donating.lower(toy, params, cache, request).compile().memory_analysis()
+    memory = run_donating("cpu").lower(toy, params, cache, request).compile().memory_analysis()
     pool = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // 8

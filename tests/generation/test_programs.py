@@ -84,9 +84,9 @@ def test_run_over_seeds_is_a_call_for_each(params: Any, lookup: Lookup | None) -
 
 def test_weights_change_without_compiling(params: Any) -> None:
     generate(toy, params, paged(3, 40), PROMPTS, max_new_tokens=NEW)
-    size = run_donating._cache_size()
+    size = run_donating("cpu")._cache_size()
     generate(toy, toy_params(1), paged(3, 40), PROMPTS, max_new_tokens=NEW)
-    assert run_donating._cache_size() == size
+    assert run_donating("cpu")._cache_size() == size
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------

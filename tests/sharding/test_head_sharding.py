@@ -315,7 +315,7 @@ def test_a_layer_has_two_sums_and_no_other_collective(name: str, kind: AxisType)
         else:
             cache = create(8, mesh)
         request = Request.create(cache, PROMPTS, max_new_tokens=NEW)
-        compiled = run_donating.lower(model, params, cache, request).compile()
+        compiled = run_donating("cpu").lower(model, params, cache, request).compile()
     found = collections.Counter(COLLECTIVE.findall(compiled.as_text()))
     layers = 1 if name == "plain" else LAYERS  # in a scan, or in a Python loop
     # The model is in the program twice: for prompts and for decoding.

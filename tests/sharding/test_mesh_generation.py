@@ -153,6 +153,6 @@ def test_a_generation_is_one_program():
     with jax.log_compiles(False):
         from jaxpaged.generation.api import run_donating
 
-        before = run_donating._cache_size()
+        before = run_donating("cpu")._cache_size()
         generate(model.function, model.params, caches[1], PROMPTS[::-1], max_new_tokens=NEW - 3)
-        assert run_donating._cache_size() == before
+        assert run_donating("cpu")._cache_size() == before

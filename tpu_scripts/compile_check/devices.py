@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpaged.compilation.options import compiler_options
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.rope import Rope
@@ -153,7 +154,8 @@ class Compiler:
         try:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
-                program = traced.lower(lowering_platforms=(self.platform,)).compile()
+                lowered = traced.lower(lowering_platforms=(self.platform,))
+                program = lowered.compile(compiler_options=compiler_options(self.platform))
         except Exception as error:  # Mosaic's has no public name, and whatever it is, it is the result
             return None, {"result": one_line(error), "seconds": 0.0}
         return program, {

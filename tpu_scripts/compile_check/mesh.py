@@ -37,6 +37,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpaged import PagedKVCache
 from jaxpaged.cache import interface
+from jaxpaged.compilation.options import compiler_options
 from jaxpaged.generation.loop import run
 from jaxpaged.generation.request import Request
 from jaxpaged.sharding import mesh as sharding
@@ -302,7 +303,8 @@ class MeshCompiler:
         donated = () if name in QUERIES else program.in_specs.index(CACHE)
         try:
             traced = jax.jit(function, donate_argnums=donated).trace(*program.arguments)
-            compiled = traced.lower(lowering_platforms=(lowered_for,)).compile()
+            lowered = traced.lower(lowering_platforms=(lowered_for,))
+            compiled = lowered.compile(compiler_options=compiler_options(self.platform))
         except Exception as error:  # compilers' have no public name, and whatever it is, it is the result
             return {"result": devices.one_line(error)}
         seconds = round(time.perf_counter() - start, 1)

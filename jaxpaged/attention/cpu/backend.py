@@ -127,6 +127,7 @@ def paged_attention(
         table.num_entries,
         batch.cu_q_lens,
         batch.position,
+        batch.last_visible,
         batch.rope_positions,
         jnp.full(num_q_heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
         jnp.zeros(0, jnp.uint32) if rope is None else rope.phase_step,

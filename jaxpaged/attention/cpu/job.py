@@ -26,7 +26,7 @@ NOTHING = f32(-1e30)
 """Where a running maximum starts: finite, so that no difference of two maxima is NaN."""
 
 # Numbers of a job, by index: addresses of buffers, then sizes.
-INPUTS = 26
+INPUTS = 27
 (
     Q,
     K,
@@ -49,6 +49,7 @@ INPUTS = 26
     NUM_ENTRIES,
     CU_Q_LENS,
     Q_POSITION,
+    Q_LAST_VISIBLE,
     Q_ROPE,
     SINKS,
     PHASE_STEPS,
@@ -92,7 +93,9 @@ def visible_entries(job: int, seq: int, first: int, last: int) -> tuple[int, int
     window = load_i64(job, WINDOW)
     positions = load_i64(job, POSITION) + 4 * seq * entries
     counts = load_i64(job, NUM_TOKENS) + 4 * seq * entries
-    high = load_i32(load_i64(job, Q_POSITION), last)
+    high = load_i32(load_i64(job, Q_LAST_VISIBLE), last)
+    for row in range(first, last):
+        high = max(high, load_i32(load_i64(job, Q_LAST_VISIBLE), row))
     end = i64(load_i32(load_i64(job, NUM_ENTRIES), seq))
     while end > 0 and load_i32(positions, end - 1) > high:
         end -= 1

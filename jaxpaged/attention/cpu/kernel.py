@@ -46,6 +46,7 @@ from jaxpaged.attention.cpu.job import (
     PHASE_STEPS,
     POSITION,
     Q_HEADS,
+    Q_LAST_VISIBLE,
     Q_POSITION,
     Q_ROPE,
     RESIDUAL,
@@ -460,7 +461,7 @@ def _mask(job: int, work: int) -> None:
     """Sets scores to -inf where a row does not see a key, and beyond the last key."""
     rows, first, scores = load_i64(work, _NUM_ROWS), load_i64(work, _FIRST), load_i64(work, _SCORES)
     used = load_i64(work, _USED)
-    positions = load_i64(job, Q_POSITION)
+    positions, last_visible = load_i64(job, Q_POSITION), load_i64(job, Q_LAST_VISIBLE)
     group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
     window = load_i64(job, WINDOW)
     nowhere = f32(-np.inf)
@@ -475,12 +476,12 @@ def _mask(job: int, work: int) -> None:
         if start + count - 1 <= lowest and (window == 0 or start > highest - window):
             continue
         for r in range(rows):
-            position = i64(load_i32(positions, first + r // group))
+            token = first + r // group
             row = scores + 4 * (r * TILE + load_i64(run, _RUN_COLUMN))
-            begin = max(position - window + 1 - start, 0) if window > 0 else i64(0)
+            begin = max(load_i32(positions, token) - window + 1 - start, 0) if window > 0 else i64(0)
             for c in range(min(begin, count)):
                 store_f32(row, c, nowhere)
-            for c in range(max(position - start + 1, 0), count):
+            for c in range(max(i64(load_i32(last_visible, token)) - start + 1, 0), count):
                 store_f32(row, c, nowhere)
 
 

@@ -207,11 +207,11 @@ def _make_items(
     """Cuts the queries of a step into items.
 
     Returns:
-      ``(items i32[I, 5], row_positions i32[I, 64], first i32[I], (item i32[T], row i32[T]))``: of
-      each item its sequence, the first unit that it sees, the one behind the last, its frame, and
-      ``first_page``;
-      the position of each of its rows, -1 where there is none; its first query; and where each
-      query of the step is found.
+      ``(items i32[I, 5], row_positions i32[1 or 2, I, 64], first i32[I], (item i32[T], row
+      i32[T]))``: of each item its sequence, the first unit that it sees, the one behind the last, its
+      frame, and ``first_page``; the last position that each of its rows sees, and the row's own
+      where a window needs it too, -1 where there is no row; its first query; and where each query of
+      the step is found.
     """
     tokens, max_seqs = batch.num_tokens, batch.max_seqs
     item = jnp.arange(plan.num_items, dtype=jnp.int32)
@@ -235,14 +235,16 @@ def _make_items(
             offset % plan.queries * plan.group,
         )
     query = jnp.arange(ROWS, dtype=jnp.int32) // plan.group
-    row_positions = jnp.where(
-        query < count[:, None], batch.position[jnp.minimum(first[:, None] + query, tokens - 1)], -1
-    )
+    positions = [batch.last_visible]
+    if config.window is not None and batch.visible_end is not None:
+        positions.append(batch.position)
+    row = jnp.minimum(first[:, None] + query, tokens - 1)
+    row_positions = jnp.stack([jnp.where(query < count[:, None], x[row], -1) for x in positions])
 
     # The entries that some row sees.
     live = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32) < table.num_entries[sequence][:, None]
     position = table.position[sequence]
-    end = jnp.sum(live & (position <= row_positions.max(1)[:, None]), axis=1, dtype=jnp.int32)
+    end = jnp.sum(live & (position <= row_positions[0].max(1)[:, None]), axis=1, dtype=jnp.int32)
     begin = jnp.zeros_like(end)
     if config.window is not None:
         low = batch.position[first] - config.window + 1

@@ -91,7 +91,8 @@ def attend(
       k_pages, v_pages: [N, KV, page_size, D].
       items: i32[I, 5], of each item its sequence, first unit, the unit behind its last, the frame
         of its queries, and the layer's first page.
-      row_positions: i32[I, 64], position of each row; -1 where there is none.
+      row_positions: i32[1 or 2, I, 64], the last position that each row sees, and the row's own if
+        it is another; -1 where there is no row.
       turns: i32[D], turns a position of each dimension in units of 2**-32, in the order of
         ``tiles``; None where no key was ever shifted.
       interpret: as ``plgpu.kernel`` has it.
@@ -380,7 +381,9 @@ def _attend_item(
 
     pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(q_barrier))
 
-    row_position = load(row_positions.at[item], rows_of)
+    last_visible, *own_position = (
+        load(row_positions.at[i, item], rows_of) for i in range(row_positions.shape[0])
+    )
 
     def attend_step(step: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         turned, maximum, denominator, weighted = carry
@@ -425,9 +428,11 @@ def _attend_item(
             exponential = jnp.exp2(scores * (2 * config.scale / config.soft_cap * _LOG2_E))
             scores = (config.soft_cap * _LOG2_E) * (1 - 2 / (1 + exponential))
         key = lax.broadcast_in_dim(key_position, scores.shape, [1])
-        row = lax.broadcast_in_dim(row_position, scores.shape, [0])
+        row = lax.broadcast_in_dim(last_visible, scores.shape, [0])
         visible = key <= row
         if config.window is not None:
+            if own_position:
+                row = lax.broadcast_in_dim(own_position[0], scores.shape, [0])
             visible &= key > row - config.window
         scores = jnp.where(visible, scores, -jnp.inf)
 

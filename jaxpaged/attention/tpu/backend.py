@@ -220,9 +220,15 @@ def _run(
         of_part = jnp.pad(jnp.tile(chosen(values), (1, group)), ((0, 0), (0, width - rows_of_group)))
         return jnp.tile(of_part, (1, packed))[:, None]
 
-    inputs = [x, by_row(batch.position)]
+    inputs = [x, by_row(batch.last_visible)]
+    has_window_start = config.window is not None and batch.visible_end is not None
+    if has_window_start:
+        inputs.append(by_row(batch.position))
     if rope is not None:
-        inputs += [by_row(batch.rope_positions - batch.position), *_turning(rope, head_dim, lanes, packed)]
+        inputs.append(by_row(batch.rope_positions - batch.position))
+    rows_of_block, num_by_item = packed * width, len(inputs)
+    if rope is not None:
+        inputs += _turning(rope, head_dim, lanes, packed)
         if stored.turned:
             inputs.append(_hadamard(head_dim, lanes, packed))
     if not interpret:
@@ -235,11 +241,10 @@ def _run(
             block_shape, lambda i, scalars, block, *_: (block[i], *(0,) * (len(block_shape) - 1))
         )
 
-    rows_of_block = packed * width
-    by_item = {0: (1, num_kv_heads, rows_of_block, lanes), 1: (1, 1, rows_of_block), 2: (1, 1, rows_of_block)}
     in_specs = [
-        of_item(by_item[i]) if i in by_item else pl.BlockSpec(memory_space=pltpu.VMEM)
-        for i in range(len(inputs))
+        of_item((1, num_kv_heads, rows_of_block, lanes)),
+        *(of_item((1, 1, rows_of_block)) for _ in inputs[1:num_by_item]),
+        *(pl.BlockSpec(memory_space=pltpu.VMEM) for _ in inputs[num_by_item:]),
     ]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out_shapes = (num_kv_heads, rows_of_block, lanes), (num_kv_heads, rows_of_block)
@@ -254,7 +259,7 @@ def _run(
         pltpu.VMEM((*state, LANES), jnp.float32),
         pltpu.VMEM((*state, LANES), jnp.float32),
         pltpu.VMEM((*state, lanes), jnp.float32),
-        pltpu.VMEM((2, rows_of_block, 1), jnp.int32),
+        pltpu.VMEM((2 + has_window_start, rows_of_block, 1), jnp.int32),
         pltpu.VMEM(x.shape[1:] if rope is not None else (8, LANES), x.dtype),
         pltpu.SMEM((3, *entries.shape[2:]), jnp.int32),
         pltpu.SMEM((3,), jnp.int32),
@@ -266,6 +271,7 @@ def _run(
             kernel,
             cut=Cut(heads, config, pages, queries, len(items.block), jnp.dtype(q.dtype), stored),
             rotated=rope is not None,
+            has_window_start=has_window_start,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(Items._fields),

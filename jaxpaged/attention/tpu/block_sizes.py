@@ -357,14 +357,16 @@ def block_items(
     row = block[:, None] * queries + jnp.arange(queries, dtype=jnp.int32)
     ours = (row >= begin[sequence][:, None]) & (row < end[sequence][:, None])
     row = jnp.minimum(row, batch.num_tokens - 1)
-    position = batch.position[row]
+    position = last_visible = batch.position[row]
+    if batch.visible_end is not None:
+        last_visible = batch.last_visible[row]
     own = batch.rope_positions[row] - position
     most_int = np.iinfo(np.int32).max
     first, last = _entries(
         table,
         sequence,
         jnp.min(jnp.where(ours, position, most_int), axis=1),
-        jnp.max(jnp.where(ours, position, -1), axis=1),
+        jnp.max(jnp.where(ours, last_visible, -1), axis=1),
         window,
     )
     low = jnp.min(jnp.where(ours, own, most_int), axis=1)
@@ -375,7 +377,7 @@ def block_items(
 def _entries(
     table: BlockTable, sequence: Array, low: Array, high: Array | None, window: int | None
 ) -> tuple[Array, Array]:
-    """The entries that queries at positions ``low .. high`` see; high None = to the last."""
+    """The entries that queries from position ``low`` on see up to ``high``; None = to the last."""
     first, end = jnp.zeros_like(sequence), table.num_entries[sequence]
     if window is not None or high is not None:
         live = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32) < end[:, None]

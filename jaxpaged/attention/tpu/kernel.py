@@ -103,20 +103,24 @@ class Cut:
         return max(n for n in range(1, most + 1) if self.heads.num_kv_heads % n == 0)
 
 
-def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
+def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
     """Computes one item, the one of this step of the grid; the first step also starts the stream.
 
     Args:
       refs: in the order of ``mosaic_tpu``'s call: how many items there are, and the layer's first
-        page; the fields of ``Items``; blocks of queries and of their positions, with ``rotated`` also of their
-        rotations, and what turns them; the packed table and the parts of pages, in HBM; blocks of
-        the outputs; scratch.
+        page; the fields of ``Items``; blocks of queries and of the last positions that they see, with
+        ``has_window_start`` also of their own positions, with ``rotated`` also of their rotations,
+        and what turns them; the packed table and the parts of pages, in HBM; blocks of the outputs;
+        scratch.
       cut: the static sizes.
       rotated: True if entries may have rotations.
+      has_window_start: True if a window begins at another position than the last one seen.
     """
     scalars, *refs_of_items = refs[: 1 + _ITEM_FIELDS]
     items = Items(*refs_of_items)
-    q_ref, position_ref, *rest = refs[1 + _ITEM_FIELDS :]
+    q_ref, last_visible_ref, *rest = refs[1 + _ITEM_FIELDS :]
+    if has_window_start:
+        position_ref, *rest = rest
     if rotated:
         own_ref, turns_ref, partner_ref, *rest = rest
         if cut.stored.turned:
@@ -322,7 +326,8 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
         """Adds the keys of the entries ``begin .. end`` of a block to the sums."""
         slot = _buffer_of(number)
         key_position = key_positions(number, begin, end)
-        query_position = column_ref[0]
+        last_visible = column_ref[0]
+        query_position = column_ref[2] if has_window_start else last_visible
         queries = turned_ref if rotated else q_ref.at[0]
         scale = cut.config.scale * _LOG2_E
 
@@ -333,7 +338,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
             else:
                 cap = cut.config.soft_cap
                 scores = cap * _LOG2_E * jnp.tanh(scores * (cut.config.scale / cap))
-            visible = key_position <= query_position
+            visible = key_position <= last_visible
             if cut.config.window is not None:
                 visible &= key_position > query_position - cut.config.window
             scores = jnp.where(visible, scores, -jnp.inf)
@@ -397,7 +402,9 @@ def kernel(*refs: Any, cut: Cut, rotated: bool) -> None:
 
     # --- one item
 
-    column_ref[0] = _column(position_ref[0])
+    column_ref[0] = _column(last_visible_ref[0])
+    if has_window_start:
+        column_ref[2] = _column(position_ref[0])
     if rotated:
         column_ref[1] = _column(own_ref[0])
         state[1] = 0
