@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jaxpaged_model.config import ModelConfig
 from jaxpaged.app.cache_type import CacheType
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.creation import create_untouched
 from jaxpaged.generation.prompts import bucket
 from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
 from jaxpaged.sharding.specs import ShardedCache
@@ -99,19 +99,10 @@ class CachePlan:
             )
 
     def create(self) -> Any:
-        """Creates the cache; a ``ShardedCache`` on a mesh.
-
-        On a CPU, pages take memory when they are first written: a pool is as large as the context.
-        """
+        """Creates the cache; a ``ShardedCache`` on a mesh. On a CPU, its memory is taken when it is written."""
         if self.mesh is not None:
             return ShardedCache.create(self.mesh, self._local)
-        if self.kind != "paged" or jax.default_backend() != "cpu" or find_spec("llvmlite") is None:
-            return self._local()
-        from jaxpaged.native.kernels import untouched
-
-        pools = jax.tree.map(untouched, (self._arrays.k_pages, self._arrays.v_pages))
-        empty = jax.jit(lambda: replace(self._local(), k_pages=None, v_pages=None))()
-        return replace(empty, k_pages=pools[0], v_pages=pools[1])
+        return create_untouched(self._local)
 
     def _local(self) -> Any:
         """Creates the cache of one device."""

@@ -17,6 +17,7 @@ import importlib
 import os
 import pickle
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +40,11 @@ _SETTINGS = (
 )  # fmt: skip
 
 _folder: Path | None = None
+_lock = threading.Lock()
+_num_without = 0
+"""Number of threads that compile without JAX's cache."""
+_directory: str | None = None
+"""JAX's cache otherwise."""
 _targets: dict[str, tuple[str, str, tuple[Any, ...]]] = {}
 
 
@@ -164,16 +170,23 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _without_jax_cache() -> Iterator[None]:
-    """Disables JAX's cache: on CPUs, a program read from it lacks functions when it is serialized
-    again."""
-    before = getattr(jax.config, _DIRECTORY)
-    jax.config.update(_DIRECTORY, None)
-    compilation_cache.reset_cache()
+    """Disables JAX's cache, for all threads: on CPUs, a program read from it lacks functions when it
+    is serialized again."""
+    global _num_without, _directory
+    with _lock:
+        if _num_without == 0:
+            _directory = getattr(jax.config, _DIRECTORY)
+            jax.config.update(_DIRECTORY, None)
+            compilation_cache.reset_cache()
+        _num_without += 1
     try:
         yield
     finally:
-        jax.config.update(_DIRECTORY, before)
-        compilation_cache.reset_cache()
+        with _lock:
+            _num_without -= 1
+            if _num_without == 0:
+                jax.config.update(_DIRECTORY, _directory)
+                compilation_cache.reset_cache()
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, PER_DEVICE
 from jaxpaged.storage import snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
 
+_COMPILING = 2
+"""Programs that are compiled at a time."""
 _PAGES_PER_COPY = 8
 """Pages in one copy to or from the host."""
 
@@ -143,10 +146,13 @@ class Device:
         """Compiles every program once, and the kernels they call. Nothing is compiled afterwards."""
         start = time.monotonic()
         todo = list(self.to_compile())
-        for i, program in enumerate(todo):
-            if progress is not None:
-                progress(i, len(todo), program.name)
-            self._programs[program.name] = self._compile(program)
+        # In parallel, since XLA compiles much of a program on one thread.
+        with ThreadPoolExecutor(_COMPILING) as pool:
+            compiled = [pool.submit(self._compile, program) for program in todo]
+            for i, (program, future) in enumerate(zip(todo, compiled, strict=True)):
+                if progress is not None:
+                    progress(i, len(todo), program.name)
+                self._programs[program.name] = future.result()
         background.wait()
         if progress is not None:
             progress(len(todo), len(todo), "")

@@ -18,6 +18,7 @@ from jaxpaged.app.memory import free_memory
 from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.creation import create_untouched
 from jaxpaged.engine import Engine, EngineConfig, MeshEngine
 from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
 from jaxpaged.sharding.multihost import broadcast_object
@@ -102,7 +103,11 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
 
     cache: Any
     with out_of_memory_is_input("choose fewer --kv-pages, or less --kv-memory"):
-        cache = create() if mesh is None else ShardedCache.create(mesh, create, config.num_kv_heads)
+        cache = (
+            create_untouched(create)
+            if mesh is None
+            else ShardedCache.create(mesh, create, config.num_kv_heads)
+        )
         jax.block_until_ready(cache)
     sizes = EngineConfig(
         n_ctx=plan.context,
