@@ -89,6 +89,16 @@ def prepare(k_format: PageFormat, v_format: PageFormat) -> None:
             importlib.import_module("jaxpaged.attention.cpu.backend").prepare(k_format, v_format)
 
 
+def check_implementation(name: str | None) -> None:
+    """Checks the name of an implementation; None = choose one.
+
+    Raises:
+      ValueError: it is none of ``IMPLEMENTATIONS``.
+    """
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
+
+
 def default_platform() -> str:
     """JAX's default platform: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -252,8 +262,7 @@ def paged_attention(
 
     Reference: PagedAttention, arXiv:2309.06180; the ragged form, arXiv:2604.15464.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(implementation)
     check_pages(k_pages, v_pages, table)
     _, num_kv_heads, _, width = k_pages.shape
     # Pages in a TPU's layout are as wide as its lanes.

@@ -74,6 +74,8 @@ class ContiguousKVCache:
     """Tokens per row."""
     k_format: PageFormat = dataclasses.field(metadata={"static": True})
     v_format: PageFormat = dataclasses.field(metadata={"static": True})
+    implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    """Attention that ``attend`` computes, "cpu_numba" or "xla"; None = the first that serves."""
 
     @staticmethod
     def create(
@@ -88,6 +90,7 @@ class ContiguousKVCache:
         k_dtype: DTypeLike | None = None,
         v_dtype: DTypeLike | None = None,
         hadamard: bool | None = None,
+        implementation: str | None = None,
     ) -> ContiguousKVCache:
         """Creates an empty cache, all its memory allocated.
 
@@ -98,10 +101,14 @@ class ContiguousKVCache:
           rope: ignored, since positions never change; both kinds of caches take the same arguments.
           dtype, k_dtype, v_dtype, hadamard: as for ``PagedKVCache.create``; formats with residual
             pages need pages.
+          implementation: as for ``PagedKVCache.create``, "cpu_numba" or "xla".
 
         Raises:
-          ValueError: a size below 1, or a format that is unknown or does not fit.
+          ValueError: a size below 1, a format that is unknown or does not fit, or another
+            implementation.
         """
+        if implementation not in (None, "cpu_numba", "xla"):
+            raise ValueError(f'a cache without pages is read by "cpu_numba" or "xla", got {implementation!r}')
         check_sizes(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
         check_sizes(max_seqs=max_seqs, max_length=max_length)
         k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
@@ -115,7 +122,7 @@ class ContiguousKVCache:
         check_rows(math.prod(shape[:3]))
         k, v = (storage.create(*shape) for storage in (k_format, v_format))
         lengths = jnp.zeros(max_seqs, jnp.int32)
-        return ContiguousKVCache(k, v, lengths, num_layers, max_length, k_format, v_format)
+        return ContiguousKVCache(k, v, lengths, num_layers, max_length, k_format, v_format, implementation)
 
     def __repr__(self) -> str:
         return (
@@ -272,7 +279,8 @@ class ContiguousKVCache:
         sinks: Array | None,
     ) -> Array | None:
         """Attention by the CPU kernel, if available: a row is a page as long as the context, its chunks are entries."""
-        if "cpu_numba" not in candidates():
+        names = candidates() if self.implementation is None else (self.implementation,)
+        if "cpu_numba" not in names:
             return None
         chunk = min(k.shape[2], _CHUNK_TOKENS)
         begin = jnp.broadcast_to(
@@ -289,7 +297,9 @@ class ContiguousKVCache:
         )
         try:
             return load("cpu_numba")(q, k, v, table, batch, config, sinks, None, first_row)[0]
-        except NotImplementedError:
+        except NotImplementedError as refusal:
+            if self.implementation is not None:
+                raise NotImplementedError(f"cpu_numba: {refusal}") from None
             return None
 
     def seq_remove(self, seq: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[ContiguousKVCache, Array]:

@@ -45,6 +45,8 @@ class PagePool(Sequences):
     v_format: PageFormat = field(metadata={"static": True})
     sharding: NamedSharding | None = field(default=None, kw_only=True, metadata={"static": True})
     """Sharding of the pages over their KV heads, ``PartitionSpec(None, axis)``; None on one device."""
+    implementation: str | None = field(default=None, kw_only=True, metadata={"static": True})
+    """Implementation of ``paged_attention`` that ``attend`` calls; None = the first that serves."""
 
     @property
     def num_kv_heads(self) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpaged.attention import paged_attention
-from jaxpaged.attention.api import default_platform
+from jaxpaged.attention.api import check_implementation, default_platform
 from jaxpaged.attention.base import Pages
 from jaxpaged.cache import reservation
 from jaxpaged.cache.checks import (
@@ -70,6 +70,7 @@ class PagedKVCache(PagePool):
         hadamard: bool | None = None,
         layout: str | None = None,
         sharding: NamedSharding | None = None,
+        implementation: str | None = None,
     ) -> PagedKVCache:
         """Creates an empty cache.
 
@@ -97,11 +98,14 @@ class PagedKVCache(PagePool):
           sharding: ``NamedSharding(mesh, PartitionSpec(None, axis))``: the KV heads of pages are split
             over a mesh axis, and ``attend`` computes each device's heads there; with fewer KV heads
             than devices, several devices have the same. Not needed where the axis is explicit.
+          implementation: of ``paged_attention``, for ``attend``; default the first of
+            ``attention.candidates()`` that serves. One that is named and cannot serve raises.
 
         Raises:
-          ValueError: a size is impossible, or a format cannot store heads or pages of these sizes;
-            the message names it and what is allowed.
+          ValueError: a size is impossible, a format cannot store heads or pages of these sizes, or an
+            implementation is unknown; the message names it and what is allowed.
         """
+        check_implementation(implementation)
         check_sizes(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
         check_page_size(page_size)
         k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
@@ -147,6 +151,7 @@ class PagedKVCache(PagePool):
             k_format=k_format,
             v_format=v_format,
             sharding=sharding,
+            implementation=implementation,
         )
 
     def __repr__(self) -> str:
@@ -213,6 +218,7 @@ class PagedKVCache(PagePool):
                 sinks=sinks,
                 rope=self.rotation,
                 first_page=layer * self.num_pages,
+                implementation=self.implementation,
             ),
         )
         return out, cache

@@ -76,12 +76,13 @@ class ContextKVCache(PagePool):
         v_dtype: DTypeLike | None = None,
         hadamard: bool | None = None,
         layout: str | None = None,
+        implementation: str | None = None,
     ) -> ContextKVCache:
         """Creates one rank's part of an empty cache, equal on all ranks. Needs no mesh.
 
         Args:
           num_layers, num_kv_heads, head_dim, page_size, max_seq_len, rope, dtype, k_dtype, v_dtype,
-            hadamard, layout: as for ``PagedKVCache.create``.
+            hadamard, layout, implementation: as for ``PagedKVCache.create``.
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
           axis_size: C, devices of the mesh axis.
@@ -125,6 +126,7 @@ class ContextKVCache(PagePool):
             v_dtype=v_dtype,
             hadamard=hadamard,
             layout=layout,
+            implementation=implementation,
         )
         return cls(
             allocator=pages_of.create(num_pages),
@@ -141,6 +143,7 @@ class ContextKVCache(PagePool):
             v_format=local.v_format,
             axis=axis,
             axis_size=axis_size,
+            implementation=implementation,
         )
 
     def __repr__(self) -> str:
@@ -194,6 +197,7 @@ class ContextKVCache(PagePool):
                 soft_cap=soft_cap,
                 rope=self.rotation,
                 first_page=layer * self.num_local_pages,
+                implementation=self.implementation,
                 return_lse=True,
             ),
         )

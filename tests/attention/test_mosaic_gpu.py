@@ -93,6 +93,7 @@ REPRESENTATIVE = {
     "slices_gaps_window",
     "shared",
     "shifted_window",
+    "ahead_window_shifted",
     "pages_of_256",
     "everything",
     "unsplit",

@@ -37,6 +37,8 @@ REPRESENTATIVE = (
     ("shared", "lanes"),
     ("shifted_decode", "lanes"),
     ("shifted_window", "plain"),
+    ("ahead", "lanes"),
+    ("ahead_window_shifted", "plain"),
     ("two_tokens", "plain"),
     ("nothing", "plain"),
     ("group_5_everything", "plain"),

@@ -32,6 +32,7 @@ from cache_oracle import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.interface import (
     ALL,
     OutOfPages,
@@ -398,12 +399,30 @@ def test_rows_of_a_step_are_static() -> None:
         ({"num_kv_heads": 0}, "num_kv_heads must be positive, got 0"),
         ({"head_dim": 0}, "head_dim must be positive, got 0"),
         ({"dtype": "int8"}, "'int8' is not known; known are f32"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'; there are cpu_numba"),
     ],
 )
 def test_impossible_sizes_are_refused(size: dict[str, Any], message: str) -> None:
     sizes = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "num_pages": 4, "max_seqs": 2}
     with pytest.raises(ValueError, match=message):
         PagedKVCache.create(**(sizes | size))
+
+
+def test_a_cache_names_its_implementation_and_the_environment_does_not_override_it(monkeypatch: Any) -> None:
+    sizes = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 4, "max_seqs": 1}
+    monkeypatch.setenv("JAXPAGED_ATTENTION", "xla")
+    paged = PagedKVCache.create(**sizes, num_pages=2, implementation="mosaic_gpu")
+    contiguous = ContiguousKVCache.create(**sizes, max_length=8, dtype="bf16", implementation="cpu_numba")
+    for cache, reason in (
+        (paged, "mosaic_gpu: .*not of float32"),
+        (contiguous, "cpu_numba: .*multiple of 8, got 4"),
+    ):
+        cache, batch, _ = cache.reserve(arr(1), num_tokens=1)
+        rows = jnp.zeros((1, 1, 4))
+        with pytest.raises(NotImplementedError, match=reason):
+            cache.attend(0, rows, rows, rows, batch)
+    with pytest.raises(ValueError, match='read by "cpu_numba" or "xla", got \'mosaic_gpu\''):
+        ContiguousKVCache.create(**sizes, max_length=8, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])

@@ -518,6 +518,28 @@ def test_beams_are_those_of_one_device(params: Any) -> None:
     assert spread[0].pages_peak == plain[0].pages_peak
 
 
+def test_rows_that_see_behind_them_see_the_keys_of_all_ranks() -> None:
+    """A prompt that sees itself both ways, in another cache and over four devices, by any implementation."""
+    lengths = jnp.asarray([19, 0, 5, 0])
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (T, heads, HEAD_DIM))
+        for i, heads in enumerate((Q_HEADS, KV_HEADS, KV_HEADS))
+    )
+
+    def prefill(cache: Any) -> jax.Array:
+        cache, batch, _ = cache.reserve(lengths, num_tokens=T)
+        batch = replace(batch, visible_end=lengths[batch.sequence])
+        out: jax.Array = cache.attend(1, q, k, v, batch)[0]
+        return out
+
+    wanted = jax.jit(prefill)(PagedKVCache.create(**SIZES))
+    for implementation in (None, "xla"):
+        cache, specs = create_spread(4, **SIZES, implementation=implementation)
+        np.testing.assert_allclose(sharded(prefill, 4, (specs,), SAME)(cache), wanted, rtol=2e-5, atol=2e-5)
+    causal = PagedKVCache.create(**SIZES).reserve(lengths, num_tokens=T)
+    assert not np.allclose(causal[0].attend(1, q, k, v, causal[1])[0], wanted, atol=1e-2)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
 
 
