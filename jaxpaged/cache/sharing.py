@@ -40,29 +40,42 @@ def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[Pa
 
     Reference: vLLM's automatic prefix caching.
     """
-    n, ps, width = cache.num_pages, cache.page_size, cache.max_pages_per_seq
+    n, width = cache.num_pages, cache.max_pages_per_seq
     num_tokens = jnp.asarray(num_tokens, jnp.int32)
-    count = -(-num_tokens // ps)
-    used = jnp.arange(width, dtype=jnp.int32) < count[:, None]
-    pages = jnp.where(used & (pages >= 0), pages, n)
-    held = cache.allocator.ref_counts.at[pages].get(mode="fill", fill_value=0) > 0
+    row = BlockTable.from_page_indices(jnp.where(pages >= 0, pages, n), num_tokens, cache.page_size, n)
+    used = jnp.arange(width, dtype=jnp.int32) < row.num_entries[:, None]
+    held = cache.allocator.ref_counts.at[row.pages].get(mode="fill", fill_value=0) > 0
     adopts = num_tokens > 0
-    possible = (cache.table.num_entries == 0) & (count <= width) & jnp.all(held | ~used, axis=1)
+    possible = (cache.table.num_entries == 0) & (row.num_entries <= width) & jnp.all(held | ~used, axis=1)
     ok = jnp.all(possible | ~adopts) & jnp.all(num_tokens >= 0)
     adopts &= ok
-    first = jnp.arange(width, dtype=jnp.int32) * ps
-    none = jnp.zeros_like(pages)
-    row = BlockTable(
-        pages=pages,
-        first_slot=none,
-        num_tokens=jnp.where(used, jnp.clip(num_tokens[:, None] - first, 0, ps), 0),
-        position=jnp.where(used, first, 0),
-        rotation=none,
-        num_entries=count,
-    )
-    shared = jnp.where(adopts[:, None], pages, n).reshape(-1)
+    shared = jnp.where(adopts[:, None], row.pages, n).reshape(-1)
     cache = replace(cache, table=tables.choose(adopts, row, cache.table))
     return pin_pages(cache, shared), ok
+
+
+def with_page_indices(cache: PagedKVCache, page_indices: Array, lengths: Array) -> PagedKVCache:
+    """The cache with the sequences of another library's page table in place of its own.
+
+    Pages that several entries name are shared, the others free. Their keys and values stay: those of
+    the other library are ``replace(cache, k_pages=..., v_pages=...)``, in the layout of
+    ``PagedKVCache``.
+
+    Args:
+      cache: the state; its sequences and pins are forgotten.
+      page_indices: i32[S, P], in [0, N), and
+      lengths: i32[S], as for ``BlockTable.from_page_indices``.
+
+    Raises:
+      ValueError: shapes that do not match, or a format that quantizes whole pages.
+    """
+    if cache.staging is not None:
+        raise ValueError(
+            f"pages of {cache.k_format.title} and {cache.v_format.title} have parts that no page table knows"
+        )
+    table = BlockTable.from_page_indices(page_indices, lengths, cache.page_size, cache.num_pages)
+    counts = jnp.zeros(cache.num_pages, jnp.int32).at[table.pages].add(1, mode="drop")
+    return replace(cache, allocator=pages_of.from_ref_counts(counts), table=table)
 
 
 def pin_pages(cache: PagedKVCache, pages: Array) -> PagedKVCache:

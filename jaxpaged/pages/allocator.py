@@ -47,6 +47,18 @@ def create(num_pages: int) -> PageAllocator:
     )
 
 
+def from_ref_counts(ref_counts: Array) -> PageAllocator:
+    """Creates an allocator of pages of which ``ref_counts i32[N]`` entries refer to each.
+
+    Free pages are allocated in order.
+    """
+    n = ref_counts.shape[0]
+    free = ref_counts == 0
+    page = jnp.arange(n, dtype=jnp.int32)
+    stack = jnp.argsort(jnp.where(free, -page, n)).astype(jnp.int32)
+    return PageAllocator(stack, jnp.sum(free, dtype=jnp.int32), ref_counts)
+
+
 def can_allocate(allocator: PageAllocator, count: Array | int) -> Array:
     """bool[]: True if ``allocate`` of ``count`` pages would succeed."""
     count = jnp.asarray(count, jnp.int32)

@@ -45,6 +45,71 @@ class BlockTable:
         """P, static: maximal number of entries of a sequence."""
         return self.pages.shape[-1]
 
+    @classmethod
+    def from_page_indices(
+        cls, page_indices: Array, lengths: Array, page_size: int, num_pages: int
+    ) -> BlockTable:
+        """Creates the table of sequences that fill their pages from the first slot on.
+
+        That is what page tables of other libraries and kernels say: the token at position i lies in slot
+        ``i % page_size`` of page ``page_indices[s, i // page_size]``, its key rotated at i.
+
+        Args:
+          page_indices: i32[S, P]; the first ``ceil(length / page_size)`` of a row count.
+          lengths: i32[S], number of tokens of each sequence, at most ``P * page_size``.
+          page_size: static.
+          num_pages: N, static.
+
+        Raises:
+          ValueError: shapes that do not match. Values are not checked, see ``check_invariants``.
+        """
+        page_indices, lengths = jnp.asarray(page_indices, jnp.int32), jnp.asarray(lengths, jnp.int32)
+        if page_indices.ndim != 2 or lengths.shape != page_indices.shape[:1]:
+            raise ValueError(
+                f"page_indices must be [S, P] and lengths [S], got shapes {page_indices.shape} and {lengths.shape}"
+            )
+        num_entries = -(-lengths // page_size)
+        index = jnp.arange(page_indices.shape[1], dtype=jnp.int32)
+        used = index < num_entries[:, None]
+        none = jnp.zeros_like(page_indices)
+        return cls(
+            pages=jnp.where(used, page_indices, num_pages),
+            first_slot=none,
+            num_tokens=jnp.clip(lengths[:, None] - index * page_size, 0, page_size),
+            position=jnp.where(used, index * page_size, 0),
+            rotation=none,
+            num_entries=num_entries,
+        )
+
+    def to_page_indices(self, page_size: int) -> tuple[Array, Array]:
+        """Page indices and lengths for kernels of other libraries; undoes ``from_page_indices``.
+
+        Such kernels read one page after the other, so no sequence may have been shifted, or changed
+        elsewhere than at its end. Under ``jit`` that is not checked.
+
+        Args:
+          page_size: static.
+
+        Returns:
+          ``(page_indices i32[S, P], lengths i32[S])``. Indices behind a sequence's last page are 0:
+          some kernels read them, and want a page there.
+
+        Raises:
+          ValueError: an entry is not where and what ``from_page_indices`` makes it; names the sequence.
+        """
+        count = lengths(self)
+        plain = BlockTable.from_page_indices(self.pages, count, page_size, 0)
+        used = jnp.arange(self.max_pages_per_seq, dtype=jnp.int32) < self.num_entries[:, None]
+        same = self.num_entries == plain.num_entries
+        for name in ("first_slot", "num_tokens", "position", "rotation"):
+            same &= jnp.all(~used | (getattr(self, name) == getattr(plain, name)), axis=1)
+        if not isinstance(same, jax.core.Tracer) and not same.all():
+            raise ValueError(
+                f"sequence {int(jnp.argmin(same))} does not fill its pages of {page_size} tokens one after the other "
+                "from position 0 on, in keys as they were rotated first"
+            )
+        return jnp.where(used, self.pages, 0), count
+
 
 def create(max_seqs: int, max_pages_per_seq: int, num_pages: int) -> BlockTable:
     """Creates a table of empty sequences.

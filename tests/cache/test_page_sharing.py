@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxpaged import PagedKVCache, check_invariants, reserve, seq_remove
-from jaxpaged.cache.sharing import pin_pages, read_pages, seq_allocate, seq_attach, unpin_pages, write_pages
+from jaxpaged.cache.sharing import (
+    pin_pages,
+    read_pages,
+    seq_allocate,
+    seq_attach,
+    unpin_pages,
+    with_page_indices,
+    write_pages,
+)
 from jaxpaged.engine.swap import numbered
 
 S, N, P, PS = 3, 12, 6, 8
@@ -151,3 +159,20 @@ def test_formats_with_residual_pages_are_not_copied_to_the_host():
     cache = filled("kivi4", lengths=(8, 0, 3))
     with pytest.raises(ValueError, match="kivi4"):
         read_pages(cache, jnp.arange(2))
+
+
+def test_a_cache_goes_on_with_the_page_table_of_another_library():
+    cache = filled()
+    before = attended(cache, 0)
+    indices, lengths = cache.table.to_page_indices(PS)
+    indices, lengths = indices.at[1].set(indices[0]), lengths.at[1].set(lengths[0])  # a fork
+    taken = jax.jit(with_page_indices)(cache, indices, lengths)
+    check_invariants(taken)
+    assert taken.allocator.ref_counts[taken.table.pages[0, 0]] == 2
+    for seq in (0, 1):
+        np.testing.assert_array_equal(attended(taken, seq), before)
+    taken, batch, ok = reserve(taken, jnp.array([1, 1, 0]), num_tokens=2)
+    assert ok and batch.page[0] != batch.page[1], "a shared last page is copied before it is written"
+    check_invariants(taken)
+    with pytest.raises(ValueError, match=r"kivi4.* no page table knows"):
+        with_page_indices(filled("kivi4", lengths=(8, 0, 3)), indices, lengths)

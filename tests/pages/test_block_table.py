@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +135,44 @@ def test_negative_bounds_mean_what_they_do_in_llama_cpp(
 def test_sizes_are_positive(sizes: tuple[int, int, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive, got {min(sizes)}"):
         tables.create(*sizes)
+
+
+def made(*row_lists: list[tuple[int, int, int, int, int]]) -> BlockTable:
+    return jax.tree.map(lambda *fields: jnp.stack(fields), *map(make_row, row_lists))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, P * PAGE_SIZE), min_size=1, max_size=4), st.randoms())
+def test_page_indices_are_a_table_of_full_pages_and_back(lengths: list[int], random: Any) -> None:
+    indices = np.array([random.choices(range(N), k=P) for _ in lengths])
+    table = BlockTable.from_page_indices(jnp.asarray(indices), jnp.asarray(lengths), PAGE_SIZE, N)
+    for s, length in enumerate(lengths):
+        wanted = [(i, indices[s, i // PAGE_SIZE], i % PAGE_SIZE, 0) for i in range(length)]
+        assert tokens(tables.get_row(table, jnp.int32(s))) == wanted
+    found, count = table.to_page_indices(PAGE_SIZE)
+    used = np.arange(P) * PAGE_SIZE < np.array(lengths)[:, None]
+    np.testing.assert_array_equal(found, np.where(used, indices, 0))
+    assert count.tolist() == lengths
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [(3, 0, 8, 0, 0), (4, 1, 5, 8, 0)],  # begins inside a page
+        [(3, 0, 7, 0, 0), (4, 0, 5, 7, 0)],  # a page before the last has a free slot
+        [(3, 0, 8, 8, 0)],  # begins behind position 0
+        [(3, 0, 8, 0, 0), (4, 0, 5, 9, 0)],  # a gap
+        [(3, 0, 8, 0, 2)],  # shifted
+        [(3, 0, 4, 0, 0), (3, 4, 4, 4, 0)],  # two entries of one page
+    ],
+)
+def test_a_table_that_page_indices_cannot_say_names_the_sequence(row: list[Any]) -> None:
+    table = made([], [(1, 0, 8, 0, 0), (2, 0, 3, 8, 0)], row)
+    with pytest.raises(ValueError, match="sequence 2 does not fill its pages of 8 tokens"):
+        table.to_page_indices(PAGE_SIZE)
+    jax.jit(lambda table: table.to_page_indices(PAGE_SIZE))(table)  # values are not known
+
+
+def test_page_indices_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got shapes \(2, 3\) and \(3,\)"):
+        BlockTable.from_page_indices(jnp.zeros((2, 3), jnp.int32), jnp.zeros(3, jnp.int32), PAGE_SIZE, N)
