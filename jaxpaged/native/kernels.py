@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from jaxpaged.native.target import target_machine
 
 _FAILED = -1
 _POLL_MICROSECONDS = 500
+_lock = threading.Lock()
+_registered: set[str] = set()
+"""Names of kernels that are registered."""
 _linked: list[Any] = []
 """References to linked code, whose addresses XLA has."""
 
@@ -67,7 +71,7 @@ class Kernel:
 
 
 def register(*kernels: Kernel) -> None:
-    """Registers kernels as custom calls of the CPU platform; does not wait for their compilation.
+    """Registers kernels as custom calls of the CPU platform, once; does not wait for their compilation.
 
     ``background.wait`` does, and raises what made it fail; a program that calls a kernel before
     then waits.
@@ -75,11 +79,20 @@ def register(*kernels: Kernel) -> None:
     Warns:
       RuntimeWarning: the cache folder cannot be used, so kernels are compiled.
     """
+    with _lock:  # programs may be traced on several threads
+        kernels = tuple(kernel for kernel in kernels if kernel.name not in _registered)
+        _registered.update(kernel.name for kernel in kernels)
+        _register_all(kernels)
+
+
+def _register_all(kernels: Sequence[Kernel]) -> None:
+    if not kernels:
+        return
     folder = None
     try:
         folder = private_folder(cache_folder() / "kernels")
     except OSError as error:
-        warnings.warn(f"no kernel cache, every process compiles: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"no kernel cache, every process compiles: {error}", RuntimeWarning, stacklevel=3)
     missing = []
     for kernel in kernels:
         entry = None if folder is None else folder / f"{kernel.key}.kernel"

@@ -20,9 +20,7 @@ _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 _FOLDER = Path(__file__).parent
 
 
-_registered: set[str] = set()
-
-
+@functools.cache
 def _target(name: str, exact: bool) -> str:
     """Name of the custom call of a format, registered on first use."""
     prepare([name], exact=exact)
@@ -39,8 +37,7 @@ def _kernel(name: str, exact: bool) -> Kernel:
 
 def prepare(names: Iterable[str], *, exact: bool) -> None:
     """Registers the custom calls of formats; their kernels are compiled meanwhile, if they have to be."""
-    kernels = {name: kernel for name in names if (kernel := _kernel(name, exact)).name not in _registered}
-    _registered.update(kernel.name for kernel in kernels.values())
+    kernels = {name: _kernel(name, exact) for name in names}
     register(*kernels.values())
     for name, kernel in kernels.items():
         register_target_loader(kernel.name, _target, name, exact)
