@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,3 +72,11 @@ def test_policy_gradients_raise_the_reward() -> None:
     compiled = run_donating("cpu")._cache_size()
     rollout.train(2, seed=1)
     assert run_donating("cpu")._cache_size() == compiled
+
+
+@pytest.mark.slow  # because matplotlib is not in the extra of the other tests
+def test_the_reward_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "reward.svg"
+    monkeypatch.setattr(sys, "argv", ["rollout.py", "--steps=2", f"--plot={picture}"])
+    rollout.main()
+    assert "mean reward" in picture.read_text()
