@@ -32,7 +32,7 @@ import jaxpaged
 
 PROMPTS, LENGTH, SAMPLES, NEW = 4, 16, 8, 16
 ROWS = PROMPTS * SAMPLES
-AS_IT_IS = jaxpaged.SamplingParams.create(ROWS, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+AS_IT_IS = jaxpaged.SamplingParams.unmodified(ROWS)
 ADAM = optax.adam(3e-4)
 
 

@@ -23,6 +23,7 @@ from jaxpaged.generation.request import (
     Lookup,
     Request,
     SearchParams,
+    is_traced,
 )
 from jaxpaged.generation.result import BeamResult, GenerateResult
 from jaxpaged.generation.sampling import SamplingParams
@@ -96,7 +97,7 @@ def generate(
       sampling: one row a sample, or one a sequence of the cache if these are more; default greedy,
         or with a ``key`` the defaults of ``SamplingParams.create``.
       key: key of ``jax.random``, from which each sample gets a seed in place of that of
-        ``sampling``.
+        ``sampling``. ``SamplingParams.unmodified`` samples from the model's own distribution.
       stop_ids: tokens that end a sequence; they are not part of the result.
       batch_size: maximum number of tokens of a prefill step, which may hold parts of several
         prompts.
@@ -123,6 +124,11 @@ def generate(
         count, sampling of another size, a prompt that fills the shifted context, ``keep`` with more
         rows than sequences.
     """
+    if is_traced(params, cache, prompts, prompt_lens, sampling, key):
+        raise ValueError(
+            "generate compiles a program of its own; under jit, call "
+            "run(model, params, cache, Request.create(cache, prompts, ...))"
+        )
     request = Request.create(
         cache,
         prompts,

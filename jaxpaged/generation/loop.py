@@ -441,7 +441,14 @@ def _accept(
         ),
     )
     if logprobs is not None:
-        result = replace(result, **jax.tree.map(put, {k: getattr(result, k) for k in logprobs}, logprobs))
+        last = jnp.minimum(end, width - 1)[:, None]
+        stop = jnp.take_along_axis(logprobs["logprobs"], last, axis=1)[:, 0]
+        at = jnp.where(stopped & (end < room), slots.row, idle)
+        result = replace(
+            result,
+            **jax.tree.map(put, {k: getattr(result, k) for k in logprobs}, logprobs),
+            stop_logprob=result.stop_logprob.at[at].set(stop, mode="drop"),
+        )
     released = refused | (failed if keep else ended)
     if width == 1:
         cache, _ = cache.seq_remove(released)
@@ -477,6 +484,7 @@ def begin(cache: KVCache, request: Request) -> State:
             num_tokens=jnp.zeros(rows, jnp.int32),
             finish_reason=jnp.full(rows, RUNNING, jnp.int32),
             logprobs=jnp.zeros((rows, columns), jnp.float32),
+            stop_logprob=jnp.zeros(rows if columns else 0, jnp.float32),
             top_tokens=jnp.full(likeliest, -1, jnp.int32),
             top_logprobs=jnp.zeros(likeliest, jnp.float32),
             drafted=jnp.zeros(rows, jnp.int32),
@@ -504,13 +512,13 @@ def advance(
     model = jax.jit(model)  # traced once for each number of rows
     num_logits = cache.max_seqs * request.shape.width
 
-    def first_logits() -> Array:
+    def one_step() -> Any:
         rows = jnp.zeros(num_logits, jnp.int32)
         none = jnp.zeros(cache.max_seqs, jnp.int32)
         reserved, batch, _ = cache.reserve(none, num_tokens=num_logits, max_new=request.shape.width)
-        return model(params, rows, reserved, batch, rows)[0]
+        return model(params, rows, reserved, batch, rows)
 
-    logits = jnp.zeros(jax.eval_shape(first_logits).shape, jnp.float32)
+    logits = jnp.zeros(_logits_shape(jax.eval_shape(one_step), cache, num_logits), jnp.float32)
 
     def unfinished(carry: tuple[Array, Cache, State, Array]) -> Array:
         first, _, state, _ = carry
@@ -526,6 +534,23 @@ def advance(
 
     _, cache, state, _ = lax.while_loop(unfinished, turn, (jnp.bool_(True), cache, state, logits))
     return cache, state
+
+
+def _logits_shape(returned: Any, cache: Any, rows: int) -> tuple[int, ...]:
+    """Shape of a model's logits for ``rows`` rows.
+
+    Raises:
+      ValueError: it returned something else than logits and a cache.
+    """
+    wanted = f"a model must return (logits [R, V], cache), for its rows i32[R] of R = {rows}"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(f"{wanted}, got {type(returned).__name__}")
+    logits, after = returned
+    if not isinstance(after, type(cache)):
+        raise ValueError(f"{wanted}, got ({type(logits).__name__}, {type(after).__name__})")
+    if logits.ndim != 2 or logits.shape[0] != rows or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"{wanted}, got logits {logits.dtype}{list(logits.shape)}")
+    return tuple(logits.shape)
 
 
 def run(model: Model, params: Any, cache: Cache, request: Request) -> tuple[Any, Cache]:

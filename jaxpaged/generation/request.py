@@ -208,7 +208,7 @@ class Request:
             raise ValueError(f"window must be at least 1 token, got {window}")
         if logprobs is not None and logprobs < 0:
             raise ValueError(f"logprobs must not be negative, got {logprobs}")
-        traced = _is_traced(prompts, prompt_lens)
+        traced = is_traced(prompts, prompt_lens)
         if traced:
             ids, lens, longest = _traced_prompts(prompts, prompt_lens, mesh)
             count = ids.shape[0]
@@ -255,7 +255,7 @@ class Request:
             whole = np.pad(np.asarray([len(text) for text in joined], np.int32), padding)
             texts = _padded(joined, int(whole.max()), num_prompts)
         width = _TRACED_PENALTY_WINDOW
-        if not _is_traced(sampling, lens):
+        if not is_traced(sampling, lens):
             width = _penalty_window(sampling, int(whole.max() + limits.max()))
         index = whole[:, None] - width + np.arange(width, dtype=np.int32)
         recent = xp.where(index < 0, np.int32(-1), xp.take_along_axis(texts, xp.maximum(index, 0), axis=1))
@@ -311,7 +311,8 @@ class Request:
         return jax.tree.map(jnp.asarray, request) if mesh is None else put(mesh, request)
 
 
-def _is_traced(*values: Any) -> bool:
+def is_traced(*values: Any) -> bool:
+    """True if any array is a tracer."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
@@ -351,7 +352,7 @@ def _sampling_rows(
     if key is not None:
         sampling = replace(sampling, seed=SamplingParams.seeds_of(key, sampling.num_seqs))
     index = np.minimum(np.arange(rows), sampling.num_seqs - 1)
-    if _is_traced(sampling):
+    if is_traced(sampling):
         return jax.tree.map(lambda field: field[index], sampling)
     return jax.tree.map(lambda field: np.asarray(field)[index], sampling)
 

@@ -39,6 +39,8 @@ class GenerateResult(ResultBase):
     logprobs: Array
     """f32[R, M]: log-probabilities of ``tokens``, by the model's logits at temperature 1, before
     penalties and truncation; f32[R, 0] unless asked for."""
+    stop_logprob: Array
+    """f32[R]: log-probability of the stop token that ended a row, likewise; 0 where none did."""
     top_tokens: Array
     """i32[R, M, k]: likeliest tokens in place of each, likeliest first; -1 in padding."""
     top_logprobs: Array

@@ -153,6 +153,11 @@ class SamplingParams:
         return jax.random.bits(key, (num_seqs,), jnp.uint32)
 
     @classmethod
+    def unmodified(cls, num_seqs: int, *, seed: npt.ArrayLike = 0) -> SamplingParams:
+        """Parameters that sample from the model's own distribution: temperature 1, nothing cut off."""
+        return cls.create(num_seqs, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed)
+
+    @classmethod
     def greedy(cls, num_seqs: int) -> SamplingParams:
         """Parameters of greedy decoding for ``num_seqs`` sequences."""
         return cls.create(num_seqs, temperature=0.0)

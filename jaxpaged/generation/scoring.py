@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from jaxpaged.cache.interface import Cache
 from jaxpaged.generation.loop import Model
@@ -16,8 +17,8 @@ def score(
     model: Model,
     params: Any,
     cache: Cache,
-    tokens: Array,
-    lens: Array | None = None,
+    tokens: ArrayLike,
+    lens: ArrayLike | None = None,
     *,
     batch_size: int = 512,
     keep: bool = False,
@@ -53,7 +54,7 @@ def score(
       >>> score(model, None, cache, jnp.array([[3, 1, 2]]))[0].round(3).tolist()
       [[0.0, -1.38600003..., -1.38600003...]]
     """
-    s = cache.max_seqs
+    s, tokens = cache.max_seqs, jnp.asarray(tokens)
     if tokens.ndim != 2 or not 1 <= tokens.shape[0] <= s or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens must be integers [B, T] with B from 1 to {s} (the cache's max_seqs), "

@@ -211,7 +211,8 @@ def test_the_repr_of_a_result_shows_shapes_and_fetches_nothing(params: Any) -> N
         array.delete()
     assert repr(result) == (
         "GenerateResult(tokens=int32[6, 4096], num_tokens=int32[6], finish_reason=int32[6], "
-        "logprobs=float32[6, 0], top_tokens=int32[6, 0, 0], top_logprobs=float32[6, 0, 0], drafted=int32[6], "
+        "logprobs=float32[6, 0], stop_logprob=float32[0], top_tokens=int32[6, 0, 0], "
+        "top_logprobs=float32[6, 0, 0], drafted=int32[6], "
         "accepted=int32[6], pages_peak=int32[], num_steps=int32[])"
     )
     stream = generate_stream(MODEL, params, paged(6, 60), PROMPTS, max_new_tokens=LIMIT)

@@ -203,6 +203,42 @@ def test_bad_arguments_are_named(params: Any, options: dict[str, Any], message: 
         generate(toy, params, paged(3, 40), PROMPTS, max_new_tokens=NEW, **options)
 
 
+def test_the_stop_token_has_a_log_probability(params: Any) -> None:
+    plain, _ = generate(toy, params, paged(3, 40), PROMPTS, max_new_tokens=NEW, logprobs=0)
+    stop = rows_of(plain)[0][4]
+    result, _ = generate(toy, params, paged(3, 40), PROMPTS, max_new_tokens=NEW, logprobs=0, stop_ids=[stop])
+    count = int(result.num_tokens[0])
+    np.testing.assert_allclose(result.stop_logprob[0], plain.logprobs[0, count], atol=1e-5)
+    assert (np.asarray(result.stop_logprob != 0) == (np.asarray(result.num_tokens) < NEW))[:3].all()
+
+
+def test_unmodified_sampling_draws_from_the_models_distribution(params: Any) -> None:
+    """Frequencies of the first token of many samples."""
+    sampling = SamplingParams.unmodified(400, seed=3)
+    result, _ = generate(toy, params, paged(16, 120), [PROMPTS[0]] * 400, max_new_tokens=1, sampling=sampling)
+    expected = np.exp(toy_log_probabilities(params, PROMPTS[0]))
+    found = np.bincount(np.asarray(result.tokens)[:400, 0], minlength=VOCAB) / 400
+    assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / 400)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda *a: toy(*a)[::-1], r"\(logits \[R, V\], cache\), .* got \(PagedKVCache, "),
+        (lambda *a: toy(*a)[0], "R = 3, got ShapeDtypeStruct"),
+        (lambda p, t, c, b, r: (toy(p, t, c, b, r)[0][:1], c), r"R = 3, got logits float32\[1, 97\]"),
+    ],
+)
+def test_a_model_that_returns_something_else_is_named(params: Any, model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, paged(3, 40), PROMPTS, max_new_tokens=NEW)
+
+
+def test_generate_under_jit_names_run(params: Any) -> None:
+    with pytest.raises(ValueError, match=r"under jit, call run\(model, params, cache, Request.create"):
+        jax.jit(lambda p: generate(toy, p, paged(3, 40), PROMPTS, max_new_tokens=NEW)[0])(params)
+
+
 @pytest.mark.parametrize(
     ("texts", "lens", "message"),
     [
