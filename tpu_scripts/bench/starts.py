@@ -13,12 +13,14 @@ layers are written to a temporary folder first (Q8_0). With -v, each run prints 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,9 @@ def main() -> None:
         models = {args.model.name: args.model} if args.model else {}
         for layers in () if args.model else args.layers:
             models[f"{layers} layers"] = Path(folder, f"{layers}.gguf")
-            write_model(models[f"{layers} layers"], layers)
+            # Elsewhere: the peak of a process begins at the memory of the one that starts it.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                pool.submit(write_model, models[f"{layers} layers"], layers).result()
         for name, path in models.items():
             found = measure(path, args.repeat, args.verbose)
             rows.append({"model": name, **found})
