@@ -15,6 +15,7 @@ from jaxpaged.app.session import Session
 from jaxpaged.generation.api import beam_request
 from jaxpaged.generation.result import FINISH_NAN, BeamResult
 from jaxpaged.generation.stream import GenerateStream
+from jaxpaged.sharding.mesh import BatchSharding, num_shards
 
 
 def complete(session: Session, prompt: str) -> int:
@@ -32,7 +33,16 @@ def complete(session: Session, prompt: str) -> int:
         stop_ids=sorted(loaded.tokenizer.stop_ids),
         batch_size=o.step_tokens,
     )
-    search = GenerateStream(session.model, loaded.params, cache, request, num_samples=o.beams, every=new)
+    mesh = loaded.mesh
+    search = GenerateStream(
+        session.model,
+        loaded.params,
+        cache,
+        request,
+        num_samples=o.beams,
+        every=new,
+        sharding=None if mesh is None else BatchSharding(num_shards(mesh), o.beams),
+    )
     notice = "searching ..." if o.log and sys.stderr.isatty() else ""
     click.echo(notice, nl=False, err=True)
     start = time.perf_counter()

@@ -93,13 +93,22 @@ class GenerateStream:
             self.cache, state = more(self.params, self.cache, state, self.request, np.int32(steps))
             found = self._on_host(state.result)
             # A copy, since the state is donated to the next chunk.
-            self.result = found if state.search is None else fetch(result_of(state, self.request))
+            self.result = found if state.search is None else self._of_search(state)
             counts = found.num_tokens[: self.num_samples].tolist()
             new = [found.tokens[i, seen[i] : count].tolist() for i, count in enumerate(counts)]
             reasons = found.finish_reason[: self.num_samples].tolist()
             seen, running = counts, RUNNING in reasons
             yield StreamChunk(new, reasons)
             steps = self.every
+
+    def _of_search(self, state: Any) -> Any:
+        """BeamResult on the host, in the caller's order."""
+        if self.sharding is None:
+            return fetch(result_of(state, self.request))
+        host, shards = fetch(state), self.sharding.shards
+        each = [result_of(jax.tree.map(lambda x, d=d: x[d], host), self.request) for d in range(shards)]
+        whole = jax.tree.map(lambda *parts: np.stack(parts), *each)
+        return gather_result(whole, BatchSharding(shards, 1))
 
     def _on_host(self, result: Any) -> Any:
         """A result on the host, in the caller's order."""
