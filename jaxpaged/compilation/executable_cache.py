@@ -201,7 +201,8 @@ def _read(path: Path) -> Any:
         serialized, inputs, outputs, targets = pickle.loads(content)
         for module, function, arguments in targets:
             getattr(importlib.import_module(module), function)(*arguments)
-        return deserialize_and_load(serialized, inputs, outputs)
+        # By default, a program of one device is loaded for all.
+        return deserialize_and_load(serialized, inputs, outputs, execution_devices=jax.devices()[:1])
     except (
         jax.errors.JaxRuntimeError,
         pickle.UnpicklingError,
