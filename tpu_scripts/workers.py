@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -32,7 +33,9 @@ def run_as_worker(work: Callable[..., Iterable[Any]]) -> bool:
     if sys.argv[1:2] != [_FLAG]:
         return False
     rows = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed goes to stderr
+    os.dup2(2, 1)  # whatever else is printed goes to stderr, at once, so that a traceback comes last
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
     for row in work(**json.loads(sys.argv[2])):
         print(json.dumps(row), file=rows, flush=True)
     return True
