@@ -47,6 +47,12 @@ def gather_result(result: Any, sharding: BatchSharding) -> Any:
     return sharding.gather_result(result, **totals)
 
 
+def _run(model: Model, params: Any, cache: Cache, request: Request, sharding: BatchSharding) -> Any:
+    """``(result, cache)`` of a request, on a mesh with the result gathered on the host."""
+    result, cache = run_donating(jax.default_backend())(model, params, cache, request)
+    return (result if mesh_of(cache) is None else gather_result(result, sharding)), cache
+
+
 def generate(
     model: Model,
     params: Any,
@@ -147,9 +153,9 @@ def generate(
         logprobs=logprobs,
         logits_processor=logits_processor,
     )
-    result, cache = run_donating(jax.default_backend())(model, params, cache, request)
-    mesh = mesh_of(cache)
-    return (result if mesh is None else gather_result(result, BatchSharding.of(mesh, len(prompts), n))), cache
+    sharding = BatchSharding.of(mesh_of(cache), len(prompts), n)
+    found: tuple[GenerateResult, Cache] = _run(model, params, cache, request, sharding)
+    return found
 
 
 def beam_request(
@@ -250,7 +256,8 @@ def beam_search(
     Returns:
       ``(result, cache)``. When pages run short, a search waits for those that have pages for all
       their beams; where none has, the first ends with the best sequences it has, finished or not,
-      and its pages serve the others. One whose logits hold NaN ends with FINISH_NAN. ``complete`` is False for both.
+      and its pages serve the others. One whose logits hold NaN ends with FINISH_NAN. ``complete`` is
+      False for both.
 
     Raises:
       ValueError: no prompt or too many, an empty prompt, ids that are no integers or negative, a
@@ -271,6 +278,7 @@ def beam_search(
         stop_ids=stop_ids,
         batch_size=batch_size,
     )
-    result, cache = run_donating(jax.default_backend())(model, params, cache, request)
-    mesh = mesh_of(cache)
-    return (result if mesh is None else gather_result(result, BatchSharding(num_shards(mesh), 1))), cache
+    found: tuple[BeamResult, Cache] = _run(
+        model, params, cache, request, BatchSharding(num_shards(mesh_of(cache)), 1)
+    )
+    return found

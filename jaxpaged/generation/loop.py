@@ -210,12 +210,13 @@ def _draft(cache: Cache, state: State, slots: Slots, request: Request, decodes: 
         return jnp.zeros((s, 0), jnp.int32), jnp.zeros(s, jnp.int32)
     # The text of each sequence: its prompt, and what was generated since.
     result, prompt_len = state.result, slots.prompt_len
-    column = lax.iota(jnp.int32, request.prompts.shape[1] + shape.capacity)
+    longest = request.prompts.shape[1]
+    column = lax.iota(jnp.int32, longest + shape.capacity)
     generated = jnp.clip(column - prompt_len[:, None], 0, shape.capacity - 1)
     text = jnp.where(
         column < prompt_len[:, None],
-        jnp.pad(request.prompts, ((0, 0), (0, shape.capacity)))[slots.prompt],
-        jnp.take_along_axis(result.tokens[slots.row], generated, axis=1),
+        request.prompts[slots.prompt[:, None], jnp.minimum(column, longest - 1)],
+        result.tokens[slots.row[:, None], generated],
     )
     num_tokens = result.num_tokens[slots.row]
     draft, found = find_drafts(text, prompt_len + num_tokens, ngram=lookup.ngram, num_draft=lookup.num_draft)
@@ -255,8 +256,9 @@ def _step(
     slots = Slots.of(state, request)
     prefills = jnp.any(slots.prefilling)
     decodes = ~prefills & jnp.any(slots.decoding) & (state.result.num_steps < last)
+    runs_model = prefills | decodes
     draft, count = _draft(cache, state, slots, request, decodes)
-    going = slots.decoding & (prefills | decodes)
+    going = slots.decoding & runs_model
     if state.search is not None:
         going &= state.search.grows(s)
     num_new = jnp.where(going, 1 + count, 0)
@@ -310,12 +312,10 @@ def _step(
 
     carry = _once(prefills, runs(shape.chunk, 1, shape.chunk), (cache, logits))
     if width > 1:
-        drafted = jnp.any(count > 0)
-        carry = _once(decodes & drafted, runs(s * width, width, width), carry)
-        decodes_one = decodes & ~drafted
-    else:
-        decodes_one = decodes
-    cache, logits = _once(decodes_one, runs(s, 1, 1), carry)
+        drafted = decodes & jnp.any(count > 0)
+        carry = _once(drafted, runs(s * width, width, width), carry)
+        decodes &= ~drafted
+    cache, logits = _once(decodes, runs(s, 1, 1), carry)
 
     progress = state.progress + jnp.where(slots.prefilling, num_new, 0)
     sampled = (num_new > 0) & (progress == slots.prompt_len)
@@ -330,7 +330,7 @@ def _step(
     result = replace(
         result,
         pages_peak=jnp.maximum(result.pages_peak, cache.pages_used),
-        num_steps=result.num_steps + (prefills | decodes),
+        num_steps=result.num_steps + runs_model,
     )
     state = replace(state, progress=progress, result=result)
     if state.search is not None:
@@ -364,9 +364,7 @@ def _choose(
     params: SamplingParams = jax.tree.map(lambda field: field[slots.row], request.sampling)
     changed = logits
     if shape.logits_processor is not None:
-        changed = shape.logits_processor(
-            logits, state.result.tokens[slots.row], state.result.num_tokens[slots.row]
-        )
+        changed = shape.logits_processor(logits, *_texts_so_far(state.result, slots, draft))
         if changed.shape != logits.shape:
             raise ValueError(
                 f"logits_processor must return logits {list(logits.shape)}, got {list(changed.shape)}"
@@ -383,6 +381,18 @@ def _choose(
             lambda x: x.reshape(s, width, *x.shape[1:]), logprobs_of(logits, tokens, shape.logprobs)
         )
     return tokens.reshape(s, width), found
+
+
+def _texts_so_far(result: GenerateResult, slots: Slots, draft: Array) -> tuple[Array, Array]:
+    """Tokens before each row of logits, ``(i32[S * width, M], i32[S * width])``: those generated, and
+    the draft up to the row."""
+    tokens, count = result.tokens[slots.row], result.num_tokens[slots.row]
+    (s, capacity), width = tokens.shape, draft.shape[1] + 1
+    behind = count[:, None] + lax.iota(jnp.int32, width - 1)
+    tokens = tokens.at[lax.iota(jnp.int32, s)[:, None], behind].set(draft, mode="drop")
+    length = (count[:, None] + lax.iota(jnp.int32, width)).reshape(-1)
+    known = lax.iota(jnp.int32, capacity) < length[:, None]
+    return jnp.where(known, jnp.repeat(tokens, width, axis=0), -1), length
 
 
 def _accept(

@@ -98,8 +98,8 @@ class SearchParams:
 
 
 LogitsProcessor = Callable[[Array, Array, Array], Array]
-"""``(logits f32[S, V], tokens i32[S, M], num_tokens i32[S]) -> logits f32[S, V]``, pure and hashable:
-changes logits before a token is sampled. ``tokens`` are those generated so far, padded with -1."""
+"""``(logits f32[R, V], tokens i32[R, M], num_tokens i32[R]) -> logits f32[R, V]``, pure and hashable:
+changes logits before a token is sampled. ``tokens`` are those generated before each row, padded with -1."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ class Request:
         ``max_new_tokens`` is an integer, and penalties see the last 64 tokens.
 
         Args:
-          fixed_steps: see ``generate_stream``.
+          fixed_steps: prefill in steps of ``batch_size`` tokens, however short a prompt is, so that all
+            prompts share a program; for models whose products skip padding.
           search: parameters of a beam search with ``n`` beams, see ``beam_request``.
 
         Raises:
@@ -210,20 +211,21 @@ class Request:
             raise ValueError(f"logprobs must not be negative, got {logprobs}")
         traced = is_traced(prompts, prompt_lens)
         if traced:
-            ids, lens, longest = _traced_prompts(prompts, prompt_lens, mesh)
-            count = ids.shape[0]
-            if len(history):
-                raise ValueError("history needs prompts that are not traced")
+            ids, lens = _traced_prompts(prompts, prompt_lens, mesh)
         else:
-            lists = token_lists(prompts, prompt_lens)
-            count = len(lists)
-            lens = np.asarray([len(one) for one in lists], np.int32)
-            longest = int(lens.max(initial=0))
-            ids = _padded(lists, longest)
+            ids, lens = _padded(token_lists(prompts, prompt_lens))
+        count, longest = ids.shape
         if count < 1:
             raise ValueError("prompts must be at least 1, got 0")
         if len(history) not in (0, count):
             raise ValueError(f"history must be of each of {count} prompts, got {len(history)}")
+        if traced and len(history):
+            raise ValueError("history needs prompts that are not traced")
+        texts, whole = ids, lens
+        if len(history):
+            texts, whole = _padded(
+                [np.append(h, row[:length]) for h, row, length in zip(history, ids, lens, strict=True)]
+            )
 
         # The layout: which prompts each data shard has, and rows of the result.
         sharding = BatchSharding.of(mesh, count, num_samples)
@@ -249,11 +251,7 @@ class Request:
         lens = xp.pad(lens, padding)
         ids = xp.pad(ids, (padding, (0, columns(longest, num_prompts) - longest)))
         sampling = _sampling_rows(sampling, count * num_samples, cache.max_seqs, rows, key)
-        texts, whole = ids, lens
-        if len(history):
-            joined = [np.append(np.asarray(h, np.int32), x) for h, x in zip(history, lists, strict=True)]
-            whole = np.pad(np.asarray([len(text) for text in joined], np.int32), padding)
-            texts = _padded(joined, int(whole.max()), num_prompts)
+        whole, texts = xp.pad(whole, padding), xp.pad(texts, (padding, (0, 0)))
         width = _TRACED_PENALTY_WINDOW
         if not is_traced(sampling, lens):
             width = _penalty_window(sampling, int(whole.max() + limits.max()))
@@ -316,16 +314,17 @@ def is_traced(*values: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def _padded(lists: Sequence[np.ndarray], width: int, rows: int | None = None) -> np.ndarray:
-    """Lists of ids as i32[rows, width], padded with 0."""
-    padded = np.zeros((len(lists) if rows is None else rows, width), np.int32)
-    for row, ids in zip(padded, lists, strict=False):
+def _padded(lists: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """``(ids i32[B, longest], lens i32[B])`` of lists of ids, padded with 0."""
+    lens = np.asarray([len(ids) for ids in lists], np.int32)
+    padded = np.zeros((len(lists), lens.max(initial=0)), np.int32)
+    for row, ids in zip(padded, lists, strict=True):
         row[: len(ids)] = ids
-    return padded
+    return padded, lens
 
 
-def _traced_prompts(prompts: Any, prompt_lens: Any, mesh: Any) -> tuple[Any, Any, int]:
-    """``(ids i32[B, T], lens i32[B], T)`` of prompts under ``jit``."""
+def _traced_prompts(prompts: Any, prompt_lens: Any, mesh: Any) -> tuple[Any, Any]:
+    """``(ids i32[B, T], lens i32[B])`` of prompts under ``jit``."""
     if mesh is not None:
         raise ValueError("prompts of a ShardedCache must not be traced: they are distributed by the host")
     if not hasattr(prompts, "ndim") or prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
@@ -337,7 +336,7 @@ def _traced_prompts(prompts: Any, prompt_lens: Any, mesh: Any) -> tuple[Any, Any
     lens = jnp.full(count, longest, jnp.int32) if prompt_lens is None else jnp.asarray(prompt_lens, jnp.int32)
     if lens.shape != (count,):
         raise ValueError(f"prompt_lens must be [{count}], one for each prompt, got {list(lens.shape)}")
-    return jnp.asarray(prompts, jnp.int32), lens, longest
+    return jnp.asarray(prompts, jnp.int32), lens
 
 
 def _sampling_rows(

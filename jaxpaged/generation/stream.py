@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-import numpy.typing as npt
-from jax import Array
 
 from jaxpaged.cache.interface import Cache
 from jaxpaged.compilation import background
@@ -17,9 +15,8 @@ from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.generation.api import gather_result
 from jaxpaged.generation.loop import Model, advance, begin, result_of
 from jaxpaged.generation.prompts import PromptsLike
-from jaxpaged.generation.request import ContextShift, LogitsProcessor, Lookup, Request
+from jaxpaged.generation.request import Request
 from jaxpaged.generation.result import RUNNING
-from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import fetch
 from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, STATIC, mesh_of, over_mesh
@@ -121,32 +118,19 @@ def generate_stream(
     cache: Cache,
     prompts: PromptsLike,
     *,
-    max_new_tokens: npt.ArrayLike,
-    prompt_lens: npt.ArrayLike | None = None,
-    n: int = 1,
-    sampling: SamplingParams | None = None,
-    key: Array | None = None,
-    stop_ids: Sequence[int] = (),
-    batch_size: int = 512,
-    keep: bool = False,
-    context_shift: ContextShift | None = None,
-    window: int | None = None,
-    history: Sequence[Sequence[int]] = (),
-    lookup: Lookup | None = None,
-    logprobs: int | None = None,
-    logits_processor: LogitsProcessor | None = None,
     every: int = 8,
-    fixed_steps: bool = False,
+    n: int = 1,
+    **options: Any,
 ) -> GenerateStream:
     """``generate`` that yields tokens while it runs: the first ones after prefill, then those of
     up to ``every`` steps.
 
-    Arguments and tokens are those of ``generate``; the steps of one chunk run in one XLA program.
+    Tokens are those of ``generate``; the steps of one chunk run in one XLA program.
 
     Args:
+      model, params, cache, prompts, n: as for ``generate``.
       every: steps of a chunk, at most.
-      fixed_steps: prefill in steps of ``batch_size`` tokens, however short a prompt is, so that all
-        prompts share a program; for models whose products skip padding.
+      options: the other arguments of ``generate``; and ``fixed_steps``, see ``Request.create``.
 
     Raises:
       ValueError: as ``generate``, or ``every`` is not positive.
@@ -154,24 +138,6 @@ def generate_stream(
     if every < 1:
         raise ValueError(f"every must be positive, got {every}")
     mesh = mesh_of(cache)
-    request = Request.create(
-        cache,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        prompt_lens=prompt_lens,
-        n=n,
-        sampling=sampling,
-        key=key,
-        stop_ids=stop_ids,
-        batch_size=batch_size,
-        keep=keep,
-        context_shift=context_shift,
-        window=window,
-        history=history,
-        lookup=lookup,
-        logprobs=logprobs,
-        logits_processor=logits_processor,
-        fixed_steps=fixed_steps,
-    )
+    request = Request.create(cache, prompts, n=n, **options)
     sharding = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)
     return GenerateStream(model, params, cache, request, len(prompts) * n, every, sharding)

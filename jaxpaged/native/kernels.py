@@ -82,12 +82,11 @@ def register(*kernels: Kernel) -> None:
     with _lock:  # programs may be traced on several threads
         kernels = tuple(kernel for kernel in kernels if kernel.name not in _registered)
         _registered.update(kernel.name for kernel in kernels)
-        _register_all(kernels)
+        if kernels:
+            _register_all(kernels)
 
 
 def _register_all(kernels: Sequence[Kernel]) -> None:
-    if not kernels:
-        return
     folder = None
     try:
         folder = private_folder(cache_folder() / "kernels")

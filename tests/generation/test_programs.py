@@ -174,6 +174,16 @@ def test_a_logits_processor_decides_what_may_be_sampled(params: Any) -> None:
     assert float(plain.logprobs[0, 0]) >= float(result.logprobs[0, 0])
 
 
+def test_a_logits_processor_sees_the_draft_before_each_token(params: Any) -> None:
+    """``only_even`` forbids tokens that were generated before, those of the draft included."""
+    prompts = [[2, 4, 6, 8] * 4, PROMPTS[1], PROMPTS[2] * 2]
+    options: dict[str, Any] = {"max_new_tokens": 20, "logits_processor": only_even}
+    plain, _ = generate(toy, params, paged(3, 40), prompts, **options)
+    drafted, _ = generate(toy, params, paged(3, 40), prompts, lookup=Lookup(3, ngram=1), **options)
+    assert int(drafted.drafted.sum()) > 0
+    assert rows_of(drafted) == rows_of(plain)
+
+
 def test_a_key_gives_every_sample_a_seed(params: Any) -> None:
     def texts(key: Any, **options: Any) -> list[list[int]]:
         result, _ = generate(
