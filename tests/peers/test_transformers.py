@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,8 @@ pytest.importorskip("transformers")
 import peer_models as peer
 from conftest import Measured
 from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
+
+from jaxpaged import SamplingParams, generate, score
 
 TOLERANCE = 1e-4
 
@@ -58,3 +61,25 @@ def test_generate_gives_what_transformers_generate_gives(name: str, kind: str, l
     starts = peer.prompts()
     theirs = [peer.hf_greedy(peer.hf_model(name), prompt) for prompt in starts]
     assert peer.our_greedy(loaded, kind, starts) == theirs
+
+
+@pytest.mark.parametrize("name", peer.ONE_OF_EACH)
+def test_log_probabilities_are_those_of_transformers(
+    name: str, loaded: LoadedModel, measured: Measured
+) -> None:
+    """Of sampled tokens, as ``generate`` returns them and as ``score`` computes them for the same texts."""
+    starts, new = peer.prompts(), 24
+    options = {"sampling": SamplingParams.unmodified(len(starts)), "max_new_tokens": new, "logprobs": 0}
+    cache = peer.empty_cache(loaded.config, "paged", len(starts))
+    result, cache = generate(loaded.function, loaded.params, cache, starts, **options)
+    texts = [[*start, *result.tokens[i, :new].tolist()] for i, start in enumerate(starts)]
+    padded = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    for row, text in zip(padded, texts, strict=True):
+        row[: len(text)] = text
+    scored, _ = score(loaded.function, loaded.params, cache, padded, [len(text) for text in texts])
+    theirs = peer.hf_logits(peer.hf_model(name), texts)
+    for i, (text, logits) in enumerate(zip(texts, theirs, strict=True)):
+        expected = jax.nn.log_softmax(logits[:-1])[np.arange(len(text) - 1), text[1:]]
+        measured(difference=np.abs(scored[i, 1 : len(text)] - expected).max())
+        np.testing.assert_allclose(scored[i, 1 : len(text)], expected, atol=TOLERANCE)
+        np.testing.assert_allclose(result.logprobs[i, :new], expected[-new:], atol=TOLERANCE)
