@@ -2,12 +2,13 @@
 
 ``interface`` has the operations as functions and the protocol that caches implement; ``paged`` and
 ``contiguous`` implement it, on ``sequences`` (block tables), ``page_pool`` (pages) and ``reservation``
-(the plan of a step).
+(the plan of a step). ``groups`` joins the caches of layers that keep different keys and values.
 ``sharing`` attaches, pins, reads and writes pages by number.
 """
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.defragment import seq_defragment
+from jaxpaged.cache.groups import GroupedKVCache, LayerGroup
 from jaxpaged.cache.interface import (
     ALL,
     Cache,
@@ -34,8 +35,10 @@ __all__ = [
     "ALL",
     "Cache",
     "ContiguousKVCache",
+    "GroupedKVCache",
     "InvariantError",
     "KVCache",
+    "LayerGroup",
     "OutOfPages",
     "PagedKVCache",
     "can_reserve",

@@ -160,7 +160,7 @@ class ContiguousKVCache:
         """i32[]: number of empty rows."""
         return self.max_seqs - self.pages_used
 
-    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
+    def pages_needed(self, num_new: Array, *, limit: int | None = None, step: int | None = None) -> Array:
         """i32[S]: zeros, since each sequence has its row from the start."""
         return jnp.zeros(self.max_seqs, jnp.int32)
 
@@ -223,26 +223,33 @@ class ContiguousKVCache:
         self,
         layer: Array | int,
         q: Array,
-        k: Array,
-        v: Array,
+        k: Array | None,
+        v: Array | None,
         batch: Batch,
         *,
         scale: float | None = None,
         window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
+        group: int | None = None,
     ) -> tuple[Array, ContiguousKVCache]:
-        """Writes a step's keys and values of one layer, and attends; see ``PagedKVCache.attend``."""
+        """Writes a step's keys and values of one layer, and attends; see ``PagedKVCache.attend``.
+
+        Positions never change here, so ``rope`` is not needed.
+        """
+        del rope, group
         layer = check_layer(layer, self.num_layers)
         _, num_kv_heads, _, head_dim = self.k.shape
         check_queries(q, num_kv_heads, head_dim, batch, self.max_seqs, sinks)
-        check_step_rows(k, v, batch.num_tokens, num_kv_heads, head_dim)
         first_row = jnp.asarray(layer * self.max_seqs, jnp.int32)
         row = jnp.where(batch.page < self.max_seqs, first_row + batch.page, self.k.shape[0])
 
-        def write(storage: PageFormat, pool: Any, rows: Array) -> Pages:
-            return storage.write(pool, row, batch.slot, rows)
+        def write(storage: PageFormat, pool: Any, rows: Array | None) -> Pages:
+            return pool if rows is None else storage.write(pool, row, batch.slot, rows)
 
+        if k is not None and v is not None:
+            check_step_rows(k, v, batch.num_tokens, num_kv_heads, head_dim)
         k_rows, v_rows = write(self.k_format, self.k, k), write(self.v_format, self.v, v)
 
         def attend(window: int | None) -> Array:

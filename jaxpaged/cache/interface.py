@@ -21,6 +21,7 @@ from jax import Array
 from jaxpaged.cache.checks import step_rows
 from jaxpaged.cache.windows import Windows
 from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.rope import Rope
 
 ALL = -1
 """In place of a sequence's id: every sequence."""
@@ -43,14 +44,16 @@ class KVCache(Protocol):
         self,
         layer: Array | int,
         q: Array,
-        k: Array,
-        v: Array,
+        k: Array | None,
+        v: Array | None,
         batch: Batch,
         *,
         scale: float | None = None,
         window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
+        group: int | None = None,
     ) -> tuple[Array, Self]: ...
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
@@ -58,7 +61,7 @@ class KVCache(Protocol):
     def can_reserve(self, num_new: Array) -> Array: ...
     def can_reserve_each(self, num_new: Array) -> Array: ...
     def has_room(self, num_new: Array) -> Array: ...
-    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array: ...
+    def pages_needed(self, num_new: Array, *, limit: int | None = None, step: int | None = None) -> Array: ...
     def whole_pages(self, num_tokens: Array) -> Array: ...
     def clear(self, *, scrub: bool = False) -> Self: ...
     def seq_copy(
@@ -93,6 +96,9 @@ def reserve(
         ``sum(num_new)``, which must then be concrete.
       max_new: static bound on the tokens of one sequence; 1 for a decode step, which then compiles
         to less. Default: T.
+
+    In a cache with a ``window``, pages that no further token sees are freed first, even if the rest
+    then fails.
 
     Returns:
       ``(cache, batch, ok bool[])``. ``batch`` maps rows to sequences, positions and slots; it is all
@@ -136,8 +142,11 @@ def reserve_or_raise(cache: Cache, num_new: Array, *, num_tokens: int | None = N
     needed, has_room = (np.asarray(x) for x in _needs(cache, counts))
     if not has_room.all():
         raise ValueError(f"sequence {int(np.argmin(has_room))} has no room for its new tokens in {cache!r}")
-    if needed.sum() > (free := int(cache.pages_free)):
-        raise OutOfPages(int(needed.sum()), free)
+    # Copied: an array that numpy looks at is not donated.
+    each = np.atleast_1d(needed.sum(axis=0)), np.array(cache.pages_free, ndmin=1)
+    for requested, free in zip(*each, strict=True):  # one number for each layer group
+        if requested > free:
+            raise OutOfPages(int(requested), int(free))
     cache, batch, _ = _reserve_donating(cache, counts, num_tokens=rows)
     return cache, batch
 
@@ -148,7 +157,8 @@ def can_reserve(cache: KVCache, num_new: Array) -> Array:
 
 
 def pages_needed(cache: KVCache, num_new: Array) -> Array:
-    """i32[S]: pages that ``reserve(cache, num_new)`` would allocate, copies of shared pages included."""
+    """i32[S]: pages that ``reserve(cache, num_new)`` would allocate, copies of shared pages included; i32[S,
+    G] in a cache of several layer groups."""
     return cache.pages_needed(num_new)
 
 
@@ -166,7 +176,8 @@ def seq_copy(
     only a prefix.
 
     Returns:
-      ``(cache, ok bool[])``. Not ok: an id outside [0, S), or ``dst`` is not empty.
+      ``(cache, ok bool[])``. Not ok: an id outside [0, S), ``dst`` is not empty, or the cache has a
+      window and no longer all that the next token of ``dst`` would see.
     """
     return cache.seq_copy(src, dst, p0, p1)
 
@@ -183,7 +194,8 @@ def seq_remove(cache: Cache, seq: Integer, p0: Integer = 0, p1: Integer = -1) ->
 
     Returns:
       ``(cache, ok bool[])``. Not ok: the id is too large, or an entry has to be split and the
-      table's row is full. Removing whole sequences never fails for known ids.
+      table's row is full; tokens at the end are removed, and those that the next one then sees are
+      outside of the cache's window and gone. Removing whole sequences never fails for known ids.
     """
     return cache.seq_remove(seq, p0, p1)
 

@@ -14,6 +14,7 @@ from jaxpaged.attention.base import Pages
 from jaxpaged.cache.checks import check_layer, check_step_rows
 from jaxpaged.cache.reservation import Metadata
 from jaxpaged.cache.sequences import Sequences
+from jaxpaged.cache.windows import Windows
 from jaxpaged.pages import allocator as pages_of
 from jaxpaged.pages import block_table as tables
 from jaxpaged.pages import residual
@@ -100,9 +101,28 @@ class PagePool(Sequences):
         """Local number of ``page``; ``num_local_pages`` for "no page" and pages that are elsewhere."""
         return page
 
-    def write(self, layer: Array | int, k: Array, v: Array, batch: Batch) -> Self:
+    def _window(self, window: Windows) -> Windows:
+        """``window`` of ``attend``: by default the cache's.
+
+        Raises:
+          ValueError: it is wider than the cache's, which has freed what lies before that.
+        """
+        if self.window is None:
+            return window
+        wide = [one for one in (window if isinstance(window, tuple) else (window,)) if one != self.window]
+        if window is None:
+            return self.window
+        if any(one is None or one > self.window for one in wide):
+            raise ValueError(f"window must be at most the cache's {self.window} tokens, got {window}")
+        return window
+
+    def write(self, layer: Array | int, k: Array | None, v: Array | None, batch: Batch) -> Self:
         """Writes a step's keys and values of one layer to their pages; arguments as for ``attend``."""
         layer = check_layer(layer, self.num_layers)
+        if k is None or v is None:
+            if k is not v:
+                raise ValueError("k and v must both be arrays or both None, for a layer that writes none")
+            return self
         page = self.local_page(batch.page)
         check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
 

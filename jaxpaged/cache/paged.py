@@ -63,6 +63,7 @@ class PagedKVCache(PagePool):
         max_seqs: int,
         page_size: int = 32,
         max_seq_len: int | None = None,
+        window: int | None = None,
         rope: Rope | None = None,
         dtype: DTypeLike | None = None,
         k_dtype: DTypeLike | None = None,
@@ -84,6 +85,9 @@ class PagedKVCache(PagePool):
           max_seq_len: tokens that one sequence may hold. Default: the whole pool. The block table
             has ``ceil(max_seq_len / page_size) + 1`` entries a sequence, and their memory and the
             cost of whole-table operations follow it: set it where the pool is large.
+          window: tokens that a query sees in every layer, its own included; None = all. Pages before it
+            are freed by ``reserve``, so that a sequence never holds more than ``window / page_size + 2``
+            pages behind what a step adds.
           rope: rotary embedding of the model, needed by ``seq_shift`` alone; ``Rope.create(())`` for
             a model that has none.
           dtype: page format, a name of ``PAGE_FORMATS`` or the dtype of plain pages (jnp.bfloat16,
@@ -107,6 +111,8 @@ class PagedKVCache(PagePool):
         """
         check_implementation(implementation)
         check_sizes(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        if window is not None:
+            check_sizes(window=window)
         check_page_size(page_size)
         k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
         if layout not in (None, "plain", "lanes"):
@@ -150,6 +156,7 @@ class PagedKVCache(PagePool):
             head_dim=head_dim,
             k_format=k_format,
             v_format=v_format,
+            window=window,
             sharding=sharding,
             implementation=implementation,
         )
@@ -170,36 +177,44 @@ class PagedKVCache(PagePool):
         self,
         layer: Array | int,
         q: Array,
-        k: Array,
-        v: Array,
+        k: Array | None,
+        v: Array | None,
         batch: Batch,
         *,
         scale: float | None = None,
         window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
+        group: int | None = None,
     ) -> tuple[Array, PagedKVCache]:
         """Writes a step's keys and values of one layer to their pages, and attends.
 
         Args:
           layer: i32[], index of the layer; may be traced.
           q: ``[T, num_q_heads, head_dim]``, rotated at ``batch.rope_positions``.
-          k: ``[T, num_kv_heads, head_dim]``, rotated likewise.
+          k: ``[T, num_kv_heads, head_dim]``, rotated likewise. None, as ``v`` then is: nothing is
+            written, since another model layer with this index has, whose keys and values this one
+            reads.
           v: ``[T, num_kv_heads, head_dim]``.
           batch: from this step's ``reserve``.
           scale, soft_cap, sinks: as for ``paged_attention``.
-          window: tokens that a query sees; or one of each layer, in a tuple.
+          window: tokens that a query sees, or one of each layer, in a tuple; default the cache's.
+          rope: rotary embedding of this layer, where it differs from the cache's.
+          group: ignored; caches of several layer groups need it, see ``GroupedKVCache``.
 
         Returns:
           ``(out [T, num_q_heads, head_dim], cache)``.
 
         Raises:
-          ValueError: a wrong layer, shape or dtype.
+          ValueError: a wrong layer, shape or dtype; a window that is wider than the cache's.
         """
+        del group
+        window = self._window(window)
         axis = head_axis(self.k_pages, self.sharding)
         if axis is not None:
             return self._attend_on_devices(
-                axis, layer, q, k, v, batch, sinks, scale=scale, window=window, soft_cap=soft_cap
+                axis, layer, q, k, v, batch, sinks, scale=scale, window=window, soft_cap=soft_cap, rope=rope
             )
         cache = self.write(layer, k, v, batch)
         out = by_window(
@@ -216,7 +231,7 @@ class PagedKVCache(PagePool):
                 window=window,
                 soft_cap=soft_cap,
                 sinks=sinks,
-                rope=self.rotation,
+                rope=self.rotation(rope),
                 first_page=layer * self.num_pages,
                 implementation=self.implementation,
             ),
@@ -228,15 +243,16 @@ class PagedKVCache(PagePool):
         axis: HeadAxis,
         layer: Array | int,
         q: Array,
-        k: Array,
-        v: Array,
+        k: Array | None,
+        v: Array | None,
         batch: Batch,
         sinks: Array | None,
         **options: Any,
     ) -> tuple[Array, PagedKVCache]:
         """``attend`` with each device's heads."""
-        k, v = (repeated(rows, self.num_kv_heads) for rows in (k, v))
-        check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
+        if k is not None and v is not None:
+            k, v = (repeated(rows, self.num_kv_heads) for rows in (k, v))
+            check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
         heads = axis.heads
         specs = self.partition_specs(axis.name)
 
@@ -246,8 +262,8 @@ class PagedKVCache(PagePool):
             batch: Batch,
             sinks: Array | None,
             q: Array,
-            k: Array,
-            v: Array,
+            k: Array | None,
+            v: Array | None,
         ) -> tuple[Array, PagedKVCache]:
             return cache.attend(layer, q, k, v, batch, sinks=sinks, **options)
 
@@ -272,7 +288,7 @@ class PagedKVCache(PagePool):
     ) -> tuple[PagedKVCache, Batch, Array]:
         """See ``interface.reserve``."""
         rows = step_rows(num_new, self.max_seqs, num_tokens)
-        made = reservation.reserve(self.metadata, num_new, rows, max_new)
+        made = reservation.reserve(self.without_unseen().metadata, num_new, rows, max_new)
         k_pages, v_pages = self._copy_pages(made.copies)
         cache = replace(
             self,

@@ -33,11 +33,14 @@ class Sequences:
     table: BlockTable
     rope: Rope | None = field(metadata={"static": True})
     """Rotary embedding of the keys in the cache, which attention needs after ``seq_shift``."""
+    window: int | None = field(default=None, kw_only=True, metadata={"static": True})
+    """Tokens that a query sees in every layer, its own included; None = all. ``reserve`` frees the pages
+    before them, so a sequence holds its last tokens only."""
 
-    @property
-    def rotation(self) -> Rope | None:
-        """``rope`` for attention; None if no dimension is rotated."""
-        return self.rope if self.rope is not None and self.rope.rotary_dim else None
+    def rotation(self, rope: Rope | None = None) -> Rope | None:
+        """Rotary embedding for attention, by default the cache's; None if no dimension is rotated."""
+        rope = self.rope if rope is None else rope
+        return rope if rope is not None and rope.rotary_dim else None
 
     @property
     def num_pages(self) -> int:
@@ -84,13 +87,14 @@ class Sequences:
 
     def can_reserve(self, num_new: Array) -> Array:
         """See ``interface.can_reserve``."""
-        plan = reservation.plan(self.metadata, num_new)
-        enough = jnp.sum(plan.needed, dtype=jnp.int32) <= self.allocator.num_free
+        seen = self.without_unseen()
+        plan = reservation.plan(seen.metadata, num_new)
+        enough = jnp.sum(plan.needed, dtype=jnp.int32) <= seen.allocator.num_free
         return jnp.all(plan.representable) & enough
 
     def has_room(self, num_new: Array) -> Array:
         """bool[S]: True if the table's row holds ``num_new i32[S]`` more tokens, however few pages are free."""
-        return reservation.plan(self.metadata, num_new).representable
+        return reservation.plan(self.without_unseen().metadata, num_new).representable
 
     def can_reserve_each(self, num_new: Array) -> Array:
         """bool[S]: True for sequences that get their pages when served by id, skipping those that do not fit.
@@ -98,29 +102,45 @@ class Sequences:
         One that does not fit is expected to be removed: its shared page may then need no copy, and
         its own pages serve the others in the next step.
         """
-        return reservation.can_reserve_each(self.metadata, num_new)
+        return reservation.can_reserve_each(self.without_unseen().metadata, num_new)
 
-    def pages_needed(self, num_new: Array, *, limit: int | None = None) -> Array:
+    def pages_needed(self, num_new: Array, *, limit: int | None = None, step: int | None = None) -> Array:
         """i32[S]: pages that ``num_new i32[S]`` more tokens take, copies of shared pages included.
 
-        With ``limit`` a sequence never holds more tokens than that, because it forgets some as it
-        goes: as many whole pages, and two that are partly used.
+        Args:
+          num_new: i32[S].
+          limit: tokens that a sequence holds at most, because contexts are shifted.
+          step: tokens of one sequence that one ``reserve`` adds at most, if ``num_new`` are added in
+            several; pages before the window are freed in between.
         """
-        needed = reservation.plan(self.metadata, num_new).needed
-        if limit is None:
+        needed = reservation.plan(self.without_unseen().metadata, num_new).needed
+        bounds = [] if limit is None else [limit]
+        if self.window is not None and step is not None:
+            bounds.append(self.window + step)
+        if not bounds:
             return needed
-        most = -(-limit // self.metadata.page_size) + 2
+        most = pages_held(min(bounds), self.metadata.page_size)
         return jnp.minimum(needed, jnp.maximum(most - self.table.num_entries, 0))
 
     def whole_pages(self, num_tokens: Array) -> Array:
-        """Number of pages that ``num_tokens`` tokens fill to the last slot."""
-        return num_tokens // self.metadata.page_size
+        """Number of pages that ``num_tokens`` tokens fill to the last slot, and that stay."""
+        return num_tokens // self.metadata.page_size if self.window is None else jnp.zeros_like(num_tokens)
 
     def seq_remove(self, seq: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[Self, Array]:
         """See ``interface.seq_remove``."""
         if isinstance(p0, int) and isinstance(p1, int) and p0 <= 0 and p1 < 0:
             return _edit(self, seq, _empty, can_fail=False)
-        return _edit(self, seq, tables.remove_range, *tables.clamp_range(p0, p1))
+        window = self.window
+
+        def remove(row: BlockTable, p0: Array, p1: Array, num_pages: int) -> tuple[BlockTable, Array]:
+            edited, ok = tables.remove_range(row, p0, p1, num_pages)
+            if window is not None:
+                last = tables.position_max(row)
+                seen = jnp.maximum(jnp.minimum(p0, last + 1) + 1 - window, 0)
+                ok &= (p1 <= last) | (p0 <= 0) | (tables.position_min(row) <= seen)
+            return edited, ok
+
+        return _edit(self, seq, remove, *tables.clamp_range(p0, p1))
 
     def seq_copy(self, src: Integer, dst: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[Self, Array]:
         """See ``interface.seq_copy``: shares pages; writes copy them later, where needed."""
@@ -130,6 +150,10 @@ class Sequences:
         known = (src >= 0) & (src < s) & (dst >= 0) & (dst < s)
         old = tables.get_row(self.table, jnp.clip(dst, 0, s - 1))
         ok = known & (old.num_entries == 0)
+        if self.window is not None:
+            source = tables.get_row(self.table, src)
+            end = jnp.minimum(p1, tables.position_max(source) + 1)
+            ok &= tables.position_min(source) <= jnp.maximum(jnp.maximum(p0, end + 1 - self.window), 0)
         shared = tables.slice_range(tables.get_row(self.table, src), p0, p1, self.num_pages)
         row = tables.choose(ok, shared, old)
         retained = jnp.where(ok, row.pages, self.num_pages)
@@ -161,6 +185,10 @@ class Sequences:
         allocator = _swap_pages(self.allocator, self.table.pages.reshape(-1), table.pages.reshape(-1))
         return replace(self, allocator=allocator, table=table)
 
+    def without_unseen(self) -> Self:
+        """The cache without the pages that no further token of their sequence will see."""
+        return self if self.window is None else self.seq_drop_unseen(self.window)
+
     def seq_drop_unseen(self, window: int) -> Self:
         """Frees the pages at the start of each sequence that none of its next tokens will see.
 
@@ -176,6 +204,12 @@ class Sequences:
             return tables.keep(row, row.position + row.num_tokens > seen, n), jnp.bool_(True)
 
         return _edit(self, leaves, drop, first_seen, can_fail=False)[0]
+
+
+def pages_held(num_tokens: int, page_size: int) -> int:
+    """Pages that ``num_tokens`` successive tokens of a sequence lie in at most: its first and last page may
+    be held in part."""
+    return -(-num_tokens // page_size) + 2
 
 
 Cache = TypeVar("Cache", bound=Sequences)

@@ -68,7 +68,6 @@ def generate(
     batch_size: int = 512,
     keep: bool = False,
     context_shift: ContextShift | None = None,
-    window: int | None = None,
     history: Sequence[Sequence[int]] = (),
     lookup: Lookup | None = None,
     logprobs: int | None = None,
@@ -111,8 +110,6 @@ def generate(
         input); otherwise their pages are freed when they end. Not with a queue.
       context_shift: continue beyond the context; takes two pages and two table entries a sequence
         more than ``n_ctx`` tokens do. Needs a paged cache with a ``rope``.
-      window: attention window of the widest layer, if none sees all tokens: pages behind it are
-        freed on the way.
       history: tokens before each prompt that the cache holds already: penalties apply to them, and
         ``n_keep`` of a context shift counts them.
       lookup: try drafts from the text so far, several tokens a step. When pages run short, steps go
@@ -147,7 +144,6 @@ def generate(
         batch_size=batch_size,
         keep=keep,
         context_shift=context_shift,
-        window=window,
         history=history,
         lookup=lookup,
         logprobs=logprobs,

@@ -156,14 +156,18 @@ def _admit(cache: KVCache, state: State, request: Request) -> State:
             recent=jnp.where(member[:, None], request.recent[state.next_prompt], state.recent),
         )
         slots = Slots.of(admitted, request)
-        needed = cache.pages_needed(slots.tokens_left(admitted, request), limit=shape.limit)
-        needed -= jnp.where(slots.waiting, cache.whole_pages(slots.prompt_len), 0)
+
+        def pages_needed(num_new: Array) -> Array:
+            return cache.pages_needed(num_new, limit=shape.limit, step=shape.chunk)
+
+        def are_free(pages: Array) -> Array:
+            return jnp.all(jnp.sum(pages, axis=0) <= cache.pages_free)  # in each layer group
+
+        needed = pages_needed(slots.tokens_left(admitted, request))
+        needed -= cache.whole_pages(jnp.where(slots.waiting, slots.prompt_len, 0))
         alone = jnp.all(idle)
-        for_prompt = cache.pages_needed(
-            jnp.where(member & (rank == 0), slots.prompt_len, 0), limit=shape.limit
-        )
-        possible = jnp.sum(for_prompt) <= cache.pages_free
-        enough = (jnp.sum(needed) <= cache.pages_free) | (alone & possible)
+        possible = are_free(pages_needed(jnp.where(member & (rank == 0), slots.prompt_len, 0)))
+        enough = are_free(needed) | (alone & possible)
         # Where pages are never freed, waiting for them would be in vain; beams share most of theirs.
         if shape.keep or shape.beams:
             enough = possible = jnp.bool_(True)
@@ -185,11 +189,8 @@ def _admit(cache: KVCache, state: State, request: Request) -> State:
 
 
 def _discard(cache: Cache, slots: Slots, request: Request, num_new: Array) -> Cache:
-    """Removes tokens that no layer will see again, and those that a context shift discards."""
-    shape = request.shape
-    if shape.window is not None:
-        cache = cache.seq_drop_unseen(shape.window)
-    if not shape.shift:
+    """Removes tokens that a context shift discards."""
+    if not request.shape.shift:
         return cache
     length = cache.lengths
     full = slots.busy & (num_new > 0) & (length + num_new > request.n_ctx)

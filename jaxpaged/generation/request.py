@@ -118,10 +118,8 @@ class Shape:
     """True if finished sequences stay in the cache."""
     shift: bool
     """True if contexts are shifted."""
-    window: int | None
-    """Attention window of the widest layer, in tokens."""
     limit: int | None
-    """Maximum number of tokens of a sequence, if a window or a shift bounds it."""
+    """Maximum number of tokens of a sequence, if a shift bounds it."""
     lookup: Lookup | None
     logprobs: int | None
     """Number of likeliest tokens whose log-probabilities are returned, beside the sampled one's; None =
@@ -182,7 +180,6 @@ class Request:
         batch_size: int = 512,
         keep: bool = False,
         context_shift: ContextShift | None = None,
-        window: int | None = None,
         history: Sequence[Sequence[int]] = (),
         lookup: Lookup | None = None,
         logprobs: int | None = None,
@@ -205,8 +202,6 @@ class Request:
           ValueError: as ``generate``; traced prompts of another form.
         """
         mesh, num_samples = mesh_of(cache), n
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
         if logprobs is not None and logprobs < 0:
             raise ValueError(f"logprobs must not be negative, got {logprobs}")
         traced = is_traced(prompts, prompt_lens)
@@ -258,19 +253,17 @@ class Request:
         index = whole[:, None] - width + np.arange(width, dtype=np.int32)
         recent = xp.where(index < 0, np.int32(-1), xp.take_along_axis(texts, xp.maximum(index, 0), axis=1))
 
-        keeps, bounds = xp.zeros(num_prompts, np.int32), []
+        keeps = xp.zeros(num_prompts, np.int32)
         if context_shift is not None:
             if not traced:
                 _check_context(context_shift, lens)
             wanted = whole if context_shift.n_keep < 0 else xp.minimum(context_shift.n_keep, whole)
             keeps = xp.minimum(wanted, context_shift.n_ctx - 4).astype(np.int32)
-            bounds = [context_shift.n_ctx]
         total = longest * count
         if not traced:
             total = int(sharding.shard_prompts(lens).sum(axis=1).max())
         chunk = chunk_size(total, batch_size, fixed=fixed_steps)
         chunk = chunk if s == 1 else max(chunk, s + 1)  # the sequences that already decode take part
-        bounds += [window + chunk] if window is not None else []
         shape = Shape(
             chunk=chunk,
             # Beams copy their tokens in every step.
@@ -281,8 +274,7 @@ class Request:
             queue=queue,
             keep=keep,
             shift=context_shift is not None,
-            window=window,
-            limit=min(bounds, default=None),
+            limit=None if context_shift is None else context_shift.n_ctx,
             lookup=lookup,
             logprobs=logprobs,
             logits_processor=logits_processor,

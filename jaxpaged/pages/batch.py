@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxpaged.pages.residual import FinalizedPages
+
+
+class GroupRows(NamedTuple):
+    """Where one layer group writes the tokens of a step; fields as in ``Batch``."""
+
+    page: Array
+    slot: Array
+    finalized: FinalizedPages | None
+
+    def first(self, num_tokens: int) -> GroupRows:
+        """The first ``num_tokens`` rows."""
+        return GroupRows(self.page[:num_tokens], self.slot[:num_tokens], self.finalized)
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +61,14 @@ class Batch:
 
     >>> prefix = dataclasses.replace(batch, visible_end=prompt_lengths[batch.sequence])  # doctest: +SKIP
     """
+    of_groups: tuple[GroupRows, ...] = ()
+    """Of each layer group, in a cache that has several; ``page``, ``slot`` and ``finalized`` are those of
+    the first."""
+
+    def of_group(self, group: int) -> Batch:
+        """The step as one layer group sees it."""
+        page, slot, finalized = self.of_groups[group]
+        return replace(self, page=page, slot=slot, finalized=finalized, of_groups=())
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +110,8 @@ class Batch:
         }
         if self.visible_end is not None:
             rows["visible_end"] = self.visible_end[:num_tokens]
-        return replace(self, **rows, max_q_len=max_q_len)
+        groups = tuple(one.first(num_tokens) for one in self.of_groups)
+        return replace(self, **rows, max_q_len=max_q_len, of_groups=groups)
 
     @property
     def last_rows(self) -> Array:

@@ -70,6 +70,7 @@ class ContextKVCache(PagePool):
         axis: str = "context",
         page_size: int = 32,
         max_seq_len: int | None = None,
+        window: int | None = None,
         rope: Rope | None = None,
         dtype: DTypeLike | None = None,
         k_dtype: DTypeLike | None = None,
@@ -81,7 +82,7 @@ class ContextKVCache(PagePool):
         """Creates one rank's part of an empty cache, equal on all ranks. Needs no mesh.
 
         Args:
-          num_layers, num_kv_heads, head_dim, page_size, max_seq_len, rope, dtype, k_dtype, v_dtype,
+          num_layers, num_kv_heads, head_dim, page_size, max_seq_len, window, rope, dtype, k_dtype, v_dtype,
             hadamard, layout, implementation: as for ``PagedKVCache.create``.
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
@@ -143,6 +144,7 @@ class ContextKVCache(PagePool):
             v_format=local.v_format,
             axis=axis,
             axis_size=axis_size,
+            window=window,
             implementation=implementation,
         )
 
@@ -162,14 +164,16 @@ class ContextKVCache(PagePool):
         self,
         layer: Array | int,
         q: Array,
-        k: Array,
-        v: Array,
+        k: Array | None,
+        v: Array | None,
         batch: Batch,
         *,
         scale: float | None = None,
         window: Windows = None,
         soft_cap: float | None = None,
         sinks: Array | None = None,
+        rope: Rope | None = None,
+        group: int | None = None,
     ) -> tuple[Array, ContextKVCache]:
         """Writes keys and values of one layer and step to pages, and attends to the pages of all
         ranks.
@@ -181,6 +185,8 @@ class ContextKVCache(PagePool):
           ``(out [T, num_q_heads, head_dim], cache)``, out in the dtype of q, replicated. Attention
           of each rank is rounded to that dtype, and merged in float32.
         """
+        del group
+        window = self._window(window)
         cache = self.write(layer, k, v, batch)
         out, lse = by_window(
             window,
@@ -195,7 +201,7 @@ class ContextKVCache(PagePool):
                 scale=scale,
                 window=window,
                 soft_cap=soft_cap,
-                rope=self.rotation,
+                rope=self.rotation(rope),
                 first_page=layer * self.num_local_pages,
                 implementation=self.implementation,
                 return_lse=True,
@@ -220,7 +226,7 @@ class ContextKVCache(PagePool):
                 f"the cache was created for {self.axis_size} ranks, the mesh axis {self.axis!r} has {size}"
             )
         made = reservation.reserve(
-            self.metadata, num_new, step_rows(num_new, self.max_seqs, num_tokens), max_new
+            self.without_unseen().metadata, num_new, step_rows(num_new, self.max_seqs, num_tokens), max_new
         )
         cache = replace(self._copy_pages(made.copies), allocator=made.allocator, table=made.table)
         return replace(cache, local_table=cache._make_local_table()), made.batch, made.ok

@@ -17,6 +17,9 @@ from jaxpaged import (
     FINISH_STOP,
     ContextShift,
     ContiguousKVCache,
+    GroupedKVCache,
+    LayerGroup,
+    Lookup,
     PagedKVCache,
     Rope,
     SamplingParams,
@@ -66,7 +69,9 @@ def params() -> Any:
     }
 
 
-def paged(max_seqs: int = 3, num_pages: int = 40, page_size: int = 8) -> PagedKVCache:
+def paged(
+    max_seqs: int = 3, num_pages: int = 40, page_size: int = 8, window: int | None = None
+) -> PagedKVCache:
     return PagedKVCache.create(
         num_layers=LAYERS,
         num_kv_heads=KV_HEADS,
@@ -74,6 +79,7 @@ def paged(max_seqs: int = 3, num_pages: int = 40, page_size: int = 8) -> PagedKV
         num_pages=num_pages,
         max_seqs=max_seqs,
         page_size=page_size,
+        window=window,
         rope=ROPE,
     )
 
@@ -320,22 +326,55 @@ def test_generation_goes_on_beyond_the_context_and_the_pool_does_not_grow(params
         assert got == slow_greedy(params, prompt, count, n_ctx, kept)
 
 
+class Windowed:
+    """A cache whose layers see windows, though it keeps everything."""
+
+    def __init__(self, cache: Any, windows: tuple[int | None, ...]) -> None:
+        self.cache, self.windows = cache, windows
+
+    def attend(self, layer: int, *args: Any) -> Any:
+        out, cache = self.cache.attend(layer, *args, window=self.windows[layer])
+        return out, Windowed(cache, self.windows)
+
+
+def all_windowed(params: Any, tokens: Any, cache: Any, batch: Any, rows: Any) -> Any:
+    logits, inner = toy(params, tokens, Windowed(cache, (12, 12)), batch, rows)
+    return logits, inner.cache
+
+
+def half_windowed(params: Any, tokens: Any, cache: Any, batch: Any, rows: Any) -> Any:
+    logits, inner = toy(params, tokens, Windowed(cache, (None, 12)), batch, rows)
+    return logits, inner.cache
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n": 3, "sampling": SamplingParams.create(18, temperature=0.9, seed=3)},
+        {"lookup": Lookup(ngram=1, num_draft=3), "logprobs": 2},
+        {"context_shift": ContextShift(n_ctx=40, n_keep=3)},
+    ],
+    ids=["queue", "samples", "drafts", "shift"],
+)
+def test_layer_groups_generate_what_one_pool_does(params: Any, options: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 48, "batch_size": 16} | options
+    groups = [LayerGroup((0,), KV_HEADS, HEAD_DIM), LayerGroup((1,), KV_HEADS, HEAD_DIM, window=12)]
+    sizes: dict[str, Any] = {"max_seqs": 3, "page_size": 8, "step_tokens": 16}
+    grouped = GroupedKVCache.create(groups, num_pages=(80, 20), rope=ROPE, **sizes)
+    everything, _ = generate(half_windowed, params, paged(num_pages=80), PROMPTS * 2, **arguments)
+    result, after = generate(toy, params, grouped, PROMPTS * 2, **arguments)
+    assert rows_of(result) == rows_of(everything)
+    assert after.pages_used.tolist() == [0, 0]
+    assert int(result.pages_peak[1]) < 20 and int(result.pages_peak[0]) <= int(everything.pages_peak)
+    for part in after.parts:
+        check_invariants(part)
+
+
 def test_pages_behind_the_window_go_back_while_it_generates(params: Any) -> None:
-    def windowed(params: Any, tokens: Any, cache: Any, batch: Any, rows: Any) -> Any:
-        class Windowed:
-            def __init__(self, cache: Any) -> None:
-                self.cache = cache
-
-            def attend(self, *args: Any, **options: Any) -> Any:
-                out, cache = self.cache.attend(*args, window=12, **options)
-                return out, Windowed(cache)
-
-        logits, inner = toy(params, tokens, Windowed(cache), batch, rows)
-        return logits, inner.cache
-
     arguments: dict[str, Any] = {"max_new_tokens": 48, "batch_size": 16}
-    everything, _ = generate(windowed, params, paged(num_pages=80), PROMPTS, **arguments)
-    result, cache = generate(windowed, params, paged(num_pages=14), PROMPTS, window=12, **arguments)
+    everything, _ = generate(all_windowed, params, paged(num_pages=80), PROMPTS, **arguments)
+    result, cache = generate(toy, params, paged(num_pages=14, window=12), PROMPTS, **arguments)
     check_invariants(cache)
     assert rows_of(result) == rows_of(everything)
     # 12 tokens lie on 3 pages at most, and a page is given back one step after its last token was seen.
@@ -404,7 +443,6 @@ def test_the_decode_step_writes_the_pool_in_place(params: Any) -> None:
         ({"prompts": [[1]] * 4, "keep": True}, "keep needs a sequence for each of 4"),
         ({"n": 4}, "n must be 1 to 3"),
         ({"n": 0}, "n must be 1 to 3"),
-        ({"window": 0}, "window must be at least 1"),
         ({"history": [[1]]}, "history must be of each of 3 prompts"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[-2]]}, "negative token id"),

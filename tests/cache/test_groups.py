@@ -1,0 +1,330 @@
+"""Laws of caches of several layer groups: each group is the cache that it would be alone, or nothing happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cache_oracle import assert_same, counted, encode, snapshot
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+import jaxpaged as ops
+from jaxpaged import GroupedKVCache, LayerGroup, OutOfPages, PagedKVCache, check_invariants, reserve_or_raise
+from jaxpaged.cache.interface import ALL
+from jaxpaged.pages.batch import Batch
+from jaxpaged.pages.rope import Rope
+
+MAX_SEQS, NUM_TOKENS, PAGE_SIZE = 4, 40, 8
+ids = st.integers(0, MAX_SEQS - 1)
+positions = st.integers(-2, 60) | st.sampled_from([7, 8, 9, 15, 16, 17, 24, 32])
+counts = st.sampled_from([0, 0, 1, 1, 1, 2, 3, 7, 8, 9, 17])
+
+
+def layer_groups(window: int) -> list[LayerGroup]:
+    return [LayerGroup((0, 2), 2, 2, window=window), LayerGroup((1,), 1, 4)]
+
+
+def grouped(window: int = 12, num_pages: Any = (14, 20), **sizes: Any) -> GroupedKVCache[PagedKVCache]:
+    given = {"max_seqs": MAX_SEQS, "page_size": PAGE_SIZE, "step_tokens": NUM_TOKENS, "rope": Rope.create(())}
+    return GroupedKVCache.create(layer_groups(window), num_pages=num_pages, **(given | sizes))
+
+
+def write(cache: PagedKVCache, batch: Batch, tokens: jax.Array) -> PagedKVCache:
+    for layer in range(cache.num_layers):
+        heads, dim = cache.num_kv_heads, cache.head_dim
+        cache = cache.write(layer, *(encode(tokens, layer, which, heads, dim) for which in (0, 1)), batch)
+    return cache
+
+
+def step(cache: Any, num_new: jax.Array, first_token: jax.Array) -> Any:
+    """Reserves, and writes tokens ``first_token, first_token + 1, ...`` to every group."""
+    cache, batch, ok = ops.reserve(cache, num_new, num_tokens=NUM_TOKENS)
+    tokens = jnp.where(batch.valid, first_token + jnp.arange(NUM_TOKENS), -1)
+    parts = (write(part, batch.of_group(g), tokens) for g, part in enumerate(cache.parts))
+    return GroupedKVCache(tuple(parts), cache.groups), batch, ok
+
+
+def step_alone(cache: PagedKVCache, num_new: jax.Array, first_token: jax.Array) -> Any:
+    cache, batch, ok = ops.reserve(cache, num_new, num_tokens=NUM_TOKENS)
+    return write(cache, batch, jnp.where(batch.valid, first_token + jnp.arange(NUM_TOKENS), -1)), batch, ok
+
+
+jit_step, jit_step_alone = counted(step), counted(step_alone)
+jit = {
+    name: counted(getattr(ops, name))
+    for name in ("seq_remove", "seq_copy", "seq_shift", "seq_keep", "seq_reorder")
+}
+jit_can = counted(ops.can_reserve)
+
+
+def contents(cache: PagedKVCache) -> list[dict[int, int]]:
+    """Token at each position of each sequence, read from the keys of the last layer."""
+    table = jax.tree.map(np.asarray, cache.table)
+    last = np.asarray(cache.k_pages).reshape(cache.num_layers, cache.num_pages, *cache.k_pages.shape[1:])[-1]
+    found = []
+    for seq in range(cache.max_seqs):
+        held = {}
+        for e in range(table.num_entries[seq]):
+            for i in range(table.num_tokens[seq, e]):
+                row = last[table.pages[seq, e], :, table.first_slot[seq, e] + i]
+                token = int(row[0, 0]) // 64
+                heads, dim = cache.num_kv_heads, cache.head_dim
+                expected = encode(np.array([token]), cache.num_layers - 1, 0, heads, dim)[0]
+                np.testing.assert_array_equal(row, expected)
+                held[int(table.position[seq, e]) + i] = token
+        found.append(held)
+    return found
+
+
+class GroupsMachine(RuleBasedStateMachine):
+    """A cache of two groups beside the lone cache that sees everything, of as many pages."""
+
+    window = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = grouped(self.window)
+        self.alone = PagedKVCache.create(
+            num_layers=1, num_kv_heads=1, head_dim=4, num_pages=20, max_seqs=MAX_SEQS, page_size=PAGE_SIZE,
+            rope=Rope.create(()),
+        )  # fmt: skip
+        self.token = 0
+
+    def finish(self, new: Any, alone: Any, ok: Any, ok_alone: Any, reserved: bool = False) -> None:
+        before = self.cache
+        assert not ok or ok_alone, "a group that sees everything succeeds whenever all groups do"
+        if ok:
+            self.cache, self.alone = new, alone
+        elif reserved:  # pages that nothing sees may have been freed
+            assert_same(new.parts[0].table, snapshot(before.parts[0].table))
+            self.cache = new
+        else:
+            assert_same(new, snapshot(before))
+        everything, window = self.cache.parts
+        for part in self.cache.parts:
+            check_invariants(part)
+        full, narrow = contents(everything), contents(window)
+        assert full == contents(self.alone)
+        for seq in range(MAX_SEQS):
+            assert narrow[seq].items() <= full[seq].items()
+            seen = max(full[seq], default=-1) + 2 - self.window
+            assert {p for p in full[seq] if p >= seen} <= set(narrow[seq])
+
+    @rule(num_new=st.lists(counts, min_size=MAX_SEQS, max_size=MAX_SEQS))
+    def reserve(self, num_new: list[int]) -> None:
+        given = jnp.asarray(num_new, jnp.int32)
+        can = jit_can(self.cache, given)
+        new, batch, ok = jit_step(self.cache, given, self.token)
+        alone, batch_alone, ok_alone = jit_step_alone(self.alone, given, self.token)
+        if sum(num_new) <= NUM_TOKENS:
+            assert bool(can) == bool(ok)
+        if ok:
+            for name in ("sequence", "position", "rope_positions", "cu_q_lens"):
+                np.testing.assert_array_equal(getattr(batch, name), getattr(batch_alone, name))
+            # What a step adds, and the window behind it, in whole pages.
+            held = -(-(np.asarray(num_new) + self.window) // PAGE_SIZE) + 2
+            assert (np.asarray(new.parts[1].table.num_entries) <= held + self.cuts).all()
+        self.token += sum(num_new) if ok else 0
+        self.finish(new, alone, ok, ok_alone, reserved=True)
+
+    cuts = 0
+    """Entries that edits inside of pages may have added to any sequence."""
+
+    @rule()
+    def decode(self) -> None:
+        self.reserve([int(n > 0) for n in np.asarray(self.cache.lengths)])
+
+    @rule()
+    def decode_on(self) -> None:
+        for _ in range(9):
+            self.decode()
+
+    @rule(seq=ids, count=st.integers(20, NUM_TOKENS))
+    def grow(self, seq: int, count: int) -> None:
+        self.reserve([count * (i == seq) for i in range(MAX_SEQS)])
+
+    def apply(self, name: str, *arguments: Any) -> bool:
+        new, ok = jit[name](self.cache, *arguments)
+        alone, ok_alone = jit[name](self.alone, *arguments)
+        self.finish(new, alone, ok, ok_alone)
+        return bool(ok)
+
+    @rule(seq=ids | st.just(ALL), p0=positions, p1=positions)
+    def remove(self, seq: int, p0: int, p1: int) -> None:
+        self.cuts += self.apply("seq_remove", seq, p0, p1)
+
+    @rule(seq=ids, count=st.integers(1, 20))
+    def take_back(self, seq: int, count: int) -> None:
+        """Removes the newest tokens: possible as long as the window before them is held."""
+        end = int(ops.seq_position_max(self.cache)[seq]) + 1
+        held = contents(self.cache.parts[1])[seq]
+        full = contents(self.cache.parts[0])[seq]
+        p0 = max(0, end - count)
+        possible = {p for p in full if p0 + 1 - self.window <= p < p0} <= set(held)
+        assert self.apply("seq_remove", seq, p0, -1) == possible
+
+    @rule(seq=ids, keep=st.sampled_from([0, 3]), half=st.booleans())
+    def context_shift(self, seq: int, keep: int, half: bool) -> None:
+        end = int(ops.seq_position_max(self.cache)[seq]) + 1
+        discard = (end - keep) // 2 if half else 1
+        if discard > 0 and self.apply("seq_remove", seq, keep, keep + discard):
+            self.cuts += 1
+            self.cuts += self.apply("seq_shift", seq, keep + discard, -1, -discard)
+
+    @rule(seq=ids | st.just(ALL), p0=positions, p1=positions | st.just(-1), delta=st.integers(-20, 20))
+    def shift(self, seq: int, p0: int, p1: int, delta: int) -> None:
+        self.cuts += 2 * self.apply("seq_shift", seq, p0, p1, delta)
+
+    @rule(src=ids, dst=ids, p1=st.sampled_from([-1, -1, 9, 17]))
+    def fork(self, src: int, dst: int, p1: int) -> None:
+        if src != dst:
+            self.apply("seq_remove", dst, 0, -1)
+        self.apply("seq_copy", src, dst, 0, p1)
+
+    @rule(source=st.lists(ids, min_size=MAX_SEQS, max_size=MAX_SEQS))
+    def reorder(self, source: list[int]) -> None:
+        new, alone = (jit["seq_reorder"](cache, jnp.asarray(source)) for cache in (self.cache, self.alone))
+        self.finish(new, alone, True, True)
+
+    @rule(seq=ids)
+    def keep(self, seq: int) -> None:
+        self.apply("seq_keep", seq)
+
+
+class WideMachine(GroupsMachine):
+    """A window that most texts fit in."""
+
+    window = 33
+
+
+TestGroups = GroupsMachine.TestCase
+TestGroups.settings = settings(max_examples=15, stateful_step_count=40)
+TestWide = WideMachine.TestCase
+TestWide.settings = TestGroups.settings
+
+
+def filled(cache: Any, counts: list[int], first: int = 0) -> Any:
+    while any(counts):
+        now = [min(n, NUM_TOKENS // MAX_SEQS) for n in counts]
+        cache, _, ok = jit_step(cache, jnp.asarray(now, jnp.int32), first)
+        assert ok
+        counts, first = [n - m for n, m in zip(counts, now, strict=True)], first + sum(now)
+    return cache
+
+
+def test_a_shift_fails_where_the_window_would_reach_tokens_that_were_freed() -> None:
+    cache = filled(grouped(window=33, num_pages=30), [57, 0, 0, 0])
+    assert int(cache.parts[1].seq_position_min()[0]) > 3
+    cache, ok = jit["seq_remove"](cache, 0, 3, 40)
+    assert ok  # the next token, at position 57, sees none of the first three
+    shifted, ok = jit["seq_shift"](cache, 0, 40, -1, -37)
+    assert not ok  # at position 20 it would
+    assert_same(shifted, snapshot(cache))
+    cache, ok = jit["seq_remove"](cache, 0, 0, 3)
+    assert ok
+    cache, ok = jit["seq_shift"](cache, 0, 40, -1, -40)
+    assert ok and cache.lengths.tolist() == [17, 0, 0, 0]
+
+
+def test_tokens_are_taken_back_as_long_as_the_window_before_them_is_held() -> None:
+    cache = filled(grouped(num_pages=30), [57, 0, 0, 0])
+    held = int(cache.parts[1].seq_position_min()[0])
+    for p0 in range(57, 1, -1):
+        _, ok = jit["seq_remove"](cache, 0, p0, -1)
+        assert bool(ok) == (p0 + 1 - 12 >= held)
+        assert bool(jit["seq_copy"](cache, 0, 1, 0, p0)[1]) == bool(ok)
+
+
+def test_a_step_fails_in_all_groups_if_it_fails_in_one() -> None:
+    cache = grouped(num_pages=(4, 20))
+    cache = filled(cache, [8, 8, 8, 8])
+    before = snapshot(cache)
+    assert not ops.can_reserve(cache, jnp.asarray([1, 0, 0, 0]))
+    after, batch, ok = jit_step(cache, jnp.asarray([1, 0, 0, 0]), 0)
+    assert not ok and int(batch.num_valid) == 0
+    assert_same(after, before)
+    with pytest.raises(OutOfPages, match=r"out of pages: 1 requested, 0 free"):
+        reserve_or_raise(cache, np.array([1, 0, 0, 0]))
+    assert cache.pages_needed(jnp.asarray([1, 0, 9, 0])).tolist() == [[1, 1], [0, 0], [2, 2], [0, 0]]
+
+
+def test_pages_of_a_window_are_bounded_through_prefill_and_decoding() -> None:
+    window, page_size = 48, 8
+    cache = GroupedKVCache.create(
+        layer_groups(window), num_pages=200, max_seqs=1, page_size=page_size, step_tokens=32
+    )
+    local = cache.parts[1]
+    assert local.num_pages == cache.groups[1].pages_per_seq(10**6, page_size, 32) == (48 + 32) // 8 + 2
+    reserve = jax.jit(ops.reserve, static_argnames=("num_tokens", "max_new"))
+    for count in [32] * 3 + [1] * 4 * window:
+        cache, _, ok = reserve(cache, jnp.asarray([count]), num_tokens=count)
+        assert ok
+        local = cache.parts[1]
+        behind = int(local.pages_used) - (count - 1) // page_size
+        assert behind <= window // page_size + 2
+    assert int(cache.pages_used[0]) == (96 + 4 * window) // page_size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: LayerGroup((), 1, 4), "a layer group needs at least one layer"),
+        (lambda: LayerGroup((0,), 1, 4, window=0), "window must be at least 1 token, or None for all, got 0"),
+        (lambda: grouped(num_pages=(1, 2, 3)), "num_pages must have one entry for each of 2 groups, got 3"),
+        (
+            lambda: GroupedKVCache.create([LayerGroup((0, 2), 1, 4)], num_pages=4, max_seqs=1),
+            r"groups must have each layer from 0 on once, got layers \[0, 2\]",
+        ),
+        (
+            lambda: GroupedKVCache.create([LayerGroup((0,), 1, 4)] * 2, num_pages=4, max_seqs=1),
+            r"groups must have each layer from 0 on once, got layers \[0, 0\]",
+        ),
+        (lambda: GroupedKVCache.create([], num_pages=4, max_seqs=1), "groups must be at least 1, got 0"),
+    ],
+)
+def test_groups_that_cannot_be_are_named(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        change()
+
+
+def test_layers_attend_in_their_group_with_its_window() -> None:
+    rng = np.random.default_rng(0)
+    cache = grouped(num_pages=30)
+    alone = [
+        PagedKVCache.create(
+            num_layers=1, num_kv_heads=g.num_kv_heads, head_dim=g.head_dim, num_pages=30, max_seqs=MAX_SEQS,
+            page_size=PAGE_SIZE,
+        )
+        for g in cache.groups
+    ]  # fmt: skip
+    for counts in ([20, 3, 0, 17], [1, 1, 30, 1], [1, 0, 2, 1]):
+        given, tokens = jnp.asarray(counts, jnp.int32), sum(counts)
+        cache, batch, ok = ops.reserve(cache, given, num_tokens=tokens)
+        assert ok
+        for g, group in enumerate(cache.groups):
+            heads, dim = group.num_kv_heads, group.head_dim
+            q, k, v = (jnp.asarray(rng.normal(size=(tokens, n, dim)), jnp.float32) for n in (4, heads, heads))
+            layer = group.layers[-1]
+            out, after = cache.attend(layer, q, k, v, batch)
+            traced, _ = jax.jit(lambda c, *a, g=g: c.attend(*a, group=g))(cache, layer, q, k, v, batch)
+            alone[g], lone_batch, _ = ops.reserve(alone[g], given, num_tokens=tokens)
+            expected, alone[g] = alone[g].attend(0, q, k, v, lone_batch, window=group.window)
+            np.testing.assert_allclose(out, expected, atol=1e-6)
+            np.testing.assert_allclose(traced, expected, atol=1e-6)
+            again, same = after.attend(layer, q, None, None, batch)  # a layer that reads another's keys
+            np.testing.assert_array_equal(again, out)
+            assert_same(same, snapshot(after))
+            cache = after
+    with pytest.raises(ValueError, match="a layer that is traced needs group=, an index below 2, got None"):
+        jax.jit(lambda c, layer: c.attend(layer, q, k, v, batch))(cache, 0)
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 3\), got 3"):
+        cache.attend(3, q, k, v, batch)
+    with pytest.raises(ValueError, match="layer 1 is in group 0, not in 1"):
+        cache.attend(1, q, k, v, batch, group=1)
+    with pytest.raises(ValueError, match="window must be at most the cache's 12 tokens, got 13"):
+        cache.attend(2, q, k, v, batch, window=13)
