@@ -1,10 +1,11 @@
-"""ModelConfig: the hyperparameters of a Llama-family model."""
+"""ModelConfig: the hyperparameters of a model, which describe its one kind of block."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -12,7 +13,22 @@ from jaxpaged.pages.rope import Rope
 from jaxpaged.sharding.mesh import MeshError, check_heads, local_kv_heads
 from jaxpaged_model.metadata import ModelError
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+"""GGUF's names; "mistral" is Hugging Face's name of what GGUF files call "llama"."""
+
+Norms = Literal["pre", "post", "both", "parallel"]
+"""Norms of a block, where ``f`` is attention, and then the MLP:
+
+  * ``"pre"``: ``x + f(norm(x))``.
+  * ``"post"``: ``x + norm(f(x))``.
+  * ``"both"``: ``x + norm(f(norm(x)))``, two different norms.
+  * ``"parallel"``: ``x + attention(norm(x)) + mlp(norm(x))``, with one norm.
+"""
+NormKind = Literal["rms", "layer"]
+"""RMSNorm (arXiv:1910.07467), or LayerNorm without a bias (arXiv:1607.06450)."""
+Activation = Literal["silu", "gelu_tanh"]
+QKNorm = Literal["", "head", "width"]
+"""RMSNorm of queries and keys before they are rotated: none, of each head, or of all heads together."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +58,23 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What differs between the layers of a model, other than their weights; static in a program."""
+
+    window: int | None
+    """Sliding window in tokens, None = full attention."""
+    rope: Rope
+    """Rotary embedding of queries and keys; ``Rope.create(())`` if they are not rotated."""
+    rope_factor: float = 1.0
+    """Factor of cos and sin."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of one model; hashable, so that it can be static under ``jax.jit``."""
+    """Sizes and switches of one model; hashable, so that it can be static under ``jax.jit``.
+
+    Defaults are neutral: with them a block is that of Llama.
+    """
 
     architecture: str
     vocab_size: int
@@ -55,17 +86,39 @@ class ModelConfig:
     head_dim: int
     context_length: int
     rms_norm_eps: float = 1e-5
+    """Epsilon of every norm, a LayerNorm's too."""
     rope_theta: float = 10000.0
     rope_dim: int = 0
     """Leading dimensions of a head that are rotated; 0 = all of them."""
     rope_scaling: RopeScaling | None = None
     windows: tuple[int | None, ...] = ()
     """Sliding window of each layer in tokens, None = full attention; empty = full everywhere."""
+    rotates: tuple[bool, ...] = ()
+    """False for each layer whose queries and keys are not rotated; empty = all are."""
+    window_rope_theta: float | None = None
+    """Base of the rotary embedding in layers with a window; None = they have that of the other layers."""
+    window_rope_scaling: RopeScaling | None = None
+    """Its scaling, where it has a base of its own."""
     tie_embeddings: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm = ""
+    norms: Norms = "pre"
+    norm_kind: NormKind = "rms"
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    """Factor of a token's embedding."""
+    residual_scale: float = 1.0
+    """Factor of what attention and MLP add to the residual stream."""
+    attention_scale: float | None = None
+    """Factor of the products of queries and keys; None = ``head_dim ** -0.5``."""
+    attention_soft_cap: float | None = None
+    """``cap * tanh(s / cap)`` of the scaled products; None = no cap."""
+    logit_scale: float = 1.0
+    """Factor of the logits."""
+    logit_soft_cap: float | None = None
+    """``cap * tanh(l / cap)`` of the logits; None = no cap."""
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -83,10 +136,19 @@ class ModelConfig:
             raise ModelError(
                 f"num_q_heads must be a multiple of num_kv_heads, got {self.num_q_heads} and {self.num_kv_heads}"
             )
-        if self.windows and len(self.windows) != self.num_layers:
-            raise ModelError(
-                f"windows must name every layer: {len(self.windows)} given for {self.num_layers}"
-            )
+        for field, values in (("windows", self.windows), ("rotates", self.rotates)):
+            if values and len(values) != self.num_layers:
+                raise ModelError(f"{field} must name every layer: {len(values)} given for {self.num_layers}")
+        if wrong := [window for window in self.windows if window is not None and window <= 0]:
+            raise ModelError(f"a layer's window must be positive, got {wrong[0]}")
+        for field, allowed in (
+            ("qk_norm", QKNorm), ("norms", Norms), ("norm_kind", NormKind), ("activation", Activation),
+        ):  # fmt: skip
+            if getattr(self, field) not in get_args(allowed):
+                raise ModelError(
+                    f"{field} must be one of {', '.join(map(repr, get_args(allowed)))}, "
+                    f"got {getattr(self, field)!r}"
+                )
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ModelError(
                 f"rope_dim must be even and at most head_dim {self.head_dim}, got {self.rope_dim}"
@@ -97,10 +159,28 @@ class ModelConfig:
         """Dimensions of a head that are rotated."""
         return self.rope_dim or self.head_dim
 
-    @property
+    @functools.cached_property
     def rope(self) -> Rope:
-        """Rotary embedding of queries and keys."""
+        """Rotary embedding of queries and keys, in the layers that have no other one."""
         return Rope.create(rope_frequencies(self)[0])
+
+    @functools.cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        full = self.rope, rope_frequencies(self)[1]
+        local = full
+        if self.window_rope_theta is not None:
+            inv_freq, factor = _frequencies(self.rotary_dim, self.window_rope_theta, self.window_rope_scaling)
+            local = Rope.create(inv_freq), factor
+        unrotated = Rope(()), 1.0
+
+        def kind(layer: int) -> LayerKind:
+            window = self.window(layer)
+            rotates = not self.rotates or self.rotates[layer]
+            rope, factor = (local if window is not None else full) if rotates else unrotated
+            return LayerKind(window, rope, factor)
+
+        return tuple(map(kind, range(self.num_layers)))
 
     @property
     def cache_spec(self) -> dict[str, Any]:
@@ -123,6 +203,11 @@ class ModelConfig:
           MeshError: heads or the MLP cannot be split over so many devices.
         """
         check_heads(self.num_q_heads, self.num_kv_heads, tensor)
+        if tensor > 1 and self.qk_norm == "width":
+            raise MeshError(
+                f"tensor={tensor}: queries and keys of this {self.architecture} model are normalized over all "
+                "heads, which cannot be split over devices"
+            )
         if self.intermediate_size % tensor:
             raise MeshError(
                 f"tensor={tensor} does not divide the MLP's intermediate size {self.intermediate_size}"
@@ -142,14 +227,17 @@ class ModelConfig:
         biases = self.qkv_bias * self.head_dim * (self.num_q_heads + 2 * self.num_kv_heads)
         biases += self.attention_out_bias * self.hidden_size
         biases += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        norms = 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
+        norms = {"pre": 2, "post": 2, "both": 4, "parallel": 1}[self.norms] * self.hidden_size
+        heads = {"": 0, "head": 2, "width": self.num_q_heads + self.num_kv_heads}[self.qk_norm]
+        norms += heads * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size + biases + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Inverse frequencies of the rotary embedding, with the configuration's scaling.
+    """Inverse frequencies of the rotary embedding, with the configuration's scaling, not those of
+    layers with another one (``ModelConfig.kinds``).
 
     Returns:
       ``(inv_freq f32[rotary_dim / 2], attention_factor)``: at position p, pair i is rotated by
@@ -158,10 +246,12 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     Raises:
       ModelError: the kind of scaling is unknown, or has another number of factors than the model.
     """
-    dim = config.rotary_dim
+    return _frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
+
+
+def _frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
-    inv_freq = config.rope_theta**-exponents
-    scaling = config.rope_scaling
+    inv_freq = theta**-exponents
     if scaling is None:
         return inv_freq.astype(np.float32), 1.0
     attention_factor = 1.0 if scaling.attention_factor is None else scaling.attention_factor
@@ -176,7 +266,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     elif scaling.kind == "llama3":
         inv_freq = _llama3(inv_freq, scaling)
     elif scaling.kind == "yarn":
-        inv_freq = _yarn(inv_freq, dim, config.rope_theta, scaling)
+        inv_freq = _yarn(inv_freq, dim, theta, scaling)
         if scaling.attention_factor is None:
             attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
     else:

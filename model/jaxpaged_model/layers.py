@@ -1,13 +1,14 @@
-"""The layers of a Llama-family transformer, in Flax NNX: all layers of one kind as one module.
+"""The block of a decoder-only transformer, in Flax NNX: all layers of a model as one module.
 
-A parameter of a block has a leading axis, the layers of the model, and a module is called with the
-index of its layer. So the blocks run in a ``lax.scan``, and a program is as long as one block. Dense
-matrices on GPUs are an exception, see ``by_layer``.
+A ``ModelConfig`` describes the block: its norms, activation and factors. A parameter has a leading
+axis, the layers of the model, and a module is called with the index of its layer, which may be
+traced, and with the layer's kind, which is static. So layers run in a ``lax.scan``, and a program is
+as long as the kinds' period. Dense matrices on GPUs are an exception, see ``by_layer``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ from jax import Array, lax
 
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
-from jaxpaged_model.config import ModelConfig
+from jaxpaged_model.config import LayerKind, ModelConfig, QKNorm
 from jaxpaged_model.quantized import product
+from jaxpaged_model.quantized.activations import ACTIVATIONS
 from jaxpaged_model.quantized.layouts import of_layer
 from jaxpaged_model.quantized.linear import QuantizedLinear, WeightPlan
-from jaxpaged_model.quantized.norm import Norm, rms_norm
+from jaxpaged_model.quantized.norm import Norm, layer_norm, rms_norm
 
 Layer = Array | int | None
 """Index of a layer in a stack, i32[] or an int; None for a module that is no stack."""
@@ -41,6 +43,31 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array, layer: Layer = None) -> Array:
         return rms_norm(x, *self.of(layer))
+
+    def before_product(self, x: Array, layer: Layer = None) -> tuple[Array, Norm | None]:
+        """``x`` and ``norm`` for a product with the normalized ``x``, which may be fused with it."""
+        return x, self.of(layer)
+
+
+class LayerNorm(nnx.Module):
+    """``(x - mean(x)) / sqrt(var(x) + eps) * scale`` over the last axis, in float32 (arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, eps: float, dtype: Any, stack: tuple[int, ...] = ()) -> None:
+        self.scale = nnx.Param(jnp.ones((*stack, dim), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array, layer: Layer = None) -> Array:
+        return layer_norm(x, of_layer(self.scale[...], layer), self.eps)
+
+    def before_product(self, x: Array, layer: Layer = None) -> tuple[Array, Norm | None]:
+        """``x`` and ``norm`` for a product with the normalized ``x``."""
+        return self(x, layer), None
+
+
+def hidden_norm(config: ModelConfig, dtype: Any, stack: tuple[int, ...] = ()) -> RMSNorm | LayerNorm:
+    """Creates a norm of the residual stream, of the model's kind."""
+    kind = RMSNorm if config.norm_kind == "rms" else LayerNorm
+    return kind(config.hidden_size, config.rms_norm_eps, dtype, stack)
 
 
 class Linear(nnx.Module):
@@ -80,23 +107,33 @@ class Linear(nnx.Module):
 
 
 class Rotation(NamedTuple):
-    """Rotary embedding of a step's tokens, shared by all layers."""
+    """Rotary embedding of a step's tokens, shared by all layers that have it."""
 
     rope: Rope
     cos: Array
-    """f32[T, 1, rotary_dim / 2], times the model's attention factor."""
+    """f32[T, 1, rotary_dim / 2], times the rotary embedding's factor."""
     sin: Array
     """f32[T, 1, rotary_dim / 2], likewise."""
 
     @classmethod
-    def create(cls, rope: Rope, positions: Array, attention_factor: float) -> Rotation:
-        """The rotation of tokens at ``positions i32[T]``."""
+    def create(cls, rope: Rope, positions: Array, factor: float) -> Rotation:
+        """The rotation of tokens at ``positions i32[T]``; cos and sin are multiplied by ``factor``."""
         cos, sin = rope.cos_sin(positions)
-        return cls(rope, cos[:, None] * attention_factor, sin[:, None] * attention_factor)
+        return cls(rope, cos[:, None] * factor, sin[:, None] * factor)
 
     def __call__(self, x: Array) -> Array:
         """Rotates ``x [T, heads, head_dim]``."""
         return self.rope.rotate_by(x, self.cos, self.sin)
+
+
+Rotations = Mapping[tuple[Rope, float], Rotation]
+"""Each distinct rotary embedding of a model's layers, by ``LayerKind.rope`` and ``rope_factor``."""
+
+
+def rotations(kinds: Sequence[LayerKind], positions: Array) -> Rotations:
+    """The rotations of a step's tokens, at ``positions i32[T]``, for layers of these kinds."""
+    distinct = dict.fromkeys((kind.rope, kind.rope_factor) for kind in kinds)
+    return {(rope, factor): Rotation.create(rope, positions, factor) for rope, factor in distinct}
 
 
 # --- matrices of different formats in different layers ----------------------------------------------------------
@@ -161,13 +198,14 @@ def linear(
     rngs: nnx.Rngs,
     use_bias: bool = False,
     gated: bool = False,
+    activation: str = "silu",
 ) -> Linear | QuantizedLinear:
     """Creates a linear layer of a quantized format, or a dense one (``kind`` None)."""
     if kind is None:
         return Linear(dim_in, dim_out, use_bias=use_bias, dtype=dtype, rngs=rngs, stack=stack)
     return QuantizedLinear(
-        kind, dim_in, dim_out, use_bias=use_bias, gated=gated, dtype=dtype, exact=plan.exact,
-        layout=plan.layout, stack=stack,
+        kind, dim_in, dim_out, use_bias=use_bias, gated=gated, activation=activation, dtype=dtype,
+        exact=plan.exact, layout=plan.layout, stack=stack,
     )  # fmt: skip
 
 
@@ -192,7 +230,7 @@ class Projections(nnx.Module):
             for kind, dim in zip((None,) * 3 if joined else variant, self.dims, strict=True)
         )
 
-    def __call__(self, x: Array, *, layer: Layer, norm: Norm, num_rows: Array) -> tuple[Array, ...]:
+    def __call__(self, x: Array, *, layer: Layer, norm: Norm | None, num_rows: Array) -> tuple[Array, ...]:
         around: dict[str, Any] = {"layer": layer, "norm": norm, "num_rows": num_rows}
         if self.joined is not None:
             q_dim, k_dim, _ = self.dims
@@ -203,25 +241,28 @@ class Projections(nnx.Module):
 
 
 class GatedProjection(nnx.Module):
-    """``silu(gate(x)) * up(x)``, by one joined matrix, which is read in one pass, or two."""
+    """``activation(gate(x)) * up(x)``, by one joined matrix, which is read in one pass, or two."""
 
     def __init__(self, variant: Variant, stack: tuple[int, ...], config: ModelConfig, make: Make) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         joined = isinstance(variant, str)
+        self.activation = config.activation
         self.joined = nnx.data(
-            make(variant, hidden, inner, stack, gated=True) if isinstance(variant, str) else None
+            make(variant, hidden, inner, stack, gated=True, activation=config.activation)
+            if isinstance(variant, str)
+            else None
         )
         self.gate, self.up = (
             nnx.data(None if joined else make(kind, hidden, inner, stack, use_bias=bias))
             for kind in ((None,) * 2 if joined else variant)
         )
 
-    def __call__(self, x: Array, *, layer: Layer, norm: Norm, num_rows: Array) -> Array:
+    def __call__(self, x: Array, *, layer: Layer, norm: Norm | None, num_rows: Array) -> Array:
         around: dict[str, Any] = {"layer": layer, "norm": norm, "num_rows": num_rows}
         if self.joined is not None:
             return self.joined(x, **around)
         gate, up = (one(x, **around) for one in (self.gate, self.up) if one is not None)
-        return jax.nn.silu(gate) * up
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 # --- arrays of single layers ------------------------------------------------------------------------------------
@@ -249,27 +290,36 @@ def is_by_layer(module: nnx.Module) -> bool:
 # --- blocks -----------------------------------------------------------------------------------------------------
 
 
-def _with_residual(
-    matrix: ByVariant, layer: Array | int, x: Array, residual: Array, num_rows: Array, axis: str | None
-) -> Array:
-    """``residual + matrix(x)``.
+class Residual(NamedTuple):
+    """The residual stream, and how the output of attention or MLP is added to it."""
 
-    With ``axis`` the inputs are split over that mesh axis, and partial results are summed.
-    """
-    if axis is not None:
-        return residual + jax.lax.psum(matrix(layer, x, num_rows=num_rows), axis)
-    out: Array = matrix(layer, x, add=residual, num_rows=num_rows)
-    return out
+    x: Array
+    """[T, hidden_size]."""
+    norm: RMSNorm | LayerNorm | None
+    """Norm of the output."""
+    scale: float
+    """Factor of the normalized output."""
+    axis: str | None
+    """Mesh axis over which the inputs of the last matrix are split; partial results are summed."""
+
+    def plus(self, matrix: ByVariant, layer: Array | int, inner: Array, num_rows: Array) -> Array:
+        """``x + scale * norm(matrix(inner))``; zero from row ``num_rows`` on, or arbitrary."""
+        if self.axis is None and self.norm is None and self.scale == 1.0:
+            fused: Array = matrix(layer, inner, add=self.x, num_rows=num_rows)
+            return fused
+        out: Array = matrix(layer, inner, num_rows=num_rows)
+        out = out if self.axis is None else jax.lax.psum(out, self.axis)
+        out = out if self.norm is None else self.norm(out, layer)
+        return self.x + (out if self.scale == 1.0 else out * self.scale)
 
 
 class Attention(nnx.Module):
     """Grouped-query self-attention through a cache, which stores keys and values and computes attention."""
 
-    def __init__(
-        self, config: ModelConfig, plan: WeightPlan, make: Make, dtype: Any, axis: str | None
-    ) -> None:
+    def __init__(self, config: ModelConfig, plan: WeightPlan, make: Make, dtype: Any) -> None:
         c, stack = config, (config.num_layers,)
-        self.window, self.axis, self.head_dim = c.windows or None, axis, c.head_dim
+        self.head_dim, self.rope = c.head_dim, c.rope
+        self.scale, self.soft_cap, self.qk_norm = c.attention_scale, c.attention_soft_cap, c.qk_norm
         self.qkv = ByVariant(
             variants(plan, "attention.qkv", c.num_layers),
             lambda variant, stack: Projections(variant, stack, c, make),
@@ -281,33 +331,58 @@ class Attention(nnx.Module):
             ),
         )
         self.q_norm, self.k_norm = (
-            nnx.data(RMSNorm(c.head_dim, c.rms_norm_eps, dtype, stack) if c.qk_norm else None)
-            for _ in range(2)
+            nnx.data(
+                RMSNorm(c.head_dim * (heads if c.qk_norm == "width" else 1), c.rms_norm_eps, dtype, stack)
+                if c.qk_norm
+                else None
+            )
+            for heads in (c.num_q_heads, c.num_kv_heads)
         )
 
     def __call__(
-        self, layer: Array | int, x: Array, norm: Norm, rotation: Rotation, cache: Any, batch: Batch
+        self,
+        layer: Array | int,
+        kind: LayerKind,
+        x: tuple[Array, Norm | None],
+        residual: Residual,
+        rotations: Rotations,
+        cache: Any,
+        batch: Batch,
     ) -> tuple[Array, Any]:
-        """Returns (``x + out(attend(norm(x)))``, cache)."""
-        tokens = x.shape[0]
-        q, k, v = (
-            part.reshape(tokens, -1, self.head_dim)
-            for part in self.qkv(layer, x, norm=norm, num_rows=batch.num_valid)
+        """Returns (``residual + out(attend(x))``, cache); ``x`` as from ``before_product``."""
+        inputs, norm = x
+        q, k, v = self.qkv(layer, inputs, norm=norm, num_rows=batch.num_valid)
+        q, k = self._normalized(layer, q, k, "width")
+        q, k, v = (part.reshape(part.shape[0], -1, self.head_dim) for part in (q, k, v))
+        q, k = self._normalized(layer, q, k, "head")
+        rotation = rotations[kind.rope, kind.rope_factor]
+        out, cache = self._attend(layer, kind, rotation(q), rotation(k), v, cache, batch)
+        out = out.reshape(out.shape[0], -1).astype(residual.x.dtype)
+        return residual.plus(self.out, layer, out, batch.num_valid), cache
+
+    def _normalized(self, layer: Array | int, q: Array, k: Array, over: QKNorm) -> tuple[Array, Array]:
+        """Queries and keys, normalized if this is what the model normalizes them over."""
+        if self.qk_norm != over or self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q, layer), self.k_norm(k, layer)
+
+    def _attend(
+        self, layer: Array | int, kind: LayerKind, q: Array, k: Array, v: Array, cache: Any, batch: Batch
+    ) -> tuple[Array, Any]:
+        """The cache's attention of one layer: what a layer's index and kind mean to the cache."""
+        # The cache was created with the rotary embedding of most layers.
+        other = {} if kind.rope == self.rope else {"rope": kind.rope}
+        out: tuple[Array, Any] = cache.attend(
+            layer, q, k, v, batch, window=kind.window, scale=self.scale, soft_cap=self.soft_cap, **other
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, layer), self.k_norm(k, layer)
-        q, k = rotation(q), rotation(k)
-        out, cache = cache.attend(layer, q, k, v, batch, window=self.window)
-        out = out.reshape(tokens, -1).astype(x.dtype)
-        return _with_residual(self.out, layer, out, x, batch.num_valid, self.axis), cache
+        return out
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202)."""
+    """``down(activation(gate(x)) * up(x))`` (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, plan: WeightPlan, make: Make, axis: str | None) -> None:
+    def __init__(self, config: ModelConfig, plan: WeightPlan, make: Make) -> None:
         c = config
-        self.axis = axis
         self.gate_up = ByVariant(
             variants(plan, "mlp.gate_up", c.num_layers),
             lambda variant, stack: GatedProjection(variant, stack, c, make),
@@ -319,27 +394,53 @@ class MLP(nnx.Module):
             ),
         )
 
-    def __call__(self, layer: Array | int, x: Array, norm: Norm, num_rows: Array) -> Array:
-        """``x + mlp(norm(x))``; zero from row ``num_rows`` on, or arbitrary."""
-        inner = self.gate_up(layer, x, norm=norm, num_rows=num_rows)
-        return _with_residual(self.down, layer, inner, x, num_rows, self.axis)
+    def __call__(
+        self, layer: Array | int, x: tuple[Array, Norm | None], residual: Residual, num_rows: Array
+    ) -> Array:
+        """``residual + mlp(x)``; zero from row ``num_rows`` on, or arbitrary."""
+        inputs, norm = x
+        inner = self.gate_up(layer, inputs, norm=norm, num_rows=num_rows)
+        return residual.plus(self.down, layer, inner, num_rows)
 
 
 class Blocks(nnx.Module):
-    """All pre-norm transformer layers: attention, then MLP."""
+    """All transformer layers: attention and MLP, with norms before them, behind them or both."""
 
     def __init__(
         self, config: ModelConfig, *, plan: WeightPlan, dtype: Any, rngs: nnx.Rngs, axis: str | None = None
     ) -> None:
         make, stack = partial(linear, plan=plan, dtype=dtype, rngs=rngs), (config.num_layers,)
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, stack)
-        self.attention = Attention(config, plan, make, dtype, axis)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, stack)
-        self.mlp = MLP(config, plan, make, axis)
+
+        def norm(*placements: str) -> Any:
+            wanted = config.norms in placements
+            return nnx.data(hidden_norm(config, dtype, stack) if wanted else None)
+
+        self.scale, self.axis, self.parallel = config.residual_scale, axis, config.norms == "parallel"
+        self.attention_norm = norm("pre", "both", "parallel")
+        self.attention = Attention(config, plan, make, dtype)
+        self.attention_post_norm = norm("post", "both")
+        self.mlp_norm = norm("pre", "both")
+        self.mlp = MLP(config, plan, make)
+        self.mlp_post_norm = norm("post", "both")
 
     def __call__(
-        self, layer: Array | int, x: Array, rotation: Rotation, cache: Any, batch: Batch
+        self,
+        layer: Array | int,
+        kind: LayerKind,
+        x: Array,
+        rotations: Rotations,
+        cache: Any,
+        batch: Batch,
     ) -> tuple[Array, Any]:
-        """Runs layer ``layer``."""
-        x, cache = self.attention(layer, x, self.attention_norm.of(layer), rotation, cache, batch)
-        return self.mlp(layer, x, self.mlp_norm.of(layer), batch.num_valid), cache
+        """Runs layer ``layer``, which is of this kind."""
+
+        def before(norm: RMSNorm | LayerNorm | None, x: Array) -> tuple[Array, Norm | None]:
+            return (x, None) if norm is None else norm.before_product(x, layer)
+
+        # One norm of two branches is computed once, not fused with the products of both.
+        inputs = (self.attention_norm(x, layer), None) if self.parallel else before(self.attention_norm, x)
+        residual = Residual(x, self.attention_post_norm, self.scale, self.axis)
+        x, cache = self.attention(layer, kind, inputs, residual, rotations, cache, batch)
+        inputs = inputs if self.parallel else before(self.mlp_norm, x)
+        residual = Residual(x, self.mlp_post_norm, self.scale, self.axis)
+        return self.mlp(layer, inputs, residual, batch.num_valid), cache

@@ -1,4 +1,4 @@
-"""The Llama family (llama, mistral, qwen2, qwen3) as one Flax NNX module and one pure function."""
+"""Decoder-only transformers as one Flax NNX module, described by a ``ModelConfig``, and one pure function."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from jax.typing import DTypeLike
 
 from jaxpaged.compilation.executable_cache import source_digest
 from jaxpaged.pages.batch import Batch
-from jaxpaged_model.config import ModelConfig, rope_frequencies
-from jaxpaged_model.layers import Blocks, RMSNorm, Rotation, by_layer, is_by_layer, linear
+from jaxpaged_model.config import LayerKind, ModelConfig
+from jaxpaged_model.layers import Blocks, by_layer, hidden_norm, is_by_layer, linear, rotations
 from jaxpaged_model.quantized.linear import QuantizedEmbedding, WeightPlan
+from jaxpaged_model.segments import Segment, segments
 
 _DENSE = WeightPlan()
 
 
 class Llama(nnx.Module):
-    """Decoder-only transformer of the Llama family.
+    """Decoder-only transformer: Llama's, and those that its ``ModelConfig`` can describe.
 
     It is created once, split once (``nnx.split``) and then used as a pure function; see ``functional``.
     """
@@ -50,7 +51,7 @@ class Llama(nnx.Module):
             )
         )
         self.blocks = Blocks(c, plan=plan, dtype=dtype, rngs=rngs, axis=axis)
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.norm = hidden_norm(c, dtype)
         self.head = nnx.data(
             None
             if c.tie_embeddings
@@ -69,29 +70,51 @@ class Llama(nnx.Module):
         Returns:
           ``(logits f32[R, vocab_size], cache)``.
         """
-        _, attention_factor = rope_frequencies(self.config)
-        rotation = Rotation.create(self.config.rope, batch.rope_positions, attention_factor)
+        c = self.config
+        of_step = rotations(c.kinds, batch.rope_positions)
 
-        def block(carry: tuple[Array, Any], layer: Array | int) -> tuple[tuple[Array, Any], None]:
+        def block(carry: tuple[Array, Any], layer: Array | int, kind: LayerKind) -> tuple[Array, Any]:
             x, cache = carry
-            return self.blocks(layer, x, rotation, cache, batch), None
+            return self.blocks(layer, kind, x, of_step, cache, batch)
 
-        carry = self.embedding(tokens), cache
+        def period(
+            carry: tuple[Array, Any], first: Array | int, segment: Segment
+        ) -> tuple[tuple[Array, Any], None]:
+            for i in range(segment.period):
+                carry = block(carry, first + i if i else first, c.kinds[segment.first + i])
+            return carry, None
+
+        x = self.embedding(tokens)
+        carry = (x if c.embedding_scale == 1.0 else x * c.embedding_scale), cache
         if is_by_layer(self.blocks):
-            for layer in range(self.config.num_layers):
-                carry, _ = block(carry, layer)
+            for layer, kind in enumerate(c.kinds):
+                carry = block(carry, layer, kind)
         else:
-            # The cache is in the carry, not among xs and ys, which would be copied.
-            carry, _ = lax.scan(block, carry, jnp.arange(self.config.num_layers, dtype=jnp.int32))
+            for segment in segments(c.kinds):
+                if segment.repeats == 1:
+                    carry, _ = period(carry, segment.first, segment)
+                    continue
+                layers = jnp.arange(segment.repeats, dtype=jnp.int32)
+                layers = layers if segment.period == 1 else layers * segment.period
+                layers = layers + segment.first if segment.first else layers
+                # The cache is in the carry, not among xs and ys, which would be copied.
+                carry, _ = lax.scan(functools.partial(period, segment=segment), carry, layers)
         x, cache = carry
-        x = x[rows]
+        return self._logits(x[rows]), cache
+
+    def _logits(self, x: Array) -> Array:
+        """Logits f32[R, vocab_size] of rows of the residual stream."""
+        c = self.config
+        inputs, norm = self.norm.before_product(x)
         if self.head is not None:
-            logits = self.head(x, norm=self.norm.of())
+            logits = self.head(inputs, norm=norm)
         elif isinstance(self.embedding, QuantizedEmbedding):
-            logits = self.embedding.attend(x, norm=self.norm.of())
+            logits = self.embedding.attend(inputs, norm=norm)
         else:
             logits = self.embedding.attend(self.norm(x))
-        return logits.astype(jnp.float32), cache
+        logits = logits.astype(jnp.float32)
+        logits = logits if c.logit_scale == 1.0 else logits * c.logit_scale
+        return logits if c.logit_soft_cap is None else jnp.tanh(logits / c.logit_soft_cap) * c.logit_soft_cap
 
 
 Params = Any

@@ -16,7 +16,6 @@ from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.llama import abstract_params, functional
 from safetensors.numpy import save_file
 
-from jaxpaged.cache.windows import Windows
 from jaxpaged.pages.batch import Batch
 
 HIDDEN, INTERMEDIATE, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
@@ -207,13 +206,14 @@ class Dense:
     """Replaces the cache: dense causal attention over one sequence."""
 
     def attend(
-        self, layer: Any, q: Any, k: Any, v: Any, batch: Batch, *, window: Windows, **_: Any
-    ) -> tuple[Any, Any]:
-        if isinstance(window, tuple):
-            window = jnp.asarray([one or q.shape[0] for one in window])[layer]
+        self, layer: Any, q: Any, k: Any, v: Any, batch: Batch, *, window: int | None, scale: float | None,
+        soft_cap: float | None, **_: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if soft_cap is not None:
+            scores = jnp.tanh(scores / soft_cap) * soft_cap
         distance = jnp.arange(q.shape[0])[:, None] - jnp.arange(q.shape[0])
         seen = (distance >= 0) & (distance < (q.shape[0] if window is None else window))
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))

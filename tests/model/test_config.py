@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -152,8 +153,8 @@ def test_gguf_refusals(changes: dict[str, Any], message: str) -> None:
 
 def test_architectures_are_refused_by_name() -> None:
     supported = "supported are llama, mistral, qwen2, qwen3"
-    with pytest.raises(ModelError, match=f"architecture 'gemma3' is not supported; {supported}"):
-        config_from_gguf(metadata("gemma3"), SHAPES)
+    with pytest.raises(ModelError, match=f"architecture 'gemma4' is not supported; {supported}"):
+        config_from_gguf(metadata("gemma4"), SHAPES)
     with pytest.raises(ModelError, match=f"architecture 'qwen2_moe' is not supported; {supported}"):
         config_from_huggingface(config_json("qwen2_moe"))
     with pytest.raises(ModelError, match=r"general\.architecture is missing"):
@@ -172,7 +173,7 @@ def test_architectures_are_refused_by_name() -> None:
         ("llama", {"attention_bias": True}, "attention_out_bias", True),
         ("qwen2", {}, "qkv_bias", True),
         ("qwen2", {}, "attention_out_bias", False),
-        ("qwen3", {}, "qk_norm", True),
+        ("qwen3", {}, "qk_norm", "head"),
         ("mistral", {"sliding_window": 64}, "windows", (64, 64)),
         ("mistral", {"sliding_window": None}, "windows", ()),
         ("mistral", {}, "windows", (4096, 4096)),
@@ -265,7 +266,10 @@ def test_yarn_mscale() -> None:
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_scaling": [2.0]}, "rope_scaling must be a JSON object"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+        (
+            {"hidden_act": "gelu"},
+            "hidden_act 'gelu' is not supported; supported are silu, swish, gelu_pytorch_tanh",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq' are not supported"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
     ],
@@ -289,3 +293,157 @@ def test_llama3_factors_and_numbers_agree() -> None:
     scaled, _ = rope_frequencies(by_rule)
     by_number = config_from_gguf(metadata(), SHAPES, np.asarray(plain / scaled))
     np.testing.assert_allclose(rope_frequencies(by_number)[0], scaled, rtol=1e-6)
+
+
+# --- families whose blocks differ from Llama's ---------------------------------------------------------------------
+
+
+def test_gemma3_of_a_file() -> None:
+    gemma3 = {"block_count": 7, "attention__key_length": 16, "attention__value_length": 16}
+    shapes = {f"blk.{i}.attn_q.weight": (64, 64) for i in range(7)} | {"token_embd.weight": (1000, 64)}
+    config = config_from_gguf(
+        metadata("gemma3", attention__sliding_window=512, rope__freq_base=1e6, **gemma3), shapes
+    )
+    assert config.windows == (512,) * 5 + (None, 512)
+    assert (config.norms, config.qk_norm, config.activation) == ("both", "head", "gelu_tanh")
+    assert (config.embedding_scale, config.attention_scale, config.logit_soft_cap) == (8.0, None, None)
+    assert (config.rope_theta, config.window_rope_theta) == (1e6, 1e4)
+    assert config.tie_embeddings
+    for pattern, windows in (
+        (3, (512, 512, None) * 2 + (512,)),
+        (1, ()),
+        ([True] + [False] * 6, (512,) + (None,) * 6),
+    ):
+        changes = {"attention__sliding_window": 512, "attention__sliding_window_pattern": pattern}
+        assert config_from_gguf(metadata("gemma3", **gemma3, **changes), shapes).windows == windows
+    # A file without windows has one rotary embedding.
+    assert config_from_gguf(metadata("gemma3", **gemma3), shapes).window_rope_theta is None
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_gemmas_of_27b_scale_attention_by_the_width_of_their_heads(architecture: str, layers: int) -> None:
+    shapes = {f"blk.{i}.attn_q.weight": (64, 64) for i in range(layers)} | SHAPES
+    keys = metadata(architecture, block_count=layers, attention__key_length=128, attention__value_length=128)
+    assert config_from_gguf(keys, shapes).attention_scale == 0.25
+
+
+def test_gemma2_of_a_file_has_llama_cpps_defaults() -> None:
+    config = config_from_gguf(metadata("gemma2"), SHAPES)
+    assert config.windows == (4096, None) * 2
+    assert (config.attention_soft_cap, config.logit_soft_cap) == (50.0, 30.0)
+    assert config.window_rope_theta is None
+
+
+GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
+
+
+def test_gemma3_of_a_folder_has_transformers_defaults() -> None:
+    """Published files leave out what is default."""
+    config = config_from_huggingface(GEMMA3 | {"sliding_window": 512, "rope_scaling": None})
+    assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.context_length, config.tie_embeddings) == (262208, 131072, True)
+    assert (config.rope_theta, config.window_rope_theta) == (1e6, 1e4)
+    assert config.windows == ((512,) * 5 + (None,)) * 3
+    assert config.attention_scale is None and config.activation == "gelu_tanh"
+    old = {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    config = config_from_huggingface(GEMMA3 | old | {"query_pre_attn_scalar": 64})
+    assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 8.0))
+    assert (config.window_rope_theta, config.window_rope_scaling) == (2e4, None)
+    assert config.attention_scale == 0.125
+
+
+def test_a_model_with_a_vision_tower_is_its_language_model() -> None:
+    alone = config_from_huggingface(GEMMA3)
+    inside = {key: value for key, value in GEMMA3.items() if key != "model_type"}
+    folder = {"model_type": "gemma3", "text_config": inside, "vision_config": {"hidden_size": 1152}}
+    assert config_from_huggingface(folder) == alone
+    with pytest.raises(ModelError, match="quantized with 'fp8' are not supported"):
+        config_from_huggingface(folder | {"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(ModelError, match="architecture 'gemma4_text' is not supported"):
+        config_from_huggingface(folder | {"text_config": inside | {"model_type": "gemma4_text"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 17}, "layer_types must name each of 18 layers, got 17"),
+        (
+            {"layer_types": ["chunked_attention"] * 18},
+            "layer_types has 'chunked_attention'; supported are full_attention and sliding_attention",
+        ),
+        ({"sliding_window": 0}, "sliding_window must be from 1"),
+        ({"sliding_window": None}, "sliding_window is missing"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern must be from 1"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters must have a JSON object for full_attention",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {}, "chunked_attention": {}}},
+            "rope_parameters has 'chunked_attention'; known layer types are full_attention",
+        ),
+        ({"num_local_experts": 8}, "num_local_experts = 8 is not supported"),
+    ],
+)
+def test_refusals_of_layers_in_folders(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        config_from_huggingface(GEMMA3 | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_model_types_that_read_no_layer_types_are_not_contradicted() -> None:
+    full = ["full_attention", "full_attention"]
+    assert config_from_huggingface(config_json("llama", layer_types=full)).windows == ()
+    with pytest.raises(ModelError, match="layer_types with sliding_attention"):
+        config_from_huggingface(config_json("llama", layer_types=["sliding_attention"] * 2))
+    with pytest.raises(
+        ModelError, match="layer_types has sliding_attention, but use_sliding_window is false"
+    ):
+        config_from_huggingface(config_json("qwen3", layer_types=["sliding_attention"] * 2))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        (
+            "gemma2",
+            {"attention__sliding_window": 0},
+            "sliding_window must be positive: there are layers with",
+        ),
+        ("llama", {"attention__sliding_window_pattern": [True] * 4}, "sliding_window must be positive"),
+        ("gemma3", {"attention__sliding_window_pattern": [True] * 3}, "true or false for each of 4 layers"),
+        ("gemma3", {"attention__sliding_window_pattern": ["L"] * 4}, "must be a list of booleans"),
+        ("gemma3", {"attention__key_length_swa": 8}, "key_length_swa must be key_length 16, got 8"),
+        ("llama", {"attention__causal": False}, "llama.attention.causal = False is not supported"),
+        ("llama", {"rope__dimension_sections": [0, 2, 2, 0]}, r"sections = \[0, 2, 2, 0\] is not supported"),
+        ("llama", {"nextn_predict_layers": 1}, "nextn_predict_layers = 1 is not supported"),
+    ],
+)
+def test_refusals_of_layers_in_files(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        config_from_gguf(metadata(architecture, **changes), SHAPES)
+    assert "\n" not in str(error.value)
+
+
+def test_kinds_of_layers() -> None:
+    config = config_from_huggingface(GEMMA3 | {"sliding_window": 512, "num_hidden_layers": 6})
+    local, full = config.kinds[0], config.kinds[5]
+    assert config.kinds == (local,) * 5 + (full,)
+    assert (local.window, full.window) == (512, None) and full.rope == config.rope != local.rope
+    rotates = replace(config, rotates=(False,) * 5 + (True,))
+    assert rotates.kinds[0].rope.steps == () and rotates.kinds[5] == full
+    for changes, message in (
+        ({"windows": (0,) * 6}, "a layer's window must be positive, got 0"),
+        ({"windows": (8,)}, "windows must name every layer: 1 given for 6"),
+        ({"rotates": (True,)}, "rotates must name every layer: 1 given for 6"),
+        ({"norms": "sandwich"}, "norms must be one of 'pre', 'post', 'both', 'parallel', got 'sandwich'"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            replace(config, **changes)

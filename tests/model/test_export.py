@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
@@ -13,6 +15,7 @@ from jaxpaged_model.checkpoint.export import write_gguf
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
 from jaxpaged_model.checkpoint.loading import load_model
 from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
+from jaxpaged_model.metadata import ModelError
 from small_models import (
     VOCAB,
     config_json,
@@ -46,9 +49,18 @@ CONFIGS = {
     "mistral": small("mistral", windows=(5, 5)),
     "qwen2": small("qwen2", qkv_bias=True, windows=(None, 5)),
     "qwen2 yarn": small("qwen2", qkv_bias=True, rope_scaling=RopeScaling("yarn", 4.0, 32)),
-    "qwen3": small("qwen3", qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 32, attention_factor=1.25)),
-    "linear": small("qwen3", qk_norm=True, rope_scaling=RopeScaling("linear", 2.0)),
-}
+    "qwen3": small("qwen3", qk_norm="head", rope_scaling=RopeScaling("yarn", 4.0, 32, attention_factor=1.25)),
+    "gemma3": small(
+        "gemma3", num_layers=7, windows=(5,) * 5 + (None, 5), norms="both", qk_norm="head", activation="gelu_tanh",
+        embedding_scale=8.0, rope_theta=1e6, rope_scaling=RopeScaling("linear", 8.0), window_rope_theta=1e4,
+        logit_soft_cap=20.0,
+    ),
+    "gemma2": small(
+        "gemma2", windows=(5, None), norms="both", activation="gelu_tanh", embedding_scale=8.0,
+        attention_soft_cap=3.0, logit_soft_cap=20.0, tie_embeddings=True,
+    ),
+    "linear": small("qwen3", qk_norm="head", rope_scaling=RopeScaling("linear", 2.0)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,6 +75,31 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.params, params))
     np.testing.assert_allclose(logits(model.config, model.params), logits(config, params), rtol=0, atol=1e-4)
     assert model.tokenizer.decode(model.tokenizer.encode("x = 1")) == "x = 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "gemma3",
+            {"attention_scale": 0.3},
+            "attention_scale = 0.3 of a gemma3 model: it would be read as None",
+        ),
+        ("gemma3", {"windows": (5,) * 6 + (7,)}, r"windows = \(5, 5, 5, 5, 5, 5, 7\) of a gemma3 model"),
+        ("gemma2", {"norms": "pre"}, "norms = pre of a gemma2 model: it would be read as both"),
+        ("mistral", {"activation": "gelu_tanh"}, "activation = gelu_tanh of a llama model"),
+        ("qwen2", {"rotates": (True, False)}, r"rotates = \(True, False\) of a qwen2 model"),
+    ],
+)
+def test_what_a_file_cannot_say_is_not_written(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = replace(CONFIGS[name], **changes)
+    with pytest.raises(ModelError, match=f"a GGUF file cannot say {message}"):
+        write_gguf(
+            tmp_path / "m.gguf", config, random_params(config), tokenizer_metadata=tokenizer_metadata()
+        )
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_errors_of_quantization_are_bounded(tmp_path: Path) -> None:

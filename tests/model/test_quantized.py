@@ -41,6 +41,10 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -115,12 +119,15 @@ def test_fused_operations(tokens: int, exact: bool) -> None:
     top = {key: part[:3] for key, part in parts.items()}
     for implementation in ("cpu", "xla"):
         around: dict[str, Any] = {"norm": (scale, eps), "exact": exact, "implementation": implementation}
-        gated = product.product(x, "Q8_0", parts, 48, gated=True, **around)
+        of_silu, of_gelu = (
+            product.product(x, "Q8_0", parts, 48, gated=True, activation=activation, **around)
+            for activation in ("silu", "gelu_tanh")
+        )
         added = product.product(x, "Q8_0", top, 48, add=add, **around)
         bound = 2e-6 if exact or implementation == "cpu" else ROUNDED
-        assert relative(np.asarray(gated), silu(both[:, :48]) * both[:, 48:]) < max(
-            bound, 1e-5 if not exact else 0
-        )
+        for gated, activation in ((of_silu, silu), (of_gelu, gelu_tanh)):
+            wanted = activation(both[:, :48]) * both[:, 48:]
+            assert relative(np.asarray(gated), wanted) < max(bound, 1e-5 if not exact else 0)
         assert relative(np.asarray(added), both[:, :48] + add) < max(bound, 1e-5 if not exact else 0)
 
 

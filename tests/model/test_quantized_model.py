@@ -81,11 +81,19 @@ MODELS: dict[str, tuple[ModelConfig, Callable[[Placement], str]]] = {
     "llama, tied": (small("llama", tie_embeddings=True), lambda _: "Q8_0"),
     "llama, as Q4_K_M": (small("llama"), as_q4_k_m),
     "qwen2, biases": (small("qwen2", qkv_bias=True), lambda _: "Q5_0"),
-    "qwen3": (small("qwen3", qk_norm=True), lambda _: "IQ4_XS"),
+    "qwen3": (small("qwen3", qk_norm="head"), lambda _: "IQ4_XS"),
+    "gemma3": (
+        small(
+            "gemma3", num_layers=3, qk_norm="head", norms="both", activation="gelu_tanh", windows=(9, 9, None),
+            window_rope_theta=1e4, rope_theta=1e6, embedding_scale=16.0, attention_scale=0.1, logit_soft_cap=20.0,
+            tie_embeddings=True,
+        ),
+        lambda _: "Q8_0",
+    ),
     "all biases": (small("llama", qkv_bias=True, attention_out_bias=True, mlp_bias=True), lambda _: "Q4_1"),
     "half a panel": (small("llama", num_kv_heads=1, head_dim=8, num_q_heads=32), lambda _: "Q3_K"),
     "head alone": (small("llama"), lambda place: "Q6_K" if "head" in place.path else "F32"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,7 +108,7 @@ def test_logits_are_those_of_dequantized_weights(name: str) -> None:
         assert np.linalg.norm(found - wanted) < bound * np.linalg.norm(wanted), exact
 
 
-@pytest.mark.parametrize("name", ["llama, as Q4_K_M", "qwen2, biases", "half a panel"])
+@pytest.mark.parametrize("name", ["llama, as Q4_K_M", "qwen2, biases", "half a panel", "gemma3"])
 def test_logits_are_those_of_dequantized_weights_on_accelerators_too(name: str) -> None:
     """Computed by XLA; in this layout keys of 8 rows are part of one matrix."""
     config, kind = MODELS[name]

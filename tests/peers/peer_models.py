@@ -36,10 +36,11 @@ MAX_LENGTH = 104
 
 @dataclass(frozen=True)
 class Variant:
-    """A model: its architecture and what differs from the small default."""
+    """A model: its ``model_type``, what differs from the small default, and whether GGUF can say it."""
 
     architecture: str
     changes: dict[str, Any] = field(default_factory=dict)
+    in_gguf: bool = True
 
 
 def rope(kind: str, **values: float) -> dict[str, Any]:
@@ -52,6 +53,11 @@ YARN = rope("yarn", factor=4.0, original_max_position_embeddings=1024)
 LLAMA3 = rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
 )
+ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9, "tie_word_embeddings": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 
 VARIANTS = {
@@ -68,8 +74,28 @@ VARIANTS = {
     "qwen2-yarn": Variant("qwen2", {"hidden_size": 128, "tie_word_embeddings": True, **YARN}),
     "qwen3": Variant("qwen3", {"head_dim": 32}),
     "qwen3-window": Variant("qwen3", {"head_dim": 16, "attention_bias": True, **WINDOW}),
+    # Six layers and two of the next period; another factor of attention, which GGUF does not have.
+    "gemma3": Variant("gemma3_text", {**GEMMA, "num_hidden_layers": 8, "rope_parameters": ROPES}),
+    "gemma3-other": Variant(
+        "gemma3_text",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 20,
+            "final_logit_softcapping": 4.0,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "num_hidden_layers": 3,
+        },
+        in_gguf=False,
+    ),
+    "gemma2": Variant(
+        "gemma2",
+        {**GEMMA, "num_hidden_layers": 3, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma2-other": Variant("gemma2", {**GEMMA, "query_pre_attn_scalar": 20, "head_dim": 16}, in_gguf=False),
 }
-ONE_OF_EACH = ("llama", "mistral-window", "qwen2-window", "qwen3-window")
+ONE_OF_EACH = ("llama", "mistral-window", "qwen2-window", "qwen3-window", "gemma3", "gemma2")
 """A variant of each architecture, with a window if supported; few, because programs take seconds to compile."""
 WIDE = "llama-wide"
 """A llama with rows of whole blocks of 256, as K-quants need; no variant, because wider rows test nothing else."""
@@ -102,7 +128,8 @@ def hf_model(name: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if key.endswith("norm.weight"):
-                weight.copy_(1 + 0.2 * torch.randn_like(weight))
+                mean = 0 if variant.architecture in _LESS_ONE else 1
+                weight.copy_(mean + 0.2 * torch.randn_like(weight))
             elif weight.ndim == 1:
                 weight.copy_(0.3 * torch.randn_like(weight))
             elif "embed" in key or "lm_head" in key:
@@ -287,31 +314,27 @@ def save_folder(model: transformers.PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-_TENSORS = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""GGUF's architecture of each ``model_type``, where the names differ."""
+_LLAMAS = ("llama", "mistral")
+"""Model types that llama.cpp converts as Llama: with interleaved rows of queries and keys."""
+_LESS_ONE = ("gemma2", "gemma3_text")
+"""Model types whose norms are stored less 1, to which llama.cpp's converter adds it."""
 
 
-def gguf_name(name: str) -> str:
-    """GGUF's name of the weight that transformers calls ``name``."""
-    stem, kind = name.rsplit(".", 1)
-    if stem.startswith("model.layers."):
-        layer, stem = stem.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{_TENSORS[stem]}.{kind}"
-    return f"{_TENSORS[stem]}.{kind}"
+def architecture_of(model: transformers.PreTrainedModel) -> str:
+    """GGUF's architecture of the model."""
+    return GGUF_ARCHITECTURES.get(model.config.model_type, model.config.model_type)
+
+
+def gguf_name(model: transformers.PreTrainedModel, name: str) -> str:
+    """GGUF's name of the weight that transformers calls ``name``, as llama.cpp's converter finds it."""
+    architecture = architecture_of(model)
+    arch = next(one for one, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return found
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -322,7 +345,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def _heads(model: transformers.PreTrainedModel, name: str) -> int:
     """Number of heads with interleaved rows in the file's weight; 0 if the rows are in order."""
-    if model.config.model_type not in ("llama", "mistral"):
+    if model.config.model_type not in _LLAMAS:
         return 0
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     return heads.get(name.split(".")[-2], 0)
@@ -335,27 +358,8 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
       The weights as they stand in the file, dequantized, under transformers' names.
     """
     c = model.config
-    architecture = "llama" if c.model_type == "mistral" else c.model_type
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_vocab_size(c.vocab_size)
-    if getattr(c, "sliding_window", None) and "sliding_attention" in getattr(
-        c, "layer_types", ["sliding_attention"]
-    ):
-        writer.add_sliding_window(c.sliding_window)
-        if (types := getattr(c, "layer_types", None)) is not None:
-            writer.add_sliding_window_pattern([t == "sliding_attention" for t in types])
-    _write_rope(writer, c.rope_parameters, head_dim)
+    writer = gguf.GGUFWriter(path, architecture_of(model))
+    _write_config(writer, c)
     tokens, merges = vocabulary()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -373,9 +377,11 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
         weight = tensor.numpy()
         heads = _heads(model, name)
         stored = _interleaved(weight, heads) if heads else weight
+        if c.model_type in _LESS_ONE and name.endswith("norm.weight"):
+            stored = weight + np.float32(1)
         type_ = gguf.GGMLQuantizationType.F32 if weight.ndim == 1 else kind
         data = gguf.quantize(stored, type_)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=type_)
+        writer.add_tensor(gguf_name(model, name), data, raw_dtype=type_)
         # Interleaving moves whole rows and blocks are parts of rows: the order of the two operations is irrelevant.
         in_file[name] = torch.tensor(gguf.dequantize(gguf.quantize(weight, type_), type_))
     writer.write_header_to_file()
@@ -385,12 +391,51 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
     return in_file
 
 
+def _write_config(writer: gguf.GGUFWriter, c: Any) -> None:
+    """The keys of a model's configuration."""
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if c.model_type == "gemma2":  # no rotary embedding and no pattern: the architecture has them
+        writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(c.final_logit_softcapping)
+        writer.add_sliding_window(c.sliding_window)
+        return
+    if c.model_type == "gemma3_text":
+        if c.final_logit_softcapping:
+            writer.add_final_logit_softcapping(c.final_logit_softcapping)
+        writer.add_sliding_window(c.sliding_window)
+    else:
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_vocab_size(c.vocab_size)
+        _write_windows(writer, c)
+    ropes = c.rope_parameters
+    _write_rope(writer, ropes.get("full_attention", ropes), head_dim)
+    if "sliding_attention" in ropes:
+        writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+
+
+def _write_windows(writer: gguf.GGUFWriter, c: Any) -> None:
+    types = getattr(c, "layer_types", None)
+    if getattr(c, "sliding_window", None) and "sliding_attention" in (types or ["sliding_attention"]):
+        writer.add_sliding_window(c.sliding_window)
+        if types is not None:
+            writer.add_sliding_window_pattern([t == "sliding_attention" for t in types])
+
+
 def read_gguf(model: transformers.PreTrainedModel, path: Path) -> dict[str, Any]:
     """The weights of a file with float32 weights as ``write_gguf`` returns them, read by the ``gguf`` package."""
     in_file = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     weights = {}
     for name in model.state_dict():
-        weight = in_file[gguf_name(name)]
+        weight = in_file[gguf_name(model, name)]
         if heads := _heads(model, name):
             pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)

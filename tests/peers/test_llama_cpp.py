@@ -252,7 +252,7 @@ def test_rounding_of_activations_explains_llama_cpps_logits(
     llama_cpp: LlamaCpp, quantized: Quantized, measured: Measured
 ) -> None:
     file, model = GGUFFile(quantized.path), peer.hf_model(peer.WIDE)
-    types = {name: file.tensors[peer.gguf_name(name)].dtype for name in model.state_dict()}
+    types = {name: file.tensors[peer.gguf_name(model, name)].dtype for name in model.state_dict()}
     weights = peer.read_gguf(model, quantized.dequantized)
     rounded = peer.rounding_activations(peer.with_weights(model, weights), types)
     explained = np.concatenate(peer.hf_logits(rounded, peer.texts_to_score()))

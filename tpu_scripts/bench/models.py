@@ -17,7 +17,7 @@ from jaxpaged import ContiguousKVCache, PagedKVCache
 from jaxpaged.generation.stream import GenerateStream
 from jaxpaged.pages.formats import BlockPages, ResidualFormat
 
-_QWEN3 = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "qk_norm": True}
+_QWEN3 = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "qk_norm": "head"}
 # vocab_size, hidden_size, intermediate_size, num_layers, num_q_heads, num_kv_heads, head_dim, context_length
 _SIZES = {
     "SmolLM2-135M": (49152, 576, 1536, 30, 9, 3, 64, 8192),

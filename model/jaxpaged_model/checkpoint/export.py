@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +13,11 @@ import numpy as np
 from flax import nnx
 from gguf import GGMLQuantizationType as GGMLType
 
+from jaxpaged_model.checkpoint.read_config import config_from_gguf
 from jaxpaged_model.checkpoint.weights import param_place, placements, to_file
 from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
 from jaxpaged_model.llama import Params
+from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.quantized.linear import WeightPlan
 
 Quantization = Literal["F32", "F16", "Q8_0"]
@@ -47,6 +51,7 @@ def write_gguf(
         written as uint32), lists of one of these (integers as int32).
 
     Raises:
+      ModelError: files of this architecture cannot say what this model computes; nothing is written.
       ValueError: matrices are stored in a file's format; nothing is written.
     """
     weights = {".".join(str(key) for key in where): leaf for where, leaf in nnx.to_flat_state(params)}
@@ -66,6 +71,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     try:
         _add_config(writer, architecture, config)
+        _check_readable(writer, config, {name: place.shape for name, place in places.items()})
         writer.add_file_type(_FILE_TYPES[quantization])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in tokenizer_metadata.items():
@@ -116,15 +122,48 @@ def _add_config(writer: gguf.GGUFWriter, architecture: str, c: ModelConfig) -> N
     writer.add_head_count_kv(c.num_kv_heads)
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    add_eps = writer.add_layer_norm_rms_eps if c.norm_kind == "rms" else writer.add_layer_norm_eps
+    add_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_rope_dimension_count(c.rotary_dim)
     if any(c.windows):
         writer.add_sliding_window(next(window for window in c.windows if window))
-        if not all(c.windows):
-            writer.add_sliding_window_pattern([window is not None for window in c.windows])
+        writer.add_sliding_window_pattern([window is not None for window in c.windows])
+        if c.window_rope_theta is not None:
+            writer.add_rope_freq_base_swa(c.window_rope_theta)
+    if c.attention_soft_cap is not None:
+        writer.add_attn_logit_softcapping(c.attention_soft_cap)
+    if c.logit_soft_cap is not None:
+        writer.add_final_logit_softcapping(c.logit_soft_cap)
     if c.rope_scaling is not None:
         _add_rope_scaling(writer, architecture, c.rope_scaling)
+
+
+def _check_readable(
+    writer: gguf.GGUFWriter, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Reads the written keys: what an architecture does not say must be what its models have.
+
+    Raises:
+      ModelError: the configuration would be read as another one.
+    """
+    metadata = {key: value.value for part in writer.kv_data for key, value in part.items()}
+    read = config_from_gguf(metadata, shapes)
+    for field in fields(config):
+        # A mistral is a llama there, and factors of frequencies become a tensor.
+        if field.name in ("architecture", "name", "rope_scaling"):
+            continue
+        wanted, found = getattr(config, field.name), getattr(read, field.name)
+        same = (
+            math.isclose(wanted, found, rel_tol=1e-6)
+            if isinstance(wanted, float) and isinstance(found, float)
+            else wanted == found
+        )
+        if not same:
+            raise ModelError(
+                f"a GGUF file cannot say {field.name} = {str(wanted)[:60]} of a {read.architecture} model: "
+                f"it would be read as {str(found)[:60]}"
+            )
 
 
 def _add_rope_scaling(writer: gguf.GGUFWriter, architecture: str, scaling: RopeScaling) -> None:

@@ -22,6 +22,7 @@ from jaxpaged_model.checkpoint.gguf_file import GGUFFile
 from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_huggingface
 from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import load_shards
+from jaxpaged_model.checkpoint.tensor_view import tensor_view
 from jaxpaged_model.checkpoint.weights import Naming, Progress, TensorSource, load_params, weight_plan
 from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.llama import ModelFn, Params, float_dtype, functional
@@ -113,7 +114,7 @@ def load_model(
     progress: Progress | None = None,
     mesh: Mesh | None = None,
 ) -> LoadedModel:
-    """Loads a model of the Llama family.
+    """Loads a language model.
 
     Args:
       path: a GGUF file (of a split model the first part), or a folder with ``config.json``, safetensors
@@ -152,6 +153,7 @@ def load_model(
         else:
             tokenizer, kind = Tokenizer.from_gguf(source.metadata), _file_type(source)
     clock.lap("tokenizer")
+    tensors = tensor_view(config, source, naming)
 
     def planned(config: ModelConfig, source: TensorSource) -> WeightPlan:
         if not stored:
@@ -159,12 +161,14 @@ def load_model(
         return weight_plan(config, source, naming, exact=exact, layout=product.layout_for())
 
     if mesh is None:
-        local, axis, plan = config, None, planned(config, source)
+        local, axis, plan = config, None, planned(config, tensors)
         product.prepare((kind for _, kind in plan.formats), exact=exact)
-        params = load_params(config, source, naming, dtype=dtype, plan=plan, progress=progress)
+        params = load_params(config, tensors, naming, dtype=dtype, plan=plan, progress=progress)
     else:
         local, axis = config.shard(mesh.shape[TENSOR]), TENSOR
-        params, plan = load_shards(config, source, naming, mesh, plan=planned, dtype=dtype, progress=progress)
+        params, plan = load_shards(
+            config, tensors, naming, mesh, plan=planned, dtype=dtype, progress=progress
+        )
     jax.block_until_ready(params)
     clock.lap("weights")
 

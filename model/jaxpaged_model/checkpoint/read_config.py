@@ -14,10 +14,64 @@ from jaxpaged_model.metadata import REQUIRED, Metadata, ModelError
 HF_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 GGUF_ROPE_TYPES = ("none", "linear", "yarn")
 
+HF_ARCHITECTURES: Mapping[str, str] = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+"""Architecture of each ``model_type``."""
+_TEXT_PARTS = {"gemma3": "gemma3_text"}
+"""Model types whose ``text_config`` is a language model of one of the above, and its default type."""
+
+_BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": {"norms": "both", "activation": "gelu_tanh"},
+    "gemma3": {"norms": "both", "activation": "gelu_tanh", "qk_norm": "head"},
+}
+"""What all models of an architecture have in common, and no file says."""
+_PATTERNS = {"gemma2": 2, "gemma3": 6}
+"""Every n-th layer of these architectures has full attention, the others have a window."""
+
 
 def _check_one_of(what: str, value: str | None, supported: tuple[str, ...]) -> None:
     if value not in supported:
         raise ModelError(f"{what} {value!r} is not supported; supported are {', '.join(supported)}")
+
+
+def _every(pattern: int, num_layers: int) -> list[bool]:
+    """True for each layer with a window: all but every n-th; 0 = all."""
+    return [pattern == 0 or (i + 1) % pattern != 0 for i in range(num_layers)]
+
+
+def _windows(window: int, slides: list[bool]) -> tuple[int | None, ...]:
+    return tuple(window if one else None for one in slides) if any(slides) else ()
+
+
+def _window_rope(
+    theta: float, scaling: RopeScaling | None, of_others: tuple[float, RopeScaling | None]
+) -> dict[str, Any]:
+    """The rotary embedding of layers with a window, if it differs from that of the others."""
+    if (theta, scaling) == of_others:
+        return {}
+    return {"window_rope_theta": theta, "window_rope_scaling": scaling}
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+# Features that change what a model computes and that no architecture here has, with their neutral values.
+_GGUF_REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.recurrent_layers": (0,),
+    "embedding_length_per_layer_input": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.dimension_sections": (0,),
+    "rope.scaling.alpha": (0.0,),
+}
 
 
 def config_from_gguf(
@@ -43,6 +97,8 @@ def config_from_gguf(
             f"mixture of experts ({v.prefix}expert_count = {v.get('expert_count')}) is not supported; "
             "dense models are"
         )
+    for key, neutral in _GGUF_REFUSED.items():
+        _refuse(v, key, neutral)
     num_layers = v.integer("block_count")
     if num_layers > len(shapes):
         raise v.error("block_count", f"is {num_layers}, but there are only {len(shapes)} tensors")
@@ -50,10 +106,22 @@ def config_from_gguf(
     num_q_heads = _same_in_all_layers(v, "attention.head_count", REQUIRED)
     num_kv_heads = _same_in_all_layers(v, "attention.head_count_kv", num_q_heads)
     head_dim = v.integer("attention.key_length", max(1, hidden_size // num_q_heads))
-    if v.integer("attention.value_length", head_dim) != head_dim:
-        raise v.wrong("attention.value_length", f"key_length {head_dim}")
+    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
+        if v.integer(key, head_dim) != head_dim:
+            raise v.wrong(key, f"key_length {head_dim}")
     context_length = v.integer("context_length")
     rope_dim = v.integer("rope.dimension_count", head_dim)
+    if v.integer("rope.dimension_count_swa", rope_dim) != rope_dim:
+        raise v.wrong("rope.dimension_count_swa", f"dimension_count {rope_dim}")
+    found: dict[str, Any] = {
+        "rms_norm_eps": v.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": v.number("rope.freq_base", 10000.0, above=1.0),
+        "rope_scaling": _gguf_rope(v, shapes, context_length, rope_dim, rope_factors),
+        "windows": _gguf_windows(v, architecture, num_layers),
+        "qk_norm": "head" if "blk.0.attn_q_norm.weight" in shapes else "",
+    }
+    found |= _BLOCKS.get(architecture, {})
+    found |= _gguf_of_architecture(v, architecture, found, num_layers, hidden_size, num_q_heads)
     return ModelConfig(
         architecture=architecture,
         name=Metadata(metadata).text("general.name", ""),
@@ -65,17 +133,48 @@ def config_from_gguf(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         context_length=context_length,
-        rms_norm_eps=v.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=v.number("rope.freq_base", 10000.0, above=1.0),
         rope_dim=0 if rope_dim == head_dim else rope_dim,
-        rope_scaling=_gguf_rope(v, shapes, context_length, rope_dim, rope_factors),
-        windows=_gguf_windows(v, num_layers),
         tie_embeddings="output.weight" not in shapes,
-        qkv_bias="blk.0.attn_q.bias" in shapes,
+        qkv_bias="blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes,
         attention_out_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_down.bias" in shapes,
-        qk_norm="blk.0.attn_q_norm.weight" in shapes,
+        **found,
     )
+
+
+def _refuse(v: Metadata, key: str, neutral: tuple[Any, ...]) -> None:
+    """Raises a ModelError if the key has a value, or an element of a list, that is not neutral."""
+    value = v.get(key)
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and one not in neutral:
+            raise v.error(key, f"= {str(value)[:60]} is not supported")
+
+
+def _gguf_of_architecture(
+    v: Metadata, architecture: str, found: Mapping[str, Any], num_layers: int, hidden_size: int, heads: int
+) -> dict[str, Any]:
+    """What llama.cpp reads or computes for one architecture alone (its ``load_arch_hparams``)."""
+    rope = found["rope_theta"], found["rope_scaling"]
+    match architecture:
+        case "gemma2" | "gemma3":
+            changes: dict[str, Any] = {"embedding_scale": math.sqrt(hidden_size)}
+            # The models of 27B are known by their number of layers.
+            if num_layers == {"gemma2": 46, "gemma3": 62}[architecture]:
+                changes["attention_scale"] = (hidden_size // heads) ** -0.5
+            if architecture == "gemma2":
+                changes["attention_soft_cap"] = v.number("attn_logit_softcapping", 50.0)
+                changes["logit_soft_cap"] = v.number("final_logit_softcapping", 30.0)
+                local = v.number("rope.freq_base_swa", rope[0], above=1.0), rope[1]
+            else:
+                changes["logit_soft_cap"] = _unless_zero(v, "final_logit_softcapping")
+                local = v.number("rope.freq_base_swa", 10000.0, above=1.0), None
+            return changes | (_window_rope(*local, rope) if found["windows"] else {})
+    return {}
+
+
+def _unless_zero(v: Metadata, key: str) -> float | None:
+    """A positive number, None if it is absent or 0."""
+    return v.number(key) if v.get(key) not in (None, 0, 0.0) else None
 
 
 def _same_in_all_layers(v: Metadata, key: str, default: Any) -> int:
@@ -95,14 +194,22 @@ def _gguf_vocab_size(metadata: Mapping[str, Any], v: Metadata, shapes: Mapping[s
     return v.integer("vocab_size", embedding[0] if embedding else REQUIRED)
 
 
-def _gguf_windows(v: Metadata, num_layers: int) -> tuple[int | None, ...]:
-    window = v.integer("attention.sliding_window", 0, least=0)
-    if not window:
-        return ()
-    pattern = v.array("attention.sliding_window_pattern", bool, [True] * num_layers)
-    if len(pattern) != num_layers:
-        raise v.wrong("attention.sliding_window_pattern", f"true or false for each of {num_layers} layers")
-    return tuple(window if slides else None for slides in pattern)
+def _gguf_windows(v: Metadata, architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    """As llama.cpp: the pattern is true or false for each layer, or n for all layers but every n-th."""
+    key = "attention.sliding_window_pattern"
+    if isinstance(v.get(key), list):
+        slides = v.array(key, bool)
+        if len(slides) != num_layers:
+            raise v.wrong(key, f"true or false for each of {num_layers} layers")
+        must_slide = any(slides)
+    else:
+        slides = _every(v.integer(key, _PATTERNS.get(architecture, 0), least=0), num_layers)
+        must_slide = architecture == "gemma2"
+    default = 4096 if architecture == "gemma2" else 0
+    window = v.integer("attention.sliding_window", default, least=0)
+    if not window and must_slide:
+        raise v.error("attention.sliding_window", "must be positive: there are layers with a window")
+    return _windows(window, slides) if window else ()
 
 
 def _gguf_rope(
@@ -143,14 +250,15 @@ def _gguf_rope(
     attention = _mscale(factor, 1.0)
     if multiplier := v.number("rope.scaling.yarn_log_multiplier", 0.0, above=-math.inf):
         attention /= _mscale(factor, multiplier)
+    # Its converter writes config.json's attention_factor, which replaces this, as yarn_attn_factor.
+    attention = v.number("rope.scaling.yarn_attn_factor", attention)
     return RopeScaling(
         "yarn",
         factor=factor,
         original_context_length=v.integer("rope.scaling.original_context_length", context_length),
         beta_fast=v.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=v.number("rope.scaling.yarn_beta_slow", 1.0),
-        attention_factor=attention
-        * v.number("rope.scaling.yarn_attn_factor", v.number("rope.scaling.attn_factor", 1.0)),
+        attention_factor=attention * v.number("rope.scaling.attn_factor", 1.0),
     )
 
 
@@ -158,15 +266,70 @@ def _mscale(factor: float, multiplier: float) -> float:
     return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+# --- Hugging Face -----------------------------------------------------------------------------------------------
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+# transformers' defaults of keys that published files leave out, where those of Llama do not apply.
+_GEMMA: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_HF_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {"head_dim": 128},
+    "mistral": {"sliding_window": 4096},
+    "qwen2": {"sliding_window": 4096},
+    "gemma2": _GEMMA
+    | {
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": _GEMMA
+    | {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+}
+# Features that change what a model computes and that are not supported, with their neutral values.
+_HF_REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "n_routed_experts": (0, 1),
+    "moe_num_experts": (0, 1),
+    "use_bidirectional_attention": (False,),
+    "use_qk_norm": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "clip_qkv": (),
+}
+
+
 def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     """The configuration in a ``config.json``, as transformers reads it.
+
+    Of a model with a vision tower it is that of the language model.
 
     Raises:
       ModelError: the architecture or a feature is not supported, or a key is missing or invalid.
     """
+    model_type, config = _text_part(config)
     v = Metadata(config)
-    architecture = v.text("model_type")
-    _check_one_of("architecture", architecture, ARCHITECTURES)
     if quantization := v.get("quantization_config"):
         method = (
             quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -174,16 +337,31 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(
             f"weights quantized with {method!r} are not supported; use the unquantized weights or a GGUF file"
         )
-    activation = v.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ModelError(f"hidden_act {activation!r} is not supported; supported is silu")
+    for key, neutral in _HF_REFUSED.items():
+        _refuse(v, key, neutral)
+    given = {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+    v = Metadata({**_HF_DEFAULTS.get(model_type, {}), **given})
+    architecture = HF_ARCHITECTURES[model_type]
     hidden_size, num_layers = v.integer("hidden_size"), v.integer("num_hidden_layers")
     num_q_heads = v.integer("num_attention_heads")
-    head_dim = v.integer("head_dim", 128 if architecture == "qwen3" else max(1, hidden_size // num_q_heads))
+    head_dim = v.integer("head_dim", max(1, hidden_size // num_q_heads))
     context_length = v.integer("max_position_embeddings")
-    theta, scaling, rotary_part = _hf_rope(v, context_length)
-    rope_dim = int(head_dim * rotary_part)
-    attention_bias = v.boolean("attention_bias", False) if architecture in ("llama", "qwen3") else False
+    rope_of = _hf_rope(v, model_type, context_length)
+    rope_dim = int(head_dim * rope_of.pop("share"))
+    bias = v.boolean("attention_bias", False) and model_type not in ("mistral", "qwen2")
+    windows = _hf_windows(v, model_type, num_layers)
+    found: dict[str, Any] = {
+        "rms_norm_eps": v.number("rms_norm_eps", 1e-6),
+        "windows": windows,
+        "qk_norm": "head" if model_type == "qwen3" else "",
+        "qkv_bias": bias or model_type == "qwen2",
+        "attention_out_bias": bias,
+        "mlp_bias": v.boolean("mlp_bias", False) if model_type == "llama" else False,
+        **rope_of,
+        **_BLOCKS.get(architecture, {}),
+        "activation": _hf_activation(v),
+    }
+    found |= _hf_of_type(v, model_type, found, hidden_size, head_dim)
     return ModelConfig(
         architecture=architecture,
         name=v.text("_name_or_path", ""),
@@ -195,35 +373,93 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=v.integer("num_key_value_heads", num_q_heads),
         head_dim=head_dim,
         context_length=context_length,
-        rms_norm_eps=v.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
         rope_dim=0 if rope_dim == head_dim else rope_dim,
-        rope_scaling=scaling,
-        windows=_hf_windows(v, architecture, num_layers),
         tie_embeddings=v.boolean("tie_word_embeddings", False),
-        qkv_bias=attention_bias or architecture == "qwen2",
-        attention_out_bias=attention_bias,
-        mlp_bias=v.boolean("mlp_bias", False) if architecture == "llama" else False,
-        qk_norm=architecture == "qwen3",
+        **found,
     )
 
 
-def _hf_rope(v: Metadata, context_length: int) -> tuple[float, RopeScaling | None, float]:
-    """(theta, scaling, rotated share of a head); transformers 5 has them all in ``rope_parameters``."""
+def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """``model_type`` and configuration of the language model in a ``config.json``."""
+    v = Metadata(config)
+    model_type = v.text("model_type")
+    if model_type in _TEXT_PARTS:
+        inside = v.get("text_config", {})
+        if not isinstance(inside, dict):
+            raise v.wrong("text_config", "a JSON object")
+        of_both = ("quantization_config", "tie_word_embeddings", "_name_or_path")
+        config = {**inside, **{key: config[key] for key in of_both if config.get(key) is not None}}
+        model_type = Metadata(inside).text("model_type", _TEXT_PARTS[model_type])
+    if model_type not in HF_ARCHITECTURES:
+        _check_one_of("architecture", model_type, (*HF_ARCHITECTURES, *_TEXT_PARTS))
+    return model_type, config
+
+
+def _hf_activation(v: Metadata) -> str:
+    key = "hidden_activation" if v.get("hidden_activation") is not None else "hidden_act"
+    name = v.text(key, "silu")
+    _check_one_of(key, name, tuple(_ACTIVATIONS))
+    return _ACTIVATIONS[name]
+
+
+def _hf_of_type(
+    v: Metadata, model_type: str, found: Mapping[str, Any], hidden_size: int, head_dim: int
+) -> dict[str, Any]:
+    """What transformers reads or computes for one model type alone."""
+    match model_type:
+        case "gemma2" | "gemma3_text":
+            scalar = v.number("query_pre_attn_scalar")
+            if model_type == "gemma3_text":
+                _refuse(v, "attn_logit_softcapping", ())
+            return {
+                "embedding_scale": math.sqrt(hidden_size),
+                "attention_scale": None if scalar == head_dim else scalar**-0.5,
+                "attention_soft_cap": v.number("attn_logit_softcapping", None),
+                "logit_soft_cap": v.number("final_logit_softcapping", None),
+            }
+    return {}
+
+
+def _hf_rope(v: Metadata, model_type: str, context_length: int) -> dict[str, Any]:
+    """Fields of the rotary embedding; transformers 5 has them all in ``rope_parameters``.
+
+    Returns:
+      Fields of ``ModelConfig``, and ``"share"``, the rotated share of a head.
+    """
     key = "rope_parameters" if v.get("rope_parameters") is not None else "rope_scaling"
     given = v.get(key, {})
     if not isinstance(given, dict):
         raise v.wrong(key, "a JSON object")
-    if given and all(isinstance(x, dict) for x in given.values()):
-        if any(x != next(iter(given.values())) for x in given.values()):
+    by_type = model_type == "gemma3_text"
+    theta = v.number("rope_theta", 10000.0, above=1.0)
+    local: Mapping[str, Any] = {}
+    if any(isinstance(x, dict) for x in given.values()):
+        if unknown := sorted(given.keys() - {_FULL, _SLIDING}):
+            raise v.error(key, f"has {unknown[0]!r}; known layer types are {_FULL} and {_SLIDING}")
+        full, local = (given.get(name) or {} for name in (_FULL, _SLIDING))
+        if not by_type and local and full and local != full:
             raise ModelError("rope_parameters that differ between layer types are not supported")
-        given = next(iter(given.values()))
+        given = full or ({} if by_type else local)
+    elif by_type and key == "rope_parameters" and given:
+        raise v.error(key, f"must have a JSON object for {_FULL} and one for {_SLIDING}")
     r = Metadata(given)
-    theta = r.number("rope_theta", v.number("rope_theta", 10000.0, above=1.0), above=1.0)
-    share = r.number("partial_rotary_factor", v.number("partial_rotary_factor", 1.0))
+    theta, scaling = _hf_rope_of(r, theta, context_length)
+    found = {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "share": r.number("partial_rotary_factor", v.number("partial_rotary_factor", 1.0)),
+    }
+    if by_type:
+        local_theta = v.number("rope_local_base_freq", theta, above=1.0)
+        found |= _window_rope(*_hf_rope_of(Metadata(local), local_theta, context_length), (theta, scaling))
+    return found
+
+
+def _hf_rope_of(r: Metadata, theta: float, context_length: int) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) of ``rope_parameters`` of one type of layers."""
     kind = r.text("rope_type", r.text("type", "default"))
     _check_one_of("rope scaling", kind, HF_ROPE_TYPES)
-    return theta, _hf_rope_scaling(r, kind, context_length), share
+    return r.number("rope_theta", theta, above=1.0), _hf_rope_scaling(r, kind, context_length)
 
 
 def _hf_rope_scaling(r: Metadata, kind: str, context_length: int) -> RopeScaling | None:
@@ -254,20 +490,46 @@ def _hf_rope_scaling(r: Metadata, kind: str, context_length: int) -> RopeScaling
     )
 
 
-def _hf_windows(v: Metadata, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """Mistral has the window in all layers; Qwen only with ``use_sliding_window``, in the layers it names."""
-    # An absent key means transformers' default, null no window.
-    window = v.integer("sliding_window", 0, least=0) if "sliding_window" in v.values else 4096
-    if architecture == "llama" or not window:
+def _hf_windows(v: Metadata, model_type: str, num_layers: int) -> tuple[int | None, ...]:
+    """The window of each layer, by the rule of the model type and ``layer_types``."""
+    if model_type == "llama":  # transformers reads no window
+        return _uniform(v, num_layers, [False] * num_layers)
+    if model_type == "mistral":
+        slides = [v.get("sliding_window") is not None] * num_layers
+        return _uniform(v, num_layers, slides)
+    if model_type in ("qwen2", "qwen3"):
+        wanted = v.boolean("use_sliding_window", False)
+        first = v.integer("max_window_layers", 28, least=0)
+        slides = [wanted and i >= first for i in range(num_layers)]
+    else:
+        wanted = True
+        pattern = v.integer("sliding_window_pattern", _PATTERNS[HF_ARCHITECTURES[model_type]])
+        slides = _every(pattern, num_layers)
+    types = _layer_types(v, num_layers, slides)
+    if _SLIDING in types and not wanted:
+        raise v.error("layer_types", f"has {_SLIDING}, but use_sliding_window is false")
+    return _sliding(v, types)
+
+
+def _layer_types(v: Metadata, num_layers: int, slides: list[bool]) -> list[str]:
+    """``layer_types``, or what stands for it if there is none."""
+    types = v.array("layer_types", str, [_SLIDING if one else _FULL for one in slides])
+    if unknown := [one for one in types if one not in (_FULL, _SLIDING)]:
+        raise v.error("layer_types", f"has {unknown[0]!r}; supported are {_FULL} and {_SLIDING}")
+    if len(types) != num_layers:
+        raise v.error("layer_types", f"must name each of {num_layers} layers, got {len(types)}")
+    return types
+
+
+def _uniform(v: Metadata, num_layers: int, slides: list[bool]) -> tuple[int | None, ...]:
+    """Windows of a model type that does not read ``layer_types``, which must not contradict it."""
+    types = _layer_types(v, num_layers, slides)
+    if types != [_SLIDING if one else _FULL for one in slides]:
+        raise v.error("layer_types", f"with {types[0]} and others is not supported for this model_type")
+    return _sliding(v, types)
+
+
+def _sliding(v: Metadata, types: list[str]) -> tuple[int | None, ...]:
+    if _SLIDING not in types:
         return ()
-    if architecture != "mistral" and not v.boolean("use_sliding_window", False):
-        return ()
-    if architecture == "mistral":
-        return (window,) * num_layers
-    first = v.integer("max_window_layers", 28, least=0)
-    known = ("full_attention", "sliding_attention")
-    types = v.array("layer_types", str, [known[i >= first] for i in range(num_layers)])
-    if len(types) != num_layers or not set(types) <= set(known):
-        raise v.wrong("layer_types", f"{' or '.join(known)} for each of {num_layers} layers")
-    windows = tuple(window if t == "sliding_attention" else None for t in types)
-    return windows if any(windows) else ()
+    return _windows(v.integer("sliding_window"), [one == _SLIDING for one in types])

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +21,10 @@ from jaxpaged.sharding.mesh import TENSOR
 from jaxpaged_model.checkpoint.weights import (
     Naming,
     Part,
+    PartialSource,
     Placement,
     Progress,
     TensorInfo,
-    TensorSource,
     check_tensors,
     load_params,
     placements,
@@ -36,13 +36,6 @@ from jaxpaged_model.quantized.linear import WeightPlan
 
 _BY_ROWS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
 _BY_COLUMNS = ("attention.out", "mlp.down")
-
-
-class PartialSource(TensorSource, Protocol):
-    """A model file or folder from which parts of tensors can be read."""
-
-    def read(self, name: str, part: Part | None = None) -> np.ndarray: ...
-    def raw(self, name: str, part: Part | None = None) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ class TensorSource(Protocol):
     def release(self, name: str) -> None: ...
 
 
+class PartialSource(TensorSource, Protocol):
+    """A model file or folder from which parts of tensors can be read."""
+
+    def read(self, name: str, part: Part | None = None) -> np.ndarray: ...
+    def raw(self, name: str, part: Part | None = None) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Placement:
     """The weight that a file's tensor is, and the difference of their layouts.
@@ -64,6 +71,7 @@ class Placement:
         ``2 i + j`` in the file is row ``i + j * rotary_dim / 2`` in the params. This is the layout of
         GGUF files of the architecture "llama".
       rotary_dim: see ``head_dim``.
+      plus: added to what stands in the file: Hugging Face folders of Gemma have norms less 1.
     """
 
     path: str
@@ -71,21 +79,25 @@ class Placement:
     transpose: bool = False
     head_dim: int = 0
     rotary_dim: int = 0
+    plus: float = 0.0
 
 
 # Module of the params -> (name in GGUF files, in Hugging Face folders); in a block without the block's prefix.
+# Names of norms depend on which of them there are, see ``_names``.
 _NAMES = {
     "embedding": ("token_embd", "model.embed_tokens"),
     "norm": ("output_norm", "model.norm"),
     "head": ("output", "lm_head"),
     "attention_norm": ("attn_norm", "input_layernorm"),
+    "attention_post_norm": ("post_attention_norm", "post_attention_layernorm"),
     "attention.q": ("attn_q", "self_attn.q_proj"),
     "attention.k": ("attn_k", "self_attn.k_proj"),
     "attention.v": ("attn_v", "self_attn.v_proj"),
     "attention.out": ("attn_output", "self_attn.o_proj"),
     "attention.q_norm": ("attn_q_norm", "self_attn.q_norm"),
     "attention.k_norm": ("attn_k_norm", "self_attn.k_norm"),
-    "mlp_norm": ("ffn_norm", "post_attention_layernorm"),
+    "mlp_norm": ("ffn_norm", "pre_feedforward_layernorm"),
+    "mlp_post_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
     "mlp.gate": ("ffn_gate", "mlp.gate_proj"),
     "mlp.up": ("ffn_up", "mlp.up_proj"),
     "mlp.down": ("ffn_down", "mlp.down_proj"),
@@ -101,19 +113,44 @@ _REDUNDANT = (
 )
 
 
+_NORMS = {
+    "pre": ("attention_norm", "mlp_norm"),
+    "post": ("attention_post_norm", "mlp_post_norm"),
+    "both": ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
+    "parallel": ("attention_norm",),
+}
+"""Norms of a block, by ``ModelConfig.norms``."""
+_LESS_ONE = ("gemma2", "gemma3")
+"""Architectures whose Hugging Face folders have the scales of norms less 1; GGUF files do not."""
+
+
+def _names(config: ModelConfig) -> dict[str, tuple[str, str]]:
+    """``_NAMES`` for one model: what stands before the MLP was named before there were other norms."""
+    if config.norms != "pre":
+        return _NAMES
+    return _NAMES | {"mlp_norm": (_NAMES["mlp_norm"][0], "post_attention_layernorm")}
+
+
 def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
     """All tensors of a file of this model: ``{name in the file: Placement}``."""
     c, column = config, 0 if naming == "gguf" else 1
     hidden, q_dim, kv_dim = c.hidden_size, c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
     interleaved = naming == "gguf" and c.architecture in ("llama", "mistral")
     rope = (c.head_dim, c.rotary_dim) if interleaved else ()
+    plus = 1.0 if naming == "huggingface" and c.architecture in _LESS_ONE else 0.0
+    names = _names(c)
     result: dict[str, Placement] = {}
 
-    def add(module: str, weight: str, shape: tuple[int, ...], layer: int | None, *layout: Any) -> None:
+    def add(
+        module: str, weight: str, shape: tuple[int, ...], layer: int | None, *layout: Any, **more: Any
+    ) -> None:
         prefix = "" if layer is None else _BLOCK_PREFIX[column].format(layer)
         path = module if layer is None else f"blocks.{layer}.{module}"
-        name = f"{prefix}{_NAMES[module][column]}.{'bias' if weight == 'bias' else 'weight'}"
-        result[name] = Placement(f"{path}.{weight}", shape, *layout)
+        name = f"{prefix}{names[module][column]}.{'bias' if weight == 'bias' else 'weight'}"
+        result[name] = Placement(f"{path}.{weight}", shape, *layout, **more)
+
+    def norm(module: str, size: int, layer: int | None) -> None:
+        add(module, "scale", (size,), layer, plus=plus)
 
     def linear(module: str, dims: tuple[int, int], bias: bool, layer: int | None, *rope: int) -> None:
         add(module, "kernel", dims, layer, True, *rope)
@@ -122,19 +159,20 @@ def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
 
     add("embedding", "embedding", (c.vocab_size, hidden), None)
     for i in range(c.num_layers):
-        add("attention_norm", "scale", (hidden,), i)
+        for module in _NORMS[c.norms]:
+            norm(module, hidden, i)
         linear("attention.q", (q_dim, hidden), c.qkv_bias, i, *rope)
         linear("attention.k", (kv_dim, hidden), c.qkv_bias, i, *rope)
         linear("attention.v", (kv_dim, hidden), c.qkv_bias, i)
         linear("attention.out", (hidden, q_dim), c.attention_out_bias, i)
         if c.qk_norm:
-            add("attention.q_norm", "scale", (c.head_dim,), i)
-            add("attention.k_norm", "scale", (c.head_dim,), i)
-        add("mlp_norm", "scale", (hidden,), i)
+            of_heads = c.qk_norm == "head"
+            norm("attention.q_norm", c.head_dim if of_heads else q_dim, i)
+            norm("attention.k_norm", c.head_dim if of_heads else kv_dim, i)
         linear("mlp.gate", (c.intermediate_size, hidden), c.mlp_bias, i)
         linear("mlp.up", (c.intermediate_size, hidden), c.mlp_bias, i)
         linear("mlp.down", (hidden, c.intermediate_size), c.mlp_bias, i)
-    add("norm", "scale", (hidden,), None)
+    norm("norm", hidden, None)
     if not c.tie_embeddings:
         linear("head", (c.vocab_size, hidden), False, None)
     return result
@@ -352,6 +390,7 @@ class _Loader:
 
 def from_file(x: np.ndarray, placement: Placement) -> np.ndarray:
     """Converts a file's tensor to the layout of the params."""
+    x = x + np.float32(placement.plus) if placement.plus else x
     if placement.head_dim:
         rotary_dim = placement.rotary_dim
         heads = x.reshape(-1, placement.head_dim, *x.shape[1:])
@@ -363,6 +402,7 @@ def from_file(x: np.ndarray, placement: Placement) -> np.ndarray:
 
 def to_file(x: np.ndarray, placement: Placement) -> np.ndarray:
     """Converts a weight of the params to a file's layout; inverse of ``from_file``."""
+    x = x - np.float32(placement.plus) if placement.plus else x
     x = x.T if placement.transpose else x
     if placement.head_dim:
         rotary_dim = placement.rotary_dim

@@ -18,6 +18,8 @@ from jaxpaged_model.quantized.norm import Norm
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 _FOLDER = Path(__file__).parent
+_GATES = {"silu": 1, "gelu_tanh": 2}
+"""Number of each activation in the kernel's options; 0 is no gate."""
 
 
 @functools.cache
@@ -54,6 +56,7 @@ def product(
     norm: Norm | None,
     add: Array | None,
     gated: bool,
+    activation: str,
     exact: bool,
 ) -> Array:
     """See ``product.product``, for ``x`` f32[T, columns]."""
@@ -66,7 +69,7 @@ def product(
         scale.astype(jnp.float32),
         *(parts.get(part, jnp.zeros(0, jnp.uint8)) for part in _PARTS),
         np.asarray([eps], np.float32),
-        np.asarray([gated], np.int32),
+        np.asarray([_GATES[activation] if gated else 0], np.int32),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
         jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32),
     )

@@ -1,7 +1,7 @@
 """CPU kernel of products with stored matrices: scheduling, and the operations before and after the products.
 
 A call computes ``f(norm(x) @ W.T)``, so that a transformer layer is a few calls: optionally an RMSNorm of
-``x`` first, and afterwards a sum, or ``silu(gate) * up`` if the matrix is the concatenation of gate and up.
+``x`` first, and afterwards a sum, or ``activation(gate) * up`` if the matrix is the concatenation of gate and up.
 A work item is a range of panels times some rows; each weight is read once for all of these rows.
 
 The module is loaded once for each format and exactness, see ``cpu.py``; its ``__name__`` selects the variant.
@@ -44,6 +44,7 @@ from jaxpaged_model.quantized.cpu_vectors import (
     added,
     copied,
     gated,
+    gated_by_gelu,
     group_sums,
     pair_product,
     panel_product,
@@ -81,6 +82,7 @@ INPUTS = 12
 JOB_SIZE = INPUTS + 16
 _PREPARE, _MULTIPLY = 0, 1
 _STACKED = 4
+_GELU = 2
 """Rank of a part of a stack of matrices."""
 
 _CODE_BYTES = 4 * ROWS * FORMAT.bits
@@ -188,11 +190,13 @@ def _write(job: int, panel: int, first: int, rows: int, sums: int) -> None:
     """Writes a tile's sums, after gate or addition; the sums of up follow those of gate."""
     outputs = load_i64(job, OUTPUTS)
     here = min(outputs - panel * ROWS, ROWS)
-    is_gated, is_added = load_i64(job, GATED) != 0, load_i64(job, ADDED) != 0
+    gate, is_added = load_i64(job, GATED), load_i64(job, ADDED) != 0
     for r in range(rows):
         at = (first + r) * outputs + panel * ROWS
         mine, out = sums + 4 * ROWS * r, load_i64(job, OUT) + 4 * at
-        if is_gated:
+        if gate == _GELU:
+            gated_by_gelu((mine, sums + 4 * ROWS * (_MOST_ROWS + r), mine))
+        elif gate != 0:
             gated((mine, sums + 4 * ROWS * (_MOST_ROWS + r), mine))
         if here < ROWS:
             for i in range(here):

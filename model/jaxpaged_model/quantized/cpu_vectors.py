@@ -12,6 +12,7 @@ A floating-point matrix is multiplied with float32 activations, too: a column of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -499,19 +500,36 @@ def group_sums(fmt: WeightFormat) -> Any:
 # --- after the products -----------------------------------------------------------------------------------------
 
 
-def _write_gated(c: Code, gate: Any, up: Any, out: Any) -> None:
-    """``silu(gate) * up`` of 16 numbers, silu(x) = x / (1 + exp(-x)), without exponentials of positive numbers."""
-    one = c.constant(1.0)
-    for i in range(0, ROWS, WIDTH):
-        x = c.load(c.at(gate, i))
-        e = write_exp(c, c.b.fneg(c.call("fabs", x)))
-        positive = c.b.fcmp_unordered(">=", x, c.constant(0.0))
-        share = c.b.fdiv(c.b.select(positive, one, e), c.b.fadd(one, e))
-        c.store(c.b.fmul(c.b.fmul(x, share), c.load(c.at(up, i))), c.at(out, i))
+def _write_gate(steepness: Callable[[Code, Any], Any]) -> Any:
+    """``x * sigmoid(steepness(x)) * up`` of 16 numbers, without exponentials of positive numbers.
+
+    ``sigmoid(y) = 1 / (1 + exp(-y))``.
+    """
+
+    def write(c: Code, gate: Any, up: Any, out: Any) -> None:
+        one = c.constant(1.0)
+        for i in range(0, ROWS, WIDTH):
+            x = c.load(c.at(gate, i))
+            y = steepness(c, x)
+            e = write_exp(c, c.b.fneg(c.call("fabs", y)))
+            positive = c.b.fcmp_unordered(">=", y, c.constant(0.0))
+            share = c.b.fdiv(c.b.select(positive, one, e), c.b.fadd(one, e))
+            c.store(c.b.fmul(c.b.fmul(x, share), c.load(c.at(up, i))), c.at(out, i))
+
+    return instructions(write, types.void, *(types.int64,) * 3)
 
 
-gated = instructions(_write_gated, types.void, *(types.int64,) * 3)
-"""``((gate, up, out))``: 16 numbers each."""
+def _gelu_steepness(c: Code, x: Any) -> Any:
+    """GELU with a tanh is ``x * sigmoid(sqrt(8 / pi) * (x + 0.044715 x^3))`` (arXiv:1606.08415)."""
+    factor = math.sqrt(8 / math.pi)
+    cubic = c.b.fmul(c.b.fmul(x, x), c.constant(0.044715 * factor))
+    return c.b.fmul(x, c.b.fadd(cubic, c.constant(factor)))
+
+
+gated = _write_gate(lambda c, x: x)
+"""``((gate, up, out))``: 16 numbers each, ``silu(gate) * up``."""
+gated_by_gelu = _write_gate(_gelu_steepness)
+"""``((gate, up, out))``: likewise with GELU."""
 
 
 def _write_added(c: Code, a: Any, b: Any, out: Any) -> None:

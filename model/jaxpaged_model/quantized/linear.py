@@ -64,13 +64,13 @@ class _Quantized(nnx.Module):
 
 
 class QuantizedLinear(_Quantized):
-    """``norm(x) @ W.T + bias + add``, or, if gated, ``silu(gate) * up``.
+    """``norm(x) @ W.T + bias + add``, or, if gated, ``activation(gate) * up``.
 
     Args:
       name: format of the weights.
       dim_in, dim_out: columns and rows; of a gated layer, rows of each of its two matrices.
       use_bias: True to add a bias.
-      gated: see ``product.product``.
+      gated, activation: see ``product.product``.
       dtype: dtype of the bias.
       exact, layout: see ``product.product``.
       stack: leading axes of the parameters: the number of layers, or none.
@@ -84,6 +84,7 @@ class QuantizedLinear(_Quantized):
         *,
         use_bias: bool = False,
         gated: bool = False,
+        activation: str = "silu",
         dtype: Any = jnp.float32,
         exact: bool = False,
         layout: Layout = "panels",
@@ -91,7 +92,7 @@ class QuantizedLinear(_Quantized):
     ) -> None:
         rows = 2 * dim_out if gated else dim_out
         super().__init__(name, rows, dim_in, exact=exact, layout=layout, stack=stack)
-        self.outputs, self.gated = dim_out, gated
+        self.outputs, self.gated, self.activation = dim_out, gated, activation
         self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, dim_out), dtype)) if use_bias else None)
 
     def __call__(
@@ -104,8 +105,9 @@ class QuantizedLinear(_Quantized):
         add: Array | None = None,
     ) -> Array:
         out = self._product(
-            x, self.outputs, layer=layer, num_rows=num_rows, norm=norm, add=add, gated=self.gated
-        )
+            x, self.outputs, layer=layer, num_rows=num_rows, norm=norm, add=add, gated=self.gated,
+            activation=self.activation,
+        )  # fmt: skip
         return out if self.bias is None else out + of_layer(self.bias[...], layer)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpaged_model.quantized.activations import ACTIVATIONS
 from jaxpaged_model.quantized.formats import WEIGHT_FORMATS
 from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, of_layer
 from jaxpaged_model.quantized.norm import Norm, rms_norm
@@ -52,6 +53,7 @@ def product(
     norm: Norm | None = None,
     add: Array | None = None,
     gated: bool = False,
+    activation: str = "silu",
     exact: bool = False,
     layout: Layout = "panels",
     implementation: Implementation | None = None,
@@ -70,7 +72,8 @@ def product(
       norm: ``(scale [columns], eps)`` of an RMSNorm of ``x`` before the product.
       add: ``[T, outputs]``, added to the product.
       gated: True if the matrix is the concatenation of gate and up, of ``outputs`` rows each, a multiple
-        of 16; the result is ``silu(gate) * up``.
+        of 16; the result is ``activation(gate) * up``.
+      activation: one of ``ACTIVATIONS``.
       exact: True for float32 activations; otherwise kernels may round them to 16-bit integers with a
         scale for each 32, a relative error below 1e-4. Products with floating-point formats are exact.
       layout: memory layout of the matrix.
@@ -94,13 +97,14 @@ def product(
             norm=norm,
             add=add,
             gated=gated,
+            activation=activation,
             exact=exact,
         )
         return out.astype(x.dtype)
     x = x if norm is None else rms_norm(x, *norm)
     out = _matmul(wanted, x, name, parts, layer, 2 * outputs if gated else outputs, layout)
     if gated:
-        out = jax.nn.silu(out[:, :outputs]) * out[:, outputs:]
+        out = ACTIVATIONS[activation](out[:, :outputs]) * out[:, outputs:]
     return out if add is None else out + add
 
 
