@@ -160,6 +160,10 @@ class ContiguousKVCache:
         """i32[]: number of empty rows."""
         return self.max_seqs - self.pages_used
 
+    def without_unseen(self) -> ContiguousKVCache:
+        """The cache: what no token sees takes no memory from others."""
+        return self
+
     def pages_needed(self, num_new: Array, *, limit: int | None = None, step: int | None = None) -> Array:
         """i32[S]: zeros, since each sequence has its row from the start."""
         return jnp.zeros(self.max_seqs, jnp.int32)

@@ -270,18 +270,24 @@ class GroupedKVCache:
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[GroupedKVCache, Batch, Array]:
         """See ``interface.reserve``."""
-        seen = replace(self, parts=tuple(part.without_unseen() for part in self.parts))
-        ok = seen.can_reserve(num_new)
+        # Once, and not again by each part: two uses of a state are a copy of it.
+        seen = [replace(part.without_unseen(), window=None) for part in self.parts]
+        ok = functools.reduce(jnp.logical_and, (part.has_pages(num_new) for part in seen))
         given = jnp.where(ok, num_new, 0)
-        made = [part.reserve(given, num_tokens=num_tokens, max_new=max_new) for part in seen.parts]
+        made = [part.reserve(given, num_tokens=num_tokens, max_new=max_new) for part in seen]
         ok &= functools.reduce(jnp.logical_and, (fits for _, _, fits in made))
         rows = tuple(GroupRows(batch.page, batch.slot, batch.finalized) for _, batch, _ in made)
         batch = replace(made[0][1], of_groups=rows)
-        return replace(self, parts=tuple(part for part, _, _ in made)), batch, ok
+        parts = (replace(new, window=old.window) for (new, _, _), old in zip(made, self.parts, strict=True))
+        return replace(self, parts=tuple(parts)), batch, ok
 
     def can_reserve(self, num_new: Array) -> Array:
         """See ``interface.can_reserve``."""
         return self._all(lambda part: part.can_reserve(num_new))
+
+    def without_unseen(self) -> GroupedKVCache:
+        """See ``Sequences.without_unseen``."""
+        return replace(self, parts=tuple(part.without_unseen() for part in self.parts))
 
     def can_reserve_each(self, num_new: Array) -> Array:
         """See ``Sequences.can_reserve_each``."""

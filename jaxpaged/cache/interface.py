@@ -59,6 +59,7 @@ class KVCache(Protocol):
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[Self, Batch, Array]: ...
     def can_reserve(self, num_new: Array) -> Array: ...
+    def without_unseen(self) -> Self: ...
     def can_reserve_each(self, num_new: Array) -> Array: ...
     def has_room(self, num_new: Array) -> Array: ...
     def pages_needed(self, num_new: Array, *, limit: int | None = None, step: int | None = None) -> Array: ...
@@ -120,7 +121,12 @@ class OutOfPages(RuntimeError):
 
 
 _reserve_donating = jax.jit(reserve, static_argnames="num_tokens", donate_argnames="cache")
-_needs = jax.jit(lambda cache, num_new: (cache.pages_needed(num_new), cache.has_room(num_new)))
+
+
+@jax.jit
+def _needs(cache: KVCache, num_new: Array) -> tuple[Array, Array, Array]:
+    seen = cache.without_unseen()
+    return seen.pages_needed(num_new), seen.has_room(num_new), seen.pages_free
 
 
 def reserve_or_raise(cache: Cache, num_new: Array, *, num_tokens: int | None = None) -> tuple[Cache, Batch]:
@@ -139,11 +145,10 @@ def reserve_or_raise(cache: Cache, num_new: Array, *, num_tokens: int | None = N
         raise ValueError(f"num_new must not be negative, got {counts.min()}")
     if counts.sum() > rows:
         raise ValueError(f"num_new asks for {counts.sum()} tokens, the step has {rows} rows")
-    needed, has_room = (np.asarray(x) for x in _needs(cache, counts))
+    needed, has_room, pages_free = (np.asarray(x) for x in _needs(cache, counts))
     if not has_room.all():
         raise ValueError(f"sequence {int(np.argmin(has_room))} has no room for its new tokens in {cache!r}")
-    # Copied: an array that numpy looks at is not donated.
-    each = np.atleast_1d(needed.sum(axis=0)), np.array(cache.pages_free, ndmin=1)
+    each = np.atleast_1d(needed.sum(axis=0)), np.atleast_1d(pages_free)
     for requested, free in zip(*each, strict=True):  # one number for each layer group
         if requested > free:
             raise OutOfPages(int(requested), int(free))
@@ -159,7 +164,7 @@ def can_reserve(cache: KVCache, num_new: Array) -> Array:
 def pages_needed(cache: KVCache, num_new: Array) -> Array:
     """i32[S]: pages that ``reserve(cache, num_new)`` would allocate, copies of shared pages included; i32[S,
     G] in a cache of several layer groups."""
-    return cache.pages_needed(num_new)
+    return cache.without_unseen().pages_needed(num_new)
 
 
 def clear(cache: Cache, *, scrub: bool = False) -> Cache:

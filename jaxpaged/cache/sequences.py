@@ -87,14 +87,19 @@ class Sequences:
 
     def can_reserve(self, num_new: Array) -> Array:
         """See ``interface.can_reserve``."""
-        seen = self.without_unseen()
-        plan = reservation.plan(seen.metadata, num_new)
-        enough = jnp.sum(plan.needed, dtype=jnp.int32) <= seen.allocator.num_free
+        return self.without_unseen().has_pages(num_new)
+
+    def has_pages(self, num_new: Array) -> Array:
+        """bool[]: ``can_reserve`` of what ``without_unseen`` returned."""
+        plan = reservation.plan(self.metadata, num_new)
+        enough = jnp.sum(plan.needed, dtype=jnp.int32) <= self.allocator.num_free
         return jnp.all(plan.representable) & enough
+
+    # The following ones count pages that ``reserve`` would free first; ``without_unseen`` frees them now.
 
     def has_room(self, num_new: Array) -> Array:
         """bool[S]: True if the table's row holds ``num_new i32[S]`` more tokens, however few pages are free."""
-        return reservation.plan(self.without_unseen().metadata, num_new).representable
+        return reservation.plan(self.metadata, num_new).representable
 
     def can_reserve_each(self, num_new: Array) -> Array:
         """bool[S]: True for sequences that get their pages when served by id, skipping those that do not fit.
@@ -102,7 +107,7 @@ class Sequences:
         One that does not fit is expected to be removed: its shared page may then need no copy, and
         its own pages serve the others in the next step.
         """
-        return reservation.can_reserve_each(self.without_unseen().metadata, num_new)
+        return reservation.can_reserve_each(self.metadata, num_new)
 
     def pages_needed(self, num_new: Array, *, limit: int | None = None, step: int | None = None) -> Array:
         """i32[S]: pages that ``num_new i32[S]`` more tokens take, copies of shared pages included.
@@ -113,7 +118,7 @@ class Sequences:
           step: tokens of one sequence that one ``reserve`` adds at most, if ``num_new`` are added in
             several; pages before the window are freed in between.
         """
-        needed = reservation.plan(self.without_unseen().metadata, num_new).needed
+        needed = reservation.plan(self.metadata, num_new).needed
         bounds = [] if limit is None else [limit]
         if self.window is not None and step is not None:
             bounds.append(self.window + step)

@@ -189,7 +189,8 @@ def _admit(cache: KVCache, state: State, request: Request) -> State:
 
 
 def _discard(cache: Cache, slots: Slots, request: Request, num_new: Array) -> Cache:
-    """Removes tokens that a context shift discards."""
+    """Removes tokens that no layer will see again, and those that a context shift discards."""
+    cache = cache.without_unseen()
     if not request.shape.shift:
         return cache
     length = cache.lengths
