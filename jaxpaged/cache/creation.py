@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
+from jaxpaged.cache.groups import map_parts, parts_of
 from jaxpaged.cache.interface import KVCache
 from jaxpaged.cache.paged import PagedKVCache
 
@@ -23,14 +24,17 @@ def create_untouched(make: Callable[[], Cache]) -> Cache:
     Args:
       make: pure function that creates a cache.
     """
-    like = jax.eval_shape(make)
-    if not isinstance(like, PagedKVCache) or jax.default_backend() != "cpu" or find_spec("llvmlite") is None:
+    like = parts_of(jax.eval_shape(make))
+    paged = all(isinstance(part, PagedKVCache) for part in like)
+    if not paged or jax.default_backend() != "cpu" or find_spec("llvmlite") is None:
         return make()
     from jaxpaged.native.kernels import untouched
 
-    def without_pages() -> Cache:
-        return replace(make(), k_pages=None, v_pages=None)  # type: ignore[type-var]
+    def with_pools(part: PagedKVCache, pools: Any) -> PagedKVCache:
+        return replace(part, k_pages=pools[0], v_pages=pools[1])
 
-    k_pages, v_pages = jax.tree.map(untouched, (like.k_pages, like.v_pages))
-    cache: Cache = replace(jax.jit(without_pages)(), k_pages=k_pages, v_pages=v_pages)
-    return cache
+    def without_pools() -> Cache:
+        return map_parts(with_pools, make(), [(None, None)] * len(like))
+
+    pools = jax.tree.map(untouched, [(part.k_pages, part.v_pages) for part in like])
+    return map_parts(with_pools, jax.jit(without_pools)(), pools)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax import Array
 
 from jaxpaged.attention.base import Pages
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import map_parts, parts_of
 from jaxpaged.cache.interface import Cache, Integer
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages import allocator as pages_of
@@ -33,8 +35,9 @@ def seq_defragment(cache: Cache, seq: Integer) -> tuple[Cache, Array]:
       seq: an id, or ``ALL`` for one sequence after the other.
 
     Returns:
-      ``(cache, ok bool[])``. Not ok, and nothing changed: the id is too large, too few pages are
-      free to replace shared ones, or the table's row is too narrow for the new page boundaries.
+      ``(cache, ok bool[])``. Not ok, and nothing changed: the id is too large, or in a layer group too
+      few pages are free to replace shared ones, or the table's row is too narrow for the new page
+      boundaries.
 
     Raises:
       NotImplementedError: pages of a sequence lie on several devices.
@@ -42,12 +45,20 @@ def seq_defragment(cache: Cache, seq: Integer) -> tuple[Cache, Array]:
     s = cache.max_seqs
     if isinstance(cache, ContiguousKVCache):
         return cache, jnp.asarray(seq) < s
-    if not isinstance(cache, PagedKVCache):
+    parts = parts_of(cache)
+    if not all(isinstance(part, PagedKVCache) for part in parts):
         raise NotImplementedError(f"seq_defragment needs pages of one device, got {cache!r}")
     seq = jnp.asarray(seq, jnp.int32)
     first, last = jnp.where(seq < 0, 0, seq), jnp.where(seq < 0, s, jnp.minimum(seq + 1, s))
+    # Tables alone first: whether all goes well, in every group, is known before a page is written.
+    ok = functools.reduce(jnp.logical_and, (_fits(part, first, last) for part in parts), seq < s)
+    last = jnp.where(ok, last, first)
+    return map_parts(lambda part: jax.lax.fori_loop(first, last, _defragment, part), cache), ok
 
-    # Tables alone first: whether all goes well is known before a page is written.
+
+def _fits(cache: PagedKVCache, first: Array, last: Array) -> Array:
+    """bool[]: True if sequences ``[first, last)`` can all be defragmented, one after the other."""
+
     def try_one(
         i: Array, carry: tuple[PageAllocator, BlockTable, Array]
     ) -> tuple[PageAllocator, BlockTable, Array]:
@@ -55,21 +66,20 @@ def seq_defragment(cache: Cache, seq: Integer) -> tuple[Cache, Array]:
         allocator, row, _, _, fitted = _defragmented(allocator, tables.get_row(table, i), cache.page_size)
         return allocator, tables.set_row(table, i, row), ok & fitted
 
-    *_, ok = jax.lax.fori_loop(first, last, try_one, (cache.allocator, cache.table, seq < s))
+    *_, ok = jax.lax.fori_loop(first, last, try_one, (cache.allocator, cache.table, jnp.bool_(True)))
+    return ok
 
-    def move_one(i: Array, cache: PagedKVCache) -> PagedKVCache:
-        old = tables.get_row(cache.table, i)
-        allocator, row, targets, start, _ = _defragmented(cache.allocator, old, cache.page_size)
-        k_pages, v_pages = _move(cache, old, targets, start)
-        table, staging = tables.set_row(cache.table, i, row), cache.staging
-        if staging is not None:  # pages written here are quantized, the last one too
-            slots = staging.slot_of_page.at[targets].set(staging.num_slots, mode="drop")
-            staging = replace(staging, slot_of_page=slots)
-        return replace(
-            cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, staging=staging
-        )
 
-    return jax.lax.fori_loop(first, jnp.where(ok, last, first), move_one, cache), ok
+def _defragment(i: Array, cache: PagedKVCache) -> PagedKVCache:
+    """Moves the tokens of sequence ``i``, which is known to fit."""
+    old = tables.get_row(cache.table, i)
+    allocator, row, targets, start, _ = _defragmented(cache.allocator, old, cache.page_size)
+    k_pages, v_pages = _move(cache, old, targets, start)
+    table, staging = tables.set_row(cache.table, i, row), cache.staging
+    if staging is not None:  # pages written here are quantized, the last one too
+        slots = staging.slot_of_page.at[targets].set(staging.num_slots, mode="drop")
+        staging = replace(staging, slot_of_page=slots)
+    return replace(cache, allocator=allocator, table=table, k_pages=k_pages, v_pages=v_pages, staging=staging)
 
 
 def _defragmented(

@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxpaged.cache.checks import check_layer, check_sizes
-from jaxpaged.cache.interface import Integer
+from jaxpaged.cache.interface import Cache, Integer
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.cache.sequences import Sequences, pages_held
 from jaxpaged.cache.windows import Windows
@@ -50,6 +50,15 @@ class LayerGroup:
         check_sizes(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 token, or None for all, got {self.window}")
+
+    @property
+    def title(self) -> str:
+        """Layers and window, for messages and pictures: "layers 0-4, 6; window 512"."""
+        starts = [layer for layer in self.layers if layer - 1 not in self.layers]
+        ends = [layer for layer in self.layers if layer + 1 not in self.layers]
+        runs = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(sorted(starts), sorted(ends), strict=True)]
+        noun = "layer" if len(self.layers) == 1 else "layers"
+        return f"{noun} {', '.join(runs)}" + (f"; window {self.window}" if self.window is not None else "")
 
     def pages_per_seq(self, num_tokens: int, page_size: int, step_tokens: int = 1) -> int:
         """Pages that a sequence of ``num_tokens`` tokens holds at most, of which one step adds
@@ -382,6 +391,17 @@ class GroupedKVCache:
     def seq_drop_unseen(self, window: int) -> GroupedKVCache:
         """See ``Sequences.seq_drop_unseen``."""
         return replace(self, parts=tuple(part.seq_drop_unseen(window) for part in self.parts))
+
+
+def parts_of(cache: Any) -> tuple[Any, ...]:
+    """The cache of each layer group; a cache of one group is its own part."""
+    return cache.parts if isinstance(cache, GroupedKVCache) else (cache,)
+
+
+def map_parts(function: Callable[..., Any], cache: Cache, *others: Sequence[Any]) -> Cache:
+    """The cache with ``function(part, *others of the group)`` in place of each part."""
+    parts = tuple(function(*of_group) for of_group in zip(parts_of(cache), *others, strict=True))
+    return replace(cache, parts=parts) if isinstance(cache, GroupedKVCache) else parts[0]
 
 
 def _reach(group: LayerGroup) -> float:

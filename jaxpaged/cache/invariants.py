@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import GroupedKVCache
 from jaxpaged.cache.sequences import Sequences
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.residual import StagingSlots
@@ -15,16 +18,31 @@ class InvariantError(AssertionError):
     """A cache is in a state that no operations reach; the message names the page or sequence."""
 
 
-def check_invariants(cache: Sequences | ContiguousKVCache, pins: np.ndarray | None = None) -> None:
+def check_invariants(
+    cache: Sequences | GroupedKVCache | ContiguousKVCache,
+    pins: np.ndarray | Sequence[np.ndarray] | None = None,
+) -> None:
     """Checks a cache's metadata for consistency; reads it back from the device, never the pages.
 
     Args:
       cache: concrete, not traced.
-      pins: i32[N], references to each page from outside the table; None = no pins.
+      pins: i32[N], references to each page from outside the table, or one array for each layer group;
+        None = no pins.
 
     Raises:
-      InvariantError: the first invariant violated.
+      InvariantError: the first invariant violated; in a cache of several layer groups also that groups
+        hold different tokens, except for those that no next token sees.
     """
+    if isinstance(cache, GroupedKVCache):
+        each = [None] * len(cache.parts) if pins is None else list(pins)
+        first = cache.parts[0]
+        for group, part, own in zip(cache.groups, cache.parts, each, strict=True):
+            try:
+                check_invariants(part, own)
+                _check_positions(first, part)
+            except InvariantError as error:
+                raise InvariantError(f"group of {group.title}: {error}") from error
+        return
     if isinstance(cache, ContiguousKVCache):
         lengths = np.asarray(cache.lengths)
         if (lengths < 0).any() or (lengths > cache.max_length).any():
@@ -74,6 +92,31 @@ def check_invariants(cache: Sequences | ContiguousKVCache, pins: np.ndarray | No
         )
     if staging is not None:
         _check_staging(staging, allocator.ref_counts, table)
+
+
+def _check_positions(first: Sequences, part: Sequences) -> None:
+    """Checks that a group holds no token that the first one, which sees furthest, lacks, and every one that
+    a next token sees."""
+    ours, theirs = (jax.tree.map(np.asarray, one.table) for one in (part, first))
+    for seq in range(first.max_seqs):
+        held, all_held = _positions(ours, seq), _positions(theirs, seq)
+        begin = int(all_held.max(initial=-1)) + 2 - part.window if part.window is not None else 0
+        # The first group may have freed more than this one, if it has a window, too.
+        low = all_held[0] if first.window is not None and all_held.size else 0
+        if (extra := np.setdiff1d(held[held >= low], all_held)).size:
+            raise InvariantError(
+                f"sequence {seq}: position {extra[0]} is not in the group that sees furthest"
+            )
+        if (lacking := np.setdiff1d(all_held[all_held >= begin], held)).size:
+            raise InvariantError(
+                f"sequence {seq}: position {lacking[0]}, which the next token sees, is missing"
+            )
+
+
+def _positions(table: BlockTable, seq: int) -> np.ndarray:
+    """i64: positions of a sequence's tokens."""
+    starts = zip(table.position[seq], table.num_tokens[seq], strict=True)
+    return np.concatenate([np.arange(start, start + count) for start, count in starts])
 
 
 def _check_staging(staging: StagingSlots, counts: np.ndarray, table: BlockTable) -> None:

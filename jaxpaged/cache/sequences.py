@@ -201,7 +201,8 @@ class Sequences:
         Tokens leave in whole entries, so a step costs O(S) while none leaves, and no entry is split.
         """
         table = self.table
-        first_seen = tables.position_max(table) + 2 - window
+        # The last token stays, seen or not: the next one's position follows from it.
+        first_seen = tables.position_max(table) + 2 - max(window, 2)
         # Positions increase along a row, so the first entry is the first to leave.
         leaves = (table.num_entries > 0) & (table.position[:, 0] + table.num_tokens[:, 0] <= first_seen)
 

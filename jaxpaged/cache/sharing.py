@@ -23,30 +23,40 @@ PagesOfLayers = Any
 """Pytree ``(keys, values)`` of arrays ``[M, L, ...]``: M pages in all layers."""
 
 
-def seq_attach(cache: PagedKVCache, pages: Array, num_tokens: Array) -> tuple[PagedKVCache, Array]:
+def seq_attach(
+    cache: PagedKVCache, pages: Array, num_tokens: Array, first_page: Array | int = 0
+) -> tuple[PagedKVCache, Array]:
     """Attaches pages to empty sequences, which then share them. No key or value moves.
 
     Token i of a sequence is slot ``i % page_size`` of its page ``i // page_size``, rotated at i.
 
     Args:
       cache: the state.
-      pages: i32[S, P], in order; the first ``ceil(num_tokens / page_size)`` of a row count.
-      num_tokens: i32[S]; 0 leaves the sequence alone. A last page may be attached in part; writing
-        behind those tokens copies it first.
+      pages: i32[S, P], in order, from page ``first_page`` of the sequence on; those up to page
+        ``ceil(num_tokens / page_size)`` count.
+      num_tokens: i32[S], tokens of the sequence, those before ``first_page`` included; 0 leaves the
+        sequence alone. A last page may be attached in part; writing behind those tokens copies it first.
+      first_page: i32[S] or i32[], pages of the sequence before the first one attached, whose tokens
+        only a cache with a ``window`` may lack.
 
     Returns:
       ``(cache, ok bool[])``. Not ok: a sequence is not empty, a page is free or outside the pool, the
-      table's row is too narrow, or a count is negative.
+      table's row is too narrow, a count is negative, or the next token sees some before ``first_page``.
 
     Reference: vLLM's automatic prefix caching.
     """
     n, width = cache.num_pages, cache.max_pages_per_seq
     num_tokens = jnp.asarray(num_tokens, jnp.int32)
-    row = BlockTable.from_page_indices(jnp.where(pages >= 0, pages, n), num_tokens, cache.page_size, n)
-    used = jnp.arange(width, dtype=jnp.int32) < row.num_entries[:, None]
-    held = cache.allocator.ref_counts.at[row.pages].get(mode="fill", fill_value=0) > 0
     adopts = num_tokens > 0
+    begin = jnp.where(adopts, jnp.asarray(first_page, jnp.int32) * cache.page_size, 0)
+    seen = 0 if cache.window is None else jnp.maximum(num_tokens + 1 - cache.window, 0)
+    pages = jnp.where(pages >= 0, pages, n)
+    row = BlockTable.from_page_indices(pages, num_tokens - begin, cache.page_size, n)
+    used = jnp.arange(width, dtype=jnp.int32) < row.num_entries[:, None]
+    row = replace(row, position=jnp.where(used, row.position + begin[:, None], 0))
+    held = cache.allocator.ref_counts.at[row.pages].get(mode="fill", fill_value=0) > 0
     possible = (cache.table.num_entries == 0) & (row.num_entries <= width) & jnp.all(held | ~used, axis=1)
+    possible &= (begin >= 0) & (begin <= seen) & (begin < num_tokens)
     ok = jnp.all(possible | ~adopts) & jnp.all(num_tokens >= 0)
     adopts &= ok
     shared = jnp.where(adopts[:, None], row.pages, n).reshape(-1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 import jaxpaged as ops
 from jaxpaged import GroupedKVCache, LayerGroup, OutOfPages, PagedKVCache, check_invariants, reserve_or_raise
+from jaxpaged.cache import InvariantError
+from jaxpaged.cache.creation import create_untouched
 from jaxpaged.cache.interface import ALL
+from jaxpaged.pages.allocator import from_ref_counts
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 
@@ -57,7 +63,7 @@ def step_alone(cache: PagedKVCache, num_new: jax.Array, first_token: jax.Array) 
 jit_step, jit_step_alone = counted(step), counted(step_alone)
 jit = {
     name: counted(getattr(ops, name))
-    for name in ("seq_remove", "seq_copy", "seq_shift", "seq_keep", "seq_reorder")
+    for name in ("seq_remove", "seq_copy", "seq_shift", "seq_keep", "seq_reorder", "seq_defragment")
 }
 jit_can = counted(ops.can_reserve)
 
@@ -105,10 +111,8 @@ class GroupsMachine(RuleBasedStateMachine):
             self.cache = new
         else:
             assert_same(new, snapshot(before))
-        everything, window = self.cache.parts
-        for part in self.cache.parts:
-            check_invariants(part)
-        full, narrow = contents(everything), contents(window)
+        check_invariants(self.cache)
+        full, narrow = map(contents, self.cache.parts)
         assert full == contents(self.alone)
         for seq in range(MAX_SEQS):
             assert narrow[seq].items() <= full[seq].items()
@@ -179,6 +183,12 @@ class GroupsMachine(RuleBasedStateMachine):
     @rule(seq=ids | st.just(ALL), p0=positions, p1=positions | st.just(-1), delta=st.integers(-20, 20))
     def shift(self, seq: int, p0: int, p1: int, delta: int) -> None:
         self.cuts += 2 * self.apply("seq_shift", seq, p0, p1, delta)
+
+    @rule(seq=ids | st.just(ALL))
+    def defragment(self, seq: int) -> None:
+        before = [contents(part) for part in self.cache.parts]
+        self.apply("seq_defragment", seq)
+        assert [contents(part) for part in self.cache.parts] == before
 
     @rule(src=ids, dst=ids, p1=st.sampled_from([-1, -1, 9, 17]))
     def fork(self, src: int, dst: int, p1: int) -> None:
@@ -251,6 +261,83 @@ def test_a_step_fails_in_all_groups_if_it_fails_in_one() -> None:
     with pytest.raises(OutOfPages, match=r"out of pages: 1 requested, 0 free"):
         reserve_or_raise(cache, np.array([1, 0, 0, 0]))
     assert cache.pages_needed(jnp.asarray([1, 0, 9, 0])).tolist() == [[1, 1], [0, 0], [2, 2], [0, 0]]
+
+
+def test_groups_are_defragmented_all_or_none() -> None:
+    def forked(num_pages: tuple[int, int]) -> GroupedKVCache:
+        """Two sequences that share two pages, of which one has a hole that a page would be saved without."""
+        cache = filled(grouped(num_pages=num_pages), [16, 0, 0, 0])
+        for name, *arguments in (("seq_copy", 0, 1), ("seq_remove", 1, 4, 12)):
+            cache, ok = jit[name](cache, *arguments)
+            assert ok
+        return cache
+
+    for num_pages in ((3, 2), (2, 3)):  # a page is free in one group, and each needs one
+        cache = forked(num_pages)
+        before = snapshot(cache)
+        after, ok = jit["seq_defragment"](cache, ALL)
+        assert not ok
+        assert_same(after, before)
+    after, ok = jit["seq_defragment"](forked((3, 3)), ALL)
+    assert ok and after.parts[0].table.num_entries.tolist() == [2, 2, 0, 0]
+    assert (np.asarray(after.parts[0].table.pages[1, :2]) == int(after.parts[0].table.pages[1, 0])).all()
+    check_invariants(after)
+
+
+def test_invariants_are_those_of_every_group_and_between_groups() -> None:
+    cache = filled(grouped(num_pages=30), [40, 9, 0, 0])
+    full, local = cache.parts
+    assert int(local.seq_position_min()[0]) > 0
+    check_invariants(cache)
+    pinned = [jnp.zeros(30, jnp.int32).at[:3].set(1), jnp.zeros(30, jnp.int32).at[7].set(2)]
+    parts = [
+        replace(part, allocator=from_ref_counts(part.allocator.ref_counts + pins))
+        for part, pins in zip(cache.parts, pinned, strict=True)
+    ]
+    check_invariants(replace(cache, parts=tuple(parts)), pinned)
+
+    def says(message: str, *parts: PagedKVCache, pins: Any = None) -> None:
+        with pytest.raises(InvariantError, match=message):
+            check_invariants(replace(cache, parts=parts), pins)
+
+    one, last = r"^group of layer 1: ", r"^group of layers 0, 2; window 12: "
+    says(one + "page 0: reference count 2, but 1 ", parts[0], local)
+    says(last + "page 7: reference count ", full, parts[1], pins=[np.zeros(30, int), np.zeros(30, int)])
+    says(last + "sequence 1: position 8, which the next token sees, is missing",
+         full, local.seq_remove(1, 8, 9)[0])  # fmt: skip
+    says(last + "sequence 0: position 29, .*sees, is missing", full, local.seq_remove(0, 0, -1)[0])
+    says(last + "sequence 1: position 3 is not in the group that sees furthest",
+         full.seq_remove(1, 3, 5)[0], local)  # fmt: skip
+    says(last + "sequence 1: position 0 is not in the group", full.seq_remove(1, 0, -1)[0], local)
+
+
+def test_large_groups_take_memory_where_they_are_written() -> None:
+    pytest.importorskip("llvmlite")
+
+    def make() -> GroupedKVCache:
+        groups = [LayerGroup((0,), 4, 64, window=64, v_dtype="q8_0"), LayerGroup((1, 2), 2, 64)]
+        return GroupedKVCache.create(groups, num_pages=(1 << 14, 1 << 14), max_seqs=4, max_seq_len=512)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    sizes = [part.bytes_per_page << 14 for part in jax.eval_shape(make).parts]
+    before = resident()
+    cache = create_untouched(make)
+    assert resident() - before < min(sizes) / 4, sizes
+    check_invariants(cache)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), jax.eval_shape(make)
+    )
+
+
+def test_positions_go_on_behind_a_window_of_one_token() -> None:
+    cache = grouped(window=1)
+    for count in (8, 8, 8, 3):
+        cache = filled(cache, [count, 0, 0, 0])
+    check_invariants(cache)
+    assert [int(part.seq_position_max()[0]) for part in cache.parts] == [26, 26]
+    assert int(cache.parts[1].pages_used) <= 2
 
 
 def test_pages_of_a_window_are_bounded_through_prefill_and_decoding() -> None:

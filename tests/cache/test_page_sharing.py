@@ -22,11 +22,13 @@ from jaxpaged.engine.swap import numbered
 S, N, P, PS = 3, 12, 6, 8
 
 
-def filled(dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8)) -> PagedKVCache:
+def filled(
+    dtype: str = "f32", layout: str | None = None, lengths=(19, 0, 8), window: int | None = None
+) -> PagedKVCache:
     """Sequences with random keys and values in two layers."""
     cache = PagedKVCache.create(
         num_layers=2, num_kv_heads=2, head_dim=64, num_pages=N, max_seqs=S, page_size=PS, max_seq_len=(P - 1) * PS,
-        dtype=dtype, layout=layout,
+        dtype=dtype, layout=layout, window=window,
     )  # fmt: skip
     rows = np.random.default_rng(0).normal(size=(2, 2, sum(lengths), 2, 64))
     return write_rows(cache, np.array(lengths), jnp.asarray(rows, jnp.float32))
@@ -40,10 +42,10 @@ def write_rows(cache: PagedKVCache, lengths: jax.Array, rows: jax.Array) -> Page
     return cache
 
 
-def attach(cache: PagedKVCache, seq: int, pages: list[int], tokens: int):
-    rows, counts = np.full((S, P), N, np.int32), np.zeros(S, np.int32)
-    rows[seq, : len(pages)], counts[seq] = pages, tokens
-    return seq_attach(cache, jnp.asarray(rows), jnp.asarray(counts))
+def attach(cache: PagedKVCache, seq: int, pages: list[int], tokens: int, first_page: int = 0):
+    rows, counts, first = np.full((S, P), N, np.int32), np.zeros(S, np.int32), np.zeros(S, np.int32)
+    rows[seq, : len(pages)], counts[seq], first[seq] = pages, tokens, first_page
+    return seq_attach(cache, jnp.asarray(rows), jnp.asarray(counts), jnp.asarray(first))
 
 
 def attended(cache: PagedKVCache, seq: int) -> np.ndarray:
@@ -74,6 +76,42 @@ def test_attached_pages_are_attended_like_the_original_sequence(tokens):
     assert all(
         a is b for a, b in zip(jax.tree.leaves(attached.k_pages), jax.tree.leaves(cache.k_pages), strict=True)
     )
+
+
+@pytest.mark.parametrize(("tokens", "first_page"), [(40, 4), (39, 3), (33, 2), (24, 1), (9, 0)])
+def test_the_last_pages_of_a_window_are_attended_like_all_of_them(tokens, first_page):
+    cache = filled(lengths=(40, 0, 8), window=9)
+    pages = np.asarray(cache.table.pages[0, first_page : -(-tokens // PS)]).tolist()
+    attached, ok = attach(cache, 1, pages, tokens, first_page)
+    assert ok
+    check_invariants(attached)
+    assert (
+        attached.seq_position_min()[1] == first_page * PS and attached.lengths[1] == tokens - first_page * PS
+    )
+    assert attached.seq_position_max()[1] == tokens - 1
+    whole, ok = seq_remove(attached, 0, tokens, -1)
+    assert ok
+    np.testing.assert_array_equal(attended(attached, 1), attended(whole, 0))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "first_page", "window"),
+    [
+        (40, 4, 10),  # the next token sees position 31
+        (39, 4, 9),
+        (40, -1, 9),
+        (40, 5, 1),  # no page is left, and the next position would not be known
+        (40, 1, None),
+    ],
+)
+def test_pages_behind_what_the_next_token_sees_are_not_attached(tokens, first_page, window):
+    cache = filled(lengths=(40, 0, 8), window=window)
+    after, ok = attach(
+        cache, 1, np.asarray(cache.table.pages[0, max(first_page, 0) :]).tolist(), tokens, first_page
+    )
+    assert not ok
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(new, old)
 
 
 @pytest.mark.parametrize(
