@@ -1,7 +1,7 @@
 """The host side of serving: requests, scheduling, pages, prefix cache; without models and HTTP."""
 
-from jaxpaged.engine.engine import Engine, EngineConfig
-from jaxpaged.engine.mesh_engine import MeshEngine
+from jaxpaged.engine.config import EngineConfig
+from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.prefix_index import PrefixIndex
 from jaxpaged.engine.request import (
     ContextError,
@@ -24,7 +24,6 @@ __all__ = [
     "EngineConfig",
     "EngineRequest",
     "EngineStats",
-    "MeshEngine",
     "PoolError",
     "PoolState",
     "PrefixIndex",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.engine.device import Device
+from jaxpaged.engine.device_shard import DeviceShard
 from jaxpaged.engine.prefix_index import Node, PrefixIndex, common_prefix, root_key
 from jaxpaged.engine.request import EngineRequest
 from jaxpaged.engine.sample_state import SampleState
@@ -48,7 +48,7 @@ class PoolCounts:
 class Pool:
     """The pool of a contiguous cache, where a sequence never lacks memory."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: DeviceShard) -> None:
         self.device = device
         self.counts = PoolCounts()
         self.costs = SwapCosts()
@@ -107,12 +107,12 @@ class PagedPool(Pool):
     """The pool of a paged cache; see the module.
 
     Args:
-      device: a device with a paged cache.
+      device: one with a paged cache.
       prefix_cache: keep pages of finished samples for later texts with the same prefix.
       swap_bytes: host memory for preempted sequences.
     """
 
-    def __init__(self, device: Device, *, prefix_cache: bool, swap_bytes: int) -> None:
+    def __init__(self, device: DeviceShard, *, prefix_cache: bool, swap_bytes: int) -> None:
         super().__init__(device)
         cache = device.cache
         assert isinstance(cache, PagedKVCache)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxpaged.cache import sharing
@@ -264,6 +265,19 @@ class Edit:
     """i32[A]: tokens that they hold; 0 in padding."""
     unpinned: Given
     """i32[M]: pages that the prefix cache releases, from the front; N in padding."""
+
+    @classmethod
+    def none(cls, cache: PagedKVCache) -> Edit:
+        """An edit that changes nothing, on the host."""
+        s, p, n = cache.max_seqs, cache.max_pages_per_seq, cache.num_pages
+        return cls(
+            pinned=np.full(p, n, np.int32),
+            removed=np.zeros(s, bool),
+            attached=np.full(ATTACHED_PER_EDIT, s, np.int32),
+            attached_pages=np.full((ATTACHED_PER_EDIT, p), n, np.int32),
+            attached_tokens=np.zeros(ATTACHED_PER_EDIT, np.int32),
+            unpinned=np.full(p, n, np.int32),
+        )
 
 
 def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableState]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.engine.device import Device
+from jaxpaged.engine.device_shard import DeviceShard
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.prefix_index import Node, root_key
 from jaxpaged.engine.request import RefusedError
@@ -33,7 +33,7 @@ class SlotTransfer:
     seconds: float
 
 
-def _paged(device: Device, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
+def _paged(device: DeviceShard, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
     cache = device.cache
     if not isinstance(cache, PagedKVCache) or not isinstance(pool, PagedPool):
         raise RefusedError("slots are saved and restored by pages; this cache is contiguous")
@@ -41,7 +41,7 @@ def _paged(device: Device, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
 
 
 def save(
-    device: Device,
+    device: DeviceShard,
     pool: Pool,
     slot: int,
     root: bytes,
@@ -59,7 +59,7 @@ def save(
     cache, paged = _paged(device, pool)
     match = paged.index.match(root, tokens, len(tokens), tails=cache.staging is None)
     if not match.num_tokens:
-        raise RefusedError(f"slot {slot} has nothing in the pool that could be saved")
+        raise RefusedError(f"slot {device.first_slot + slot} has nothing in the pool that could be saved")
     pages = [node.page for node in match.nodes] + ([] if match.tail is None else [match.tail.page])
     device.attach([(slot, pages, match.num_tokens)])
     try:
@@ -70,7 +70,7 @@ def save(
 
 
 def load(
-    device: Device, pool: Pool, slot: int, path: str | os.PathLike[str], fingerprint: str
+    device: DeviceShard, pool: Pool, slot: int, path: str | os.PathLike[str], fingerprint: str
 ) -> tuple[SlotTransfer, list[int]]:
     """Loads a file into the prefix cache, by way of an idle slot: ``(sizes, tokens)``.
 
@@ -93,7 +93,7 @@ def load(
     return SlotTransfer(len(tokens), os.path.getsize(path), time.monotonic() - begin), tokens
 
 
-def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> list[int]:
+def _indexed(device: DeviceShard, pool: PagedPool, slot: int, tokens: list[int]) -> list[int]:
     """Indexes the pages of a sequence; returns pages to pin before the sequence is removed."""
     cache, ps = device.cache, pool.page_size
     table = device.table()
@@ -116,7 +116,7 @@ def _indexed(device: Device, pool: PagedPool, slot: int, tokens: list[int]) -> l
     return pool.index.release(chain)
 
 
-def erase(device: Device, pool: Pool, root: bytes, tokens: list[int]) -> int:
+def erase(device: DeviceShard, pool: Pool, root: bytes, tokens: list[int]) -> int:
     """Releases unused cached pages at the end of ``tokens``; returns the number of their tokens."""
     if not isinstance(pool, PagedPool):
         return 0

@@ -1,4 +1,4 @@
-"""SlotTable: parameters of the running sequences, on the host and, after changes, on the device."""
+"""SlotTable: parameters of the running sequences, on the host."""
 
 from __future__ import annotations
 
@@ -23,16 +23,13 @@ class SlotTable:
             bias=np.zeros((num_slots, MAX_LOGIT_BIAS), np.float32),
             wants_logprobs=np.zeros(num_slots, bool),
         )
-        self._sent: SlotParams | None = None
         self.changed = True
-        """True after a change; reset by the reader."""
+        """True if the parameters changed since the last ``take``."""
 
-    def on_device(self) -> SlotParams:
-        """The parameters on the device."""
-        if self._sent is None:
-            # A copy: on a CPU the device array may share memory with the host array.
-            self._sent = jax.device_put(jax.tree.map(np.copy, self.params))
-        return self._sent
+    def take(self) -> SlotParams:
+        """A copy of the parameters, for the device: on a CPU its arrays may share the host's memory."""
+        self.changed = False
+        return jax.tree.map(np.copy, self.params)
 
     def set(self, slot: int, request: EngineRequest, index: int) -> None:
         """Sets a slot's parameters to those of sample ``index`` of a request."""
@@ -53,7 +50,7 @@ class SlotTable:
         _fill(params.bias_ids, slot, list(request.logit_bias), _NO_TOKEN)
         _fill(params.bias, slot, list(request.logit_bias.values()), 0)
         params.wants_logprobs[slot] = request.num_logprobs is not None
-        self._sent, self.changed = None, True
+        self.changed = True
 
     def clear(self, slot: int) -> None:
         """Switches off what costs a step time: sampling, penalties, biases, log-probabilities."""
@@ -67,7 +64,7 @@ class SlotTable:
             ("frequency_penalty", 0.0),
         ):
             getattr(sampling, name)[slot] = off
-        self._sent, self.changed = None, True
+        self.changed = True
 
 
 def _fill(table: np.ndarray, slot: int, values: list[float], padding: float) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.engine.device import Device, HostTable
-from jaxpaged.engine.pool import PagedPool, Pool
+from jaxpaged.engine.device import Device
+from jaxpaged.engine.device_shard import HostTable
+from jaxpaged.engine.pool import PagedPool
 from jaxpaged.engine.request import EngineRequest, EngineStats
 from jaxpaged.engine.sample_state import SampleState
-from jaxpaged.engine.scheduler import Scheduler
+from jaxpaged.engine.shard import EngineShard, StepCounts
 
 FREE, USED, SHARED, CACHED = 0, 1, 2, 3
 """States of a page: free; held by one sequence; by several; by the prefix cache alone."""
@@ -57,35 +60,29 @@ class PoolUse:
     """Tokens; those in shared pages count once."""
 
 
-@dataclass
-class StepCounts:
-    """Counters of steps, as in ``EngineStats``."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    nan_samples: int = 0
-    compiled_late: int = 0
-
-
 class Monitor:
-    """Collects statistics from the parts of an engine; changes nothing."""
+    """Collects statistics from the data shards of an engine; changes nothing."""
 
-    def __init__(self, device: Device, pool: Pool, scheduler: Scheduler) -> None:
-        self._device, self._pool, self._scheduler = device, pool, scheduler
-        self._use: tuple[HostTable, PoolUse] | None = None
+    def __init__(self, device: Device, shards: Sequence[EngineShard]) -> None:
+        self._device, self._shards = device, shards
+        self._use: dict[EngineShard, tuple[HostTable, PoolUse]] = {}
 
     def stats(self, steps: StepCounts) -> EngineStats:
         """Gauges and counters as they are now."""
-        cache, counts = self._device.cache, self._pool.counts
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        page_size = _page_size(cache)
-        if isinstance(self._pool, PagedPool):
-            total, free, use = cache.num_pages, self._device.state.num_free, self._page_use()
-            cached, evictions = total - free - use.used, self._pool.index.evictions
+        cache, shards = self._device.local, self._shards
+        running = [sample for shard in shards for sample in shard.scheduler.running]
+        waiting = [sample for shard in shards for sample in shard.scheduler.waiting]
+        pools = [shard.pool for shard in shards]
+        page_size = page_size_of(cache)
+        if isinstance(cache, PagedKVCache):
+            uses = [self._page_use(shard) for shard in shards]
+            use = PoolUse(sum(one.used for one in uses), sum(one.live for one in uses))
+            total = cache.num_pages * len(shards)
+            free = sum(shard.device.state.num_free for shard in shards)
         else:
             use = PoolUse(len(running), sum(sample.num_computed for sample in running))
-            total, free, cached, evictions = cache.max_seqs, cache.max_seqs - len(running), 0, 0
+            total = cache.max_seqs * len(shards)
+            free = total - use.used
         slots_used = use.used * page_size
         return EngineStats(
             running=len(running),
@@ -93,60 +90,72 @@ class Monitor:
             swapped=sum(sample.swapped is not None for sample in waiting),
             pages_total=total,
             pages_used=use.used,
-            pages_cached=cached,
+            pages_cached=total - free - use.used,
             pages_free=free,
             page_size=page_size,
             tokens_live=use.live,
             waste=1 - use.live / slots_used if slots_used else 0.0,
-            bytes_per_page=cache.bytes_per_page,
-            prefix_queries=counts.prefix_queries,
-            prefix_hits=counts.prefix_hits,
-            preemptions=counts.preemptions,
-            swaps=counts.swaps,
-            evictions=evictions,
-            shifts=counts.shifts,
+            bytes_per_page=_bytes_per_page(cache) * self._device.devices_per_shard,
+            evictions=sum(pool.index.evictions for pool in pools if isinstance(pool, PagedPool)),
             compiled=self._device.compiled,
+            **{name: sum(vars(pool.counts)[name] for pool in pools) for name in vars(pools[0].counts)},
             **vars(steps),
         )
 
-    def _page_use(self) -> PoolUse:
-        table = self._device.state
-        if self._use is None or self._use[0] is not table:
-            cache = self._device.cache
-            self._use = table, page_use(table.pages, table.page_tokens, cache.num_pages, cache.page_size)
-        return self._use[1]
+    def _page_use(self, shard: EngineShard) -> PoolUse:
+        table, cache = shard.device.state, self._device.local
+        if shard not in self._use or self._use[shard][0] is not table:
+            use = page_use(table.pages, table.page_tokens, cache.num_pages, cache.page_size)
+            self._use[shard] = table, use
+        return self._use[shard][1]
 
     def pool_state(self) -> PoolState:
-        """The state of each page; in a contiguous cache, of each sequence."""
-        running = sorted(self._scheduler.running, key=lambda sample: sample.slot or 0)
-        sequences = [
-            {
-                "slot": sample.slot,
-                "request_id": sample.request.request_id,
-                "tokens": sample.num_computed,
-                "state": "prefill" if sample.num_uncomputed > 1 else "decode",
-            }
-            for sample in running
+        """The state of each page; in a contiguous cache, of each sequence. Pools of data shards are
+        concatenated."""
+        cache = self._device.local
+        paged = isinstance(cache, PagedKVCache)
+        each = cache.num_pages if paged else cache.max_seqs
+        total = each * len(self._shards)
+        tables: list[np.ndarray] = []
+        cached: list[int] = []
+        sequences: list[dict[str, Any]] = []
+        for i, shard in enumerate(self._shards):
+            running = sorted(shard.scheduler.running, key=lambda sample: sample.slot or 0)
+            if isinstance(shard.pool, PagedPool):
+                table = shard.device.state.pages
+                cached += [i * each + page for page in shard.pool.index.pinned_pages()]
+            else:
+                table = np.full((each, 1), each, np.int32)
+                for sample in running:
+                    table[sample.slot] = sample.slot
+            tables.append(np.where(table < each, i * each + table, total))
+            sequences += [
+                {
+                    "slot": shard.device.first_slot + (sample.slot or 0),
+                    "request_id": sample.request.request_id,
+                    "tokens": sample.num_computed,
+                    "state": "prefill" if sample.num_uncomputed > 1 else "decode",
+                }
+                for sample in running
+            ]
+        state, owner = page_states(np.concatenate(tables), total, cached)
+        return PoolState(total, page_size_of(cache), state, owner, sequences)
+
+    def slot_states(self, n_ctx: int) -> list[SlotState]:
+        """The state of each slot, given the last sample that ran in it."""
+        return [
+            _slot_state(slot, shard.device.first_slot, sample, n_ctx)
+            for shard in self._shards
+            for slot, sample in enumerate(shard.last)
         ]
-        cache = self._device.cache
-        if isinstance(self._pool, PagedPool):
-            pages, num_pages = self._device.state.pages, cache.num_pages
-            state, owner = page_states(pages, num_pages, self._pool.index.pinned_pages())
-        else:
-            num_pages = cache.max_seqs
-            pages = np.full((num_pages, 1), num_pages, np.int32)
-            for sample in running:
-                pages[sample.slot] = sample.slot
-            state, owner = page_states(pages, num_pages, [])
-        return PoolState(num_pages, _page_size(cache), state, owner, sequences)
 
 
-def slot_state(slot: int, sample: SampleState | None, n_ctx: int) -> SlotState:
-    """The state of a slot, given the last sample that ran in it."""
+def _slot_state(slot: int, first_slot: int, sample: SampleState | None, n_ctx: int) -> SlotState:
+    number = first_slot + slot
     if sample is None:
-        return SlotState(slot, None, False, 0, 0, 0, n_ctx, None)
+        return SlotState(number, None, False, 0, 0, 0, n_ctx, None)
     return SlotState(
-        slot,
+        number,
         sample.request.request_id,
         sample.slot == slot and sample.finish_reason is None,
         sample.prompt_len,
@@ -189,5 +198,13 @@ def page_states(pages: np.ndarray, num_pages: int, cached: list[int]) -> tuple[n
     return state, owner
 
 
-def _page_size(cache: PagedKVCache | ContiguousKVCache) -> int:
+def page_size_of(cache: PagedKVCache | ContiguousKVCache) -> int:
+    """Tokens of a page; of a sequence in a contiguous cache."""
     return cache.page_size if isinstance(cache, PagedKVCache) else cache.max_length
+
+
+def _bytes_per_page(cache: PagedKVCache | ContiguousKVCache) -> int:
+    """Bytes of a page in all layers; of a sequence in a contiguous cache."""
+    if isinstance(cache, PagedKVCache):
+        return cache.bytes_per_page
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v))) // cache.max_seqs

@@ -28,14 +28,18 @@ from jaxpaged.generation.request import (
 from jaxpaged.generation.result import BeamResult, GenerateResult
 from jaxpaged.generation.sampling import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, num_shards
-from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, STATIC, mesh_of, over_mesh
+from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, mesh_of, over_mesh
 
 
 @functools.cache
 def run_donating(platform: str) -> Any:
     """``run`` jitted for a platform; donates the cache."""
-    function = over_mesh(run, (STATIC, PARAMS, CACHE, BATCH), (GATHERED, CACHE))
-    return jax.jit(function, static_argnums=0, donate_argnums=2, compiler_options=compiler_options(platform))
+
+    def spread(model: Model, *arguments: Any) -> Any:
+        loop = functools.partial(run, model)
+        return over_mesh(loop, (PARAMS, CACHE, BATCH), (BATCH, CACHE), gather=True)(*arguments)
+
+    return jax.jit(spread, static_argnums=0, donate_argnums=2, compiler_options=compiler_options(platform))
 
 
 def gather_result(result: Any, sharding: BatchSharding) -> Any:

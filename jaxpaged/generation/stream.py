@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,16 @@ from jaxpaged.generation.request import Request
 from jaxpaged.generation.result import RUNNING
 from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import fetch
-from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, STATIC, mesh_of, over_mesh
+from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, mesh_of, over_mesh
 
 begin_jitted = jax.jit(over_mesh(begin, (CACHE, BATCH), BATCH))
-advance_donating = jax.jit(
-    over_mesh(advance, (STATIC, PARAMS, CACHE, BATCH, BATCH, REPLICATED), (CACHE, BATCH)),
-    static_argnums=0,
-    donate_argnums=(2, 3),
-)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def advance_donating(model: Model, *arguments: Any) -> Any:
+    """``advance``; donates the cache and the state."""
+    chunk = functools.partial(advance, model)
+    return over_mesh(chunk, (PARAMS, CACHE, BATCH, BATCH, REPLICATED), (CACHE, BATCH))(*arguments)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ partial products in the model and the merge of attention states in ``context``; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,39 +31,26 @@ Specs = Any
 is a leading axis along which parts are stacked; a tuple of names joins parts along the first
 axis."""
 
-_SHARD, _REPLICATED = PartitionSpec(DATA), PartitionSpec()
-_PAGES, _METADATA = PartitionSpec((DATA, CONTEXT, TENSOR)), PartitionSpec(DATA, CONTEXT)
-
-STATIC, PARAMS, CACHE, BATCH, PER_DEVICE, REPLICATED, GATHERED = (
-    "static",
-    "params",
-    "cache",
-    "batch",
-    "per_device",
-    "replicated",
-    "gathered",
-)
-"""Kinds of arguments and results of a program: no arrays; weights; a cache; one value a data shard;
-one value a device; the same value everywhere; one value a data shard, gathered on all devices, so
-that every process can read it."""
-SPECS: Mapping[str, Specs] = {
-    PARAMS: PartitionSpec(TENSOR), BATCH: _SHARD, PER_DEVICE: _PAGES, REPLICATED: _REPLICATED, GATHERED: _SHARD,
-}  # fmt: skip
-"""Specs of each kind but caches, which have ``cache_specs``."""
+PARAMS, BATCH, REPLICATED = PartitionSpec(TENSOR), PartitionSpec(DATA), PartitionSpec()
+"""Specs of weights, of one value a data shard, and of the same value everywhere."""
+PER_DEVICE = PartitionSpec((DATA, CONTEXT, TENSOR))
+"""Spec of one value a device, joined along the first axis, as pages are."""
+CACHE = None
+"""In place of the specs of a ``ShardedCache``: those of its ``parts``, see ``cache_specs``."""
 
 
 def cache_specs(cache: Any) -> Specs:
     """Specs of a cache: a pytree of ``PartitionSpec`` that is a prefix of the cache's."""
-    metadata: dict[str, Any] = {"allocator": _SHARD, "table": _SHARD}
-    pages: dict[str, Any] = {"k_pages": _PAGES, "v_pages": _PAGES}
+    metadata: dict[str, Any] = {"allocator": BATCH, "table": BATCH}
+    pages: dict[str, Any] = {"k_pages": PER_DEVICE, "v_pages": PER_DEVICE}
     if isinstance(cache, ContextKVCache):
-        own: dict[str, Any] = {"local_table": _METADATA}
+        own: dict[str, Any] = {"local_table": PartitionSpec(DATA, CONTEXT)}
         return replace(cache, **metadata, **pages, **own)
     if isinstance(cache, PagedKVCache):
-        places: dict[str, Any] = {"staging": None if cache.staging is None else _SHARD}
+        places: dict[str, Any] = {"staging": None if cache.staging is None else BATCH}
         return replace(cache, **metadata, **pages, **places)
     if isinstance(cache, ContiguousKVCache):
-        rows: dict[str, Any] = {"k": _PAGES, "v": _PAGES, "lengths": _SHARD}
+        rows: dict[str, Any] = {"k": PER_DEVICE, "v": PER_DEVICE, "lengths": BATCH}
         return replace(cache, **rows)
     raise TypeError(f"a cache is needed, got {type(cache).__name__}")
 
@@ -75,6 +62,10 @@ def _by_spec(change: Callable[[Any, PartitionSpec], Any], specs: Specs, value: A
         value,
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
+
+
+def _is_spec(node: Any) -> bool:
+    return node is CACHE or isinstance(node, PartitionSpec)
 
 
 def _num_stacked(spec: PartitionSpec) -> int:
@@ -170,7 +161,7 @@ def mesh_of(cache: Any) -> Mesh | None:
     return cache.mesh if isinstance(cache, ShardedCache) else None
 
 
-def put(mesh: Mesh, value: Any, specs: Specs = _SHARD) -> Any:
+def put(mesh: Mesh, value: Any, specs: Specs = BATCH) -> Any:
     """Puts host arrays, the same in every process, on a mesh."""
 
     def place(x: Any, spec: PartitionSpec) -> Array:
@@ -181,14 +172,15 @@ def put(mesh: Mesh, value: Any, specs: Specs = _SHARD) -> Any:
 
 
 def over_mesh(
-    function: Callable[..., Any], in_kinds: Sequence[str], out_kinds: str | tuple[str, ...]
+    function: Callable[..., Any], in_specs: tuple[Specs, ...], out_specs: Specs, *, gather: bool = False
 ) -> Callable[..., Any]:
     """Runs a function of one device on a mesh if one of its arguments is a ``ShardedCache``.
 
     Args:
-      function: pure, with positional arguments.
-      in_kinds: kind of each argument: ``STATIC``, ``PARAMS``, ``CACHE``, ``BATCH``, ``REPLICATED``.
-      out_kinds: kind of the result, or of each in a tuple.
+      function: pure, with positional arguments, all of them pytrees of arrays.
+      in_specs: specs of each argument: ``PARAMS``, ``CACHE``, ``BATCH``, ``REPLICATED``.
+      out_specs: specs of the result, or a tuple, of each result.
+      gather: gather ``BATCH`` results on all devices, so that every process can read them.
     """
 
     @functools.wraps(function)
@@ -196,38 +188,23 @@ def over_mesh(
         cache = next((x for x in arguments if isinstance(x, ShardedCache)), None)
         if cache is None:
             return function(*arguments)
-        specs_of_cache = cache_specs(cache.parts)
-        specs = [specs_of_cache if kind == CACHE else SPECS.get(kind) for kind in in_kinds]
-        dynamic = [i for i, kind in enumerate(in_kinds) if kind != STATIC]
-        kinds = (out_kinds,) if isinstance(out_kinds, str) else out_kinds
-        single = len(kinds) == 1  # a function that returns one thing returns no tuple
-        out_specs = tuple(specs_of_cache if kind == CACHE else SPECS[kind] for kind in kinds)
+        of_cache = cache_specs(cache.parts)
+        given = tuple(x.parts if isinstance(x, ShardedCache) else x for x in arguments)
+        ins = tuple(of_cache if spec is CACHE else spec for spec in in_specs)
+        outs = jax.tree.map(lambda spec: of_cache if spec is CACHE else spec, out_specs, is_leaf=_is_spec)
 
-        def local(*given: Any) -> Any:
-            own = list(arguments)
-            for i, part, whole in zip(dynamic, given, arrays, strict=True):
-                own[i] = unstacked(_with_empty(part, specs[i], whole, cache.mesh), specs[i])
-            out = function(*own)
-            outs = (out,) if single else out
-            return tuple(map(stacked, outs, out_specs))
+        def local(*parts: Any) -> Any:
+            return stacked(function(*unstacked(_with_empty(parts, ins, given, cache.mesh), ins)), outs)
 
-        arrays = [x.parts if isinstance(x, ShardedCache) else x for x in (arguments[i] for i in dynamic)]
-        outs = jax.shard_map(
-            local,
-            mesh=cache.mesh,
-            in_specs=tuple(specs[i] for i in dynamic),
-            out_specs=out_specs,
-            check_vma=False,
-        )(*map(_without_empty, arrays))
-        everywhere = NamedSharding(cache.mesh, _REPLICATED)
-        done = []
-        for kind, out in zip(kinds, outs, strict=True):
-            if kind == CACHE:
-                out = replace(cache, parts=out)
-            elif kind == GATHERED:
-                out = jax.lax.with_sharding_constraint(out, everywhere)
-            done.append(out)
-        return done[0] if single else tuple(done)
+        def finished(spec: Specs, out: Any) -> Any:
+            if spec is CACHE:
+                return replace(cache, parts=out)
+            if gather and spec == BATCH:
+                return jax.lax.with_sharding_constraint(out, NamedSharding(cache.mesh, REPLICATED))
+            return out
+
+        spread = jax.shard_map(local, mesh=cache.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        return jax.tree.map(finished, out_specs, spread(*_without_empty(given)), is_leaf=_is_spec)
 
     return run
 

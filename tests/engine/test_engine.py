@@ -231,8 +231,7 @@ def test_a_pool_smaller_than_a_request_refuses_it():
         make_engine(num_pages=5)
     engine = make_engine(num_pages=FEW_PAGES)
     # As if pages had gone elsewhere since the engine was made: what it says of a request is said of the pool.
-    cache = engine.device.cache
-    engine.device._cache = dataclasses.replace(cache, allocator=allocator.create(3))
+    engine.device.local = dataclasses.replace(engine.device.local, allocator=allocator.create(3))
     with pytest.raises(PoolError, match="4 pages, the whole pool has 3") as error:
         engine.add_request(greedy("a", prompt(0, 20), 10))
     assert (error.value.requested, error.value.total) == (4, 3)

@@ -26,6 +26,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not _engine:
             _engine.append(make_engine(num_pages=FEW_PAGES))
         self.engine = _engine[0]
+        (self.shard,) = self.engine.shards
         self.requests: dict = {}
         self.results: dict = {}
         self.count = 0
@@ -48,7 +49,7 @@ class EngineMachine(RuleBasedStateMachine):
             f"r{self.count}", text, new, n=n, cache_salt=salt, priority=priority, cache_prompt=cache_prompt
         )
         self.count += 1
-        waiting = len({sample.request.request_id for sample in self.engine.scheduler.waiting})
+        waiting = len({sample.request.request_id for sample in self.shard.scheduler.waiting})
         if waiting == 8:
             with pytest.raises(QueueFullError):
                 self.engine.add_request(request)
@@ -71,10 +72,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(cheaper=st.booleans())
     def change_what_is_cheaper(self, cheaper):
-        self.engine.pool.costs = SwapCosts()
+        self.shard.pool.costs = SwapCosts()
         if cheaper:
-            self.engine.pool.costs.tokens_per_second = 1e-3
-            self.engine.pool.costs.bytes_per_second = 1e12
+            self.shard.pool.costs.tokens_per_second = 1e-3
+            self.shard.pool.costs.bytes_per_second = 1e12
 
     @invariant()
     def counts_agree(self):
@@ -84,7 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert np.count_nonzero(state == FREE) == stats.pages_free
         assert np.count_nonzero(state == CACHED) == stats.pages_cached
         assert stats.waste < 1
-        assert self.engine.pool.swapped_bytes >= 0
+        assert self.shard.pool.swapped_bytes >= 0
 
     def teardown(self):
         for _ in range(3000):
@@ -98,9 +99,9 @@ class EngineMachine(RuleBasedStateMachine):
             for index in range(request.n):
                 assert self.results[request.request_id, index].tokens == expected
         stats = self.engine.stats()
-        assert stats.running == stats.waiting == stats.pages_used == self.engine.pool.swapped_bytes == 0
+        assert stats.running == stats.waiting == stats.pages_used == self.shard.pool.swapped_bytes == 0
         assert stats.pages_free + stats.pages_cached == stats.pages_total
-        assert len(self.engine.scheduler._free_slots) == self.engine.max_seqs
+        assert len(self.shard.scheduler._free_slots) == self.engine.max_seqs
         assert stats.compiled_late == 0
 
 

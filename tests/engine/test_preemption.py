@@ -22,7 +22,7 @@ def small() -> Engine:
 @pytest.fixture
 def tight(small: Engine) -> Engine:
     small.drop_prefix_cache()
-    small.pool.costs = SwapCosts()
+    small.shards[0].pool.costs = SwapCosts()
     return small
 
 
@@ -39,7 +39,7 @@ def test_preempted_requests_get_the_text_they_would_get_alone(tight, swaps, monk
         result = results[request.request_id, 0]
         assert result.tokens == alone(request.prompt, 40)
         assert sum(len(output.logprobs) for output in result.outputs) == 40
-    assert tight.pool.swapped_bytes == after.swapped == 0
+    assert tight.shards[0].pool.swapped_bytes == after.swapped == 0
     assert after.compiled_late == 0
     # The oldest was never preempted: it ended first.
     assert results["r0", 0].outputs[-1].times.finished == min(
@@ -69,7 +69,7 @@ def test_a_preempted_request_can_be_aborted(tight, monkeypatch):
         tight.abort(f"r{i}")
     tight.step()
     tight.check_state()
-    assert tight.pool.swapped_bytes == tight.stats().pages_used == 0
+    assert tight.shards[0].pool.swapped_bytes == tight.stats().pages_used == 0
     assert not tight.has_work
 
 
@@ -146,7 +146,7 @@ def test_shifted_texts_share_a_pool_and_survive_preemption_in_host_memory(shifti
 
 
 def test_a_context_that_cannot_be_shifted_ends_the_text_and_says_so(shifting, monkeypatch):
-    monkeypatch.setattr(shifting.device, "shift", lambda *_: False)
+    monkeypatch.setattr(shifting.shards[0].device, "shift", lambda *_: False)
     shifting.drop_prefix_cache()
     result = finish(shifting, greedy("x", prompt(6, 10), 80))["x", 0]
     assert len(result.tokens) == 31

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jaxpaged.engine import Engine, EngineConfig, EngineRequest
-from jaxpaged.engine.mesh_engine import MeshEngine
 
 BEGIN = tuple(range(40, 60))
 
@@ -17,12 +16,11 @@ def config(**more) -> EngineConfig:
     return EngineConfig(vocab_size=mesh_kit.loaded("tiny").config.vocab_size, **settings, **more)
 
 
-def engine_on(mesh, pages: int):
+def engine_on(mesh, pages: int, **options):
     """A compiled engine of two sequences a data shard."""
     model = mesh_kit.loaded("tiny", mesh)
-    cache = mesh_kit.create_cache(model, 2, pages, max_seq_len=11 * mesh_kit.PAGE_SIZE)
-    kind = Engine if mesh is None else MeshEngine
-    made = kind(model.function, model.params, cache, config(fingerprint=model.fingerprint))
+    cache = mesh_kit.create_cache(model, 2, pages, **(options or {"max_seq_len": 11 * mesh_kit.PAGE_SIZE}))
+    made = Engine(model.function, model.params, cache, config(fingerprint=model.fingerprint))
     made.compile()
     return made
 
@@ -72,6 +70,21 @@ def test_a_queue_in_pools_that_are_too_small_gives_the_same_tokens(single, sprea
     if not temperature:
         assert after.preemptions > before.preemptions
     assert after.compiled_late == 0
+
+
+def test_a_contiguous_cache_gives_the_same_tokens(single):
+    contiguous = engine_on(mesh_kit.mesh_of(2, 1), 16, paged=False)
+    for i in range(4):
+        contiguous.add_request(EngineRequest(f"short {i}", (i, 5), max_new_tokens=20))
+    contiguous.step()
+    stats, state = contiguous.stats(), contiguous.pool_state()
+    assert (stats.running, stats.pages_total, stats.pages_free) == (4, 4, 0)
+    assert sorted(one["slot"] for one in state.sequences) == state.owner.tolist() == [0, 1, 2, 3]
+    assert stats.bytes_per_page == single.stats().bytes_per_page * contiguous.page_size // mesh_kit.PAGE_SIZE
+    for i in range(4):
+        contiguous.abort(f"short {i}")
+    some = requests(6)
+    assert served(contiguous, some) == served(single, some)
 
 
 def test_beginnings_are_found_where_they_lie(single, spread):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxpaged.cache import interface, sharing
 from jaxpaged.generation.api import generate
 from jaxpaged.sharding.mesh import BatchSharding, MeshError, check_heads, make_mesh, parse_mesh
-from jaxpaged.sharding.specs import BATCH, CACHE, GATHERED, PARAMS, REPLICATED, ShardedCache, over_mesh, put
+from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, ShardedCache, over_mesh, put
 from tpu_scripts.compile_check.hlo import contents_of
 
 DATA, TENSOR, S, N, T = 2, 4, 3, 16, 8
@@ -33,9 +33,9 @@ def model():
     return mesh_kit.loaded("tiny", mesh_kit.mesh_of(DATA, TENSOR))
 
 
-def compiled(function, sharded: ShardedCache, in_kinds, out_kinds, *arguments, donate: int = 0):
+def compiled(function, sharded: ShardedCache, in_specs, out_specs, *arguments, donate: int = 0):
     return (
-        jax.jit(over_mesh(function, in_kinds, out_kinds), donate_argnums=donate).lower(*arguments).compile()
+        jax.jit(over_mesh(function, in_specs, out_specs), donate_argnums=donate).lower(*arguments).compile()
     )
 
 
@@ -135,14 +135,14 @@ def test_edits_of_tables_communicate_nothing(model):
         "seq_copy": (interface.seq_copy, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
         "seq_keep": (interface.seq_keep, (REPLICATED,), (CACHE, BATCH), (one,)),
         "seq_shift": (interface.seq_shift, (REPLICATED,) * 4, (CACHE, BATCH), (one, one, one, one)),
-        "seq_reorder": (interface.seq_reorder, (BATCH,), (CACHE,), (counts,)),
-        "seq_drop_unseen": (lambda c: c.seq_drop_unseen(16), (), (CACHE,), ()),
-        "pin": (sharing.pin_pages, (BATCH,), (CACHE,), (pages,)),
+        "seq_reorder": (interface.seq_reorder, (BATCH,), CACHE, (counts,)),
+        "seq_drop_unseen": (lambda c: c.seq_drop_unseen(16), (), CACHE, ()),
+        "pin": (sharing.pin_pages, (BATCH,), CACHE, (pages,)),
         "attach": (sharing.seq_attach, (BATCH, BATCH), (CACHE, BATCH), (np.zeros((DATA, S, N), np.int32), counts)),
-        "clear": (interface.clear, (), (CACHE,), ()),
+        "clear": (interface.clear, (), CACHE, ()),
     }  # fmt: skip
-    for name, (function, in_kinds, out_kinds, arguments) in programs.items():
-        program = compiled(function, sharded, (CACHE, *in_kinds), out_kinds, sharded, *arguments)
+    for name, (function, in_specs, out_specs, arguments) in programs.items():
+        program = compiled(function, sharded, (CACHE, *in_specs), out_specs, sharded, *arguments)
         assert not collectives(program, model.mesh), name
 
 
@@ -196,7 +196,7 @@ def test_shards_have_tables_and_pools_of_their_own(model):
     sharded = mesh_kit.create_cache(model, S, N)
     assert (sharded.num_shards, sharded.max_seqs) == (DATA, DATA * S)
     reserve = jax.jit(
-        over_mesh(partial(interface.reserve, num_tokens=T), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
+        over_mesh(partial(interface.reserve, num_tokens=T), (CACHE, BATCH), (CACHE, BATCH, BATCH))
     )
     wanted = np.asarray([[5, 0, 0], [1, 1, 1]], np.int32)
     after, _, ok = reserve(sharded, put(sharded.mesh, wanted))
@@ -219,7 +219,7 @@ def test_a_pool_that_is_full_leaves_the_others_alone(model):
     """Nothing is lost where one shard's reserve fails."""
     sharded = mesh_kit.create_cache(model, S, 2)
     reserve = jax.jit(
-        over_mesh(partial(interface.reserve, num_tokens=32), (CACHE, BATCH), (CACHE, BATCH, GATHERED))
+        over_mesh(partial(interface.reserve, num_tokens=32), (CACHE, BATCH), (CACHE, BATCH, BATCH))
     )
     after, _, ok = reserve(sharded, put(sharded.mesh, np.asarray([[20, 0, 0], [8, 0, 0]], np.int32)))
     np.testing.assert_array_equal(np.asarray(ok), [False, True])

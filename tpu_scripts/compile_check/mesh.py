@@ -45,10 +45,8 @@ from jaxpaged.sharding.context import ContextKVCache
 from jaxpaged.sharding.specs import (
     BATCH,
     CACHE,
-    GATHERED,
     PARAMS,
     REPLICATED,
-    SPECS,
     ShardedCache,
     cache_specs,
     over_mesh,
@@ -177,11 +175,11 @@ def row_of(found: Contents) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Program:
-    """A function, the kinds of its arguments and results, and shapes in place of arrays."""
+    """A function, the specs of its arguments and results, and shapes in place of arrays."""
 
     function: Callable[..., Any]
-    in_specs: tuple[str, ...]
-    out_specs: str | tuple[str, ...]
+    in_specs: tuple[Any, ...]
+    out_specs: Any
     arguments: tuple[Any, ...]
 
 
@@ -225,7 +223,7 @@ class MeshCompiler:
         self.pool_bytes = num_bytes((own.k_pages, own.v_pages))
         whole = self.stack(make_cache, cache_specs(own))
         self.cache = ShardedCache(whole, self.mesh, config.num_kv_heads)
-        self.params = self.stack(make_params, SPECS[PARAMS])
+        self.params = self.stack(make_params, PARAMS)
 
     def stack(self, make: Callable[[], Any], specs: Any) -> Any:
         """Shapes and shardings of what ``make`` returns on each device, stacked over the mesh."""
@@ -243,7 +241,7 @@ class MeshCompiler:
 
     def rows(self, *shape: int, dtype: Any = np.int32) -> Any:
         """Argument of which each data shard has its own."""
-        return self.stack(lambda: jnp.zeros(shape, dtype), SPECS[BATCH])
+        return self.stack(lambda: jnp.zeros(shape, dtype), BATCH)
 
     def programs(self, quick: bool, whole: bool) -> Iterator[tuple[str, Program]]:
         """Yields names and programs; ``whole``: with the loop of ``generate``."""
@@ -291,15 +289,15 @@ class MeshCompiler:
         # The request of one shard; each has as much.
         cache = types.SimpleNamespace(max_seqs=MAX_SEQS)
         request = Request.create(cache, prompts, max_new_tokens=64, stop_ids=(2,), batch_size=PROMPT)
-        given = self.stack(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), request), SPECS[BATCH])
+        given = self.stack(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), request), BATCH)
         loop = functools.partial(run, self.model)
-        return Program(loop, (PARAMS, CACHE, BATCH), (GATHERED, CACHE), (self.params, self.cache, given))
+        return Program(loop, (PARAMS, CACHE, BATCH), (BATCH, CACHE), (self.params, self.cache, given))
 
     def compile(self, name: str, program: Program) -> dict[str, Any]:
         """Compiles and checks one program."""
         start = time.perf_counter()
         lowered_for = {"gpu": "cuda"}.get(self.platform, self.platform)
-        function = over_mesh(program.function, program.in_specs, program.out_specs)
+        function = over_mesh(program.function, program.in_specs, program.out_specs, gather=name == "generate")
         donated = () if name in QUERIES else program.in_specs.index(CACHE)
         try:
             traced = jax.jit(function, donate_argnums=donated).trace(*program.arguments)

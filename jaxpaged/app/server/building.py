@@ -15,11 +15,11 @@ from jaxpaged.app.errors import InputError, out_of_memory_is_input, say
 from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import ReadyModel
 from jaxpaged.app.memory import free_memory
-from jaxpaged.app.server.lockstep import AnyEngine, LockstepEngine
+from jaxpaged.app.server.lockstep import LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.creation import create_untouched
-from jaxpaged.engine import Engine, EngineConfig, MeshEngine
+from jaxpaged.engine import Engine, EngineConfig
 from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
 from jaxpaged.sharding.multihost import broadcast_object
 from jaxpaged.sharding.specs import ShardedCache
@@ -69,7 +69,7 @@ def check_mesh(text: str | None) -> None:
         )
 
 
-def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
+def build_engine(options: ServeOptions, ready: ReadyModel) -> Engine:
     """Builds the engine of a model, not yet compiled; describes its cache on stderr.
 
     Raises:
@@ -122,9 +122,7 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> AnyEngine:
         skips_padding=ready.loaded.skips_padding,
         lockstep=processes.count() > 1,
     )
-    if mesh is None:
-        return Engine(ready.call, ready.loaded.params, cache, sizes)
-    engine = MeshEngine if processes.count() == 1 else LockstepEngine
+    engine = Engine if processes.count() == 1 else LockstepEngine
     return engine(ready.call, ready.loaded.params, cache, sizes)
 
 

@@ -12,15 +12,7 @@ import contextlib
 import os
 from typing import Any
 
-from jaxpaged.engine import (
-    Engine,
-    EngineConfig,
-    EngineRequest,
-    MeshEngine,
-    RefusedError,
-    SampleOutput,
-    SlotTransfer,
-)
+from jaxpaged.engine import Engine, EngineConfig, EngineRequest, RefusedError, SampleOutput, SlotTransfer
 from jaxpaged.generation.loop import Model
 from jaxpaged.sharding.multihost import broadcast_object
 from jaxpaged.sharding.specs import ShardedCache
@@ -30,7 +22,7 @@ IDLE_SECONDS = 2.0
 _Call = tuple[str, tuple[Any, ...]]
 
 
-class LockstepEngine(MeshEngine):
+class LockstepEngine(Engine):
     """See the module. Process 0 calls the methods of an engine, the others ``follow``."""
 
     def __init__(self, model: Model, params: Any, cache: ShardedCache, config: EngineConfig) -> None:
@@ -45,7 +37,7 @@ class LockstepEngine(MeshEngine):
                 if name == "close":
                     return
                 with contextlib.suppress(RefusedError):  # process 0 raised it too
-                    getattr(MeshEngine, name)(self, *arguments)
+                    getattr(Engine, name)(self, *arguments)
 
     def _broadcast(self, *calls: _Call) -> None:
         pending, self._calls = [*self._calls, *calls], []
@@ -87,6 +79,3 @@ class LockstepEngine(MeshEngine):
     def erase_slot(self, slot: int) -> int:
         self._broadcast(("erase_slot", (slot,)))
         return super().erase_slot(slot)
-
-
-AnyEngine = Engine | MeshEngine

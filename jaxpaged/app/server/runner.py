@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from jaxpaged.app import processes
-from jaxpaged.app.server.lockstep import IDLE_SECONDS, AnyEngine, LockstepEngine
-from jaxpaged.engine import EngineRequest, EngineStats, PoolState, SampleOutput, SlotState
+from jaxpaged.app.server.lockstep import IDLE_SECONDS, LockstepEngine
+from jaxpaged.engine import Engine, EngineRequest, EngineStats, PoolState, SampleOutput, SlotState
 
 T = TypeVar("T")
 _STATE_SECONDS = 0.2
@@ -83,10 +83,10 @@ class EngineRunner:
       engine: a compiled engine, which nothing else may use while the thread runs.
     """
 
-    def __init__(self, engine: AnyEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.n_ctx, self.max_seqs, self.page_size = engine.n_ctx, engine.max_seqs, engine.page_size
-        self._calls: queue.SimpleQueue[Callable[[AnyEngine], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -147,7 +147,7 @@ class EngineRunner:
             raise
         return stream
 
-    async def call(self, function: Callable[[AnyEngine], T]) -> T:
+    async def call(self, function: Callable[[Engine], T]) -> T:
         """Calls ``function`` on the engine's thread, between two steps; returns what it returns."""
         if self._failure is not None:
             raise self._failure
@@ -162,7 +162,7 @@ class EngineRunner:
             else:
                 answer.set_result(result)  # type: ignore[arg-type]
 
-        def run(engine: AnyEngine) -> None:
+        def run(engine: Engine) -> None:
             result: T | None = None
             failure: Exception | None = None
             try:
@@ -174,7 +174,7 @@ class EngineRunner:
         self.post(run)
         return await answer
 
-    def post(self, function: Callable[[AnyEngine], None]) -> None:
+    def post(self, function: Callable[[Engine], None]) -> None:
         """Queues a call on the engine's thread, between two steps; thread-safe."""
         self._calls.put(function)
 
@@ -226,7 +226,7 @@ class EngineRunner:
             while True:
                 self._calls.get_nowait()(self._engine)
 
-    def _await(self) -> Callable[[AnyEngine], None]:
+    def _await(self) -> Callable[[Engine], None]:
         """Waits for the next call."""
         if not isinstance(self._engine, LockstepEngine):
             return self._calls.get()

@@ -255,7 +255,8 @@ class _AlwaysSwap(SwapCosts):
 
 
 def _always_swap(engine: Engine) -> None:
-    engine.pool.costs = _AlwaysSwap()
+    for shard in engine.shards:
+        shard.pool.costs = _AlwaysSwap()
 
 
 async def soak(
