@@ -9,11 +9,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jaxpaged.cache.groups import LayerGroup
 from jaxpaged.pages.rope import Rope
 from jaxpaged.sharding.mesh import MeshError, check_heads, local_kv_heads
 from jaxpaged_model.metadata import ModelError
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+ARCHITECTURES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", "granite", "olmo2", "phi3", "mistral3",
+    "seed_oss", "exaone4", "cohere2",
+)  # fmt: skip
 """GGUF's names; "mistral" is Hugging Face's name of what GGUF files call "llama"."""
 
 Norms = Literal["pre", "post", "both", "parallel"]
@@ -43,6 +47,10 @@ class RopeScaling:
       * ``"llama3"``: Llama 3.1's rule, by wavelength between ``low_freq_factor`` and ``high_freq_factor``.
       * ``"factors"``: each frequency divided by its own number in ``factors`` (GGUF's
         ``rope_freqs.weight``).
+      * ``"longrope"``: each frequency divided by its own number (arXiv:2402.13753), in ``long_factors``
+        if the model's ``context_length`` is above ``original_context_length``, else in ``factors``. So
+        it is in vLLM and in llama.cpp, with the context that they were started with; transformers
+        decides by the length of a text, and its keys do not fit together once the text has passed it.
     """
 
     kind: str
@@ -55,6 +63,7 @@ class RopeScaling:
     attention_factor: float | None = None
     """Factor of cos and sin; None = YaRN's ``0.1 ln(factor) + 1``, 1 for the other kinds."""
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class LayerKind:
     """Rotary embedding of queries and keys; ``Rope.create(())`` if they are not rotated."""
     rope_factor: float = 1.0
     """Factor of cos and sin."""
+    group: int = 0
+    """Index in ``ModelConfig.groups``."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,10 @@ class ModelConfig:
     """Factor of the products of queries and keys; None = ``head_dim ** -0.5``."""
     attention_soft_cap: float | None = None
     """``cap * tanh(s / cap)`` of the scaled products; None = no cap."""
+    attention_temperature: float = 0.0
+    """Number b: a query at position p is multiplied by ``1 + b ln(1 + floor(p / length))``, as in Llama 4,
+    where the length is ``attention_temperature_length``."""
+    attention_temperature_length: int = 0
     logit_scale: float = 1.0
     """Factor of the logits."""
     logit_soft_cap: float | None = None
@@ -141,6 +156,11 @@ class ModelConfig:
                 raise ModelError(f"{field} must name every layer: {len(values)} given for {self.num_layers}")
         if wrong := [window for window in self.windows if window is not None and window <= 0]:
             raise ModelError(f"a layer's window must be positive, got {wrong[0]}")
+        if self.attention_temperature and self.attention_temperature_length <= 0:
+            raise ModelError(
+                "attention_temperature_length must be positive where there is an attention_temperature, "
+                f"got {self.attention_temperature_length}"
+            )
         for field, allowed in (
             ("qk_norm", QKNorm), ("norms", Norms), ("norm_kind", NormKind), ("activation", Activation),
         ):  # fmt: skip
@@ -170,17 +190,31 @@ class ModelConfig:
         full = self.rope, rope_frequencies(self)[1]
         local = full
         if self.window_rope_theta is not None:
-            inv_freq, factor = _frequencies(self.rotary_dim, self.window_rope_theta, self.window_rope_scaling)
+            inv_freq, factor = _frequencies(
+                self.rotary_dim, self.window_rope_theta, self.window_rope_scaling, self.context_length
+            )
             local = Rope.create(inv_freq), factor
         unrotated = Rope(()), 1.0
+        windows = [group.window for group in self.groups]
 
         def kind(layer: int) -> LayerKind:
             window = self.window(layer)
             rotates = not self.rotates or self.rotates[layer]
             rope, factor = (local if window is not None else full) if rotates else unrotated
-            return LayerKind(window, rope, factor)
+            return LayerKind(window, rope, factor, windows.index(window))
 
         return tuple(map(kind, range(self.num_layers)))
+
+    @functools.cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Layers that see equally far, furthest first: for ``create_cache``."""
+        layers: dict[int | None, list[int]] = {}
+        for layer in range(self.num_layers):
+            layers.setdefault(self.window(layer), []).append(layer)
+        furthest = sorted(layers, key=lambda window: -math.inf if window is None else -window)
+        return tuple(
+            LayerGroup(tuple(layers[window]), self.num_kv_heads, self.head_dim, window) for window in furthest
+        )
 
     @property
     def cache_spec(self) -> dict[str, Any]:
@@ -246,10 +280,12 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     Raises:
       ModelError: the kind of scaling is unknown, or has another number of factors than the model.
     """
-    return _frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    return _frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, config.context_length)
 
 
-def _frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+def _frequencies(
+    dim: int, theta: float, scaling: RopeScaling | None, context_length: int
+) -> tuple[np.ndarray, float]:
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
     inv_freq = theta**-exponents
     if scaling is None:
@@ -257,12 +293,12 @@ def _frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[n
     attention_factor = 1.0 if scaling.attention_factor is None else scaling.attention_factor
     if scaling.kind == "linear":
         inv_freq = inv_freq / scaling.factor
-    elif scaling.kind == "factors":
-        if len(scaling.factors) != dim // 2:
-            raise ModelError(
-                f"rope factors: {len(scaling.factors)} given, {dim // 2} needed for rotary_dim {dim}"
-            )
-        inv_freq = inv_freq / np.asarray(scaling.factors, np.float64)
+    elif scaling.kind in ("factors", "longrope"):
+        is_long = scaling.kind == "longrope" and context_length > scaling.original_context_length
+        factors = scaling.long_factors if is_long else scaling.factors
+        if len(factors) != dim // 2:
+            raise ModelError(f"rope factors: {len(factors)} given, {dim // 2} needed for rotary_dim {dim}")
+        inv_freq = inv_freq / np.asarray(factors, np.float64)
     elif scaling.kind == "llama3":
         inv_freq = _llama3(inv_freq, scaling)
     elif scaling.kind == "yarn":
@@ -271,7 +307,7 @@ def _frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[n
             attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
     else:
         raise ModelError(
-            f"rope scaling {scaling.kind!r} is not supported; supported are linear, yarn, llama3, factors"
+            f"rope scaling {scaling.kind!r} is not supported; supported are linear, yarn, llama3, factors, longrope"
         )
     return inv_freq.astype(np.float32), attention_factor
 

@@ -318,7 +318,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, plan: WeightPlan, make: Make, dtype: Any) -> None:
         c, stack = config, (config.num_layers,)
-        self.head_dim, self.rope = c.head_dim, c.rope
+        self.head_dim, self.rope, self.grouped = c.head_dim, c.rope, len(c.groups) > 1
         self.scale, self.soft_cap, self.qk_norm = c.attention_scale, c.attention_soft_cap, c.qk_norm
         self.qkv = ByVariant(
             variants(plan, "attention.qkv", c.num_layers),
@@ -330,6 +330,7 @@ class Attention(nnx.Module):
                 kinds[0], c.num_q_heads * c.head_dim, c.hidden_size, stack, use_bias=c.attention_out_bias
             ),
         )
+        self.temperature = c.attention_temperature, c.attention_temperature_length
         self.q_norm, self.k_norm = (
             nnx.data(
                 RMSNorm(c.head_dim * (heads if c.qk_norm == "width" else 1), c.rms_norm_eps, dtype, stack)
@@ -356,9 +357,18 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(part.shape[0], -1, self.head_dim) for part in (q, k, v))
         q, k = self._normalized(layer, q, k, "head")
         rotation = rotations[kind.rope, kind.rope_factor]
-        out, cache = self._attend(layer, kind, rotation(q), rotation(k), v, cache, batch)
+        q, k = self._scaled(rotation(q), batch.position), rotation(k)
+        out, cache = self._attend(layer, kind, q, k, v, cache, batch)
         out = out.reshape(out.shape[0], -1).astype(residual.x.dtype)
         return residual.plus(self.out, layer, out, batch.num_valid), cache
+
+    def _scaled(self, q: Array, position: Array) -> Array:
+        """Queries, times the factor of their ``position i32[T]``."""
+        temperature, length = self.temperature
+        if temperature == 0.0:
+            return q
+        factor = 1.0 + temperature * jnp.log1p((position // length).astype(jnp.float32))
+        return q * factor[:, None, None].astype(q.dtype)
 
     def _normalized(self, layer: Array | int, q: Array, k: Array, over: QKNorm) -> tuple[Array, Array]:
         """Queries and keys, normalized if this is what the model normalizes them over."""
@@ -371,7 +381,9 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Any]:
         """The cache's attention of one layer: what a layer's index and kind mean to the cache."""
         # The cache was created with the rotary embedding of most layers.
-        other = {} if kind.rope == self.rope else {"rope": kind.rope}
+        other: dict[str, Any] = {} if kind.rope == self.rope else {"rope": kind.rope}
+        if self.grouped:
+            other["group"] = kind.group
         out: tuple[Array, Any] = cache.attend(
             layer, q, k, v, batch, window=kind.window, scale=self.scale, soft_cap=self.soft_cap, **other
         )

@@ -139,9 +139,12 @@ def test_gguf_tensors_determine_biases_and_tying() -> None:
         ({"expert_count": 8}, r"mixture of experts \(llama.expert_count = 8\) is not supported"),
         (
             {"rope__scaling__type": "longrope"},
-            "'longrope' is not supported; supported are none, linear, yarn",
+            "longrope rope scaling needs rope_factors_short.weight and rope_factors_long.weight",
         ),
-        ({"rope__scaling__type": "dynamic"}, "'dynamic' is not supported; supported are none, linear, yarn"),
+        (
+            {"rope__scaling__type": "dynamic"},
+            "'dynamic' is not supported; supported are none, linear, yarn, longrope",
+        ),
         ({"rope__dimension_count": 17}, "rope_dim must be even and at most head_dim 16, got 17"),
         ({"rope__freq_base": 1.0}, "must be above 1"),
     ],
@@ -263,7 +266,7 @@ def test_yarn_mscale() -> None:
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "'dynamic' is not supported; supported are default, linear",
         ),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor is missing"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_scaling": [2.0]}, "rope_scaling must be a JSON object"),
         (
@@ -291,7 +294,7 @@ def test_llama3_factors_and_numbers_agree() -> None:
     by_rule = config_from_huggingface(config_json("llama", rope_scaling=scaling))
     plain, _ = rope_frequencies(config_from_huggingface(config_json("llama")))
     scaled, _ = rope_frequencies(by_rule)
-    by_number = config_from_gguf(metadata(), SHAPES, np.asarray(plain / scaled))
+    by_number = config_from_gguf(metadata(), SHAPES, {"rope_freqs.weight": np.asarray(plain / scaled)})
     np.testing.assert_allclose(rope_frequencies(by_number)[0], scaled, rtol=1e-6)
 
 

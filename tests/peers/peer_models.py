@@ -58,6 +58,32 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9, "tie_word_embeddings": True}
+FACTORS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.5,
+}
+OLMO_ROPES = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 512,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+PHI_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}}
+SHORT, LONG = [1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 2.5, 3.0], [1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 13.0, 20.0]
+TEMPERATURE = rope(
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.3,
+)
+COHERE = {"sliding_window": 9, "logit_scale": 0.5, "layer_norm_eps": 2.0**-18}
 WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 
 VARIANTS = {
@@ -94,8 +120,74 @@ VARIANTS = {
         {**GEMMA, "num_hidden_layers": 3, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     ),
     "gemma2-other": Variant("gemma2", {**GEMMA, "query_pre_attn_scalar": 20, "head_dim": 16}, in_gguf=False),
+    "smollm3": Variant("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "smollm3-window": Variant(
+        "smollm3",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 0, 1],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+        in_gguf=False,
+    ),
+    "granite": Variant("granite", {**FACTORS, "tie_word_embeddings": True}),
+    "granite-biases": Variant("granite", {**FACTORS, "attention_bias": True, "mlp_bias": True}),
+    "olmo2": Variant("olmo2"),
+    "olmo3": Variant("olmo3", {"num_hidden_layers": 5, "sliding_window": 9, "rope_parameters": OLMO_ROPES}),
+    "phi3": Variant("phi3", {"sliding_window": 9, "head_dim": 16, **PHI_ROPE}),
+    "phi3-long": Variant(
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 8,
+            **rope("longrope", short_factor=SHORT, long_factor=LONG),
+        },
+    ),
+    "phi3-short": Variant(
+        "phi3",
+        {
+            "original_max_position_embeddings": 4096,
+            **rope("longrope", short_factor=SHORT, long_factor=LONG),
+        },
+    ),
+    "ministral3": Variant("ministral3", {"head_dim": 32, **TEMPERATURE}),
+    "ministral3-window": Variant(
+        "ministral3", {"head_dim": 16, "sliding_window": 9, **TEMPERATURE}, in_gguf=False
+    ),
+    "seed_oss": Variant("seed_oss", {"head_dim": 24}),
+    "seed_oss-biases": Variant(
+        "seed_oss",
+        {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        in_gguf=False,
+    ),
+    "exaone4": Variant("exaone4", {"num_hidden_layers": 5, "sliding_window": 9}),
+    "exaone4-full": Variant(
+        "exaone4",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            "tie_word_embeddings": True,
+            **LLAMA3,
+        },
+    ),
+    "cohere2": Variant("cohere2", {"num_hidden_layers": 5, "tie_word_embeddings": True, **COHERE}),
+    "cohere2-other": Variant(
+        "cohere2",
+        {
+            "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention"],
+            **COHERE,
+        },
+        in_gguf=False,
+    ),
 }
-ONE_OF_EACH = ("llama", "mistral-window", "qwen2-window", "qwen3-window", "gemma3", "gemma2")
+ONE_OF_EACH = (
+    "llama", "mistral-window", "qwen2-window", "qwen3-window", "gemma3", "gemma2", "smollm3", "granite", "olmo3",
+    "phi3", "ministral3", "seed_oss", "exaone4", "cohere2",
+)  # fmt: skip
 """A variant of each architecture, with a window if supported; few, because programs take seconds to compile."""
 WIDE = "llama-wide"
 """A llama with rows of whole blocks of 256, as K-quants need; no variant, because wider rows test nothing else."""
@@ -314,9 +406,14 @@ def save_folder(model: transformers.PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+GGUF_ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "ministral3": "mistral3",
+}
 """GGUF's architecture of each ``model_type``, where the names differ."""
-_LLAMAS = ("llama", "mistral")
+_LLAMAS = ("llama", "mistral", "smollm3", "granite", "ministral3")
 """Model types that llama.cpp converts as Llama: with interleaved rows of queries and keys."""
 _LESS_ONE = ("gemma2", "gemma3_text")
 """Model types whose norms are stored less 1, to which llama.cpp's converter adds it."""
@@ -392,7 +489,7 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path, quantization: st
 
 
 def _write_config(writer: gguf.GGUFWriter, c: Any) -> None:
-    """The keys of a model's configuration."""
+    """The keys of a model's configuration, and tensors that follow from it."""
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
@@ -400,24 +497,46 @@ def _write_config(writer: gguf.GGUFWriter, c: Any) -> None:
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if c.model_type != "granite":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if c.model_type == "cohere2":
+        writer.add_layer_norm_eps(c.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     if c.model_type == "gemma2":  # no rotary embedding and no pattern: the architecture has them
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
         writer.add_sliding_window(c.sliding_window)
         return
+    ropes = c.rope_parameters
+    rope = ropes.get("full_attention", ropes)
     if c.model_type == "gemma3_text":
         if c.final_logit_softcapping:
             writer.add_final_logit_softcapping(c.final_logit_softcapping)
         writer.add_sliding_window(c.sliding_window)
+    elif c.model_type == "cohere2":
+        writer.add_logit_scale(c.logit_scale)
+        writer.add_sliding_window(c.sliding_window)
+        writer.add_vocab_size(c.vocab_size)
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    elif c.model_type == "phi3":
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        writer.add_sliding_window(c.sliding_window or 0)
     else:
         writer.add_rope_dimension_count(head_dim)
         writer.add_vocab_size(c.vocab_size)
         _write_windows(writer, c)
-    ropes = c.rope_parameters
-    _write_rope(writer, ropes.get("full_attention", ropes), head_dim)
+    if c.model_type == "granite":
+        writer.add_attention_scale(c.attention_multiplier)
+        writer.add_embedding_scale(c.embedding_multiplier)
+        writer.add_residual_scale(c.residual_multiplier)
+        writer.add_logit_scale(c.logits_scaling)
+    if c.model_type == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    _write_rope(writer, rope, head_dim, c.max_position_embeddings)
     if "sliding_attention" in ropes:
         writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
 
@@ -443,7 +562,7 @@ def read_gguf(model: transformers.PreTrainedModel, path: Path) -> dict[str, Any]
     return weights
 
 
-def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
+def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int, context: int) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope["rope_type"]
     if kind == "linear":
@@ -453,6 +572,17 @@ def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) ->
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "attention_factor" in rope:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    elif kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        scale = context / original
+        own = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(own)
+        for name in ("long", "short"):
+            factors = np.array(rope[f"{name}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", factors)
     elif kind == "llama3":
         # Llama 3.1's rule becomes a tensor of the divisors of frequencies.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 QUANTIZATIONS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 CASES = [
     *((name, "F32") for name, variant in peer.VARIANTS.items() if variant.in_gguf),
-    *((name, "Q8_0") for name in ("llama", "qwen2", "qwen3", "gemma3")),
+    *((name, "Q8_0") for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "cohere2")),
     *(("mistral-window", quantization) for quantization in QUANTIZATIONS),
 ]
 

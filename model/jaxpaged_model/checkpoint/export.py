@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from gguf import GGMLQuantizationType as GGMLType
 
-from jaxpaged_model.checkpoint.read_config import config_from_gguf
+from jaxpaged_model.checkpoint.read_config import ROPE_FACTORS, config_from_gguf
 from jaxpaged_model.checkpoint.weights import param_place, placements, to_file
 from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
 from jaxpaged_model.llama import Params
@@ -81,8 +81,8 @@ def write_gguf(
             value = to_file(np.asarray(weights[path][index], np.float32), placement)
             kind = _type_of(value, quantization)
             writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)
-        if (factors := _rope_factors(config)) is not None:
-            writer.add_tensor("rope_freqs.weight", factors)
+        for name, factors in _rope_factors(config).items():
+            writer.add_tensor(name, factors)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -135,8 +135,23 @@ def _add_config(writer: gguf.GGUFWriter, architecture: str, c: ModelConfig) -> N
         writer.add_attn_logit_softcapping(c.attention_soft_cap)
     if c.logit_soft_cap is not None:
         writer.add_final_logit_softcapping(c.logit_soft_cap)
+    if c.attention_temperature:
+        writer.add_attn_temperature_scale(c.attention_temperature)
+    _add_scales(writer, c)
     if c.rope_scaling is not None:
         _add_rope_scaling(writer, architecture, c.rope_scaling)
+
+
+def _add_scales(writer: gguf.GGUFWriter, c: ModelConfig) -> None:
+    """Factors that only some architectures have; that of logits is a divisor in some."""
+    if c.architecture == "granite":
+        writer.add_embedding_scale(c.embedding_scale)
+        writer.add_residual_scale(c.residual_scale)
+        writer.add_logit_scale(1.0 / c.logit_scale)
+        if c.attention_scale is not None:
+            writer.add_attention_scale(c.attention_scale)
+    elif c.logit_scale != 1.0:
+        writer.add_logit_scale(c.logit_scale)
 
 
 def _check_readable(
@@ -148,7 +163,7 @@ def _check_readable(
       ModelError: the configuration would be read as another one.
     """
     metadata = {key: value.value for part in writer.kv_data for key, value in part.items()}
-    read = config_from_gguf(metadata, shapes)
+    read = config_from_gguf(metadata, shapes, _rope_factors(config))
     for field in fields(config):
         # A mistral is a llama there, and factors of frequencies become a tensor.
         if field.name in ("architecture", "name", "rope_scaling"):
@@ -167,8 +182,12 @@ def _check_readable(
 
 
 def _add_rope_scaling(writer: gguf.GGUFWriter, architecture: str, scaling: RopeScaling) -> None:
+    if scaling.kind == "longrope":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context_length)
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor or 1.0)
     if scaling.kind not in ("linear", "yarn"):
-        return  # in the tensor rope_freqs.weight
+        return  # in tensors
     writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
     writer.add_rope_scaling_factor(scaling.factor)
     if scaling.kind == "linear":
@@ -183,11 +202,14 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, architecture: str, scaling: RopeS
         writer.add_rope_scaling_attn_factors(scaling.attention_factor / float(own))
 
 
-def _rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """Divisor of each frequency, for the kinds of scaling that GGUF stores as a tensor."""
+def _rope_factors(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Divisors of the frequencies, for the kinds of scaling that GGUF stores as tensors, by name."""
     scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        of_both = zip(ROPE_FACTORS[1:], (scaling.factors, scaling.long_factors), strict=True)
+        return {name: np.asarray(factors, np.float32) for name, factors in of_both}
     if scaling is None or scaling.kind not in ("llama3", "factors"):
-        return None
+        return {}
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
     scaled, _ = rope_frequencies(config)
-    return (config.rope_theta**-exponents / scaled).astype(np.float32)
+    return {ROPE_FACTORS[0]: (config.rope_theta**-exponents / scaled).astype(np.float32)}

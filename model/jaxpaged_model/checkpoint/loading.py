@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +19,7 @@ from jaxpaged.generation.loop import LimitVocab
 from jaxpaged.sharding.mesh import TENSOR
 from jaxpaged_model.checkpoint.fingerprint import fingerprint
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
-from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_huggingface
+from jaxpaged_model.checkpoint.read_config import ROPE_FACTORS, config_from_gguf, config_from_huggingface
 from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import load_shards
 from jaxpaged_model.checkpoint.tensor_view import tensor_view
@@ -97,7 +97,7 @@ def config_of(source: GGUFFile | SafetensorsFolder) -> ModelConfig:
         with _naming(source.path / "config.json"):
             return config_from_huggingface(source.config)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    factors = source.read("rope_freqs.weight").astype("float32") if "rope_freqs.weight" in shapes else None
+    factors = {name: source.read(name).astype("float32") for name in ROPE_FACTORS if name in shapes}
     with _naming(source.path):
         return config_from_gguf(source.metadata, shapes, factors)
 
@@ -111,6 +111,7 @@ def load_model(
     dtype: DTypeLike = "f32",
     weights: Weights = "auto",
     exact: bool = False,
+    context_length: int | None = None,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
 ) -> LoadedModel:
@@ -126,6 +127,8 @@ def load_model(
         gradients; "auto": stored if a kernel reads them, which is on CPUs with numba.
       exact: True for float32 activations in products with quantized weights. Otherwise the CPU kernel
         rounds them to 16-bit integers with a scale for each 32: about twice as fast, error below 1e-4.
+      context_length: positions that will be used, at most; None = all that the model has. It decides
+        which factors a model with LongRoPE has, see ``RopeScaling``, and changes no other one.
       progress: called with (bytes done, total bytes) after each tensor.
       mesh: devices over which to shard the model (``jaxpaged.sharding.mesh.make_mesh``); each process
         reads its own parts.
@@ -143,6 +146,9 @@ def load_model(
     source = _open(Path(path))
     naming: Naming = "huggingface" if isinstance(source, SafetensorsFolder) else "gguf"
     config = config_of(source)
+    scaling = config.rope_scaling
+    if context_length is not None and scaling is not None and scaling.kind == "longrope":
+        config = replace(config, context_length=min(context_length, config.context_length))
     clock.lap("metadata")
     with _naming(source.path):
         if isinstance(source, SafetensorsFolder):

@@ -11,8 +11,10 @@ import numpy as np
 from jaxpaged_model.config import ARCHITECTURES, ModelConfig, RopeScaling
 from jaxpaged_model.metadata import REQUIRED, Metadata, ModelError
 
-HF_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-GGUF_ROPE_TYPES = ("none", "linear", "yarn")
+HF_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope")
+GGUF_ROPE_TYPES = ("none", "linear", "yarn", "longrope")
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors of a GGUF file that its configuration depends on."""
 
 HF_ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama",
@@ -21,17 +23,29 @@ HF_ARCHITECTURES: Mapping[str, str] = {
     "qwen3": "qwen3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "phi3": "phi3",
+    "ministral3": "mistral3",
+    "seed_oss": "seed_oss",
+    "exaone4": "exaone4",
+    "cohere2": "cohere2",
 }
 """Architecture of each ``model_type``."""
-_TEXT_PARTS = {"gemma3": "gemma3_text"}
+_TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 """Model types whose ``text_config`` is a language model of one of the above, and its default type."""
 
 _BLOCKS: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"norms": "both", "activation": "gelu_tanh"},
     "gemma3": {"norms": "both", "activation": "gelu_tanh", "qk_norm": "head"},
+    "olmo2": {"norms": "post", "qk_norm": "width"},
+    "exaone4": {"norms": "post", "qk_norm": "head"},
+    "cohere2": {"norms": "parallel", "norm_kind": "layer"},
 }
 """What all models of an architecture have in common, and no file says."""
-_PATTERNS = {"gemma2": 2, "gemma3": 6}
+_PATTERNS = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "exaone4": 4, "cohere2": 4}
 """Every n-th layer of these architectures has full attention, the others have a window."""
 
 
@@ -77,14 +91,14 @@ _GGUF_REFUSED: Mapping[str, tuple[Any, ...]] = {
 def config_from_gguf(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: np.ndarray | None = None,
+    rope_factors: Mapping[str, np.ndarray] | None = None,
 ) -> ModelConfig:
     """The configuration of a GGUF file's model.
 
     Args:
       metadata: plain values by key.
       shapes: every tensor's shape, rows first; which tensors there are tells biases and tied embeddings.
-      rope_factors: the tensor ``rope_freqs.weight``, None if the file has none.
+      rope_factors: those of the tensors ``ROPE_FACTORS`` that the file has, f32 each.
 
     Raises:
       ModelError: the architecture or a feature is not supported, or a key is missing or invalid.
@@ -114,9 +128,13 @@ def config_from_gguf(
     if v.integer("rope.dimension_count_swa", rope_dim) != rope_dim:
         raise v.wrong("rope.dimension_count_swa", f"dimension_count {rope_dim}")
     found: dict[str, Any] = {
-        "rms_norm_eps": v.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": v.number(
+            "attention.layer_norm_epsilon"
+            if _BLOCKS.get(architecture, {}).get("norm_kind") == "layer"
+            else "attention.layer_norm_rms_epsilon"
+        ),
         "rope_theta": v.number("rope.freq_base", 10000.0, above=1.0),
-        "rope_scaling": _gguf_rope(v, shapes, context_length, rope_dim, rope_factors),
+        "rope_scaling": _gguf_rope(v, context_length, rope_dim, rope_factors or {}),
         "windows": _gguf_windows(v, architecture, num_layers),
         "qk_norm": "head" if "blk.0.attn_q_norm.weight" in shapes else "",
     }
@@ -169,6 +187,31 @@ def _gguf_of_architecture(
                 changes["logit_soft_cap"] = _unless_zero(v, "final_logit_softcapping")
                 local = v.number("rope.freq_base_swa", 10000.0, above=1.0), None
             return changes | (_window_rope(*local, rope) if found["windows"] else {})
+        case "olmo2":
+            return _window_rope(rope[0], None, rope) if found["windows"] else {}
+        case "exaone4" | "cohere2":
+            changes = {"rotates": tuple(window is not None for window in found["windows"])}
+            if architecture == "cohere2":
+                changes["logit_scale"] = v.number("logit_scale")
+            return changes
+        case "smollm3":
+            return {"rotates": tuple(_every(4, num_layers))}
+        case "granite":
+            rotates = v.boolean("rope.scaling.finetuned", True)
+            return {
+                "embedding_scale": _unless_zero(v, "embedding_scale") or 1.0,
+                "residual_scale": _unless_zero(v, "residual_scale") or 1.0,
+                "attention_scale": _unless_zero(v, "attention.scale"),
+                "logit_scale": 1.0 / v.number("logit_scale"),
+                "rotates": () if rotates else (False,) * num_layers,
+            }
+        case "mistral3" if v.get("attention.temperature_scale"):
+            return {
+                "attention_temperature": v.number("attention.temperature_scale"),
+                "attention_temperature_length": v.integer(
+                    "rope.scaling.original_context_length", v.integer("context_length")
+                ),
+            }
     return {}
 
 
@@ -204,7 +247,7 @@ def _gguf_windows(v: Metadata, architecture: str, num_layers: int) -> tuple[int 
         must_slide = any(slides)
     else:
         slides = _every(v.integer(key, _PATTERNS.get(architecture, 0), least=0), num_layers)
-        must_slide = architecture == "gemma2"
+        must_slide = architecture in ("gemma2", "cohere2")
     default = 4096 if architecture == "gemma2" else 0
     window = v.integer("attention.sliding_window", default, least=0)
     if not window and must_slide:
@@ -213,17 +256,26 @@ def _gguf_windows(v: Metadata, architecture: str, num_layers: int) -> tuple[int 
 
 
 def _gguf_rope(
-    v: Metadata,
-    shapes: Mapping[str, tuple[int, ...]],
-    context_length: int,
-    rope_dim: int,
-    factors: np.ndarray | None,
+    v: Metadata, context_length: int, rope_dim: int, factors: Mapping[str, np.ndarray]
 ) -> RopeScaling | None:
+    freqs, short, long = (_factors(name, factors.get(name), rope_dim) for name in ROPE_FACTORS)
     kind = v.text("rope.scaling.type", None)
-    if any(name.startswith("rope_factors_") for name in shapes):
-        kind = "longrope"
     if kind is not None:
         _check_one_of("rope scaling", kind, GGUF_ROPE_TYPES)
+    if kind == "longrope" or short or long:
+        if not (short and long):
+            raise ModelError(
+                "longrope rope scaling needs rope_factors_short.weight and rope_factors_long.weight"
+            )
+        if v.number("rope.scaling.factor", 1.0, above=-math.inf) not in (0.0, 1.0):
+            raise v.wrong("rope.scaling.factor", "1 with longrope rope scaling")
+        return RopeScaling(
+            "longrope",
+            original_context_length=v.integer("rope.scaling.original_context_length", context_length),
+            attention_factor=v.number("rope.scaling.attn_factor", 1.0),
+            factors=short,
+            long_factors=long,
+        )
     # Files of 2023 have scale_linear; llama.cpp reads it as linear scaling if there is no factor.
     factor = (
         v.number("rope.scaling.factor", v.number("rope.scale_linear", 1.0, above=-math.inf), above=-math.inf)
@@ -231,15 +283,10 @@ def _gguf_rope(
     )
     if factor < 0:
         raise v.wrong("rope.scaling.factor", "positive")
-    if factors is not None:
+    if freqs:
         if kind not in (None, "none") and factor != 1.0:
             raise ModelError(f"rope scaling {kind!r} together with rope_freqs.weight is not supported")
-        if factors.size != rope_dim // 2 or not (np.isfinite(factors).all() and (factors > 0).all()):
-            raise ModelError(
-                f"rope_freqs.weight must hold {rope_dim // 2} positive numbers, half of "
-                f"rope.dimension_count, got {factors.size} from {factors.min()} to {factors.max()}"
-            )
-        return RopeScaling("factors", factors=tuple(float(x) for x in factors.reshape(-1)))
+        return RopeScaling("factors", factors=freqs)
     if kind == "none" or factor == 1.0:
         return None
     if kind != "yarn":
@@ -260,6 +307,18 @@ def _gguf_rope(
         beta_slow=v.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=attention * v.number("rope.scaling.attn_factor", 1.0),
     )
+
+
+def _factors(name: str, given: np.ndarray | None, rope_dim: int) -> tuple[float, ...]:
+    """A tensor of divisors of frequencies; empty if there is none."""
+    if given is None:
+        return ()
+    if given.size != rope_dim // 2 or not (np.isfinite(given).all() and (given > 0).all()):
+        raise ModelError(
+            f"{name} must hold {rope_dim // 2} positive numbers, half of rope.dimension_count, "
+            f"got {given.size} from {given.min()} to {given.max()}"
+        )
+    return tuple(float(x) for x in given.reshape(-1))
 
 
 def _mscale(factor: float, multiplier: float) -> float:
@@ -304,7 +363,42 @@ _HF_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
     },
+    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4},
+    "granite": {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+    "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "ministral3": {
+        "rms_norm_eps": 1e-5,
+        "head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "seed_oss": {"attention_bias": True, "head_dim": 128},
+    "exaone4": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+    "cohere2": {
+        "tie_word_embeddings": True,
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.0625,
+        "sliding_window": 4096,
+    },
 }
+_WITHOUT_ATTENTION_BIAS = ("mistral", "qwen2", "phi3", "ministral3", "exaone4")
+"""Model types for which transformers does not read ``attention_bias``."""
+_WITH_MLP_BIAS = ("llama", "smollm3", "granite", "seed_oss")
+"""Model types for which it reads ``mlp_bias``."""
 # Features that change what a model computes and that are not supported, with their neutral values.
 _HF_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),
@@ -348,20 +442,20 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     context_length = v.integer("max_position_embeddings")
     rope_of = _hf_rope(v, model_type, context_length)
     rope_dim = int(head_dim * rope_of.pop("share"))
-    bias = v.boolean("attention_bias", False) and model_type not in ("mistral", "qwen2")
+    bias = v.boolean("attention_bias", False) and model_type not in _WITHOUT_ATTENTION_BIAS
     windows = _hf_windows(v, model_type, num_layers)
     found: dict[str, Any] = {
-        "rms_norm_eps": v.number("rms_norm_eps", 1e-6),
+        "rms_norm_eps": v.number("layer_norm_eps" if model_type == "cohere2" else "rms_norm_eps", 1e-6),
         "windows": windows,
         "qk_norm": "head" if model_type == "qwen3" else "",
         "qkv_bias": bias or model_type == "qwen2",
         "attention_out_bias": bias,
-        "mlp_bias": v.boolean("mlp_bias", False) if model_type == "llama" else False,
+        "mlp_bias": v.boolean("mlp_bias", False) and model_type in _WITH_MLP_BIAS,
         **rope_of,
         **_BLOCKS.get(architecture, {}),
         "activation": _hf_activation(v),
     }
-    found |= _hf_of_type(v, model_type, found, hidden_size, head_dim)
+    found |= _hf_of_type(v, model_type, found, num_layers, hidden_size, head_dim)
     return ModelConfig(
         architecture=architecture,
         name=v.text("_name_or_path", ""),
@@ -403,7 +497,7 @@ def _hf_activation(v: Metadata) -> str:
 
 
 def _hf_of_type(
-    v: Metadata, model_type: str, found: Mapping[str, Any], hidden_size: int, head_dim: int
+    v: Metadata, model_type: str, found: Mapping[str, Any], num_layers: int, hidden_size: int, head_dim: int
 ) -> dict[str, Any]:
     """What transformers reads or computes for one model type alone."""
     match model_type:
@@ -417,7 +511,44 @@ def _hf_of_type(
                 "attention_soft_cap": v.number("attn_logit_softcapping", None),
                 "logit_soft_cap": v.number("final_logit_softcapping", None),
             }
+        case "smollm3":
+            rotates = _smollm3_rotates(v, num_layers)
+            return {"rotates": () if all(rotates) else rotates}
+        case "granite":
+            return {
+                "embedding_scale": v.number("embedding_multiplier"),
+                "residual_scale": v.number("residual_multiplier"),
+                "attention_scale": v.number("attention_multiplier"),
+                "logit_scale": 1.0 / v.number("logits_scaling"),
+            }
+        case "seed_oss":
+            return {"attention_out_bias": v.boolean("attention_out_bias", False)}
+        case "ministral3":
+            r = Metadata(v.get("rope_parameters", {}))
+            if not (temperature := r.number("llama_4_scaling_beta", 0.0, above=-math.inf)):
+                return {}
+            return {
+                "attention_temperature": temperature,
+                "attention_temperature_length": r.integer("original_max_position_embeddings"),
+            }
+        case "exaone4" if v.get("sliding_window") is not None:
+            return {
+                "rotates": tuple(window is not None for window in found["windows"]) or (False,) * num_layers
+            }
+        case "cohere2":
+            rotates = tuple(window is not None for window in found["windows"]) or (False,) * num_layers
+            return {"rotates": rotates, "logit_scale": v.number("logit_scale")}
     return {}
+
+
+def _smollm3_rotates(v: Metadata, num_layers: int) -> tuple[bool, ...]:
+    """``no_rope_layers``, 1 for a layer that rotates, or all layers but every n-th."""
+    given = v.array("no_rope_layers", int, None)
+    if given is None:
+        return tuple(_every(v.integer("no_rope_layer_interval"), num_layers))
+    if len(given) < num_layers or not set(given) <= {0, 1}:
+        raise v.wrong("no_rope_layers", f"0 or 1 for each of {num_layers} layers")
+    return tuple(one == 1 for one in given[:num_layers])
 
 
 def _hf_rope(v: Metadata, model_type: str, context_length: int) -> dict[str, Any]:
@@ -430,7 +561,7 @@ def _hf_rope(v: Metadata, model_type: str, context_length: int) -> dict[str, Any
     given = v.get(key, {})
     if not isinstance(given, dict):
         raise v.wrong(key, "a JSON object")
-    by_type = model_type == "gemma3_text"
+    by_type = model_type in ("gemma3_text", "olmo3")
     theta = v.number("rope_theta", 10000.0, above=1.0)
     local: Mapping[str, Any] = {}
     if any(isinstance(x, dict) for x in given.values()):
@@ -443,7 +574,7 @@ def _hf_rope(v: Metadata, model_type: str, context_length: int) -> dict[str, Any
     elif by_type and key == "rope_parameters" and given:
         raise v.error(key, f"must have a JSON object for {_FULL} and one for {_SLIDING}")
     r = Metadata(given)
-    theta, scaling = _hf_rope_of(r, theta, context_length)
+    theta, scaling = _hf_rope_of(v, r, theta, context_length)
     found = {
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -451,15 +582,35 @@ def _hf_rope(v: Metadata, model_type: str, context_length: int) -> dict[str, Any
     }
     if by_type:
         local_theta = v.number("rope_local_base_freq", theta, above=1.0)
-        found |= _window_rope(*_hf_rope_of(Metadata(local), local_theta, context_length), (theta, scaling))
+        of_local = _hf_rope_of(v, Metadata(local), local_theta, context_length)
+        found |= _window_rope(*of_local, (theta, scaling))
     return found
 
 
-def _hf_rope_of(r: Metadata, theta: float, context_length: int) -> tuple[float, RopeScaling | None]:
+def _hf_rope_of(
+    v: Metadata, r: Metadata, theta: float, context_length: int
+) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of ``rope_parameters`` of one type of layers."""
     kind = r.text("rope_type", r.text("type", "default"))
+    if kind == "su" or (kind == "yarn" and r.get("long_factor") is not None):
+        kind = "longrope"  # the names that Phi-3's first files have for it
     _check_one_of("rope scaling", kind, HF_ROPE_TYPES)
-    return r.number("rope_theta", theta, above=1.0), _hf_rope_scaling(r, kind, context_length)
+    theta = r.number("rope_theta", theta, above=1.0)
+    if kind != "longrope":
+        return theta, _hf_rope_scaling(r, kind, context_length)
+    original = v.integer(
+        "original_max_position_embeddings", r.integer("original_max_position_embeddings", context_length)
+    )
+    factor = r.number("factor", context_length / original)
+    own = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = (tuple(r.array(f"{name}_factor", float)) for name in ("short", "long"))
+    return theta, RopeScaling(
+        "longrope",
+        original_context_length=original,
+        attention_factor=r.number("attention_factor", own),
+        factors=short,
+        long_factors=long,
+    )
 
 
 def _hf_rope_scaling(r: Metadata, kind: str, context_length: int) -> RopeScaling | None:
@@ -492,23 +643,38 @@ def _hf_rope_scaling(r: Metadata, kind: str, context_length: int) -> RopeScaling
 
 def _hf_windows(v: Metadata, model_type: str, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer, by the rule of the model type and ``layer_types``."""
-    if model_type == "llama":  # transformers reads no window
+    if model_type in ("llama", "granite", "olmo2", "seed_oss"):  # transformers reads no window
         return _uniform(v, num_layers, [False] * num_layers)
-    if model_type == "mistral":
+    if model_type in ("mistral", "ministral3", "phi3"):
         slides = [v.get("sliding_window") is not None] * num_layers
         return _uniform(v, num_layers, slides)
-    if model_type in ("qwen2", "qwen3"):
+    wanted = True
+    if model_type in ("qwen2", "qwen3", "smollm3"):
         wanted = v.boolean("use_sliding_window", False)
+    if model_type == "exaone4" and v.get("sliding_window") is None:
+        slides = [False] * num_layers
+    elif model_type == "smollm3":
+        slides = [wanted and not rotates for rotates in _smollm3_rotates(v, num_layers)]
+    elif model_type in ("qwen2", "qwen3"):
         first = v.integer("max_window_layers", 28, least=0)
         slides = [wanted and i >= first for i in range(num_layers)]
     else:
-        wanted = True
-        pattern = v.integer("sliding_window_pattern", _PATTERNS[HF_ARCHITECTURES[model_type]])
-        slides = _every(pattern, num_layers)
+        slides = _hf_pattern(v, _PATTERNS[HF_ARCHITECTURES[model_type]], num_layers)
     types = _layer_types(v, num_layers, slides)
     if _SLIDING in types and not wanted:
         raise v.error("layer_types", f"has {_SLIDING}, but use_sliding_window is false")
     return _sliding(v, types)
+
+
+def _hf_pattern(v: Metadata, default: int, num_layers: int) -> list[bool]:
+    """``sliding_window_pattern``: n for all layers but every n-th, or letters L and G, repeated (EXAONE 4)."""
+    key = "sliding_window_pattern"
+    pattern = v.get(key)
+    if not isinstance(pattern, str):
+        return _every(v.integer(key, default), num_layers)
+    if not pattern or not set(pattern) <= {"L", "G"}:
+        raise v.wrong(key, "a number, or letters L and G")
+    return [pattern[i % len(pattern)] == "L" for i in range(num_layers)]
 
 
 def _layer_types(v: Metadata, num_layers: int, slides: list[bool]) -> list[str]:

@@ -69,7 +69,7 @@ class Placement:
       transpose: True if the params have ``[in, out]``.
       head_dim: if positive, the first ``rotary_dim`` rows of each head of this size are interleaved: row
         ``2 i + j`` in the file is row ``i + j * rotary_dim / 2`` in the params. This is the layout of
-        GGUF files of the architecture "llama".
+        GGUF files of the architecture "llama" and others.
       rotary_dim: see ``head_dim``.
       plus: added to what stands in the file: Hugging Face folders of Gemma have norms less 1.
     """
@@ -107,6 +107,8 @@ _BLOCK_PREFIX = ("blk.{}.", "model.layers.{}.")
 _REDUNDANT = (
     "rope_freqs.weight",
     "rope_freqs",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
     "rotary_emb.inv_freq",
     "attn_rot_embd",
     "attn_rot_embd.weight",
@@ -120,6 +122,11 @@ _NORMS = {
     "parallel": ("attention_norm",),
 }
 """Norms of a block, by ``ModelConfig.norms``."""
+_INTERLEAVED = ("llama", "mistral", "smollm3", "granite", "mistral3")
+"""Architectures whose GGUF files have the rows of queries and keys interleaved: llama.cpp rotates pairs of
+neighbours there (its ``llama_model_rope_type``), and its converter moves the rows."""
+_ALWAYS_INTERLEAVED = ("cohere2",)
+"""Architectures trained so, whose Hugging Face folders have interleaved rows, too."""
 _LESS_ONE = ("gemma2", "gemma3")
 """Architectures whose Hugging Face folders have the scales of norms less 1; GGUF files do not."""
 
@@ -128,14 +135,17 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, str]]:
     """``_NAMES`` for one model: what stands before the MLP was named before there were other norms."""
     if config.norms != "pre":
         return _NAMES
-    return _NAMES | {"mlp_norm": (_NAMES["mlp_norm"][0], "post_attention_layernorm")}
+    in_gguf = "post_attention_norm" if config.architecture == "seed_oss" else "ffn_norm"
+    return _NAMES | {"mlp_norm": (in_gguf, "post_attention_layernorm")}
 
 
 def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
     """All tensors of a file of this model: ``{name in the file: Placement}``."""
     c, column = config, 0 if naming == "gguf" else 1
     hidden, q_dim, kv_dim = c.hidden_size, c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    interleaved = naming == "gguf" and c.architecture in ("llama", "mistral")
+    interleaved = (
+        naming == "gguf" and c.architecture in _INTERLEAVED
+    ) or c.architecture in _ALWAYS_INTERLEAVED
     rope = (c.head_dim, c.rotary_dim) if interleaved else ()
     plus = 1.0 if naming == "huggingface" and c.architecture in _LESS_ONE else 0.0
     names = _names(c)
