@@ -16,7 +16,7 @@ from jaxpaged_model.metadata import ModelError
 
 ARCHITECTURES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", "granite", "olmo2", "phi3", "mistral3",
-    "seed_oss", "exaone4", "cohere2",
+    "seed_oss", "exaone4", "cohere2", "gemma", "command-r", "arcee", "ernie4_5", "glm4",
 )  # fmt: skip
 """GGUF's names; "mistral" is Hugging Face's name of what GGUF files call "llama"."""
 
@@ -30,7 +30,8 @@ Norms = Literal["pre", "post", "both", "parallel"]
 """
 NormKind = Literal["rms", "layer"]
 """RMSNorm (arXiv:1910.07467), or LayerNorm without a bias (arXiv:1607.06450)."""
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
+"""Of the MLP's gate, or of its inner layer if there is no gate: ``quantized.activations``."""
 QKNorm = Literal["", "head", "width"]
 """RMSNorm of queries and keys before they are rotated: none, of each head, or of all heads together."""
 
@@ -118,6 +119,8 @@ class ModelConfig:
     norms: Norms = "pre"
     norm_kind: NormKind = "rms"
     activation: Activation = "silu"
+    gated: bool = True
+    """True for the MLP ``down(activation(gate(x)) * up(x))``, False for ``down(activation(up(x)))``."""
     embedding_scale: float = 1.0
     """Factor of a token's embedding."""
     residual_scale: float = 1.0
@@ -260,11 +263,12 @@ class ModelConfig:
         attention = self.head_dim * self.hidden_size * (2 * self.num_q_heads + 2 * self.num_kv_heads)
         biases = self.qkv_bias * self.head_dim * (self.num_q_heads + 2 * self.num_kv_heads)
         biases += self.attention_out_bias * self.hidden_size
-        biases += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        inner = 2 if self.gated else 1
+        biases += self.mlp_bias * (inner * self.intermediate_size + self.hidden_size)
         norms = {"pre": 2, "post": 2, "both": 4, "parallel": 1}[self.norms] * self.hidden_size
         heads = {"": 0, "head": 2, "width": self.num_q_heads + self.num_kv_heads}[self.qk_norm]
         norms += heads * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + biases + norms
+        layer = attention + (inner + 1) * self.hidden_size * self.intermediate_size + biases + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 

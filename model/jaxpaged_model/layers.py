@@ -240,8 +240,11 @@ class Projections(nnx.Module):
         return tuple(lax.optimization_barrier(found))
 
 
-class GatedProjection(nnx.Module):
-    """``activation(gate(x)) * up(x)``, by one joined matrix, which is read in one pass, or two."""
+class InnerProjection(nnx.Module):
+    """``activation(gate(x)) * up(x)``, by one joined matrix, which is read in one pass, or two.
+
+    Without a gate ``activation(up(x))``.
+    """
 
     def __init__(self, variant: Variant, stack: tuple[int, ...], config: ModelConfig, make: Make) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -253,16 +256,17 @@ class GatedProjection(nnx.Module):
             else None
         )
         self.gate, self.up = (
-            nnx.data(None if joined else make(kind, hidden, inner, stack, use_bias=bias))
-            for kind in ((None,) * 2 if joined else variant)
+            nnx.data(make(kind, hidden, inner, stack, use_bias=bias) if present and not joined else None)
+            for kind, present in zip((None,) * 2 if joined else variant, (config.gated, True), strict=True)
         )
 
     def __call__(self, x: Array, *, layer: Layer, norm: Norm | None, num_rows: Array) -> Array:
         around: dict[str, Any] = {"layer": layer, "norm": norm, "num_rows": num_rows}
         if self.joined is not None:
             return self.joined(x, **around)
-        gate, up = (one(x, **around) for one in (self.gate, self.up) if one is not None)
-        return ACTIVATIONS[self.activation](gate) * up
+        *gate, up = (one(x, **around) for one in (self.gate, self.up) if one is not None)
+        activation = ACTIVATIONS[self.activation]
+        return activation(gate[0]) * up if gate else activation(up)
 
 
 # --- arrays of single layers ------------------------------------------------------------------------------------
@@ -391,13 +395,13 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(activation(gate(x)) * up(x))`` (arXiv:2002.05202)."""
+    """``down(activation(gate(x)) * up(x))`` (arXiv:2002.05202), or ``down(activation(up(x)))``."""
 
     def __init__(self, config: ModelConfig, plan: WeightPlan, make: Make) -> None:
         c = config
         self.gate_up = ByVariant(
             variants(plan, "mlp.gate_up", c.num_layers),
-            lambda variant, stack: GatedProjection(variant, stack, c, make),
+            lambda variant, stack: InnerProjection(variant, stack, c, make),
         )
         self.down = ByVariant(
             variants(plan, "mlp.down", c.num_layers),

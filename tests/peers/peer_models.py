@@ -183,10 +183,21 @@ VARIANTS = {
         },
         in_gguf=False,
     ),
+    "gemma": Variant("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "cohere": Variant(
+        "cohere", {"tie_word_embeddings": True, "logit_scale": 0.5, "layer_norm_eps": 2.0**-18}
+    ),
+    "arcee": Variant("arcee", {"head_dim": 24}),
+    "arcee-biases": Variant(
+        "arcee", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, in_gguf=False
+    ),
+    "ernie4_5": Variant("ernie4_5", {"head_dim": 24, "tie_word_embeddings": True}),
+    "ernie4_5-biases": Variant("ernie4_5", {"head_dim": 16, "use_bias": True}, in_gguf=False),
+    "glm4": Variant("glm4", {"head_dim": 16}),
 }
 ONE_OF_EACH = (
     "llama", "mistral-window", "qwen2-window", "qwen3-window", "gemma3", "gemma2", "smollm3", "granite", "olmo3",
-    "phi3", "ministral3", "seed_oss", "exaone4", "cohere2",
+    "phi3", "ministral3", "seed_oss", "exaone4", "cohere2", "gemma", "cohere", "arcee", "ernie4_5", "glm4",
 )  # fmt: skip
 """A variant of each architecture, with a window if supported; few, because programs take seconds to compile."""
 WIDE = "llama-wide"
@@ -411,11 +422,12 @@ GGUF_ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "olmo3": "olmo2",
     "ministral3": "mistral3",
+    "cohere": "command-r",
 }
 """GGUF's architecture of each ``model_type``, where the names differ."""
-_LLAMAS = ("llama", "mistral", "smollm3", "granite", "ministral3")
+_LLAMAS = ("llama", "mistral", "smollm3", "granite", "ministral3", "arcee")
 """Model types that llama.cpp converts as Llama: with interleaved rows of queries and keys."""
-_LESS_ONE = ("gemma2", "gemma3_text")
+_LESS_ONE = ("gemma", "gemma2", "gemma3_text")
 """Model types whose norms are stored less 1, to which llama.cpp's converter adds it."""
 
 
@@ -500,10 +512,12 @@ def _write_config(writer: gguf.GGUFWriter, c: Any) -> None:
     if c.model_type != "granite":
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if c.model_type == "cohere2":
+    if c.model_type in ("cohere", "cohere2"):
         writer.add_layer_norm_eps(c.layer_norm_eps)
     else:
         writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if c.model_type == "gemma":
+        return
     if c.model_type == "gemma2":  # no rotary embedding and no pattern: the architecture has them
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
@@ -521,6 +535,11 @@ def _write_config(writer: gguf.GGUFWriter, c: Any) -> None:
         writer.add_vocab_size(c.vocab_size)
         writer.add_rope_dimension_count(head_dim)
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    elif c.model_type == "cohere":
+        writer.add_logit_scale(c.logit_scale)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    elif c.model_type == "glm4":
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
     elif c.model_type == "phi3":
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
         writer.add_sliding_window(c.sliding_window or 0)

@@ -32,6 +32,11 @@ HF_ARCHITECTURES: Mapping[str, str] = {
     "seed_oss": "seed_oss",
     "exaone4": "exaone4",
     "cohere2": "cohere2",
+    "gemma": "gemma",
+    "cohere": "command-r",
+    "arcee": "arcee",
+    "ernie4_5": "ernie4_5",
+    "glm4": "glm4",
 }
 """Architecture of each ``model_type``."""
 _TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
@@ -43,6 +48,10 @@ _BLOCKS: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {"norms": "post", "qk_norm": "width"},
     "exaone4": {"norms": "post", "qk_norm": "head"},
     "cohere2": {"norms": "parallel", "norm_kind": "layer"},
+    "gemma": {"activation": "gelu_tanh"},
+    "command-r": {"norms": "parallel", "norm_kind": "layer"},
+    "arcee": {"gated": False, "activation": "relu2"},
+    "glm4": {"norms": "both"},
 }
 """What all models of an architecture have in common, and no file says."""
 _PATTERNS = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "exaone4": 4, "cohere2": 4}
@@ -194,6 +203,10 @@ def _gguf_of_architecture(
             if architecture == "cohere2":
                 changes["logit_scale"] = v.number("logit_scale")
             return changes
+        case "gemma":
+            return {"embedding_scale": math.sqrt(hidden_size)}
+        case "command-r":
+            return {"logit_scale": _unless_zero(v, "logit_scale") or 1.0}
         case "smollm3":
             return {"rotates": tuple(_every(4, num_layers))}
         case "granite":
@@ -332,6 +345,7 @@ _ACTIVATIONS = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -394,11 +408,26 @@ _HF_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "logit_scale": 0.0625,
         "sliding_window": 4096,
     },
+    "gemma": {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "head_dim": 256},
+    "cohere": {"tie_word_embeddings": True, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "rope_theta": 5e5},
+    "arcee": {"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    "ernie4_5": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "head_dim": 128},
+    "glm4": {
+        "attention_bias": True,
+        "head_dim": 128,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1.5625e-7,
+    },
 }
-_WITHOUT_ATTENTION_BIAS = ("mistral", "qwen2", "phi3", "ministral3", "exaone4")
+_WITHOUT_ATTENTION_BIAS = ("mistral", "qwen2", "phi3", "ministral3", "exaone4", "ernie4_5")
 """Model types for which transformers does not read ``attention_bias``."""
-_WITH_MLP_BIAS = ("llama", "smollm3", "granite", "seed_oss")
+_WITH_MLP_BIAS = ("llama", "smollm3", "granite", "seed_oss", "arcee")
 """Model types for which it reads ``mlp_bias``."""
+_WITHOUT_WINDOW = (
+    "llama", "granite", "olmo2", "seed_oss", "gemma", "cohere", "arcee", "ernie4_5", "glm4",
+)  # fmt: skip
+"""Model types for which it reads no ``sliding_window``."""
 # Features that change what a model computes and that are not supported, with their neutral values.
 _HF_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),
@@ -445,7 +474,9 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     bias = v.boolean("attention_bias", False) and model_type not in _WITHOUT_ATTENTION_BIAS
     windows = _hf_windows(v, model_type, num_layers)
     found: dict[str, Any] = {
-        "rms_norm_eps": v.number("layer_norm_eps" if model_type == "cohere2" else "rms_norm_eps", 1e-6),
+        "rms_norm_eps": v.number(
+            "layer_norm_eps" if model_type in ("cohere", "cohere2") else "rms_norm_eps", 1e-6
+        ),
         "windows": windows,
         "qk_norm": "head" if model_type == "qwen3" else "",
         "qkv_bias": bias or model_type == "qwen2",
@@ -453,7 +484,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         "mlp_bias": v.boolean("mlp_bias", False) and model_type in _WITH_MLP_BIAS,
         **rope_of,
         **_BLOCKS.get(architecture, {}),
-        "activation": _hf_activation(v),
+        "activation": _hf_activation(v, model_type),
     }
     found |= _hf_of_type(v, model_type, found, num_layers, hidden_size, head_dim)
     return ModelConfig(
@@ -489,9 +520,11 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return model_type, config
 
 
-def _hf_activation(v: Metadata) -> str:
+def _hf_activation(v: Metadata, model_type: str) -> str:
     key = "hidden_activation" if v.get("hidden_activation") is not None else "hidden_act"
     name = v.text(key, "silu")
+    if model_type == "gemma" and name == "gelu":
+        name = "gelu_pytorch_tanh"  # a legacy name, which transformers takes for this function
     _check_one_of(key, name, tuple(_ACTIVATIONS))
     return _ACTIVATIONS[name]
 
@@ -521,6 +554,15 @@ def _hf_of_type(
                 "attention_scale": v.number("attention_multiplier"),
                 "logit_scale": 1.0 / v.number("logits_scaling"),
             }
+        case "gemma":
+            return {"embedding_scale": math.sqrt(hidden_size)}
+        case "cohere":
+            return {"logit_scale": v.number("logit_scale")}
+        case "ernie4_5":
+            bias = v.boolean("use_bias", False)
+            return {"qkv_bias": bias, "attention_out_bias": bias, "mlp_bias": bias}
+        case "glm4":
+            return {"attention_out_bias": False}
         case "seed_oss":
             return {"attention_out_bias": v.boolean("attention_out_bias", False)}
         case "ministral3":
@@ -643,7 +685,7 @@ def _hf_rope_scaling(r: Metadata, kind: str, context_length: int) -> RopeScaling
 
 def _hf_windows(v: Metadata, model_type: str, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer, by the rule of the model type and ``layer_types``."""
-    if model_type in ("llama", "granite", "olmo2", "seed_oss"):  # transformers reads no window
+    if model_type in _WITHOUT_WINDOW:
         return _uniform(v, num_layers, [False] * num_layers)
     if model_type in ("mistral", "ministral3", "phi3"):
         slides = [v.get("sliding_window") is not None] * num_layers

@@ -112,7 +112,7 @@ def _parts(
     """The parts of a tensor by their names: itself, unless it is a joined one."""
     stem, _, kind = name.rpartition(".")
     for joined, parts in _FUSED[naming].items():
-        if not stem.endswith(f".{joined}"):
+        if not stem.endswith(f".{joined}") or (len(parts) == 2 and not config.gated):
             continue
         beginning = stem.removesuffix(joined)
         names = [f"{beginning}{part}.{kind}" for part in parts]

@@ -16,6 +16,7 @@ from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.layers import SLOTS, by_layer, variants
 from jaxpaged_model.llama import Params
 from jaxpaged_model.metadata import ModelError
+from jaxpaged_model.quantized.activations import GATES
 from jaxpaged_model.quantized.formats import BLOCK
 from jaxpaged_model.quantized.layouts import LAYOUTS, Layout, aligned_zeros, empty_parts
 from jaxpaged_model.quantized.linear import WeightPlan
@@ -122,17 +123,24 @@ _NORMS = {
     "parallel": ("attention_norm",),
 }
 """Norms of a block, by ``ModelConfig.norms``."""
-_INTERLEAVED = ("llama", "mistral", "smollm3", "granite", "mistral3")
+_INTERLEAVED = ("llama", "mistral", "smollm3", "granite", "mistral3", "arcee")
 """Architectures whose GGUF files have the rows of queries and keys interleaved: llama.cpp rotates pairs of
 neighbours there (its ``llama_model_rope_type``), and its converter moves the rows."""
-_ALWAYS_INTERLEAVED = ("cohere2",)
+_ALWAYS_INTERLEAVED = ("cohere2", "command-r", "ernie4_5", "glm4")
 """Architectures trained so, whose Hugging Face folders have interleaved rows, too."""
-_LESS_ONE = ("gemma2", "gemma3")
+_LESS_ONE = ("gemma", "gemma2", "gemma3")
 """Architectures whose Hugging Face folders have the scales of norms less 1; GGUF files do not."""
 
 
 def _names(config: ModelConfig) -> dict[str, tuple[str, str]]:
     """``_NAMES`` for one model: what stands before the MLP was named before there were other norms."""
+    if config.architecture == "glm4":
+        in_folders = {
+            "attention_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        }
+        return _NAMES | {module: (_NAMES[module][0], name) for module, name in in_folders.items()}
     if config.norms != "pre":
         return _NAMES
     in_gguf = "post_attention_norm" if config.architecture == "seed_oss" else "ffn_norm"
@@ -179,7 +187,8 @@ def placements(config: ModelConfig, naming: Naming) -> dict[str, Placement]:
             of_heads = c.qk_norm == "head"
             norm("attention.q_norm", c.head_dim if of_heads else q_dim, i)
             norm("attention.k_norm", c.head_dim if of_heads else kv_dim, i)
-        linear("mlp.gate", (c.intermediate_size, hidden), c.mlp_bias, i)
+        if c.gated:
+            linear("mlp.gate", (c.intermediate_size, hidden), c.mlp_bias, i)
         linear("mlp.up", (c.intermediate_size, hidden), c.mlp_bias, i)
         linear("mlp.down", (hidden, c.intermediate_size), c.mlp_bias, i)
     norm("norm", hidden, None)
@@ -255,8 +264,8 @@ def weight_plan(
             paths = [f"blocks.{i}.{part}" for part in parts]
             found = {kinds.get(path) for path in paths}
             fitting = all(rows.get(path, 1) % LAYOUTS[layout].ROWS == 0 for path in paths)
-            biased = together == "mlp.gate_up" and config.mlp_bias
-            if len(parts) > 1 and len(found) == 1 and None not in found and fitting and not biased:
+            separate = together == "mlp.gate_up" and (config.mlp_bias or config.activation not in GATES)
+            if len(parts) > 1 and len(found) == 1 and None not in found and fitting and not separate:
                 kinds[f"blocks.{i}.{together}"] = kinds[paths[0]]
                 for path in paths:
                     del kinds[path]

@@ -13,13 +13,12 @@ from jax import Array
 
 from jaxpaged.compilation.executable_cache import register_target_loader
 from jaxpaged.native.kernels import Kernel, register
+from jaxpaged_model.quantized.activations import GATES
 from jaxpaged_model.quantized.formats import FLOAT_FORMATS
 from jaxpaged_model.quantized.norm import Norm
 
 _PARTS = ("codes", "scales", "steps", "minima", "min_steps")
 _FOLDER = Path(__file__).parent
-_GATES = {"silu": 1, "gelu_tanh": 2}
-"""Number of each activation in the kernel's options; 0 is no gate."""
 
 
 @functools.cache
@@ -69,7 +68,7 @@ def product(
         scale.astype(jnp.float32),
         *(parts.get(part, jnp.zeros(0, jnp.uint8)) for part in _PARTS),
         np.asarray([eps], np.float32),
-        np.asarray([_GATES[activation] if gated else 0], np.int32),
+        np.asarray([GATES[activation] if gated else 0], np.int32),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
         jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32),
     )

@@ -73,7 +73,7 @@ def product(
       add: ``[T, outputs]``, added to the product.
       gated: True if the matrix is the concatenation of gate and up, of ``outputs`` rows each, a multiple
         of 16; the result is ``activation(gate) * up``.
-      activation: one of ``ACTIVATIONS``.
+      activation: one of ``GATES``.
       exact: True for float32 activations; otherwise kernels may round them to 16-bit integers with a
         scale for each 32, a relative error below 1e-4. Products with floating-point formats are exact.
       layout: memory layout of the matrix.
