@@ -64,7 +64,7 @@ def complete(session: Session, prompt: str) -> int:
     timings.prompt_n, timings.prompt_ms = len(ids), 1e3 * (read - compiled)
     session.end_start(timings, cache_hit=False)
     timings.predicted_n, timings.predicted_ms = steps, 1e3 * (ended - read)
-    session.pages_peak = int(result.pages_peak)
+    session.pages_peak = np.asarray(result.pages_peak)
     run, scores = _run_of(result)
     if o.as_json:
         choices = choices_of(session, run)
@@ -81,7 +81,7 @@ def complete(session: Session, prompt: str) -> int:
         click.echo((prompt if o.display_prompt else "") + text_of(session, run.tokens[0]))
     if not bool(result.complete[0]) and FINISH_NAN not in run.finish_reason:
         session.note(
-            f"out of pages: the search ends after {steps} tokens a beam, all {plan.num_pages} pages of "
+            f"out of pages: the search ends after {steps} tokens a beam, all {plan.num_pages[0]} pages of "
             f"{plan.page_size} tokens are in use (--kv-pages)"
         )
     if o.perf and o.log:
@@ -104,5 +104,5 @@ def _sharing_line(beams: int, score: float, result: BeamResult) -> str:
     saved = 1 - float(result.pages_mean) / max(1.0, float(result.unshared_mean))
     return (
         f"{'beams':>16} = {beams}, the best scores {score:.4f}; sharing pages saves {saved:.0%} of them on average "
-        f"({int(result.pages_peak)} instead of {int(result.unshared_peak)} at the peak)"
+        f"({int(np.sum(result.pages_peak))} instead of {int(result.unshared_peak)} at the peak)"
     )

@@ -28,7 +28,7 @@ from jaxpaged.app.measure_options import BenchOptions
 from jaxpaged.app.tables import markdown_table
 from jaxpaged.sharding.mesh import CONTEXT, num_shards
 from jaxpaged.sharding.multihost import fetch
-from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, over_mesh
+from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, REPLICATED, ShardedCache, over_mesh
 
 _SEED = 0
 
@@ -177,7 +177,8 @@ class _Bench:
         if not record:
             return
         self.measurement.seconds.append(seconds)
-        used = int(fetch(cache.pages_used).sum())
+        used = fetch(cache.pages_used)
+        used = used.sum(axis=0) if isinstance(cache, ShardedCache) else used
         self.measurement.kv_bytes = self._plan.bytes_in_use(used)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from jaxpaged_model.config import ModelConfig
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import LayerGroup, create_cache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.formats import PAGE_FORMATS, page_format
 from jaxpaged.sharding.context import ContextKVCache
@@ -97,21 +99,35 @@ class CacheType:
             max_seq_len=tokens,
         )
 
-    def paged(self, config: ModelConfig, *, mesh: Mesh | None = None, **sizes: Any) -> Any:
-        """Creates a paged cache of one device; ``sizes`` as for ``PagedKVCache.create``.
+    def paged(
+        self,
+        config: ModelConfig,
+        *,
+        groups: Sequence[LayerGroup] | None = None,
+        mesh: Mesh | None = None,
+        **sizes: Any,
+    ) -> Any:
+        """Creates a paged cache of one device.
 
-        On a mesh with a context axis it is a ``ContextKVCache``.
+        On a mesh with a context axis it is a ``ContextKVCache``, or several.
+
+        Args:
+          config: the model.
+          groups: its layer groups, as for ``create_cache``; None = one pool, which keeps all tokens.
+          mesh: None = one device.
+          sizes: as for ``create_cache``, or without groups as for ``PagedKVCache.create``.
 
         Raises:
           InputError: the formats do not support this head size in pages of this size.
         """
         spread = 1 if mesh is None else mesh.shape[CONTEXT]
+        make: Callable[..., Any] = PagedKVCache.create
+        if spread > 1:
+            make = partial(ContextKVCache.create, axis=CONTEXT, axis_size=spread)
         with _refusal_is_input():
-            if spread > 1:
-                return ContextKVCache.create(
-                    **self._arguments(config), **sizes, axis=CONTEXT, axis_size=spread
-                )
-            return PagedKVCache.create(**self._arguments(config), **sizes)
+            if groups is None:
+                return make(**config.cache_spec, **self._formats, **sizes)
+            return create_cache(groups, make=make, rope=config.rope, **self._formats, **sizes)
 
     def contiguous(self, config: ModelConfig, **sizes: Any) -> ContiguousKVCache:
         """Creates a contiguous cache; ``sizes`` as for ``ContiguousKVCache.create``.
@@ -120,10 +136,11 @@ class CacheType:
           InputError: the formats need pages, or do not support this head size.
         """
         with _refusal_is_input():
-            return ContiguousKVCache.create(**self._arguments(config), **sizes)
+            return ContiguousKVCache.create(**config.cache_spec, **self._formats, **sizes)
 
-    def _arguments(self, config: ModelConfig) -> dict[str, Any]:
-        return {**config.cache_spec, "k_dtype": self.k, "v_dtype": self.v, "hadamard": self.hadamard}
+    @property
+    def _formats(self) -> dict[str, Any]:
+        return {"k_dtype": self.k, "v_dtype": self.v, "hadamard": self.hadamard}
 
 
 def bits_per_value(cache: PagedKVCache, config: ModelConfig) -> float:

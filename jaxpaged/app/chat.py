@@ -9,6 +9,7 @@ from functools import partial
 
 import click
 import jax
+import jax.numpy as jnp
 from jaxpaged_model.text.chat import BUILTIN_TEMPLATES, ChatTemplateError, render_chat
 
 from jaxpaged.app import interrupt
@@ -85,7 +86,8 @@ def run(session: Session, prompt: str | None, template: str) -> int:
                 session.note(f"the chat ends: {error.message}")
                 break
             if shared < len(held):
-                cache = _truncate(cache, shared)
+                cache, kept_any = _truncate(cache, shared)
+                shared = shared if kept_any else 0
             if kept is not None and last is None:
                 cache, shared = kept.reuse(cache, ids)
             decoder = session.ready.loaded.tokenizer.stream(at_start=False)
@@ -198,5 +200,7 @@ def reusable_tokens(held: list[int], ids: list[int], by: int = 1) -> int:
 
 @jax.jit(donate_argnums=0)
 def _truncate(cache, length):  # type: ignore[no-untyped-def]
-    """Removes all but the first ``length`` tokens; the cache is donated."""
-    return cache.seq_remove(0, length, -1)[0]
+    """Removes all but the first ``length`` tokens, or all where windows no longer hold what lies before
+    the next one: ``(cache, ok bool[])``. The cache is donated."""
+    cache, ok = cache.seq_remove(0, length, -1)
+    return cache.seq_remove(~ok & (jnp.arange(cache.max_seqs) == 0))[0], ok

@@ -25,7 +25,6 @@ _TABLE: tuple[tuple[int, str, str], ...] = (
     (0, "chat templates are always rendered as Jinja", "--jinja --no-jinja"),
     (0, "all sequences share one pool of pages", "-kvu --kv-unified -no-kvu --no-kv-unified"),
     (0, "batching is always continuous", "-cb --cont-batching -nocb --no-cont-batching"),
-    (0, "every layer keeps all of its tokens", "--swa-full"),
     (1, "pages do not fragment", "-dt --defrag-thold"),
     (1, _THREADS, "-tb --threads-batch -C --cpu-mask -Cr --cpu-range -Cb --cpu-mask-batch -Crb"),
     (

@@ -177,6 +177,12 @@ class StepFlags:
 class RunFlags(StepFlags, PageFlags, MeshFlags, ModelFlags):
     """Flags that ``generate`` and ``serve`` share."""
 
+    swa_full: bool = _cache(
+        "--swa-full",
+        "Keep all tokens in layers with a sliding window too, which by default keep their window: any beginning of "
+        "a text can then be reused.",
+        False,
+    )
     chat_template: str | None = _chat(
         "--chat-template", "chatml, llama3, ... or Jinja source.  [default: the model's]", metavar="NAME"
     )

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from jaxpaged.app import interrupt
 from jaxpaged.app.memory import trim_memory
 from jaxpaged.app.timings import Timings
@@ -29,7 +31,8 @@ class Run:
     tokens: list[list[int]]
     finish_reason: list[int]
     timings: Timings = field(default_factory=Timings)
-    pages_peak: int = 0
+    pages_peak: int | np.ndarray = 0
+    """Of each layer group, in a cache that has several."""
     cache_hit: bool = False
     """True if the programs were in the executable cache."""
     drafted: int = 0
@@ -69,7 +72,6 @@ def generate(
     samples: int = 1,
     keep: bool = False,
     context_shift: ContextShift | None = None,
-    window: int | None = None,
     lookup: int = 0,
     history: Sequence[Sequence[int]] = (),
     warmup: bool = True,
@@ -105,7 +107,6 @@ def generate(
         batch_size=batch_size,
         keep=keep,
         context_shift=context_shift,
-        window=window,
         history=history,
         lookup=Lookup(lookup) if lookup else None,
         fixed_steps=fixed_steps,
@@ -125,7 +126,7 @@ def generate(
             run.tokens[row] += tokens
         run.finish_reason = chunk.finish_reason
         if stream.result is not None:
-            run.pages_peak = int(stream.result.pages_peak)
+            run.pages_peak = np.asarray(stream.result.pages_peak)
             run.drafted, run.accepted = (
                 int(x.sum()) for x in (stream.result.drafted, stream.result.accepted)
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import jax
+import numpy as np
 from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import processes
@@ -21,6 +22,7 @@ from jaxpaged.app.loading import ForbidTokens, ReadyModel, open_model
 from jaxpaged.app.options import GenerateOptions
 from jaxpaged.app.run import Run, generate
 from jaxpaged.app.timings import Timings, since_start, start_lines
+from jaxpaged.cache.groups import LayerGroup
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.result import FINISH_NAN
 from jaxpaged.generation.sampling import SamplingParams
@@ -47,7 +49,8 @@ class Session:
     seed: int
     """Seed of the first sequence."""
     timings: Timings = field(default_factory=Timings)
-    pages_peak: int = 0
+    pages_peak: int | np.ndarray = 0
+    """Of each layer group."""
     first_token: float | None = None
     """Seconds from the start of the process to the first token of the first run."""
     start: list[str] = field(default_factory=list)
@@ -144,15 +147,12 @@ class Session:
         return ContextShift(self.context, n_keep=keep)
 
     @property
-    def window(self) -> int | None:
-        """Largest attention window, if all layers have one and pages outside of it can be freed; else None."""
-        config = self.ready.loaded.config
-        windows = [config.window(layer) for layer in range(config.num_layers)]
-        bounded = [window for window in windows if window is not None]
+    def groups(self) -> tuple[LayerGroup, ...] | None:
+        """Layer groups of the cache; None if all layers keep all tokens."""
         o = self.options
-        # A prompt cache needs all pages; beams free pages at their end only.
-        forgets = o.paged and o.prompt_cache is None and o.beams == 1
-        return max(bounded) if forgets and len(bounded) == len(windows) else None
+        # A prompt cache is for prompts that share a beginning of any length.
+        keeps = o.swa_full or not o.paged or o.prompt_cache is not None
+        return None if keeps else self.ready.loaded.local_config.groups
 
     @property
     def cache_type(self) -> CacheType:
@@ -170,8 +170,6 @@ class Session:
         if num_seqs == 1 and self.options.kv_pages is None:
             # Runs of any length then share the programs of one pool.
             tokens = max(tokens, min(self.context, _COMMON_POOL))
-        if self.window is not None and self.window + o.step_tokens < tokens:
-            tokens, spare = self.window + o.step_tokens, 2
         return CachePlan.make(
             loaded.local_config,
             mesh=loaded.mesh,
@@ -181,6 +179,8 @@ class Session:
             context=self.context,
             tokens=max(1, tokens),
             page_size=self.options.page_size,
+            groups=self.groups,
+            step_tokens=o.step_tokens,
             kv_pages=self.options.kv_pages,
             shared=shared,
             spare=spare,
@@ -281,7 +281,6 @@ class Session:
             samples=samples,
             keep=keep,
             context_shift=context_shift,
-            window=self.window,
             lookup=o.lookup if max_new_tokens else 0,
             history=[history] * len(prompts),
             warmup=o.warmup,
@@ -295,7 +294,7 @@ class Session:
         if not self.start:
             self.end_start(run.timings, run.cache_hit)
         self.timings.add(run.timings)
-        self.pages_peak = max(self.pages_peak, run.pages_peak)
+        self.pages_peak = np.maximum(self.pages_peak, run.pages_peak)
         return run
 
     def end_start(self, timings: Timings, cache_hit: bool) -> None:
@@ -329,7 +328,7 @@ class Session:
             which = f" of sequence {rows}" if len(run.tokens) > 1 else ""
             counts = ", ".join(str(len(run.tokens[row])) for row in run.out_of_pages)
             self.note(
-                f"out of pages: the text{which} ends after {counts} tokens, all {plan.num_pages} pages of "
+                f"out of pages: the text{which} ends after {counts} tokens, all {plan.num_pages[0]} pages of "
                 f"{plan.page_size} tokens are in use (--kv-pages)"
             )
         for line in self.start if self.options.verbose and self.options.log and processes.is_main() else ():

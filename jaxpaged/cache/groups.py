@@ -393,6 +393,18 @@ class GroupedKVCache:
         return replace(self, parts=tuple(part.seq_drop_unseen(window) for part in self.parts))
 
 
+def create_cache(
+    groups: Sequence[LayerGroup], *, num_pages: int | Sequence[int], **sizes: Any
+) -> PagedKVCache | GroupedKVCache:
+    """Creates an empty cache for a model: of one pool where all layers are of one group.
+
+    Args:
+      groups, num_pages, sizes: as for ``GroupedKVCache.create``.
+    """
+    grouped = GroupedKVCache.create(groups, num_pages=num_pages, **sizes)
+    return grouped if len(groups) > 1 else grouped.parts[0]
+
+
 def parts_of(cache: Any) -> tuple[Any, ...]:
     """The cache of each layer group; a cache of one group is its own part."""
     return cache.parts if isinstance(cache, GroupedKVCache) else (cache,)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpaged.cache.interface import Cache
+from jaxpaged.cache.groups import GroupedKVCache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.generation.request import Request
 from jaxpaged.generation.result import (
@@ -121,11 +122,10 @@ def _take(values: Array, index: Array) -> Array:
 
 def _unshared(cache: Any) -> Array:
     """i32[]: pages in use if no sequences shared pages, one an entry."""
-    return (
-        jnp.sum(cache.table.num_entries, dtype=jnp.int32)
-        if isinstance(cache, PagedKVCache)
-        else cache.pages_used
-    )
+    parts = cache.parts if isinstance(cache, GroupedKVCache) else (cache,)
+    if not isinstance(parts[0], PagedKVCache):
+        return cache.pages_used
+    return jnp.sum(jnp.stack([part.table.num_entries for part in parts]), dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -262,7 +262,7 @@ def select(
     source = jnp.where(goes_on[:, None] & (going.score > -jnp.inf), parent, s)
     changed = _by_sequence(jnp.broadcast_to((active | without_pages)[:, None], (b, w)), nobody)
     source = jnp.where(changed, _by_sequence(source, ids), ids)
-    pages, unshared = cache.pages_used, _unshared(cache)
+    pages, unshared = jnp.sum(cache.pages_used), _unshared(cache)
     some = jnp.any(active)
     has_ended = _by_sequence(jnp.broadcast_to(ended[:, None], (b, w)), nobody)
     reason = jnp.where(without_pages, FINISH_OUT_OF_PAGES, jnp.where(failed, FINISH_NAN, FINISH_LENGTH))
