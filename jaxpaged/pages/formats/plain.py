@@ -75,8 +75,13 @@ class PageFormat:
         _, num_kv_heads, page_size, head_dim = pages.shape
         head = jnp.arange(num_kv_heads, dtype=jnp.int32)
         index = (page[:, None] * num_kv_heads + head) * page_size + slot[:, None]
-        matrix = pages.reshape(-1, head_dim).at[index].set(self.round(rows), mode="drop")
-        return matrix.reshape(pages.shape)
+        matrix, rows = pages.reshape(-1, head_dim), self.round(rows)
+        if index.size == 1:  # XLA makes an update of a slice of a single row, and copies the pool for it
+            index, rows = (
+                jnp.pad(index, ((0, 1), (0, 0)), constant_values=len(matrix)),
+                jnp.tile(rows, (2, 1, 1)),
+            )
+        return matrix.at[index].set(rows, mode="drop").reshape(pages.shape)
 
     def round(self, rows: Array) -> Array:
         """Casts ``rows`` to the stored dtype."""
