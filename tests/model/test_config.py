@@ -450,3 +450,148 @@ def test_kinds_of_layers() -> None:
     ):
         with pytest.raises(ModelError, match=message):
             replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "field", "value"),
+    [
+        ("smollm3", {"num_hidden_layers": 5}, "rotates", (True, True, True, False, True)),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "rotates", (True, False)),
+        ("smollm3", {"no_rope_layers": [1, 1]}, "rotates", ()),
+        ("smollm3", {"sliding_window": 8}, "windows", ()),
+        (
+            "smollm3",
+            {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [1, 0]},
+            "windows",
+            (None, 8),
+        ),
+        ("granite", {"logits_scaling": 8.0}, "logit_scale", 0.125),
+        ("granite", {}, "attention_scale", 1.0),
+        ("granite", {"residual_multiplier": 0.22}, "residual_scale", 0.22),
+        ("granite", {"embedding_multiplier": 12}, "embedding_scale", 12.0),
+        ("olmo2", {"sliding_window": 8}, "windows", ()),
+        ("olmo3", {"num_hidden_layers": 5, "sliding_window": 8}, "windows", (8, 8, 8, None, 8)),
+        ("olmo3", {"rope_theta": None}, "rope_theta", 5e5),
+        ("olmo3", {}, "window_rope_theta", None),
+        ("phi3", {"sliding_window": 8}, "windows", (8, 8)),
+        ("phi3", {"partial_rotary_factor": 0.75}, "rope_dim", 12),
+        ("seed_oss", {}, "qkv_bias", True),
+        ("seed_oss", {}, "attention_out_bias", False),
+        ("exaone4", {"num_hidden_layers": 5, "sliding_window": 8}, "windows", (8, 8, 8, None, 8)),
+        (
+            "exaone4",
+            {"num_hidden_layers": 5, "sliding_window": 8, "sliding_window_pattern": "LG"},
+            "windows",
+            (8, None, 8, None, 8),
+        ),
+        ("exaone4", {"num_hidden_layers": 4}, "rotates", (True, True, True, False)),
+        ("exaone4", {"sliding_window": None}, "windows", ()),
+        ("exaone4", {"sliding_window": None}, "rotates", ()),
+        ("cohere2", {"layer_types": ["full_attention"] * 2}, "rotates", (False, False)),
+        ("cohere2", {"layer_norm_eps": 1e-3}, "rms_norm_eps", 1e-3),
+        ("cohere2", {"tie_word_embeddings": None}, "tie_embeddings", True),
+        ("cohere", {}, "logit_scale", 0.0625),
+        ("gemma", {"hidden_act": "gelu"}, "activation", "gelu_tanh"),
+        ("arcee", {}, "gated", False),
+        ("ernie4_5", {"use_bias": True}, "mlp_bias", True),
+        ("glm4", {}, "rope_dim", 8),
+        ("ministral3", {"rope_theta": None}, "attention_temperature", 0.1),
+        ("ministral3", {}, "attention_temperature_length", 16384),
+    ],
+)
+def test_families_of_folders(model_type: str, changes: dict[str, Any], field: str, value: Any) -> None:
+    assert getattr(config_from_huggingface(config_json(model_type, **changes)), field) == value
+
+
+def test_olmo3_scales_rotary_frequencies_of_full_layers_alone() -> None:
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    nested = {
+        "full_attention": yarn | {"rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+    }
+    new = config_from_huggingface(config_json("olmo3", rope_theta=None, rope_parameters=nested))
+    old = config_from_huggingface(config_json("olmo3", rope_theta=5e5, rope_scaling=yarn))
+    assert new == old and new.window_rope_theta == 5e5 and new.window_rope_scaling is None
+    # llama.cpp's converter writes the whole factor of attention, which replaces YaRN's own.
+    keys = {"scaling__type": "yarn", "scaling__factor": 8.0, "scaling__original_context_length": 64}
+    keys |= {"freq_base": 5e5, "scaling__yarn_attn_factor": 0.1 * math.log(8) + 1}
+    file = config_from_gguf(
+        metadata(
+            "olmo2", attention__sliding_window=4096, **{f"rope__{key}": value for key, value in keys.items()}
+        ),
+        SHAPES,
+    )
+    assert file.window_rope_theta == 5e5 and file.windows == (4096, 4096, 4096, None)
+    for config in (file, new):
+        assert rope_frequencies(config)[1] == pytest.approx(0.1 * math.log(8) + 1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be 0 or 1 for each of 2 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers must be 0 or 1 for each of 2 layers"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be positive"),
+        ("granite", {"layer_types": ["sliding_attention"] * 2}, "layer_types with sliding_attention"),
+        (
+            "exaone4",
+            {"sliding_window_pattern": "LLX"},
+            "sliding_window_pattern must be a number, or letters L and G",
+        ),
+        ("exaone4", {"sliding_window_pattern": 0}, "sliding_window_pattern must be from 1"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
+        ("cohere2", {"sliding_window": 0}, "sliding_window must be from 1"),
+        ("phi3", {"sliding_window": 0}, "sliding_window must be from 1"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "long_factor is missing"),
+        ("olmo3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters must have a JSON object for"),
+    ],
+)
+def test_refusals_of_families_in_folders(model_type: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        config_from_huggingface(config_json(model_type, **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        (
+            "cohere2",
+            {"logit_scale": 0.25, "attention__layer_norm_epsilon": 1e-5},
+            "sliding_window must be positive",
+        ),
+        ("cohere2", {"attention__sliding_window": 8}, "cohere2.attention.layer_norm_epsilon is missing"),
+        (
+            "cohere2",
+            {"attention__sliding_window": 8, "attention__layer_norm_epsilon": 1e-5},
+            "cohere2.logit_scale is missing",
+        ),
+        ("granite", {}, "granite.logit_scale is missing"),
+        ("exaone4", {"attention__sliding_window_pattern": [True] * 4}, "sliding_window must be positive"),
+        (
+            "phi3",
+            {"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0},
+            "longrope rope scaling needs rope_factors_short.weight",
+        ),
+    ],
+)
+def test_refusals_of_families_in_files(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_from_gguf(metadata(architecture, **changes), SHAPES)
+
+
+def test_factors_of_a_file_that_do_not_fit_are_refused() -> None:
+    good, wrong = np.ones(8, np.float32), np.ones(3, np.float32)
+    both = {"rope_factors_short.weight": good, "rope_factors_long.weight": good * 2}
+    scaling = config_from_gguf(metadata("phi3", rope__scaling__attn_factor=1.5), SHAPES, both).rope_scaling
+    assert scaling == RopeScaling(
+        "longrope",
+        original_context_length=2048,
+        attention_factor=1.5,
+        factors=(1.0,) * 8,
+        long_factors=(2.0,) * 8,
+    )
+    with pytest.raises(ModelError, match=r"rope_factors_long\.weight must hold 8 positive numbers"):
+        config_from_gguf(metadata("phi3"), SHAPES, both | {"rope_factors_long.weight": wrong})
+    with pytest.raises(ModelError, match="longrope rope scaling needs"):
+        config_from_gguf(metadata("phi3"), SHAPES, {"rope_factors_long.weight": good})

@@ -22,8 +22,11 @@ from jaxpaged_model.checkpoint.loading import load_model
 from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.text.tokenizer import Tokenizer
 
-# llama.cpp ignores the sliding window in files of these architectures.
-WITHOUT_WINDOW = [name for name in peer.VARIANTS if not name.endswith("-window")]
+# llama.cpp ignores the window in files of these architectures, and EXAONE 4's unless it has 64 layers.
+IGNORED_WINDOWS = ("mistral-window", "qwen2-window", "qwen3-window", "phi3", "exaone4")
+COMPARED = [name for name, one in peer.VARIANTS.items() if one.in_gguf and name not in IGNORED_WINDOWS]
+TABLE_OF_GELU = ("gemma", "gemma2", "gemma3")
+"""On a CPU llama.cpp looks GELU up in a table of float16."""
 
 # Real vocabularies are optional.
 VOCABULARIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "vocab"
@@ -87,12 +90,15 @@ def divergence(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", WITHOUT_WINDOW)
+@pytest.mark.parametrize("name", COMPARED)
 def test_float32_logits_and_greedy_tokens_are_llama_cpps(
     llama_cpp: LlamaCpp, name: str, tmp_path: Path, measured: Measured
 ) -> None:
     ours, theirs, path = both(llama_cpp, name, "F32", tmp_path, steps=peer.GREEDY_STEPS)
     measured(difference=np.abs(ours - theirs["logits"]).max())
+    if name in TABLE_OF_GELU:
+        assert relative(ours, theirs["logits"]) < 2e-3
+        return
     np.testing.assert_allclose(ours, theirs["logits"], rtol=0, atol=1e-4)
     starts = peer.prompts()
     greedy = [theirs[f"greedy{i}"].tolist() for i in range(len(starts))]

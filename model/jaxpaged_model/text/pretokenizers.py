@@ -126,7 +126,8 @@ _FAMILIES: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
         ),
         PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
     ),
-    (("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
+    (("dbrx", "smaug-bpe", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
+    (("glm4", "glm5"), PreTokenizer((_LLAMA3,), ignore_merges=True)),
     (
         (
             "qwen2",
