@@ -631,6 +631,19 @@ def with_weights(
     return other
 
 
+class _GeluOfATable(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+def with_gelu_of_a_table(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A copy of the model whose GELU is that of llama.cpp's CPU kernels: a table of float16, by float16."""
+    other = with_weights(model, model.state_dict())
+    for layer in other.model.layers:
+        layer.mlp.act_fn = _GeluOfATable()
+    return other
+
+
 def _rounded(x: np.ndarray, weight_type: str) -> np.ndarray:
     """Rounds activations as llama.cpp's kernels do before a product with such weights."""
     if not (weight_type.endswith("_K") or weight_type == "IQ4_XS"):

@@ -97,7 +97,12 @@ def test_float32_logits_and_greedy_tokens_are_llama_cpps(
     ours, theirs, path = both(llama_cpp, name, "F32", tmp_path, steps=peer.GREEDY_STEPS)
     measured(difference=np.abs(ours - theirs["logits"]).max())
     if name in TABLE_OF_GELU:
-        assert relative(ours, theirs["logits"]) < 2e-3
+        model = peer.with_gelu_of_a_table(peer.hf_model(name))
+        explained = np.concatenate(peer.hf_logits(model, peer.texts_to_score()))
+        error, rest = relative(ours, theirs["logits"]), relative(explained, theirs["logits"])
+        measured(relative=error, unexplained=rest)
+        # An activation halfway between two numbers of float16 may have been rounded the other way.
+        assert error < 2e-3 and rest < error / 2
         return
     np.testing.assert_allclose(ours, theirs["logits"], rtol=0, atol=1e-4)
     starts = peer.prompts()
