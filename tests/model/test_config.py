@@ -474,6 +474,7 @@ def test_kinds_of_layers() -> None:
         ("olmo3", {"rope_theta": None}, "rope_theta", 5e5),
         ("olmo3", {}, "window_rope_theta", None),
         ("phi3", {"sliding_window": 8}, "windows", (8, 8)),
+        ("phi3", {"sliding_window": 128}, "windows", ()),  # as long as the context
         ("phi3", {"partial_rotary_factor": 0.75}, "rope_dim", 12),
         ("seed_oss", {}, "qkv_bias", True),
         ("seed_oss", {}, "attention_out_bias", False),

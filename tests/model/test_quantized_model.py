@@ -122,12 +122,14 @@ def test_logits_are_those_of_dequantized_weights_on_accelerators_too(name: str) 
     assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    ("name", "stored"), [("qwen2, biases", False), ("qwen2, biases", True), ("gemma3", False)]
+)
 def test_a_model_with_an_array_for_each_layer_is_that_with_stacks(
-    stored: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, stored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dense matrices on a GPU, and those among stored ones."""
-    config, kind = MODELS["qwen2, biases"]
+    config, kind = MODELS[name]
     file = Drawn(config, kind)
     plan = weight_plan(config, file, "gguf") if stored else WeightPlan()
     plan = replace(plan, formats=tuple(one for one in plan.formats if one[0] != "blocks.1.mlp.down"))

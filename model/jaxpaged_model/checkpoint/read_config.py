@@ -207,6 +207,8 @@ def _gguf_of_architecture(
             return {"embedding_scale": math.sqrt(hidden_size)}
         case "command-r":
             return {"logit_scale": _unless_zero(v, "logit_scale") or 1.0}
+        case "phi3":
+            return _phi3_windows(found["windows"], v.integer("context_length"))
         case "smollm3":
             return {"rotates": tuple(_every(4, num_layers))}
         case "granite":
@@ -226,6 +228,11 @@ def _gguf_of_architecture(
                 ),
             }
     return {}
+
+
+def _phi3_windows(windows: tuple[int | None, ...], context_length: int) -> dict[str, Any]:
+    """No windows where they are as long as the context: Phi's files of long contexts have such ones."""
+    return {"windows": ()} if windows and (windows[0] or 0) >= context_length else {}
 
 
 def _unless_zero(v: Metadata, key: str) -> float | None:
@@ -563,6 +570,8 @@ def _hf_of_type(
             return {"qkv_bias": bias, "attention_out_bias": bias, "mlp_bias": bias}
         case "glm4":
             return {"attention_out_bias": False}
+        case "phi3":
+            return _phi3_windows(found["windows"], v.integer("max_position_embeddings"))
         case "seed_oss":
             return {"attention_out_bias": v.boolean("attention_out_bias", False)}
         case "ministral3":
