@@ -40,7 +40,8 @@ def snapshot(
       seq: id of the sequence.
 
     Raises:
-      ValueError: as ``snapshots.snapshot``; a cache without pages, or with a "context" axis.
+      ValueError: as ``snapshots.snapshot``; a cache without pages, of several layer groups, or with a
+        "context" axis.
       OSError: the file cannot be written.
     """
     shard, local = _locate(cache, seq)
@@ -52,16 +53,17 @@ def snapshot(
     for others in allgather_objects(taken):
         ranks |= others
     whole = [ranks[rank] for rank in _with_own_heads(cache)]
+    groups = [one.groups[0] for one in whole]
     joined: Any = [
         jax.tree.map(lambda *heads: np.concatenate(heads, axis=1), *layers)
-        for layers in (tuple(one.keys for one in whole), tuple(one.values for one in whole))
+        for layers in (tuple(one.keys for one in groups), tuple(one.values for one in groups))
     ]
     if jax.process_index() == 0:
-        entries = whole[0].entries.copy()
+        entries = groups[0].entries.copy()
         entries[:, 0] = seq  # a shard has numbers of its own
-        heads = sum(one.num_kv_heads for one in whole)
-        named = replace(whole[0], sequences=(seq,), entries=entries)
-        write_snapshot(path, replace(named, num_kv_heads=heads, keys=joined[0], values=joined[1]))
+        heads = sum(one.num_kv_heads for one in groups)
+        group = replace(groups[0], entries=entries, num_kv_heads=heads, keys=joined[0], values=joined[1])
+        write_snapshot(path, replace(whole[0], sequences=(seq,), groups=(group,)))
     allgather_objects(None)  # waits until the file is there
 
 
@@ -81,19 +83,22 @@ def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> 
     shard, local = _locate(cache, saved.sequences[0] if seq is None else seq)
     heads = _heads(cache)
     each = _local_heads(cache)
+    if len(saved.groups) != 1:
+        raise SnapshotError(f"the snapshot has {len(saved.groups)} layer groups; a cache on a mesh has one")
+    if saved.groups[0].num_kv_heads != heads:
+        raise SnapshotError(
+            f"the snapshot has {saved.groups[0].num_kv_heads} KV heads; the cache has {heads} on "
+            f"{cache.mesh.shape[TENSOR]} devices"
+        )
+    group = saved.groups[0]
 
     def of_rank(rank: int) -> Snapshot:
         begin = rank * heads // cache.mesh.shape[TENSOR]
         mine = slice(begin, begin + each)
-        keys, values = jax.tree.map(lambda x: x[:, mine], (saved.keys, saved.values))
-        count = keys[0].shape[1] if isinstance(keys[0], np.ndarray) else saved.num_kv_heads * each // heads
-        return replace(saved, num_kv_heads=count, keys=keys, values=values)
+        keys, values = jax.tree.map(lambda x: x[:, mine], (group.keys, group.values))
+        count = keys[0].shape[1] if isinstance(keys[0], np.ndarray) else each
+        return replace(saved, groups=(replace(group, num_kv_heads=count, keys=keys, values=values),))
 
-    if saved.num_kv_heads != heads:
-        raise SnapshotError(
-            f"the snapshot has {saved.num_kv_heads} KV heads; the cache has {heads} on {cache.mesh.shape[TENSOR]} "
-            "devices"
-        )
     for rank, part in _parts(cache, shard):
         snapshots.check_restore(part, of_rank(rank), seq=local)
     specs = cache_specs(cache.parts)
@@ -118,7 +123,9 @@ def restore(cache: ShardedCache, saved: Snapshot, *, seq: int | None = None) -> 
 def _locate(cache: ShardedCache, seq: int) -> tuple[int, int]:
     """Data shard of a sequence, and its number there."""
     if not isinstance(cache.parts, PagedKVCache) or cache.mesh.shape[CONTEXT] > 1:
-        raise ValueError('a snapshot on a mesh needs a paged cache and a "context" axis of size 1')
+        raise ValueError(
+            'a snapshot on a mesh needs a paged cache of one layer group and a "context" axis of size 1'
+        )
     if not 0 <= seq < cache.max_seqs:
         raise ValueError(f"seq must be an id from 0 to {cache.max_seqs - 1}, got {seq}")
     return seq % cache.num_shards, seq // cache.num_shards

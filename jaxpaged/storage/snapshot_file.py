@@ -27,7 +27,8 @@ from jaxpaged.pages.formats import (
     titled,
 )
 
-KIND, VERSION = "jaxpaged.snapshot", 2
+KIND, VERSIONS = "jaxpaged.snapshot", ("2", "3")
+"""Version 2 is of one layer group, with a token id for each token that it holds; 3 of any."""
 _BLANK = "0" * 64
 _TYPES = {"F32", "F16", "BF16", "I32", "I8", "U8"}
 _MAX_POSITION = 2**31 - 1
@@ -37,6 +38,11 @@ _MAX_SIZE = 1 << 16
 class SnapshotError(ValueError):
     """A file that cannot be used, or not with this cache; one line with the file's name. Nothing
     was changed."""
+
+
+class UnseenError(SnapshotError):
+    """A beginning that cannot be restored, since layers with a window no longer hold what the next token
+    sees. Nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +91,20 @@ def shapes_of(storage: PageFormat, sizes: tuple[int, int, int], count: int, num_
     return jax.eval_shape(made)
 
 
-@dataclass(frozen=True, repr=False)
-class Snapshot:
-    """Sequences outside of any pool. E = entries, T = tokens, R = rows, at most T."""
+@dataclass(frozen=True)
+class SavedGroup:
+    """Tokens of sequences in the layers of one group. E = entries, R = rows, at most one a token."""
 
-    fingerprint: str
-    """Identifies the model that computed the keys and values."""
+    layers: tuple[int, ...]
+    """Indices in the model."""
     k_format: PageFormat
     """Format of the pages of keys."""
     v_format: PageFormat
     num_kv_heads: int
     head_dim: int
-    page_size: int
-    """Tokens a page of the pool that the sequences were saved from."""
-    sequences: tuple[int, ...]
-    """Ids of the sequences there, including empty ones."""
     entries: np.ndarray
     """i32[E, 6]: sequence, page, first slot, tokens, position and rotation as in BlockTable, in the
-    order of ``sequences``. Pages are numbered within the snapshot."""
-    tokens: np.ndarray
-    """i32[T]: token ids, in the order of ``sequences``."""
+    order of ``Snapshot.sequences``. Pages are numbered within the group."""
     keys: tuple[Stored, ...]
     """Rows of each layer as the format stores them, ``[R, num_kv_heads, ...]``, in the order in
     which tokens first refer to them. Of a residual format, quantized pages ``[pages, num_kv_heads,
@@ -114,22 +114,52 @@ class Snapshot:
     residual: np.ndarray
     """i32[O]: residual pages; empty without a residual format."""
 
-    def __repr__(self) -> str:
-        return (
-            f"Snapshot({len(self.sequences)} sequences, {len(self.tokens)} tokens, {len(self.keys)} layers of "
-            f"{self.num_kv_heads} KV heads of {self.head_dim} values, k {self.k_format.title}, v {self.v_format.title})"
-        )
-
     @property
     def has_residual(self) -> bool:
         """True if whole pages are stored, because a format cannot extract rows."""
         return self.k_format.has_residual or self.v_format.has_residual
 
     @property
-    def lengths(self) -> np.ndarray:
-        """i64[len(sequences)]: tokens of each sequence."""
-        order = np.searchsorted(self.sequences, self.entries[:, 0])
-        return np.bincount(order, self.entries[:, 3], len(self.sequences)).astype(np.int64)
+    def num_tokens(self) -> int:
+        """Tokens of all sequences here; shared ones count once a sequence."""
+        return int(self.entries[:, 3].sum())
+
+    def held(self, sequences: Sequence[int]) -> np.ndarray:
+        """i64[len(sequences)]: tokens of each sequence here."""
+        order = np.searchsorted(sequences, self.entries[:, 0])
+        return np.bincount(order, self.entries[:, 3], len(sequences)).astype(np.int64)
+
+
+@dataclass(frozen=True, repr=False)
+class Snapshot:
+    """Sequences outside of any pool. T = tokens of all sequences."""
+
+    fingerprint: str
+    """Identifies the model that computed the keys and values."""
+    page_size: int
+    """Tokens a page of the pool that the sequences were saved from."""
+    sequences: tuple[int, ...]
+    """Ids of the sequences there, including empty ones."""
+    lengths: np.ndarray
+    """i64[len(sequences)]: tokens of each sequence, including those at its beginning that no group holds."""
+    tokens: np.ndarray
+    """i32[T]: token ids, in the order of ``sequences``."""
+    groups: tuple[SavedGroup, ...]
+    """Layer groups, the one that sees furthest first; one with a window holds the last tokens alone."""
+
+    def __repr__(self) -> str:
+        total = len(self.tokens)
+        groups = "; ".join(
+            f"{len(g.layers)} layers of {g.num_kv_heads} KV heads of {g.head_dim} values, k {g.k_format.title}, "
+            f"v {g.v_format.title}" + (f", {g.num_tokens} of the tokens" if g.num_tokens < total else "")
+            for g in self.groups
+        )
+        return f"Snapshot({len(self.sequences)} sequences, {total} tokens, {groups})"
+
+    @property
+    def has_residual(self) -> bool:
+        """True if whole pages of a group are stored, because a format cannot extract rows."""
+        return any(group.has_residual for group in self.groups)
 
     @property
     def token_ids(self) -> dict[int, list[int]]:
@@ -138,12 +168,12 @@ class Snapshot:
         parts = np.split(self.tokens, ends) if self.sequences else []
         return {seq: part.tolist() for seq, part in zip(self.sequences, parts, strict=True)}
 
-    def expand(self) -> Tokens:
-        """Slot, row and position of each token."""
-        return expand(self.sequences, self.entries, self.page_size)
+    def expand(self, group: int = 0) -> Tokens:
+        """Slot, row and position of each token that a group holds."""
+        return expand(self.sequences, self.groups[group].entries, self.page_size)
 
     def common_prefix(self, token_ids: Sequence[int]) -> int:
-        """Number of leading ``token_ids`` that the only sequence holds at positions 0, 1, ...
+        """Number of leading ``token_ids`` that the only sequence has at positions 0, 1, ...
 
         Raises:
           ValueError: several sequences, or none.
@@ -151,14 +181,17 @@ class Snapshot:
         if len(self.sequences) != 1:
             raise ValueError(f"a prefix is of one sequence; the snapshot has {len(self.sequences)}")
         limit = min(len(token_ids), len(self.tokens))
-        same = (self.tokens[:limit] == np.asarray(token_ids[:limit])) & (
-            self.expand().position[:limit] == np.arange(limit)
-        )
+        held = self.expand().position
+        gone = len(self.tokens) - len(held)
+        if gone and held[0] != gone:  # there was a gap among those that are not held any more
+            return 0
+        position = np.concatenate([np.arange(gone), held])
+        same = (self.tokens[:limit] == np.asarray(token_ids[:limit])) & (position[:limit] == np.arange(limit))
         return limit if same.all() else int(np.argmin(same))
 
 
 def expand(sequences: Sequence[int], entries: np.ndarray, page_size: int) -> Tokens:
-    """Slot, row and position of each token of ``entries i32[E, 6]``; see ``Snapshot.entries``."""
+    """Slot, row and position of each token of ``entries i32[E, 6]``; see ``SavedGroup.entries``."""
     sequence, page, first, count, position, rotation = entries.astype(np.int64).T
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     home = np.repeat(page * page_size + first, count) + within
@@ -184,28 +217,37 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
     """
     save_file = _safetensors().numpy.save_file
     target = Path(os.path.realpath(path))
-    layers = enumerate(zip(snapshot.keys, snapshot.values, strict=True))
-    tensors: dict[str, np.ndarray] = {}
-    for i, pair in layers:
-        for name, stored in zip(("k", "v"), pair, strict=True):
-            parts = stored if isinstance(stored, dict) else {"": stored}
-            tensors |= {f"{name}.{i}.{part}".rstrip("."): rows for part, rows in parts.items()}
-    tensors |= {"entries": snapshot.entries, "token_ids": snapshot.tokens}
-    if snapshot.has_residual:
-        tensors["residual"] = snapshot.residual
+    tensors: dict[str, np.ndarray] = {"token_ids": snapshot.tokens}
     metadata = {
         "kind": KIND,
-        "version": str(VERSION),
         "sha256": _BLANK,
         "fingerprint": snapshot.fingerprint,
-        "k_format": snapshot.k_format.title,
-        "v_format": snapshot.v_format.title,
-        "num_kv_heads": str(snapshot.num_kv_heads),
-        "head_dim": str(snapshot.head_dim),
-        "num_layers": str(len(snapshot.keys)),
         "page_size": str(snapshot.page_size),
-        "sequences": ",".join(map(str, snapshot.sequences)),
+        "sequences": _listed(snapshot.sequences),
     }
+    first, lengths = snapshot.groups[0], snapshot.lengths.tolist()
+    whole = first.held(snapshot.sequences).tolist() == lengths
+    if len(snapshot.groups) == 1 and whole and first.layers == tuple(range(len(first.layers))):
+        names = [""]
+        metadata |= {"version": "2", "num_layers": str(len(first.layers))}
+    else:
+        names = [f"{g}." for g in range(len(snapshot.groups))]
+        metadata |= {"version": "3", "lengths": _listed(lengths)}
+        metadata |= {f"{g}.layers": _listed(group.layers) for g, group in enumerate(snapshot.groups)}
+    for of, group in zip(names, snapshot.groups, strict=True):
+        for i, pair in enumerate(zip(group.keys, group.values, strict=True)):
+            for name, stored in zip(("k", "v"), pair, strict=True):
+                parts = stored if isinstance(stored, dict) else {"": stored}
+                tensors |= {f"{of}{name}.{i}.{part}".rstrip("."): rows for part, rows in parts.items()}
+        tensors[f"{of}entries"] = group.entries
+        if group.has_residual:
+            tensors[f"{of}residual"] = group.residual
+        metadata |= {
+            f"{of}k_format": group.k_format.title,
+            f"{of}v_format": group.v_format.title,
+            f"{of}num_kv_heads": str(group.num_kv_heads),
+            f"{of}head_dim": str(group.head_dim),
+        }
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         part.touch()
@@ -261,73 +303,117 @@ def read_snapshot(path: str | os.PathLike[str], *, fingerprint: str) -> Snapshot
                 )
             keys = reader.keys()
             types = {reader.get_slice(key).get_dtype() for key in keys}
+            invalid = f"{name}: invalid in version {metadata['version']} of a snapshot"
             if not types <= _TYPES:  # safetensors has no arrays of some others
-                raise SnapshotError(f"{name}: invalid in version {VERSION} of a snapshot: types {types}")
+                raise SnapshotError(f"{invalid}: types {types}")
             tensors = {key: reader.get_tensor(key) for key in keys}
     try:
         return _checked(metadata, tensors)
-    except (KeyError, ValueError, IndexError) as error:
-        raise SnapshotError(f"{name}: invalid in version {VERSION} of a snapshot: {error}") from error
+    except (KeyError, ValueError, IndexError, OverflowError) as error:
+        raise SnapshotError(f"{invalid}: {error}") from error
 
 
 def _check_kind(name: str, metadata: dict[str, str]) -> None:
     if metadata.get("kind") != KIND:
         raise SnapshotError(f"{name}: a safetensors file, but no snapshot of a jaxpaged cache")
-    if metadata.get("version") != str(VERSION):
-        raise SnapshotError(
-            f"{name}: a snapshot of version {_short(metadata.get('version', ''))}; supported is {VERSION}"
-        )
+    if (version := metadata.get("version", "")) not in VERSIONS:
+        supported = " and ".join(VERSIONS)
+        raise SnapshotError(f"{name}: a snapshot of version {_short(version)}; supported are {supported}")
 
 
 def _checked(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Snapshot:
     """Snapshot of the data read, once all that ``restore`` relies on is checked: a checksum does
     not prove intent."""
-    layers = range(int(metadata["num_layers"]))
-    k_format, v_format = (titled(metadata[f"{side}_format"]) for side in ("k", "v"))
+    page_size = check_page_size(int(metadata["page_size"]))
+    sequences = tuple(_ints(metadata["sequences"]))
+    of_one_group = metadata["version"] == "2"
+    if of_one_group:
+        groups = [_group(metadata, tensors, "", range(min(int(metadata["num_layers"]), len(tensors))))]
+    else:
+        names = [f"{g}." for g in range(len(tensors)) if f"{g}.entries" in tensors]
+        groups = [_group(metadata, tensors, of, _ints(metadata[f"{of}layers"])) for of in names]
+    for group in groups:
+        _check(_conditions_of_group(sequences, page_size, group))
+    snapshot = Snapshot(
+        fingerprint=metadata["fingerprint"],
+        page_size=page_size,
+        sequences=sequences,
+        lengths=groups[0].held(sequences) if of_one_group else np.asarray(_ints(metadata["lengths"])),
+        tokens=tensors["token_ids"],
+        groups=tuple(groups),
+    )
+    _check(_conditions(snapshot))
+    return snapshot
+
+
+def _check(conditions: Iterator[tuple[str, bool]]) -> None:
+    for name, wrong in conditions:
+        if wrong:
+            raise ValueError(name)
+
+
+def _group(
+    metadata: dict[str, str], tensors: dict[str, np.ndarray], of: str, layers: Sequence[int]
+) -> SavedGroup:
+    """Group whose names in the file begin with ``of``."""
+    k_format, v_format = (titled(metadata[f"{of}{side}_format"]) for side in ("k", "v"))
 
     def stored(side: str, layer: int, storage: PageFormat) -> Stored:
-        name = f"{side}.{layer}"
+        name = f"{of}{side}.{layer}"
         if not isinstance(storage, BlockFormat) or isinstance(storage, Float8Format):
             return tensors[name]
         return {n.removeprefix(f"{name}."): rows for n, rows in tensors.items() if n.startswith(f"{name}.")}
 
-    snapshot = Snapshot(
-        fingerprint=metadata["fingerprint"],
+    return SavedGroup(
+        layers=tuple(layers),
         k_format=k_format,
         v_format=v_format.for_values(),
-        num_kv_heads=int(metadata["num_kv_heads"]),
-        head_dim=int(metadata["head_dim"]),
-        page_size=check_page_size(int(metadata["page_size"])),
-        sequences=tuple(int(seq) for seq in metadata["sequences"].split(",")),
-        entries=tensors["entries"],
-        tokens=tensors["token_ids"],
-        keys=tuple(stored("k", layer, k_format) for layer in layers),
-        values=tuple(stored("v", layer, v_format) for layer in layers),
-        residual=tensors.get("residual", np.zeros(0, np.int32)),
+        num_kv_heads=int(metadata[f"{of}num_kv_heads"]),
+        head_dim=int(metadata[f"{of}head_dim"]),
+        entries=tensors[f"{of}entries"],
+        keys=tuple(stored("k", i, k_format) for i in range(len(layers))),
+        values=tuple(stored("v", i, v_format) for i in range(len(layers))),
+        residual=tensors.get(f"{of}residual", np.zeros(0, np.int32)),
     )
-    for name, wrong in _conditions(snapshot):
-        if wrong:
-            raise ValueError(name)
-    return snapshot
 
 
 def _conditions(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
+    """Names of conditions of all groups together and ``True`` if violated, once each group is checked."""
+    ids, groups, tokens, lengths = snapshot.sequences, snapshot.groups, snapshot.tokens, snapshot.lengths
+    every = sorted(layer for group in groups for layer in group.layers)
+    yield "layers", not every or every != list(range(len(every)))
+    held, first = groups[0].held(ids), snapshot.expand()
+    end = np.zeros(len(ids), np.int64)
+    np.maximum.at(end, first.owner, first.position + 1)
+    yield "lengths", lengths.shape != held.shape or bool(((lengths < held) | (lengths > end)).any())
+    yield "token_ids", tokens.dtype != np.int32 or tokens.shape != (lengths.sum(),)
+    begin = np.where(held > 0, _MAX_POSITION, 0)
+    np.minimum.at(begin, first.owner, first.position)
+    for g in range(1, len(groups)):  # no token that the first group lacks, unless it is before all others
+        other = snapshot.expand(g)
+        other = other[other.position >= begin[other.owner]]
+        yield "positions of the groups", not np.isin(_places(other), _places(first)).all()
+
+
+def _conditions_of_group(
+    ids: tuple[int, ...], page_size: int, group: SavedGroup
+) -> Iterator[tuple[str, bool]]:
     """Names of conditions and ``True`` if violated, in an order in which each may rely on those
     before."""
-    ids, entries, tokens = snapshot.sequences, snapshot.entries, snapshot.tokens
+    entries = group.entries
     yield "sequences", list(ids) != sorted(set(ids)) or ids[0] < 0
     yield "entries", entries.dtype != np.int32 or entries.ndim != 2 or entries.shape[1] != 6
     sequence, page, first, count, position, _ = entries.astype(np.int64).T
     yield "sequences of the entries", not np.isin(sequence, ids).all() or bool((np.diff(sequence) < 0).any())
     yield "pages", bool((page < 0).any())
-    yield "slots", bool(((first < 0) | (count < 1) | (first + count > snapshot.page_size)).any())
+    yield "slots", bool(((first < 0) | (count < 1) | (first + count > page_size)).any())
     yield "positions", bool(((position < 0) | (position + count > _MAX_POSITION)).any())
     unordered = (np.diff(sequence) == 0) & (position[1:] < (position + count)[:-1])
     yield "order of the positions", bool(unordered.any())
-    yield "token_ids", tokens.dtype != np.int32 or tokens.shape != (count.sum(),)
-    rows, pages, residual = len(np.unique(snapshot.expand().home)), len(np.unique(page)), snapshot.residual
-    yield "layers", not snapshot.keys
-    if snapshot.has_residual:
+    homes = expand(ids, entries, page_size).home
+    rows, pages, residual = len(np.unique(homes)), len(np.unique(page)), group.residual
+    yield "layers", not group.keys
+    if group.has_residual:
         yield "numbers of the pages", pages > 0 and int(page.max()) != pages - 1
         yield "residual pages", residual.dtype != np.int32 or residual.ndim != 1
         yield (
@@ -335,16 +421,29 @@ def _conditions(snapshot: Snapshot) -> Iterator[tuple[str, bool]]:
             len(set(residual.tolist())) != len(residual) or not np.isin(residual, page).all(),
         )
         yield "residual pages", not _end_with(page, sequence, residual)
-    sizes = snapshot.num_kv_heads, snapshot.page_size, snapshot.head_dim
+    sizes = group.num_kv_heads, page_size, group.head_dim
     yield "sizes", min(sizes) < 1 or max(sizes) > _MAX_SIZE
-    for storage, layers in ((snapshot.k_format, snapshot.keys), (snapshot.v_format, snapshot.values)):
-        storage.check(snapshot.page_size, snapshot.head_dim)
+    for storage, layers in ((group.k_format, group.keys), (group.v_format, group.values)):
+        storage.check(page_size, group.head_dim)
         expected = shapes_of(storage, sizes, pages if storage.has_residual else rows, len(residual))
         names = expected.keys() if isinstance(expected, dict) else None
         for layer in layers:
             yield "keys and values", (layer.keys() if isinstance(layer, dict) else None) != names
             same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, layer, expected)
             yield "keys and values", not all(jax.tree.leaves(same))
+
+
+def _places(tokens: Tokens) -> np.ndarray:
+    """i64[T]: a number for each sequence and position."""
+    return tokens.owner * (_MAX_POSITION + 1) + tokens.position
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _end_with(page: np.ndarray, sequence: np.ndarray, residual: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Save and restore sequences of a PagedKVCache; host functions, not for ``jit``.
+"""Save and restore sequences of a paged cache; host functions, not for ``jit``.
 
 A snapshot holds rows in slots, independent of a pool. Restoring chooses a slot for each row: the
 slot it had, if pages have the same size, or the next one behind the previous row. Each row gets one
@@ -11,24 +11,37 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.cache.groups import GroupedKVCache, map_parts, parts_of
 from jaxpaged.cache.interface import ALL, OutOfPages
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import BlockPages, PageFormat, ResidualFormat, ResidualPages
 from jaxpaged.pages.residual import StagingSlots
-from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, Stored, Tokens, expand, write_snapshot
+from jaxpaged.storage.snapshot_file import (
+    SavedGroup,
+    Snapshot,
+    SnapshotError,
+    Stored,
+    Tokens,
+    UnseenError,
+    expand,
+    write_snapshot,
+)
+
+Paged = PagedKVCache | GroupedKVCache
+Restored = TypeVar("Restored", bound=Paged)
 
 
 def snapshot(
-    cache: PagedKVCache,
+    cache: Paged,
     path: str | os.PathLike[str],
     *,
     seq: int = ALL,
@@ -41,12 +54,14 @@ def snapshot(
       cache: concrete, not traced; it is not changed. ``mesh_snapshots`` saves caches on a mesh.
       path: the file; an existing one is replaced once the new one is complete.
       seq: an id, or ``ALL``.
-      token_ids: one token id for each token of the sequence, in order; for ``ALL`` one list a
-        sequence.
+      token_ids: one token id for each token of the sequence, in order, for those too that a cache
+        with a window has freed; for ``ALL`` one list a sequence.
       fingerprint: any text that identifies the model; ``read_snapshot`` must be given the same.
 
     Raises:
-      ValueError: an id outside [0, S), or a number of token ids that is not the sequence's length.
+      ValueError: an id outside [0, S), or a number of token ids that is not the sequence's length: in
+        a cache whose every layer has a window, at least the tokens held and at most one for each
+        position.
       ImportError: safetensors is not installed.
       OSError: the file cannot be written.
     """
@@ -54,7 +69,7 @@ def snapshot(
 
 
 def take(
-    cache: PagedKVCache,
+    cache: Paged,
     *,
     seq: int = ALL,
     token_ids: Sequence[int] | Sequence[Sequence[int]],
@@ -71,11 +86,24 @@ def take(
     given: Sequence[Sequence[int]] = token_ids if seq == ALL else (token_ids,)  # type: ignore[assignment]
     if len(given) != len(ids):
         raise ValueError(f"token_ids must have one list for each of {len(ids)} sequences, got {len(given)}")
-    table = jax.tree.map(np.asarray, cache.table)
-    lengths = table.num_tokens.sum(axis=1)
+    parts = parts_of(cache)
+    held, end = np.asarray(parts[0].lengths), np.asarray(parts[0].seq_position_max()) + 1
     for i, tokens in zip(ids, given, strict=True):
-        if len(tokens) != lengths[i]:
-            raise ValueError(f"sequence {i} holds {lengths[i]} tokens, token_ids has {len(tokens)} for it")
+        if not held[i] <= len(tokens) <= (held[i] if parts[0].window is None else end[i]):
+            raise ValueError(f"sequence {i} holds {held[i]} tokens, token_ids has {len(tokens)} for it")
+    return Snapshot(
+        fingerprint=fingerprint,
+        page_size=cache.page_size,
+        sequences=tuple(ids),
+        lengths=np.asarray([len(tokens) for tokens in given], np.int64),
+        tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
+        groups=tuple(_take(part, layers, ids) for part, layers in zip(parts, _layers(cache), strict=True)),
+    )
+
+
+def _take(cache: PagedKVCache, layers_of_model: tuple[int, ...], ids: Sequence[int]) -> SavedGroup:
+    """Copies sequences of one layer group."""
+    table = jax.tree.map(np.asarray, cache.table)
     entries = np.concatenate([_entries(table, i) for i in ids])
     homes = expand(ids, entries, cache.page_size)
     page, slot = divmod(homes.home[np.unique(homes.row, return_index=True)[1]], cache.page_size)
@@ -100,29 +128,34 @@ def take(
 
     keys, values = stored(cache.k_format, cache.k_pages), stored(cache.v_format, cache.v_pages)
     _, num_kv_heads, head_dim = _sizes(cache)
-    return Snapshot(
-        fingerprint=fingerprint,
+    return SavedGroup(
+        layers=layers_of_model,
         k_format=cache.k_format,
         v_format=cache.v_format,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        page_size=cache.page_size,
-        sequences=tuple(ids),
         entries=entries,
-        tokens=np.asarray([token for tokens in given for token in tokens], np.int32),
         keys=keys,
         values=values,
         residual=residual.astype(np.int32),
     )
 
 
-def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> PagedKVCache:
+def _layers(cache: Paged) -> list[tuple[int, ...]]:
+    """Layers of the model in each group."""
+    if isinstance(cache, GroupedKVCache):
+        return [group.layers for group in cache.groups]
+    return [tuple(range(cache.num_layers))]
+
+
+def restore(cache: Restored, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> Restored:
     """Restores the sequences of a snapshot, replacing the sequences of a cache with their ids.
 
     The pool may have another number of pages, and pages of another size, unless the format is a
     residual one. Rows that were shared are shared again. Keys keep the positions at which they were
     rotated. Rows are packed if that saves pages; otherwise they get the slots they had, so that a
-    cache with as many pages as the original always suffices.
+    cache with as many pages as the original always suffices. Groups with a window get what a
+    ``reserve`` would leave of them.
 
     Args:
       cache: **donated** when it succeeds, untouched when it raises. Other sequences do not change.
@@ -135,12 +168,17 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
       The cache.
 
     Raises:
-      OutOfPages: the pool, without the replaced sequences, has too few pages.
+      OutOfPages: a pool, without the replaced sequences, has too few pages.
+      UnseenError: the snapshot lacks what the next token sees, in layers with a window.
       SnapshotError: pages of another format, pages of a residual format of another size, other
         layers or heads, too few sequences, or a sequence with more entries than a row of the table.
       ValueError: ``seq`` is outside [0, S), or the snapshot has not exactly one sequence for it.
     """
-    plan = _plan(cache, saved, seq, p1)
+    return map_parts(_write_group, cache, _plans(cache, saved, seq, p1), saved.groups)
+
+
+def _write_group(cache: PagedKVCache, plan: _Plan, saved: SavedGroup) -> PagedKVCache:
+    """Writes the rows of one layer group, and replaces the metadata."""
     layout, pages = plan.layout, plan.pages
     page, slot = divmod(layout.slot, cache.page_size)
 
@@ -169,14 +207,14 @@ def restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1:
     )
 
 
-def check_restore(cache: PagedKVCache, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> None:
+def check_restore(cache: Paged, saved: Snapshot, *, seq: int | None = None, p1: int = -1) -> None:
     """Raises the errors of ``restore``, without changes."""
-    _plan(cache, saved, seq, p1)
+    _plans(cache, saved, seq, p1)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Target of a snapshot in a pool, and the metadata afterwards."""
+    """Target of a group of a snapshot in its pool, and the metadata afterwards."""
 
     layout: _Layout
     allocator: PageAllocator
@@ -188,19 +226,67 @@ class _Plan:
     """Staging slot of each residual page; S = not restored."""
 
 
-def _plan(cache: PagedKVCache, saved: Snapshot, seq: int | None, p1: int) -> _Plan:
+def _plans(cache: Paged, saved: Snapshot, seq: int | None, p1: int) -> list[_Plan]:
+    """Plans of all groups: what cannot be restored raises here, before anything is written."""
     _check_format(cache, saved)
-    targets = _targets(cache, saved, seq)
-    tokens = saved.expand()
-    tokens = tokens if p1 < 0 else tokens[tokens.position < p1]
+    targets, parts = _targets(cache, saved, seq), parts_of(cache)
+    each = zip(parts, saved.groups, _tokens_to_restore(parts, saved, p1), strict=True)
+    return [_plan(part, group, saved.page_size, targets, tokens) for part, group, tokens in each]
+
+
+def _tokens_to_restore(parts: Sequence[PagedKVCache], saved: Snapshot, p1: int) -> list[Tokens]:
+    """Tokens of each group before ``p1``, without entries that no next token sees.
+
+    Raises:
+      UnseenError: one that the next token sees is missing.
+    """
+    every = [saved.expand(g) for g in range(len(parts))]
+    before = [tokens if p1 < 0 else tokens[tokens.position < p1] for tokens in every]
+    count = len(saved.sequences)
+    end, start = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    np.maximum.at(end, before[0].owner, before[0].position + 1)
+    owners, first = np.unique(every[0].owner, return_index=True)
+    start[owners] = every[0].position[first]
+    held = saved.groups[0].held(saved.sequences)
+    cut = np.bincount(before[0].owner, minlength=count) < held
+
+    kept = []
+    for g, (part, group) in enumerate(zip(parts, saved.groups, strict=True)):
+        window = np.iinfo(np.int64).max if part.window is None else max(part.window, 2)
+        begin = np.maximum(end + 1 - window, 0)
+
+        def seen(tokens: Tokens, begin: np.ndarray = begin) -> np.ndarray:
+            return np.bincount(tokens.owner[tokens.position >= begin[tokens.owner]], minlength=count)
+
+        lacks = seen(before[g]) != seen(before[0])
+        if g == 0 and p1 != 0:  # nothing else tells what it had before its first token
+            lacks = (start > begin) & ((saved.lengths > held) | (cut & (part.window is not None)))
+        if lacks.any():
+            i = int(np.argmax(lacks))
+            layers = ", ".join(map(str, group.layers))
+            raise UnseenError(
+                f"a token at position {end[i] if g else max(p1, end[i])} of sequence {saved.sequences[i]} sees "
+                f"others from position {begin[i]} on, of which the snapshot lacks some in layers {layers}"
+            )
+        position, num_tokens = group.entries[:, 4].astype(np.int64), group.entries[:, 3]
+        entry_end = np.repeat(position + num_tokens, num_tokens)
+        sees = entry_end > begin[every[g].owner]
+        kept.append(every[g][sees & ((p1 < 0) | (every[g].position < p1))])
+    return kept
+
+
+def _plan(
+    cache: PagedKVCache, saved: SavedGroup, page_size: int, targets: np.ndarray, tokens: Tokens
+) -> _Plan:
+    """Plans one group. page_size: that of the snapshot."""
     layouts = []
     if not saved.has_residual:
         layouts.append(_Layout.of(tokens, _packed(tokens, cache.page_size), cache.page_size))
-    if cache.page_size == saved.page_size:
+    if cache.page_size == page_size:
         layouts.insert(0, _Layout.of(tokens, tokens.home, cache.page_size))
     if not layouts:
         raise SnapshotError(
-            f"the snapshot has quantized pages of {saved.page_size} tokens, which cannot change their size; "
+            f"the snapshot has quantized pages of {page_size} tokens, which cannot change their size; "
             f"the cache has pages of {cache.page_size}"
         )
     layout = min(layouts, key=lambda one: (one.widest > cache.max_pages_per_seq, one.num_pages))
@@ -224,18 +310,24 @@ def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:
     return cache.num_layers, *rows.shape[1:]
 
 
-def _check_format(cache: PagedKVCache, saved: Snapshot) -> None:
+def _check_format(cache: Paged, saved: Snapshot) -> None:
     def words(k: PageFormat, v: PageFormat, layers: int, heads: int, dim: int) -> str:
         stored = k.title if k.title == v.title else f"{k.title} and {v.title}"
         return f"{layers} layers of {heads} KV heads of {dim} values in {stored}"
 
-    theirs = words(saved.k_format, saved.v_format, len(saved.keys), saved.num_kv_heads, saved.head_dim)
-    ours = words(cache.k_format, cache.v_format, *_sizes(cache))
+    theirs = [
+        words(one.k_format, one.v_format, len(one.keys), one.num_kv_heads, one.head_dim)
+        for one in saved.groups
+    ]
+    ours = [words(part.k_format, part.v_format, *_sizes(part)) for part in parts_of(cache)]
     if theirs != ours:
-        raise SnapshotError(f"the snapshot has {theirs}; the cache has {ours}")
+        raise SnapshotError(f"the snapshot has {'; '.join(theirs)}; the cache has {'; '.join(ours)}")
+    for group, layers in zip(saved.groups, _layers(cache), strict=True):
+        if group.layers != layers:
+            raise SnapshotError(f"the snapshot has a group of layers {group.layers}, the cache of {layers}")
 
 
-def _targets(cache: PagedKVCache, saved: Snapshot, seq: int | None) -> np.ndarray:
+def _targets(cache: Paged, saved: Snapshot, seq: int | None) -> np.ndarray:
     """i64[len(saved.sequences)]: id of each in the cache; S for empty ones beyond it."""
     s = cache.max_seqs
     if seq is None:
@@ -251,7 +343,7 @@ def _targets(cache: PagedKVCache, saved: Snapshot, seq: int | None) -> np.ndarra
 
 
 def _entries(table: BlockTable, seq: int) -> np.ndarray:
-    """i32[entries of the sequence, 6], see ``Snapshot.entries``."""
+    """i32[entries of the sequence, 6], see ``SavedGroup.entries``."""
     used = slice(int(table.num_entries[seq]))
     fields = (table.pages, table.first_slot, table.num_tokens, table.position, table.rotation)
     columns = [np.asarray(field)[seq, used] for field in fields]

@@ -11,7 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_oracle import assert_same, counted, encode, snapshot
+from cache_oracle import assert_same, counted, snapshot
+from groups_kit import (
+    MAX_SEQS,
+    NUM_TOKENS,
+    PAGE_SIZE,
+    contents,
+    filled,
+    grouped,
+    jit,
+    jit_step,
+    layer_groups,
+    write,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -22,37 +34,11 @@ from jaxpaged.cache import InvariantError
 from jaxpaged.cache.creation import create_untouched
 from jaxpaged.cache.interface import ALL
 from jaxpaged.pages.allocator import from_ref_counts
-from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.rope import Rope
 
-MAX_SEQS, NUM_TOKENS, PAGE_SIZE = 4, 40, 8
 ids = st.integers(0, MAX_SEQS - 1)
 positions = st.integers(-2, 60) | st.sampled_from([7, 8, 9, 15, 16, 17, 24, 32])
 counts = st.sampled_from([0, 0, 1, 1, 1, 2, 3, 7, 8, 9, 17])
-
-
-def layer_groups(window: int) -> list[LayerGroup]:
-    return [LayerGroup((0, 2), 2, 2, window=window), LayerGroup((1,), 1, 4)]
-
-
-def grouped(window: int = 12, num_pages: Any = (14, 20), **sizes: Any) -> GroupedKVCache[PagedKVCache]:
-    given = {"max_seqs": MAX_SEQS, "page_size": PAGE_SIZE, "step_tokens": NUM_TOKENS, "rope": Rope.create(())}
-    return GroupedKVCache.create(layer_groups(window), num_pages=num_pages, **(given | sizes))
-
-
-def write(cache: PagedKVCache, batch: Batch, tokens: jax.Array) -> PagedKVCache:
-    for layer in range(cache.num_layers):
-        heads, dim = cache.num_kv_heads, cache.head_dim
-        cache = cache.write(layer, *(encode(tokens, layer, which, heads, dim) for which in (0, 1)), batch)
-    return cache
-
-
-def step(cache: Any, num_new: jax.Array, first_token: jax.Array) -> Any:
-    """Reserves, and writes tokens ``first_token, first_token + 1, ...`` to every group."""
-    cache, batch, ok = ops.reserve(cache, num_new, num_tokens=NUM_TOKENS)
-    tokens = jnp.where(batch.valid, first_token + jnp.arange(NUM_TOKENS), -1)
-    parts = (write(part, batch.of_group(g), tokens) for g, part in enumerate(cache.parts))
-    return GroupedKVCache(tuple(parts), cache.groups), batch, ok
 
 
 def step_alone(cache: PagedKVCache, num_new: jax.Array, first_token: jax.Array) -> Any:
@@ -60,31 +46,8 @@ def step_alone(cache: PagedKVCache, num_new: jax.Array, first_token: jax.Array) 
     return write(cache, batch, jnp.where(batch.valid, first_token + jnp.arange(NUM_TOKENS), -1)), batch, ok
 
 
-jit_step, jit_step_alone = counted(step), counted(step_alone)
-jit = {
-    name: counted(getattr(ops, name))
-    for name in ("seq_remove", "seq_copy", "seq_shift", "seq_keep", "seq_reorder", "seq_defragment")
-}
+jit_step_alone = counted(step_alone)
 jit_can = counted(ops.can_reserve)
-
-
-def contents(cache: PagedKVCache) -> list[dict[int, int]]:
-    """Token at each position of each sequence, read from the keys of the last layer."""
-    table = jax.tree.map(np.asarray, cache.table)
-    last = np.asarray(cache.k_pages).reshape(cache.num_layers, cache.num_pages, *cache.k_pages.shape[1:])[-1]
-    found = []
-    for seq in range(cache.max_seqs):
-        held = {}
-        for e in range(table.num_entries[seq]):
-            for i in range(table.num_tokens[seq, e]):
-                row = last[table.pages[seq, e], :, table.first_slot[seq, e] + i]
-                token = int(row[0, 0]) // 64
-                heads, dim = cache.num_kv_heads, cache.head_dim
-                expected = encode(np.array([token]), cache.num_layers - 1, 0, heads, dim)[0]
-                np.testing.assert_array_equal(row, expected)
-                held[int(table.position[seq, e]) + i] = token
-        found.append(held)
-    return found
 
 
 class GroupsMachine(RuleBasedStateMachine):
@@ -216,15 +179,6 @@ TestGroups = GroupsMachine.TestCase
 TestGroups.settings = settings(max_examples=15, stateful_step_count=40)
 TestWide = WideMachine.TestCase
 TestWide.settings = TestGroups.settings
-
-
-def filled(cache: Any, counts: list[int], first: int = 0) -> Any:
-    while any(counts):
-        now = [min(n, NUM_TOKENS // MAX_SEQS) for n in counts]
-        cache, _, ok = jit_step(cache, jnp.asarray(now, jnp.int32), first)
-        assert ok
-        counts, first = [n - m for n, m in zip(counts, now, strict=True)], first + sum(now)
-    return cache
 
 
 def test_a_shift_fails_where_the_window_would_reach_tokens_that_were_freed() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mesh_kit
 import numpy as np
 import pytest
 
+from jaxpaged import GroupedKVCache, LayerGroup
 from jaxpaged.generation.api import generate
 from jaxpaged.sharding.specs import ShardedCache
 from jaxpaged.storage import mesh_snapshots, snapshots
@@ -79,3 +82,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     assert np.asarray(other.pages_used).tolist() == before
     with pytest.raises(ValueError, match="seq must be an id from 0 to 3"):
         mesh_snapshots.restore(other, saved, seq=9)
+    with pytest.raises(SnapshotError, match="has 2 layer groups; a cache on a mesh has one"):
+        mesh_snapshots.restore(other, replace(saved, groups=saved.groups * 2))
+    group = LayerGroup((0,), 1, 8)
+    grouped = replace(other, parts=GroupedKVCache((other.parts, other.parts), (group, group)))
+    with pytest.raises(ValueError, match="a snapshot on a mesh needs a paged cache of one layer group"):
+        save(grouped, path, [])

@@ -109,6 +109,16 @@ def save(cache: PagedKVCache, path: Path, seq: int = ALL) -> Snapshot:
     return read_snapshot(path, fingerprint=MODEL)
 
 
+def fields_of(saved: Snapshot) -> list[Any]:
+    """Numbers and arrays of all fields."""
+    return jax.tree.leaves([vars(saved) | {"groups": [vars(group) for group in saved.groups]}])
+
+
+def with_group(saved: Snapshot, **fields: Any) -> Snapshot:
+    """The snapshot with other fields of its only group."""
+    return replace(saved, groups=(replace(saved.groups[0], **fields),))
+
+
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_all_sequences_come_back_in_pages_of_any_size_and_share_what_they_shared(
     tmp_path: Path, page_size: int
@@ -116,7 +126,9 @@ def test_all_sequences_come_back_in_pages_of_any_size_and_share_what_they_shared
     cache = tangled()
     saved = save(cache, tmp_path / "all")
     assert saved.token_ids == dict(enumerate(ids_of(cache)))
-    assert saved.keys[0].shape == (slots_used(cache), 2, 2), "a slot that no token lives in was saved"
+    assert saved.groups[0].keys[0].shape == (slots_used(cache), 2, 2), (
+        "a slot that no token lives in was saved"
+    )
     other = restore(make(page_size=page_size, max_seqs=6), saved)
     check_invariants(other)
     for seq in range(5):
@@ -276,8 +288,8 @@ def test_where_sequences_lay_in_the_pool_is_not_saved(tmp_path: Path) -> None:
     cache = step(jit_remove(cache, 1)[0], [9, 0, 12, 0, 0], 0)
     save(jit_remove(cache, 3)[0], tmp_path / "b")
     first, second = (read_snapshot(tmp_path / name, fingerprint=MODEL) for name in "ab")
-    assert first.entries[:, 1].tolist() == [0, 1, 2, 3]
-    for one, other in zip(jax.tree.leaves(vars(first)), jax.tree.leaves(vars(second)), strict=True):
+    assert first.groups[0].entries[:, 1].tolist() == [0, 1, 2, 3]
+    for one, other in zip(fields_of(first), fields_of(second), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -405,8 +417,8 @@ def test_x64_changes_nothing(tmp_path: Path) -> None:
         again = save(cache, tmp_path / "again")
         other = restore(make(), again)
         check_invariants(other)
-    for name in ("entries", "tokens", "keys", "values"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(again, name), getattr(saved, name))
+    for one, same in zip(fields_of(again), fields_of(saved), strict=True):
+        np.testing.assert_array_equal(one, same)
     assert [x.dtype for x in jax.tree.leaves(other)] == [x.dtype for x in jax.tree.leaves(cache)]
     assert bits(other) == bits(restore(make(), saved))
 
@@ -426,7 +438,7 @@ def test_a_foreign_older_or_other_models_file_says_so(tmp_path: Path) -> None:
     save_file({"weight": np.zeros(3)}, path, {"format": "pt"})
     says("a safetensors file, but no snapshot")
     save_file({"k": np.zeros(3)}, path, {"kind": "jaxpaged.snapshot", "version": "0"})
-    says("a snapshot of version '0'; supported is 2")
+    says("a snapshot of version '0'; supported are 2 and 3")
     save(step(make(), [3, 0, 0, 0, 0], 0), path)
     says("made with another model: its fingerprint is 'a model', this model's 'another'", "another")
     with pytest.raises(FileNotFoundError):
@@ -438,19 +450,19 @@ def test_a_foreign_older_or_other_models_file_says_so(tmp_path: Path) -> None:
 )
 def test_a_correct_checksum_proves_no_good_intentions(tmp_path: Path, column: int, value: int) -> None:
     saved = save(step(make(), [20, 0, 3, 0, 0], 0), tmp_path / "file")
-    entries = saved.entries.copy()
+    entries = saved.groups[0].entries.copy()
     entries[1, column] = value
-    write_snapshot(tmp_path / "file", replace(saved, entries=entries))
-    with pytest.raises(SnapshotError, match="invalid in version 2 of a snapshot"):
+    write_snapshot(tmp_path / "file", with_group(saved, entries=entries))
+    with pytest.raises(SnapshotError, match=r"invalid in version [23] of a snapshot"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float16, np.int64, np.bool_])
 def test_rows_of_another_type_than_the_format_are_refused(tmp_path: Path, dtype: Any) -> None:
     saved = save(step(make(), [20, 0, 3, 0, 0], 0), tmp_path / "file")
-    keys = tuple(rows.astype(dtype) for rows in saved.keys)
-    write_snapshot(tmp_path / "file", replace(saved, keys=keys))
-    with pytest.raises(SnapshotError, match="invalid in version 2 of a snapshot"):
+    keys = tuple(rows.astype(dtype) for rows in saved.groups[0].keys)
+    write_snapshot(tmp_path / "file", with_group(saved, keys=keys))
+    with pytest.raises(SnapshotError, match=r"invalid in version [23] of a snapshot"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
 
 

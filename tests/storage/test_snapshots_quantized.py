@@ -137,15 +137,17 @@ def test_residual_formats_with_pages_of_another_size_and_other_formats_are_refus
 @pytest.mark.parametrize("residual", [[99], [0, 0], [-1], [0]])
 def test_impossible_residual_pages_are_refused(tmp_path: Path, residual: list[int]) -> None:
     saved = saved_as(shared(dtype="kivi4"), tmp_path / "file")
-    assert 0 not in saved.residual
+    (group,) = saved.groups
+    assert 0 not in group.residual
     wrong = np.asarray(residual, np.int32)
     layers = [
         tuple(
             {**one, "residual": np.resize(one["residual"], (len(wrong), *one["residual"].shape[1:]))}
             for one in side
         )
-        for side in (saved.keys, saved.values)
+        for side in (group.keys, group.values)
     ]
-    write_snapshot(tmp_path / "file", replace(saved, residual=wrong, keys=layers[0], values=layers[1]))
+    changed = replace(group, residual=wrong, keys=layers[0], values=layers[1])
+    write_snapshot(tmp_path / "file", replace(saved, groups=(changed,)))
     with pytest.raises(SnapshotError, match="snapshot: residual pages"):
         read_snapshot(tmp_path / "file", fingerprint=MODEL)
