@@ -7,9 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from toy_transformer import HEAD_DIM, KV_HEADS, PAGE_SIZE, VOCAB, toy, toy_log_probabilities, toy_params
+from toy_transformer import (
+    HEAD_DIM,
+    KV_HEADS,
+    PAGE_SIZE,
+    VOCAB,
+    toy,
+    toy_grouped,
+    toy_log_probabilities,
+    toy_params,
+)
 
 from jaxpaged import ContiguousKVCache, PagedKVCache, Rope
+from jaxpaged.cache.groups import create_cache
 from jaxpaged.engine import Engine, EngineConfig, EngineRequest, SampleOutput
 
 N_CTX, NUM_PAGES, FEW_PAGES, SLOTS = 64, 24, 12, 4
@@ -21,10 +31,21 @@ def params():
     return toy_params()
 
 
-def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> Engine:
-    """A compiled engine of SLOTS sequences."""
-    if paged:
-        width = -(-N_CTX // PAGE_SIZE) + 4
+def make_engine(*, paged: bool = True, groups=None, num_pages=NUM_PAGES, **config) -> Engine:
+    """A compiled engine of SLOTS sequences; with ``groups``, of a model with a window."""
+    model, width = toy, -(-N_CTX // PAGE_SIZE) + 4
+    if groups is not None:
+        model = toy_grouped
+        cache = create_cache(
+            groups,
+            num_pages=num_pages,
+            max_seqs=SLOTS,
+            page_size=PAGE_SIZE,
+            max_seq_len=(width - 1) * PAGE_SIZE,
+            step_tokens=16,
+            rope=MODEL["rope"],
+        )
+    elif paged:
         cache = PagedKVCache.create(
             **MODEL,
             num_pages=num_pages,
@@ -41,7 +62,7 @@ def make_engine(*, paged: bool = True, num_pages: int = NUM_PAGES, **config) -> 
         "decode_steps": 4,
         "max_waiting": 8,
     }
-    engine = Engine(toy, params(), cache, EngineConfig(**(settings | config)))
+    engine = Engine(model, params(), cache, EngineConfig(**(settings | config)))
     engine.compile()
     return engine
 
@@ -84,11 +105,11 @@ def prompt(seed: int, length: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def alone(text: tuple[int, ...], count: int) -> list[int]:
+def alone(text: tuple[int, ...], count: int, windows=(None,)) -> list[int]:
     """Tokens of greedy decoding, by the model in float64 and without a cache."""
     tokens = list(text)
     for _ in range(count):
-        tokens.append(int(np.argmax(toy_log_probabilities(params(), tokens))))
+        tokens.append(int(np.argmax(toy_log_probabilities(params(), tokens, windows))))
     return tokens[len(text) :]
 
 

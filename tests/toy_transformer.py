@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged import ContiguousKVCache, PagedKVCache, Rope
+from jaxpaged import ContiguousKVCache, LayerGroup, PagedKVCache, Rope
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 8
 PAGE_SIZE = 8
@@ -26,6 +26,28 @@ def toy(params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array)
     out, cache = cache.attend(0, q, k, v, batch)
     x = x + out.reshape(x.shape[0], -1) @ params["out"]
     return x[rows] @ params["head"], cache
+
+
+WINDOW = 12
+"""Tokens that the second layer of ``toy_grouped`` sees."""
+
+
+def toy_grouped(
+    params: Any, tokens: jax.Array, cache: Any, batch: Any, rows: jax.Array
+) -> tuple[jax.Array, Any]:
+    """``toy`` with its layer twice: the first sees everything, the second a window."""
+    next(traces)
+    x = params["embedding"][tokens] + jnp.sin(batch.rope_positions[:, None] * params["frequency"])
+    for layer, window in enumerate((None, WINDOW)):
+        q, k, v = (jnp.reshape(x @ params[name], (x.shape[0], -1, HEAD_DIM)) for name in ("q", "k", "v"))
+        out, cache = cache.attend(layer, q, k, v, batch, window=window)
+        x = x + out.reshape(x.shape[0], -1) @ params["out"]
+    return x[rows] @ params["head"], cache
+
+
+def toy_groups() -> list[LayerGroup]:
+    """The layer groups of ``toy_grouped``."""
+    return [LayerGroup((0,), KV_HEADS, HEAD_DIM), LayerGroup((1,), KV_HEADS, HEAD_DIM, window=WINDOW)]
 
 
 def toy_params(seed: int = 0) -> Any:
@@ -46,17 +68,23 @@ def toy_params(seed: int = 0) -> Any:
     }
 
 
-def toy_log_probabilities(params: Any, tokens: Sequence[int]) -> np.ndarray:
-    """Log-probabilities ``f64[VOCAB]`` of the token after ``tokens``."""
+def toy_log_probabilities(
+    params: Any, tokens: Sequence[int], windows: Sequence[int | None] = (None,)
+) -> np.ndarray:
+    """Log-probabilities ``f64[VOCAB]`` of the token after ``tokens``, by a layer for each of ``windows``."""
     p = {name: np.asarray(weight, np.float64) for name, weight in params.items()}
     length = len(tokens)
-    x = p["embedding"][list(tokens)] + np.sin(np.arange(length)[:, None] * p["frequency"])
-    q, k, v = ((x @ p[name]).reshape(length, -1, HEAD_DIM) for name in ("q", "k", "v"))
-    k, v = (np.repeat(heads, HEADS // KV_HEADS, axis=1) for heads in (k, v))
-    weights = np.exp(np.einsum("hd,khd->hk", q[-1], k) / np.sqrt(HEAD_DIM))
-    weights /= weights.sum(-1, keepdims=True)
-    x = x[-1] + np.einsum("hk,khd->hd", weights, v).reshape(-1) @ p["out"]
-    logits = x @ p["head"]
+    at = np.arange(length)
+    x = p["embedding"][list(tokens)] + np.sin(at[:, None] * p["frequency"])
+    for window in windows:
+        q, k, v = ((x @ p[name]).reshape(length, -1, HEAD_DIM) for name in ("q", "k", "v"))
+        k, v = (np.repeat(heads, HEADS // KV_HEADS, axis=1) for heads in (k, v))
+        distance = at[:, None] - at
+        seen = (distance >= 0) & (distance < (window or length))
+        weights = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(HEAD_DIM)) * seen
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + np.einsum("hqk,khd->qhd", weights, v).reshape(length, -1) @ p["out"]
+    logits = x[-1] @ p["head"]
     return logits - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max()
 
 

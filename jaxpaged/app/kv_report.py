@@ -119,7 +119,8 @@ class CachePlan:
             samples = "" if self.num_seqs == 1 else f" of {self.num_seqs} samples"
             raise InputError(
                 f"pool too small: {num_tokens} prompt tokens{samples} need "
-                f"{common + self.num_seqs * each} pages of {self.page_size} tokens, --kv-pages allows {self.num_pages[0]}"
+                f"{common + self.num_seqs * each} pages of {self.page_size} tokens, "
+                f"--kv-pages allows {self.num_pages[0]}"
             )
 
     def create(self) -> Any:

@@ -410,10 +410,17 @@ def parts_of(cache: Any) -> tuple[Any, ...]:
     return cache.parts if isinstance(cache, GroupedKVCache) else (cache,)
 
 
+def with_parts(cache: Cache, parts: Sequence[Any]) -> Cache:
+    """Inverse of ``parts_of``, for changed parts."""
+    if isinstance(cache, GroupedKVCache):
+        return replace(cache, parts=tuple(parts))
+    (part,) = parts
+    return part
+
+
 def map_parts(function: Callable[..., Any], cache: Cache, *others: Sequence[Any]) -> Cache:
-    """The cache with ``function(part, *others of the group)`` in place of each part."""
-    parts = tuple(function(*of_group) for of_group in zip(parts_of(cache), *others, strict=True))
-    return replace(cache, parts=parts) if isinstance(cache, GroupedKVCache) else parts[0]
+    """The cache with ``function(part, ...)`` of each layer group, and of one of each of ``others``."""
+    return with_parts(cache, [function(*one) for one in zip(parts_of(cache), *others, strict=True)])
 
 
 def _reach(group: LayerGroup) -> float:

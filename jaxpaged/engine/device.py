@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import GroupedKVCache, map_parts, parts_of
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.compilation import background
 from jaxpaged.compilation.executable_cache import cached_compile
@@ -68,7 +69,7 @@ class Device:
         self,
         model: Model,
         params: Any,
-        cache: PagedKVCache | ContiguousKVCache | ShardedCache,
+        cache: PagedKVCache | GroupedKVCache | ContiguousKVCache | ShardedCache,
         *,
         decode_rows: Sequence[int],
         prompt_rows: Sequence[int],
@@ -97,8 +98,14 @@ class Device:
     @property
     def swaps(self) -> bool:
         """True if pages can be swapped to the host: not with residual pages outside the pool."""
-        paged = isinstance(self.local, PagedKVCache) and self.local.staging is None
+        paged = bool(self.parts) and all(part.staging is None for part in self.parts)
         return paged and (self.mesh is None or jax.process_count() == 1)
+
+    @property
+    def parts(self) -> tuple[PagedKVCache, ...]:
+        """Cache of one device in each layer group, with shapes in place of arrays; none without
+        pages."""
+        return parts_of(self.local) if isinstance(self.local, PagedKVCache | GroupedKVCache) else ()
 
     def metadata(self, shard: int) -> Any:
         """The cache with allocator and table of a data shard; on a mesh, with shapes in place of
@@ -106,8 +113,12 @@ class Device:
         if self.mesh is None:
             return self.cache
         names = ("allocator", "table", "staging")
-        host = {name: fetch(getattr(self.cache.parts, name)) for name in names}
-        return replace(self.local, **jax.tree.map(lambda x: x[shard], host))
+
+        def of(local: PagedKVCache, part: Any) -> PagedKVCache:
+            host = {name: fetch(getattr(part, name)) for name in names}
+            return replace(local, **jax.tree.map(lambda x: x[shard], host))
+
+        return map_parts(of, self.local, parts_of(self.cache.parts))
 
     # Programs
 
@@ -141,31 +152,36 @@ class Device:
 
     def to_compile(self) -> Iterator[Program]:
         """All programs of this engine."""
-        cache, s = self.local, self.local.max_seqs
+        s = self.local.max_seqs
         one, two, three = (BATCH,), (BATCH,) * 2, (BATCH,) * 3
         for shape in self._shapes:
             given, static = (self.slots[0].params, self.no_work(shape)), (self._model, shape)
             yield Program(name_of(shape), programs.step, given, two, one, static, reads_params=True)
-        if not isinstance(cache, PagedKVCache):
+        if not self.parts:
             yield Program("remove", programs.remove, (np.zeros(s, bool),), one)
             return
-        yield Program("edit", programs.edit, (Edit.none(cache),), one, two)
+        yield Program("edit", programs.edit, (tuple(map(Edit.none, self.parts)),), one, two)
         yield Program("shift", programs.shift, (np.int32(s), np.int32(0), np.int32(0)), three, two)
-        if self.swaps:
-            pages = np.full(PAGES_PER_COPY, cache.num_pages, np.int32)
-            yield Program("read_pages", programs.read_pages, (pages,), one, (PER_DEVICE,))
-            data = jax.tree.map(self._no_data, (cache.k_pages, cache.v_pages))
-            yield Program("write_pages", programs.write_pages, (pages, data), (BATCH, PER_DEVICE))
-            row = np.zeros(cache.max_pages_per_seq, np.int32)
-            empty: Any = (np.full_like(row, cache.num_pages), row, row, row, row, np.int32(0))
+        for g, part in enumerate(self.parts if self.swaps else ()):
+            pages = np.full(PAGES_PER_COPY, part.num_pages, np.int32)
+            yield Program(f"read_pages {g}", programs.read_pages, (pages,), one, (PER_DEVICE,), (g,))
+            data = self._no_data(part)
+            yield Program(
+                f"write_pages {g}", programs.write_pages, (pages, data), (BATCH, PER_DEVICE), (), (g,)
+            )
+            row = np.zeros(part.max_pages_per_seq, np.int32)
+            empty: Any = (np.full_like(row, part.num_pages), row, row, row, row, np.int32(0))
             no_sequence = (np.int32(s), BlockTable(*empty), np.int32(0))
-            yield Program("allocate", programs.allocate, no_sequence, three, two)
+            yield Program(f"allocate {g}", programs.allocate, no_sequence, three, two, (g,))
 
-    def _no_data(self, pool: Any) -> np.ndarray:
+    def _no_data(self, part: PagedKVCache) -> Any:
         """Zeros in the shape of ``PAGES_PER_COPY`` pages of each device of a data shard, see
         ``sharing.PagesOfLayers``."""
         rows = self.devices_per_shard * PAGES_PER_COPY
-        return np.zeros((rows, self.local.num_layers, *pool.shape[1:]), pool.dtype)
+        return jax.tree.map(
+            lambda pool: np.zeros((rows, part.num_layers, *pool.shape[1:]), pool.dtype),
+            (part.k_pages, part.v_pages),
+        )
 
     def _joined(self, parts: Sequence[Any], spec: PartitionSpec = BATCH) -> Any:
         """Values of all data shards as one, on the mesh; without a mesh, the only value as it is."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxpaged.cache.groups import parts_of
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine import programs
 from jaxpaged.engine.device import PAGES_PER_COPY, Device
 from jaxpaged.engine.programs import Edit, TableState
-from jaxpaged.engine.swap import SwappedPages, numbered
+from jaxpaged.engine.swap import SwappedPages, SwappedSequence, numbered
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.storage import mesh_snapshots, snapshots
 from jaxpaged.storage.snapshot_file import Snapshot
@@ -42,6 +43,25 @@ class HostTable:
     def page_tokens(self) -> np.ndarray:
         return np.asarray(self._state.page_tokens)
 
+    @functools.cached_property
+    def first_page(self) -> np.ndarray:
+        return np.asarray(self._state.first_page)
+
+
+PagesOfGroups = Sequence[Sequence[int]]
+"""Pages of each layer group; empty = none of any."""
+
+
+class Attachment(NamedTuple):
+    """Pages that an empty sequence attaches."""
+
+    slot: int
+    pages: PagesOfGroups
+    first: Sequence[int]
+    """Pages of the text before the first one attached, in each layer group."""
+    num_tokens: int
+    """Tokens of the text, up to the end of its last page attached."""
+
 
 class DeviceShard:
     """Data shard ``index`` of a device, with a pool and S sequences of its own; the only one where
@@ -55,72 +75,99 @@ class DeviceShard:
         self.swaps = device.swaps
         self.first_slot = index * self.cache.max_seqs
         """Number of its first sequence among the slots of an engine."""
-        paged = isinstance(self.cache, PagedKVCache)
-        p, n = (self.cache.max_pages_per_seq, self.cache.num_pages) if paged else (0, 0)
-        zeros: Any = np.zeros((self.cache.max_seqs, p), np.int32)
-        empty: Any = (np.int32(n), np.zeros(len(zeros), np.int32), np.full_like(zeros, n), zeros)
-        self.state = HostTable(TableState(*empty))
-        """The block table as it is now."""
+        self.parts = device.parts
+        """Of each layer group; none without pages."""
+        self.tables: tuple[HostTable, ...]
+        """The block table of each layer group as it is now."""
+        self.update(tuple(_empty(self.cache.max_seqs, part) for part in self.parts or (None,)))
+
+    def update(self, states: Sequence[TableState]) -> None:
+        """Takes over the ``table_state`` that a program returned."""
+        self.tables = tuple(map(HostTable, states))
+
+    @property
+    def state(self) -> HostTable:
+        """The block table of the group that sees furthest."""
+        return self.tables[0]
+
+    def page(self, group: int, slot: int, index: int) -> int | None:
+        """Page ``index`` of a sequence's text in a layer group; None if its window has left it."""
+        table = self.tables[group]
+        at = index - (int(table.first_page[slot]) if group else 0)
+        return int(table.pages[slot, at]) if at >= 0 else None
 
     def metadata(self) -> Any:
         """See ``Device.metadata``."""
         return self._device.metadata(self._index)
 
-    def table(self) -> BlockTable:
-        """The block table on the host."""
-        return jax.tree.map(np.asarray, self.metadata().table)
+    def block_tables(self) -> list[BlockTable]:
+        """The whole block table of each layer group on the host."""
+        return [jax.tree.map(np.asarray, part.table) for part in parts_of(self.metadata())]
 
     def _run(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         return self._device.run(name, self._index, *arguments)
 
     def _change(self, name: str, *arguments: Any) -> bool:
         """Runs a program that changes the block table; returns its ``ok``."""
-        ok, state = self._run(name, *arguments)
-        self.state = HostTable(state)
+        ok, states = self._run(name, *arguments)
+        self.update(states)
         return bool(ok)
 
     # Edits
 
     def edit(
-        self, *, pinned: Sequence[int] = (), removed: Sequence[int] = (), unpinned: Sequence[int] = ()
+        self, *, pinned: PagesOfGroups = (), removed: Sequence[int] = (), unpinned: PagesOfGroups = ()
     ) -> None:
-        """Pins pages, removes sequences, unpins pages, in this order."""
-        if not isinstance(self.cache, PagedKVCache):
+        """Pins pages of each layer group, removes sequences, unpins pages, in this order."""
+        if not self.parts:
             if removed:
                 marked = np.zeros(self.cache.max_seqs, bool)
                 marked[list(removed)] = True
                 self._run("remove", marked)
             return
-        width = self.cache.max_pages_per_seq
-        for i in range(width, len(pinned), width):  # more than fit one edit
-            self._edit(pinned=pinned[i : i + width])
-        if pinned or removed or unpinned:
-            self._edit(pinned=pinned[:width], removed=removed, unpinned=unpinned[:width])
-        for i in range(width, len(unpinned), width):
-            self._edit(unpinned=unpinned[i : i + width])
+        first, *pins = self._pieces(pinned)
+        unpins = self._pieces(unpinned)
+        for more in pins:
+            self._edit(pinned=more)
+        if any(first) or removed or any(unpins[0]):
+            self._edit(pinned=first, removed=removed, unpinned=unpins[0])
+        for more in unpins[1:]:
+            self._edit(unpinned=more)
 
-    def attach(self, rows: Sequence[tuple[int, Sequence[int], int]]) -> None:
-        """Attaches pages to empty sequences. rows: ``(sequence, pages, tokens held)`` of each."""
+    def _pieces(self, pages: PagesOfGroups) -> list[list[Sequence[int]]]:
+        """Pages in as many parts as fit one edit each, at least one."""
+        widths = [part.max_pages_per_seq for part in self.parts]
+        given = pages or [()] * len(widths)
+        count = max(1, *(-(-len(own) // width) for own, width in zip(given, widths, strict=True)))
+        return [
+            [own[i * width : (i + 1) * width] for own, width in zip(given, widths, strict=True)]
+            for i in range(count)
+        ]
+
+    def attach(self, rows: Sequence[Attachment]) -> None:
+        """Attaches pages to empty sequences."""
         for i in range(0, len(rows), programs.ATTACHED_PER_EDIT):
             self._edit(attached=rows[i : i + programs.ATTACHED_PER_EDIT])
 
     def _edit(
         self,
         *,
-        pinned: Sequence[int] = (),
+        pinned: PagesOfGroups = (),
         removed: Sequence[int] = (),
-        attached: Sequence[tuple[int, Sequence[int], int]] = (),
-        unpinned: Sequence[int] = (),
+        attached: Sequence[Attachment] = (),
+        unpinned: PagesOfGroups = (),
     ) -> None:
-        given = Edit.none(self.cache)
-        _put(given.pinned, pinned)
-        given.removed[list(removed)] = True
-        _put(given.unpinned, unpinned)
-        for i, (slot, pages, count) in enumerate(attached):
-            given.attached[i], given.attached_tokens[i] = slot, count
-            _put(given.attached_pages[i], pages)
+        given = tuple(map(Edit.none, self.parts))
+        for g, edit in enumerate(given):
+            _put(edit.pinned, pinned[g] if pinned else ())
+            edit.removed[list(removed)] = True
+            _put(edit.unpinned, unpinned[g] if unpinned else ())
+            for i, one in enumerate(attached):
+                edit.attached[i], edit.attached_tokens[i] = one.slot, one.num_tokens
+                edit.attached_first[i] = one.first[g]
+                _put(edit.attached_pages[i], one.pages[g])
         ok = self._change("edit", given)
-        assert ok, f"pages could not be attached to sequences {[slot for slot, _, _ in attached]}"
+        assert ok, f"pages could not be attached to sequences {[one.slot for one in attached]}"
 
     def shift(self, slot: int, keep: int, discard: int) -> bool:
         """Removes tokens of a sequence after the first ``keep``; False if its row is too narrow."""
@@ -128,29 +175,35 @@ class DeviceShard:
 
     # Pages to and from the host
 
-    def swap_out(self, slot: int, num_computed: int) -> SwappedPages:
+    def swap_out(self, slot: int, num_computed: int) -> SwappedSequence:
         """Copies a sequence to host memory; it also stays in the cache."""
-        row, pages = numbered(jax.tree.map(lambda field: field[slot], self.table()))
+        tables = self.block_tables()
+        groups = [self._read(g, jax.tree.map(lambda x: x[slot], table)) for g, table in enumerate(tables)]
+        return SwappedSequence(tuple(groups), num_computed)
+
+    def _read(self, group: int, row: BlockTable) -> SwappedPages:
+        row, pages = numbered(row)
         chunks = []
         for i in range(0, len(pages), PAGES_PER_COPY):
             asked = np.zeros(PAGES_PER_COPY, np.int32)
             asked[: len(pages) - i] = pages[i : i + PAGES_PER_COPY]
-            (data,) = self._run("read_pages", asked)
+            (data,) = self._run(f"read_pages {group}", asked)
             chunks.append(jax.tree.map(np.array, data))
-        num_bytes = sum(leaf.nbytes for chunk in chunks for leaf in jax.tree.leaves(chunk))
-        return SwappedPages(row, len(pages), chunks, num_computed, num_bytes)
+        return SwappedPages(row, len(pages), chunks)
 
-    def swap_in(self, slot: int, swapped: SwappedPages) -> None:
+    def swap_in(self, slot: int, swapped: SwappedSequence) -> None:
         """Restores a copy made by ``swap_out`` into an empty sequence; enough pages must be free."""
-        ok = self._change("allocate", np.int32(slot), swapped.row, np.int32(swapped.num_pages))
-        assert ok, f"a swapped sequence of {swapped.num_pages} pages does not fit into sequence {slot}"
-        numbers = np.full(swapped.num_pages, self.cache.num_pages, np.int32)
-        used = int(swapped.row.num_entries)
-        numbers[np.asarray(swapped.row.pages[:used])] = self.state.pages[slot, :used]
-        for i, chunk in enumerate(swapped.chunks):
-            asked = np.full(PAGES_PER_COPY, self.cache.num_pages, np.int32)
-            _put(asked, numbers[i * PAGES_PER_COPY : (i + 1) * PAGES_PER_COPY])
-            self._run("write_pages", asked, chunk)
+        for g, own in enumerate(swapped.groups):
+            ok = self._change(f"allocate {g}", np.int32(slot), own.row, np.int32(own.num_pages))
+            assert ok, f"a swapped sequence of {own.num_pages} pages does not fit into sequence {slot}"
+            none = self.parts[g].num_pages
+            numbers = np.full(own.num_pages, none, np.int32)
+            used = int(own.row.num_entries)
+            numbers[np.asarray(own.row.pages[:used])] = self.tables[g].pages[slot, :used]
+            for i, chunk in enumerate(own.chunks):
+                asked = np.full(PAGES_PER_COPY, none, np.int32)
+                _put(asked, numbers[i * PAGES_PER_COPY : (i + 1) * PAGES_PER_COPY])
+                self._run(f"write_pages {g}", asked, chunk)
 
     # Files
 
@@ -166,11 +219,20 @@ class DeviceShard:
         """Fills an empty sequence from a file; unchanged if it raises."""
         restore: Any = snapshots.restore if self._device.mesh is None else mesh_snapshots.restore
         self._device.cache = restore(self._device.cache, saved, seq=self._seq_of(slot))
-        self.state = HostTable(jax.tree.map(np.asarray, programs.table_state(self.metadata())))
+        self.update(jax.tree.map(np.asarray, programs.table_state(self.metadata())))
 
     def _seq_of(self, slot: int) -> int:
         """Number of a sequence in the whole cache, see ``ShardedCache``."""
         return slot * self._device.num_shards + self._index
+
+
+def _empty(max_seqs: int, part: PagedKVCache | None) -> TableState:
+    """State of a layer group without tokens; of a cache without pages if ``part`` is None."""
+    p, n = (0, 0) if part is None else (part.max_pages_per_seq, part.num_pages)
+    zeros: Any = np.zeros((max_seqs, p), np.int32)
+    none: Any = np.zeros(max_seqs, np.int32)
+    num_free: Any = np.int32(n)
+    return TableState(num_free, none, np.full_like(zeros, n), zeros, none)
 
 
 def _put(row: Any, values: Sequence[int] | np.ndarray) -> None:

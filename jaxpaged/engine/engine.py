@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import GroupedKVCache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine.compilations import num_compilations
 from jaxpaged.engine.config import EngineConfig
@@ -70,7 +71,7 @@ class Engine:
         self,
         model: Model,
         params: Any,
-        cache: PagedKVCache | ContiguousKVCache | ShardedCache,
+        cache: PagedKVCache | GroupedKVCache | ContiguousKVCache | ShardedCache,
         config: EngineConfig,
     ) -> None:
         slots = cache.local.max_seqs if isinstance(cache, ShardedCache) else cache.max_seqs
@@ -151,11 +152,11 @@ class Engine:
         if len(request.prompt) >= self.n_ctx:
             raise ContextError(len(request.prompt), self.n_ctx)
         longest = min(len(request.prompt) + self.config.limit_of(request), self.n_ctx)
-        cache = self.device.local
-        if isinstance(cache, PagedKVCache):
-            needed = self.shards[0].pool.pages_for_text(longest) + self.config.spare_pages
-            if needed > cache.num_pages:
-                raise PoolError(needed, cache.num_pages)
+        if self.device.parts:
+            first = self.device.parts[0]
+            needed = -(-longest // first.page_size) + self.config.spare_pages
+            if needed > first.num_pages:
+                raise PoolError(needed, first.num_pages)
 
     def add_request(self, request: EngineRequest) -> None:
         """Queues a request.

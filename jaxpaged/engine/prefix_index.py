@@ -9,6 +9,10 @@ least recently used first. A node has at least as many users as its descendants,
 released from their end, so the order of the list of unused nodes is also one in which they can be
 removed.
 
+In a cache of several layer groups a node has a page in the first group, which sees everything, and
+may have one in each of the others (``WindowPage``): sequences leave it when their window does, and
+it is evicted on its own. A prefix is found as far as every group has what the next token sees.
+
 Reference: vLLM's automatic prefix caching; its tokens-verified, salted keys answer what others had
   reported there.
 """
@@ -28,6 +32,17 @@ _CANDIDATES = 32
 
 
 @dataclass(eq=False)
+class WindowPage:
+    """A node's page in a layer group with a window."""
+
+    page: int
+    users: int = 0
+    """Sequences that hold it."""
+    pinned: bool = False
+    """True if the index holds a reference to it."""
+
+
+@dataclass(eq=False)
 class Node:
     """A page of tokens, or fewer at the end of a text."""
 
@@ -43,6 +58,8 @@ class Node:
     pinned: bool = False
     """True if the index holds a reference to the page."""
     children: dict[int, list[Node]] = field(default_factory=dict)
+    windows: dict[int, WindowPage] = field(default_factory=dict)
+    """Its pages in groups with a window, by group."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +106,42 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PrefixIndex:
-    """Index of pages with ``page_size`` tokens; see the module."""
+    """Index of pages with ``page_size`` tokens; see the module.
 
-    def __init__(self, page_size: int) -> None:
+    Args:
+      page_size: tokens of a page.
+      windows: window of each layer group; the first sees everything, None.
+    """
+
+    def __init__(self, page_size: int, windows: Sequence[int | None] = (None,)) -> None:
         self.page_size = page_size
+        self._windows = {g: window for g, window in enumerate(windows) if window is not None}
+        self._num_groups = len(windows)
         self._nodes: dict[bytes, Node] = {}
         self._roots: dict[bytes, dict[int, list[Node]]] = {}
         self._unused: OrderedDict[bytes, Node] = OrderedDict()
+        self._unused_windows: dict[int, OrderedDict[bytes, Node]] = {g: OrderedDict() for g in self._windows}
         self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     @property
-    def num_unused(self) -> int:
-        """Number of evictable pages."""
-        return len(self._unused)
+    def num_unused(self) -> tuple[int, ...]:
+        """Number of evictable pages in each layer group."""
+        return len(self._unused), *map(len, self._unused_windows.values())
 
-    def pinned_pages(self) -> list[int]:
-        """Pages that the index holds a reference to."""
-        return [node.page for node in self._nodes.values() if node.pinned]
+    def pinned_pages(self, group: int = 0) -> list[int]:
+        """Pages of a layer group that the index holds a reference to."""
+        if group == 0:
+            return [node.page for node in self._nodes.values() if node.pinned]
+        held = (node.windows.get(group) for node in self._nodes.values())
+        return [one.page for one in held if one is not None and one.pinned]
+
+    def first_seen(self, group: int, num_tokens: int) -> int:
+        """First page that the token behind ``num_tokens`` tokens sees in a layer group."""
+        window = self._windows.get(group)
+        return 0 if window is None else max(0, num_tokens + 1 - window) // self.page_size
 
     def match(self, root: bytes, tokens: Sequence[int], limit: int, *, tails: bool = True) -> Match:
         """The longest indexed prefix of a text.
@@ -136,9 +169,34 @@ class PrefixIndex:
             siblings = nodes[-1].children if nodes else self._roots.get(root, {})
             for node in siblings.get(rest[0], [])[-_CANDIDATES:]:
                 count = common_prefix(node.tokens, rest)
-                if count > num_tail:
+                if count > num_tail and len(node.windows) == len(self._windows):
                     tail, num_tail = node, count
-        return Match(tuple(nodes), tail, num_tail)
+        held = self._held_up_to(nodes, begin + num_tail)
+        if held < begin + num_tail:
+            tail, num_tail, held = None, 0, self._held_up_to(nodes, begin)
+        return Match(tuple(nodes[: held // ps]), tail, num_tail)
+
+    def _held_up_to(self, nodes: Sequence[Node], num_tokens: int) -> int:
+        """Tokens of a chain, at most ``num_tokens``, of which every group has what the next one sees:
+        as many as given, or those of whole pages."""
+        if not self._windows:
+            return num_tokens
+        # Number of successive nodes, up to each, that have a page in the group.
+        runs: dict[int, list[int]] = {}
+        for group in self._windows:
+            run = [0]
+            for node in nodes:
+                run.append(run[-1] + 1 if group in node.windows else 0)
+            runs[group] = run
+
+        def holds(num_tokens: int) -> bool:
+            full = min(num_tokens // self.page_size, len(nodes))
+            return all(run[full] >= full - self.first_seen(group, num_tokens) for group, run in runs.items())
+
+        if holds(num_tokens):
+            return num_tokens
+        whole = range(min(num_tokens // self.page_size, len(nodes)), 0, -1)
+        return self.page_size * next((full for full in whole if holds(full * self.page_size)), 0)
 
     def acquire(self, nodes: Iterable[Node]) -> None:
         """Adds a user to each node."""
@@ -202,43 +260,100 @@ class PrefixIndex:
                 assert node.pinned, "the page of an unused node is pinned"
                 self._unused[node.key] = node
 
-    def evict(self, count: int) -> list[int]:
-        """Removes the ``count`` least recently used nodes; returns pages to unpin."""
-        pages: list[int] = []
-        while self._unused and len(pages) < count:
+    # Pages of groups with a window
+
+    def use(self, group: int, node: Node, page: int | None = None) -> bool:
+        """Adds a user to a node's page in a group with a window.
+
+        Args:
+          group: the layer group.
+          node: the node.
+          page: page of a sequence that computed the same tokens; becomes the node's if it has none. None:
+            the sequence attaches the node's.
+
+        Returns:
+          False if the node has another page, which the sequence then does not use.
+        """
+        held = node.windows.get(group)
+        if held is None:
+            assert page is not None, "a page that is attached is there"
+            held = node.windows[group] = WindowPage(page)
+        elif page is not None and held.page != page:
+            return False
+        held.users += 1
+        self._unused_windows[group].pop(node.key, None)
+        return True
+
+    def pin(self, group: int, node: Node, page: int) -> list[int]:
+        """Keeps a node's page in a group with a window, or ``page`` of a sequence, if it has none; returns
+        pages to pin."""
+        held = node.windows.setdefault(group, WindowPage(page))
+        if held.users == 0:
+            self._unused_windows[group].pop(node.key, None)
+            self._unused_windows[group][node.key] = node
+        if held.pinned:
+            return []
+        held.pinned = True
+        return [held.page]
+
+    def leave(self, group: int, node: Node) -> None:
+        """Removes a user from a node's page in a group with a window."""
+        held = node.windows[group]
+        held.users -= 1
+        if held.users == 0:
+            if held.pinned:
+                self._unused_windows[group][node.key] = node
+            else:
+                del node.windows[group]
+
+    # Eviction
+
+    def evict(self, counts: Sequence[int]) -> list[list[int]]:
+        """Removes the least recently used pages, ``counts`` in each layer group; returns pages to unpin."""
+        pages: list[list[int]] = [[] for _ in range(self._num_groups)]
+        while self._unused and len(pages[0]) < counts[0]:
             _, node = self._unused.popitem(last=False)
             assert not node.children, "chains are released from their end"
-            self._delete(node)
-            pages.append(node.page)
-        self.evictions += len(pages)
+            self._delete(node, pages)
+        for group, unused in self._unused_windows.items():
+            while unused and len(pages[group]) < counts[group]:
+                _, node = unused.popitem(last=False)
+                pages[group].append(node.windows.pop(group).page)
+        self.evictions += sum(map(len, pages))
         return pages
 
-    def remove(self, node: Node) -> list[int]:
+    def remove(self, node: Node, pages: list[list[int]] | None = None) -> list[list[int]]:
         """Removes a node and its descendants if it is unused; returns their pages, to be unpinned."""
+        pages = [[] for _ in range(self._num_groups)] if pages is None else pages
         if node.users or self._nodes.get(node.key) is not node:
-            return []
-        pages = [
-            page
-            for siblings in list(node.children.values())
-            for child in list(siblings)
-            for page in self.remove(child)
-        ]
+            return pages
+        for siblings in list(node.children.values()):
+            for child in list(siblings):
+                self.remove(child, pages)
         self._unused.pop(node.key, None)
-        self._delete(node)
-        return [*pages, node.page]
+        self._delete(node, pages)
+        return pages
 
-    def drop(self, chain: Sequence[Node]) -> tuple[list[int], int]:
+    def drop(self, chain: Sequence[Node]) -> tuple[list[list[int]], int]:
         """Removes the unused end of a chain: ``(pages to unpin, number of tokens)``."""
-        pages: list[int] = []
+        pages: list[list[int]] = [[] for _ in range(self._num_groups)]
         tokens = 0
         for node in reversed(chain):
             if node.users or node.children:
                 break
             tokens += len(node.tokens)
-            pages += self.remove(node)
+            self.remove(node, pages)
         return pages, tokens
 
-    def _delete(self, node: Node) -> None:
+    def _delete(self, node: Node, pages: list[list[int]] | None = None) -> None:
+        """Removes a node without children; adds pages that the index holds to ``pages``."""
+        if pages is not None and node.pinned:
+            pages[0].append(node.page)
+        for group, held in node.windows.items():
+            self._unused_windows[group].pop(node.key, None)
+            if held.pinned:
+                assert pages is not None, "a window is kept of texts that are kept"
+                pages[group].append(held.page)
         del self._nodes[node.key]
         same = node.siblings[node.tokens[0]]
         same.remove(node)

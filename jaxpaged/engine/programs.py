@@ -8,7 +8,7 @@ before the step that writes it is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxpaged.cache import sharing
+from jaxpaged.cache.groups import GroupedKVCache, map_parts, parts_of, with_parts
 from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.cache.reservation import free_slots
@@ -96,7 +97,7 @@ class StepOutput:
     ok: Array
     """bool[]: False if the pool had too few pages for one more step, which changed nothing."""
     table: Any
-    """``TableState`` after the step."""
+    """``table_state`` after the step."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def step(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TableState:
-    """Fields of the cache that the host tracks; P = 0 for a contiguous cache."""
+    """Fields of a layer group that the host tracks; P = 0 for a contiguous cache."""
 
     num_free: Array
     """i32[]: free pages."""
@@ -192,16 +193,28 @@ class TableState:
     """i32[S, P]: page of each entry; N = no entry."""
     page_tokens: Array
     """i32[S, P]: tokens of each entry."""
+    first_page: Array
+    """i32[S]: pages of the text before the first entry, which the window has left."""
 
 
-def table_state(cache: Any) -> TableState:
-    """The state of a cache as it is now."""
-    if isinstance(cache, PagedKVCache):
-        table = cache.table
-        return TableState(cache.allocator.num_free, free_slots(cache.metadata), table.pages, table.num_tokens)
-    s = cache.max_seqs
-    none = jnp.zeros((s, 0), jnp.int32)
-    return TableState(jnp.int32(0), jnp.zeros(s, jnp.int32), none, none)
+def table_state(cache: Any) -> tuple[TableState, ...]:
+    """The state of each layer group as it is now."""
+    if not isinstance(cache, PagedKVCache | GroupedKVCache):
+        s = cache.max_seqs
+        none = jnp.zeros((s, 0), jnp.int32)
+        return (TableState(jnp.int32(0), jnp.zeros(s, jnp.int32), none, none, jnp.zeros(s, jnp.int32)),)
+
+    def of(part: PagedKVCache) -> TableState:
+        table = part.table
+        return TableState(
+            part.allocator.num_free,
+            free_slots(part.metadata),
+            table.pages,
+            table.num_tokens,
+            table.position[:, 0] // part.page_size,
+        )
+
+    return tuple(map(of, parts_of(cache)))
 
 
 def _sample_tokens(
@@ -251,7 +264,8 @@ def _sample_tokens(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edit:
-    """Changes to the block table between two steps, in this order. M = P, A = ATTACHED_PER_EDIT."""
+    """Changes to the block table of a layer group between two steps, in this order. M = P, A =
+    ATTACHED_PER_EDIT."""
 
     pinned: Given
     """i32[M]: pages that the prefix cache retains, from the front; N in padding."""
@@ -261,8 +275,10 @@ class Edit:
     """i32[A]: empty sequences that attach pages, from the front; S in padding."""
     attached_pages: Given
     """i32[A, P]: those pages."""
+    attached_first: Given
+    """i32[A]: pages of the text before the first one attached."""
     attached_tokens: Given
-    """i32[A]: tokens that they hold; 0 in padding."""
+    """i32[A]: tokens of the text; 0 in padding."""
     unpinned: Given
     """i32[M]: pages that the prefix cache releases, from the front; N in padding."""
 
@@ -275,17 +291,24 @@ class Edit:
             removed=np.zeros(s, bool),
             attached=np.full(ATTACHED_PER_EDIT, s, np.int32),
             attached_pages=np.full((ATTACHED_PER_EDIT, p), n, np.int32),
+            attached_first=np.zeros(ATTACHED_PER_EDIT, np.int32),
             attached_tokens=np.zeros(ATTACHED_PER_EDIT, np.int32),
             unpinned=np.full(p, n, np.int32),
         )
 
 
-def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableState]:
-    """Applies an edit; its cost depends on what it changes, not on S.
+def edit(cache: Cache, given: Sequence[Edit]) -> tuple[Cache, Array, tuple[TableState, ...]]:
+    """Applies an edit of each layer group; its cost depends on what it changes, not on S.
 
     Returns:
       ``(cache, ok bool[], state)``. Not ok: pages could not be attached; everything else is done.
     """
+    edited = [_edit_group(part, one) for part, one in zip(parts_of(cache), given, strict=True)]
+    cache = with_parts(cache, [part for part, _ in edited])
+    return cache, jnp.all(jnp.stack([ok for _, ok in edited])), table_state(cache)
+
+
+def _edit_group(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array]:
 
     def update(operation: Callable[..., PageAllocator], cache: PagedKVCache, pages: Array) -> PagedKVCache:
         some = pages[0] < cache.num_pages
@@ -296,7 +319,7 @@ def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableSt
     def attach(allocator: PageAllocator, table: BlockTable) -> tuple[PageAllocator, BlockTable, Array]:
         rows = jax.tree.map(lambda field: field.at[given.attached].get(mode="clip"), table)
         held = replace(cache, allocator=allocator, table=rows)
-        held, ok = seq_attach(held, given.attached_pages, given.attached_tokens)
+        held, ok = seq_attach(held, given.attached_pages, given.attached_tokens, given.attached_first)
         table = jax.tree.map(
             lambda field, new: field.at[given.attached].set(new, mode="drop"), table, held.table
         )
@@ -312,7 +335,7 @@ def edit(cache: PagedKVCache, given: Edit) -> tuple[PagedKVCache, Array, TableSt
         cache.table,
     )
     cache = update(allocators.release, replace(cache, allocator=allocator, table=table), given.unpinned)
-    return cache, ok, table_state(cache)
+    return cache, ok
 
 
 def remove(cache: Cache, removed: Array) -> Cache:
@@ -321,42 +344,52 @@ def remove(cache: Cache, removed: Array) -> Cache:
 
 
 def shift(
-    cache: PagedKVCache, seq: Array, keep: Array, discard: Array
-) -> tuple[PagedKVCache, Array, TableState]:
+    cache: Cache, seq: Array, keep: Array, discard: Array
+) -> tuple[Cache, Array, tuple[TableState, ...]]:
     """Removes ``discard i32[]`` tokens after the first ``keep i32[]`` of sequence ``seq i32[]``; S
     = no sequence.
 
     Returns:
-      ``(cache, ok bool[], state)``. Not ok: its row of the table is too narrow; nothing was
-      changed.
+      ``(cache, ok bool[], state)``. Not ok: its row of the table is too narrow, or a window would reach
+      tokens that it has left; nothing was changed.
     """
     # Ranges are positions, and a sequence that was shifted before still begins at 0.
     before, end = cache, keep + discard
     cache, removed = cache.seq_remove(seq, keep, end)
     cache, shifted = cache.seq_shift(seq, end, -1, -discard)
     ok = removed & shifted
-    row = block_tables.choose(
-        ok, block_tables.get_row(cache.table, seq), block_tables.get_row(before.table, seq)
-    )
-    table = block_tables.set_row(cache.table, seq, row)
-    allocator = jax.tree.map(lambda new, old: jnp.where(ok, new, old), cache.allocator, before.allocator)
-    cache = replace(cache, allocator=allocator, table=table)
+
+    def chosen(new: PagedKVCache, old: PagedKVCache) -> PagedKVCache:
+        row = block_tables.choose(
+            ok, block_tables.get_row(new.table, seq), block_tables.get_row(old.table, seq)
+        )
+        allocator = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new.allocator, old.allocator)
+        return replace(new, allocator=allocator, table=block_tables.set_row(new.table, seq, row))
+
+    cache = map_parts(chosen, cache, parts_of(before))
     return cache, ok, table_state(cache)
 
 
-def read_pages(cache: PagedKVCache, pages: Array) -> tuple[PagedKVCache, PagesOfLayers]:
-    """Keys and values of ``pages i32[M]``; the cache is unchanged."""
-    return cache, sharing.read_pages(cache, pages)
+def read_pages(group: int, cache: Cache, pages: Array) -> tuple[Cache, PagesOfLayers]:
+    """Keys and values of ``pages i32[M]`` of a layer group; the cache is unchanged."""
+    return cache, sharing.read_pages(parts_of(cache)[group], pages)
 
 
 def allocate(
-    cache: PagedKVCache, seq: Array, row: BlockTable, count: Array
-) -> tuple[PagedKVCache, Array, TableState]:
-    """Allocates fresh pages for a sequence that is swapped in."""
-    cache, ok = seq_allocate(cache, seq, row, count)
+    group: int, cache: Cache, seq: Array, row: BlockTable, count: Array
+) -> tuple[Cache, Array, tuple[TableState, ...]]:
+    """Allocates fresh pages of a layer group for a sequence that is swapped in."""
+    part, ok = seq_allocate(parts_of(cache)[group], seq, row, count)
+    cache = _with_group(cache, group, part)
     return cache, ok, table_state(cache)
 
 
-def write_pages(cache: PagedKVCache, pages: Array, data: PagesOfLayers) -> PagedKVCache:
-    """Overwrites ``pages i32[M]`` with data from ``read_pages``."""
-    return sharing.write_pages(cache, pages, data)
+def write_pages(group: int, cache: Cache, pages: Array, data: PagesOfLayers) -> Cache:
+    """Overwrites ``pages i32[M]`` of a layer group with data from ``read_pages``."""
+    return _with_group(cache, group, sharing.write_pages(parts_of(cache)[group], pages, data))
+
+
+def _with_group(cache: Cache, group: int, part: PagedKVCache) -> Cache:
+    parts = list(parts_of(cache))
+    parts[group] = part
+    return with_parts(cache, parts)

@@ -199,6 +199,20 @@ class SampleOutput:
 
 
 @dataclass(frozen=True)
+class GroupStats:
+    """Pages of a layer group; fields as in ``EngineStats``."""
+
+    layers: int
+    window: int | None
+    """Tokens that its layers see; None = all."""
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    bytes_per_page: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Gauges and monotonic counters of an engine."""
 
@@ -210,6 +224,7 @@ class EngineStats:
     swapped: int
     """Waiting samples with pages in host memory."""
     pages_total: int
+    """Pages of all layer groups, as in the following."""
     pages_used: int
     """Pages held by running sequences."""
     pages_cached: int
@@ -221,6 +236,9 @@ class EngineStats:
     waste: float
     """Share of token slots in used pages that are empty, 0 to 1."""
     bytes_per_page: int
+    """Bytes of a page, of several groups on average."""
+    groups: tuple[GroupStats, ...]
+    """One for each layer group."""
     # counters
     steps: int
     """Steps of the model."""

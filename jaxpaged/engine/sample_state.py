@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from jaxpaged.engine.prefix_index import Node
 from jaxpaged.engine.request import EngineRequest, FinishReason, RequestTimes
-from jaxpaged.engine.swap import SwappedPages
+from jaxpaged.engine.swap import SwappedSequence
 
 
 @dataclass(eq=False)
@@ -40,6 +41,10 @@ class SampleState:
     """Tokens dropped by context shifts."""
     chain: list[Node] = field(default_factory=list)
     """Index nodes of its full pages, in order."""
+    windows: list[deque[tuple[int, Node]]] = field(default_factory=list)
+    """For each further layer group, nodes of its chain whose pages there it uses, with their index."""
+    saved_prompt: bool = False
+    """True if the windows at the end of its prompt were kept."""
     borrowed: Node | None = None
     """Index node of a partially shared page, until the first write copies it."""
     copies: bool = False
@@ -48,7 +53,7 @@ class SampleState:
     """True if its pages can go into the prefix index: not after a shift or a swap."""
     num_cached: int | None = None
     """Cached tokens found at its first admission; None before that."""
-    swapped: SwappedPages | None = None
+    swapped: SwappedSequence | None = None
     """Its pages in host memory, if swapped out."""
     finish_reason: FinishReason | None = None
 

@@ -13,7 +13,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxpaged.engine.pool import Pool, Start
+from jaxpaged.engine.pool import Counts, Pool, Start, added, exceeds
 from jaxpaged.engine.sample_state import SampleState
 
 _MIN_FILL = 0.7
@@ -91,7 +91,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Plans a step, with admissions and preemptions. The pages it needs are free afterwards."""
         work: dict[SampleState, int] = {}
-        pages: dict[SampleState, int] = {}
+        pages: dict[SampleState, Counts] = {}
         preempted = False
         budget = self._budget()
         for sample in sorted(self.running, key=lambda sample: sample.order):
@@ -101,7 +101,7 @@ class Scheduler:
             if count == 0:
                 continue
             needed = self.pool.pages_for(sample, count)
-            while needed + sum(pages.values()) > self.pool.available:
+            while exceeds(added(needed, *pages.values()), self.pool.available):
                 preempted = True
                 victim = self.preempt_newest()
                 work.pop(victim, None)
@@ -134,14 +134,11 @@ class Scheduler:
             smaller = size
         return self._sizes[-1]
 
-    def _admit(self, work: dict[SampleState, int], pages: dict[SampleState, int], most: int) -> None:
+    def _admit(self, work: dict[SampleState, int], pages: dict[SampleState, Counts], most: int) -> None:
         """Admits samples while there are slots, budget, and pages for all prefills in progress."""
         admitted: list[tuple[SampleState, Start]] = []
-        promised = sum(pages.values()) + sum(
-            self.pool.pages_for(sample, sample.num_uncomputed) - pages.get(sample, 0)
-            for sample in self.running
-            if sample.num_uncomputed > 1
-        )
+        whole = {s: self.pool.pages_ahead(s) for s in self.running if s.num_uncomputed > 1}
+        promised = added(self.pool.no_pages, *(pages | whole).values())
         for sample in list(self._waiting):
             budget = most - sum(work.values())
             if not self._free_slots or budget == 0:
@@ -152,15 +149,16 @@ class Scheduler:
             start = self.pool.start(sample, self.running)
             # Every running sample will soon need another page: admit none that would be preempted
             # at once.
-            soon = len(self.running) + len(admitted)
-            if promised + start.num_pages + soon > self.pool.available and (self.running or admitted):
-                self.pool.cancel(start)
+            soon = (len(self.running) + len(admitted),) * len(promised)
+            needed = added(promised, start.num_pages, soon)
+            if exceeds(needed, self.pool.available) and (self.running or admitted):
+                self.pool.cancel(start, sample)
                 break
             self.dequeue(sample)
             sample.slot = self._free_slots[0] if wanted is None else wanted
             self._free_slots.remove(sample.slot)
             admitted.append((sample, start))
-            promised += start.num_pages
+            promised = added(promised, start.num_pages)
             work[sample] = min(len(sample.tokens) - start.num_tokens, budget)
         if admitted:
             self.pool.admit(admitted)
@@ -172,9 +170,10 @@ class Scheduler:
             return plan
         left = max(sample.limit - sample.num_generated for sample in work)
         steps = max(1, min(self._decode_steps, self.wanted_steps, left))
-        while steps > 1 and self._pages_of(work, steps) > self.pool.available:
+        while steps > 1 and exceeds(self._pages_of(work, steps), self.pool.available):
             steps //= 2
         return Plan(work, steps, stop_early=bool(self._waiting))
 
-    def _pages_of(self, work: dict[SampleState, int], steps: int) -> int:
-        return sum(self.pool.pages_for(sample, max(count, steps)) for sample, count in work.items())
+    def _pages_of(self, work: dict[SampleState, int], steps: int) -> Counts:
+        each = (self.pool.pages_for(sample, max(count, steps)) for sample, count in work.items())
+        return added(self.pool.no_pages, *each)

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxpaged.cache.invariants import check_invariants
-from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine import slot_files
 from jaxpaged.engine.config import EngineConfig
 from jaxpaged.engine.device import Device
-from jaxpaged.engine.device_shard import DeviceShard, HostTable
+from jaxpaged.engine.device_shard import DeviceShard
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.programs import NAN_TOKEN, StepInput, StepOutput
 from jaxpaged.engine.request import (
@@ -71,13 +70,15 @@ class EngineShard:
         self.device = DeviceShard(device, index)
         cache = self.device.cache
         self.pool: Pool
-        if isinstance(cache, PagedKVCache):
+        if self.device.parts:
             self.pool = PagedPool(
                 self.device,
                 prefix_cache=config.prefix_cache,
                 swap_bytes=0 if config.lockstep else config.swap_bytes,
+                step_tokens=sizes[-1],
             )
-            room = cache.page_size * min(cache.num_pages - config.spare_pages, cache.max_pages_per_seq)
+            first = self.device.parts[0]
+            room = first.page_size * min(first.num_pages - config.spare_pages, first.max_pages_per_seq)
         else:
             if config.context_shift:
                 raise ValueError("a context shift needs a paged cache")
@@ -217,7 +218,7 @@ class EngineShard:
 
     def end_step(self, plan: Plan, out: StepOutput, begin: float, *, decoded: bool) -> list[SampleOutput]:
         """Processes a step's output. begin: its start, seconds; decoded: by a decode program."""
-        self.device.state = HostTable(out.table)
+        self.device.update(out.table)
         tokens = np.asarray(out.tokens)
         num_steps = int(out.num_steps)
         self._counts.steps += num_steps
@@ -250,6 +251,7 @@ class EngineShard:
         wanted = any(sample.request.num_logprobs is not None for sample in plan.work)
         logprobs = _Logprobs(out) if wanted else None
         outputs = []
+        self.pool.moved(plan.work)
         for sample, count in plan.work.items():
             slot = sample.slot
             assert slot is not None
@@ -332,8 +334,13 @@ class EngineShard:
     def check_state(self) -> None:
         """See ``Engine.check_state``."""
         if isinstance(self.pool, PagedPool):
-            pins = np.bincount(self.pool.index.pinned_pages(), minlength=self.device.cache.num_pages)
-            check_invariants(self.device.metadata(), pins)
+            index = self.pool.index
+            pins = [
+                np.bincount(np.asarray(index.pinned_pages(g), int), minlength=part.num_pages)
+                for g, part in enumerate(self.device.parts)
+            ]
+            metadata = self.device.metadata()
+            check_invariants(metadata, pins if len(pins) > 1 else pins[0])
 
     def drop_prefix_cache(self) -> int:
         """See ``Engine.drop_prefix_cache``."""
@@ -341,7 +348,7 @@ class EngineShard:
             return 0
         pages = self.pool.index.evict(self.pool.index.num_unused)
         self.device.edit(unpinned=pages)
-        return len(pages)
+        return sum(map(len, pages))
 
     # Slot files
 

@@ -11,9 +11,9 @@ import os
 import time
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
-from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine.device_shard import DeviceShard
 from jaxpaged.engine.pool import PagedPool, Pool
 from jaxpaged.engine.prefix_index import Node, root_key
@@ -33,11 +33,10 @@ class SlotTransfer:
     seconds: float
 
 
-def _paged(device: DeviceShard, pool: Pool) -> tuple[PagedKVCache, PagedPool]:
-    cache = device.cache
-    if not isinstance(cache, PagedKVCache) or not isinstance(pool, PagedPool):
+def _paged(pool: Pool) -> PagedPool:
+    if not isinstance(pool, PagedPool):
         raise RefusedError("slots are saved and restored by pages; this cache is contiguous")
-    return cache, pool
+    return pool
 
 
 def save(
@@ -56,12 +55,11 @@ def save(
       OSError: the file cannot be written.
     """
     begin = time.monotonic()
-    cache, paged = _paged(device, pool)
-    match = paged.index.match(root, tokens, len(tokens), tails=cache.staging is None)
+    paged = _paged(pool)
+    match = paged.match(root, tokens, len(tokens))
     if not match.num_tokens:
         raise RefusedError(f"slot {device.first_slot + slot} has nothing in the pool that could be saved")
-    pages = [node.page for node in match.nodes] + ([] if match.tail is None else [match.tail.page])
-    device.attach([(slot, pages, match.num_tokens)])
+    device.attach([paged.attachment(slot, match)])
     try:
         device.snapshot(path, slot, tokens[: match.num_tokens], fingerprint)
     finally:
@@ -81,39 +79,43 @@ def load(
       OSError: the file cannot be read.
     """
     begin = time.monotonic()
-    _, paged = _paged(device, pool)
+    paged = _paged(pool)
     saved = read_snapshot(path, fingerprint=fingerprint)
     if len(saved.sequences) != 1:
         raise RefusedError(f"{os.path.basename(path)} has {len(saved.sequences)} sequences; a slot holds one")
     tokens = [int(token) for token in saved.tokens]
-    paged.ensure(paged.pages_for_text(len(tokens)))
+    paged.ensure(paged.pages_ahead_of(len(tokens)))
     device.restore(saved, slot)
     kept = _indexed(device, paged, slot, tokens)
     device.edit(pinned=kept, removed=[slot])
     return SlotTransfer(len(tokens), os.path.getsize(path), time.monotonic() - begin), tokens
 
 
-def _indexed(device: DeviceShard, pool: PagedPool, slot: int, tokens: list[int]) -> list[int]:
+def _indexed(device: DeviceShard, pool: PagedPool, slot: int, tokens: list[int]) -> list[list[int]]:
     """Indexes the pages of a sequence; returns pages to pin before the sequence is removed."""
-    cache, ps = device.cache, pool.page_size
-    table = device.table()
-    used = int(table.num_entries[slot])
-    rows = {
-        name: np.asarray(getattr(table, name)[slot, :used]) for name in ("position", "first_slot", "rotation")
-    }
-    # A shifted or cut sequence cannot be the prefix of others.
-    if (rows["position"] != np.arange(used) * ps).any() or rows["first_slot"].any() or rows["rotation"].any():
-        return []
-    pages = np.asarray(table.pages[slot, :used])
+    ps = pool.page_size
+    pinned: list[list[int]] = [[] for _ in device.parts]
+    for table in device.block_tables():
+        row = jax.tree.map(lambda field: np.asarray(field[slot]), table)
+        used = np.arange(int(row.num_entries))
+        # A shifted or cut sequence cannot be the prefix of others.
+        whole = (row.position[: len(used)] - row.position[:1] == used * ps) & (row.position[:1] % ps == 0)
+        if not whole.all() or row.first_slot[: len(used)].any() or row.rotation[: len(used)].any():
+            return pinned
     chain: list[Node] = []
     for i in range(0, len(tokens), ps):
-        if len(tokens) - i < ps and cache.staging is not None:
+        if len(tokens) - i < ps and device.parts[0].staging is not None:
             break
-        node, _ = pool.index.insert(
-            _ROOT, chain[-1] if chain else None, tokens[i : i + ps], int(pages[i // ps])
-        )
+        page = device.page(0, slot, i // ps)
+        assert page is not None
+        node, _ = pool.index.insert(_ROOT, chain[-1] if chain else None, tokens[i : i + ps], page)
         chain.append(node)
-    return pool.index.release(chain)
+    for g in range(1, len(pinned)):
+        for i, node in enumerate(chain):
+            page = device.page(g, slot, i)
+            pinned[g] += [] if page is None else pool.index.pin(g, node, page)
+    pinned[0] = pool.index.release(chain)
+    return pinned
 
 
 def erase(device: DeviceShard, pool: Pool, root: bytes, tokens: list[int]) -> int:

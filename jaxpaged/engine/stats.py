@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import GroupedKVCache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.engine.device import Device
 from jaxpaged.engine.device_shard import HostTable
 from jaxpaged.engine.pool import PagedPool
-from jaxpaged.engine.request import EngineRequest, EngineStats
+from jaxpaged.engine.request import EngineRequest, EngineStats, GroupStats
 from jaxpaged.engine.sample_state import SampleState
 from jaxpaged.engine.shard import EngineShard, StepCounts
 
@@ -34,6 +35,8 @@ class PoolState:
     """i32[N]: first slot that holds the page; -1 = none."""
     sequences: list[dict[str, Any]]
     """``slot``, ``request_id``, ``tokens``, ``state`` ("prefill", "decode") of the running ones."""
+    groups: tuple[int, ...]
+    """Pages of each layer group, whose pools follow each other."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Monitor:
 
     def __init__(self, device: Device, shards: Sequence[EngineShard]) -> None:
         self._device, self._shards = device, shards
-        self._use: dict[EngineShard, tuple[HostTable, PoolUse]] = {}
+        self._use: dict[tuple[EngineShard, int], tuple[HostTable, PoolUse]] = {}
 
     def stats(self, steps: StepCounts) -> EngineStats:
         """Gauges and counters as they are now."""
@@ -74,72 +77,93 @@ class Monitor:
         waiting = [sample for shard in shards for sample in shard.scheduler.waiting]
         pools = [shard.pool for shard in shards]
         page_size = page_size_of(cache)
-        if isinstance(cache, PagedKVCache):
-            uses = [self._page_use(shard) for shard in shards]
-            use = PoolUse(sum(one.used for one in uses), sum(one.live for one in uses))
-            total = cache.num_pages * len(shards)
-            free = sum(shard.device.state.num_free for shard in shards)
+        if self._device.parts:
+            pairs = [self._group(g) for g in range(len(self._device.parts))]
         else:
             use = PoolUse(len(running), sum(sample.num_computed for sample in running))
             total = cache.max_seqs * len(shards)
-            free = total - use.used
-        slots_used = use.used * page_size
+            pairs = [(use, GroupStats(cache.num_layers, None, total, use.used, 0, total - use.used, 0))]
+        groups = tuple(group for _, group in pairs)
+        sums = {
+            name: sum(getattr(group, name) for group in groups)
+            for name in ("pages_total", "pages_used", "pages_cached", "pages_free")
+        }
+        num_bytes = sum(group.pages_total * group.bytes_per_page for group in groups)
+        slots_used = sums["pages_used"] * page_size
         return EngineStats(
             running=len(running),
             waiting=len(waiting),
             swapped=sum(sample.swapped is not None for sample in waiting),
-            pages_total=total,
-            pages_used=use.used,
-            pages_cached=total - free - use.used,
-            pages_free=free,
+            **sums,
             page_size=page_size,
-            tokens_live=use.live,
-            waste=1 - use.live / slots_used if slots_used else 0.0,
-            bytes_per_page=_bytes_per_page(cache) * self._device.devices_per_shard,
+            tokens_live=pairs[0][0].live,
+            waste=1 - sum(use.live for use, _ in pairs) / slots_used if slots_used else 0.0,
+            bytes_per_page=num_bytes // sums["pages_total"]
+            if self._device.parts
+            else _bytes_per_row(cache) * self._device.devices_per_shard,
+            groups=groups,
             evictions=sum(pool.index.evictions for pool in pools if isinstance(pool, PagedPool)),
             compiled=self._device.compiled,
             **{name: sum(vars(pool.counts)[name] for pool in pools) for name in vars(pools[0].counts)},
             **vars(steps),
         )
 
-    def _page_use(self, shard: EngineShard) -> PoolUse:
-        table, cache = shard.device.state, self._device.local
-        if shard not in self._use or self._use[shard][0] is not table:
-            use = page_use(table.pages, table.page_tokens, cache.num_pages, cache.page_size)
-            self._use[shard] = table, use
-        return self._use[shard][1]
+    def _group(self, group: int) -> tuple[PoolUse, GroupStats]:
+        """Use and statistics of a layer group in all shards."""
+        part, shards = self._device.parts[group], self._shards
+        uses = [self._page_use(shard, group) for shard in shards]
+        use = PoolUse(sum(one.used for one in uses), sum(one.live for one in uses))
+        total = part.num_pages * len(shards)
+        free = sum(shard.device.tables[group].num_free for shard in shards)
+        num_bytes = part.bytes_per_page * self._device.devices_per_shard
+        found = GroupStats(
+            part.num_layers, part.window, total, use.used, total - free - use.used, free, num_bytes
+        )
+        return use, found
+
+    def _page_use(self, shard: EngineShard, group: int) -> PoolUse:
+        table, part = shard.device.tables[group], self._device.parts[group]
+        known = self._use.get((shard, group))
+        if known is None or known[0] is not table:
+            use = page_use(table.pages, table.page_tokens, part.num_pages, part.page_size)
+            known = self._use[shard, group] = table, use
+        return known[1]
 
     def pool_state(self) -> PoolState:
         """The state of each page; in a contiguous cache, of each sequence. Pools of data shards are
         concatenated."""
-        cache = self._device.local
-        paged = isinstance(cache, PagedKVCache)
-        each = cache.num_pages if paged else cache.max_seqs
+        sizes = [part.num_pages for part in self._device.parts] or [self._device.local.max_seqs]
+        states, owners = zip(*(self._pages(g, size) for g, size in enumerate(sizes)), strict=True)
+        sequences = [
+            {
+                "slot": shard.device.first_slot + (sample.slot or 0),
+                "request_id": sample.request.request_id,
+                "tokens": sample.num_computed,
+                "state": "prefill" if sample.num_uncomputed > 1 else "decode",
+            }
+            for shard in self._shards
+            for sample in sorted(shard.scheduler.running, key=lambda sample: sample.slot or 0)
+        ]
+        state = np.concatenate(states)
+        groups = tuple(size * len(self._shards) for size in sizes)
+        page_size = page_size_of(self._device.local)
+        return PoolState(len(state), page_size, state, np.concatenate(owners), sequences, groups)
+
+    def _pages(self, group: int, each: int) -> tuple[np.ndarray, np.ndarray]:
+        """``page_states`` of a layer group in all shards, of ``each`` pages."""
         total = each * len(self._shards)
         tables: list[np.ndarray] = []
         cached: list[int] = []
-        sequences: list[dict[str, Any]] = []
         for i, shard in enumerate(self._shards):
-            running = sorted(shard.scheduler.running, key=lambda sample: sample.slot or 0)
             if isinstance(shard.pool, PagedPool):
-                table = shard.device.state.pages
-                cached += [i * each + page for page in shard.pool.index.pinned_pages()]
+                table = shard.device.tables[group].pages
+                cached += [i * each + page for page in shard.pool.index.pinned_pages(group)]
             else:
                 table = np.full((each, 1), each, np.int32)
-                for sample in running:
+                for sample in shard.scheduler.running:
                     table[sample.slot] = sample.slot
             tables.append(np.where(table < each, i * each + table, total))
-            sequences += [
-                {
-                    "slot": shard.device.first_slot + (sample.slot or 0),
-                    "request_id": sample.request.request_id,
-                    "tokens": sample.num_computed,
-                    "state": "prefill" if sample.num_uncomputed > 1 else "decode",
-                }
-                for sample in running
-            ]
-        state, owner = page_states(np.concatenate(tables), total, cached)
-        return PoolState(total, page_size_of(cache), state, owner, sequences)
+        return page_states(np.concatenate(tables), total, cached)
 
     def slot_states(self, n_ctx: int) -> list[SlotState]:
         """The state of each slot, given the last sample that ran in it."""
@@ -198,13 +222,11 @@ def page_states(pages: np.ndarray, num_pages: int, cached: list[int]) -> tuple[n
     return state, owner
 
 
-def page_size_of(cache: PagedKVCache | ContiguousKVCache) -> int:
+def page_size_of(cache: PagedKVCache | GroupedKVCache | ContiguousKVCache) -> int:
     """Tokens of a page; of a sequence in a contiguous cache."""
-    return cache.page_size if isinstance(cache, PagedKVCache) else cache.max_length
+    return cache.max_length if isinstance(cache, ContiguousKVCache) else cache.page_size
 
 
-def _bytes_per_page(cache: PagedKVCache | ContiguousKVCache) -> int:
-    """Bytes of a page in all layers; of a sequence in a contiguous cache."""
-    if isinstance(cache, PagedKVCache):
-        return cache.bytes_per_page
+def _bytes_per_row(cache: ContiguousKVCache) -> int:
+    """Bytes of a sequence in all layers."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v))) // cache.max_seqs

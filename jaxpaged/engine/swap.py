@@ -13,15 +13,26 @@ from jaxpaged.pages.block_table import BlockTable
 
 @dataclass(frozen=True)
 class SwappedPages:
-    """Table row and pages of one sequence."""
+    """Table row and pages of one sequence in a layer group."""
 
     row: BlockTable
     """``[P]`` numpy fields; pages are numbered from 0 in the order of ``chunks``."""
     num_pages: int
     chunks: list[Any]
     """Pages as returned by ``cache.sharing.read_pages``, a few in each."""
+
+
+@dataclass(frozen=True)
+class SwappedSequence:
+    """A sequence in host memory."""
+
+    groups: tuple[SwappedPages, ...]
     num_computed: int
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its pages."""
+        return sum(leaf.nbytes for group in self.groups for leaf in jax.tree.leaves(group.chunks))
 
 
 @dataclass

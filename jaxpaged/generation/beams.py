@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.groups import GroupedKVCache
+from jaxpaged.cache.interface import Cache
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.generation.request import Request
 from jaxpaged.generation.result import (

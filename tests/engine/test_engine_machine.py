@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
@@ -10,22 +11,30 @@ from engine_kit import FEW_PAGES, N_CTX, alone, collect, greedy, make_engine, pr
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from toy_transformer import WINDOW, toy_groups
 
 from jaxpaged.engine import Engine, QueueFullError
 from jaxpaged.engine.stats import CACHED, FREE
 from jaxpaged.engine.swap import SwapCosts
 
-_engine: list[Engine] = []
+
+@functools.cache
+def engine_of(windows: tuple[int | None, ...]) -> Engine:
+    """One engine for all examples: what an example leaves behind in the prefix cache is the next one's beginning."""
+    if len(windows) == 1:
+        return make_engine(num_pages=FEW_PAGES)
+    # Of the window's pages, as many as two sequences hold at most.
+    return make_engine(groups=toy_groups(), num_pages=(FEW_PAGES, 12))
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """One engine for all examples: what an example leaves behind in the prefix cache is the next one's beginning."""
+    """Requests of a model whose only layer sees everything."""
+
+    windows: tuple[int | None, ...] = (None,)
 
     def __init__(self) -> None:
         super().__init__()
-        if not _engine:
-            _engine.append(make_engine(num_pages=FEW_PAGES))
-        self.engine = _engine[0]
+        self.engine = engine_of(self.windows)
         (self.shard,) = self.engine.shards
         self.requests: dict = {}
         self.results: dict = {}
@@ -95,7 +104,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.check_state()
         assert not self.engine.has_work
         for request in self.requests.values():
-            expected = alone(request.prompt, min(request.max_new_tokens, N_CTX - len(request.prompt)))
+            count = min(request.max_new_tokens, N_CTX - len(request.prompt))
+            expected = alone(request.prompt, count, self.windows)
             for index in range(request.n):
                 assert self.results[request.request_id, index].tokens == expected
         stats = self.engine.stats()
@@ -105,7 +115,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.compiled_late == 0
 
 
+class GroupsMachine(EngineMachine):
+    """Requests of a model whose second layer sees a window."""
+
+    windows = (None, WINDOW)
+
+
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
     max_examples=int(os.environ.get("JAXPAGED_ENGINE_EXAMPLES", "12")), stateful_step_count=30
 )
+TestGroupsMachine = GroupsMachine.TestCase
+TestGroupsMachine.settings = TestEngineMachine.settings

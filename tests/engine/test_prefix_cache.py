@@ -185,9 +185,9 @@ def test_the_index_forgets_all_that_it_evicts():
     c, _ = index.insert(root, a, (3,), 7)
     assert index.release([c]) == [7]
     assert index.release([a, b]) == [6, 5]
-    assert index.num_unused == 3
-    assert index.evict(1) == [7]
-    assert index.evict(5) == [6, 5]
-    assert len(index) == index.num_unused == 0
+    assert index.num_unused == (3,)
+    assert index.evict([1]) == [[7]]
+    assert index.evict([5]) == [[6, 5]]
+    assert len(index) == index.num_unused[0] == 0
     assert index.match(root, (1, 2, 3), 3).num_tokens == 0
     assert not index._roots
