@@ -1,4 +1,4 @@
-"""Animation of a pool over a run: one self-contained HTML file, with buttons and keys to step
+"""Animation of a cache's pools over a run: one self-contained HTML file, with buttons and keys to step
 through."""
 
 from __future__ import annotations
@@ -7,14 +7,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxpaged.cache.groups import GroupedKVCache
 from jaxpaged.cache.paged import PagedKVCache
-from jaxpaged.pictures.page_map import MAX_COLUMNS, STYLE, PageMap, colours, columns
+from jaxpaged.pictures.page_map import MAX_COLUMNS, STYLE, PageMap, PoolMap, colours
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 
 
-def draw_page_map_animation(frames: Sequence[tuple[str, PagedKVCache | PageMap]]) -> str:
-    """Draws the states of one pool as an HTML page, each as ``draw_page_map`` does.
+def draw_page_map_animation(
+    frames: Sequence[tuple[str, PagedKVCache | GroupedKVCache | PageMap]],
+) -> str:
+    """Draws the states of one cache as an HTML page, each as ``draw_page_map`` does.
 
     The page holds only the changes between states: some kilobytes a sequence for a thousand decode
     steps.
@@ -27,26 +30,28 @@ def draw_page_map_animation(frames: Sequence[tuple[str, PagedKVCache | PageMap]]
       The text of an HTML file.
 
     Raises:
-      ValueError: no frame, or pools of different sizes.
+      ValueError: no frame, or caches of different sizes.
     """
     states = [(label, one if isinstance(one, PageMap) else PageMap.of(one)) for label, one in frames]
     if not states:
         raise ValueError("frames must be at least 1, got 0")
-    sizes = {(state.num_pages, state.page_size) for _, state in states}
+    sizes = {tuple((pool.num_pages, pool.page_size) for pool in state.pools) for _, state in states}
     if len(sizes) > 1:
-        raise ValueError(f"frames must be of one pool, got pages and page sizes {sorted(sizes)}")
-    before: list[list[int]] = [[0]] * states[0][1].num_pages
+        raise ValueError(f"frames must be of one cache, got pages and page sizes {sorted(sizes)}")
+    first = states[0][1]
+    # Pages of all pools, one pool after the other.
+    before: list[list[int]] = [[0] for pool in first.pools for _ in pool.ref_counts]
     changes = []
     for label, state in states:
-        after = [_page(state, page) for page in range(state.num_pages)]
+        after = [_page(pool, page) for pool in state.pools for page in range(pool.num_pages)]
         changed = {page: new for page, (old, new) in enumerate(zip(before, after, strict=True)) if old != new}
         changes.append({"label": label, "pages": changed})
         before = after
-    sequences = sorted({use.sequence for _, state in states for of in state.uses.values() for use in of})
+    sequences = sorted({seq for _, state in states for seq in state.sequences})
     data = {
-        "numPages": states[0][1].num_pages,
-        "pageSize": states[0][1].page_size,
-        "columns": columns(states[0][1].num_pages),
+        "pools": [{"title": pool.title, "numPages": pool.num_pages} for pool in first.pools],
+        "pageSize": first.pools[0].page_size,
+        "columns": first.columns,
         "maxOwners": MAX_COLUMNS,
         "frames": changes,
     }
@@ -56,7 +61,7 @@ def draw_page_map_animation(frames: Sequence[tuple[str, PagedKVCache | PageMap]]
     return page.replace("/*STYLE*/", STYLE + colours(sequences)).replace("/*DATA*/", text)
 
 
-def _page(state: PageMap, page: int) -> list[int]:
+def _page(state: PoolMap, page: int) -> list[int]:
     """Reference count, then sequence, first slot, tokens and position of each entry."""
     uses = state.uses.get(page, ())
     return [state.ref_counts[page], *(number for use in uses for number in use)]

@@ -1,4 +1,4 @@
-"""Picture of a pool: one cell a page, filled like its slots, in the colours of their sequences."""
+"""Picture of a cache's pools: one cell a page, filled like its slots, in the colours of their sequences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 import jax
 import numpy as np
 
+from jaxpaged.cache.groups import GroupedKVCache, parts_of
 from jaxpaged.cache.paged import PagedKVCache
 
 # Distinct for most colour-blind people (Okabe and Ito), and visible on white and on black.
@@ -42,17 +43,19 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PageMap:
-    """Owners of the slots of each page, copied to the host, so that the cache may be donated."""
+class PoolMap:
+    """Owners of the slots of each page of a pool."""
 
     page_size: int
     ref_counts: tuple[int, ...]
     """Number of entries and pins of each page."""
     uses: dict[int, tuple[Use, ...]]
     """Entries of each page that has any, by sequence."""
+    title: str = ""
+    """Names the layer group, where there are several."""
 
     @classmethod
-    def of(cls, cache: PagedKVCache) -> PageMap:
+    def of(cls, cache: PagedKVCache, title: str = "") -> PoolMap:
         """Copies the table and the reference counts from the device, but not the pages."""
         table, counts = jax.tree.map(np.asarray, (cache.table, cache.allocator.ref_counts))
         uses: dict[int, list[Use]] = {}
@@ -60,7 +63,8 @@ class PageMap:
             fields = (table.pages, table.first_slot, table.num_tokens, table.position)
             for page, *rest in zip(*(field[seq, :used].tolist() for field in fields), strict=True):
                 uses.setdefault(page, []).append(Use(seq, *rest))
-        return cls(cache.page_size, tuple(counts.tolist()), {page: tuple(of) for page, of in uses.items()})
+        held = {page: tuple(of) for page, of in uses.items()}
+        return cls(cache.page_size, tuple(counts.tolist()), held, title)
 
     @property
     def num_pages(self) -> int:
@@ -106,6 +110,42 @@ class PageMap:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class PageMap:
+    """Pools of a cache, copied to the host, so that the cache may be donated."""
+
+    pools: tuple[PoolMap, ...]
+    """One for each layer group."""
+
+    @classmethod
+    def of(cls, cache: PagedKVCache | GroupedKVCache) -> PageMap:
+        """Copies tables and reference counts from the device, but not the pages."""
+        if isinstance(cache, GroupedKVCache) and len(cache.parts) > 1:
+            each = zip(cache.parts, cache.groups, strict=True)
+            return cls(tuple(PoolMap.of(part, group.title) for part, group in each))
+        return cls(tuple(map(PoolMap.of, parts_of(cache))))
+
+    @property
+    def pages_used(self) -> int:
+        """Number of pages in use, in all pools."""
+        return sum(pool.pages_used for pool in self.pools)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, in the group that sees furthest; shared ones count once a sequence."""
+        return self.pools[0].num_tokens
+
+    @property
+    def sequences(self) -> list[int]:
+        """Sequences that hold a token."""
+        return sorted({use.sequence for pool in self.pools for of in pool.uses.values() for use in of})
+
+    @property
+    def columns(self) -> int:
+        """Cells in a row, a multiple of 8; the largest pool is about twice as wide as high."""
+        return 8 * math.ceil(math.sqrt(2 * max(pool.num_pages for pool in self.pools)) / 8)
+
+
 def colour(sequence: int) -> str:
     """``#rrggbb`` of a sequence: seven distinct colours, then hues far from each other."""
     if sequence < len(_COLOURS):
@@ -119,17 +159,13 @@ def colours(sequences: Iterable[int]) -> str:
     return "".join(f".s{seq}{{fill:{colour(seq)}}}" for seq in sequences)
 
 
-def columns(num_pages: int) -> int:
-    """Cells in a row, a multiple of 8; the picture is about twice as wide as high."""
-    return 8 * math.ceil(math.sqrt(2 * num_pages) / 8)
-
-
-def draw_page_map(cache: PagedKVCache | PageMap) -> str:
-    """Draws the pool as an SVG picture, for light and dark backgrounds.
+def draw_page_map(cache: PagedKVCache | GroupedKVCache | PageMap) -> str:
+    """Draws the pool of each layer group as an SVG picture, for light and dark backgrounds.
 
     A cell is a page, with its slots from the bottom up; slots that hold a token have the colour of
     their sequence. A page that several sequences share is split among them, and has an edge.
-    Tooltips show the reference count and the owners of slots.
+    Tooltips show the reference count and the owners of slots. Where there are several groups, a
+    heading names the layers and the window of each.
 
     Args:
       cache: concrete, not traced; or a ``PageMap`` of one.
@@ -139,31 +175,34 @@ def draw_page_map(cache: PagedKVCache | PageMap) -> str:
       ``partial`` and ``shared`` where they apply.
     """
     drawn = cache if isinstance(cache, PageMap) else PageMap.of(cache)
-    across = columns(drawn.num_pages)
+    across = drawn.columns
     pitch = min(_LARGEST, _WIDTH / across)
-    parts = [_text(_MARGIN, 22, headline(drawn), "words")]
-    for page in range(drawn.num_pages):
-        row, column = divmod(page, across)
-        x, y = _MARGIN + column * pitch, _TOP + row * pitch
-        if not column and (pitch >= 12 or row % 2 == 0):
-            parts.append(_text(_MARGIN - 8, y + pitch / 2 + 2, str(page), "faint", ' text-anchor="end"'))
-        parts.append(_cell(drawn, page, x, y, pitch))
     width = max(across * pitch, 2 * _COLUMN)
-    below = _TOP + math.ceil(drawn.num_pages / across) * pitch + 12
-    height, legend = _legend(drawn, below, int(width // _COLUMN))
+    parts: list[str] = []
+    top = 0.0
+    for pool in drawn.pools:
+        if pool.title:
+            words = pool.title[:1].upper() + pool.title[1:]
+            parts.append(_text(_MARGIN, top + 22, words, "words", ' style="font-weight:600"'))
+            top += _LINE
+        top, lines = _pool(pool, top, across, pitch, int(width // _COLUMN))
+        parts += lines
+    height, symbols = _symbols(drawn.sequences, top)
     width += _MARGIN + 12
-    sequences = sorted({use.sequence for of in drawn.uses.values() for use in of})
     size = f'width="{_n(width)}" height="{_n(height)}"'
+    title = "; ".join(
+        f"{pool.title}: {headline(pool)}" if pool.title else headline(pool) for pool in drawn.pools
+    )
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" {size}>',
-        f"<title>{escape(headline(drawn))}</title>",
-        f"<style>{STYLE}{colours(sequences)}</style>",
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}{colours(drawn.sequences)}</style>",
         f'<rect class="back" {size} rx="6"/>',
     )
-    return "\n".join([*head, *parts, *legend, "</svg>\n"])
+    return "\n".join([*head, *parts, *symbols, "</svg>\n"])
 
 
-def headline(drawn: PageMap) -> str:
+def headline(drawn: PoolMap) -> str:
     """One line about the use of a pool."""
     shared = f", {drawn.pages_shared} of them shared" if drawn.pages_shared else ""
     return (
@@ -172,7 +211,24 @@ def headline(drawn: PageMap) -> str:
     )
 
 
-def _cell(drawn: PageMap, page: int, x: float, y: float, pitch: float) -> str:
+def _pool(
+    drawn: PoolMap, top: float, across: int, pitch: float, lines_across: int
+) -> tuple[float, list[str]]:
+    """Headline, cells and sequences of a pool: ``(bottom, elements)``."""
+    parts = [_text(_MARGIN, top + 22, headline(drawn), "words")]
+    for page in range(drawn.num_pages):
+        row, column = divmod(page, across)
+        x, y = _MARGIN + column * pitch, top + _TOP + row * pitch
+        if not column and (pitch >= 12 or row % 2 == 0):
+            parts.append(_text(_MARGIN - 8, y + pitch / 2 + 2, str(page), "faint", ' text-anchor="end"'))
+        parts.append(_cell(drawn, page, x, y, pitch))
+    bottom, lines = _legend(
+        drawn, top + _TOP + math.ceil(drawn.num_pages / across) * pitch + 12, lines_across
+    )
+    return bottom, parts + lines
+
+
+def _cell(drawn: PoolMap, page: int, x: float, y: float, pitch: float) -> str:
     uses, count = drawn.uses.get(page, ()), drawn.ref_counts[page]
     owners = list(dict.fromkeys(use.sequence for use in uses))
     kinds = ["page"]
@@ -200,8 +256,8 @@ def _cell(drawn: PageMap, page: int, x: float, y: float, pitch: float) -> str:
     return f'<g class="{" ".join(kinds)}">{"".join(parts)}</g>'
 
 
-def _legend(drawn: PageMap, top: float, across: int) -> tuple[float, list[str]]:
-    """Lines of the sequences, and the symbols: ``(bottom, elements)``."""
+def _legend(drawn: PoolMap, top: float, across: int) -> tuple[float, list[str]]:
+    """Lines of the sequences: ``(bottom, elements)``."""
     held: dict[int, list[tuple[int, bool]]] = {}
     for uses in drawn.uses.values():
         owners = {use.sequence for use in uses}
@@ -219,10 +275,14 @@ def _legend(drawn: PageMap, top: float, across: int) -> tuple[float, list[str]]:
     for i, (kind, words) in enumerate(lines):
         x, y = float(_MARGIN + i % across * _COLUMN), top + i // across * _LINE
         parts += [_rect(kind, x, y, 13, 13), _text(x + 20, y + 11, words, "words")]
-    y = top + math.ceil(len(lines) / across) * _LINE + 4
-    kinds = [kind for kind, _ in lines] + ["more", "more"]
+    return top + math.ceil(len(lines) / across) * _LINE + 4, parts
+
+
+def _symbols(sequences: list[int], top: float) -> tuple[float, list[str]]:
+    """Line that explains the symbols, in the colours of two sequences: ``(bottom, elements)``."""
+    kinds = [*(f"s{seq}" for seq in sequences), "more", "more"]
     cell, left = _rect("cell", 0, 0, 13, 13), _rect(kinds[0], 0, 0, 6.5, 13)
-    x = float(_MARGIN)
+    x, parts = float(_MARGIN), []
     for sign, words in (
         (cell, "free"),
         (cell + _rect(kinds[0], 0, 7, 13, 6), "slots in use, from the bottom up"),
@@ -231,9 +291,9 @@ def _legend(drawn: PageMap, top: float, across: int) -> tuple[float, list[str]]:
             "shared, with the reference count",
         ),
     ):
-        parts.append(f'<g transform="translate({_n(x)},{_n(y)})">{sign}{_text(20, 11, words, "faint")}</g>')
+        parts.append(f'<g transform="translate({_n(x)},{_n(top)})">{sign}{_text(20, 11, words, "faint")}</g>')
         x += 50 + 5.6 * len(words)
-    return y + _LINE, parts
+    return top + _LINE, parts
 
 
 def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:

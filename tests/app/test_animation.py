@@ -11,7 +11,7 @@ import pytest
 from jaxpaged import PagedKVCache
 from jaxpaged.app import animation as page_film
 from jaxpaged.app.animation import PageMapRecorder
-from jaxpaged.pictures.page_map import PageMap
+from jaxpaged.pictures.page_map import PageMap, PoolMap
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_a_long_film_keeps_every_second_frame_and_looks_half_as_often(tmp_path, 
         num_layers=1, num_kv_heads=1, head_dim=1, num_pages=1, max_seqs=1, page_size=8
     )
     looks = []
-    monkeypatch.setattr(PageMap, "of", lambda cache: looks.append(0) or PageMap(8, (0,), {}))
+    monkeypatch.setattr(PageMap, "of", lambda cache: looks.append(0) or PageMap((PoolMap(8, (0,), {}),)))
     for step in range(200):
         recorder.add(str(step), cache, 1)
     recorder.write()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_oracle import jit_copy, jit_remove, jit_step, make_cache
+from groups_kit import filled, grouped, jit
 
-from jaxpaged import PagedKVCache, draw_page_map
+from jaxpaged import GroupedKVCache, PagedKVCache, draw_page_map
 from jaxpaged.pictures.animation import draw_page_map_animation
-from jaxpaged.pictures.page_map import MAX_COLUMNS, PageMap, colour
+from jaxpaged.pictures.page_map import MAX_COLUMNS, PageMap, PoolMap, colour, headline
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -88,7 +91,7 @@ def test_a_cell_a_page_says_what_allocator_and_table_say() -> None:
 
 @pytest.mark.parametrize("num_pages", [1, 8, 9, 64, 500, 4096])
 def test_cells_do_not_overlap_and_stay_in_the_picture(num_pages: int) -> None:
-    empty = PageMap(8, (0,) * num_pages, {})
+    empty = PageMap((PoolMap(8, (0,) * num_pages, {}),))
     text = draw_page_map(empty)
     root = ET.fromstring(text)
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
@@ -124,7 +127,7 @@ def test_crowds_and_pins_are_seen() -> None:
     kinds = [r.get("class") for r in shared.iter(f"{SVG}rect")]
     assert kinds.count("more") == 30 - MAX_COLUMNS + 1
     assert "and 7 more sequences" in text
-    pinned = PageMap(8, (0, 2), {})
+    pinned = PageMap((PoolMap(8, (0, 2), {}),))
     assert "page 1: 2 references, 0 of 8 slots used" in draw_page_map(pinned)
     assert pinned.pages_used == 1
 
@@ -158,15 +161,92 @@ def test_frames_hold_what_changed_and_add_up_to_every_state() -> None:
     for frame, (_, state) in zip(data["frames"], [*states, ("last", PageMap.of(cache))], strict=True):
         shown |= {int(page): numbers for page, numbers in frame["pages"].items()}
         for number, (count, *rest) in shown.items():
-            assert count == state.ref_counts[number]
-            assert rest == [n for use in state.uses.get(number, ()) for n in use]
+            (pool,) = state.pools
+            assert count == pool.ref_counts[number]
+            assert rest == [n for use in pool.uses.get(number, ()) for n in use]
 
 
-def test_frames_must_be_of_one_pool() -> None:
+def test_frames_must_be_of_one_cache() -> None:
     with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
         draw_page_map_animation([])
-    with pytest.raises(ValueError, match=r"frames must be of one pool, got .*\[\(1, 8\), \(2, 8\)\]"):
-        draw_page_map_animation([("a", PageMap(8, (0,), {})), ("b", PageMap(8, (0, 0), {}))])
+    one, two = (PageMap((PoolMap(8, (0,) * n, {}),)) for n in (1, 2))
+    with pytest.raises(
+        ValueError, match=r"frames must be of one cache, got .*\[\(\(1, 8\),\), \(\(2, 8\),\)\]"
+    ):
+        draw_page_map_animation([("a", one), ("b", two)])
+
+
+def in_groups() -> GroupedKVCache:
+    """A sequence longer than the window, and one that shares a page with it."""
+    cache = filled(grouped(num_pages=(20, 30)), [21, 0, 0, 0])
+    cache, ok = jit["seq_copy"](cache, 0, 2, 0, 20)
+    assert ok
+    return filled(cache, [30, 5, 0, 0], 100)
+
+
+def test_each_group_is_drawn_as_its_own_pool_under_its_name() -> None:
+    cache = in_groups()
+    root = ET.fromstring(draw_page_map(cache))
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    drawn, alone = cells(draw_page_map(cache)), [cells(draw_page_map(part)) for part in cache.parts]
+    assert [part.num_pages for part in cache.parts] == [30, 20]
+
+    def told(cell: ET.Element) -> tuple[Any, ...]:
+        return (
+            cell.get("class"),
+            cell.findtext(f"{SVG}title"),
+            [r.get("class") for r in cell.iter(f"{SVG}rect")],
+        )
+
+    assert [told(cell) for cell in drawn] == [told(cell) for pool in alone for cell in pool]
+    texts = [(text.text, float(text.get("y", 0))) for text in root.iter(f"{SVG}text")]
+    places = {words: y for words, y in texts if words}
+    headings = places["Layer 1"], places["Layers 0, 2; window 12"]
+    tops = [float(cell[1].get("y", 0)) for cell in drawn]
+    assert headings[0] < min(tops[:30]) and max(tops[:30]) < headings[1] < min(tops[30:]) < height
+    boxes = [[float(cell[1].get(name, 0)) for name in ("x", "y", "width")] for cell in drawn]
+    assert len({(x, y) for x, y, _ in boxes}) == 50 and len({side for *_, side in boxes}) == 1
+    assert all(x + side <= width and y + side <= height for x, y, side in boxes)
+    for part in cache.parts:
+        words = next(t.text for t in ET.fromstring(draw_page_map(part)).iter(f"{SVG}text"))
+        assert words in places
+    assert PageMap.of(cache).pages_used == sum(int(part.pages_used) for part in cache.parts)
+    assert PageMap.of(cache).num_tokens == int(cache.lengths.sum())
+    one = GroupedKVCache(cache.parts[:1], cache.groups[:1])
+    assert draw_page_map(one) == draw_page_map(cache.parts[0])
+
+
+def test_frames_of_groups_number_the_pages_of_one_pool_after_the_other() -> None:
+    cache = in_groups()
+    data = frames_of(draw_page_map_animation([("first", cache), ("second", filled(cache, [1, 0, 0, 0]))]))
+    assert data["pools"] == [
+        {"title": "layer 1", "numPages": 30}, {"title": "layers 0, 2; window 12", "numPages": 20}
+    ]  # fmt: skip
+    counts = [n for part in cache.parts for n in np.asarray(part.allocator.ref_counts).tolist()]
+    pages = data["frames"][0]["pages"]
+    assert {int(page): uses[0] for page, uses in pages.items()} == {p: n for p, n in enumerate(counts) if n}
+    changed = {int(page) >= 30 for page in data["frames"][1]["pages"]}
+    assert changed == {False, True}
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("make", [tangled, in_groups])
+def test_a_browser_shows_the_last_frame_as_the_picture_has_it(make: Any, tmp_path: Path) -> None:
+    cache = make()
+    path = tmp_path / "frames.html"
+    path.write_text(draw_page_map_animation([("before", cache.clear()), ("last", cache)]), encoding="utf-8")
+    flags = "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"
+    command = [str(CHROMIUM), *flags, "--virtual-time-budget=2000", "--dump-dom", f"{path.as_uri()}#2"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    titles = re.findall(r'<g class="page"[^>]*><title>(.*?)</title>', shown, re.DOTALL)
+    assert titles == [cell.findtext(f"{SVG}title") for cell in cells(draw_page_map(cache))]
+    for pool in PageMap.of(cache).pools:
+        assert f"{pool.title}: {headline(pool)}</div>" in shown if pool.title else headline(pool) in shown
+    assert '<span id="count">2 / 2</span>' in shown
 
 
 @pytest.mark.slow
