@@ -45,9 +45,10 @@ def run_donating(platform: str) -> Any:
 def gather_result(result: Any, sharding: BatchSharding) -> Any:
     """Results of the data shards of a mesh in the caller's order, on the host; pages are summed
     up."""
-    totals: dict[str, Any] = {"pages_peak": np.sum, "num_steps": np.max}
+    total = functools.partial(np.sum, axis=0)  # of each layer group
+    totals: dict[str, Any] = {"pages_peak": total, "num_steps": np.max}
     if isinstance(result, BeamResult):
-        totals |= {"unshared_peak": np.sum, "pages_mean": np.sum, "unshared_mean": np.sum}
+        totals |= {"unshared_peak": total, "pages_mean": total, "unshared_mean": total}
     return sharding.gather_result(result, **totals)
 
 

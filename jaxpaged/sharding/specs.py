@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
+from jaxpaged.cache.groups import GroupedKVCache, map_parts
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.sharding.context import ContextKVCache
 from jaxpaged.sharding.mesh import CONTEXT, DATA, TENSOR
@@ -43,6 +44,8 @@ def cache_specs(cache: Any) -> Specs:
     """Specs of a cache: a pytree of ``PartitionSpec`` that is a prefix of the cache's."""
     metadata: dict[str, Any] = {"allocator": BATCH, "table": BATCH}
     pages: dict[str, Any] = {"k_pages": PER_DEVICE, "v_pages": PER_DEVICE}
+    if isinstance(cache, GroupedKVCache):
+        return map_parts(cache_specs, cache)
     if isinstance(cache, ContextKVCache):
         own: dict[str, Any] = {"local_table": PartitionSpec(DATA, CONTEXT)}
         return replace(cache, **metadata, **pages, **own)
@@ -147,7 +150,7 @@ class ShardedCache:
 
     @property
     def pages_used(self) -> Array:
-        """i32[data]: pages in use of each shard."""
+        """i32[data]: pages in use of each shard; i32[data, G] with G layer groups."""
         axes = jax.tree.map(
             lambda spec: 0 if _num_stacked(spec) else None,
             cache_specs(self.parts),

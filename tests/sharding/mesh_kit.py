@@ -22,6 +22,9 @@ from jaxpaged.sharding.specs import ShardedCache
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": small_models.config_json("qwen2"),  # biases on Q, K and V
     "qwen3": small_models.config_json("qwen3", tie_word_embeddings=True),  # norms of heads
+    "windowed": small_models.config_json(
+        "qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
     "biased": small_models.config_json("llama", attention_bias=True, mlp_bias=True),
 }
 PAGE_SIZE = 8
