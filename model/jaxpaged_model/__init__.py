@@ -1,4 +1,4 @@
-"""jaxpaged_model: a Flax Llama family that runs on jaxpaged's cache, and reads GGUF and Hugging Face checkpoints.
+"""jaxpaged_model: Flax transformers that run on jaxpaged's cache, from GGUF and Hugging Face checkpoints.
 
 Names are imported when they are first used, so that ``import jaxpaged_model`` does not import JAX.
 """

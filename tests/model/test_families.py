@@ -189,6 +189,35 @@ def test_devices_that_split_a_block_compute_what_one_computes(name: str) -> None
     np.testing.assert_allclose(logits(local, stacked, function=split), wanted, rtol=0, atol=2e-5)
 
 
+SCALING = RopeScaling("linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("without", "field"),
+    [
+        ({}, {"embedding_scale": 3.0}),
+        ({}, {"residual_scale": 0.5}),
+        ({}, {"attention_scale": 0.4}),
+        ({}, {"attention_soft_cap": 0.5}),
+        ({}, {"logit_scale": 0.5}),
+        ({}, {"logit_soft_cap": 0.5}),
+        ({}, {"rotates": (True, False)}),
+        ({}, {"norm_kind": "layer"}),
+        ({}, {"activation": "gelu_tanh"}),
+        ({}, {"attention_temperature": 0.5, "attention_temperature_length": 4}),
+        ({}, {"windows": (5, None)}),
+        ({"windows": (5, None)}, {"window_rope_theta": 100.0}),
+        ({"windows": (5, None), "rope_scaling": SCALING}, {"window_rope_theta": 10000.0}),
+        ({"windows": (5, None), "window_rope_theta": 50.0}, {"window_rope_scaling": SCALING}),
+        ({}, {"rope_scaling": RopeScaling("longrope", original_context_length=128, factors=(2.0,) * 8)}),
+    ],
+)
+def test_every_field_changes_logits(without: dict[str, Any], field: dict[str, Any]) -> None:
+    config = ModelConfig("llama", **SIZES, **without)
+    params = random_params(config)
+    assert np.abs(logits(config, params) - logits(replace(config, **field), params)).max() > 1e-3
+
+
 def test_a_norm_over_all_heads_is_not_split() -> None:
     config = ModelConfig("olmo2", **SIZES, norms="post", qk_norm="width")
     with pytest.raises(MeshError, match="olmo2 model are normalized over all heads, which cannot be split"):
