@@ -103,8 +103,8 @@ __all__ = [
 _NAMES = {
     "attention": "paged_attention",
     "cache": "ALL ContiguousKVCache GroupedKVCache LayerGroup OutOfPages PagedKVCache can_reserve check_invariants "
-    "clear reserve reserve_or_raise seq_copy seq_defragment seq_keep seq_length seq_position_max seq_position_min seq_remove "
-    "seq_reorder seq_shift",
+    "clear reserve reserve_or_raise seq_copy seq_defragment seq_keep seq_length seq_position_max seq_position_min "
+    "seq_remove seq_reorder seq_shift",
     "generation": "ContextShift FINISH_LENGTH FINISH_NAN FINISH_OUT_OF_PAGES FINISH_STOP Lookup Request SamplingParams "
     "beam_search generate generate_stream run sample score",
     "pages": "Batch Rope",

@@ -152,7 +152,9 @@ class Session:
         o = self.options
         # A prompt cache is for prompts that share a beginning of any length.
         keeps = o.swa_full or not o.paged or o.prompt_cache is not None
-        return None if keeps else self.ready.loaded.local_config.groups
+        groups = self.ready.loaded.local_config.groups
+        narrow = any(group.window is not None and group.window < self.context for group in groups)
+        return groups if narrow and not keeps else None
 
     @property
     def cache_type(self) -> CacheType:

@@ -25,7 +25,7 @@ FREE, USED, SHARED, CACHED = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class PoolState:
-    """The state of each page between two steps."""
+    """The state of each page between two steps; pools of layer groups follow each other."""
 
     num_pages: int
     page_size: int
@@ -35,8 +35,6 @@ class PoolState:
     """i32[N]: first slot that holds the page; -1 = none."""
     sequences: list[dict[str, Any]]
     """``slot``, ``request_id``, ``tokens``, ``state`` ("prefill", "decode") of the running ones."""
-    groups: tuple[int, ...]
-    """Pages of each layer group, whose pools follow each other."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,8 @@ class Monitor:
             for sample in sorted(shard.scheduler.running, key=lambda sample: sample.slot or 0)
         ]
         state = np.concatenate(states)
-        groups = tuple(size * len(self._shards) for size in sizes)
         page_size = page_size_of(self._device.local)
-        return PoolState(len(state), page_size, state, np.concatenate(owners), sequences, groups)
+        return PoolState(len(state), page_size, state, np.concatenate(owners), sequences)
 
     def _pages(self, group: int, each: int) -> tuple[np.ndarray, np.ndarray]:
         """``page_states`` of a layer group in all shards, of ``each`` pages."""

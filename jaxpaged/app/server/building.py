@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from jaxpaged.app.server.lockstep import LockstepEngine
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged.cache.creation import create_untouched
+from jaxpaged.cache.groups import LayerGroup, parts_of
+from jaxpaged.cache.sequences import pages_held
 from jaxpaged.engine import Engine, EngineConfig
 from jaxpaged.sharding.mesh import CONTEXT, TENSOR, num_shards
 from jaxpaged.sharding.multihost import broadcast_object
@@ -39,9 +41,11 @@ class PoolPlan:
     context: int
     """Tokens of a sequence."""
     num_seqs: int
-    num_pages: int
-    """0 = contiguous."""
+    num_pages: tuple[int, ...]
+    """Pages of each layer group; empty = contiguous."""
     num_bytes: int
+    groups: tuple[LayerGroup, ...] | None = None
+    """None = one pool for all layers."""
 
     def line(self, options: ServeOptions, cache_type: CacheType, shards: int = 1) -> str:
         """Description of the cache, one line."""
@@ -50,10 +54,12 @@ class PoolPlan:
             size += f", in each of {shards} data shards"
         if not self.num_pages:
             return f"KV cache = contiguous, {self.num_seqs} slots of {self.context} tokens, {size}"
-        tokens = self.num_pages * options.page_size
+        first, *others = self.num_pages
+        windows = [group.window for group in (self.groups or ())[1:]]
+        more = "".join(f" and {n} for windows of {w}" for n, w in zip(others, windows, strict=True))
         return (
-            f"KV cache = paged, {self.num_pages} pages of {options.page_size} tokens, {size}: {tokens} tokens "
-            f"for up to {self.num_seqs} sequences of up to {self.context}"
+            f"KV cache = paged, {first} pages of {options.page_size} tokens{more}, {size}: "
+            f"{first * options.page_size} tokens for up to {self.num_seqs} sequences of up to {self.context}"
         )
 
 
@@ -93,13 +99,15 @@ def build_engine(options: ServeOptions, ready: ReadyModel) -> Engine:
         local = ready.loaded.local_config
         if not plan.num_pages:
             return cache_type.contiguous(local, max_seqs=plan.num_seqs, max_length=plan.context)
-        return cache_type.paged(
-            local,
-            num_pages=plan.num_pages,
-            max_seqs=plan.num_seqs,
-            page_size=options.page_size,
-            max_seq_len=plan.context + _SPARE_PAGES * options.page_size,
-        )
+        sizes: dict[str, Any] = {
+            "max_seqs": plan.num_seqs,
+            "page_size": options.page_size,
+            "max_seq_len": plan.context + _SPARE_PAGES * options.page_size,
+        }
+        if plan.groups is None:
+            return cache_type.paged(local, num_pages=plan.num_pages[0], **sizes)
+        groups, step = plan.groups, max(options.step_tokens, plan.num_seqs)
+        return cache_type.paged(local, groups=groups, num_pages=plan.num_pages, step_tokens=step, **sizes)
 
     cache: Any
     with out_of_memory_is_input("choose fewer --kv-pages, or less --kv-memory"):
@@ -145,13 +153,19 @@ def plan_pool(
         raise InputError(f"-c {context}: a context has at least {_SMALLEST_CONTEXT} tokens")
     if not options.paged:
         return _contiguous(options, cache_type, config, context, mesh)
-    abstract = jax.eval_shape(
-        lambda: cache_type.paged(config, num_pages=1, max_seqs=1, page_size=options.page_size, max_seq_len=1)
-    )
-    page_bytes = abstract.bytes_per_page * tensor  # on all devices of a shard
-    extra = parallel * abstract.bytes_of_staging * tensor
     ps, spare = options.page_size, _SHIFT_PAGES if options.context_shift else 0
     fills = parallel * (-(-context // ps) + spare)
+    groups = None if options.swa_full else _groups(config, context)
+    one: dict[str, Any] = {"num_pages": 1, "max_seqs": 1, "page_size": ps, "max_seq_len": ps}
+    abstract = parts_of(jax.eval_shape(lambda: cache_type.paged(config, groups=groups, **one)))
+    page_bytes, *window_bytes = (
+        part.bytes_per_page * tensor for part in abstract
+    )  # on all devices of a shard
+    extra = parallel * sum(part.bytes_of_staging for part in abstract) * tensor
+    window_pages = [
+        min(fills, parallel * _window_pages(group, options)) for group in (groups[1:] if groups else ())
+    ]
+    extra += sum(pages * size for pages, size in zip(window_pages, window_bytes, strict=True))
     if options.kv_pages is not None:
         pages = options.kv_pages // shards
     else:
@@ -169,7 +183,26 @@ def plan_pool(
     if room < context:
         say(f"context = {room} tokens, as many as fit the pool; the model was trained for {context}")
         context = room
-    return PoolPlan(context, parallel, pages, pages * page_bytes + extra)
+    return PoolPlan(context, parallel, (pages, *window_pages), pages * page_bytes + extra, groups)
+
+
+def _groups(config: ModelConfig, context: int) -> tuple[LayerGroup, ...] | None:
+    """Layer groups of an engine's cache; None if no window is shorter than the context.
+
+    The first one keeps all tokens, even if its layers see a window: texts are shared by their beginnings.
+    """
+    first, *others = config.groups
+    if all(group.window is None or group.window >= context for group in others):
+        return None
+    return replace(first, window=None), *others
+
+
+def _window_pages(group: LayerGroup, options: ServeOptions) -> int:
+    """Pages a sequence of a group with a window: those that it holds, and those of two windows that the
+    prefix cache keeps of it, at the end of its prompt and of its text."""
+    assert group.window is not None, "only the first group sees everything"
+    held = pages_held(group.window + max(options.step_tokens, options.parallel), options.page_size)
+    return held + 2 * (-(-group.window // options.page_size) + 1) * options.prefix_cache
 
 
 def _contiguous(
@@ -193,7 +226,7 @@ def _contiguous(
         )
     if rows < parallel:
         say(f"slots = {rows * shards}, as many as fit the memory; -np asks for {options.parallel}")
-    return PoolPlan(context, rows, 0, rows * each)
+    return PoolPlan(context, rows, (), rows * each)
 
 
 def _budget(kv_memory: float | int | None, mesh: Mesh | None) -> int:

@@ -121,6 +121,10 @@ async def pool_of_pages(request: Request) -> Response:
             "num_pages": pool.num_pages,
             "page_size": pool.page_size,
             "bytes_per_page": stats.bytes_per_page,
+            "groups": [
+                {"layers": group.layers, "window": group.window, "num_pages": group.pages_total}
+                for group in stats.groups
+            ],
             "state": (pool.state + ord("0")).tobytes().decode(),
             "owner": pool.owner.tolist(),
             "sequences": pool.sequences,

@@ -41,7 +41,10 @@ class _EngineCollector(Collector):
             "jaxpaged_kv_usage_ratio": (in_use, "Used pages over all pages; cached ones are not used."),
             "jaxpaged_kv_waste_ratio": (stats.waste, "Share of token slots in used pages that are empty."),
             "jaxpaged_kv_tokens_live": (stats.tokens_live, "Tokens of running sequences."),
-            "jaxpaged_kv_page_bytes": (stats.bytes_per_page, "Bytes of one page, over all layers."),
+            "jaxpaged_kv_page_bytes": (
+                stats.bytes_per_page,
+                "Bytes of one page, over all layers of a group.",
+            ),
             "llamacpp:requests_processing": (stats.running, "Number of requests processing."),
             "llamacpp:requests_deferred": (stats.waiting, "Number of requests deferred."),
             "llamacpp:kv_cache_usage_ratio": (in_use, "KV-cache usage. 1 means 100 percent usage."),
@@ -84,6 +87,13 @@ class _EngineCollector(Collector):
         }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
+        labels = ["group", "layers", "window", "state"]
+        pages = GaugeMetricFamily("jaxpaged_kv_group_pages", "Pages of each layer group.", labels=labels)
+        for i, group in enumerate(stats.groups):
+            own = [str(i), str(group.layers), str(group.window or "")]
+            for state in ("used", "cached", "free"):
+                pages.add_metric([*own, state], getattr(group, f"pages_{state}"))
+        yield pages
         for name, (value, text) in counters.items():
             yield CounterMetricFamily(name, text, value=value)
 

@@ -111,7 +111,8 @@ export class Pool {
   #show(pool) {
     this.#pool = pool;
     const bytes = pool.bytes_per_page ? `, ${size(pool.bytes_per_page * pool.num_pages)}` : "";
-    setText(byId("pool-size"), `${count(pool.num_pages, "page")} of ${pool.page_size} tokens${bytes}`);
+    const groups = pool.groups?.length > 1 ? ` (${pool.groups.map(groupWords).join(", ")})` : "";
+    setText(byId("pool-size"), `${count(pool.num_pages, "page")} of ${pool.page_size} tokens${bytes}${groups}`);
     for (const [name, words, shown] of NUMBERS) {
       const { term, value } = this.#numbers.get(name);
       setText(value, shown(pool));
@@ -212,9 +213,19 @@ export class Pool {
     setText(byId("page-words"), page < 0 ? "Point at a page to see whose it is." : this.#describe(page));
   }
 
+  /** What a page is for, where layers of several kinds have pools of their own; they follow each other. */
+  #groupOf(page) {
+    const { groups } = this.#pool;
+    if (!(groups?.length > 1)) return "";
+    let end = 0;
+    const group = groups.find(({ num_pages }) => page < (end += num_pages));
+    const layers = count(group.layers, "layer");
+    return group.window ? `, of ${layers} that see ${count(group.window, "token")}` : `, of ${layers} that see all`;
+  }
+
   #describe(page) {
     const { state, owner, sequences } = this.#pool;
-    const name = `Page ${page.toLocaleString("en")}`;
+    const name = `Page ${page.toLocaleString("en")}${this.#groupOf(page)}`;
     const is = Number(state[page]);
     if (is === FREE) return `${name}: free.`;
     if (is === CACHED) return `${name}: cached. No sequence holds it; it is kept for a prefix that comes again.`;
@@ -230,6 +241,8 @@ function setText(node, text) {
 }
 
 const count = (n, word) => `${Number(n).toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+const groupWords = ({ num_pages, window }) =>
+  `${num_pages.toLocaleString("en")} for ${window ? `windows of ${window.toLocaleString("en")}` : "all tokens"}`;
 const whole = (value) => (Number.isFinite(value) ? value.toLocaleString("en") : "–");
 const rate = (value) => (Number.isFinite(value) ? value.toFixed(value < 100 ? 1 : 0) : "–");
 const percent = (value) => (Number.isFinite(value) ? `${(100 * value).toFixed(1)} %` : "–");
