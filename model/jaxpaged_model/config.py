@@ -31,7 +31,7 @@ Norms = Literal["pre", "post", "both", "parallel"]
 NormKind = Literal["rms", "layer"]
 """RMSNorm (arXiv:1910.07467), or LayerNorm without a bias (arXiv:1607.06450)."""
 Activation = Literal["silu", "gelu_tanh", "relu2"]
-"""Of the MLP's gate, or of its inner layer if there is no gate: ``quantized.activations``."""
+"""Activation of the MLP's gate, or of its inner layer if there is no gate: ``quantized.activations``."""
 QKNorm = Literal["", "head", "width"]
 """RMSNorm of queries and keys before they are rotated: none, of each head, or of all heads together."""
 
@@ -69,7 +69,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What differs between the layers of a model, other than their weights; static in a program."""
+    """Differences between the layers of a model, other than their weights; static in a program."""
 
     window: int | None
     """Sliding window in tokens, None = full attention."""

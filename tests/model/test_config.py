@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jaxpaged_model.checkpoint.read_config import config_from_gguf, config_from_huggingface
+from jaxpaged_model.checkpoint.gguf_config import config_from_gguf
+from jaxpaged_model.checkpoint.huggingface_config import config_from_huggingface
 from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
 from jaxpaged_model.metadata import ModelError
 from small_models import config_json

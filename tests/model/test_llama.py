@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jaxpaged_model.checkpoint.read_config import config_from_huggingface
+from jaxpaged_model.checkpoint.huggingface_config import config_from_huggingface
 from jaxpaged_model.llama import Llama, abstract_params, functional, random_params
 from small_models import config_json
 

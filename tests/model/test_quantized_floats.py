@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jaxpaged_model.checkpoint.export import write_gguf
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+from jaxpaged_model.checkpoint.huggingface_config import config_from_huggingface
 from jaxpaged_model.checkpoint.loading import LoadedModel, load_model, read_config
-from jaxpaged_model.checkpoint.read_config import config_from_huggingface
 from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import ShardSource
 from jaxpaged_model.checkpoint.weights import load_params, placements, weight_plan

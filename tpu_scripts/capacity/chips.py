@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from jaxpaged_model.checkpoint.huggingface_config import config_from_huggingface
 from jaxpaged_model.checkpoint.loading import read_config
-from jaxpaged_model.checkpoint.read_config import config_from_huggingface
 from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.metadata import ModelError
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from gguf import GGMLQuantizationType as GGMLType
 
-from jaxpaged_model.checkpoint.read_config import ROPE_FACTORS, config_from_gguf
+from jaxpaged_model.checkpoint.gguf_config import ROPE_FACTORS, config_from_gguf
 from jaxpaged_model.checkpoint.weights import param_place, placements, to_file
 from jaxpaged_model.config import ModelConfig, RopeScaling, rope_frequencies
 from jaxpaged_model.llama import Params

@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from jaxpaged.generation.loop import LimitVocab
 from jaxpaged.sharding.mesh import TENSOR
 from jaxpaged_model.checkpoint.fingerprint import fingerprint
+from jaxpaged_model.checkpoint.gguf_config import ROPE_FACTORS, config_from_gguf
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
-from jaxpaged_model.checkpoint.read_config import ROPE_FACTORS, config_from_gguf, config_from_huggingface
+from jaxpaged_model.checkpoint.huggingface_config import config_from_huggingface
 from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import load_shards
 from jaxpaged_model.checkpoint.tensor_view import tensor_view

@@ -1,4 +1,4 @@
-"""ModelConfig from GGUF metadata or a Hugging Face ``config.json``."""
+"""ModelConfig from the ``config.json`` of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from jaxpaged_model.config import ARCHITECTURES, ModelConfig, RopeScaling
+from jaxpaged_model.checkpoint.families import (
+    BLOCKS,
+    PATTERNS,
+    all_but_every,
+    check_one_of,
+    phi3_windows,
+    refuse,
+    window_rope,
+    windows_of,
+    yarn_factor,
+)
+from jaxpaged_model.config import ModelConfig, RopeScaling
 from jaxpaged_model.metadata import REQUIRED, Metadata, ModelError
 
 HF_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope")
-GGUF_ROPE_TYPES = ("none", "linear", "yarn", "longrope")
-ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-"""Tensors of a GGUF file that its configuration depends on."""
-
 HF_ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama",
     "mistral": "mistral",
@@ -41,311 +46,6 @@ HF_ARCHITECTURES: Mapping[str, str] = {
 """Architecture of each ``model_type``."""
 _TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 """Model types whose ``text_config`` is a language model of one of the above, and its default type."""
-
-_BLOCKS: Mapping[str, Mapping[str, Any]] = {
-    "gemma2": {"norms": "both", "activation": "gelu_tanh"},
-    "gemma3": {"norms": "both", "activation": "gelu_tanh", "qk_norm": "head"},
-    "olmo2": {"norms": "post", "qk_norm": "width"},
-    "exaone4": {"norms": "post", "qk_norm": "head"},
-    "cohere2": {"norms": "parallel", "norm_kind": "layer"},
-    "gemma": {"activation": "gelu_tanh"},
-    "command-r": {"norms": "parallel", "norm_kind": "layer"},
-    "arcee": {"gated": False, "activation": "relu2"},
-    "glm4": {"norms": "both"},
-}
-"""What all models of an architecture have in common, and no file says."""
-_PATTERNS = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "exaone4": 4, "cohere2": 4}
-"""Every n-th layer of these architectures has full attention, the others have a window."""
-
-
-def _check_one_of(what: str, value: str | None, supported: tuple[str, ...]) -> None:
-    if value not in supported:
-        raise ModelError(f"{what} {value!r} is not supported; supported are {', '.join(supported)}")
-
-
-def _every(pattern: int, num_layers: int) -> list[bool]:
-    """True for each layer with a window: all but every n-th; 0 = all."""
-    return [pattern == 0 or (i + 1) % pattern != 0 for i in range(num_layers)]
-
-
-def _windows(window: int, slides: list[bool]) -> tuple[int | None, ...]:
-    return tuple(window if one else None for one in slides) if any(slides) else ()
-
-
-def _window_rope(
-    theta: float, scaling: RopeScaling | None, of_others: tuple[float, RopeScaling | None]
-) -> dict[str, Any]:
-    """The rotary embedding of layers with a window, if it differs from that of the others."""
-    if (theta, scaling) == of_others:
-        return {}
-    return {"window_rope_theta": theta, "window_rope_scaling": scaling}
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------------
-
-# Features that change what a model computes and that no architecture here has, with their neutral values.
-_GGUF_REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.shared_kv_layers": (0,),
-    "attention.recurrent_layers": (0,),
-    "embedding_length_per_layer_input": (0,),
-    "nextn_predict_layers": (0,),
-    "rope.dimension_sections": (0,),
-    "rope.scaling.alpha": (0.0,),
-}
-
-
-def config_from_gguf(
-    metadata: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: Mapping[str, np.ndarray] | None = None,
-) -> ModelConfig:
-    """The configuration of a GGUF file's model.
-
-    Args:
-      metadata: plain values by key.
-      shapes: every tensor's shape, rows first; which tensors there are tells biases and tied embeddings.
-      rope_factors: those of the tensors ``ROPE_FACTORS`` that the file has, f32 each.
-
-    Raises:
-      ModelError: the architecture or a feature is not supported, or a key is missing or invalid.
-    """
-    architecture = Metadata(metadata).text("general.architecture")
-    _check_one_of("architecture", architecture, ARCHITECTURES)
-    v = Metadata(metadata, architecture + ".")
-    if v.integer("expert_count", 0, least=0):
-        raise ModelError(
-            f"mixture of experts ({v.prefix}expert_count = {v.get('expert_count')}) is not supported; "
-            "dense models are"
-        )
-    for key, neutral in _GGUF_REFUSED.items():
-        _refuse(v, key, neutral)
-    num_layers = v.integer("block_count")
-    if num_layers > len(shapes):
-        raise v.error("block_count", f"is {num_layers}, but there are only {len(shapes)} tensors")
-    hidden_size = v.integer("embedding_length")
-    num_q_heads = _same_in_all_layers(v, "attention.head_count", REQUIRED)
-    num_kv_heads = _same_in_all_layers(v, "attention.head_count_kv", num_q_heads)
-    head_dim = v.integer("attention.key_length", max(1, hidden_size // num_q_heads))
-    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
-        if v.integer(key, head_dim) != head_dim:
-            raise v.wrong(key, f"key_length {head_dim}")
-    context_length = v.integer("context_length")
-    rope_dim = v.integer("rope.dimension_count", head_dim)
-    if v.integer("rope.dimension_count_swa", rope_dim) != rope_dim:
-        raise v.wrong("rope.dimension_count_swa", f"dimension_count {rope_dim}")
-    found: dict[str, Any] = {
-        "rms_norm_eps": v.number(
-            "attention.layer_norm_epsilon"
-            if _BLOCKS.get(architecture, {}).get("norm_kind") == "layer"
-            else "attention.layer_norm_rms_epsilon"
-        ),
-        "rope_theta": v.number("rope.freq_base", 10000.0, above=1.0),
-        "rope_scaling": _gguf_rope(v, context_length, rope_dim, rope_factors or {}),
-        "windows": _gguf_windows(v, architecture, num_layers),
-        "qk_norm": "head" if "blk.0.attn_q_norm.weight" in shapes else "",
-    }
-    found |= _BLOCKS.get(architecture, {})
-    found |= _gguf_of_architecture(v, architecture, found, num_layers, hidden_size, num_q_heads)
-    return ModelConfig(
-        architecture=architecture,
-        name=Metadata(metadata).text("general.name", ""),
-        vocab_size=_gguf_vocab_size(metadata, v, shapes),
-        hidden_size=hidden_size,
-        intermediate_size=_same_in_all_layers(v, "feed_forward_length", REQUIRED),
-        num_layers=num_layers,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        context_length=context_length,
-        rope_dim=0 if rope_dim == head_dim else rope_dim,
-        tie_embeddings="output.weight" not in shapes,
-        qkv_bias="blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes,
-        attention_out_bias="blk.0.attn_output.bias" in shapes,
-        mlp_bias="blk.0.ffn_down.bias" in shapes,
-        **found,
-    )
-
-
-def _refuse(v: Metadata, key: str, neutral: tuple[Any, ...]) -> None:
-    """Raises a ModelError if the key has a value, or an element of a list, that is not neutral."""
-    value = v.get(key)
-    for one in value if isinstance(value, list) else [value]:
-        if one is not None and one not in neutral:
-            raise v.error(key, f"= {str(value)[:60]} is not supported")
-
-
-def _gguf_of_architecture(
-    v: Metadata, architecture: str, found: Mapping[str, Any], num_layers: int, hidden_size: int, heads: int
-) -> dict[str, Any]:
-    """What llama.cpp reads or computes for one architecture alone (its ``load_arch_hparams``)."""
-    rope = found["rope_theta"], found["rope_scaling"]
-    match architecture:
-        case "gemma2" | "gemma3":
-            changes: dict[str, Any] = {"embedding_scale": math.sqrt(hidden_size)}
-            # The models of 27B are known by their number of layers.
-            if num_layers == {"gemma2": 46, "gemma3": 62}[architecture]:
-                changes["attention_scale"] = (hidden_size // heads) ** -0.5
-            if architecture == "gemma2":
-                changes["attention_soft_cap"] = v.number("attn_logit_softcapping", 50.0)
-                changes["logit_soft_cap"] = v.number("final_logit_softcapping", 30.0)
-                local = v.number("rope.freq_base_swa", rope[0], above=1.0), rope[1]
-            else:
-                changes["logit_soft_cap"] = _unless_zero(v, "final_logit_softcapping")
-                local = v.number("rope.freq_base_swa", 10000.0, above=1.0), None
-            return changes | (_window_rope(*local, rope) if found["windows"] else {})
-        case "olmo2":
-            return _window_rope(rope[0], None, rope) if found["windows"] else {}
-        case "exaone4" | "cohere2":
-            changes = {"rotates": tuple(window is not None for window in found["windows"])}
-            if architecture == "cohere2":
-                changes["logit_scale"] = v.number("logit_scale")
-            return changes
-        case "gemma":
-            return {"embedding_scale": math.sqrt(hidden_size)}
-        case "command-r":
-            return {"logit_scale": _unless_zero(v, "logit_scale") or 1.0}
-        case "phi3":
-            return _phi3_windows(found["windows"], v.integer("context_length"))
-        case "smollm3":
-            return {"rotates": tuple(_every(4, num_layers))}
-        case "granite":
-            rotates = v.boolean("rope.scaling.finetuned", True)
-            return {
-                "embedding_scale": _unless_zero(v, "embedding_scale") or 1.0,
-                "residual_scale": _unless_zero(v, "residual_scale") or 1.0,
-                "attention_scale": _unless_zero(v, "attention.scale"),
-                "logit_scale": 1.0 / v.number("logit_scale"),
-                "rotates": () if rotates else (False,) * num_layers,
-            }
-        case "mistral3" if v.get("attention.temperature_scale"):
-            return {
-                "attention_temperature": v.number("attention.temperature_scale"),
-                "attention_temperature_length": v.integer(
-                    "rope.scaling.original_context_length", v.integer("context_length")
-                ),
-            }
-    return {}
-
-
-def _phi3_windows(windows: tuple[int | None, ...], context_length: int) -> dict[str, Any]:
-    """No windows where they are as long as the context: Phi's files of long contexts have such ones."""
-    return {"windows": ()} if windows and (windows[0] or 0) >= context_length else {}
-
-
-def _unless_zero(v: Metadata, key: str) -> float | None:
-    """A positive number, None if it is absent or 0."""
-    return v.number(key) if v.get(key) not in (None, 0, 0.0) else None
-
-
-def _same_in_all_layers(v: Metadata, key: str, default: Any) -> int:
-    """A number that may be given for each layer; different ones are not supported."""
-    value = v.get(key)
-    if not isinstance(value, list):
-        return v.integer(key, default)
-    if len({str(x) for x in value}) != 1:
-        raise v.error(key, f"differs between layers, which is not supported: {str(value)[:60]}")
-    return Metadata({v.prefix + key: value[0]}, v.prefix).integer(key)
-
-
-def _gguf_vocab_size(metadata: Mapping[str, Any], v: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    if tokens := Metadata(metadata).array("tokenizer.ggml.tokens", str, None):
-        return len(tokens)
-    embedding = shapes.get("token_embd.weight", ())
-    return v.integer("vocab_size", embedding[0] if embedding else REQUIRED)
-
-
-def _gguf_windows(v: Metadata, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """As llama.cpp: the pattern is true or false for each layer, or n for all layers but every n-th."""
-    key = "attention.sliding_window_pattern"
-    if isinstance(v.get(key), list):
-        slides = v.array(key, bool)
-        if len(slides) != num_layers:
-            raise v.wrong(key, f"true or false for each of {num_layers} layers")
-        must_slide = any(slides)
-    else:
-        slides = _every(v.integer(key, _PATTERNS.get(architecture, 0), least=0), num_layers)
-        must_slide = architecture in ("gemma2", "cohere2")
-    default = 4096 if architecture == "gemma2" else 0
-    window = v.integer("attention.sliding_window", default, least=0)
-    if not window and must_slide:
-        raise v.error("attention.sliding_window", "must be positive: there are layers with a window")
-    return _windows(window, slides) if window else ()
-
-
-def _gguf_rope(
-    v: Metadata, context_length: int, rope_dim: int, factors: Mapping[str, np.ndarray]
-) -> RopeScaling | None:
-    freqs, short, long = (_factors(name, factors.get(name), rope_dim) for name in ROPE_FACTORS)
-    kind = v.text("rope.scaling.type", None)
-    if kind is not None:
-        _check_one_of("rope scaling", kind, GGUF_ROPE_TYPES)
-    if kind == "longrope" or short or long:
-        if not (short and long):
-            raise ModelError(
-                "longrope rope scaling needs rope_factors_short.weight and rope_factors_long.weight"
-            )
-        if v.number("rope.scaling.factor", 1.0, above=-math.inf) not in (0.0, 1.0):
-            raise v.wrong("rope.scaling.factor", "1 with longrope rope scaling")
-        return RopeScaling(
-            "longrope",
-            original_context_length=v.integer("rope.scaling.original_context_length", context_length),
-            attention_factor=v.number("rope.scaling.attn_factor", 1.0),
-            factors=short,
-            long_factors=long,
-        )
-    # Files of 2023 have scale_linear; llama.cpp reads it as linear scaling if there is no factor.
-    factor = (
-        v.number("rope.scaling.factor", v.number("rope.scale_linear", 1.0, above=-math.inf), above=-math.inf)
-        or 1.0
-    )
-    if factor < 0:
-        raise v.wrong("rope.scaling.factor", "positive")
-    if freqs:
-        if kind not in (None, "none") and factor != 1.0:
-            raise ModelError(f"rope scaling {kind!r} together with rope_freqs.weight is not supported")
-        return RopeScaling("factors", factors=freqs)
-    if kind == "none" or factor == 1.0:
-        return None
-    if kind != "yarn":
-        return RopeScaling("linear", factor=factor)
-    if v.number("rope.scaling.yarn_ext_factor", 1.0, above=-math.inf) not in (1.0, -1.0):
-        raise v.wrong("rope.scaling.yarn_ext_factor", "1")
-    # As llama.cpp: (0.1 ln factor + 1) * attn_factor, divided by 0.1 multiplier ln factor + 1 if there is one.
-    attention = _mscale(factor, 1.0)
-    if multiplier := v.number("rope.scaling.yarn_log_multiplier", 0.0, above=-math.inf):
-        attention /= _mscale(factor, multiplier)
-    # Its converter writes config.json's attention_factor, which replaces this, as yarn_attn_factor.
-    attention = v.number("rope.scaling.yarn_attn_factor", attention)
-    return RopeScaling(
-        "yarn",
-        factor=factor,
-        original_context_length=v.integer("rope.scaling.original_context_length", context_length),
-        beta_fast=v.number("rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=v.number("rope.scaling.yarn_beta_slow", 1.0),
-        attention_factor=attention * v.number("rope.scaling.attn_factor", 1.0),
-    )
-
-
-def _factors(name: str, given: np.ndarray | None, rope_dim: int) -> tuple[float, ...]:
-    """A tensor of divisors of frequencies; empty if there is none."""
-    if given is None:
-        return ()
-    if given.size != rope_dim // 2 or not (np.isfinite(given).all() and (given > 0).all()):
-        raise ModelError(
-            f"{name} must hold {rope_dim // 2} positive numbers, half of rope.dimension_count, "
-            f"got {given.size} from {given.min()} to {given.max()}"
-        )
-    return tuple(float(x) for x in given.reshape(-1))
-
-
-def _mscale(factor: float, multiplier: float) -> float:
-    return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-# --- Hugging Face -----------------------------------------------------------------------------------------------
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -468,7 +168,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
             f"weights quantized with {method!r} are not supported; use the unquantized weights or a GGUF file"
         )
     for key, neutral in _HF_REFUSED.items():
-        _refuse(v, key, neutral)
+        refuse(v, key, neutral)
     given = {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
     v = Metadata({**_HF_DEFAULTS.get(model_type, {}), **given})
     architecture = HF_ARCHITECTURES[model_type]
@@ -490,7 +190,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         "attention_out_bias": bias,
         "mlp_bias": v.boolean("mlp_bias", False) and model_type in _WITH_MLP_BIAS,
         **rope_of,
-        **_BLOCKS.get(architecture, {}),
+        **BLOCKS.get(architecture, {}),
         "activation": _hf_activation(v, model_type),
     }
     found |= _hf_of_type(v, model_type, found, num_layers, hidden_size, head_dim)
@@ -523,7 +223,7 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         config = {**inside, **{key: config[key] for key in of_both if config.get(key) is not None}}
         model_type = Metadata(inside).text("model_type", _TEXT_PARTS[model_type])
     if model_type not in HF_ARCHITECTURES:
-        _check_one_of("architecture", model_type, (*HF_ARCHITECTURES, *_TEXT_PARTS))
+        check_one_of("architecture", model_type, (*HF_ARCHITECTURES, *_TEXT_PARTS))
     return model_type, config
 
 
@@ -532,19 +232,19 @@ def _hf_activation(v: Metadata, model_type: str) -> str:
     name = v.text(key, "silu")
     if model_type == "gemma" and name == "gelu":
         name = "gelu_pytorch_tanh"  # a legacy name, which transformers takes for this function
-    _check_one_of(key, name, tuple(_ACTIVATIONS))
+    check_one_of(key, name, tuple(_ACTIVATIONS))
     return _ACTIVATIONS[name]
 
 
 def _hf_of_type(
     v: Metadata, model_type: str, found: Mapping[str, Any], num_layers: int, hidden_size: int, head_dim: int
 ) -> dict[str, Any]:
-    """What transformers reads or computes for one model type alone."""
+    """Fields that transformers reads or computes for one model type alone."""
     match model_type:
         case "gemma2" | "gemma3_text":
             scalar = v.number("query_pre_attn_scalar")
             if model_type == "gemma3_text":
-                _refuse(v, "attn_logit_softcapping", ())
+                refuse(v, "attn_logit_softcapping", ())
             return {
                 "embedding_scale": math.sqrt(hidden_size),
                 "attention_scale": None if scalar == head_dim else scalar**-0.5,
@@ -571,7 +271,7 @@ def _hf_of_type(
         case "glm4":
             return {"attention_out_bias": False}
         case "phi3":
-            return _phi3_windows(found["windows"], v.integer("max_position_embeddings"))
+            return phi3_windows(found["windows"], v.integer("max_position_embeddings"))
         case "seed_oss":
             return {"attention_out_bias": v.boolean("attention_out_bias", False)}
         case "ministral3":
@@ -596,7 +296,7 @@ def _smollm3_rotates(v: Metadata, num_layers: int) -> tuple[bool, ...]:
     """``no_rope_layers``, 1 for a layer that rotates, or all layers but every n-th."""
     given = v.array("no_rope_layers", int, None)
     if given is None:
-        return tuple(_every(v.integer("no_rope_layer_interval"), num_layers))
+        return tuple(all_but_every(v.integer("no_rope_layer_interval"), num_layers))
     if len(given) < num_layers or not set(given) <= {0, 1}:
         raise v.wrong("no_rope_layers", f"0 or 1 for each of {num_layers} layers")
     return tuple(one == 1 for one in given[:num_layers])
@@ -634,7 +334,7 @@ def _hf_rope(v: Metadata, model_type: str, context_length: int) -> dict[str, Any
     if by_type:
         local_theta = v.number("rope_local_base_freq", theta, above=1.0)
         of_local = _hf_rope_of(v, Metadata(local), local_theta, context_length)
-        found |= _window_rope(*of_local, (theta, scaling))
+        found |= window_rope(*of_local, (theta, scaling))
     return found
 
 
@@ -645,7 +345,7 @@ def _hf_rope_of(
     kind = r.text("rope_type", r.text("type", "default"))
     if kind == "su" or (kind == "yarn" and r.get("long_factor") is not None):
         kind = "longrope"  # the names that Phi-3's first files have for it
-    _check_one_of("rope scaling", kind, HF_ROPE_TYPES)
+    check_one_of("rope scaling", kind, HF_ROPE_TYPES)
     theta = r.number("rope_theta", theta, above=1.0)
     if kind != "longrope":
         return theta, _hf_rope_scaling(r, kind, context_length)
@@ -681,7 +381,7 @@ def _hf_rope_scaling(r: Metadata, kind: str, context_length: int) -> RopeScaling
     attention = r.number("attention_factor", None)
     mscale, mscale_all = (r.number(key, 0.0, above=-math.inf) for key in ("mscale", "mscale_all_dim"))
     if attention is None and mscale and mscale_all:
-        attention = _mscale(factor, mscale) / _mscale(factor, mscale_all)
+        attention = yarn_factor(factor, mscale) / yarn_factor(factor, mscale_all)
     return RopeScaling(
         "yarn",
         factor,
@@ -710,7 +410,7 @@ def _hf_windows(v: Metadata, model_type: str, num_layers: int) -> tuple[int | No
         first = v.integer("max_window_layers", 28, least=0)
         slides = [wanted and i >= first for i in range(num_layers)]
     else:
-        slides = _hf_pattern(v, _PATTERNS[HF_ARCHITECTURES[model_type]], num_layers)
+        slides = _hf_pattern(v, PATTERNS[HF_ARCHITECTURES[model_type]], num_layers)
     types = _layer_types(v, num_layers, slides)
     if _SLIDING in types and not wanted:
         raise v.error("layer_types", f"has {_SLIDING}, but use_sliding_window is false")
@@ -722,7 +422,7 @@ def _hf_pattern(v: Metadata, default: int, num_layers: int) -> list[bool]:
     key = "sliding_window_pattern"
     pattern = v.get(key)
     if not isinstance(pattern, str):
-        return _every(v.integer(key, default), num_layers)
+        return all_but_every(v.integer(key, default), num_layers)
     if not pattern or not set(pattern) <= {"L", "G"}:
         raise v.wrong(key, "a number, or letters L and G")
     return [pattern[i % len(pattern)] == "L" for i in range(num_layers)]
@@ -749,4 +449,4 @@ def _uniform(v: Metadata, num_layers: int, slides: list[bool]) -> tuple[int | No
 def _sliding(v: Metadata, types: list[str]) -> tuple[int | None, ...]:
     if _SLIDING not in types:
         return ()
-    return _windows(v.integer("sliding_window"), [one == _SLIDING for one in types])
+    return windows_of(v.integer("sliding_window"), [one == _SLIDING for one in types])
