@@ -33,6 +33,7 @@ from small_models import (
     write_folder,
 )
 
+from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.batch import Batch
 from jaxpaged.sharding.mesh import MeshError
 
@@ -216,6 +217,37 @@ def test_every_field_changes_logits(without: dict[str, Any], field: dict[str, An
     config = ModelConfig("llama", **SIZES, **without)
     params = random_params(config)
     assert np.abs(logits(config, params) - logits(replace(config, **field), params)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [{"windows": (6,), "window_rope_theta": 50.0}, {"rotates": (False,)}],
+    ids=["own rope", "no rope"],
+)
+def test_shifted_keys_are_rotated_as_their_layer_rotates(layer: dict[str, Any]) -> None:
+    """In a single layer keys depend on tokens alone: removed ones leave what a cache without them has."""
+    config = ModelConfig("llama", **{**SIZES, "num_layers": 1}, **layer)
+    params, model = random_params(config), functional(config)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 20)
+
+    @jax.jit
+    def step(cache: Any, tokens: Any) -> Any:
+        cache, batch, ok = cache.reserve(jnp.asarray([tokens.size]), num_tokens=tokens.size)
+        logits, cache = model(params, tokens, cache, batch, jnp.arange(tokens.size))
+        return cache, logits, ok
+
+    found = []
+    for text in (tokens, tokens[5:]):
+        cache = PagedKVCache.create(**config.cache_spec, max_seqs=1, num_pages=8, max_seq_len=64, page_size=8)
+        cache, _, _ = step(cache, jnp.asarray(text, jnp.int32))
+        if len(text) == 20:
+            cache, removed = cache.seq_remove(0, 0, 5)
+            cache, shifted = cache.seq_shift(0, 5, -1, -5)
+            assert removed and shifted
+        _, logits, ok = step(cache, jnp.asarray([7, 8, 9], jnp.int32))
+        found.append(logits)
+        assert ok
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
 
 
 def test_a_norm_over_all_heads_is_not_split() -> None:

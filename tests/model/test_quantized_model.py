@@ -90,6 +90,12 @@ MODELS: dict[str, tuple[ModelConfig, Callable[[Placement], str]]] = {
         ),
         lambda _: "Q8_0",
     ),
+    # Which layers have which type is no matter of their kinds: period 2, and types of layers 0 and 3.
+    "two kinds, two types": (
+        small("llama", num_layers=4, windows=(9, None) * 2, rotates=(True, False) * 2),
+        lambda place: "Q6_K" if place.path.startswith(("blocks.0.", "blocks.3.mlp")) else "Q8_0",
+    ),
+    "no gate": (small("arcee", gated=False, activation="relu2", tie_embeddings=True), lambda _: "Q8_0"),
     "all biases": (small("llama", qkv_bias=True, attention_out_bias=True, mlp_bias=True), lambda _: "Q4_1"),
     "half a panel": (small("llama", num_kv_heads=1, head_dim=8, num_q_heads=32), lambda _: "Q3_K"),
     "head alone": (small("llama"), lambda place: "Q6_K" if "head" in place.path else "F32"),
