@@ -10,7 +10,7 @@ from typing import Any
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.session import Session
 from jaxpaged.cache.interface import seq_position_max
-from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, UnseenError, read_snapshot
+from jaxpaged.storage.snapshot_file import Snapshot, SnapshotError, read_snapshot
 from jaxpaged.storage.snapshots import restore, snapshot
 
 
@@ -67,12 +67,6 @@ class PromptCache:
             shared -= shared % size  # a finalized page is not written again
         try:
             cache = restore(cache, self.saved, seq=0, p1=shared)
-        except UnseenError:
-            self.session.note(
-                f"prompt cache: nothing reused, {self.path} lacks tokens that layers with a window would see "
-                f"behind {shared} of {len(ids)} prompt tokens"
-            )
-            return cache, 0
         except SnapshotError as error:
             raise InputError(f"--prompt-cache {self.path}: {error}") from error
         self.session.note(f"prompt cache: {shared} of {len(ids)} prompt tokens reused from {self.path}")

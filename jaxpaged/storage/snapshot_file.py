@@ -40,11 +40,6 @@ class SnapshotError(ValueError):
     was changed."""
 
 
-class UnseenError(SnapshotError):
-    """A beginning that cannot be restored, since layers with a window no longer hold what the next token
-    sees. Nothing was changed."""
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of a snapshot in the order of their sequences; ``i64[T]`` each."""

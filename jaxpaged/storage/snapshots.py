@@ -31,7 +31,6 @@ from jaxpaged.storage.snapshot_file import (
     SnapshotError,
     Stored,
     Tokens,
-    UnseenError,
     expand,
     write_snapshot,
 )
@@ -169,9 +168,9 @@ def restore(cache: Restored, saved: Snapshot, *, seq: int | None = None, p1: int
 
     Raises:
       OutOfPages: a pool, without the replaced sequences, has too few pages.
-      UnseenError: the snapshot lacks what the next token sees, in layers with a window.
       SnapshotError: pages of another format, pages of a residual format of another size, other
-        layers or heads, too few sequences, or a sequence with more entries than a row of the table.
+        layers or heads, too few sequences, or a sequence with more entries than a row of the table;
+        layers with a window of which the snapshot lacks what the next token sees.
       ValueError: ``seq`` is outside [0, S), or the snapshot has not exactly one sequence for it.
     """
     return map_parts(_write_group, cache, _plans(cache, saved, seq, p1), saved.groups)
@@ -238,7 +237,7 @@ def _tokens_to_restore(parts: Sequence[PagedKVCache], saved: Snapshot, p1: int) 
     """Tokens of each group before ``p1``, without entries that no next token sees.
 
     Raises:
-      UnseenError: one that the next token sees is missing.
+      SnapshotError: one that the next token sees is missing.
     """
     every = [saved.expand(g) for g in range(len(parts))]
     before = [tokens if p1 < 0 else tokens[tokens.position < p1] for tokens in every]
@@ -264,7 +263,7 @@ def _tokens_to_restore(parts: Sequence[PagedKVCache], saved: Snapshot, p1: int) 
         if lacks.any():
             i = int(np.argmax(lacks))
             layers = ", ".join(map(str, group.layers))
-            raise UnseenError(
+            raise SnapshotError(
                 f"a token at position {end[i] if g else max(p1, end[i])} of sequence {saved.sequences[i]} sees "
                 f"others from position {begin[i]} on, of which the snapshot lacks some in layers {layers}"
             )

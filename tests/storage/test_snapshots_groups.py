@@ -31,7 +31,7 @@ from jaxpaged import (
     restore,
     snapshot,
 )
-from jaxpaged.storage.snapshot_file import Snapshot, UnseenError, write_snapshot
+from jaxpaged.storage.snapshot_file import Snapshot, write_snapshot
 
 MODEL = "a model"
 jit_seen = counted(lambda cache: replace(cache, parts=tuple(part.without_unseen() for part in cache.parts)))
@@ -101,7 +101,7 @@ def test_any_history_comes_back_and_restoring_a_beginning_is_removing_the_rest(
         check_invariants(other)
         assert [contents(part) for part in other.parts] == seen(expected)
     else:
-        with pytest.raises(UnseenError, match="of which the snapshot lacks some in layers 0, 2"):
+        with pytest.raises(SnapshotError, match="of which the snapshot lacks some in layers 0, 2"):
             restore(grouped(window, **roomy), saved, p1=p1)
 
 
@@ -124,7 +124,7 @@ def test_the_whole_text_is_saved_where_every_layer_has_a_window(
             assert [one[0] for one in map(contents, other.parts)] == [one[0] for one in seen(expected)]
         else:
             with pytest.raises(
-                UnseenError, match=f"^a token at position {p1} of sequence 0 sees others from "
+                SnapshotError, match=f"^a token at position {p1} of sequence 0 sees others from "
             ):
                 restore(GroupedKVCache.create(groups, **sizes), saved, p1=p1)
     for count in (int(cache.lengths[0]) - 1, 58):
@@ -132,7 +132,7 @@ def test_the_whole_text_is_saved_where_every_layer_has_a_window(
             snapshot(cache, tmp_path / "no", seq=0, token_ids=range(count), fingerprint=MODEL)
     everything = GroupedKVCache.create([replace(group, window=None) for group in groups], **sizes)
     with pytest.raises(
-        UnseenError, match="a token at position 57 of sequence 0 sees others from position 0 on"
+        SnapshotError, match="a token at position 57 of sequence 0 sees others from position 0 on"
     ):
         restore(everything, saved)
 
@@ -146,7 +146,7 @@ def test_a_group_that_saw_everything_is_restored_with_a_window(tmp_path: Path) -
     assert [contents(part) for part in narrow.parts] == seen(local)
     assert saved.groups[0].num_tokens == saved.groups[1].num_tokens > short.groups[1].num_tokens
     with pytest.raises(
-        UnseenError, match=r"position 57 of sequence 0 sees others from position 0 on, .* layers 0, 2"
+        SnapshotError, match=r"position 57 of sequence 0 sees others from position 0 on, .* layers 0, 2"
     ):
         restore(grouped(window=400, num_pages=30), short)
 
@@ -287,6 +287,6 @@ def test_a_damaged_file_of_groups_is_one_line(tmp_path: Path) -> None:
     )  # fmt: skip
     write_snapshot(path, replace(saved, groups=(first, cut)))
     with pytest.raises(
-        UnseenError, match="a token at position 9 of sequence 2 sees others from position 0 on"
+        SnapshotError, match="a token at position 9 of sequence 2 sees others from position 0 on"
     ):
         restore(grouped(num_pages=30), read_snapshot(path, fingerprint=MODEL))
