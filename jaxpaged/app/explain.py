@@ -20,11 +20,16 @@ from jaxpaged.app.errors import InputError
 from jaxpaged.app.kv_report import readable
 from jaxpaged.app.loading import model_file
 from jaxpaged.app.measure_options import ExplainOptions
+from jaxpaged.app.tables import markdown_table
 from jaxpaged.attention.api import VARIABLE, default_platform
 from jaxpaged.attention.explain import Explanation, Step, explain
 from jaxpaged.attention.tpu.block_sizes import Blocks
+from jaxpaged.cache.groups import parts_of
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.formats import LANES
+
+_LENGTHS = (1024, 8192, 131072)
+"""Tokens of a sequence that layer groups are compared at."""
 
 
 def run(options: ExplainOptions) -> None:
@@ -55,6 +60,8 @@ def run(options: ExplainOptions) -> None:
             "bits_per_value": bits,
         }
         head = {"model": config.name, "platform": options.platform, "kv": kv}
+        if len(config.groups) > 1:
+            head["groups"] = _groups(config, options)
         click.echo(json.dumps({**head, "steps": rows}, indent=2))
         return
     group = config.num_q_heads // config.num_kv_heads
@@ -68,6 +75,8 @@ def run(options: ExplainOptions) -> None:
     )
     if opened := pages.bytes_of_staging:
         click.echo(f"the newest page of each sequence, until it is full: {_size(opened)} in 16 bits")
+    if len(config.groups) > 1:
+        click.echo(f"\nlayer groups: pages of a sequence, and bytes of all\n{_groups_table(config, options)}")
     for row in rows:
         click.echo(f"\n{row.pop('step')}")
         for name, value in row.items():
@@ -136,6 +145,50 @@ def _cache(config: ModelConfig, options: ExplainOptions, num_seqs: int) -> Paged
     layout = "lanes" if lanes else "plain"
     create = partial(_cache_type(options).paged, config, **sizes, max_seq_len=options.context, layout=layout)
     return jax.eval_shape(create)
+
+
+def _groups(config: ModelConfig, options: ExplainOptions) -> dict[str, Any]:
+    """Pages that a decoding sequence of each length holds in each layer group, and bytes of all groups
+    beside those of one pool."""
+    size = options.page_size
+    create = partial(
+        _cache_type(options).paged, config, groups=config.groups, num_pages=1, max_seqs=1, page_size=size
+    )
+    each = [part.bytes_per_page for part in parts_of(jax.eval_shape(create))]
+    rows = [
+        {
+            "layers": len(group.layers),
+            "window": group.window,
+            "page_bytes": page_bytes,
+            "pages": [group.pages_per_seq(n, size) for n in _LENGTHS],
+        }
+        for group, page_bytes in zip(config.groups, each, strict=True)
+    ]
+
+    def bytes_of(i: int) -> int:
+        return sum(row["pages"][i] * row["page_bytes"] for row in rows)
+
+    return {
+        "tokens": list(_LENGTHS),
+        "groups": rows,
+        "bytes": [bytes_of(i) for i in range(len(_LENGTHS))],
+        "bytes_of_one_pool": [-(-n // size) * sum(each) for n in _LENGTHS],
+    }
+
+
+def _groups_table(config: ModelConfig, options: ExplainOptions) -> str:
+    found = _groups(config, options)
+    columns: dict[str, list[str]] = {}
+    names = [
+        f"{row['layers']} layers that see " + ("all" if row["window"] is None else f"{row['window']} tokens")
+        for row in found["groups"]
+    ]
+    columns["layers"] = [*names, "all groups", "one pool (--swa-full)"]
+    for i, tokens in enumerate(found["tokens"]):
+        pages = [f"{row['pages'][i]} pages" for row in found["groups"]]
+        whole, one = found["bytes"][i], found["bytes_of_one_pool"][i]
+        columns[f"{tokens:,} tokens"] = [*pages, readable(whole), f"{readable(one)}, {one / whole:.2f} x"]
+    return markdown_table(columns, left=("layers",))
 
 
 def _described(found: Explanation, layers: int) -> dict[str, Any]:

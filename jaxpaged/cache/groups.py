@@ -66,7 +66,11 @@ class LayerGroup:
         every = -(-num_tokens // page_size)
         if self.window is None:
             return every
-        return min(every, pages_held(self.window + step_tokens, page_size))
+        return min(every, pages_held(self.window, step_tokens, page_size))
+
+
+_SPARE_ENTRIES = 3
+"""Table entries of a sequence beyond the pages that it holds: shifts and removals split some."""
 
 
 def check_groups(groups: Sequence[LayerGroup]) -> int:
@@ -137,9 +141,9 @@ class GroupedKVCache:
         for group, pages in ordered:
             width = max_seq_len
             if group.window is not None:
-                held = pages_held(group.window + step_tokens, page_size)
+                held = pages_held(group.window, step_tokens, page_size)
                 pages = min(pages, max_seqs * held) if isinstance(num_pages, int) else pages
-                width = min(held * page_size, max_seq_len or pages * page_size)
+                width = min((held + _SPARE_ENTRIES) * page_size, max_seq_len or pages * page_size)
             own = {name: getattr(group, name) for name in ("k_dtype", "v_dtype")}
             own = {name: value for name, value in own.items() if value is not None}
             parts.append(

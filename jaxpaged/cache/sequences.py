@@ -24,6 +24,9 @@ from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.rope import Rope
 
+_SHIFT_PAGES = 2
+"""Pages beyond those that its tokens fill, in which a shifted sequence may hold some."""
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -118,14 +121,13 @@ class Sequences:
           step: tokens of one sequence that one ``reserve`` adds at most, if ``num_new`` are added in
             several; pages before the window are freed in between.
         """
-        needed = reservation.plan(self.metadata, num_new).needed
-        bounds = [] if limit is None else [limit]
+        needed, size = reservation.plan(self.metadata, num_new).needed, self.metadata.page_size
+        bounds = [] if limit is None else [-(-limit // size) + _SHIFT_PAGES]
         if self.window is not None and step is not None:
-            bounds.append(self.window + step)
+            bounds.append(pages_held(self.window, step, size) + (_SHIFT_PAGES if bounds else 0))
         if not bounds:
             return needed
-        most = pages_held(min(bounds), self.metadata.page_size)
-        return jnp.minimum(needed, jnp.maximum(most - self.table.num_entries, 0))
+        return jnp.minimum(needed, jnp.maximum(min(bounds) - self.table.num_entries, 0))
 
     def whole_pages(self, num_tokens: Array) -> Array:
         """Number of pages that ``num_tokens`` tokens fill to the last slot, and that stay."""
@@ -212,10 +214,11 @@ class Sequences:
         return _edit(self, leaves, drop, first_seen, can_fail=False)[0]
 
 
-def pages_held(num_tokens: int, page_size: int) -> int:
-    """Pages that ``num_tokens`` successive tokens of a sequence lie in at most: its first and last page may
-    be held in part."""
-    return -(-num_tokens // page_size) + 2
+def pages_held(window: int, step_tokens: int, page_size: int) -> int:
+    """Pages that a sequence holds at most in layers with a window, after a step that adds
+    ``step_tokens``: what the first of them sees, and themselves."""
+    num_tokens = window - 1 + step_tokens
+    return (num_tokens + page_size - 2) // page_size + 1  # the first and the last page in part
 
 
 Cache = TypeVar("Cache", bound=Sequences)

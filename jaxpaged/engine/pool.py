@@ -148,7 +148,7 @@ class PagedPool(Pool):
         """Pages that a sequence holds at most in each group with a window."""
         for part in device.parts[1:]:
             assert part.window is not None, "only the first group sees everything"
-            held = pages_held(part.window + step_tokens, self.page_size)
+            held = pages_held(part.window, step_tokens, self.page_size)
             if part.num_pages < held:
                 raise ValueError(
                     f"a window of {part.window} tokens and steps of {step_tokens} need {held} pages of "

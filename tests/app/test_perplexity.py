@@ -70,7 +70,7 @@ def test_cut_drops_the_rest_and_puts_bos_first():
 
 def test_f32_scores_what_the_model_says_without_a_cache(measured, chunks):
     (found,) = measured(F32)
-    step = SimpleNamespace(rope_positions=jnp.arange(N_CTX), num_valid=N_CTX)
+    step = SimpleNamespace(rope_positions=jnp.arange(N_CTX), position=jnp.arange(N_CTX), num_valid=N_CTX)
     rows = jnp.arange(N_CTX // 2, N_CTX - 1)
     logits_of = jax.jit(lambda params, chunk: measured.model(params, chunk, NoCache(), step, rows)[0])
     for chunk, nll, right in zip(chunks, found.nll, found.right, strict=True):

@@ -42,7 +42,7 @@ def test_texts_are_those_of_the_model_alone_and_pages_are_bounded(engine: Engine
             results.setdefault(output.request_id, []).extend(output.tokens)
         engine.check_state()
         _, local = engine.stats().groups
-        assert local.pages_used <= engine.stats().running * pages_held(WINDOW + 16, PAGE_SIZE)
+        assert local.pages_used <= engine.stats().running * pages_held(WINDOW, 16, PAGE_SIZE)
     for request in requests:
         assert results[request.request_id] == alone(request.prompt, 24, WINDOWS)
 
@@ -149,9 +149,9 @@ def test_preempted_samples_swap_the_pages_of_all_groups() -> None:
 
 def test_a_group_without_pages_for_one_sequence_is_named() -> None:
     with pytest.raises(
-        ValueError, match="a window of 12 tokens and steps of 16 need 6 pages of 8, the group has 5"
+        ValueError, match="a window of 12 tokens and steps of 16 need 5 pages of 8, the group has 4"
     ):
-        make_engine(groups=toy_groups(), num_pages=(NUM_PAGES, 5))
+        make_engine(groups=toy_groups(), num_pages=(NUM_PAGES, 4))
 
 
 def test_a_match_ends_where_every_group_has_what_is_seen() -> None:

@@ -71,7 +71,7 @@ def test_samples_depend_on_their_seeds_alone(mesh: tuple[int, int]):
     "options",
     [
         {"context_shift": ContextShift(20, n_keep=2)},
-        {"window": 9},
+        {"cache": {"window": 9}},
         {"cache": {"paged": False}},
         {"cache": {"dtype": "bf16"}},
         {"cache": {"dtype": "q8_0"}},

@@ -201,7 +201,7 @@ def _window_pages(group: LayerGroup, options: ServeOptions) -> int:
     """Pages a sequence of a group with a window: those that it holds, and those of two windows that the
     prefix cache keeps of it, at the end of its prompt and of its text."""
     assert group.window is not None, "only the first group sees everything"
-    held = pages_held(group.window + max(options.step_tokens, options.parallel), options.page_size)
+    held = pages_held(group.window, max(options.step_tokens, options.parallel), options.page_size)
     return held + 2 * (-(-group.window // options.page_size) + 1) * options.prefix_cache
 
 
