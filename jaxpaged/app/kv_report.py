@@ -183,7 +183,7 @@ class KVReport:
     cache_type: CacheType
     page_size: int
     pages_total: tuple[int, ...]
-    """Of each layer group, as ``pages_peak``."""
+    """One number for each layer group, as ``pages_peak``."""
     pages_peak: tuple[int, ...]
     groups: tuple[LayerGroup, ...]
     bytes_peak: int

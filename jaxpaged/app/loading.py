@@ -82,6 +82,7 @@ def open_model(options: ModelFlags, *, mesh: str | None = None, show_progress: b
                 exact=options.exact,
                 progress=report,
                 mesh=devices,
+                context_length=getattr(options, "ctx_size", 0) or None,
             )
     except OSError as error:
         raise InputError(

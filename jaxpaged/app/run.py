@@ -32,7 +32,7 @@ class Run:
     finish_reason: list[int]
     timings: Timings = field(default_factory=Timings)
     pages_peak: int | np.ndarray = 0
-    """Of each layer group, in a cache that has several."""
+    """In a cache of several layer groups, one number for each."""
     cache_hit: bool = False
     """True if the programs were in the executable cache."""
     drafted: int = 0

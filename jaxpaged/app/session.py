@@ -50,7 +50,7 @@ class Session:
     """Seed of the first sequence."""
     timings: Timings = field(default_factory=Timings)
     pages_peak: int | np.ndarray = 0
-    """Of each layer group."""
+    """In a cache of several layer groups, one number for each."""
     first_token: float | None = None
     """Seconds from the start of the process to the first token of the first run."""
     start: list[str] = field(default_factory=list)

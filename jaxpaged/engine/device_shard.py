@@ -76,7 +76,7 @@ class DeviceShard:
         self.first_slot = index * self.cache.max_seqs
         """Number of its first sequence among the slots of an engine."""
         self.parts = device.parts
-        """Of each layer group; none without pages."""
+        """The cache of each layer group, with shapes in place of arrays; none without pages."""
         self.tables: tuple[HostTable, ...]
         """The block table of each layer group as it is now."""
         self.update(tuple(_empty(self.cache.max_seqs, part) for part in self.parts or (None,)))

@@ -62,7 +62,7 @@ class Batch:
     >>> prefix = dataclasses.replace(batch, visible_end=prompt_lengths[batch.sequence])  # doctest: +SKIP
     """
     of_groups: tuple[GroupRows, ...] = ()
-    """Of each layer group, in a cache that has several; ``page``, ``slot`` and ``finalized`` are those of
+    """Rows of each layer group, in a cache that has several; ``page``, ``slot`` and ``finalized`` are those of
     the first."""
 
     def of_group(self, group: int) -> Batch:

@@ -6,7 +6,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,31 @@ MODEL_SHAPES = {
 }
 """Models with random weights, for benchmarks that need no file."""
 SMOLLM2_135M = MODEL_SHAPES["SmolLM2-135M"]
+
+
+GEMMA_3_270M = ModelConfig(
+    "gemma3", 32768, 640, 2048, 18, 4, 1, 256, 32768, name="Gemma 3 270M shape, random weights",
+    rms_norm_eps=1e-6, rope_theta=1e6, window_rope_theta=1e4, tie_embeddings=True, qk_norm="head", norms="both",
+    activation="gelu_tanh", embedding_scale=float(np.float32(640**0.5)),
+    windows=tuple(None if i % 6 == 5 else 1024 for i in range(18)),
+)  # fmt: skip
+"""Layers of Gemma 3 270M, with the window of its larger siblings and a smaller vocabulary."""
+
+
+def write_random_model(
+    path: Path, config: ModelConfig, quantization: Literal["F32", "F16", "Q8_0"] = "Q8_0"
+) -> None:
+    """Writes a GGUF file of random weights, with the embedded model's tokenizer."""
+    from jaxpaged_model import tiny
+    from jaxpaged_model.checkpoint.export import write_gguf
+    from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+    from jaxpaged_model.llama import random_params
+
+    metadata = {k: v for k, v in GGUFFile(tiny.PATH).metadata.items() if k.startswith("tokenizer.")}
+    missing = config.vocab_size - len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += [f"<unused{i}>" for i in range(missing)]
+    metadata["tokenizer.ggml.token_type"] += [5] * missing
+    write_gguf(path, config, random_params(config), quantization=quantization, tokenizer_metadata=metadata)
 
 
 def noise(pool: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:

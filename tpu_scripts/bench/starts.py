@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_scripts import common
-from tpu_scripts.bench.models import SMOLLM2_135M
+from tpu_scripts.bench.models import SMOLLM2_135M, write_random_model
 from tpu_scripts.common import Parser, each, positive
 
 _WORDS = ["The", "capital", "of", "France", "is", "a", "city", "on", "the", "river", "that"]
@@ -75,21 +75,6 @@ def run(model: Path, cache: Path, words: int, *flags: str, verbose: bool) -> Sta
     return Start(float(first[1]), float(programs[1]), programs[2] == "compiled", usage.ru_maxrss // 1024)
 
 
-def write_model(path: Path, num_layers: int) -> None:
-    """Writes a model of random weights, with the embedded model's tokenizer."""
-    from jaxpaged_model import tiny
-    from jaxpaged_model.checkpoint.export import write_gguf
-    from jaxpaged_model.checkpoint.gguf_file import GGUFFile
-    from jaxpaged_model.llama import random_params
-
-    config = replace(SMOLLM2_135M, num_layers=num_layers)
-    metadata = {k: v for k, v in GGUFFile(tiny.PATH).metadata.items() if k.startswith("tokenizer.")}
-    missing = config.vocab_size - len(metadata["tokenizer.ggml.tokens"])
-    metadata["tokenizer.ggml.tokens"] += [f"<unused{i}>" for i in range(missing)]
-    metadata["tokenizer.ggml.token_type"] += [5] * missing
-    write_gguf(path, config, random_params(config), quantization="Q8_0", tokenizer_metadata=metadata)
-
-
 def measure(model: Path, repeat: int, verbose: bool) -> dict[str, Any]:
     """Starts of one model; seconds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +116,8 @@ def main() -> None:
             models[f"{layers} layers"] = Path(folder, f"{layers}.gguf")
             # Elsewhere: the peak of a process begins at the memory of the one that starts it.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                pool.submit(write_model, models[f"{layers} layers"], layers).result()
+                config = replace(SMOLLM2_135M, num_layers=layers)
+                pool.submit(write_random_model, models[f"{layers} layers"], config).result()
         for name, path in models.items():
             found = measure(path, args.repeat, args.verbose)
             rows.append({"model": name, **found})
