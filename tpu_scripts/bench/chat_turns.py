@@ -5,11 +5,11 @@
 
 Needs: pip install -e ".[serve]".
 
-Each server serves one conversation, whose every turn sends all of the text so far. "windows" keeps the windows of layers
-that see no more, "swa-full" all tokens in all layers; llama-server, where it is given, is started with the flags that
-its name shows. Servers are measured one after the other, each in a process of its own; prompts are token ids, so that
-all of them read the same text but for what they generated. Without -m, the model has random weights in the shape of
-Gemma 3 270M (Q8_0), with windows of 1,024 tokens.
+Each server serves one conversation, whose every turn sends all of the text so far. "windows" keeps of layers with a
+window what it reaches, "swa-full" all tokens in all layers; llama-server, where it is given, is started with the flags
+that its name shows. Servers are measured one after the other, each in a process of its own; prompts are token ids, so
+that all of them read the same text but for what they generated. Without -m, the model has random weights in the shape
+of Gemma 3 270M (Q8_0), with windows of 1,024 tokens.
 """
 
 from __future__ import annotations
