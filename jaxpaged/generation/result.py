@@ -50,9 +50,14 @@ class GenerateResult(ResultBase):
     accepted: Array
     """i32[R]: number of drafted tokens that are part of the text."""
     pages_peak: Array
-    """i32[]: largest number of pages in use after any step."""
+    """i32[]: largest number of pages in use after any step; i32[G] with G layer groups."""
     num_steps: Array
     """i32[]: runs of the model."""
+
+    def token_lists(self) -> list[list[int]]:
+        """Generated tokens of each row on the host, without padding and without rows of padding."""
+        rows = zip(*jax.device_get((self.tokens, self.num_tokens, self.finish_reason)), strict=True)
+        return [tokens[:count].tolist() for tokens, count, reason in rows if reason != RUNNING]
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +84,7 @@ class BeamResult(ResultBase):
     num_steps: Array
     """i32[]: steps that gave beams a token."""
     pages_peak: Array
-    """i32[]: largest number of pages in use after any step."""
+    """i32[]: largest number of pages in use after any step; i32[G] with G layer groups."""
     unshared_peak: Array
     """i32[]: the same if no sequences shared pages."""
     pages_mean: Array

@@ -475,3 +475,10 @@ def test_generation_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, pa
     rest, _ = generate(toy, params, cache, newest, max_new_tokens=10, keep=True)
     joined = [a + b for a, b in zip(tokens, rows_of(rest), strict=True)]
     assert joined == expected
+
+
+def test_token_lists_are_the_rows_without_padding(params: Any) -> None:
+    result, _ = run(params, paged(), PROMPTS[:2], [3, 7])
+    assert len(result.tokens) > 2  # rows of padding
+    assert result.token_lists() == rows_of(result)[:2]
+    assert list(map(len, result.token_lists())) == [3, 7]
