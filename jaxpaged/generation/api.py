@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxpaged.cache.interface import Cache
 from jaxpaged.compilation.options import compiler_options
-from jaxpaged.generation.loop import Model, run
+from jaxpaged.generation.loop import Model, check_model, run
 from jaxpaged.generation.prompts import PromptsLike, token_lists
 from jaxpaged.generation.request import (
     EARLY_STOPPING,
@@ -54,6 +54,7 @@ def gather_result(result: Any, sharding: BatchSharding) -> Any:
 
 def _run(model: Model, params: Any, cache: Cache, request: Request, sharding: BatchSharding) -> Any:
     """``(result, cache)`` of a request, on a mesh with the result gathered on the host."""
+    check_model(model)
     result, cache = run_donating(jax.default_backend())(model, params, cache, request)
     return (result if mesh_of(cache) is None else gather_result(result, sharding)), cache
 

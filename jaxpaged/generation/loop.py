@@ -39,6 +39,24 @@ Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
 """``(params, tokens i32[T], cache, batch, rows i32[R]) -> (logits f32[R, V], cache)``"""
 
 
+def check_model(model: Any) -> None:
+    """Checks that programs can be kept for a model.
+
+    Raises:
+      ValueError: it is not callable, or not hashable.
+    """
+    try:
+        hash(model)
+    except TypeError:
+        kind = type(model).__name__
+        raise ValueError(
+            f"model must be hashable, since a program is compiled for it, got {kind}: pass a function of (params, "
+            "tokens, cache, batch, rows), and what it computes with as params"
+        ) from None
+    if not callable(model):
+        raise ValueError(f"model must be a function, got {type(model).__name__}")
+
+
 @dataclass(frozen=True)
 class LimitVocab:
     """A model that returns the first ``vocab_size`` logits only, where a vocabulary is padded.

@@ -14,7 +14,7 @@ from jaxpaged.cache.interface import Cache
 from jaxpaged.compilation import background
 from jaxpaged.compilation.executable_cache import cached_compile
 from jaxpaged.generation.api import gather_result
-from jaxpaged.generation.loop import Model, advance, begin, result_of
+from jaxpaged.generation.loop import Model, advance, begin, check_model, result_of
 from jaxpaged.generation.prompts import PromptsLike
 from jaxpaged.generation.request import Request
 from jaxpaged.generation.result import RUNNING
@@ -140,6 +140,7 @@ def generate_stream(
     """
     if every < 1:
         raise ValueError(f"every must be positive, got {every}")
+    check_model(model)
     mesh = mesh_of(cache)
     request = Request.create(cache, prompts, n=n, **options)
     sharding = None if mesh is None else BatchSharding.of(mesh, len(prompts), n)

@@ -482,3 +482,16 @@ def test_token_lists_are_the_rows_without_padding(params: Any) -> None:
     assert len(result.tokens) > 2  # rows of padding
     assert result.token_lists() == rows_of(result)[:2]
     assert list(map(len, result.token_lists())) == [3, 7]
+
+
+def test_a_model_that_no_program_can_be_kept_for_is_named(params: Any) -> None:
+    class Weights(dict):
+        def __call__(self, *_: Any) -> None: ...
+
+    for call in (generate, generate_stream):
+        with pytest.raises(
+            ValueError, match="model must be hashable, since a program is compiled for it, got Weights"
+        ):
+            call(Weights(), params, paged(), PROMPTS, max_new_tokens=2)
+        with pytest.raises(ValueError, match="model must be a function, got str"):
+            call("toy", params, paged(), PROMPTS, max_new_tokens=2)
