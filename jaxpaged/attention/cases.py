@@ -59,6 +59,11 @@ LLAMA_3_70B_TP8: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 1, "head_di
 """Heads of one of eight devices."""
 QWEN3_8B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 GEMMA_2_9B: dict[str, Any] = {"num_q_heads": 16, "num_kv_heads": 8, "head_dim": 256}
+GEMMA_3_1B: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 1, "head_dim": 256}
+GEMMA_3_4B: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 4, "head_dim": 256}
+GEMMA_3_12B: dict[str, Any] = {"num_q_heads": 16, "num_kv_heads": 8, "head_dim": 256}
+GEMMA_3_27B: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 16, "head_dim": 128}
+PHI_4_MINI: dict[str, Any] = {"num_q_heads": 24, "num_kv_heads": 8, "head_dim": 128}
 
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": SMOLLM2_135M,
@@ -67,7 +72,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": QWEN3_0_6B,
     "Qwen3-8B": QWEN3_8B,
     "Mistral-7B": MISTRAL_7B,
+    "Gemma-2-2B": GEMMA_2_2B,
     "Gemma-2-9B": GEMMA_2_9B,
+    "Gemma-3-1B": GEMMA_3_1B,
+    "Gemma-3-4B": GEMMA_3_4B,
+    "Gemma-3-12B": GEMMA_3_12B,
+    "Gemma-3-27B": GEMMA_3_27B,
+    "Phi-4-mini": PHI_4_MINI,
+    "Phi-3-mini": PHI_3_MINI,
+    "StableLM-3B": STABLELM_3B,
 }
 """Heads of real models, for benchmarks and ahead-of-time compilation."""
 

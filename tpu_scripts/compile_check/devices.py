@@ -29,9 +29,14 @@ LLAMA_3_8B_PRODUCTS = ((6144, 4096), (4096, 14336))
 """Rows and columns of Llama-3-8B's queries, keys and values as one matrix, and of the last matrix of its MLP."""
 MASKS: dict[str, dict[str, Any]] = {
     "Mistral-7B": {"window": 4096},
+    "Gemma-2-2B": {"window": 4096, "soft_cap": 50.0},
     "Gemma-2-9B": {"window": 4096, "soft_cap": 50.0},
+    "Gemma-3-1B": {"window": 512},
+    "Gemma-3-4B": {"window": 1024},
+    "Gemma-3-12B": {"window": 1024},
+    "Gemma-3-27B": {"window": 1024},
 }
-"""Masks of models beyond causality, which their heads alone do not say."""
+"""Masks of models beyond causality, which their heads alone do not say: those of layers with a window."""
 CONTEXT = 8192
 TPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

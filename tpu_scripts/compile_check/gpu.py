@@ -54,7 +54,7 @@ from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 NUM_PAGES, PROMPT, PROMPT_SEQS = 8192, 512, 8
 QUANTIZED = ("q8_0", "q8_0/q4_0", "q4_0", "q4_0 Hadamard")
 """Formats of keys and values; "Hadamard": rows are stored under a Hadamard transform."""
-QUANTIZED_MODELS = ("SmolLM2-135M", "Llama-3-8B", "Gemma-2-9B")
+QUANTIZED_MODELS = ("SmolLM2-135M", "Llama-3-8B", "Gemma-2-9B", "Gemma-3-1B", "Gemma-3-4B", "Phi-4-mini")
 COLUMNS = {
     "models": "model",
     "pages": "pages",
@@ -137,13 +137,15 @@ class GpuCompiler(Compiler):
         for page_size in (32,) if quick else (32, 64):
             for name, pages, step in itertools.product(QUANTIZED_MODELS, QUANTIZED, ((8, 1), (PROMPT, None))):
                 yield self.attention([name], *step, page_size, pages)
+        for step in ((8, 1), (PROMPT, None)):  # head_dim 96: codes of 8 bits, in pages of 64
+            yield self.attention(["Phi-3-mini"], *step, 64, "q8_0")
         for head_dim, pages in itertools.product((64, 128), ("bf16", "q8_0", "q4_0")):
             yield self.donated_step(head_dim, pages)
         for name, sizes in itertools.product(WEIGHT_FORMATS, LLAMA_3_8B_PRODUCTS[: 1 if quick else 2]):
             yield self.product(name, *sizes)
         for row in step_rows(self, self.report, quick):
-            kind = f"{row.pop('kind')} step"
-            yield {"models": f"Llama-3-8B, {row.pop('weights')} weights", "pages": "bf16", "kind": kind} | row
+            models = f"{row.pop('model')}, {row.pop('weights')} weights"
+            yield {"models": models, "pages": row.pop("pages"), "kind": f"{row.pop('kind')} step"} | row
 
     def arguments(
         self, heads: dict[str, int], tokens: int, max_q_len: int | None, page_size: int, pages: str

@@ -31,6 +31,7 @@ from jaxpaged.attention.cases import LLAMA_3_8B, MODELS, SMOLLM2_135M
 from jaxpaged.attention.tpu import backend as mosaic_tpu
 from jaxpaged.attention.tpu.block_sizes import describe
 from jaxpaged.pages.formats import BlockFormat, page_format
+from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
 from tpu_scripts import common
 from tpu_scripts.common import Parser, note
@@ -54,6 +55,8 @@ TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 DECODE_BATCH, PREFILL_CHUNK = 8, 512
 POOL_TOKENS = 1 << 17
 KINDS = ("decode", "prefill")
+BATCHES = (1, 64)
+"""Other numbers of sequences of a decode step, of pages of 32 tokens."""
 QUANTIZED = ("q8_0/q4_0", "q8_0", "q4_0")
 """Formats of quantized pages, of keys and values."""
 MATRIX_UNITS = {"v4": (4, 128), "v5e": (4, 128), "v5p": (4, 128), "v6e": (2, 256), "tpu7x": (2, 256)}
@@ -64,7 +67,7 @@ TABLES = {
     "kernels": "target, model, kind, page_size, dtype, blocks, vmem_mib, temp_mib, code_mib, seconds, result",
     "layout": "target, layout, kind, pool_mib, temp_mib, alias_mib, accessed_mib, code_mib, result",
     "products": "target, weights, kind, temp_mib, code_mib, seconds, result",
-    "steps": "target, weights, kind, pool_mib, alias_mib, temp_mib, most_mib, code_mib, seconds, result",
+    "steps": "target, model, weights, pages, kind, pool_mib, alias_mib, temp_mib, most_mib, code_mib, seconds, result",
     "bundles": "target, kind, block, kernel, bundles, least, total, result",
 }
 """Columns of each table."""
@@ -128,7 +131,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             elif name == "layout":
                 heads[2] = "program"
             elif name == "steps":
-                heads[2] = "step"
+                heads[4] = "step"
             print(f"\n{common.head(*heads, left=heads)}")
             for row in chosen:
                 print(common.row(*(cell(row, column) for column in names)))
@@ -148,11 +151,15 @@ class TpuCompiler(Compiler):
         for page_size in (32,) if quick else (8, 16, 32, 64):
             for names, kind in itertools.product(same_heads(MODELS), KINDS):
                 yield self.attention(names, kind, page_size)
+        if not quick:
+            for names, count in itertools.product(same_heads(MODELS), BATCHES):
+                yield self.attention(names, "decode", 32, batch=count)
         for kind in KINDS:
             yield self.attention(["Llama-3-8B"], kind, 32, dtype="f32")
+        blocks = {name: heads for name, heads in MODELS.items() if heads["head_dim"] % BLOCK == 0}
         for dtype in QUANTIZED[:1] if quick else QUANTIZED:
             for page_size in (32,) if quick else (16, 32, 64):
-                for names, kind in itertools.product(same_heads(MODELS), KINDS):
+                for names, kind in itertools.product(same_heads(blocks), KINDS):
                     yield self.attention(names, kind, page_size, dtype=dtype)
         for layout, dtype in (("plain", "bf16"), ("lanes", "bf16"), ("lanes", "q8_0"), ("lanes", "q4_0")):
             yield from self.layout(layout, dtype)
@@ -194,15 +201,14 @@ class TpuCompiler(Compiler):
         layout: str = "lanes",
         rope: bool = True,
         write_first: bool = False,
+        batch: int = DECODE_BATCH,
     ) -> dict[str, Any]:
         """Row of attention: of a decode batch, or of a chunk of one prompt; with the donated write before it, too.
 
         ``dtype``: format of pages, or of keys and of values: "q8_0/q4_0".
         """
         heads, masks = MODELS[names[0]], MASKS.get(names[0], {})
-        tokens, max_seqs, max_q_len = (
-            (DECODE_BATCH, DECODE_BATCH, 1) if kind == "decode" else (PREFILL_CHUNK, 1, None)
-        )
+        tokens, max_seqs, max_q_len = (batch, batch, 1) if kind == "decode" else (PREFILL_CHUNK, 1, None)
         q_dtype = jnp.float32 if dtype == "f32" else jnp.bfloat16
         head_dim, num_kv_heads = heads["head_dim"], heads["num_kv_heads"]
         q = self.array(tokens, heads["num_q_heads"], head_dim, dtype=q_dtype)
@@ -210,9 +216,9 @@ class TpuCompiler(Compiler):
         k_name, _, v_name = dtype.partition("/")
         k_storage, k_pool = self.pages(heads, page_size, k_name, layout)
         v_storage, v_pool = self.pages(heads, page_size, v_name or k_name, layout)
-        table, batch, angles = self.step(tokens, max_q_len, max_seqs, page_size, head_dim)
+        table, rows, angles = self.step(tokens, max_q_len, max_seqs, page_size, head_dim)
         config = make_config(head_dim, None, masks.get("window"), masks.get("soft_cap"))
-        rest = q, table, batch, angles if rope else None
+        rest = q, table, rows, angles if rope else None
 
         def attend(k_pages: Any, v_pages: Any, q: Any, table: Any, batch: Any, rope: Any) -> Any:
             return mosaic_tpu.paged_attention(q, k_pages, v_pages, table, batch, config, None, rope)
@@ -238,7 +244,7 @@ class TpuCompiler(Compiler):
         return row | {
             "table": "kernels",
             "model": ", ".join(names),
-            "kind": kind,
+            "kind": kind if batch == DECODE_BATCH else f"{kind} of {batch}",
             "page_size": page_size,
             "dtype": dtype,
             "layout": layout,
