@@ -79,7 +79,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "Gemma-3-12B": GEMMA_3_12B,
     "Gemma-3-27B": GEMMA_3_27B,
     "Phi-4-mini": PHI_4_MINI,
-    "Phi-3-mini": PHI_3_MINI,
 }
 """Heads of real models, for benchmarks and ahead-of-time compilation."""
 

@@ -137,8 +137,6 @@ class GpuCompiler(Compiler):
         for page_size in (32,) if quick else (32, 64):
             for name, pages, step in itertools.product(QUANTIZED_MODELS, QUANTIZED, ((8, 1), (PROMPT, None))):
                 yield self.attention([name], *step, page_size, pages)
-        for step in ((8, 1), (PROMPT, None)):  # head_dim 96: codes of 8 bits, in pages of 64
-            yield self.attention(["Phi-3-mini"], *step, 64, "q8_0")
         for head_dim, pages in itertools.product((64, 128), ("bf16", "q8_0", "q4_0")):
             yield self.donated_step(head_dim, pages)
         for name, sizes in itertools.product(WEIGHT_FORMATS, LLAMA_3_8B_PRODUCTS[: 1 if quick else 2]):
