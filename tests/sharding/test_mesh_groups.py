@@ -37,7 +37,9 @@ def grouped(mesh: Mesh | None, max_seqs: int, **sizes: Any) -> Any:
 @functools.cache
 def expected() -> list[list[int]]:
     model = mesh_kit.loaded("windowed")
-    result, _ = generate(model.function, model.params, grouped(None, 4), PROMPTS, max_new_tokens=24, batch_size=16)
+    result, _ = generate(
+        model.function, model.params, grouped(None, 4), PROMPTS, max_new_tokens=24, batch_size=16
+    )
     return np.asarray(result.tokens)[:, :24].tolist()
 
 
