@@ -35,8 +35,8 @@ class Side(NamedTuple):
     pools: Sequence[Any]
     """In HBM, the parts of pages ``[N, ...]``: numbers, or codes and scales."""
     buffers: Sequence[Any]
-    """In VMEM, two of each: numbers or codes ``[2, KV, rows of pages, lanes]``, scales ``[2, pages,
-    ...]``."""
+    """In VMEM, two of each: numbers ``[2, KV, rows of pages, lanes]``, or codes, in pieces of 128 lanes, and
+    scales ``[2, pages, ...]``."""
     scales: Any
     """The scales of the block at hand, see ``tpu_blocks.scales_shape``."""
 
@@ -477,9 +477,11 @@ def _over_heads(num_kv_heads: int, at_once: int, body: Any) -> None:
 def _load(side: Side, slot: Array, h: Any, cut: Cut) -> Array:
     """``[columns, lanes]``, keys or values of a head as they are multiplied; their codes, where
     queries are split."""
-    numbers = side.buffers[0][slot, h]
     if not isinstance(side.storage, LaneBlockFormat):
-        return numbers.astype(cut.dtype)
+        return side.buffers[0][slot, h].astype(cut.dtype)
+    pieces = side.storage.pieces
+    parts = [side.buffers[0][slot, h * pieces + i] for i in range(pieces)]
+    numbers = parts[0] if pieces == 1 else jnp.concatenate(parts, axis=1)
     if side.storage.bits == 4:
         numbers = pltpu.bitcast(numbers, jnp.int4)
     if cut.split:

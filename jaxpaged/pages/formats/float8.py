@@ -6,13 +6,14 @@ whole pool to float16 and back for every write.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpaged.pages.formats.blocks import BlockFormat, BlockPages, Parts
+from jaxpaged.pages.formats.plain import scatter_rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Float8Format(BlockFormat):
         return pages.parts["codes"][page, :, slot]
 
     def write(self, pages: BlockPages, page: Array, slot: Array, rows: Array) -> BlockPages:  # type: ignore[override]
-        return super().put(pages, page, slot, self.encode(rows))
+        return self.put(pages, page, slot, self.encode(rows)["codes"])
 
     def put(self, pages: BlockPages, page: Array, slot: Array, stored: Array) -> BlockPages:  # type: ignore[override]
-        return super().put(pages, page, slot, {"codes": stored})
+        codes = scatter_rows(pages.parts["codes"], page, slot, stored)
+        return replace(pages, parts={"codes": codes})

@@ -6,6 +6,9 @@ token). With R rows per page and B = ``width / 32`` blocks per row:
 
 - ``codes i8[N, KV, R, width]``, signed. 4-bit codes: ``[N, KV, R / 2, width]``; a byte has the codes
   of two consecutive rows in one lane, the first in its low half, in the order a TPU unpacks them.
+  Rows of C = ``width / 128 > 1`` times 128 lanes are cut: ``[N, KV * C, R, 128]``, piece c of head h
+  has index ``h * C + c``. XLA:TPU scatters rows of bytes in tiles of 8 rows, and kernels read tiles
+  of 32; the two are the same memory for rows of one tile alone, else the pool is copied.
 - ``scales i16[N, ceil(KV * B / m), m * R]``, at least 2 rows: bits of float16, which Mosaic lacks.
   The lanes of a row are the scales of one block in all rows, aligned with the columns of a tile of
   scores; if R < 128, ``m = 128 / R`` blocks are side by side. Block b of head h has index
@@ -43,7 +46,8 @@ class LaneBlockPages(BlockPages):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return *self.parts["codes"].shape[:2], self.page_size, self.head_dim  # type: ignore[return-value]
+        num_pages, pieces = self.parts["codes"].shape[:2]
+        return num_pages, pieces * LANES // lane_width(self.head_dim), self.page_size, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class LaneBlockFormat(BlockFormat):
         return lane_width(self.head_dim)
 
     @property
+    def pieces(self) -> int:
+        """C, pieces of 128 lanes of a row."""
+        return self.width // LANES
+
+    @property
     def tokens(self) -> int:
         """Tokens per row of bytes."""
         return tokens_per_row(self.width, self.head_dim) * 8 // self.bits
@@ -79,7 +88,7 @@ class LaneBlockFormat(BlockFormat):
         # With a single row, XLA:TPU would tile over pages, which a kernel cannot read in place.
         blocks = max(2, -(-num_kv_heads * self.width // BLOCK // side_by_side))
         return {
-            "codes": ((num_kv_heads, page_size // self.tokens, self.width), jnp.int8),
+            "codes": ((num_kv_heads * self.pieces, page_size // self.tokens, LANES), jnp.int8),
             "scales": ((blocks, side_by_side * rows), jnp.int16),
         }
 
@@ -115,11 +124,11 @@ class LaneBlockFormat(BlockFormat):
 
     def put(self, pages: BlockPages, page: Array, slot: Array, stored: Parts) -> BlockPages:  # type: ignore[override]
         codes, scales = self._split(stored)
-        num_kv_heads, rows, width = pages.parts["codes"].shape[1:]
+        pieces, rows, _ = pages.parts["codes"].shape[1:]
         row, position = slot // self.tokens, slot % self.tokens
         # A matrix, because XLA:TPU transposes the whole pool to scatter into its third axis.
-        matrix = pages.parts["codes"].reshape(-1, width)
-        index = (page[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * rows
+        matrix = pages.parts["codes"].reshape(-1, LANES)
+        index = (page[:, None] * pieces + jnp.arange(pieces, dtype=jnp.int32)) * rows
         index += row[:, None]
         if self.tokens == 1:
             matrix = matrix.at[index].set(self._to_bytes(codes[:, :, None])[:, :, 0], mode="drop")
@@ -166,13 +175,19 @@ class LaneBlockFormat(BlockFormat):
     # --- between tokens, [..., tokens, n], and rows of lanes
 
     def _to_bytes(self, codes: Array) -> Array:
-        """i8[..., rows, width]: packs ``codes i8[..., tokens, head_dim]``."""
+        """i8[..., KV * C, rows, 128]: packs ``codes i8[..., KV, tokens, head_dim]``."""
         rows = _rows(codes, self.width)
-        if self.bits == 8:
+        if self.bits == 4:
+            rows = rows[..., 0::2, :] & 15 | rows[..., 1::2, :] << 4
+        if self.pieces == 1:
             return rows
-        return rows[..., 0::2, :] & 15 | rows[..., 1::2, :] << 4
+        cut = rows.reshape(*rows.shape[:-1], self.pieces, LANES).swapaxes(-2, -3)
+        return cut.reshape(*rows.shape[:-3], -1, rows.shape[-2], LANES)
 
     def _from_bytes(self, codes: Array) -> Array:
+        if self.pieces > 1:
+            cut = codes.reshape(*codes.shape[:-3], -1, self.pieces, *codes.shape[-2:]).swapaxes(-2, -3)
+            codes = cut.reshape(*cut.shape[:-2], self.width)
         if self.bits == 4:
             pairs = jnp.stack([codes << 4 >> 4, codes >> 4], axis=-2)
             codes = pairs.reshape(*codes.shape[:-2], -1, self.width)

@@ -33,6 +33,22 @@ def token_rows(pages: Array, head_dim: int) -> Array:
     return pages.reshape(*pages.shape[:-2], -1, head_dim)
 
 
+def scatter_rows(pages: Array, page: Array, slot: Array, rows: Array) -> Array:
+    """``pages [N, KV, page_size, D]`` with ``rows [T, KV, D]`` at ``(page i32[T], slot i32[T])``; N drops a
+    row."""
+    # A matrix, because XLA:TPU transposes the whole pool to scatter into its third axis.
+    _, num_kv_heads, page_size, head_dim = pages.shape
+    head = jnp.arange(num_kv_heads, dtype=jnp.int32)
+    index = (page[:, None] * num_kv_heads + head) * page_size + slot[:, None]
+    matrix = pages.reshape(-1, head_dim)
+    if index.size == 1:  # XLA makes an update of a slice of a single row, and copies the pool for it
+        index, rows = (
+            jnp.pad(index, ((0, 1), (0, 0)), constant_values=len(matrix)),
+            jnp.tile(rows, (2, 1, 1)),
+        )
+    return matrix.at[index].set(rows, mode="drop").reshape(pages.shape)
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """Format of plain numbers, ``[num_pages, num_kv_heads, page_size, head_dim]`` of ``dtype``."""
@@ -71,17 +87,7 @@ class PageFormat:
 
     def write(self, pages: Array, page: Array, slot: Array, rows: Array) -> Array:
         """Writes ``rows [T, num_kv_heads, head_dim]`` to ``(page i32[T], slot i32[T])``; N drops a row."""
-        # A matrix, because XLA:TPU transposes the whole pool to scatter into its third axis.
-        _, num_kv_heads, page_size, head_dim = pages.shape
-        head = jnp.arange(num_kv_heads, dtype=jnp.int32)
-        index = (page[:, None] * num_kv_heads + head) * page_size + slot[:, None]
-        matrix, rows = pages.reshape(-1, head_dim), self.round(rows)
-        if index.size == 1:  # XLA makes an update of a slice of a single row, and copies the pool for it
-            index, rows = (
-                jnp.pad(index, ((0, 1), (0, 0)), constant_values=len(matrix)),
-                jnp.tile(rows, (2, 1, 1)),
-            )
-        return matrix.at[index].set(rows, mode="drop").reshape(pages.shape)
+        return scatter_rows(pages, page, slot, self.round(rows))
 
     def round(self, rows: Array) -> Array:
         """Casts ``rows`` to the stored dtype."""
