@@ -23,6 +23,7 @@ from jaxpaged.attention.base import (
     check_pages,
     check_queries,
     check_rope,
+    check_values,
     has_hadamard,
     make_config,
 )
@@ -169,6 +170,7 @@ def paged_attention(
     sinks: Array | None = None,
     rope: Rope | None = None,
     first_page: Array | int = 0,
+    v_head_dim: int | None = None,
     implementation: str | None = None,
     return_lse: Literal[False] = False,
 ) -> Array: ...
@@ -188,6 +190,7 @@ def paged_attention(
     sinks: Array | None = None,
     rope: Rope | None = None,
     first_page: Array | int = 0,
+    v_head_dim: int | None = None,
     implementation: str | None = None,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -206,6 +209,7 @@ def paged_attention(
     sinks: Array | None = None,
     rope: Rope | None = None,
     first_page: Array | int = 0,
+    v_head_dim: int | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -224,8 +228,8 @@ def paged_attention(
         KV)``.
       k_pages, v_pages: [N, KV, page_size, D], or the same numbers in a TPU's layout
         (``LanePageFormat``), floating point; or quantized pages (``BlockPages``). Formats of keys
-        and values may differ. Sums are float32. Pages of several layers may be joined along the
-        first axis, see ``first_page``.
+        and values may differ, and heads of values may have another size, Dv. Sums are float32. Pages
+        of several layers may be joined along the first axis, see ``first_page``.
       table: block table of S sequences.
       batch: sequence and position of each of the T queries, and how far it sees.
       scale: factor of the scores; default ``D ** -0.5``.
@@ -239,13 +243,15 @@ def paged_attention(
         shifted. By default, rotations of entries are ignored.
       first_page: i32[], index in ``k_pages`` and ``v_pages`` of the table's page 0. In a pool of
         several layers it is ``layer * num_pages``, and may be traced: layers can run in a scan.
+      v_head_dim: Dv; by default what the pages say, which cannot tell the padding of a TPU's layout from
+        numbers.
       implementation: one of ``IMPLEMENTATIONS``; default the first of ``candidates()`` that
         supports the arguments. These depend on JAX's default platform at trace time, so a program
         for another platform names its implementation.
       return_lse: also return the logarithm of each softmax denominator, for ``merge_states``.
 
     Returns:
-      out [T, Hq, D] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], sinks included,
+      out [T, Hq, Dv] in the dtype of q; with ``return_lse`` also lse f32[T, Hq], sinks included,
       -inf where no token is seen.
 
     Raises:
@@ -269,7 +275,8 @@ def paged_attention(
     head_dim = q.shape[-1] if q.ndim == 3 and width == lane_width(q.shape[-1]) else width
     check_queries(q, num_kv_heads, head_dim, batch, table.pages.shape[0], sinks)
     check_rope(rope, head_dim)
-    config = make_config(head_dim, scale, window, soft_cap)
+    v_head_dim = check_values(k_pages, v_pages, head_dim, v_head_dim)
+    config = make_config(head_dim, scale, window, soft_cap, v_head_dim)
     # Under trial, a program traced before would have other block sizes.
     run = _attend if tuning.under_trial() else _jitted_attend
     refusals = []
@@ -309,9 +316,10 @@ def _attend(
     first_page: Array | int,
 ) -> tuple[Array, Array]:
     """Attention by one implementation."""
-    pages = (
-        (k_pages, v_pages) if reads_lanes else (_plain(k_pages, q.shape[-1]), _plain(v_pages, q.shape[-1]))
-    )
+    dim = q.shape[-1]
+    pages = (k_pages, v_pages)
+    if not reads_lanes:
+        pages = _plain(k_pages, dim), _plain(v_pages, config.width_of_values(dim))
     first_page = jnp.asarray(first_page, jnp.int32)
     out, lse = attend(q, *pages, table, batch, config, sinks, rope, first_page)
     if has_hadamard(v_pages):

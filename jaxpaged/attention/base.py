@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width
+from jaxpaged.pages.formats import BlockPages, hadamard_transform, lane_width, tokens_per_row
 from jaxpaged.pages.rope import Rope
 
 Pages = Array | BlockPages
@@ -33,12 +33,24 @@ class Config:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    v_head_dim: int | None = None
+    """Numbers of a head of values, where they are not as many as those of keys."""
+
+    def width_of_values(self, head_dim: int) -> int:
+        """Numbers of a head of values, beside keys of ``head_dim``."""
+        return head_dim if self.v_head_dim is None else self.v_head_dim
 
 
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def make_config(head_dim: int, scale: float | None, window: int | None, soft_cap: float | None) -> Config:
+def make_config(
+    head_dim: int,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float | None,
+    v_head_dim: int | None = None,
+) -> Config:
     """Checks the scalars of an attention and fills in defaults.
 
     Raises:
@@ -48,7 +60,8 @@ def make_config(head_dim: int, scale: float | None, window: int | None, soft_cap
         raise ValueError(f"window must be at least 1 token, got {window}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    return Config(head_dim**-0.5 if scale is None else scale, window, soft_cap)
+    other = None if v_head_dim == head_dim else v_head_dim
+    return Config(head_dim**-0.5 if scale is None else scale, window, soft_cap, other)
 
 
 def check_queries(
@@ -101,7 +114,7 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
             raise ValueError(f"no size of {name} may be zero, got shape {pages.shape}")
         if not isinstance(pages, BlockPages) and not jnp.issubdtype(pages.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating point, got {pages.dtype}")
-    if not _alike(k_pages, v_pages):
+    if k_pages.shape[:2] != v_pages.shape[:2]:
         raise ValueError(f"k_pages {k_pages.shape} and v_pages {v_pages.shape} must be alike")
     shape = table.pages.shape
     for name in ("first_slot", "num_tokens", "position", "rotation"):
@@ -111,19 +124,42 @@ def check_pages(k_pages: Pages, v_pages: Pages, table: BlockTable) -> None:
         raise ValueError(f"table.num_entries has shape {table.num_entries.shape}, table.pages {shape}")
 
 
-def _alike(k_pages: Pages, v_pages: Pages) -> bool:
-    """True if both have equally many pages, heads and tokens; plain pages beside quantized ones may
-    be lane-packed."""
-    quantized, other = k_pages, v_pages
-    if not isinstance(quantized, BlockPages):
-        quantized, other = other, quantized
-    if not isinstance(quantized, BlockPages) or isinstance(other, BlockPages):
-        return k_pages.shape == v_pages.shape
-    *pool, rows, width = other.shape
-    *expected, page_size, head_dim = quantized.shape
-    if width == head_dim or width % head_dim:
-        return pool == expected and rows == page_size and width in (head_dim, lane_width(head_dim))
-    return pool == expected and rows * width == page_size * head_dim
+def check_values(k_pages: Pages, v_pages: Pages, head_dim: int, v_head_dim: int | None) -> int:
+    """Numbers of a head of values: ``v_head_dim``, or what the pages say.
+
+    Pages of values that lie as those of keys do have heads of the same size. Padding cannot be told
+    from numbers: heads that are padded in a TPU's layout, next to keys of another size, need
+    ``v_head_dim``.
+
+    Raises:
+      ValueError: pages of keys and of values do not have as many tokens; names both.
+    """
+    page_size = _page_size(k_pages, head_dim)
+    if v_head_dim is None:
+        alike = _page_size(v_pages, head_dim) == page_size
+        v_head_dim = head_dim if alike else _least_width(v_pages, page_size)
+    if v_head_dim < 1 or page_size is None or _page_size(v_pages, v_head_dim) != page_size:
+        said = "" if v_head_dim == head_dim else f" but for heads of {head_dim} and {v_head_dim} numbers"
+        raise ValueError(f"k_pages {k_pages.shape} and v_pages {v_pages.shape} must be alike{said}")
+    return v_head_dim
+
+
+def _page_size(pages: Pages, head_dim: int) -> int | None:
+    """Tokens of a page, if its heads are of ``head_dim``: plain, quantized, or in a TPU's layout; else None."""
+    rows, width = pages.shape[2:]
+    if width == head_dim:
+        return rows
+    if isinstance(pages, BlockPages) or width != lane_width(head_dim):
+        return None
+    return rows * tokens_per_row(width, head_dim)
+
+
+def _least_width(pages: Pages, page_size: int | None) -> int:
+    """Numbers of a head where pages have ``page_size`` tokens."""
+    rows, width = pages.shape[2:]
+    if page_size is None or rows >= page_size:
+        return width
+    return width * rows // page_size
 
 
 def compute_dtype(pages: Pages) -> DTypeLike:
@@ -188,7 +224,8 @@ def update_state(
 
     Args:
       state: of shape [W, KV, R].
-      q: [W, KV, R, D]; k, v: [W, KV, C, D], of one dtype. v is finite where it is not visible.
+      q: [W, KV, R, D]; k: [W, KV, C, D]; v: [W, KV, C, Dv]; of one dtype. v is finite where it is not
+        visible.
       visible: bool[W, 1 or R, C].
       config: scale and soft cap.
     """
@@ -267,7 +304,7 @@ class Source(NamedTuple):
     in the ``stride`` units from ``unit`` on; NOWHERE where there is none, and from unit ``end`` on."""
     load: Callable[[Array, Array, Array], tuple[Array, Array]]
     """``(sequence i32[W], unit i32[W], positions i32[W, C]) -> (k, v)``, ``[W, KV, C, D]`` each:
-    keys and values of those units; v is finite everywhere."""
+    keys and values of those units, of values Dv numbers; v is finite everywhere."""
     stride: int
     rotation_run: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
     """``(sequence i32[W], unit i32[W], end i32[W]) -> (rotation i32[W], stop i32[W])``: rotation
@@ -300,7 +337,7 @@ def ragged_attention(
     dtype: jnp.dtype,
     rope: Rope | None = None,
 ) -> tuple[Array, Array]:
-    """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, D], lse f32[T,
+    """Attention of a step's queries to the keys of ``source``; ``(out [T, Hq, Dv], lse f32[T,
     Hq])``.
 
     Two passes, over the sequences with one query and over blocks of those with more. Both are loops
@@ -312,14 +349,15 @@ def ragged_attention(
       batch: sequence and position of each query.
       source: keys and values.
       num_kv_heads: KV; Hq is a multiple.
-      config: scale, window, soft cap.
+      config: scale, window, soft cap, Dv.
       sinks: f32[Hq] or None.
       tiling: block sizes.
       dtype: dtype of q in products.
       rope: rotates queries to the rotation offset of keys; None = keys are never shifted.
     """
     tokens = q.shape[0]
-    state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    shape = *q.shape[:2], config.width_of_values(q.shape[2])
+    state = jnp.zeros(shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     q = q.astype(dtype)
     single = batch.q_lens == 1
     if tokens == 1 or batch.max_q_len == 1:
@@ -357,6 +395,7 @@ def _block_pass(
     """Computes ``blocks[s]`` blocks of ``rows`` queries of each sequence s, ``width`` blocks at a
     time."""
     tokens, num_q_heads, head_dim = q.shape
+    v_head_dim = config.width_of_values(head_dim)
     group = num_q_heads // num_kv_heads
     ends = jnp.cumsum(blocks, dtype=jnp.int32)
     if sinks is not None:
@@ -415,7 +454,7 @@ def _block_pass(
         def transformed(qs: Array) -> Array:
             return hadamard_transform(qs).astype(dtype) if source.hadamard else qs
 
-        softmax = empty_state((width, num_kv_heads, rows * group), head_dim)
+        softmax = empty_state((width, num_kv_heads, rows * group), v_head_dim)
         rotation_run, transformed_qs = source.rotation_run, transformed(qs)
         if rope is None or rotation_run is None:
             softmax = attend_run(softmax, transformed_qs, begin, end)
@@ -441,10 +480,10 @@ def _block_pass(
                 lambda carry: jnp.any(carry[0] < end), attend_rotation, (begin, softmax)
             )
         out, lse = finish_state(softmax, sinks)
-        out = out.reshape(width, num_kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)
+        out = out.reshape(width, num_kv_heads, rows, group, v_head_dim).transpose(0, 2, 1, 3, 4)
         lse = lse.reshape(width, num_kv_heads, rows, group).transpose(0, 2, 1, 3)
         return (
-            state[0].at[row].set(out.reshape(width, rows, num_q_heads, head_dim), mode="drop"),
+            state[0].at[row].set(out.reshape(width, rows, num_q_heads, v_head_dim), mode="drop"),
             state[1].at[row].set(lse.reshape(width, rows, num_q_heads), mode="drop"),
         )
 

@@ -18,6 +18,8 @@ class Case:
     """Number of tokens of each sequence, those of the step included; 0 = no sequence."""
     q_lens: tuple[int, ...]
     """Number of queries of each sequence: its last tokens."""
+    v_head_dim: int | None = None
+    """Numbers of a head of values; None = ``head_dim``."""
     page_size: int = 32
     padding: int = 0
     """Number of rows after the last query."""
@@ -200,6 +202,42 @@ CASES: tuple[Case, ...] = (
         slices=True,
         gaps=True,
     ),
+    # Heads of values of another size: as in DeepSeek-V2 (arXiv:2405.04434); wider; padded on a TPU.
+    Case(
+        "values_128_of_192",
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=192,
+        v_head_dim=128,
+        lengths=(90, 33, 0, 64),
+        q_lens=(1, 20, 0, 1),
+        rotary_dim=64,
+        slices=True,
+        padding=2,
+    ),
+    Case(
+        "values_wider",
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        v_head_dim=128,
+        lengths=(150, 40),
+        q_lens=(30, 1),
+        page_size=16,
+        window=50,
+        sinks=True,
+        gaps=True,
+    ),
+    Case(
+        "values_96_of_128",
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=128,
+        v_head_dim=96,
+        lengths=(70, 33),
+        q_lens=(1, 1),
+        soft_cap=20.0,
+    ),
     Case(
         "pages_of_256",
         num_q_heads=6,
@@ -247,6 +285,11 @@ QUANTIZED_CASES: tuple[Case, ...] = (
         padding=2,
         dtype="q8_0",
         rotary_dim=64,
+    ),
+    Case("q8_0_values_half", **_SMALL | {"dtype": "q8_0", "head_dim": 128, "v_head_dim": 64}),
+    Case(
+        "q4_0_with_q8_0_values_wider",
+        **_SMALL | {"dtype": "q4_0", "v_dtype": "q8_0", "head_dim": 128, "v_head_dim": 256, "hadamard": True},
     ),
     Case("q4_0_llama3_mixed", **LLAMA_3_8B, lengths=(70, 40), q_lens=(1, 20), dtype="q4_0", hadamard=True),
 )

@@ -17,6 +17,7 @@ from jaxpaged.attention.base import Pages
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import BlockFormat, BlockPages, ResidualPages
+from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Step:
     """Bound on the queries of one sequence; 1 = a decode step, None = no bound."""
     max_pages_per_seq: int
     window: int | None = None
+    v_head_dim: int | None = None
+    """Numbers of a head of values, where they are not ``head_dim``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def explain(platform: str, step: Step) -> Explanation:
         tokens, tokens, tokens, tokens, tokens, integers(step.max_seqs + 1), max_q_len=step.max_q_len  # type: ignore[arg-type]
     )  # fmt: skip
     q: Any = jax.ShapeDtypeStruct(q_shape, q_dtype)
-    choice = choose(platform, q, step.k_pages, step.v_pages, table, batch, window=step.window)
+    given = q, step.k_pages, step.v_pages, table, batch
+    choice = choose(platform, *given, window=step.window, v_head_dim=step.v_head_dim)
     kv_bytes = sum(_bytes_read(pages, step) for pages in (step.k_pages, step.v_pages))
     return Explanation(choice, _details(choice.name, q_shape, q_dtype, step), kv_bytes)
 
@@ -110,13 +114,17 @@ def _details(name: str, q_shape: tuple[int, int, int], q_dtype: DTypeLike, step:
     if name == "mosaic_tpu":
         from jaxpaged.attention.tpu import block_sizes as tpu_blocks
 
+        other = step.v_head_dim not in (None, step.head_dim)
+        lanes = step.v_pages.shape[3] if not isinstance(v, LaneBlockFormat) else v.width
+        table |= {"v_lanes": lanes if other else None, "v_head_dim": step.v_head_dim}
         return tpu_blocks.describe(q_shape, shape, k, step.max_q_len, v_dtype=v, **table)
     if name == "mosaic_gpu":
         from jaxpaged.attention.gpu import backend as mosaic_gpu
 
         kind = (k, v) if isinstance(k, BlockFormat) or isinstance(v, BlockFormat) else k
         live_tokens = step.max_seqs * step.live_tokens
-        return mosaic_gpu.describe(q_shape, shape, kind, step.max_q_len, **table, live_tokens=live_tokens)
+        table |= {"live_tokens": live_tokens, "v_head_dim": step.v_head_dim}
+        return mosaic_gpu.describe(q_shape, shape, kind, step.max_q_len, **table)
     if name == "cpu_numba":
         from jaxpaged.attention.cpu import backend as cpu_numba
 

@@ -23,7 +23,7 @@ def paged_attention(
     rope: Rope | None,
     first_page: Array | int = 0,
 ) -> tuple[Array, Array]:
-    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
+    """``(out f32[T, Hq, Dv], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_rows, width = k_pages.shape
     page_size = page_rows * tokens_per_row(width, head_dim)
@@ -37,7 +37,7 @@ def paged_attention(
     position = table.position[:, :, None] + slot - first_slot
 
     # Keys of each sequence in the order of its table, [S, P * page_size, KV, D]; unused slots may be NaN.
-    def gather(pages: Pages) -> Array:
+    def gather(pages: Pages, head_dim: int) -> Array:
         taken = jnp.clip(table.pages + first_page, 0, num_pages - 1)
         if isinstance(pages, BlockPages):
             rows = pages.format.load(pages, taken)
@@ -46,7 +46,8 @@ def paged_attention(
         rows = rows.transpose(0, 1, 3, 2, 4)
         return jnp.where(live[..., None, None], rows, 0).reshape(max_seqs, -1, num_kv_heads, head_dim)
 
-    k, v = gather(k_pages), gather(v_pages)
+    v_head_dim = config.width_of_values(head_dim)
+    k, v = gather(k_pages, head_dim), gather(v_pages, v_head_dim)
     if has_hadamard(k_pages):
         k = hadamard_transform(k)
     live, position = live.reshape(max_seqs, -1), position.reshape(max_seqs, -1)
@@ -83,4 +84,4 @@ def paged_attention(
 
     weights = weights[..., : k.shape[1]].reshape(tokens, num_kv_heads, -1, k.shape[1])
     out = jnp.einsum("tkgn,tnkd->tkgd", weights, v[sequence])
-    return out.reshape(q.shape), lse
+    return out.reshape(tokens, num_q_heads, v_head_dim), lse

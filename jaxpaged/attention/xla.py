@@ -41,7 +41,7 @@ def paged_attention(
     rope: Rope | None,
     first_page: Array | int = 0,
 ) -> tuple[Array, Array]:
-    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
+    """``(out f32[T, Hq, Dv], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``."""
     return lax.platform_dependent(
         q,
         k_pages,
@@ -84,7 +84,8 @@ def _attend(
         )
         stride = max(_CHUNK_TOKENS // page_size, 1)
     stride = min(stride, table.max_pages_per_seq)
-    source = _paged_source(k_pages, v_pages, table, first_page, head_dim, stride, dtype, slices=cpu)
+    dims = head_dim, config.width_of_values(head_dim)
+    source = _paged_source(k_pages, v_pages, table, first_page, dims, stride, dtype, slices=cpu)
     return ragged_attention(q, batch, source, num_kv_heads, config, sinks, tiling, dtype, rope)
 
 
@@ -93,13 +94,14 @@ def _paged_source(
     v_pages: Pages,
     table: BlockTable,
     first_page: Array,
-    head_dim: int,
+    head_dims: tuple[int, int],
     stride: int,
     dtype: jnp.dtype,
     *,
     slices: bool,
 ) -> Source:
-    """Keys and values of a block table; a unit is an entry."""
+    """Keys and values, with heads of ``head_dims``, of a block table; a unit is an entry."""
+    head_dim, v_head_dim = head_dims
     num_pages, num_kv_heads, page_rows, width = k_pages.shape
     page_size = page_rows * tokens_per_row(width, head_dim)
 
@@ -145,7 +147,7 @@ def _paged_source(
     def load(sequence: Array, unit: Array, position: Array) -> tuple[Array, Array]:
         pages = jnp.clip(window(table.pages, sequence, unit) + first_page, 0, num_pages - 1)
 
-        def rows(pool: Pages) -> Array:
+        def rows(pool: Pages, head_dim: int) -> Array:
             if isinstance(pool, BlockPages):
                 # Dequantizes one chunk of pages at a time.
                 x = pool.format.load(pool, pages, slices=slices).transpose(0, 2, 1, 3, 4)
@@ -169,6 +171,7 @@ def _paged_source(
             return x.astype(dtype)
 
         # A masked value has weight zero, and 0 * NaN is NaN.
-        return rows(k_pages), jnp.where(position[:, None, :, None] < NOWHERE, rows(v_pages), 0)
+        keys, values = rows(k_pages, head_dim), rows(v_pages, v_head_dim)
+        return keys, jnp.where(position[:, None, :, None] < NOWHERE, values, 0)
 
     return Source(span, positions, load, stride, rotation_run, has_hadamard(k_pages))

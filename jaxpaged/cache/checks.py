@@ -50,6 +50,18 @@ def storage_formats(
     return formats_of(dtype, k_dtype, v_dtype, hadamard)
 
 
+def values_dim(head_dim: int, v_head_dim: int | None) -> int:
+    """Numbers of a head of values: ``v_head_dim``, by default those of keys.
+
+    Raises:
+      ValueError: it is below 1.
+    """
+    if v_head_dim is None:
+        return head_dim
+    check_sizes(v_head_dim=v_head_dim)
+    return v_head_dim
+
+
 def check_layer(layer: Array | int, num_layers: int) -> Array | int:
     """``layer``, an integer; if its value is known, it must be in [0, num_layers).
 
@@ -69,17 +81,21 @@ def check_layer(layer: Array | int, num_layers: int) -> Array | int:
     return index
 
 
-def check_step_rows(k: Array, v: Array, num_tokens: int, num_kv_heads: int, head_dim: int) -> None:
+def check_step_rows(
+    k: Array, v: Array, num_tokens: int, num_kv_heads: int, head_dim: int, v_head_dim: int
+) -> None:
     """Checks a step's keys and values, which a write would otherwise broadcast.
 
     Raises:
-      ValueError: one is not ``[num_tokens, num_kv_heads, head_dim]``, or not of floating point.
+      ValueError: one is not ``[num_tokens, num_kv_heads, head_dim]``, of values ``v_head_dim``, or not of
+        floating point.
     """
-    expected = num_tokens, num_kv_heads, head_dim
-    for name, rows in (("k", k), ("v", v)):
+    dim = "head_dim" if v_head_dim == head_dim else "v_head_dim"
+    for name, rows, last, size in (("k", k, "head_dim", head_dim), ("v", v, dim, v_head_dim)):
+        expected = num_tokens, num_kv_heads, size
         if jnp.shape(rows) != expected:
             raise ValueError(
-                f"{name} must be [tokens, num_kv_heads, head_dim] = {expected}, got {jnp.shape(rows)}"
+                f"{name} must be [tokens, num_kv_heads, {last}] = {expected}, got {jnp.shape(rows)}"
             )
         if not jnp.issubdtype(rows.dtype, jnp.floating):
             raise ValueError(f"{name} must be of floating point, got {rows.dtype}")

@@ -36,6 +36,7 @@ from jaxpaged.cache.checks import (
     sequence_mask,
     step_rows,
     storage_formats,
+    values_dim,
 )
 from jaxpaged.cache.interface import Integer
 from jaxpaged.cache.windows import Windows, by_window
@@ -65,7 +66,7 @@ class ContiguousKVCache:
     """[L * S, KV, max_length rounded up to whole chunks, D], or quantized rows; always finite. Row s of
     layer l is ``l * S + s``."""
     v: Pages
-    """Values, like ``k``."""
+    """Values, like ``k``, with heads of their own size."""
     lengths: Array
     """i32[S]: number of tokens of each sequence, at positions 0 .. length - 1."""
     num_layers: int = dataclasses.field(metadata={"static": True})
@@ -83,6 +84,7 @@ class ContiguousKVCache:
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         max_seqs: int,
         max_length: int,
         rope: Rope | None = None,
@@ -96,6 +98,7 @@ class ContiguousKVCache:
 
         Args:
           num_layers, num_kv_heads, head_dim: of the model.
+          v_head_dim: dimensions of a head of values, where they are not ``head_dim``.
           max_seqs: S, rows.
           max_length: tokens per row.
           rope: ignored, since positions never change; both kinds of caches take the same arguments.
@@ -110,17 +113,18 @@ class ContiguousKVCache:
         if implementation not in (None, "cpu_numba", "xla"):
             raise ValueError(f'a cache without pages is read by "cpu_numba" or "xla", got {implementation!r}')
         check_sizes(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        v_dim = values_dim(head_dim, v_head_dim)
         check_sizes(max_seqs=max_seqs, max_length=max_length)
         k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
-        for storage in (k_format, v_format):
+        for storage, dim in ((k_format, head_dim), (v_format, v_dim)):
             if storage.has_residual:
                 rows = ", ".join(name for name, one in PAGE_FORMATS.items() if not one.has_residual)
                 raise ValueError(f"{storage.name} quantizes whole pages; a cache without pages stores {rows}")
-            storage.check(MAX_PAGE_SIZE, head_dim)
+            storage.check(MAX_PAGE_SIZE, dim)
         chunk = min(max_length, _CHUNK_TOKENS)
-        shape = num_layers * max_seqs, num_kv_heads, -(-max_length // chunk) * chunk, head_dim
-        check_rows(math.prod(shape[:3]))
-        k, v = (storage.create(*shape) for storage in (k_format, v_format))
+        shape = num_layers * max_seqs, num_kv_heads, -(-max_length // chunk) * chunk
+        check_rows(math.prod(shape))
+        k, v = k_format.create(*shape, head_dim), v_format.create(*shape, v_dim)
         lengths = jnp.zeros(max_seqs, jnp.int32)
         return ContiguousKVCache(k, v, lengths, num_layers, max_length, k_format, v_format, implementation)
 
@@ -245,6 +249,7 @@ class ContiguousKVCache:
         del rope, group
         layer = check_layer(layer, self.num_layers)
         _, num_kv_heads, _, head_dim = self.k.shape
+        v_head_dim = self.v.shape[3]
         check_queries(q, num_kv_heads, head_dim, batch, self.max_seqs, sinks)
         first_row = jnp.asarray(layer * self.max_seqs, jnp.int32)
         row = jnp.where(batch.page < self.max_seqs, first_row + batch.page, self.k.shape[0])
@@ -253,11 +258,11 @@ class ContiguousKVCache:
             return pool if rows is None else storage.write(pool, row, batch.slot, rows)
 
         if k is not None and v is not None:
-            check_step_rows(k, v, batch.num_tokens, num_kv_heads, head_dim)
+            check_step_rows(k, v, batch.num_tokens, num_kv_heads, head_dim, v_head_dim)
         k_rows, v_rows = write(self.k_format, self.k, k), write(self.v_format, self.v, v)
 
         def attend(window: int | None) -> Array:
-            config = make_config(head_dim, scale, window, soft_cap)
+            config = make_config(head_dim, scale, window, soft_cap, v_head_dim)
             out = self._attend_in_place(q, k_rows, v_rows, first_row, batch, config, sinks)
             if out is not None:
                 return out

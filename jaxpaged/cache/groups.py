@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxpaged.cache.checks import check_layer, check_sizes
+from jaxpaged.cache.checks import check_layer, check_sizes, values_dim
 from jaxpaged.cache.interface import Cache, Integer
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.cache.sequences import Sequences, pages_held
@@ -40,6 +40,8 @@ class LayerGroup:
     head_dim: int
     window: int | None = None
     """Tokens that a query sees, its own included; None = all."""
+    v_head_dim: int | None = None
+    """Numbers of a head of values, where they are not ``head_dim``."""
     k_dtype: DTypeLike | None = None
     """Format of keys, where it is not the cache's; likewise ``v_dtype``."""
     v_dtype: DTypeLike | None = None
@@ -48,6 +50,7 @@ class LayerGroup:
         if not self.layers:
             raise ValueError("a layer group needs at least one layer")
         check_sizes(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+        values_dim(self.head_dim, self.v_head_dim)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 token, or None for all, got {self.window}")
 
@@ -144,7 +147,7 @@ class GroupedKVCache:
                 held = pages_held(group.window, step_tokens, page_size)
                 pages = min(pages, max_seqs * held) if isinstance(num_pages, int) else pages
                 width = min((held + _SPARE_ENTRIES) * page_size, max_seq_len or pages * page_size)
-            own = {name: getattr(group, name) for name in ("k_dtype", "v_dtype")}
+            own = {name: getattr(group, name) for name in ("v_head_dim", "k_dtype", "v_dtype")}
             own = {name: value for name, value in own.items() if value is not None}
             parts.append(
                 make(

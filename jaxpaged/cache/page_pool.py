@@ -35,13 +35,16 @@ class PagePool(Sequences):
     """Pool of keys: array ``[L * N, num_kv_heads, page_size, head_dim]`` in the format's dtype, or as
     its layout has it, or quantized pages (``formats.BlockPages``)."""
     v_pages: Pages
-    """Pool of values, like ``k_pages``."""
+    """Pool of values, like ``k_pages``, with heads of ``v_head_dim``."""
     staging: StagingSlots | None
     """Staging slots of residual pages; None where no format has them."""
     num_layers: int = field(metadata={"static": True})
     """L."""
     page_size: int = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
+    """Numbers of a head of queries and keys."""
+    v_head_dim: int = field(metadata={"static": True})
+    """Numbers of a head of values, and of results."""
     k_format: PageFormat = field(metadata={"static": True})
     v_format: PageFormat = field(metadata={"static": True})
     sharding: NamedSharding | None = field(default=None, kw_only=True, metadata={"static": True})
@@ -124,7 +127,7 @@ class PagePool(Sequences):
                 raise ValueError("k and v must both be arrays or both None, for a layer that writes none")
             return self
         page = self.local_page(batch.page)
-        check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
+        check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim, self.v_head_dim)
 
         def written(storage: PageFormat, pages: Any, rows: Array) -> Pages:
             if isinstance(storage, ResidualFormat):

@@ -22,6 +22,7 @@ from jaxpaged.cache.checks import (
     check_step_rows,
     step_rows,
     storage_formats,
+    values_dim,
 )
 from jaxpaged.cache.head_sharding import REPLICATED, HeadAxis, head_axis, over_heads, repeated, split_heads
 from jaxpaged.cache.page_pool import PagePool
@@ -36,6 +37,7 @@ from jaxpaged.pages.formats import (
     PageFormat,
     ResidualFormat,
     check_page_size,
+    heads_title,
 )
 from jaxpaged.pages.rope import Rope
 
@@ -59,6 +61,7 @@ class PagedKVCache(PagePool):
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         num_pages: int,
         max_seqs: int,
         page_size: int = 32,
@@ -79,6 +82,7 @@ class PagedKVCache(PagePool):
           num_layers: L.
           num_kv_heads: key/value heads of the model.
           head_dim: dimensions of one head.
+          v_head_dim: those of a head of values, where they are others.
           num_pages: N, pages of the pool; each exists in every layer.
           max_seqs: S.
           page_size: tokens per page, a power of two from 8 to 256.
@@ -111,28 +115,29 @@ class PagedKVCache(PagePool):
         """
         check_implementation(implementation)
         check_sizes(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        v_dim = values_dim(head_dim, v_head_dim)
         if window is not None:
             check_sizes(window=window)
         check_page_size(page_size)
         k_format, v_format = storage_formats(dtype, k_dtype, v_dtype, hadamard)
         if layout not in (None, "plain", "lanes"):
             raise ValueError(f'layout must be "plain" or "lanes", got {layout!r}')
-        for storage in (k_format, v_format):
-            storage.check(page_size, head_dim)
-        fills_a_row = page_size * head_dim >= LANES
+        for storage, dim in ((k_format, head_dim), (v_format, v_dim)):
+            storage.check(page_size, dim)
+        fills_a_row = page_size * min(head_dim, v_dim) >= LANES
         if layout == "lanes" or (layout is None and fills_a_row and default_platform() == "tpu"):
-            k_format, v_format = k_format.on_lanes(head_dim), v_format.on_lanes(head_dim)
+            k_format, v_format = k_format.on_lanes(head_dim), v_format.on_lanes(v_dim)
         local_heads = num_kv_heads
         if sharding is not None:
             axis, num_heads = split_heads(sharding, num_kv_heads)
             local_heads = num_heads // sharding.mesh.shape[axis]
         check_rows(num_layers * num_pages * local_heads * page_size)
 
-        def create_pool(storage: PageFormat) -> Pages:
+        def create_pool(storage: PageFormat, dim: int) -> Pages:
             staged = {"num_residual": num_layers * max_seqs} if storage.has_residual else {}
 
             def create() -> Pages:
-                return storage.create(num_layers * num_pages, local_heads, page_size, head_dim, **staged)
+                return storage.create(num_layers * num_pages, local_heads, page_size, dim, **staged)
 
             if sharding is None:
                 return create()
@@ -148,12 +153,13 @@ class PagedKVCache(PagePool):
             allocator=pages_of.create(num_pages),
             table=create_table(max_seqs, max_seq_len, num_pages, page_size),
             rope=rope,
-            k_pages=create_pool(k_format),
-            v_pages=create_pool(v_format),
+            k_pages=create_pool(k_format, head_dim),
+            v_pages=create_pool(v_format, v_dim),
             staging=residual.create(num_pages, max_seqs) if has_residual else None,
             num_layers=num_layers,
             page_size=page_size,
             head_dim=head_dim,
+            v_head_dim=v_dim,
             k_format=k_format,
             v_format=v_format,
             window=window,
@@ -164,7 +170,8 @@ class PagedKVCache(PagePool):
     def __repr__(self) -> str:
         return (
             f"PagedKVCache({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
-            f"{self.num_kv_heads} KV heads of {self.head_dim}, k {self.k_format.title}, v {self.v_format.title}, "
+            f"{heads_title(self.num_kv_heads, self.head_dim, self.v_head_dim)}, k {self.k_format.title}, "
+            f"v {self.v_format.title}, "
             f"{self.max_seqs} sequences of up to {self.max_pages_per_seq} pages)"
         )
 
@@ -196,7 +203,7 @@ class PagedKVCache(PagePool):
           k: ``[T, num_kv_heads, head_dim]``, rotated likewise. None, as ``v`` then is: nothing is
             written, since another model layer with this index has, whose keys and values this one
             reads.
-          v: ``[T, num_kv_heads, head_dim]``.
+          v: ``[T, num_kv_heads, v_head_dim]``.
           batch: from this step's ``reserve``.
           scale, soft_cap, sinks: as for ``paged_attention``.
           window: tokens that a query sees, or one of each layer, in a tuple; default the cache's.
@@ -204,7 +211,7 @@ class PagedKVCache(PagePool):
           group: ignored; caches of several layer groups need it, see ``GroupedKVCache``.
 
         Returns:
-          ``(out [T, num_q_heads, head_dim], cache)``.
+          ``(out [T, num_q_heads, v_head_dim], cache)``.
 
         Raises:
           ValueError: a wrong layer, shape or dtype; a window that is wider than the cache's.
@@ -233,6 +240,7 @@ class PagedKVCache(PagePool):
                 sinks=sinks,
                 rope=self.rotation(rope),
                 first_page=layer * self.num_pages,
+                v_head_dim=self.v_head_dim,
                 implementation=self.implementation,
             ),
         )
@@ -252,7 +260,7 @@ class PagedKVCache(PagePool):
         """``attend`` with each device's heads."""
         if k is not None and v is not None:
             k, v = (repeated(rows, self.num_kv_heads) for rows in (k, v))
-            check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim)
+            check_step_rows(k, v, batch.num_tokens, self.num_kv_heads, self.head_dim, self.v_head_dim)
         heads = axis.heads
         specs = self.partition_specs(axis.name)
 

@@ -64,6 +64,7 @@ class ContextKVCache(PagePool):
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         num_pages: int,
         max_seqs: int,
         axis_size: int,
@@ -82,8 +83,8 @@ class ContextKVCache(PagePool):
         """Creates one rank's part of an empty cache, equal on all ranks. Needs no mesh.
 
         Args:
-          num_layers, num_kv_heads, head_dim, page_size, max_seq_len, window, rope, dtype, k_dtype, v_dtype,
-            hadamard, layout, implementation: as for ``PagedKVCache.create``.
+          num_layers, num_kv_heads, head_dim, v_head_dim, page_size, max_seq_len, window, rope, dtype, k_dtype,
+            v_dtype, hadamard, layout, implementation: as for ``PagedKVCache.create``.
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
           axis_size: C, devices of the mesh axis.
@@ -118,6 +119,7 @@ class ContextKVCache(PagePool):
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            v_head_dim=v_head_dim,
             num_pages=num_pages // axis_size,
             max_seqs=max_seqs,
             page_size=page_size,
@@ -140,6 +142,7 @@ class ContextKVCache(PagePool):
             num_layers=num_layers,
             page_size=page_size,
             head_dim=head_dim,
+            v_head_dim=local.v_head_dim,
             k_format=local.k_format,
             v_format=local.v_format,
             axis=axis,
@@ -182,7 +185,7 @@ class ContextKVCache(PagePool):
         ``reserve``.
 
         Returns:
-          ``(out [T, num_q_heads, head_dim], cache)``, out in the dtype of q, replicated. Attention
+          ``(out [T, num_q_heads, v_head_dim], cache)``, out in the dtype of q, replicated. Attention
           of each rank is rounded to that dtype, and merged in float32.
         """
         del group
@@ -203,6 +206,7 @@ class ContextKVCache(PagePool):
                 soft_cap=soft_cap,
                 rope=self.rotation(rope),
                 first_page=layer * self.num_local_pages,
+                v_head_dim=self.v_head_dim,
                 implementation=self.implementation,
                 return_lse=True,
             ),

@@ -24,6 +24,7 @@ from jaxpaged.pages.formats import (
     PageFormat,
     ResidualFormat,
     check_page_size,
+    heads_title,
     titled,
 )
 
@@ -97,6 +98,8 @@ class SavedGroup:
     v_format: PageFormat
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
+    """Numbers of a head of values."""
     entries: np.ndarray
     """i32[E, 6]: sequence, page, first slot, tokens, position and rotation as in BlockTable, in the
     order of ``Snapshot.sequences``. Pages are numbered within the group."""
@@ -145,7 +148,8 @@ class Snapshot:
     def __repr__(self) -> str:
         total = len(self.tokens)
         groups = "; ".join(
-            f"{len(g.layers)} layers of {g.num_kv_heads} KV heads of {g.head_dim} values, k {g.k_format.title}, "
+            f"{len(g.layers)} layers of {heads_title(g.num_kv_heads, g.head_dim, g.v_head_dim)} values, "
+            f"k {g.k_format.title}, "
             f"v {g.v_format.title}" + (f", {g.num_tokens} of the tokens" if g.num_tokens < total else "")
             for g in self.groups
         )
@@ -243,6 +247,8 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
             f"{of}num_kv_heads": str(group.num_kv_heads),
             f"{of}head_dim": str(group.head_dim),
         }
+        if group.v_head_dim != group.head_dim:
+            metadata[f"{of}v_head_dim"] = str(group.v_head_dim)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         part.touch()
@@ -365,6 +371,7 @@ def _group(
         v_format=v_format.for_values(),
         num_kv_heads=int(metadata[f"{of}num_kv_heads"]),
         head_dim=int(metadata[f"{of}head_dim"]),
+        v_head_dim=int(metadata.get(f"{of}v_head_dim", metadata[f"{of}head_dim"])),
         entries=tensors[f"{of}entries"],
         keys=tuple(stored("k", i, k_format) for i in range(len(layers))),
         values=tuple(stored("v", i, v_format) for i in range(len(layers))),
@@ -416,11 +423,16 @@ def _conditions_of_group(
             len(set(residual.tolist())) != len(residual) or not np.isin(residual, page).all(),
         )
         yield "residual pages", not _end_with(page, sequence, residual)
-    sizes = group.num_kv_heads, page_size, group.head_dim
+    sizes = group.num_kv_heads, page_size, group.head_dim, group.v_head_dim
     yield "sizes", min(sizes) < 1 or max(sizes) > _MAX_SIZE
-    for storage, layers in ((group.k_format, group.keys), (group.v_format, group.values)):
-        storage.check(page_size, group.head_dim)
-        expected = shapes_of(storage, sizes, pages if storage.has_residual else rows, len(residual))
+    for storage, layers, dim in (
+        (group.k_format, group.keys, group.head_dim),
+        (group.v_format, group.values, group.v_head_dim),
+    ):
+        storage.check(page_size, dim)
+        expected = shapes_of(
+            storage, (*sizes[:2], dim), pages if storage.has_residual else rows, len(residual)
+        )
         names = expected.keys() if isinstance(expected, dict) else None
         for layer in layers:
             yield "keys and values", (layer.keys() if isinstance(layer, dict) else None) != names

@@ -23,7 +23,7 @@ from jaxpaged.cache.interface import ALL, OutOfPages
 from jaxpaged.cache.paged import PagedKVCache
 from jaxpaged.pages.allocator import PageAllocator
 from jaxpaged.pages.block_table import BlockTable
-from jaxpaged.pages.formats import BlockPages, PageFormat, ResidualFormat, ResidualPages
+from jaxpaged.pages.formats import PageFormat, ResidualFormat, ResidualPages, heads_title
 from jaxpaged.pages.residual import StagingSlots
 from jaxpaged.storage.snapshot_file import (
     SavedGroup,
@@ -126,13 +126,13 @@ def _take(cache: PagedKVCache, layers_of_model: tuple[int, ...], ids: Sequence[i
         return tuple(_read_rows(storage, pool, layer * cache.num_pages + page, slot) for layer in layers)
 
     keys, values = stored(cache.k_format, cache.k_pages), stored(cache.v_format, cache.v_pages)
-    _, num_kv_heads, head_dim = _sizes(cache)
     return SavedGroup(
         layers=layers_of_model,
         k_format=cache.k_format,
         v_format=cache.v_format,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        v_head_dim=cache.v_head_dim,
         entries=entries,
         keys=keys,
         values=values,
@@ -300,25 +300,14 @@ def _plan(
     return _Plan(layout, allocator, table, staging, pages, slots)
 
 
-def _sizes(cache: PagedKVCache) -> tuple[int, int, int]:
-    """Numbers of layers and KV heads, and head_dim."""
-    pages, storage = cache.k_pages, cache.k_format
-    if isinstance(pages, BlockPages):
-        return cache.num_layers, pages.shape[1], pages.head_dim
-    rows = jax.eval_shape(storage.read, pages, np.zeros(1, int), np.zeros(1, int))
-    return cache.num_layers, *rows.shape[1:]
-
-
 def _check_format(cache: Paged, saved: Snapshot) -> None:
-    def words(k: PageFormat, v: PageFormat, layers: int, heads: int, dim: int) -> str:
-        stored = k.title if k.title == v.title else f"{k.title} and {v.title}"
-        return f"{layers} layers of {heads} KV heads of {dim} values in {stored}"
+    def words(one: SavedGroup | PagedKVCache, layers: int) -> str:
+        k, v = one.k_format.title, one.v_format.title
+        heads = heads_title(one.num_kv_heads, one.head_dim, one.v_head_dim)
+        return f"{layers} layers of {heads} values in {k if k == v else f'{k} and {v}'}"
 
-    theirs = [
-        words(one.k_format, one.v_format, len(one.keys), one.num_kv_heads, one.head_dim)
-        for one in saved.groups
-    ]
-    ours = [words(part.k_format, part.v_format, *_sizes(part)) for part in parts_of(cache)]
+    theirs = [words(one, len(one.keys)) for one in saved.groups]
+    ours = [words(part, part.num_layers) for part in parts_of(cache)]
     if theirs != ours:
         raise SnapshotError(f"the snapshot has {'; '.join(theirs)}; the cache has {'; '.join(ours)}")
     for group, layers in zip(saved.groups, _layers(cache), strict=True):

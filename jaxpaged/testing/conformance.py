@@ -45,18 +45,18 @@ class Built:
     q: Array
     """[T, Hq, D]"""
     k_pages: Pages
-    """[N, KV, page_size, D], or quantized; NaN, or scales of NaN, in slots of no entry."""
+    """[N, KV, page_size, D], of values Dv, or quantized; NaN, or scales of NaN, in slots of no entry."""
     v_pages: Pages
     table: BlockTable
     batch: Batch
     sinks: Array | None
     rope: Rope | None
     out: np.ndarray
-    """f64[T, Hq, D], from the oracle."""
+    """f64[T, Hq, Dv], from the oracle."""
     lse: np.ndarray
     """f64[T, Hq]"""
     rows: tuple[np.ndarray, np.ndarray]
-    """f32[N, KV, page_size, D]: keys and values before storage, NaN in slots of no entry."""
+    """f32[N, KV, page_size, D]: keys and values before storage, of values Dv; NaN in slots of no entry."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,8 +96,9 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
     free = list(rng.permutation(num_pages))
     pages = rng.integers(0, num_pages + 1, (max_seqs, max_pages_per_seq))
     first_slot, num_tokens, position_of = (rng.integers(0, size, pages.shape) for _ in range(3))
-    shape = num_pages, case.num_kv_heads, size, case.head_dim
-    k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    v_head_dim = case.head_dim if case.v_head_dim is None else case.v_head_dim
+    shape = num_pages, case.num_kv_heads, size
+    k_pages, v_pages = (np.full((*shape, dim), np.nan, np.float32) for dim in (case.head_dim, v_head_dim))
     # Keys are stored rotated at position + rotation of their entry; the oracle uses them rotated at their position.
     rotation = rng.integers(-300, 300, pages.shape) if case.rotary_dim else np.zeros(pages.shape, int)
     rotation[:, 1::3] = rotation[:, 0:-1:3][:, : rotation[:, 1::3].shape[1]]  # neighbours shifted together
@@ -114,7 +115,10 @@ def build_case(case: Case, *, seed: int = 0) -> Built:
                 (page, slice(None), slice(first, first + count)),
                 np.arange(position, position + count),
             )
-            key, value = rng.standard_normal((2, case.num_kv_heads, count, case.head_dim))
+            # One draw for both, so that cases with heads of one size keep their numbers.
+            widest = max(case.head_dim, v_head_dim)
+            key, value = rng.standard_normal((2, case.num_kv_heads, count, widest))
+            key, value = key[..., : case.head_dim], value[..., :v_head_dim]
             k_pages[where], v_pages[where] = _rotated(case, key, at + rotation[s, e]), value
             written.append((where, rotation[s, e]))
     sinks = rng.standard_normal(case.num_q_heads).astype(np.float32) * 2 if case.sinks else None
@@ -268,10 +272,10 @@ def benign_fill(built: Built, *, keep: Collection[str] = ()) -> Built:
     if "free_pages" in keep:
         kept |= free[:, None]
     ordinary = (~covered & ~kept)[:, None, :, None]
-    noise = np.random.default_rng(1).standard_normal((2, *built.k_pages.shape)) * 3
+    rng = np.random.default_rng(1)
     keys, values = (
-        np.where(ordinary, other, rows).astype(np.float32)
-        for other, rows in zip(noise, built.rows, strict=True)
+        np.where(ordinary, rng.standard_normal(rows.shape) * 3, rows).astype(np.float32)
+        for rows in built.rows
     )
     k_pages, v_pages = _stored(built.case, keys, values, covered)
     return replace(built, table=table, k_pages=k_pages, v_pages=v_pages)
@@ -313,7 +317,7 @@ def _oracle(
     sinks: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention one query and one head at a time, in float64."""
-    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    out, lse = np.zeros((*q.shape[:2], v_pages.shape[3])), np.full(q.shape[:2], -np.inf)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     group = case.num_q_heads // case.num_kv_heads
     held = []
@@ -373,7 +377,7 @@ def check_conformance(
     result = attention(built.q, built.k_pages, built.v_pages, built.table, built.batch, **options)
     name = built.case.name
     out = result[0] if lse else result
-    assert out.shape == built.q.shape, f"{name}: out has shape {out.shape}, q {built.q.shape}"
+    assert out.shape == built.out.shape, f"{name}: out has shape {out.shape}, expected {built.out.shape}"
     assert out.dtype == built.q.dtype, f"{name}: out has dtype {out.dtype}, q {built.q.dtype}"
     np.testing.assert_allclose(np.asarray(out, np.float64), built.out, rtol, atol, err_msg=f"{name}: out")
     if lse:

@@ -65,7 +65,7 @@ def build(case):
 
 def with_reference(built):
     case = built.case
-    config = make_config(case.head_dim, case.scale, case.window, case.soft_cap)
+    config = make_config(case.head_dim, case.scale, case.window, case.soft_cap, case.v_head_dim)
     arguments = built.q, built.k_pages, built.v_pages, built.table, built.batch
     out, lse = reference.paged_attention(*arguments, config, built.sinks, built.rope)
     return dataclasses.replace(built, out=np.asarray(out, np.float64), lse=np.asarray(lse, np.float64))
@@ -73,7 +73,7 @@ def with_reference(built):
 
 def interpreted(q, *arguments, scale, window, soft_cap, return_lse, races=False, **options):
     assert return_lse
-    config = make_config(q.shape[-1], scale, window, soft_cap)
+    config = make_config(q.shape[-1], scale, window, soft_cap, arguments[1].shape[3])
     interpret = plgpu.InterpretGPUParams(detect_races=races)
     attention = functools.partial(mosaic_gpu.paged_attention, config=config, interpret=interpret)
     out, lse = jax.jit(attention)(q, *arguments, **{"rope": None, **options})
@@ -95,6 +95,7 @@ REPRESENTATIVE = {
     "shifted_window",
     "ahead_window_shifted",
     "pages_of_256",
+    "values_128_of_192",
     "everything",
     "unsplit",
 }
@@ -190,7 +191,7 @@ def lowered_for_cuda(jitted, *arguments):
 
 def on_gpu(built):
     case = built.case
-    config = make_config(case.head_dim, case.scale, case.window, case.soft_cap)
+    config = make_config(case.head_dim, case.scale, case.window, case.soft_cap, case.v_head_dim)
 
     def attention(q, k_pages, v_pages, table, batch, sinks, rope):
         return mosaic_gpu.paged_attention(q, k_pages, v_pages, table, batch, config, sinks, rope)

@@ -81,8 +81,9 @@ REPRESENTATIVE = [
 
 
 def served(case):
-    """True if the scales of a page, or of 64 tokens of a longer one, are a multiple of 128 bytes."""
-    return min(case.page_size, 64) * case.head_dim % 2048 == 0
+    """True if the scales of a page, or of 64 tokens of a longer one, are a multiple of 128 bytes, and keys and
+    values share a tile."""
+    return case.v_head_dim is None and min(case.page_size, 64) * case.head_dim % 2048 == 0
 
 
 def every_case():

@@ -540,6 +540,27 @@ def test_rows_that_see_behind_them_see_the_keys_of_all_ranks() -> None:
     assert not np.allclose(causal[0].attend(1, q, k, v, causal[1])[0], wanted, atol=1e-2)
 
 
+def test_values_of_another_size_are_those_of_one_device() -> None:
+    lengths = jnp.asarray([19, 0, 5, 0])
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (T, heads, dim))
+        for i, (heads, dim) in enumerate(
+            ((Q_HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, 2 * HEAD_DIM))
+        )
+    )
+
+    def prefill(cache: Any) -> jax.Array:
+        cache, batch, _ = cache.reserve(lengths, num_tokens=T)
+        out: jax.Array = cache.attend(1, q, k, v, batch)[0]
+        return out
+
+    sizes = SIZES | {"v_head_dim": 2 * HEAD_DIM}
+    wanted = jax.jit(prefill)(PagedKVCache.create(**sizes))
+    assert wanted.shape == (T, Q_HEADS, 2 * HEAD_DIM)
+    cache, specs = create_spread(4, **sizes)
+    np.testing.assert_allclose(sharded(prefill, 4, (specs,), SAME)(cache), wanted, rtol=2e-5, atol=2e-5)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
 
 

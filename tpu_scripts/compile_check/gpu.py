@@ -49,6 +49,7 @@ from tpu_scripts.compile_check.devices import (
     same_heads,
 )
 from tpu_scripts.compile_check.steps import step_rows
+from tpu_scripts.compile_check.value_heads import value_head_rows
 from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 
 NUM_PAGES, PROMPT, PROMPT_SEQS = 8192, 512, 8
@@ -137,6 +138,8 @@ class GpuCompiler(Compiler):
         for page_size in (32,) if quick else (32, 64):
             for name, pages, step in itertools.product(QUANTIZED_MODELS, QUANTIZED, ((8, 1), (PROMPT, None))):
                 yield self.attention([name], *step, page_size, pages)
+        for row, heads, pages, kind in value_head_rows(self, self.report, quick):
+            yield {"models": heads, "pages": pages, "kind": kind, "page_size": 32} | row
         for head_dim, pages in itertools.product((64, 128), ("bf16", "q8_0", "q4_0")):
             yield self.donated_step(head_dim, pages)
         for name, sizes in itertools.product(WEIGHT_FORMATS, LLAMA_3_8B_PRODUCTS[: 1 if quick else 2]):

@@ -49,6 +49,7 @@ from tpu_scripts.compile_check.devices import (
     same_heads,
 )
 from tpu_scripts.compile_check.steps import step_rows
+from tpu_scripts.compile_check.value_heads import value_head_rows
 from tpu_scripts.workers import Worker, WorkerFailed, run_as_worker
 
 TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -161,6 +162,8 @@ class TpuCompiler(Compiler):
             for page_size in (32,) if quick else (16, 32, 64):
                 for names, kind in itertools.product(same_heads(blocks), KINDS):
                     yield self.attention(names, kind, page_size, dtype=dtype)
+        for row, model, dtype, kind in value_head_rows(self, self.compile, quick):
+            yield row | {"table": "kernels", "model": model, "dtype": dtype, "kind": kind, "page_size": 32}
         for layout, dtype in (("plain", "bf16"), ("lanes", "bf16"), ("lanes", "q8_0"), ("lanes", "q4_0")):
             yield from self.layout(layout, dtype)
         yield from self.products(quick)

@@ -65,22 +65,22 @@ def describe(
     tokens, num_q_heads, head_dim = q_shape
     group = num_q_heads // k_pages.shape[1]
     rows = min(max(ROWS // group, 1), max_q_len or tokens) * group
-    wide = padded(head_dim)
+    v_head_dim = v_pages.shape[3]
 
-    def read(given: Pages) -> str:
-        kind = _kind(given, head_dim)
+    def read(given: Pages, dim: int) -> str:
+        kind = _kind(given, dim)
         if rows <= kernel.FEW_ROWS and pages.reads_codes.py_func(kind):
             return "as codes"
-        return "in place" if KINDS[kind] == "f32" and wide == head_dim else "converted"
+        return "in place" if KINDS[kind] == "f32" and padded(dim) == dim else "converted"
 
     return {
         "vector_width": WIDTH,
         "keys_per_tile": kernel.TILE,
         "rows_per_item": rows,
-        "keys_read": "transposed" if rows > kernel.FEW_ROWS else read(k_pages),
-        "values_read": read(v_pages),
+        "keys_read": "transposed" if rows > kernel.FEW_ROWS else read(k_pages, head_dim),
+        "values_read": read(v_pages, v_head_dim),
         "min_tokens_per_item": MIN_ITEM_TOKENS,
-        "scratch_bytes": kernel.scratch_bytes(rows, head_dim, wide),
+        "scratch_bytes": kernel.scratch_bytes(rows, head_dim, v_head_dim),
     }
 
 
@@ -95,14 +95,15 @@ def paged_attention(
     rope: Rope | None,
     first_page: Array | int = 0,
 ) -> tuple[Array, Array]:
-    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
+    """``(out f32[T, Hq, Dv], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
     Raises:
       NotImplementedError: the kernel does not read the format, or not with this head_dim.
     """
     tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
-    kinds = [_kind(pages, head_dim) for pages in (k_pages, v_pages)]
+    v_head_dim = config.width_of_values(head_dim)
+    kinds = _kind(k_pages, head_dim), _kind(v_pages, v_head_dim)
     hadamard = hadamard_size(head_dim) if has_hadamard(k_pages) else 0
     numbers = np.asarray([config.scale, config.soft_cap or 0], np.float32)
     interleaved = rope is not None and rope.interleaved
@@ -110,7 +111,7 @@ def paged_attention(
     first_slot = first_page // len(slot_of_page) * slots if slots else 0
     sizes = num_kv_heads, page_size, num_pages, slots
     options = np.asarray([config.window or 0, interleaved, *kinds, hadamard, *sizes], np.int32)
-    out = jax.ShapeDtypeStruct((tokens, num_q_heads, head_dim), jnp.float32)
+    out = jax.ShapeDtypeStruct((tokens, num_q_heads, v_head_dim), jnp.float32)
     lse = jax.ShapeDtypeStruct((tokens, num_q_heads), jnp.float32)
     quantized = isinstance(k_pages, BlockPages) or isinstance(v_pages, BlockPages)
     attended, log_sums = jax.ffi.ffi_call(_target(quantized), (out, lse), vmap_method="expand_dims")(

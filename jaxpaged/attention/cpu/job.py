@@ -65,6 +65,7 @@ INPUTS = 27
     Q_HEADS,
     KV_HEADS,
     DIM,
+    V_DIM,
     NUM_PAGES,
     PAGE_SIZE,
     NUM_STAGING_SLOTS,
@@ -76,8 +77,8 @@ INPUTS = 27
     V_KIND,
     HADAMARD,
     MAX_ROWS,
-) = range(JOB + INPUTS, JOB + INPUTS + 19)
-JOB_SIZE = INPUTS + 19
+) = range(JOB + INPUTS, JOB + INPUTS + 20)
+JOB_SIZE = INPUTS + 20
 RESIDUAL = K_RESIDUAL - K
 """Index of residual pages relative to the codes of keys or values."""
 
@@ -116,6 +117,7 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
     for i in range(INPUTS):
         store_i64(job, JOB + i, example_data(argument(call, i), result(call, 0), axes, example))
     tokens, q_heads, dim = size(q, -3), size(q, -2), size(q, -1)
+    v_dim = size(result(call, 0), -1)
     max_seqs, entries = size(table, -2), size(table, -1)
     options = load_i64(job, OPTIONS)
     kv_heads, page_size = i64(load_i32(options, 5)), i64(load_i32(options, 6))
@@ -126,6 +128,7 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
     store_i64(job, Q_HEADS, q_heads)
     store_i64(job, KV_HEADS, kv_heads)
     store_i64(job, DIM, dim)
+    store_i64(job, V_DIM, v_dim)
     store_i64(job, NUM_PAGES, load_i32(options, 7))
     store_i64(job, PAGE_SIZE, page_size)
     store_i64(job, ENTRIES, entries)
@@ -156,7 +159,7 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
     # Rounded up, so that the memory below holds all items.
     share = max(-(-work * kv_heads // (threads * ITEMS_PER_THREAD)), 1)
     most = blocks * kv_heads + threads * ITEMS_PER_THREAD + 1
-    part_floats = max_rows * (padded(dim) + 2)
+    part_floats = max_rows * (padded(v_dim) + 2)
     items = malloc(8 * ITEM * most)
     store_i64(job, ITEMS, items)
     store_i64(job, PARTS, malloc(4 * part_floats * most))
@@ -183,7 +186,7 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
     store_i64(job, NUM_ITEMS, number)
     # Padding attends to nothing.
     for row in range(i64(load_i32(cu, max_seqs)), tokens):
-        for i in range(row * q_heads * dim, (row + 1) * q_heads * dim):
+        for i in range(row * q_heads * v_dim, (row + 1) * q_heads * v_dim):
             store_f32(out, i, f32(0))
         for i in range(row * q_heads, (row + 1) * q_heads):
             store_f32(lse, i, f32(-np.inf))
@@ -193,7 +196,7 @@ def plan(call: int, job: int, threads: int, example: int) -> int:
 @njit
 def finish_row(job: int, token: int, q_head: int, maximum: float, total: float, weighted: int) -> None:
     """Writes a row's output and the logarithm of its denominator from its sums."""
-    dim, q_heads = load_i64(job, DIM), load_i64(job, Q_HEADS)
+    dim, q_heads = load_i64(job, V_DIM), load_i64(job, Q_HEADS)
     sink = load_f32(load_i64(job, SINKS), q_head)
     scale = f32(1)
     if sink > maximum:
@@ -213,7 +216,7 @@ def finish_row(job: int, token: int, q_head: int, maximum: float, total: float, 
 @njit
 def merge(job: int) -> None:
     """Merges the parts of split sequences, and frees the memory of ``plan``."""
-    items, dim = load_i64(job, ITEMS), load_i64(job, DIM)
+    items, dim = load_i64(job, ITEMS), load_i64(job, V_DIM)
     group = load_i64(job, Q_HEADS) // load_i64(job, KV_HEADS)
     wide = padded(dim)
     number = i64(0)

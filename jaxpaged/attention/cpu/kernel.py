@@ -55,6 +55,7 @@ from jaxpaged.attention.cpu.job import (
     SEQ,
     SPLITS,
     STAGING_SLOT,
+    V_DIM,
     V_KIND,
     WINDOW,
     K,
@@ -134,9 +135,12 @@ _RUN = 7
 
 
 @register_jitable
-def scratch_bytes(rows: int, dim: int, wide: int) -> int:
-    """Size of a thread's scratch memory."""
-    return 4 * (rows * (3 * wide + TILE + 2) + 3 * TILE * wide + 4 * dim) + 8 * (_RUN * TILE + _WORK + 2)
+def scratch_bytes(rows: int, dim: int, v_dim: int) -> int:
+    """Size of a thread's scratch memory, for keys of ``dim`` numbers and values of ``v_dim``."""
+    wide, v_wide = padded(dim), padded(v_dim)
+    of_rows = rows * (2 * wide + v_wide + TILE + 2)
+    of_keys = TILE * (2 * wide + v_wide)
+    return 4 * (of_rows + of_keys + 2 * (dim + max(dim, v_dim))) + 8 * (_RUN * TILE + _WORK + 1)
 
 
 @njit
@@ -243,6 +247,7 @@ def _transform_queries(job: int, work: int) -> bool:
     _KV_HEAD,
     _NUM_ROWS,
     _WIDE,
+    _V_WIDE,
     _TABLE_ROW,
     _ENTRY,
     _TOKENS_DONE,
@@ -252,8 +257,9 @@ def _transform_queries(job: int, work: int) -> bool:
     _USED,
     _NUM_RUNS,
     _CHANNELS,
-) = range(24)
-_WORK = 24
+) = range(25)
+_WORK = (25 + 7) // 8 * 8
+"""Numbers of 64 bits before the arrays, which begin at a line of the cache, as scratch does."""
 
 
 @njit
@@ -263,14 +269,16 @@ def _begin(job: int, item: int, work: int) -> None:
     group = q_heads // load_i64(job, KV_HEADS)
     first, head = load_i64(item, ROW), load_i64(item, HEAD)
     rows, wide = load_i64(item, COUNT) * group, padded(dim)
-    queries = work + 8 * _WORK + 8  # a whole number of vectors behind the 64 bytes that scratch is aligned to
+    v_dim = load_i64(job, V_DIM)
+    v_wide = padded(v_dim)
+    queries = work + 8 * _WORK
     transformed = queries + 4 * rows * wide
     sums = transformed + 4 * rows * wide
-    scores = sums + 4 * rows * wide
+    scores = sums + 4 * rows * v_wide
     transposed = scores + 4 * rows * TILE
     wide_k = transposed + 4 * TILE * wide
     wide_v = wide_k + 4 * TILE * wide
-    maxima = wide_v + 4 * TILE * wide
+    maxima = wide_v + 4 * TILE * v_wide
     totals = maxima + 4 * rows
     angles = totals + 4 * rows
     store_i64(work, _QUERIES, queries)
@@ -284,11 +292,12 @@ def _begin(job: int, item: int, work: int) -> None:
     store_i64(work, _TOTALS, totals)
     store_i64(work, _ANGLES, angles)
     store_i64(work, _CHANNELS, angles + 8 * dim)
-    store_i64(work, _RUNS, (angles + 16 * dim + 7) // 8 * 8)
+    store_i64(work, _RUNS, (angles + 8 * dim + 8 * max(dim, v_dim) + 7) // 8 * 8)
     store_i64(work, _FIRST, first)
     store_i64(work, _KV_HEAD, head)
     store_i64(work, _NUM_ROWS, rows)
     store_i64(work, _WIDE, wide)
+    store_i64(work, _V_WIDE, v_wide)
     store_i64(work, _TABLE_ROW, 4 * load_i64(item, SEQ) * load_i64(job, ENTRIES))
     store_i64(work, _ENTRY, load_i64(item, BEGIN))
     store_i64(work, _TOKENS_DONE, 0)
@@ -299,7 +308,7 @@ def _begin(job: int, item: int, work: int) -> None:
         source = load_i64(job, Q) + 4 * ((first + r // group) * q_heads + head * group + r % group) * dim
         for i in range(wide):
             store_f32(queries, r * wide + i, scale * load_f32(source, i) if i < dim else f32(0))
-        row_fill((sums + 4 * r * wide, wide, f32(0)))
+        row_fill((sums + 4 * r * v_wide, v_wide, f32(0)))
         store_f32(maxima, r, NOTHING)
         store_f32(totals, r, f32(0))
 
@@ -311,7 +320,7 @@ def _gather(job: int, work: int) -> None:
     row, last = load_i64(work, _TABLE_ROW), load_i64(work, _LAST)
     counts, positions = load_i64(job, NUM_TOKENS) + row, load_i64(job, POSITION) + row
     rotations = load_i64(job, ROTATION) + row
-    wide = load_i64(work, _WIDE)
+    wide, v_wide = load_i64(work, _WIDE), load_i64(work, _V_WIDE)
     entry, done = load_i64(work, _ENTRY), load_i64(work, _TOKENS_DONE)
     offset = i64(load_i32(rotations, entry))
     if load_i64(work, _TILE_QUERIES) == 0 or offset != load_i64(work, _ROTATION):
@@ -323,9 +332,8 @@ def _gather(job: int, work: int) -> None:
     while used < TILE and entry < last and load_i32(rotations, entry) == offset:
         left = i64(load_i32(counts, entry)) - done
         count = min(left, TILE - used)
-        buffer = 4 * used * wide
-        k, k_stride = _rows(job, work, K, entry, done, count, load_i64(work, _WIDE_K) + buffer)
-        v, v_stride = _rows(job, work, V, entry, done, count, load_i64(work, _WIDE_V) + buffer)
+        k, k_stride = _rows(job, work, K, entry, done, count, load_i64(work, _WIDE_K) + 4 * used * wide)
+        v, v_stride = _rows(job, work, V, entry, done, count, load_i64(work, _WIDE_V) + 4 * used * v_wide)
         run = load_i64(work, _RUNS) + 8 * _RUN * num_runs
         store_i64(run, _RUN_K, k)
         store_i64(run, _RUN_V, v)
@@ -358,7 +366,7 @@ def _page_of(job: int, work: int, entry: int) -> int:
 def _coded(job: int, side: int, row: int, count: int) -> tuple[int, int, int, int, int, int, int]:
     """Arguments of ``pages.dots_of_codes`` for ``count`` keys or values from row ``row`` of the
     pool."""
-    blocks = load_i64(job, DIM) // 32
+    blocks = load_i64(job, DIM if side == K else V_DIM) // 32
     parts = (load_i64(job, side), load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3))
     return (*parts, row * blocks, blocks, count)
 
@@ -373,11 +381,12 @@ def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, ta
     page, heads = _page_of(job, work, entry), load_i64(job, KV_HEADS)
     slot = load_i32(load_i64(job, FIRST_SLOT) + load_i64(work, _TABLE_ROW), entry) + token
     kind = load_i64(job, K_KIND if side == K else V_KIND)
+    dim, wide = load_i64(job, DIM if side == K else V_DIM), load_i64(work, _WIDE if side == K else _V_WIDE)
     codes = load_i64(job, side)
     if not QUANTIZED:
         return load_plain_rows(
             kind, codes, page * heads + load_i64(work, _KV_HEAD), load_i64(job, PAGE_SIZE), slot, count,
-            load_i64(job, DIM), load_i64(work, _WIDE), target,
+            dim, wide, target,
         )  # fmt: skip
     if kind >= FIRST_RESIDUAL:
         first = load_i64(job, FIRST)
@@ -389,8 +398,8 @@ def _rows(job: int, work: int, side: int, entry: int, token: int, count: int, ta
         return row * load_i64(job, PAGE_SIZE) + slot, i64(0)
     return load_rows(
         kind, codes, load_i64(job, side + 1), load_i64(job, side + 2), load_i64(job, side + 3),
-        page * heads + load_i64(work, _KV_HEAD), load_i64(job, PAGE_SIZE), slot, count, load_i64(job, DIM),
-        load_i64(work, _WIDE), target, load_i64(work, _CHANNELS),
+        page * heads + load_i64(work, _KV_HEAD), load_i64(job, PAGE_SIZE), slot, count, dim, wide,
+        target, load_i64(work, _CHANNELS),
     )  # fmt: skip
 
 
@@ -412,7 +421,7 @@ def _ahead(job: int, work: int, run: int) -> int:
 def _prefetch_scales(job: int, side: int, row: int, count: int) -> None:
     """Prefetches scales, minima and block scales of ``count`` rows from row ``row`` of the pool."""
     kind = load_i64(job, K_KIND if side == K else V_KIND)
-    dim = load_i64(job, DIM)
+    dim = load_i64(job, DIM if side == K else V_DIM)
     for part in range(1, 4):
         begin = load_i64(job, side + part) + bytes_of_scales(kind, part, row * dim)
         prefetch(begin, bytes_of_scales(kind, part, count * dim))
@@ -488,7 +497,7 @@ def _mask(job: int, work: int) -> None:
 @njit
 def _weigh(work: int) -> None:
     """Converts scores to weights, and rescales totals and sums to the new maxima."""
-    rows, wide, columns = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), padded(load_i64(work, _USED))
+    rows, wide, columns = load_i64(work, _NUM_ROWS), load_i64(work, _V_WIDE), padded(load_i64(work, _USED))
     maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
     for r in range(rows):
         row = load_i64(work, _SCORES) + 4 * r * TILE
@@ -506,10 +515,10 @@ def _weigh(work: int) -> None:
 @njit
 def _add_values(job: int, work: int) -> None:
     """Adds the values of the tile, times their weights, to the sums."""
-    rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
-    kind = load_i64(job, V_KIND)
-    width = bytes_of_row(kind, load_i64(job, DIM))
-    stride_keys = _STRIDE * 4 * load_i64(job, DIM) // width
+    rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _V_WIDE), load_i64(work, _SUMS)
+    kind, dim = load_i64(job, V_KIND), load_i64(job, V_DIM)
+    width = bytes_of_row(kind, dim)
+    stride_keys = _STRIDE * 4 * dim // width
     for i in range(load_i64(work, _NUM_RUNS)):
         run = load_i64(work, _RUNS) + 8 * _RUN * i
         v, stride = load_i64(run, _RUN_V), load_i64(run, _RUN_V_STRIDE)
@@ -533,7 +542,7 @@ def _add_values(job: int, work: int) -> None:
 @njit
 def _end(job: int, item: int, work: int) -> None:
     """Writes the item's output, or its partial sums for ``merge``."""
-    rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _WIDE), load_i64(work, _SUMS)
+    rows, wide, sums = load_i64(work, _NUM_ROWS), load_i64(work, _V_WIDE), load_i64(work, _SUMS)
     maxima, totals = load_i64(work, _MAXIMA), load_i64(work, _TOTALS)
     if load_i64(item, SPLITS) > 1:
         part = load_i64(item, PART)
@@ -567,8 +576,8 @@ def task(job: int) -> int:
     """Processes items until none is left."""
     index = next_item(job)
     if index >= 0:
-        dim = load_i64(job, DIM)
-        memory = malloc(scratch_bytes(load_i64(job, MAX_ROWS), dim, padded(dim)) + 64)
+        dims = load_i64(job, DIM), load_i64(job, V_DIM)
+        memory = malloc(scratch_bytes(load_i64(job, MAX_ROWS), dims[0], dims[1]) + 64)
         scratch = (memory + 63) // 64 * 64  # a line of the cache, and a whole vector
         while index >= 0:
             _attend(job, index, scratch)

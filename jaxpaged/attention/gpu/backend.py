@@ -43,7 +43,7 @@ def paged_attention(
     *,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
+    """``(out f32[T, Hq, Dv], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
     Queries of the pages' dtype are multiplied as they are, and weights are rounded to it, as in
     FlashAttention. Other queries and their weights become two terms of that dtype each, which keeps
@@ -69,6 +69,7 @@ def paged_attention(
         max_q_len=batch.max_q_len,
         max_seqs=table.max_seqs,
         max_pages_per_seq=table.max_pages_per_seq,
+        v_head_dim=config.v_head_dim,
     )
     items, row_positions, first, place = _make_items(table, batch, config, plan, first_page)
     hadamard = has_hadamard(k_pages)
@@ -127,6 +128,7 @@ def describe(
     *,
     q_dtype: DTypeLike | None = None,
     live_tokens: int = 0,
+    v_head_dim: int | None = None,
 ) -> dict[str, Any]:
     """Describes a call with these shapes.
 
@@ -138,6 +140,7 @@ def describe(
       max_q_len: as ``Batch`` has it.
       max_seqs, max_pages_per_seq: S and P of the table.
       live_tokens: tokens that the sequences of the step hold together.
+      v_head_dim: numbers of a head of values, where they are not those of keys.
 
     Returns:
       Names and numbers: the sizes of ``Plan``, ``blocks`` of the grid, ``shared_memory_bytes`` of a
@@ -161,11 +164,12 @@ def describe(
         max_q_len=max_q_len,
         max_seqs=max_seqs,
         max_pages_per_seq=max_pages_per_seq,
+        v_head_dim=v_head_dim,
     )
     if isinstance(kind, tuple):
         token_bytes = head_dim // BLOCK * sum(one.code.bytes for one in kind)
     else:
-        token_bytes = 2 * head_dim * plan.dtype.itemsize
+        token_bytes = (head_dim + plan.v_head_dim) * plan.dtype.itemsize
     rows = plan.num_items * plan.item_rows * num_kv_heads
     return {
         "implementation": "mosaic_gpu",
@@ -181,7 +185,7 @@ def describe(
         "blocks_per_sm": plan.blocks_per_sm,
         "kv_bytes": num_kv_heads * token_bytes * live_tokens,
         "q_bytes": 2 * rows * plan.terms * head_dim * plan.dtype.itemsize,
-        "out_bytes": 4 * (2 * rows * plan.num_splits * head_dim + tokens * num_q_heads * head_dim),
+        "out_bytes": 4 * plan.v_head_dim * (2 * rows * plan.num_splits + tokens * num_q_heads),
     }
 
 
@@ -304,7 +308,7 @@ def _merge(
     """Joins the splits of each item and brings its rows to their queries.
 
     Args:
-      out: f32[splits, I, KV, item_rows, D], undefined where nothing was seen.
+      out: f32[splits, I, KV, item_rows, Dv], undefined where nothing was seen.
       lse: f32[splits, I, KV, 64], in base 2; -inf where nothing was seen.
       place: item and row of each query.
     """

@@ -88,7 +88,7 @@ def attend(
         terms, KV, ...], behind them the queries turned by 90 degrees. Where keys are stored under a
         Hadamard turn, [3 * terms, KV, ...]: the queries under it, and both without. For quantized
         pages in the order of columns (``to_columns``).
-      k_pages, v_pages: [N, KV, page_size, D].
+      k_pages, v_pages: [N, KV, page_size, D], of values Dv.
       items: i32[I, 5], of each item its sequence, first unit, the unit behind its last, the frame
         of its queries, and the layer's first page.
       row_positions: i32[1 or 2, I, 64], the last position that each row sees, and the row's own if
@@ -98,32 +98,32 @@ def attend(
       interpret: as ``plgpu.kernel`` has it.
 
     Returns:
-      ``(out f32[splits, I, KV, item_rows, D], lse f32[splits, I, KV, 64])``, lse in base 2, -inf
+      ``(out f32[splits, I, KV, item_rows, Dv], lse f32[splits, I, KV, 64])``, lse in base 2, -inf
       for a row or a split that saw nothing; its out is then undefined. The columns of out are those
       of the values' tile.
     """
     num_kv_heads, _, head_dim = k_pages.shape[1:]
     dtype = plan.dtype
-    columns = head_dim // plan.warpgroups
+    columns, v_columns = head_dim // plan.warpgroups, plan.v_head_dim // plan.warpgroups
     width = plan.swizzle // dtype.itemsize
     tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(plan.swizzle))
     out_width = plan.swizzle // 4
     out_tiled = (plgpu.TilingTransform((8, out_width)), plgpu.SwizzleTransform(plan.swizzle))
 
-    def ring(code: Code | None) -> Any:
+    def ring(code: Code | None, columns: int) -> Any:
         """Buffers for the pages of all steps in flight, separate for each warpgroup's columns."""
         width, of = (columns, dtype) if code is None else (columns // code.per_word, WORD)
         return plgpu.SMEM((plan.stages, plan.warpgroups, STEP_TOKENS, width), of, transforms=tiled)
 
     k_code, v_code = plan.codes or (None, None)
-    out = plgpu.SMEM((plan.warpgroups, ROWS, columns), jnp.float32, transforms=out_tiled)
+    out = plgpu.SMEM((plan.warpgroups, ROWS, v_columns), jnp.float32, transforms=out_tiled)
     tile = plgpu.SMEM((1, plan.warpgroups, STEP_TOKENS, columns), dtype, transforms=tiled)
     scratch: dict[str, Any] = {
         "q": plgpu.SMEM((plan.terms, ROWS, head_dim), dtype, transforms=tiled),
         "p": plgpu.SMEM((plan.warpgroups, plan.terms, ROWS, STEP_TOKENS), dtype, transforms=tiled),
-        "v": ring(v_code),
+        "v": ring(v_code, v_columns),
         # The result lies where keys lay: all of them are read by then.
-        "k_or_out": plgpu.RefUnion([ring(k_code), *([] if plan.codes is None else [tile])], out),
+        "k_or_out": plgpu.RefUnion([ring(k_code, columns), *([] if plan.codes is None else [tile])], out),
         "lse": plgpu.SMEM((ROWS,), jnp.float32),
         "q_barrier": plgpu.Barrier(num_arrivals=plan.terms),
         "all_barrier": plgpu.Barrier(num_arrivals=plan.warpgroups),
@@ -153,7 +153,7 @@ def attend(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((*shape, plan.item_rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, plan.item_rows, plan.v_head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*shape, ROWS), jnp.float32),
         ),
         scratch_types=scratch,
@@ -213,7 +213,7 @@ def _attend_item(
         plgpu.Layout.WGMMA.reduce(1),
         plgpu.Layout.WGMMA.reduce(0),
     )
-    columns = head_dim // plan.warpgroups
+    columns, v_columns = head_dim // plan.warpgroups, plan.v_head_dim // plan.warpgroups
 
     sequence, begin, end, frame, first_page = (items[item, i] for i in range(5))
     rows = pl.ds(item * plan.item_rows, ROWS)
@@ -454,7 +454,7 @@ def _attend_item(
             @pl.when(functools.reduce(jnp.logical_or, [u - low < plan.unit_tokens for low, u, _ in spans]))
             def _() -> None:
                 live = live_tokens()
-                for chunk in chunks(columns, _CHUNK):
+                for chunk in chunks(v_columns, _CHUNK):
                     values = load(v.at[slot, warpgroup, :, chunk], wgmma)
                     v[slot, warpgroup, :, chunk] = jnp.where(
                         lax.broadcast_in_dim(live, values.shape, [0]), values, 0
@@ -471,7 +471,7 @@ def _attend_item(
                 plgpu.wgmma(acc, p.at[warpgroup, term], values)
             return acc[...]
 
-        added = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
+        added = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, v_columns), jnp.float32))
         weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0]) + added
         return turned, new_maximum, denominator, weighted
 
@@ -479,7 +479,7 @@ def _attend_item(
         frame,
         plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), rows_of),
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), rows_of),
-        plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), wgmma),
+        plgpu.layout_cast(jnp.zeros((ROWS, v_columns), jnp.float32), wgmma),
     )
     _, maximum, denominator, weighted = lax.fori_loop(0, num_steps, attend_step, nothing)
     seen = denominator > 0
@@ -497,7 +497,7 @@ def _attend_item(
         out[warpgroup] = weighted / lax.broadcast_in_dim(safe, weighted.shape, [0])
         plgpu.commit_smem()
         written = pl.ds(0, plan.item_rows)
-        target = out_gmem.at[split, item, kv_head, :, pl.ds(warpgroup * columns, columns)]
+        target = out_gmem.at[split, item, kv_head, :, pl.ds(warpgroup * v_columns, v_columns)]
         plgpu.copy_smem_to_gmem(out.at[warpgroup, written], target)
 
     plgpu.wait_smem_to_gmem(0)

@@ -49,6 +49,8 @@ class Plan(NamedTuple):
     num_splits: int
     """Number of parts that the steps of each item are split into."""
     page_size: int
+    v_head_dim: int
+    """Numbers of a head of values."""
     stages: int
     """Number of steps with pages in shared memory: one is computed, the others are in flight."""
     dtype: jnp.dtype
@@ -98,13 +100,15 @@ def make_plan(
     max_q_len: int | None,
     max_seqs: int,
     max_pages_per_seq: int,
+    v_head_dim: int | None = None,
 ) -> Plan:
-    """The sizes of a call on static shapes.
+    """The sizes of a call on static shapes; ``v_head_dim``: None = that of keys.
 
     Raises:
       NotImplementedError: the kernel cannot serve them; the message says why.
     """
     _, num_kv_heads, page_size, head_dim = k_pages_shape
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
     q_dtype = jnp.dtype(q_dtype)
     group = num_q_heads // num_kv_heads
     codes = None
@@ -113,10 +117,16 @@ def make_plan(
         raise NotImplementedError(
             f"wgmma multiplies pages of bfloat16 or float16 as they lie, not of {dtype.name}"
         )
-    warpgroups = 1 if head_dim <= 128 else 2
-    if head_dim > 256 or head_dim % (16 * warpgroups):
+    # The columns of values are summed in registers; keys of any size leave as many.
+    warpgroups = 1 if v_head_dim <= 128 else 2
+    if max(head_dim, v_head_dim) > 256 or head_dim % (16 * warpgroups) or v_head_dim % (16 * warpgroups):
+        other = "" if v_head_dim == head_dim else f", {v_head_dim} of values"
         raise NotImplementedError(
-            f"head_dim must be a multiple of 16 up to 128, or of 32 up to 256, for wgmma; it is {head_dim}"
+            f"head_dim must be a multiple of 16 up to 128, or of 32 up to 256, for wgmma; it is {head_dim}{other}"
+        )
+    if isinstance(kind, tuple) and v_head_dim != head_dim:
+        raise NotImplementedError(
+            f"quantized keys and values share a tile: heads of {head_dim} and {v_head_dim} numbers do not"
         )
     if group > ROWS:
         raise NotImplementedError(f"{group} query heads of a KV head are more than the {ROWS} rows of a tile")
@@ -126,7 +136,7 @@ def make_plan(
         )
     columns = head_dim // warpgroups
     # Columns that a tile's rows are whole numbers of, in words as in numbers.
-    multiples = [columns]
+    multiples = [columns, v_head_dim // warpgroups]
     if isinstance(kind, tuple):
         codes = _codes(kind)
         _check_copies(codes, page_size, head_dim, columns)
@@ -136,12 +146,13 @@ def make_plan(
     num_items = num_tokens if single else min(num_tokens, num_tokens // queries + min(max_seqs, num_tokens))
     # Words and numbers have two bytes each.
     k_bytes, v_bytes = (
-        2 * STEP_TOKENS * head_dim // (1 if code is None else code.per_word) for code in codes or (None, None)
+        2 * STEP_TOKENS * dim // (1 if code is None else code.per_word)
+        for code, dim in zip(codes or (None, None), (head_dim, v_head_dim), strict=True)
     )
     factors = sum(len(code.factors) for code in codes or ())
     factor_bytes = 2 * factors * STEP_TOKENS * head_dim // BLOCK
     sizes: Mapping[str, int] = {}
-    if codes is None:
+    if codes is None and v_head_dim == head_dim:  # nothing was measured for others
         measured = tuned(
             num_kv_heads=num_kv_heads,
             group=group,
@@ -160,7 +171,7 @@ def make_plan(
         terms * ROWS * head_dim * 2,  # queries
         terms * warpgroups * ROWS * STEP_TOKENS * 2,  # weights
         max(
-            _padded(stages * k_bytes) + tile_bytes, 4 * ROWS * head_dim
+            _padded(stages * k_bytes) + tile_bytes, 4 * ROWS * v_head_dim
         ),  # keys and their tile, or the result
         stages * v_bytes,
         stages * factor_bytes,
@@ -187,6 +198,7 @@ def make_plan(
         item_rows=-(-group // 8) * 8 if single else ROWS,
         num_splits=max(1, min(num_splits, steps, _MAX_SPLITS)),
         page_size=page_size,
+        v_head_dim=v_head_dim,
         stages=stages,
         dtype=dtype,
         codes=codes,

@@ -47,6 +47,7 @@ from jaxpaged.attention.tpu.kernel import Cut, kernel
 from jaxpaged.pages.batch import Batch
 from jaxpaged.pages.block_table import BlockTable
 from jaxpaged.pages.formats import LANES, MAX_PAGE_SIZE, BlockPages, hadamard
+from jaxpaged.pages.formats.ggml import BLOCK
 from jaxpaged.pages.formats.lane_blocks import LaneBlockFormat
 from jaxpaged.pages.rope import Rope
 
@@ -68,7 +69,7 @@ def paged_attention(
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
-    """``(out f32[T, Hq, D], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
+    """``(out f32[T, Hq, Dv], lse f32[T, Hq])``; arguments as checked by ``api.paged_attention``.
 
     Args:
       blocks: block sizes; default ``choose_blocks``.
@@ -80,17 +81,24 @@ def paged_attention(
       ValueError: ``blocks`` do not fill whole rows of 128 scores.
     """
     stored = Stored(_storage(k_pages), _storage(v_pages))
-    heads = Heads.of(q.shape, k_pages.shape, stored.k)
-    if heads != Heads.of(q.shape, v_pages.shape, stored.v):
-        raise NotImplementedError(f"keys {described(k_pages)} and values {described(v_pages)} in other rows")
+    of_keys = Heads.of(q.shape, k_pages.shape, stored.k)
+    of_values = Heads.of((*q.shape[:2], config.width_of_values(q.shape[2])), v_pages.shape, stored.v)
+    if (of_keys.packed, of_keys.page_rows) != (of_values.packed, of_values.page_rows):
+        raise NotImplementedError(
+            f"keys {described(k_pages)} and values {described(v_pages)} in other rows: {of_keys.packed} tokens of "
+            f"keys and {of_values.packed} of values in one"
+        )
+    v_lanes = None if of_values.lanes == of_keys.lanes else of_values.lanes
+    heads = of_keys._replace(v_lanes=of_values.lanes)
     if heads.page_rows & (heads.page_rows - 1) or heads.page_size > MAX_PAGE_SIZE:
         raise NotImplementedError(
             f"pages of {heads.page_size} tokens; the kernel reads powers of two up to {MAX_PAGE_SIZE}"
         )
-    if any(stored.quantized) and LANES % heads.blocks:
-        raise NotImplementedError(
-            f"quantized heads of {heads.head_dim} are {heads.blocks} blocks; the kernel reads 4, 8, 16 or 32"
-        )
+    for one, quantized in zip((of_keys, of_values), stored.quantized, strict=True):
+        if quantized and LANES % (one.lanes // BLOCK):
+            raise NotImplementedError(
+                f"quantized heads of {one.head_dim} are {one.lanes // BLOCK} blocks; the kernel reads 4, 8, 16 or 32"
+            )
     for pages in (k_pages, v_pages):
         if isinstance(pages, BlockPages) and pages.parts["codes"].shape[2] < _MIN_ROWS_OF_BYTES:
             fits = heads.page_size * _MIN_ROWS_OF_BYTES // pages.parts["codes"].shape[2]
@@ -99,7 +107,8 @@ def paged_attention(
                 f"the kernel reads them from {fits} tokens on"
             )
     if blocks is None:
-        blocks = choose_blocks(q.shape, k_pages.shape, stored.k, batch.max_q_len, v_dtype=stored.v)
+        sizes = q.shape, k_pages.shape, stored.k, batch.max_q_len
+        blocks = choose_blocks(*sizes, v_dtype=stored.v, v_lanes=v_lanes)
     if blocks.pages * heads.page_rows % LANES:
         raise ValueError(
             f"{blocks.pages} pages of {heads.page_rows} rows are no multiple of {LANES} rows; "
@@ -191,9 +200,10 @@ def _run(
     left out.
 
     Returns:
-      ``(out f32[R, Hq, D], lse f32[R, Hq])`` of the R rows.
+      ``(out f32[R, Hq, Dv], lse f32[R, Hq])`` of the R rows.
     """
-    num_kv_heads, group, head_dim, lanes, page_rows = heads
+    num_kv_heads, group, head_dim, lanes, page_rows, v_lanes = heads
+    v_head_dim = config.width_of_values(head_dim)
     packed, rows_of_group = heads.packed, queries * group
     width = stored.rows(heads, queries)
     num_rows = len(q) if rows is None else len(rows)
@@ -247,7 +257,7 @@ def _run(
         *(pl.BlockSpec(memory_space=pltpu.VMEM) for _ in inputs[num_by_item:]),
     ]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    out_shapes = (num_kv_heads, rows_of_block, lanes), (num_kv_heads, rows_of_block)
+    out_shapes = (num_kv_heads, rows_of_block, v_lanes), (num_kv_heads, rows_of_block)
     buffers = [
         (2, shape[0], pages * shape[1], shape[2]) if len(shape) == 3 else (2, pages, *shape)
         for shape, _ in stored.parts(heads)
@@ -258,7 +268,7 @@ def _run(
         pltpu.VMEM(scales_shape(heads, stored, queries, pages * page_rows), jnp.float32),
         pltpu.VMEM((*state, LANES), jnp.float32),
         pltpu.VMEM((*state, LANES), jnp.float32),
-        pltpu.VMEM((*state, lanes), jnp.float32),
+        pltpu.VMEM((*state, v_lanes), jnp.float32),
         pltpu.VMEM((2 + has_window_start, rows_of_block, 1), jnp.int32),
         pltpu.VMEM(x.shape[1:] if rope is not None else (8, LANES), x.dtype),
         pltpu.SMEM((3, *entries.shape[2:]), jnp.int32),
@@ -295,14 +305,14 @@ def _run(
         lse = jax.nn.logsumexp(parts, axis=2)
         weight = jnp.exp(parts - jnp.where(jnp.isneginf(lse), 0, lse)[:, :, None])[..., None]
         out = sum(
-            out[:, :, i * width : (i + 1) * width, i * head_dim : (i + 1) * head_dim] * weight[:, :, i]
+            out[:, :, i * width : (i + 1) * width, i * v_head_dim : (i + 1) * v_head_dim] * weight[:, :, i]
             for i in range(packed)
         )
-    out = out[:, :, :rows_of_group, :head_dim]
-    out = out.reshape(num_blocks, num_kv_heads * group, queries, head_dim).swapaxes(1, 2)
+    out = out[:, :, :rows_of_group, :v_head_dim]
+    out = out.reshape(num_blocks, num_kv_heads * group, queries, v_head_dim).swapaxes(1, 2)
     lse = lse[:, :, :rows_of_group].reshape(num_blocks, num_kv_heads * group, queries).swapaxes(1, 2)
     return (
-        out.reshape(num_blocks * queries, -1, head_dim)[:num_rows],
+        out.reshape(num_blocks * queries, -1, v_head_dim)[:num_rows],
         lse.reshape(num_blocks * queries, -1)[:num_rows],
     )
 

@@ -60,15 +60,27 @@ class Heads(NamedTuple):
     """Numbers in a row of a page array."""
     page_rows: int
     """Rows of a page, for each head."""
+    v_lanes: int
+    """Numbers in a row of an array of pages of values."""
 
     @classmethod
-    def of(cls, q_shape: tuple[int, ...], pages_shape: tuple[int, ...], storage: Storage) -> Heads:
+    def of(
+        cls,
+        q_shape: tuple[int, ...],
+        pages_shape: tuple[int, ...],
+        storage: Storage,
+        v_lanes: int | None = None,
+    ) -> Heads:
         """From ``q_shape [T, Hq, D]``, and the shape of pages: ``[N, KV, rows of a page, lanes]``
-        of plain numbers, and ``[N, KV, page_size, D]`` where ``storage`` quantizes them."""
+        of plain numbers, and ``[N, KV, page_size, D]`` where ``storage`` quantizes them.
+
+        ``v_lanes``: those of pages of values, where heads of values are of another size.
+        """
         _, num_kv_heads, page_rows, lanes = pages_shape
         if isinstance(storage, LaneBlockFormat):
             page_rows, lanes = page_rows // tokens_per_row(storage.width, lanes), storage.width
-        return cls(num_kv_heads, q_shape[1] // num_kv_heads, q_shape[2], lanes, page_rows)
+        sizes = num_kv_heads, q_shape[1] // num_kv_heads, q_shape[2], lanes, page_rows
+        return cls(*sizes, lanes if v_lanes is None else v_lanes)
 
     @property
     def packed(self) -> int:
@@ -78,11 +90,6 @@ class Heads(NamedTuple):
     @property
     def page_size(self) -> int:
         return self.page_rows * self.packed
-
-    @property
-    def blocks(self) -> int:
-        """Quantized blocks of a row."""
-        return self.lanes // BLOCK
 
 
 class Stored(NamedTuple):
@@ -103,11 +110,11 @@ class Stored(NamedTuple):
     def parts(self, heads: Heads) -> list[tuple[tuple[int, ...], DTypeLike]]:
         """Shape and dtype of what one page is made of, keys and then values: each part is one DMA."""
         found: list[tuple[tuple[int, ...], DTypeLike]] = []
-        for storage in self:
+        for storage, lanes in ((self.k, heads.lanes), (self.v, heads.v_lanes)):
             if isinstance(storage, LaneBlockFormat):
                 found += storage.page_parts(heads.num_kv_heads, heads.page_size).values()
             else:
-                found.append(((heads.num_kv_heads, heads.page_rows, heads.lanes), storage))
+                found.append(((heads.num_kv_heads, heads.page_rows, lanes), storage))
         return found
 
     def page_bytes(self, heads: Heads) -> int:
@@ -143,6 +150,7 @@ def choose_blocks(
     max_q_len: int | None,
     *,
     v_dtype: Storage | None = None,
+    v_lanes: int | None = None,
 ) -> Blocks:
     """Blocks that fit the VMEM that every TPU gives a kernel (16 MiB), from shapes alone.
 
@@ -156,11 +164,13 @@ def choose_blocks(
       page_dtype: dtype or format of the pages.
       max_q_len: static bound on the queries of one sequence; None = T.
       v_dtype: that of pages of values, where it is another one.
+      v_lanes: numbers of their rows, where heads of values are of another size.
     """
-    heads, stored = Heads.of(q_shape, k_pages_shape, page_dtype), Stored(page_dtype, v_dtype or page_dtype)
+    heads = Heads.of(q_shape, k_pages_shape, page_dtype, v_lanes)
+    stored = Stored(page_dtype, v_dtype or page_dtype)
     tokens = q_shape[0] if max_q_len is None else min(max_q_len, q_shape[0])
     sizes = None
-    if not any(stored.quantized):  # which nothing was measured for
+    if not any(stored.quantized) and v_lanes is None:  # nothing was measured for others
         sizes = tuned(
             num_kv_heads=heads.num_kv_heads,
             group=heads.group,
@@ -175,7 +185,8 @@ def choose_blocks(
     block_bytes = _DECODE_BLOCK_BYTES if tokens == 1 else _BUFFER_BYTES // 2
     rows = max(LANES, min(_MAX_LANES, block_bytes // row_bytes // LANES * LANES))
     pages = max(1, rows // heads.page_rows)
-    row_state = heads.num_kv_heads * _padded(heads.lanes, LANES) * (3 * 4 + 4) + heads.num_kv_heads * 1024
+    widest = _padded(max(heads.lanes, heads.v_lanes), LANES)
+    row_state = heads.num_kv_heads * widest * (3 * 4 + 4) + heads.num_kv_heads * 1024
     queries = 1
     while (
         queries < tokens
@@ -193,13 +204,14 @@ def vmem_bytes(
 
     What the compiler adds for values that leave its registers is not in it.
     """
-    lanes, rows = _padded(heads.lanes, LANES), heads.packed * stored.rows(heads, queries)
+    lanes, v_lanes = _padded(heads.lanes, LANES), _padded(heads.v_lanes, LANES)
+    rows = heads.packed * stored.rows(heads, queries)
     item, padded, columns = np.dtype(dtype).itemsize, _padded(rows, 8), blocks.pages * heads.page_rows
     kv = 2 * blocks.pages * _buffer_bytes(heads, stored)
     q = heads.num_kv_heads * _padded(rows, 32 // item) * lanes * item
-    out = heads.num_kv_heads * padded * lanes * 4
+    out = heads.num_kv_heads * padded * v_lanes * 4
     lse = _padded(heads.num_kv_heads, 8) * _padded(rows, LANES) * 4
-    sums = heads.num_kv_heads * padded * (lanes + 2 * LANES) * 4
+    sums = heads.num_kv_heads * padded * (v_lanes + 2 * LANES) * 4
     by_row = 2 * padded * LANES * 4 + 2 * 2 * 8 * _padded(rows, LANES) * 4
     turning = q + 2 * (1 + stored.turned) * lanes * lanes * 4 if rope else 0
     scales = 4 * math.prod(scales_shape(heads, stored, queries, columns))
@@ -239,6 +251,8 @@ def describe(
     max_q_len: int | None,
     *,
     v_dtype: Storage | None = None,
+    v_lanes: int | None = None,
+    v_head_dim: int | None = None,
     q_dtype: DTypeLike = jnp.bfloat16,
     max_seqs: int = 1,
     max_pages_per_seq: int = 1,
@@ -247,7 +261,8 @@ def describe(
     """Describes a call with these shapes, for people to read.
 
     Args:
-      q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype: as ``choose_blocks`` has them.
+      q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype, v_lanes: as ``choose_blocks`` has them.
+      v_head_dim: numbers of a head of values, where they are not those of keys.
       q_dtype: of the queries.
       max_seqs, max_pages_per_seq: S and P of the block table.
       rope: True if entries may be shifted.
@@ -262,8 +277,9 @@ def describe(
       once a step to pack the table; ``relayout``, True if XLA copies the whole pool before every
       call.
     """
-    heads, stored = Heads.of(q_shape, k_pages_shape, page_dtype), Stored(page_dtype, v_dtype or page_dtype)
-    blocks = choose_blocks(q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype=v_dtype)
+    heads = Heads.of(q_shape, k_pages_shape, page_dtype, v_lanes)
+    stored = Stored(page_dtype, v_dtype or page_dtype)
+    blocks = choose_blocks(q_shape, k_pages_shape, page_dtype, max_q_len, v_dtype=v_dtype, v_lanes=v_lanes)
     dtype = compute_dtype(q_dtype, *stored)
     page_bytes = stored.page_bytes(heads)
     items = -(-q_shape[0] // blocks.queries) + min(max_seqs, q_shape[0])
@@ -274,7 +290,7 @@ def describe(
         "blocks": blocks,
         "dtype": dtype.name,
         "packed": heads.packed,
-        "padding": 1 - _least_bytes(heads, stored) / page_bytes,
+        "padding": 1 - _least_bytes(heads, stored, v_head_dim or heads.head_dim) / page_bytes,
         "tokens_per_block": blocks.pages * heads.page_size,
         "bytes_per_block": blocks.pages * page_bytes,
         "query_rows": stored.rows(heads, blocks.queries) * heads.packed,
@@ -283,16 +299,18 @@ def describe(
         "smem_bytes": 4 * (3 * entry_words + len(Items._fields) * items + 4),
         "bytes_per_token": page_bytes // heads.page_size,
         "table_bytes": 8 * max_seqs * -(-max_pages_per_seq // blocks.pages) * entry_words,
-        "relayout": heads.lanes % LANES != 0,
+        "relayout": heads.lanes % LANES != 0 or heads.v_lanes % LANES != 0,
     }
 
 
-def _least_bytes(heads: Heads, stored: Stored) -> float:
+def _least_bytes(heads: Heads, stored: Stored, v_head_dim: int) -> float:
     """Bytes of a page without what pads its rows."""
-    numbers = heads.num_kv_heads * heads.page_size * heads.head_dim
     return sum(
-        numbers * (x.code.bytes / BLOCK if isinstance(x, LaneBlockFormat) else np.dtype(x).itemsize)
-        for x in stored
+        heads.num_kv_heads
+        * heads.page_size
+        * dim
+        * (x.code.bytes / BLOCK if isinstance(x, LaneBlockFormat) else np.dtype(x).itemsize)
+        for x, dim in zip(stored, (heads.head_dim, v_head_dim), strict=True)
     )
 
 

@@ -32,6 +32,8 @@ class Side(NamedTuple):
     """Keys or values: where their pages are, and where those of a K/V block go."""
 
     storage: Storage
+    lanes: int
+    """Numbers of a row."""
     pools: Sequence[Any]
     """In HBM, the parts of pages ``[N, ...]``: numbers, or codes and scales."""
     buffers: Sequence[Any]
@@ -44,14 +46,24 @@ class Side(NamedTuple):
     def quantized(self) -> bool:
         return isinstance(self.storage, LaneBlockFormat)
 
+    @property
+    def blocks(self) -> int:
+        """Quantized blocks of a row."""
+        return self.lanes // BLOCK
+
+    def part_of_block(self, packed: int) -> list[int]:
+        """For each quantized block of a row the part of the packing that it belongs to."""
+        return [block * packed // self.blocks for block in range(self.blocks)]
+
     @classmethod
     def both(
-        cls, stored: Stored, pools: Sequence[Any], buffers: Sequence[Any], scales: Any
+        cls, stored: Stored, heads: Heads, pools: Sequence[Any], buffers: Sequence[Any], scales: Any
     ) -> tuple[Side, Side]:
         first = 1 + stored.quantized[0]  # parts of keys
+        v_scales = scales.at[scales.shape[0] - 1]
         return (
-            cls(stored.k, pools[:first], buffers[:first], scales.at[0]),
-            cls(stored.v, pools[first:], buffers[first:], scales.at[scales.shape[0] - 1]),
+            cls(stored.k, heads.lanes, pools[:first], buffers[:first], scales.at[0]),
+            cls(stored.v, heads.v_lanes, pools[first:], buffers[first:], v_scales),
         )
 
 
@@ -84,12 +96,6 @@ class Cut:
     @property
     def split(self) -> bool:
         return self.stored.split(self.heads, self.queries)
-
-    @property
-    def part_of_block(self) -> list[int]:
-        """For each quantized block of a row the part of the packing that it belongs to."""
-        blocks = self.heads.blocks
-        return [block * self.heads.packed // blocks for block in range(blocks)]
 
     @property
     def columns(self) -> int:
@@ -133,7 +139,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
     )
     scales_ref, max_ref, sum_ref, weighted_ref, column_ref, turned_ref, *rest = rest
     entries, state, table_arrived, pages_arrived = rest
-    sides = k_side, v_side = Side.both(cut.stored, pools, buffers, scales_ref)
+    sides = k_side, v_side = Side.both(cut.stored, heads, pools, buffers, scales_ref)
     page_rows, packed = heads.page_rows, heads.packed
     item = pl.program_id(0)
 
@@ -239,7 +245,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
             return
         unit = max(page_rows, *(32 // buffer.dtype.itemsize for buffer in buffers))  # rows of whole tiles
         slot = _buffer_of(number)
-        shape = 1, unit, heads.lanes
+        shape = 1, unit, heads.v_lanes  # that of keys too, where tokens share a row
         row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
         token = row % page_rows * packed + lane // heads.head_dim if packed > 1 else row % page_rows
 
@@ -301,10 +307,10 @@ def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
         """f32[rows, columns]: ``queries [rows, lanes]`` times the keys of a head."""
         if not k_side.quantized or not cut.split:
             return _dot(queries, _load(k_side, slot, h, cut), (1, 1))
-        products = _dot(_by_block(queries, cut), _load(k_side, slot, h, cut), (1, 1))
+        products = _dot(_by_block(queries, k_side, cut), _load(k_side, slot, h, cut), (1, 1))
         sums: list[Any] = [0] * packed
-        for block, part in enumerate(cut.part_of_block):
-            scales = k_side.scales[pl.ds(h * heads.blocks + block, 1)]
+        for block, part in enumerate(k_side.part_of_block(packed)):
+            scales = k_side.scales[pl.ds(h * k_side.blocks + block, 1)]
             sums[part] += products[block * cut.width : (block + 1) * cut.width] * scales
         return jnp.concatenate(sums, axis=0)
 
@@ -314,13 +320,13 @@ def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
             return _dot(weights.astype(cut.dtype), _load(v_side, slot, h, cut), (1, 0))
         scaled = [
             weights[part * cut.width : (part + 1) * cut.width]
-            * v_side.scales[pl.ds(h * heads.blocks + block, 1)]
-            for block, part in enumerate(cut.part_of_block)
+            * v_side.scales[pl.ds(h * v_side.blocks + block, 1)]
+            for block, part in enumerate(v_side.part_of_block(packed))
         ]
         products = _dot(
             jnp.concatenate(scaled, axis=0).astype(cut.dtype), _load(v_side, slot, h, cut), (1, 0)
         )
-        return _from_blocks(products, cut)
+        return _from_blocks(products, v_side, cut)
 
     def attend(number: Array, begin: Array, end: Array) -> None:
         """Adds the keys of the entries ``begin .. end`` of a block to the sums."""
@@ -348,7 +354,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
             weights = jnp.exp2(scores - _widened(maximum, cut.columns))
             max_ref[h] = maximum
             sum_ref[h] = sum_ref[h] * rescale + jnp.sum(weights, axis=1, keepdims=True)
-            weighted_ref[h] = weighted_ref[h] * _widened(rescale, heads.lanes) + weighted_values(
+            weighted_ref[h] = weighted_ref[h] * _widened(rescale, heads.v_lanes) + weighted_values(
                 slot, h, weights
             )
 
@@ -439,7 +445,7 @@ def kernel(*refs: Any, cut: Cut, rotated: bool, has_window_start: bool) -> None:
         total = sum_ref[h]
         seen = total > 0
         safe = jnp.where(seen, total, 1)
-        out = weighted_ref[h] / _widened(safe, heads.lanes)
+        out = weighted_ref[h] / _widened(safe, heads.v_lanes)
         lse = jnp.where(seen, max_ref[h] / _LOG2_E + jnp.log(safe), -jnp.inf)
         lse = _row(lse)
         if cut.queries > 1:
@@ -487,32 +493,32 @@ def _load(side: Side, slot: Array, h: Any, cut: Cut) -> Array:
     if cut.split:
         return numbers.astype(cut.dtype)
     # One scale of each row for every 32 lanes: blocks of all heads lie along the lanes of ``scales``.
-    first = h * cut.heads.blocks
+    first = h * side.blocks
     scales = side.scales[first // LANES]
     block = lax.broadcasted_iota(jnp.int32, scales.shape, 1) // BLOCK + first % LANES
     factors = [
         jnp.take_along_axis(scales, block + start // BLOCK, axis=1, mode="promise_in_bounds")
-        for start in range(0, cut.heads.lanes, LANES)
+        for start in range(0, side.lanes, LANES)
     ]
     return (numbers.astype(jnp.float32) * jnp.concatenate(factors, axis=1)).astype(cut.dtype)
 
 
-def _by_block(queries: Array, cut: Cut) -> Array:
+def _by_block(queries: Array, side: Side, cut: Cut) -> Array:
     """``queries [rows, lanes]`` once for each quantized block of their part, with zeros elsewhere."""
     queries = queries.astype(jnp.float32)
-    lane = lax.broadcasted_iota(jnp.int32, (cut.width, cut.heads.lanes), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (cut.width, side.lanes), 1)
     copies = [
         jnp.where(lane // BLOCK == block, queries[part * cut.width : (part + 1) * cut.width], 0)
-        for block, part in enumerate(cut.part_of_block)
+        for block, part in enumerate(side.part_of_block(cut.heads.packed))
     ]
     return jnp.concatenate(copies, axis=0).astype(cut.dtype)
 
 
-def _from_blocks(products: Array, cut: Cut) -> Array:
+def _from_blocks(products: Array, side: Side, cut: Cut) -> Array:
     """f32[rows, lanes]: what rows of ``_by_block`` found, each in its block's lanes."""
-    lane = lax.broadcasted_iota(jnp.int32, (cut.width, cut.heads.lanes), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (cut.width, side.lanes), 1)
     parts: list[Any] = [0] * cut.heads.packed
-    for block, part in enumerate(cut.part_of_block):
+    for block, part in enumerate(side.part_of_block(cut.heads.packed)):
         found = products[block * cut.width : (block + 1) * cut.width]
         parts[part] = jnp.where(lane // BLOCK == block, found, parts[part])
     return jnp.concatenate(parts, axis=0)

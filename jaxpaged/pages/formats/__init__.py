@@ -20,6 +20,7 @@ from jaxpaged.pages.formats.lane_blocks import PackedBlockFormat
 from jaxpaged.pages.formats.plain import LANES as LANES
 from jaxpaged.pages.formats.plain import LanePageFormat as LanePageFormat
 from jaxpaged.pages.formats.plain import PageFormat as PageFormat
+from jaxpaged.pages.formats.plain import heads_title as heads_title
 from jaxpaged.pages.formats.plain import lane_width as lane_width
 from jaxpaged.pages.formats.plain import token_rows as token_rows
 from jaxpaged.pages.formats.plain import tokens_per_row as tokens_per_row

@@ -13,6 +13,12 @@ LANES = 128
 """Numbers per row of a TPU tile. XLA pads rows to it, or transposes the pool to avoid padding."""
 
 
+def heads_title(num_kv_heads: int, head_dim: int, v_head_dim: int) -> str:
+    """Number and size of KV heads, for people: "8 KV heads of 128", or "of 192 and 128" of keys and values."""
+    sizes = f"{head_dim}" if v_head_dim == head_dim else f"{head_dim} and {v_head_dim}"
+    return f"{num_kv_heads} KV heads of {sizes}"
+
+
 def lane_width(head_dim: int) -> int:
     """Numbers per row of TPU lanes for heads of ``head_dim``."""
     return -(-head_dim // LANES) * LANES
