@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxpaged.app.server.openai_schema import MAX_PROMPTS, TemplateFields
+from jaxpaged.app.server.chat_schema import TemplateFields
+from jaxpaged.app.server.openai_schema import MAX_PROMPTS
 from jaxpaged.app.server.sampling_schema import (
     MAX_STOP_LENGTH,
     MAX_STOPS,
@@ -144,7 +145,6 @@ class TemplateRequest(TemplateFields):
     """``POST /apply-template``."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
-    tools: Annotated[list[Any] | None, Field(max_length=0)] = None
 
 
 class SlotFile(StrictModel):

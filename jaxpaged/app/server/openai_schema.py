@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jaxpaged.app.server.chat_schema import NamedTool, ReasoningFormat, TemplateFields
 from jaxpaged.app.server.sampling_schema import (
     MAX_STOPS,
     Limit,
@@ -22,12 +23,8 @@ from jaxpaged.app.server.sampling_schema import (
 )
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES
 
-TEMPLATE_ARGUMENTS = ("enable_thinking", "add_generation_prompt")
-"""Variables of a chat template that a request may set."""
 MAX_PROMPTS = 128
-MAX_MESSAGES = 4096
 _MAX_NAMES = 16
-_MAX_ANNOTATIONS = 1024
 
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -128,88 +125,11 @@ class CompletionRequest(OpenAIFields):
         return self
 
 
-class TextPart(StrictModel):
-    """A part of a message; images and audio are not supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(StrictModel):
-    """A refusal in an assistant's message."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-class Message(StrictModel):
-    """A message of a conversation; an assistant's may have all fields of a response."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | RefusalPart] | None = None
-    name: Annotated[str | None, Field(max_length=256)] = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: Annotated[list[Any] | None, Field(max_length=_MAX_ANNOTATIONS)] = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any] | None, Field(max_length=0)] = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.refusal):
-            raise ValueError("messages: content is missing")
-        return self
-
-    def plain(self) -> dict[str, str]:
-        """The message for a chat template; parts on separate lines, as in llama.cpp and vLLM."""
-        text = self.refusal or "" if self.content is None else self.content
-        if not isinstance(text, str):
-            text = "\n".join(part.text for part in text)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        extras = {"name": self.name, "reasoning_content": self.reasoning_content}
-        return message | {key: value for key, value in extras.items() if value is not None}
-
-
-class TemplateFields(StrictModel):
-    """Input of a chat template."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    add_generation_prompt: bool | None = None
-    """False: nothing after the messages; else the beginning of an answer, or one to continue."""
-    continue_final_message: bool | None = None
-    """True: continue the last message; None: continue it if it is the assistant's."""
-    chat_template_kwargs: Annotated[dict[str, bool] | None, Field(max_length=_MAX_NAMES)] = None
-
-    @model_validator(mode="after")
-    def _one_end(self) -> TemplateFields:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise ValueError("continue_final_message: the last message is not the assistant's")
-        return self
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _known(cls, arguments: dict[str, bool] | None) -> dict[str, bool] | None:
-        for name in arguments or {}:
-            if name not in TEMPLATE_ARGUMENTS:
-                allowed = ", ".join(TEMPLATE_ARGUMENTS)
-                raise ValueError(f"chat_template_kwargs: {name[:100]!r} is not one of {allowed}")
-        return arguments
-
-
 class ChatRequest(OpenAIFields, TemplateFields):
     """``POST /v1/chat/completions``."""
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
@@ -217,7 +137,6 @@ class ChatRequest(OpenAIFields, TemplateFields):
         "audio": (),
         "prediction": (),
         "web_search_options": (),
-        "reasoning_effort": (),
         "verbosity": (),
         "moderation": (),
     }
@@ -225,9 +144,7 @@ class ChatRequest(OpenAIFields, TemplateFields):
     max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: Any = None
     functions: Any = None
-    tool_choice: Any = None
     function_call: Any = None
     response_format: Any = None
     modalities: Any = None
@@ -235,12 +152,14 @@ class ChatRequest(OpenAIFields, TemplateFields):
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     moderation: Any = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
-    """Without effect, like the flag of that name: answers are not parsed."""
+    reasoning_format: ReasoningFormat | None = None
+    """Format of thoughts: none = a part of the content; else ``reasoning_content``."""
+    reasoning_budget: Limit | None = None
+    """Tokens of thoughts, at most; 0 = none, -1 = any number."""
     store: bool | None = None
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
@@ -259,7 +178,17 @@ class ChatRequest(OpenAIFields, TemplateFields):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         if self.max_tokens is None:
             self.max_tokens = self.max_completion_tokens
+        chosen = self.chosen_function
+        if chosen is not None and chosen not in {tool.function.name for tool in self.tools or ()}:
+            raise ValueError(f"tool_choice: none of the tools has the name {chosen!r}")
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice: required needs tools")
         return self
+
+    @property
+    def chosen_function(self) -> str | None:
+        """The function that the model must call."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxpaged_model.text.chat import ChatTemplateError, render_chat
 
+from jaxpaged.app.server.chat_schema import TemplateFields
 from jaxpaged.app.server.errors import ApiError
-from jaxpaged.app.server.openai_schema import TemplateFields
 from jaxpaged.app.server.state import ServedModel
 
 
