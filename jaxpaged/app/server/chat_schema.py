@@ -164,7 +164,7 @@ class TemplateFields(StrictModel):
     """More variables of the template."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> TemplateFields:
+    def _one_conversation(self) -> TemplateFields:
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         if self.continue_final_message and self.messages[-1].role != "assistant":
