@@ -1,14 +1,15 @@
-"""The server that most tests ask; and where nothing may be skipped, because all that tests need is there."""
+"""The server that most tests ask; the browser that asks a stub; and where nothing may be skipped, because all that tests need is there."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import Server
+from stub_server import Stub, stub_server
 
 _NO_SKIPS = bool(os.environ.get("JAXPAGED_NO_SKIPS"))
 
@@ -39,3 +40,25 @@ def slots_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "slots"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def stub() -> Iterator[Stub]:
+    with stub_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from browser import chromium  # selenium may be missing where nobody asks for a browser
+
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(driver: Any, stub: Stub) -> Iterator[Any]:
+    from browser import new_page
+
+    with new_page(driver, stub) as page:
+        yield page

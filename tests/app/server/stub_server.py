@@ -29,6 +29,8 @@ for page in pages:
     print(page)
 ```
 That <b>is</b> all."""
+THOUGHTS = "A tool knows the weather. I ask it, first in one town, then in the other."
+CALLS = [("get_weather", '{"city": "Oslo", "days": [1, 2]}'), ("get_weather", '{"city": "Rome", "days": []}')]
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Stub(http.server.ThreadingHTTPServer):
         self.key: str | None = None
         self.chat_template: str | None = "{{ messages }}"
         self.answer = ANSWER
+        self.thoughts = ""
+        self.calls: list[tuple[str, str]] = []  # name and arguments; none once a result has come
         self.pause = 0.005
         self.refusals: list[Refusal] = []
         self.fail_after: int | None = None  # tokens, then an error event
@@ -159,24 +163,38 @@ class StubHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         try:
-            self.stream("messages" in body, body.get("max_tokens", 10**9))
+            self.stream(self.deltas(body)[: body.get("max_tokens")])
         except OSError:
             server.aborted += 1
 
-    def stream(self, chat: bool, max_tokens: int) -> None:
+    def deltas(self, body: dict) -> list[dict]:
+        """The pieces of an answer: thoughts, words, then calls in fragments."""
+        answer = pieces(self.server.answer)
+        if "messages" not in body:
+            return [{"text": word} for word in answer]
+        said = [{"reasoning_content": word} for word in pieces(self.server.thoughts)]
+        said += [{"content": word} for word in answer]
+        calls = self.server.calls if body["messages"][-1]["role"] != "tool" else []
+        for i, (name, arguments) in enumerate(calls):
+            function = {"name": name, "arguments": ""}
+            said.append({"tool_calls": [{"index": i, "id": f"call_{i}", "type": "function", "function": function}]})
+            parts = [arguments[at : at + 4] for at in range(0, len(arguments), 4)]
+            said += [{"tool_calls": [{"index": i, "function": {"arguments": part}}]} for part in parts]
+        return [{"delta": delta} for delta in said]
+
+    def stream(self, deltas: list[dict]) -> None:
         server = self.server
-        words = server.answer.replace(" ", " \0").split("\0")[:max_tokens]
-        for i, word in enumerate(words):
+        for i, delta in enumerate(deltas):
             if i == server.fail_after:
                 self.event({"error": {"message": "the engine died", "type": "server_error", "code": 500}})
                 return self.event("[DONE]")
             if i == server.cut_after:
                 return None
-            self.event({"choices": [{"index": 0, "finish_reason": None} | said(chat, word)]})
+            self.event({"choices": [{"index": 0, "finish_reason": None} | delta]})
             time.sleep(server.pause)
-        self.event({"choices": [{"index": 0, "finish_reason": "stop"} | said(chat, "")]})
+        self.event({"choices": [{"index": 0, "finish_reason": "stop", "delta": {}, "text": ""}]})
         details = {"cached_tokens": 6}
-        usage = {"prompt_tokens": 9, "completion_tokens": len(words), "prompt_tokens_details": details}
+        usage = {"prompt_tokens": 9, "completion_tokens": len(deltas), "prompt_tokens_details": details}
         self.event({"choices": [], "usage": usage})
         self.event("[DONE]")
 
@@ -207,8 +225,9 @@ class StubHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
-def said(chat: bool, word: str) -> dict:
-    return {"delta": {"content": word}} if chat else {"text": word}
+def pieces(text: str) -> list[str]:
+    """Words with the spaces behind them."""
+    return [word for word in text.replace(" ", " \0").split("\0") if word]
 
 
 @contextmanager
@@ -226,6 +245,6 @@ def stub_server(port: int = 0) -> Iterator[Stub]:
 
 if __name__ == "__main__":
     with Stub(int(sys.argv[1]) if len(sys.argv) > 1 else 8090) as stub:
-        stub.pause = 0.05
+        stub.pause, stub.thoughts, stub.calls = 0.05, THOUGHTS, CALLS
         print(stub.url)
         stub.serve_forever()

@@ -1,9 +1,20 @@
 // One answer on its way: asks, waits as Retry-After says, reads the stream. Knows no element of the page.
 
 import { ApiError, apiKey, stream } from "./api.js";
+import { isObject, parsed } from "./json.js";
 
 const MOST_TRIES = 10;
 const LONGEST_WAIT = 60;
+
+/** True while there are thoughts and no answer yet. */
+export function isThinking({ reasoning_content, content, tool_calls }) {
+  return Boolean(reasoning_content && !content && !tool_calls);
+}
+
+/** A message's tool calls with whole arguments: one that was cut off cannot be sent back. */
+export function wholeCalls({ tool_calls = [] }) {
+  return tool_calls.filter((call) => isObject(parsed(call.function.arguments)));
+}
 
 /** What is sent for a conversation whose last message is the answer to come: [path, body]. */
 export function requestOf(conversation, settings, model) {
@@ -17,20 +28,43 @@ export function requestOf(conversation, settings, model) {
     return ["v1/completions", { ...body, prompt }];
   }
   const messages = [];
-  for (const { role, content } of before) {
-    if (!content) continue; // an answer that failed
+  for (const message of before) {
+    const { role, content, reasoning_content, tool_call_id } = message;
+    const calls = wholeCalls(message);
+    if (!content && !calls.length && role !== "tool") continue; // an answer that failed
+    const last = messages.at(-1);
     // Many templates want the roles to take turns.
-    if (messages.at(-1)?.role === role) messages.at(-1).content += `\n\n${content}`;
-    else messages.push({ role, content });
+    if (last?.role === role && role !== "tool" && !last.tool_calls && !calls.length) last.content += `\n\n${content}`;
+    else {
+      messages.push({ role, content });
+      if (reasoning_content) messages.at(-1).reasoning_content = reasoning_content;
+      if (calls.length) messages.at(-1).tool_calls = calls;
+      if (tool_call_id) messages.at(-1).tool_call_id = tool_call_id;
+    }
   }
   if (settings.system.trim()) messages.unshift({ role: "system", content: settings.system });
-  return ["v1/chat/completions", { ...body, messages }];
+  return ["v1/chat/completions", { ...body, messages, ...formats(settings) }];
 }
 
-/** Fills `message.content`, `.note` and `.error`; `onProgress` is called after each change. */
+/** Tools and the schema of the answer; the settings hold them as texts that are JSON. */
+function formats({ tools, tool_choice, schema }) {
+  const sent = {};
+  if (tools.trim()) {
+    sent.tools = JSON.parse(tools);
+    const named = sent.tools.some((tool) => tool.function.name === tool_choice);
+    sent.tool_choice = named ? { type: "function", function: { name: tool_choice } } : tool_choice;
+  }
+  if (schema.trim()) {
+    sent.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(schema) } };
+  }
+  return sent;
+}
+
+/** Fills `message.content`, `.reasoning_content`, `.tool_calls`, `.note` and `.error`; `onProgress` is called after each change. */
 export class Answering {
   state = "asking"; // "asking", "waiting" (for a busy server), "reading", "done"
   secondsLeft = 0;
+  #pieces = 0; // of the answer that have come
   #controller = new AbortController();
 
   constructor(message, [path, body], { onProgress, askKey }) {
@@ -54,7 +88,7 @@ export class Answering {
           await this.#read();
           return;
         } catch (error) {
-          if (signal.aborted || this.message.content || tries === MOST_TRIES) throw error;
+          if (signal.aborted || this.#pieces || tries === MOST_TRIES) throw error;
           if (error.kind === "busy") await this.#wait(error, tries);
           else if (error.kind !== "key" || !(await this.askKey(Boolean(apiKey())))) throw error;
         }
@@ -73,29 +107,45 @@ export class Answering {
     this.state = "asking";
     this.onProgress();
     let first = 0;
-    let pieces = 0;
     let usage = null;
     let reason = null;
     const note = () => {
       const seconds = (performance.now() - first) / 1000;
-      this.message.note = words(usage, pieces, seconds, reason);
+      this.message.note = words(usage, this.#pieces, seconds, reason);
     };
     for await (const event of stream(this.path, this.body, this.#controller.signal)) {
       usage = event.usage ?? usage;
       const choice = event.choices?.[0];
-      const text = choice?.delta?.content ?? choice?.text ?? "";
       reason = choice?.finish_reason ?? reason;
-      if (text) {
+      const thought = isThinking(this.message);
+      if (choice && this.#add(choice)) {
         first ||= performance.now();
-        pieces += 1;
+        if (thought) this.message.reasoning_seconds = (performance.now() - first) / 1000;
+        this.#pieces += 1;
         this.state = "reading";
-        this.message.content += text;
         note();
         this.onProgress();
       }
     }
-    if (pieces) note();
+    if (this.#pieces) note();
     else this.message.note = "the model ended at once, without a word";
+  }
+
+  /** Adds a piece to the message; false if there is nothing in it. */
+  #add({ delta, text }) {
+    const { message } = this;
+    const thought = delta?.reasoning_content ?? "";
+    const said = delta?.content ?? text ?? "";
+    const calls = delta?.tool_calls ?? [];
+    if (thought) message.reasoning_content = (message.reasoning_content ?? "") + thought;
+    message.content += said;
+    for (const { index, id, function: part } of calls) {
+      message.tool_calls ??= [];
+      const call = (message.tool_calls[index] ??= { id, type: "function", function: { name: "", arguments: "" } });
+      call.function.name += part?.name ?? "";
+      call.function.arguments += part?.arguments ?? "";
+    }
+    return Boolean(thought || said || calls.length);
   }
 
   /** Counts down to the next try. */
@@ -139,7 +189,8 @@ function explain(error, body) {
   const { kind, message } = error;
   if (kind === "busy") return { kind, text: `${message} It was asked ${MOST_TRIES} times. Try again in a while.` };
   if (kind === "server") return { kind, text: `The server failed: ${message}` };
-  if (kind === "request" && body.messages && /template/i.test(message)) {
+  const isPlainChat = body.messages && !body.tools && !body.response_format;
+  if (kind === "request" && isPlainChat && /template/i.test(message)) {
     const text = `${message} This model may be no chat model: as Text, it continues what you write.`;
     return { kind: "template", text };
   }

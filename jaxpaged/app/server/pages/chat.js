@@ -1,8 +1,8 @@
 // The conversation in the middle: its messages, the box below them, and what is being answered.
 
-import { Answering, requestOf } from "./answering.js";
-import { announce, button, byId, copyText, element, notice } from "./dom.js";
-import { showText } from "./render.js";
+import { Answering, requestOf, wholeCalls } from "./answering.js";
+import { announce, byId, notice } from "./dom.js";
+import { messageView } from "./message_view.js";
 import * as store from "./store.js";
 
 const MODE_WORDS = { chat: "The model answers you.", text: "The model continues the text." };
@@ -15,6 +15,15 @@ export class Chat {
   #shown = new Map(); // message -> its view
   #editing = -1; // index of the message that is being edited
   #frame = 0;
+  #actions = {
+    edit: (message) => this.edit(message),
+    regenerate: () => this.regenerate(),
+    switchToText: () => {
+      this.setMode("text");
+      this.regenerate();
+    },
+    sendResults: (message, texts) => this.sendResults(message, texts),
+  };
 
   /** `settings()` gives the sampling settings; `onChange` is called when titles or states of conversations change. */
   constructor({ settings, askKey, onChange }) {
@@ -77,6 +86,18 @@ export class Chat {
     this.prompt.value = "";
     this.cancelEdit();
     this.#answer();
+  }
+
+  /** Sends what the tools returned that `message`, the last one, calls. */
+  sendResults(message, texts) {
+    if (this.isAnswering() || !this.settings()) return;
+    wholeCalls(message).forEach((call, i) => {
+      const result = { role: "tool", tool_call_id: call.id, name: call.function.name, content: texts[i] };
+      this.conversation.messages.push(result);
+    });
+    this.cancelEdit();
+    this.#answer();
+    this.prompt.focus();
   }
 
   /** Answers the last message again. */
@@ -145,7 +166,7 @@ export class Chat {
       conversation.updated = Date.now();
       if (store.has(conversation)) store.save(conversation); // it may have been deleted meanwhile
       if (conversation === this.conversation) {
-        announce(message.error?.text ?? (message.content || message.note));
+        announce(message.error?.text ?? ([message.content, ...callWords(message)].join(" ").trim() || message.note));
         this.#showAll();
       }
       this.onChange();
@@ -174,7 +195,7 @@ export class Chat {
     messages.forEach((message, i) => {
       let view = this.#shown.get(message);
       if (!view) {
-        view = this.#view(message);
+        view = messageView(message, this.#actions);
         this.#shown.set(message, view);
         list.append(view.node);
       }
@@ -201,47 +222,6 @@ export class Chat {
     }
   }
 
-  #view(message) {
-    const mine = message.role === "user";
-    const body = element("div", { className: "body" });
-    const note = element("span", { className: "note faint" });
-    const problem = element("p", { className: "error", hidden: true });
-    const problemText = element("span");
-    const copy = button("Copy", async () => {
-      notice((await copyText(message.content)) ? "Copied." : "The browser did not let this page copy.");
-    });
-    const edit = button("Edit", () => this.edit(message));
-    const again = button("Regenerate", () => this.regenerate());
-    const asText = button("Switch to Text", () => {
-      this.setMode("text");
-      this.regenerate();
-    });
-    problem.append(problemText, " ", asText);
-    const foot = element("div", { className: "foot" }, note, copy, mine ? edit : again);
-    const node = element(
-      "article",
-      { className: `message ${message.role}`, "aria-label": mine ? "You" : "Model" },
-      element("div", { className: "who", "aria-hidden": "true" }, mine ? "You" : "Model"),
-      body,
-      problem,
-      foot,
-    );
-    const update = ({ mode, last, lastOfUser, entry }) => {
-      const growing = entry?.answering.message === message ? entry.answering : null;
-      showText(body, message.content, mine || mode === "text");
-      node.classList.toggle("growing", Boolean(growing));
-      note.textContent = growing ? stateWords(growing) : (message.note ?? "");
-      problem.hidden = !message.error;
-      problemText.textContent = message.error?.text ?? "";
-      asText.hidden = message.error?.kind !== "template" || !last || mode === "text" || Boolean(entry);
-      copy.hidden = Boolean(growing) || !message.content;
-      edit.hidden = !lastOfUser || Boolean(entry);
-      again.hidden = !last || Boolean(entry);
-      again.textContent = message.error ? "Try again" : "Regenerate";
-    };
-    return { node, update };
-  }
-
   #fitPrompt() {
     const { style } = this.prompt;
     style.height = "auto";
@@ -249,9 +229,8 @@ export class Chat {
   }
 }
 
-function stateWords(answering) {
-  if (answering.state === "waiting") return `The server is full: next try in ${answering.secondsLeft} s`;
-  return answering.message.note || "Waiting for the first token…";
+function callWords(message) {
+  return wholeCalls(message).map((call) => `The model calls ${call.function.name}.`);
 }
 
 function titleOf(text) {

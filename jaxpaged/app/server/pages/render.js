@@ -1,6 +1,7 @@
-// Shows a model's text: as text, with ``` fences as <pre>. Markup in it stays visible characters.
+// Shows a model's text: as text, with ``` fences and whole answers of JSON as <pre>. Markup in it stays visible characters.
 
 import { button, copyText, element } from "./dom.js";
+import { indented, parsed } from "./json.js";
 
 /** Pieces of a text: { code: boolean, language, text }. A fence that is still open reaches to the end. */
 export function pieces(text) {
@@ -27,12 +28,20 @@ export function pieces(text) {
   return found;
 }
 
-/** Makes `container` show a text; while a text grows, only its last piece is touched. */
-export function showText(container, text, plain = false) {
-  if (container.shownText === text && container.shownPlain === plain) return;
+function complete(text) {
+  const isJson = /^\s*[{[]/.test(text) && parsed(text) !== undefined;
+  return isJson ? [{ code: true, language: "json", text: indented(text) }] : pieces(text);
+}
+
+const AS = { plain: (text) => (text ? [{ code: false, language: "", text }] : []), growing: pieces, complete };
+
+/** Makes `container` show a text, `as` "plain", "growing" or "complete"; while it grows, only its last piece is touched. */
+export function showText(container, text, as) {
+  if (container.shownText === text && container.shownAs === as) return;
   container.shownText = text;
-  container.shownPlain = plain;
-  const wanted = plain && text ? [{ code: false, language: "", text }] : pieces(text);
+  container.shownAs = as;
+  const plain = as === "plain";
+  const wanted = AS[as](text);
   const shown = (container.shown ??= []);
   while (shown.length > wanted.length) shown.pop().node.remove();
   wanted.forEach((piece, i) => {
@@ -57,7 +66,8 @@ function plainBlock(piece, plain) {
   return { ...piece, leaf, node: element("div", { className: plain ? "plain" : "words" }, leaf) };
 }
 
-function codeBlock(piece) {
+/** A <pre> with a head: { node, leaf }, whose leaf is the text. */
+export function codeBlock(piece) {
   const leaf = document.createTextNode(piece.text);
   const copy = button("Copy", async () => {
     copy.textContent = (await copyText(leaf.data)) ? "Copied" : "Not copied";

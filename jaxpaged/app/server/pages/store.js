@@ -3,7 +3,7 @@
 const PREFIX = "jaxpaged.conversation.";
 const SETTINGS = "jaxpaged.settings";
 export const MAX_CONVERSATIONS = 100;
-export const DEFAULTS = { system: "", temperature: "", top_p: "", max_tokens: "512", seed: "" };
+export const DEFAULTS = { system: "", temperature: "", top_p: "", max_tokens: "512", seed: "", tools: "", tool_choice: "auto", schema: "" };
 
 const memory = new Map(); // what storage refuses, and every conversation that was read
 let storage = null;
@@ -13,7 +13,8 @@ try {
   // Blocked by the browser: all is kept in memory, and lost with the page.
 }
 
-/** A conversation: { id, title, named, mode, updated, messages: [{ role, content, note?, error? }] }. */
+/** A conversation: { id, title, named, mode, updated, messages }. A message is OpenAI's, an assistant's
+ * with reasoning_content and tool_calls where it has them; and { reasoning_seconds?, note?, error? }. */
 export function create(mode) {
   const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
   return { id, title: "New conversation", named: false, mode, updated: Date.now(), messages: [] };
@@ -36,18 +37,24 @@ function read(key) {
   try {
     const { id, title, named, mode, updated, messages } = JSON.parse(storage.getItem(key));
     if (PREFIX + id !== key || !Array.isArray(messages)) return null;
-    const kept = messages.filter((m) => ["user", "assistant"].includes(m?.role) && typeof m.content === "string");
     return {
       id,
       title: String(title),
       named: Boolean(named),
       mode: mode === "text" ? "text" : "chat",
       updated: Number(updated) || 0,
-      messages: kept,
+      messages: messages.filter(isMessage),
     };
   } catch {
     return null; // another program's, or damaged
   }
+}
+
+function isMessage(message) {
+  const { role, content, reasoning_content = "", tool_calls = [] } = message ?? {};
+  const areTexts = [content, reasoning_content].every((text) => typeof text === "string");
+  const isCall = (call) => [call?.function?.name, call?.function?.arguments].every((text) => typeof text === "string");
+  return ["user", "assistant", "tool"].includes(role) && areTexts && Array.isArray(tool_calls) && tool_calls.every(isCall);
 }
 
 /** Writes a conversation; the oldest ones go where there are too many, or too large ones. False: no room for it. */
