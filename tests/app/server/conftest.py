@@ -1,4 +1,4 @@
-"""The server that most tests ask; the browser that asks a stub; and where nothing may be skipped, because all that tests need is there."""
+"""The server that most tests ask, the browser with its stub, and where nothing may be skipped."""
 
 from __future__ import annotations
 

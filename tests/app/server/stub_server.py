@@ -177,7 +177,9 @@ class StubHandler(http.server.BaseHTTPRequestHandler):
         calls = self.server.calls if body["messages"][-1]["role"] != "tool" else []
         for i, (name, arguments) in enumerate(calls):
             function = {"name": name, "arguments": ""}
-            said.append({"tool_calls": [{"index": i, "id": f"call_{i}", "type": "function", "function": function}]})
+            said.append(
+                {"tool_calls": [{"index": i, "id": f"call_{i}", "type": "function", "function": function}]}
+            )
             parts = [arguments[at : at + 4] for at in range(0, len(arguments), 4)]
             said += [{"tool_calls": [{"index": i, "function": {"arguments": part}}]} for part in parts]
         return [{"delta": delta} for delta in said]

@@ -39,7 +39,7 @@ def test_thoughts_are_open_while_they_stream_and_fold_when_the_answer_begins(pag
     assert not page(".assistant .thought").is_displayed()
     page.until(page.ended)
     assert re.fullmatch(r"Thought for \d+\.\d s", page(".assistant .thoughts summary").text)
-    assert "34 tokens" in page(".assistant .note").text
+    assert "33 tokens" in page(".assistant .note").text
     page(".assistant .thoughts summary").send_keys(Keys.ENTER)
     page.until(lambda: page(".assistant .thought").text == THOUGHTS)
 
@@ -76,7 +76,9 @@ def test_tool_calls_are_carried_through_by_hand(page: Page) -> None:
     assert not page(".assistant .thought").is_displayed()
     assert page.texts(".call pre") == [json.dumps(json.loads(text), indent=2) for _, text in CALLS]
     assert page.texts(".call .code-head span") == ["Calls get_weather"] * 2
-    page.until(lambda: page.texts("#announcer") == ["The model calls get_weather. The model calls get_weather."])
+    page.until(
+        lambda: page.texts("#announcer") == ["The model calls get_weather. The model calls get_weather."]
+    )
 
     fields = page.all(".results textarea")
     assert [field.accessible_name for field in fields] == ["Result of get_weather"] * 2
@@ -172,7 +174,9 @@ def test_wrong_json_is_shown_at_its_field_before_anything_is_sent(
 def test_an_answer_of_json_is_printed_in_a_block_when_it_is_complete(page: Page) -> None:
     page("#settings-button").click()
     paste(page, "schema", json.dumps(SCHEMA))
-    page.stub.answer = ' {"city": "Oslo, {Norway}", "id": 12345678901234567890, "10": [], "9": [{"a": null}] }'
+    page.stub.answer = (
+        ' {"city": "Oslo, {Norway}", "id": 12345678901234567890, "10": [], "9": [{"a": null}] }'
+    )
     page.stub.pause = 0.1
     page.ask("Which city?")
     page.until(lambda: "Norway" in page(".assistant .body").text)
