@@ -34,6 +34,32 @@ FLAGS = (
 )
 
 
+def contrast(one: list[int], other: list[int]) -> float:
+    """WCAG 2's ratio."""
+
+    def luminance(rgb: list[int]) -> float:
+        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return high / low
+
+
+COLOURS = """
+    const rgb = (value) => value.match(/[0-9.]+/g).slice(0, 3).map(Number);
+    const root = getComputedStyle(document.documentElement);
+    const back = (node) => {
+      for (; node; node = node.parentElement) {
+        const value = getComputedStyle(node).backgroundColor;
+        if (!/, 0\\)$/.test(value)) return rgb(value);
+      }
+    };
+    return [...document.querySelectorAll("body *")]
+      .filter((node) => node.checkVisibility() && [...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim()))
+      .map((node) => [node.className || node.id || node.tagName, rgb(getComputedStyle(node).color), back(node)]);
+"""
+
+
 class Page:
     """The page as a user has it."""
 
@@ -103,6 +129,19 @@ class Page:
             return [...c.getContext("2d").getImageData(Math.floor(left), Math.floor(top), 1, 1).data].slice(0, 3);
         """
         return tuple(self.js(script, page, x, y))  # type: ignore[arg-type]
+
+    def hard_to_read(self) -> set[str]:
+        """Elements whose text has too little contrast, by class, id or tag."""
+        found = self.js(COLOURS)
+        return {name for name, words, back in found if contrast(words, back) < 4.5}  # type: ignore[attr-defined]
+
+    def nameless(self) -> list[str | None]:
+        """Controls that a screen reader has no name for."""
+        return [
+            found.get_attribute("outerHTML")
+            for found in self.all("button, input, select, textarea, summary, canvas[tabindex]")
+            if found.is_displayed() and not found.accessible_name
+        ]
 
 
 @contextmanager

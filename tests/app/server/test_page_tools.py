@@ -11,6 +11,7 @@ pytest.importorskip("selenium", reason="selenium is not installed: pip install j
 
 from browser import Page, needs_chromium
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from stub_server import ANSWER, CALLS, THOUGHTS, Refusal
 
 pytestmark = [pytest.mark.slow, needs_chromium]
@@ -27,6 +28,11 @@ def paste(page: Page, name: str, text: str) -> None:
         for (const type of ["input", "change"]) field.dispatchEvent(new Event(type, { bubbles: true }));
     """
     page.js(script, name, text)
+
+
+def pres(call: WebElement) -> list[str]:
+    """The blocks of a call that are shown: arguments and result."""
+    return [found.text for found in call.find_elements("css selector", "pre") if found.is_displayed()]
 
 
 def test_thoughts_are_open_while_they_stream_and_fold_when_the_answer_begins(page: Page) -> None:
@@ -74,13 +80,15 @@ def test_tool_calls_are_carried_through_by_hand(page: Page) -> None:
     body = page.stub.bodies[-1][1]
     assert (body["tools"], body["tool_choice"]) == ([TOOL], "auto")
     assert not page(".assistant .thought").is_displayed()
-    assert page.texts(".call pre") == [json.dumps(json.loads(text), indent=2) for _, text in CALLS]
-    assert page.texts(".call .code-head span") == ["Calls get_weather"] * 2
+    assert [pres(call) for call in page.all(".call")] == [
+        [json.dumps(json.loads(text), indent=2)] for _, text in CALLS
+    ]
+    assert [call.accessible_name for call in page.all(".call")] == ["Call of get_weather"] * 2
     page.until(
         lambda: page.texts("#announcer") == ["The model calls get_weather. The model calls get_weather."]
     )
 
-    fields = page.all(".results textarea")
+    fields = page.all(".call textarea")
     assert [field.accessible_name for field in fields] == ["Result of get_weather"] * 2
     fields[0].send_keys('{"degrees": 7}', Keys.ENTER)
     page.until(lambda: page.driver.switch_to.active_element == fields[1])  # it is required
@@ -96,12 +104,13 @@ def test_tool_calls_are_carried_through_by_hand(page: Page) -> None:
         {"role": "tool", "tool_call_id": "call_0", "content": '{"degrees": 7}'},
         {"role": "tool", "tool_call_id": "call_1", "content": "it\nburns"},
     ]
-    assert not page(".assistant .results").is_displayed()
-    assert page.texts(".tool .who") == ["Result of get_weather"] * 2
-    assert page(".tool pre").text == '{\n  "degrees": 7\n}'
+    shown = [text for call in page.all(".call") for text in pres(call)]
+    whole = [json.dumps(json.loads(text), indent=2) for _, text in CALLS]
+    assert shown == [whole[0], '{\n  "degrees": 7\n}', whole[1], "it\nburns"]
+    assert not any(field.is_displayed() for field in page.all(".call textarea"))
 
     page.driver.refresh()
-    page.until(lambda: len(page.all(".call")) == 2 and len(page.all(".tool")) == 2)
+    page.until(lambda: [text for call in page.all(".call") for text in pres(call)] == shown)
     page.button("Regenerate").click()
     page.until(lambda: len(page.stub.bodies) == 3 and page.ended())
     assert page.stub.bodies[-1] == page.stub.bodies[-2]
@@ -111,8 +120,8 @@ def test_a_call_that_was_cut_off_is_shown_and_not_sent(page: Page) -> None:
     page.stub.answer, page.stub.calls = "Let me see.", CALLS[:1]
     page.stub.cut_after = 7
     page.answered("hello")
-    assert page.texts(".call pre") == ['{\n  "city": "Os']
-    assert not page(".assistant .results").is_displayed()
+    assert pres(page(".call")) == ['{\n  "city": "Os']
+    assert not page(".call textarea").is_displayed() and not page(".calls .buttons").is_displayed()
     assert "ended before the answer" in page(".assistant .error").text
     page.stub.cut_after, page.stub.calls = None, []
     page.answered("again")
@@ -200,3 +209,27 @@ def test_what_the_server_says_of_a_schema_is_shown(page: Page) -> None:
     paste(page, "schema", "")
     page.button("Try again").click()
     page.until(lambda: page.ended() and "all." in page(".assistant .body").text)
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")]
+)
+def test_calls_thoughts_and_settings_fit_and_can_be_read(page: Page, width: int, scheme: str) -> None:
+    page.size(width, 740)
+    page.scheme(scheme)
+    page.stub.calls = [("a" * 64, json.dumps({"b" * 200: "c" * 200}))]
+    page.stub.thoughts = "d" * 200
+    page.answered("hello")
+    page(".assistant .thoughts summary").click()
+    paste(page, "tools", json.dumps([TOOL] * 20, indent=2))
+    paste(page, "schema", "[" + "1" * 200)
+    page.ask("again")
+    page.until(lambda: page("#schema-problem").text)
+    problem, settings = page("#schema-problem").rect, page("#settings").rect
+    assert problem["y"] + problem["height"] <= settings["y"] + settings["height"]
+    assert page.js("return document.documentElement.scrollWidth") == width
+    assert page("#send").rect["y"] + page("#send").rect["height"] <= 740
+    for selector in ("#messages", "#settings"):
+        node = page(selector)
+        assert node.get_property("scrollWidth") == node.get_property("clientWidth")
+    assert page.hard_to_read() == set() and page.nameless() == []

@@ -92,7 +92,7 @@ export class Chat {
   sendResults(message, texts) {
     if (this.isAnswering() || !this.settings()) return;
     wholeCalls(message).forEach((call, i) => {
-      const result = { role: "tool", tool_call_id: call.id, name: call.function.name, content: texts[i] };
+      const result = { role: "tool", tool_call_id: call.id, content: texts[i] };
       this.conversation.messages.push(result);
     });
     this.cancelEdit();
@@ -193,6 +193,7 @@ export class Chat {
       this.#shown.delete(message);
     }
     messages.forEach((message, i) => {
+      if (message.role === "tool") return; // is shown at its call
       let view = this.#shown.get(message);
       if (!view) {
         view = messageView(message, this.#actions);
@@ -200,7 +201,10 @@ export class Chat {
         list.append(view.node);
       }
       const last = i === messages.length - 1;
-      view.update({ mode: conversation.mode, last, lastOfUser: !messages.slice(i + 1).some((m) => m.role === "user"), entry });
+      const after = messages.slice(i + 1);
+      const lastOfUser = !after.some((m) => m.role === "user");
+      const next = after.findIndex((m) => m.role !== "tool");
+      view.update({ mode: conversation.mode, last, lastOfUser, entry, results: next < 0 ? after : after.slice(0, next) });
     });
     list.dataset.empty = messages.length ? "" : MODE_WORDS[conversation.mode];
     list.classList.toggle("text-mode", conversation.mode === "text");

@@ -3,6 +3,11 @@
 const TOKENS = /"[^"\\]*(?:\\.[^"\\]*)*"?|[{}[\],:]|[^\s{}[\],:"]+/gs;
 const DEEPEST = 40; // levels with an indentation of their own: a text of brackets must not become a huge one
 
+/** True if a text is a whole object or array of JSON. */
+export function isJson(text) {
+  return /^\s*[{[]/.test(text) && parsed(text) !== undefined;
+}
+
 /** The value of a text; undefined if it is no JSON. */
 export function parsed(text) {
   try {

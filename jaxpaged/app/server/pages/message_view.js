@@ -1,16 +1,14 @@
-// One message: its text, the model's thoughts, its tool calls and the form for their results.
+// One message: its text, the model's thoughts, its tool calls and their results.
 
 import { isThinking, wholeCalls } from "./answering.js";
 import { button, copyText, element, notice } from "./dom.js";
-import { indented } from "./json.js";
+import { indented, isJson } from "./json.js";
 import { codeBlock, showText } from "./render.js";
-
-const WHO = { user: "You", assistant: "Model", tool: "Result" };
 
 /** { node, update }. `actions`: edit(message), regenerate(), switchToText(), sendResults(message, texts). */
 export function messageView(message, actions) {
   const mine = message.role === "user";
-  const who = message.name ? `${WHO[message.role]} of ${message.name}` : WHO[message.role];
+  const who = mine ? "You" : "Model";
   const thoughts = thoughtsView(message);
   const body = element("div", { className: "body" });
   const calls = callsView(message, actions.sendResults);
@@ -33,11 +31,11 @@ export function messageView(message, actions) {
     problem,
     element("div", { className: "foot" }, note, copy, mine ? edit : again),
   );
-  const update = ({ mode, last, lastOfUser, entry }) => {
+  const update = ({ mode, last, lastOfUser, entry, results }) => {
     const growing = entry?.answering.message === message ? entry.answering : null;
     showText(body, message.content, mine || mode === "text" ? "plain" : growing ? "growing" : "complete");
     thoughts.update(Boolean(growing));
-    calls.update(last && !entry && mode === "chat");
+    calls.update(last && !entry && mode === "chat", results);
     node.classList.toggle("growing", Boolean(growing));
     note.textContent = growing ? stateWords(growing) : (message.note ?? "");
     problem.hidden = !message.error;
@@ -45,7 +43,7 @@ export function messageView(message, actions) {
     asText.hidden = message.error?.kind !== "template" || !last || mode === "text" || Boolean(entry);
     copy.hidden = Boolean(growing) || !message.content;
     edit.hidden = !lastOfUser || Boolean(entry);
-    again.hidden = !last || Boolean(entry) || message.role !== "assistant";
+    again.hidden = !last || Boolean(entry);
     again.textContent = message.error ? "Try again" : "Regenerate";
   };
   return { node, update };
@@ -68,46 +66,54 @@ function thoughtsView(message) {
   return { node, update };
 }
 
-/** Cards with name and arguments; below them a field for the result of each, while it is awaited. */
+/** A card for each call; its arguments, and below them what the tool returned, or the field for it while it is awaited. */
 function callsView(message, sendResults) {
-  const cards = element("div");
   const send = element("button", { className: "primary" });
-  const fields = element("div");
-  const form = element("form", { className: "results", hidden: true }, fields, element("div", { className: "buttons" }, send));
-  const shown = []; // the text nodes of the arguments
+  const buttons = element("div", { className: "buttons", hidden: true }, send);
+  const form = element("form", { className: "calls" }, buttons);
+  const cards = [];
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    sendResults(message, [...form.querySelectorAll("textarea")].map((field) => field.value));
+    sendResults(message, [...form.querySelectorAll("textarea:enabled")].map((field) => field.value));
   });
-  const update = (awaited) => {
-    (message.tool_calls ?? []).forEach(({ function: { name, arguments: text } }, i) => {
-      shown[i] ??= addCard(cards, name);
-      const lines = indented(text);
-      if (shown[i].data !== lines) shown[i].data = lines;
+  const update = (awaited, results) => {
+    const whole = awaited ? wholeCalls(message) : [];
+    (message.tool_calls ?? []).forEach((call, i) => {
+      if (!cards[i]) {
+        cards[i] = callCard(call, form);
+        buttons.before(cards[i].node);
+      }
+      cards[i].update(whole.includes(call), results.find((result) => result.tool_call_id === call.id));
     });
-    const whole = wholeCalls(message);
-    form.hidden = !awaited || !whole.length;
-    if (!form.hidden && !fields.hasChildNodes()) fields.append(...whole.map((call) => resultField(call, form)));
+    buttons.hidden = !whole.length;
     send.textContent = whole.length === 1 ? "Send the result" : "Send the results";
   };
-  return { node: element("div", { className: "calls" }, cards, form), update };
+  return { node: form, update };
 }
 
-function addCard(cards, name) {
-  const { node, leaf } = codeBlock({ language: `Calls ${name}`, text: "" });
-  node.classList.add("call");
-  cards.append(element("section", { "aria-label": `Call of ${name}` }, node));
-  return leaf;
-}
-
-function resultField(call, form) {
+function callCard(call, form) {
+  const { name } = call.function;
+  const asked = codeBlock({ language: `Calls ${name}`, text: "" });
+  const returned = codeBlock({ language: "Returned", text: "" });
   const field = element("textarea", { rows: 2, required: true, placeholder: "What the tool returned, as text or JSON" });
+  const label = element("label", {}, `Result of ${name}`, field);
+  const node = element("section", { className: "call", "aria-label": `Call of ${name}` }, asked.node, returned.node, label);
   field.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     form.requestSubmit();
   });
-  return element("label", {}, `Result of ${call.function.name}`, field);
+  const update = (awaited, result) => {
+    setData(asked.leaf, indented(call.function.arguments));
+    returned.node.hidden = !result;
+    if (result) setData(returned.leaf, isJson(result.content) ? indented(result.content) : result.content);
+    label.hidden = field.disabled = !awaited; // a disabled field does not keep the form from being sent
+  };
+  return { node, update };
+}
+
+function setData(leaf, text) {
+  if (leaf.data !== text) leaf.data = text;
 }
 
 function stateWords(answering) {

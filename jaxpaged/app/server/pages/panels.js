@@ -65,7 +65,11 @@ export function settingsPanel() {
     if (form.checkValidity()) return values();
     open(true);
     for (const field of form.elements) if (field.name) showProblem(field);
-    form.reportValidity();
+    const wrong = form.querySelector(":invalid");
+    if (wrong.name in FORMS) {
+      wrong.focus();
+      byId(`${wrong.name}-problem`).scrollIntoView({ block: "nearest" });
+    } else wrong.reportValidity();
     return null;
   };
 }

@@ -1,7 +1,7 @@
 // Shows a model's text: as text, with ``` fences and whole answers of JSON as <pre>. Markup in it stays visible characters.
 
 import { button, copyText, element } from "./dom.js";
-import { indented, parsed } from "./json.js";
+import { indented, isJson } from "./json.js";
 
 /** Pieces of a text: { code: boolean, language, text }. A fence that is still open reaches to the end. */
 export function pieces(text) {
@@ -29,8 +29,7 @@ export function pieces(text) {
 }
 
 function complete(text) {
-  const isJson = /^\s*[{[]/.test(text) && parsed(text) !== undefined;
-  return isJson ? [{ code: true, language: "json", text: indented(text) }] : pieces(text);
+  return isJson(text) ? [{ code: true, language: "json", text: indented(text) }] : pieces(text);
 }
 
 const AS = { plain: (text) => (text ? [{ code: false, language: "", text }] : []), growing: pieces, complete };
