@@ -211,11 +211,12 @@ def test_what_the_server_says_of_a_schema_is_shown(page: Page) -> None:
     page.until(lambda: page.ended() and "all." in page(".assistant .body").text)
 
 
-@pytest.mark.parametrize(
-    ("width", "scheme"), [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")]
-)
-def test_calls_thoughts_and_settings_fit_and_can_be_read(page: Page, width: int, scheme: str) -> None:
-    page.size(width, 740)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 800)])
+def test_calls_thoughts_and_settings_fit_and_can_be_read(
+    page: Page, width: int, height: int, scheme: str
+) -> None:
+    page.size(width, height)
     page.scheme(scheme)
     page.stub.calls = [("a" * 64, json.dumps({"b" * 200: "c" * 200}))]
     page.stub.thoughts = "d" * 200
@@ -228,7 +229,7 @@ def test_calls_thoughts_and_settings_fit_and_can_be_read(page: Page, width: int,
     problem, settings = page("#schema-problem").rect, page("#settings").rect
     assert problem["y"] + problem["height"] <= settings["y"] + settings["height"]
     assert page.js("return document.documentElement.scrollWidth") == width
-    assert page("#send").rect["y"] + page("#send").rect["height"] <= 740
+    assert page("#send").rect["y"] + page("#send").rect["height"] <= height
     for selector in ("#messages", "#settings"):
         node = page(selector)
         assert node.get_property("scrollWidth") == node.get_property("clientWidth")
