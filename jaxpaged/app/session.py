@@ -25,7 +25,7 @@ from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.cache.groups import LayerGroup
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.result import FINISH_NAN
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import broadcast_object
 

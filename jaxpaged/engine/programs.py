@@ -25,7 +25,8 @@ from jaxpaged.cache.reservation import free_slots
 from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
-from jaxpaged.generation.sampling import SamplingParams, logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling import logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.pages import allocator as allocators
 from jaxpaged.pages import block_table as block_tables
 from jaxpaged.pages.allocator import PageAllocator

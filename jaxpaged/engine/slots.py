@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxpaged.engine.programs import SlotParams
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, EngineRequest
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 
 _NO_TOKEN = np.iinfo(np.int32).max
 

@@ -32,7 +32,8 @@ from jaxpaged.generation.result import (
     GenerateResult,
     ResultBase,
 )
-from jaxpaged.generation.sampling import SamplingParams, logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling import logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.pages.batch import Batch
 
 Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]

@@ -21,7 +21,7 @@ from jaxpaged.generation.prompts import (
     token_limits,
     token_lists,
 )
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, num_shards
 from jaxpaged.sharding.specs import mesh_of, put
 
