@@ -63,6 +63,7 @@ class Device:
       decode_rows, prompt_rows: rows of each step program.
       decode_steps: decode steps in one program, at most.
       num_recent: tokens that penalties can cover.
+      vocab_size: tokens of the model.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Device:
         prompt_rows: Sequence[int],
         decode_steps: int,
         num_recent: int,
+        vocab_size: int,
     ) -> None:
         self.cache: Any = cache
         self.mesh = mesh_of(cache)
@@ -84,7 +86,7 @@ class Device:
             cache.local if isinstance(cache, ShardedCache) else jax.eval_shape(lambda x: x, cache)
         )
         """Cache of one device, with shapes in place of arrays."""
-        self.slots = [SlotTable(self.local.max_seqs) for _ in range(self.num_shards)]
+        self.slots = [SlotTable(self.local.max_seqs, vocab_size) for _ in range(self.num_shards)]
         """Parameters of the running sequences, for each data shard."""
         self.compiled = 0
         self._model, self._params = model, params
@@ -229,6 +231,7 @@ class Device:
             left=left,
             position=position,
             recent=self._no_recent,
+            mu=np.zeros(s, np.float32),
             steps=np.int32(1),
             stop_early=np.bool_(False),
         )

@@ -88,6 +88,7 @@ class Engine:
             prompt_rows=sizes[-1:] if config.skips_padding else sizes,
             decode_steps=config.decode_steps,
             num_recent=min(1 << (config.n_ctx - 1).bit_length(), _MOST_RECENT),  # few sizes, few programs
+            vocab_size=config.vocab_size,
         )
         self._counts = StepCounts()
         self.shards = [

@@ -25,7 +25,7 @@ from jaxpaged.cache.reservation import free_slots
 from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
-from jaxpaged.generation.sampling import logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling import logprobs_of, push_recent, sample_next
 from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.pages import allocator as allocators
 from jaxpaged.pages import block_table as block_tables
@@ -74,6 +74,8 @@ class StepInput:
     """i32[S]: position of the first sampled token in the whole text, dropped tokens included."""
     recent: Given
     """i32[S, W]: recent tokens for penalties, newest last; -1 in padding."""
+    mu: Given
+    """f32[S]: state of Mirostat."""
     steps: Given
     """i32[]: decode steps to run, at most the program's K."""
     stop_early: Given
@@ -93,6 +95,8 @@ class StepOutput:
     """i32[K, S, MAX_LOGPROBS]: the likeliest tokens, in order; -1 in padding."""
     top_logprobs: Array
     """f32[K, S, MAX_LOGPROBS]: log-probabilities of those."""
+    mu: Array
+    """f32[S]: state of Mirostat after the step."""
     num_steps: Array
     """i32[]: steps that ran."""
     ok: Array
@@ -127,6 +131,7 @@ def step(
         logprobs=jnp.zeros((k, s), jnp.float32),
         top_tokens=jnp.full((k, s, MAX_LOGPROBS), -1, jnp.int32),
         top_logprobs=jnp.zeros((k, s, MAX_LOGPROBS), jnp.float32),
+        mu=given.mu,
         num_steps=jnp.int32(0),
         ok=jnp.bool_(True),
         table=None,
@@ -142,7 +147,7 @@ def step(
         else:
             rows, owner = batch.last_rows, jnp.arange(s)
         logits, cache = model(params, given.tokens, cache, batch, rows)
-        tokens, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, given, owner)
+        tokens, mu, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, given, owner)
         samples = given.samples & (given.num_new > 0) & ok
         failed = tokens < 0
         i = sampled.num_steps
@@ -152,6 +157,7 @@ def step(
             logprobs=sampled.logprobs.at[i].set(logprobs),
             top_tokens=sampled.top_tokens.at[i].set(top_tokens),
             top_logprobs=sampled.top_logprobs.at[i].set(top_logprobs),
+            mu=jnp.where(samples, mu, given.mu),
             num_steps=i + ok,
             ok=ok,
         )
@@ -168,6 +174,7 @@ def step(
                 left=left,
                 position=given.position + samples,
                 recent=push_recent(given.recent, tokens, samples),
+                mu=sampled.mu,
             )
         return cache, sampled, given, jnp.any(samples & ~goes_on)
 
@@ -220,12 +227,12 @@ def table_state(cache: Any) -> tuple[TableState, ...]:
 
 def _sample_tokens(
     logits: Array, slots: SlotParams, given: StepInput, owner: Array
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     """Samples a token from each row of ``logits f32[R, V]``, for the sequence ``owner i32[R]``; S =
     padding.
 
     Returns:
-      ``(tokens, logprobs, top_tokens, top_logprobs)``, one row per sequence.
+      ``(tokens, mu, logprobs, top_tokens, top_logprobs)``, one row per sequence.
     """
     s = given.num_new.shape[0]
     row = jnp.minimum(owner, s - 1)
@@ -237,9 +244,9 @@ def _sample_tokens(
 
     vocab_size = logits.shape[1]
     has_bias = jnp.any(mine.bias_ids < vocab_size)
-    tokens = sample(
-        lax.cond(has_bias, biased, lambda z: z, logits), mine.sampling, given.position[row], given.recent[row]
-    )
+    logits_biased = lax.cond(has_bias, biased, lambda z: z, logits)
+    of_row = given.position[row], given.recent[row], given.mu[row]
+    tokens, mu = sample_next(logits_biased, mine.sampling, *of_row)
 
     def likeliest(z: Array) -> tuple[Array, ...]:
         found = logprobs_of(z, tokens, MAX_LOGPROBS)
@@ -256,6 +263,7 @@ def _sample_tokens(
 
     return (
         of_sequences(tokens, -1),
+        of_sequences(mu, 0),
         of_sequences(logprobs, 0),
         of_sequences(ids, -1),
         of_sequences(values, 0),

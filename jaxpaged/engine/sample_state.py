@@ -56,6 +56,8 @@ class SampleState:
     swapped: SwappedSequence | None = None
     """Its pages in host memory, if swapped out."""
     finish_reason: FinishReason | None = None
+    mu: float | None = None
+    """State of Mirostat; None before the first token."""
 
     @property
     def order(self) -> tuple[int, int, int]:

@@ -205,7 +205,8 @@ class EngineShard:
             given.samples[slot] = count == sample.num_uncomputed and left > 0
             given.position[slot] = sample.position
             request = sample.request
-            if request.repeat_penalty != 1.0 or request.presence_penalty or request.frequency_penalty:
+            given.mu[slot] = 2 * request.mirostat_tau if sample.mu is None else sample.mu
+            if request.has_penalties:
                 recent = np.full_like(given.recent, -1) if recent is None else recent
                 last = sample.tokens[-width:]
                 recent[slot, width - len(last) :] = last
@@ -263,6 +264,8 @@ class EngineShard:
             stop = sampled.pop() if sampled and sampled[-1] in sample.request.stop_ids else None
             sample.tokens += sampled
             sample.num_generated += len(sampled)
+            if sample.request.mirostat and sampled:
+                sample.mu = float(out.mu[slot])
             self._counts.generated_tokens += len(sampled)
             self.pool.computed(sample)
             prefilled = sample.num_uncomputed == 0 or bool(sampled)
