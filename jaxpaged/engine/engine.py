@@ -223,7 +223,7 @@ class Engine:
             shard.step_input(plan, self.device.no_work(shape))
             for shard, plan in zip(self.shards, plans, strict=True)
         ]
-        outs = self.device.step(shape, given)
+        outs = self.device.step(shape, given, [plan.masks for plan in plans])
         for shard, plan, out in zip(self.shards, plans, outs, strict=True):
             if plan.work:
                 outputs += shard.end_step(plan, out, begin, decoded=decode)

@@ -76,6 +76,8 @@ class StepInput:
     """i32[S, W]: recent tokens for penalties, newest last; -1 in padding."""
     mu: Given
     """f32[S]: state of Mirostat."""
+    constrained: Given
+    """bool[S]: True if the mask of the sequence applies; the step is then the only one."""
     steps: Given
     """i32[]: decode steps to run, at most the program's K."""
     stop_early: Given
@@ -118,12 +120,21 @@ class StepShape:
 
 
 def step(
-    model: Model, shape: StepShape, params: Any, cache: Cache, slots: SlotParams, given: StepInput
+    model: Model,
+    shape: StepShape,
+    params: Any,
+    cache: Cache,
+    slots: SlotParams,
+    masks: Given,
+    given: StepInput,
 ) -> tuple[Cache, StepOutput]:
     """Runs the model and samples; a decode shape repeats that with the sampled tokens.
 
     A sequence that sampled a stop token, or all tokens left to it, is idle until the others are
     done.
+
+    Args:
+      masks: i32[S, ceil(V / 32)]: tokens that constrained sequences may sample, see ``Constraint``.
     """
     s, k = given.num_new.shape[0], shape.max_steps
     sampled = StepOutput(
@@ -147,7 +158,7 @@ def step(
         else:
             rows, owner = batch.last_rows, jnp.arange(s)
         logits, cache = model(params, given.tokens, cache, batch, rows)
-        tokens, mu, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, given, owner)
+        tokens, mu, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, masks, given, owner)
         samples = given.samples & (given.num_new > 0) & ok
         failed = tokens < 0
         i = sampled.num_steps
@@ -226,10 +237,10 @@ def table_state(cache: Any) -> tuple[TableState, ...]:
 
 
 def _sample_tokens(
-    logits: Array, slots: SlotParams, given: StepInput, owner: Array
+    logits: Array, slots: SlotParams, masks: Array, given: StepInput, owner: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Samples a token from each row of ``logits f32[R, V]``, for the sequence ``owner i32[R]``; S =
-    padding.
+    padding. Log-probabilities are those without masks and biases.
 
     Returns:
       ``(tokens, mu, logprobs, top_tokens, top_logprobs)``, one row per sequence.
@@ -239,14 +250,22 @@ def _sample_tokens(
     mine = jax.tree.map(lambda field: field[row], slots)
     wants = mine.wants_logprobs & (owner < s)
 
+    def masked(z: Array) -> Array:
+        bits = (masks[row][:, :, None] >> jnp.arange(32)) & 1
+        allowed = bits.reshape(z.shape[0], -1)[:, : z.shape[1]] == 1
+        unknown = ((0, 0), (0, z.shape[1] - allowed.shape[1]))  # of a padded vocabulary
+        return jnp.where(~given.constrained[row][:, None] | jnp.pad(allowed, unknown), z, -jnp.inf)
+
     def biased(z: Array) -> Array:
         return z.at[jnp.arange(z.shape[0])[:, None], mine.bias_ids].add(mine.bias, mode="drop")
 
     vocab_size = logits.shape[1]
     has_bias = jnp.any(mine.bias_ids < vocab_size)
-    logits_biased = lax.cond(has_bias, biased, lambda z: z, logits)
+    constrained = jnp.any(given.constrained & given.samples)
+    changed = lax.cond(constrained, masked, lambda z: z, logits)
+    changed = lax.cond(has_bias, biased, lambda z: z, changed)
     of_row = given.position[row], given.recent[row], given.mu[row]
-    tokens, mu = sample_next(logits_biased, mine.sampling, *of_row)
+    tokens, mu = sample_next(changed, mine.sampling, *of_row)
 
     def likeliest(z: Array) -> tuple[Array, ...]:
         found = logprobs_of(z, tokens, MAX_LOGPROBS)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxpaged.engine.constraint import Constraint
 from jaxpaged.generation.sampling_params import RANGES
 
-FinishReason = Literal["stop", "length", "abort", "nan"]
-"""nan: the model's logits held NaN; tokens sampled before may be meaningless."""
+FinishReason = Literal["stop", "length", "abort", "nan", "constraint"]
+"""nan: the model's logits held NaN; tokens sampled before may be meaningless. constraint: that of the
+request could not go on."""
 
 MAX_STOP_IDS = 32
 """Stop tokens of a request, at most."""
@@ -98,7 +100,7 @@ class EngineRequest:
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1
+    dry_penalty_last_n: int = 64
     """As ``repeat_last_n``."""
     dry_breakers: frozenset[int] = frozenset()
     mirostat: int = 0
@@ -110,6 +112,8 @@ class EngineRequest:
     """Tokens that end a sample, and are not part of it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens before anything else; -inf forbids a token."""
+    constraint: Constraint | None = None
+    """Restricts the tokens of each sample, which has a copy of its own."""
     num_logprobs: int | None = None
     """None: no log-probabilities; k: those of each token and of the k likeliest ones."""
     priority: int = 0
