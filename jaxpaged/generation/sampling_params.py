@@ -156,7 +156,7 @@ class SamplingParams:
         dry_multiplier: npt.ArrayLike = 0.0,
         dry_base: npt.ArrayLike = 1.75,
         dry_allowed_length: npt.ArrayLike = 2,
-        dry_penalty_last_n: npt.ArrayLike = -1,
+        dry_penalty_last_n: npt.ArrayLike = 64,
         dry_breakers: Sequence[int] = (),
         mirostat: npt.ArrayLike = 0,
         mirostat_tau: npt.ArrayLike = 5.0,

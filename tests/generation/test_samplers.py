@@ -220,7 +220,7 @@ jitted_dry = jax.jit(repetition.penalize_repeats)
 
 
 def test_a_dry_penalty_stays_finite() -> None:
-    params = SamplingParams.create(1, dry_multiplier=1.0, dry_base=4.0)
+    params = SamplingParams.create(1, dry_multiplier=1.0, dry_base=4.0, dry_penalty_last_n=-1)
     changed = jitted_dry(jnp.zeros((1, 3)), params, jnp.ones((1, 256), jnp.int32))
     assert np.isfinite(changed).all() and changed[0, 1] < -1e37
 

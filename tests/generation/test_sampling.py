@@ -329,7 +329,7 @@ def test_create_broadcasts_and_defaults_to_llama_cpps_values() -> None:
         "dry_multiplier": 0.0,
         "dry_base": 1.75,
         "dry_allowed_length": 2,
-        "dry_penalty_last_n": -1,
+        "dry_penalty_last_n": 64,
         "mirostat": 0,
         "mirostat_tau": 5.0,
         "mirostat_eta": 0.1,
