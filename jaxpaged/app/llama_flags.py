@@ -13,6 +13,7 @@ _LOADING = "weights are read once and handed to JAX"
 _THREADS = "XLA uses one pool of threads, see -t"
 _TERMINAL = "the output is plain text"
 _SLOTS = "every request finds the prompts of all others in the one prefix cache"
+_DRAFTS = "generate drafts from the text (--lookup), the server drafts no tokens; the text stays the same"
 _ON_OR_OFF = -1
 _TABLE: tuple[tuple[int, str, str], ...] = (
     (1, _PLACEMENT, "-ngl --gpu-layers --n-gpu-layers -sm --split-mode -ts --tensor-split -mg --main-gpu"),
@@ -49,13 +50,28 @@ _TABLE: tuple[tuple[int, str, str], ...] = (
     (1, "an idle server computes nothing", "--sleep-idle-seconds"),
     (1, "tags change nothing that the server does", "--tags"),
     (0, "the server has no tools", "-no-ag --no-agent"),
-    (1, "the server drafts no tokens", "-td --threads-draft -tbd --threads-batch-draft -ctkd -ctvd"),
-    (1, "the server drafts no tokens", "--cache-type-k-draft --cache-type-v-draft --draft-min --draft-n-min"),
-    (1, "the server drafts no tokens", "--draft-p-min --draft-p-split"),
+    (1, _DRAFTS, "-td --threads-draft -tbd --threads-batch-draft -ctkd --cache-type-k-draft -ctvd"),
+    (
+        1,
+        _DRAFTS,
+        "--cache-type-v-draft --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min --draft-p-min",
+    ),
+    (1, _DRAFTS, "--spec-draft-p-split --draft-p-split --spec-draft-threads --spec-draft-threads-batch"),
+    (1, _DRAFTS, "--spec-draft-type-k --spec-draft-type-v --spec-type --spec-ngram-mod-n-max"),
+    (1, _DRAFTS, "--spec-ngram-mod-n-min --spec-ngram-mod-n-match --spec-ngram-simple-size-n"),
+    (1, _DRAFTS, "--spec-ngram-simple-size-m --spec-ngram-simple-min-hits --spec-ngram-map-k-size-n"),
+    (1, _DRAFTS, "--spec-ngram-map-k-size-m --spec-ngram-map-k-min-hits --spec-ngram-map-k4v-size-n"),
+    (1, _DRAFTS, "--spec-ngram-map-k4v-size-m --spec-ngram-map-k4v-min-hits"),
+    (0, _DRAFTS, "--spec-default"),
     (1, "answers are text as the model writes it", "--reasoning-format"),
 )
 """(number of values, reason, flags); ``_ON_OR_OFF``: a value only if the next word is one of ``_SWITCH_VALUES``."""
 _IGNORED = {name: (count, reason) for count, reason, names in _TABLE for name in names.split()}
+_REMOVED = {
+    **dict.fromkeys(("--draft", "--draft-n", "--draft-max"), "--spec-draft-n-max"),
+    **dict.fromkeys(("--draft-min", "--draft-n-min"), "--spec-draft-n-min"),
+}
+"""Flags that llama.cpp had, and what it has in their place."""
 _HEADINGS = (
     "Model, Prompt, Chat, Text, Tests, A server that runs, Own servers, Generation, Sampling, Batch, KV cache, "
     "Server, Load, Workload, Limits, Devices, Output, Other"
@@ -111,6 +127,8 @@ class LlamaCommand(click.Command):
                     args.pop(0)
                 if not quiet:
                     say(f"{name} is accepted and has no effect: {reason}")
+            elif name in _REMOVED:
+                raise click.UsageError(f"{name} was removed, as in llama.cpp: use {_REMOVED[name]}.", ctx)
             else:
                 # click's own idea of a close match is wide, and in its older versions every name is one.
                 near = get_close_matches(name, [*takes_value, *_IGNORED], cutoff=0.75)

@@ -1,4 +1,4 @@
-"""Checks the flags of beam search."""
+"""Checks flags of methods that exclude others: beam search, Mirostat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxpaged.app.options import GenerateOptions
 
 
 def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
-    """Refuses flags that exclude ``--beams`` or would have no effect on it.
+    """Refuses flags that exclude each other, or would have no effect on ``--beams``.
 
     Args:
       options: of the run.
@@ -17,6 +17,10 @@ def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
       InputError: there is such a flag.
     """
     o = options
+    if o.mirostat and o.num_draft:
+        raise InputError(
+            "--mirostat and --lookup exclude each other: mirostat samples one token after the other"
+        )
     if o.beams <= 1:
         return
     name = f"--beams {o.beams}"
@@ -24,7 +28,7 @@ def check_methods(options: GenerateOptions, *, prompted: bool) -> None:
         "--context-shift": o.context_shift,
         "--prompt-cache": o.prompt_cache is not None,
         "-np": o.parallel > 1,
-        "--lookup": o.lookup > 0,
+        "--lookup": o.num_draft > 0,
         "--page-map": o.page_map is not None,
     }
     for flag, given in clashes.items():

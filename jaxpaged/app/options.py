@@ -18,7 +18,9 @@ from jaxpaged.app.flags import (
     FiniteFloat,
     Parsed,
     flag,
+    name_list,
 )
+from jaxpaged.app.sampling_options import SamplingFlags
 
 DTYPES = ("f32", "bf16", "f16")
 Weights = Literal["auto", "stored", "dequantized"]
@@ -29,6 +31,10 @@ CACHE_TYPES = (
 )
 """The names of ``PAGE_FORMATS``, which is built on JAX."""
 CACHE_TYPE = click.Choice(CACHE_TYPES)
+SPEC_TYPES = ("none", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache")
+"""llama.cpp's types of speculative decoding without a second model."""
+_DRAFT = 8
+"""Tokens of a draft if only its type is given."""
 TYPE_HELP = (
     f"Format of keys: {', '.join(CACHE_TYPES)}. q8_0 takes half the memory of f16 and is near lossless, q4_0 or q4_k a "
     "quarter at some cost in quality (docs/quantization.md, jaxpaged perplexity)."
@@ -57,7 +63,6 @@ _prompt = partial(flag, "Prompt")
 _chat = partial(flag, "Chat")
 _generation = partial(flag, "Generation")
 _batch = partial(flag, "Batch")
-_sampling = partial(flag, "Sampling")
 _cache = partial(flag, "KV cache")
 _output = partial(flag, "Output")
 
@@ -174,7 +179,7 @@ class StepFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(StepFlags, PageFlags, MeshFlags, ModelFlags):
+class RunFlags(StepFlags, PageFlags, MeshFlags, ModelFlags, SamplingFlags):
     """Flags that ``generate`` and ``serve`` share."""
 
     swa_full: bool = _cache(
@@ -210,41 +215,6 @@ class RunFlags(StepFlags, PageFlags, MeshFlags, ModelFlags):
         "First tokens of the prompt that a context shift keeps; -1 = all of it.",
         0,
         AT_LEAST_MINUS_1,
-    )
-    seed: int = _sampling(
-        "-s, --seed",
-        "Seed of the random numbers; -1 = a random one.",
-        -1,
-        click.IntRange(-1, 2**32 - 1),
-        metavar="S",
-    )
-    temp: float = _sampling(
-        "--temp, --temperature",
-        "Temperature; 0 or less always takes the likeliest token.",
-        0.8,
-        FiniteFloat(),
-    )
-    top_k: int = _sampling("--top-k", "Keep the N likeliest tokens; 0 or -1 = off.", 40, AT_LEAST_MINUS_1)
-    top_p: float = _sampling(
-        "--top-p", "Keep the likeliest tokens up to this total probability; 1 = off.", 0.95, FiniteFloat(0, 1)
-    )
-    min_p: float = _sampling(
-        "--min-p",
-        "Keep tokens with at least this share of the likeliest one's probability; 0 = off.",
-        0.05,
-        FiniteFloat(0, 1),
-    )
-    repeat_penalty: float = _sampling(
-        "--repeat-penalty", "Divide the logits of recent tokens; 1 = off.", 1.0, FiniteFloat(0, above=True)
-    )
-    repeat_last_n: int = _sampling(
-        "--repeat-last-n", "Recent tokens that penalties apply to; -1 = all, 0 = none.", 64, AT_LEAST_MINUS_1
-    )
-    presence_penalty: float = _sampling(
-        "--presence-penalty", "Subtract from the logit of every recent token.", 0.0, FiniteFloat()
-    )
-    frequency_penalty: float = _sampling(
-        "--frequency-penalty", "Subtract from it for each occurrence.", 0.0, FiniteFloat()
     )
     paged: bool = _cache(
         "--kv-cache-paged/--no-kv-cache-paged",
@@ -301,11 +271,19 @@ class GenerateOptions(RunFlags):
         FiniteFloat(),
     )
     lookup: int = _generation(
-        "--lookup, --draft-max, --draft, --draft-n",
+        "--lookup, --spec-draft-n-max, --spec-ngram-mod-n-max",
         "Draft up to N tokens a step from the text so far; the tokens stay the same. 0 = off.",
         0,
         AT_LEAST_0,
     )
+    spec_type: tuple[str, ...] = _generation(
+        "--spec-type",
+        f"{', '.join(SPEC_TYPES)}: llama.cpp's names; each ngram type is --lookup {_DRAFT} here, or the N given.",
+        (),
+        name_list(SPEC_TYPES),
+        metavar="TYPE",
+    )
+    spec_default: bool = _generation("--spec-default", "The same as --spec-type ngram-mod.", False)
     prompt_cache: Path | None = _cache(
         "--prompt-cache",
         "Reuse keys and values that FILE has of the prompt's beginning, and save the prompt's.",
@@ -329,3 +307,9 @@ class GenerateOptions(RunFlags):
     )
     sampling_flags: tuple[str, ...] = ()
     """Flags under the heading Sampling that were given."""
+
+    @property
+    def num_draft(self) -> int:
+        """Tokens to draft a step, at most; 0 = off."""
+        drafts = self.spec_default or any(name != "none" for name in self.spec_type)
+        return self.lookup or (_DRAFT if drafts else 0)

@@ -35,7 +35,7 @@ def print_json(session: Session, prompt: list[int], run: Run, plan: CachePlan) -
         "timings": session.timings.as_dict(),
         "kv": session.report(plan).as_dict(),
     }
-    if session.options.lookup:
+    if session.options.num_draft:
         result["lookup"] = {"drafted": run.drafted, "accepted": run.accepted}
     if len(choices) > 1:
         result["choices"] = [{"index": i, "seed": session.seed_of(i), **c} for i, c in enumerate(choices)]

@@ -15,7 +15,7 @@ from jaxpaged.app.memory import trim_memory
 from jaxpaged.app.timings import Timings
 from jaxpaged.generation.request import ContextShift, Lookup
 from jaxpaged.generation.result import FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.generation.stream import GenerateStream, generate_stream
 from jaxpaged.sharding.multihost import broadcast_object
 

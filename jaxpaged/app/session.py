@@ -15,6 +15,7 @@ from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import processes
 from jaxpaged.app.animation import PageMapRecorder
+from jaxpaged.app.breakers import breaker_tokens
 from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, nan_message, say
 from jaxpaged.app.kv_report import CachePlan, KVReport
@@ -25,7 +26,7 @@ from jaxpaged.app.timings import Timings, since_start, start_lines
 from jaxpaged.cache.groups import LayerGroup
 from jaxpaged.generation.request import ContextShift
 from jaxpaged.generation.result import FINISH_NAN
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding
 from jaxpaged.sharding.multihost import broadcast_object
 
@@ -35,7 +36,6 @@ _SMALLEST_SHIFTED = 8
 _COMMON_POOL = 8192
 """Tokens of the pool of a single sequence, if its context has as many: a prompt of 4,096 and as
 many to generate."""
-_SMALLEST_TOP_P = 1e-30  # keeps one token, as llama.cpp's 0 does
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Session:
             session.note(
                 f"warning: -c {session.context} is more than the {trained} tokens the model was trained for"
             )
-        if options.seed < 0 and options.temp > 0 and options.beams == 1:
+        if options.seed < 0 and options.is_random and options.beams == 1:
             session.note(f"seed = {session.seed}")
         return session
 
@@ -187,7 +187,7 @@ class Session:
             shared=shared,
             spare=spare,
             # A draft may fill a page, which is then finalized with rejected tokens in it.
-            unused=o.lookup if self.cache_type.has_residual else 0,
+            unused=o.num_draft if self.cache_type.has_residual else 0,
         )
 
     def completion(self, prompt: str, num_seqs: int) -> tuple[list[int], int, CachePlan]:
@@ -230,16 +230,15 @@ class Session:
         o = self.options
         loaded = self.ready.loaded
         rows = len(prompts) * samples
+        values = o.sampling_values()
+        breakers = breaker_tokens(o.dry_sequence_breakers, loaded.tokenizer) if o.dry_multiplier else ()
+        # The whole context, so that one program serves all turns of a chat.
+        for name in ("repeat_last_n", "dry_penalty_last_n"):
+            values[name] = values[name] if values[name] >= 0 else self.context
         sampling = SamplingParams.create(
             rows,
-            temperature=o.temp,
-            top_k=o.top_k,
-            top_p=max(o.top_p, _SMALLEST_TOP_P),
-            min_p=o.min_p,
-            repeat_penalty=o.repeat_penalty,
-            repeat_last_n=o.repeat_last_n if o.repeat_last_n >= 0 else self.context,
-            presence_penalty=o.presence_penalty,
-            frequency_penalty=o.frequency_penalty,
+            **values,
+            dry_breakers=sorted(breakers),
             seed=[self.seed_of(row) for row in range(rows)],
         )
         notice = ""
@@ -283,7 +282,7 @@ class Session:
             samples=samples,
             keep=keep,
             context_shift=context_shift,
-            lookup=o.lookup if max_new_tokens else 0,
+            lookup=o.num_draft if max_new_tokens else 0,
             history=[history] * len(prompts),
             warmup=o.warmup,
             every=None if recorder is None else lambda: recorder.every,

@@ -63,6 +63,7 @@ class Device:
       decode_rows, prompt_rows: rows of each step program.
       decode_steps: decode steps in one program, at most.
       num_recent: tokens that penalties can cover.
+      vocab_size: tokens of the model.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Device:
         prompt_rows: Sequence[int],
         decode_steps: int,
         num_recent: int,
+        vocab_size: int,
     ) -> None:
         self.cache: Any = cache
         self.mesh = mesh_of(cache)
@@ -84,7 +86,7 @@ class Device:
             cache.local if isinstance(cache, ShardedCache) else jax.eval_shape(lambda x: x, cache)
         )
         """Cache of one device, with shapes in place of arrays."""
-        self.slots = [SlotTable(self.local.max_seqs) for _ in range(self.num_shards)]
+        self.slots = [SlotTable(self.local.max_seqs, vocab_size) for _ in range(self.num_shards)]
         """Parameters of the running sequences, for each data shard."""
         self.compiled = 0
         self._model, self._params = model, params
@@ -92,6 +94,8 @@ class Device:
         self._shapes += [StepShape(rows, False, 1) for rows in prompt_rows]
         self._programs: dict[str, tuple[Program, Any]] = {}
         self._slot_params: Any = None
+        self._masks_shape = self.local.max_seqs, -(-vocab_size // 32)
+        self._no_masks: Any = None
         no_recent = np.full((self.local.max_seqs, num_recent), -1, np.int32)
         self._no_recent: Any = jax.device_put(no_recent) if self.mesh is None else no_recent
 
@@ -154,9 +158,10 @@ class Device:
         """All programs of this engine."""
         s = self.local.max_seqs
         one, two, three = (BATCH,), (BATCH,) * 2, (BATCH,) * 3
+        masks = np.zeros(self._masks_shape, np.int32)
         for shape in self._shapes:
-            given, static = (self.slots[0].params, self.no_work(shape)), (self._model, shape)
-            yield Program(name_of(shape), programs.step, given, two, one, static, reads_params=True)
+            given, static = (self.slots[0].params, masks, self.no_work(shape)), (self._model, shape)
+            yield Program(name_of(shape), programs.step, given, three, one, static, reads_params=True)
         if not self.parts:
             yield Program("remove", programs.remove, (np.zeros(s, bool),), one)
             return
@@ -229,18 +234,41 @@ class Device:
             left=left,
             position=position,
             recent=self._no_recent,
+            mu=np.zeros(s, np.float32),
+            constrained=np.zeros(s, bool),
             steps=np.int32(1),
             stop_early=np.bool_(False),
         )
 
-    def step(self, shape: StepShape, given: Sequence[StepInput]) -> Sequence[StepOutput]:
-        """Runs a step of all data shards; without a mesh, its output is still on the device."""
+    def step(
+        self, shape: StepShape, given: Sequence[StepInput], masks: Sequence[Mapping[int, np.ndarray]]
+    ) -> Sequence[StepOutput]:
+        """Runs a step of all data shards; without a mesh, its output is still on the device.
+
+        Args:
+          masks: of each data shard, the packed masks of its constrained sequences.
+        """
         _, compiled = self._programs[name_of(shape)]
         if any(table.changed for table in self.slots):
             params = self._joined([table.take() for table in self.slots])
             self._slot_params = jax.device_put(params) if self.mesh is None else params
-        self.cache, out = compiled(self._params, self.cache, self._slot_params, self._joined(given))
+        joined = self._joined_masks(masks)
+        self.cache, out = compiled(self._params, self.cache, self._slot_params, joined, self._joined(given))
         return self._split(out)
+
+    def _joined_masks(self, masks: Sequence[Mapping[int, np.ndarray]]) -> Any:
+        """Masks of all sequences; where there are none, those of the last such step, which are on the
+        device already."""
+        if self._no_masks is not None and not any(masks):
+            return self._no_masks
+        tables = [np.zeros(self._masks_shape, np.int32) for _ in masks]
+        for table, rows in zip(tables, masks, strict=True):
+            for slot, mask in rows.items():
+                table[slot] = mask
+        joined = self._joined(tables)
+        if not any(masks):
+            joined = self._no_masks = jax.device_put(joined) if self.mesh is None else joined
+        return joined
 
 
 def name_of(shape: StepShape) -> str:

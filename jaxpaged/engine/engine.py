@@ -88,6 +88,7 @@ class Engine:
             prompt_rows=sizes[-1:] if config.skips_padding else sizes,
             decode_steps=config.decode_steps,
             num_recent=min(1 << (config.n_ctx - 1).bit_length(), _MOST_RECENT),  # few sizes, few programs
+            vocab_size=config.vocab_size,
         )
         self._counts = StepCounts()
         self.shards = [
@@ -222,7 +223,7 @@ class Engine:
             shard.step_input(plan, self.device.no_work(shape))
             for shard, plan in zip(self.shards, plans, strict=True)
         ]
-        outs = self.device.step(shape, given)
+        outs = self.device.step(shape, given, [plan.masks for plan in plans])
         for shard, plan, out in zip(self.shards, plans, outs, strict=True):
             if plan.work:
                 outputs += shard.end_step(plan, out, begin, decoded=decode)

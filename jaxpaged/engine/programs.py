@@ -25,7 +25,8 @@ from jaxpaged.cache.reservation import free_slots
 from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
-from jaxpaged.generation.sampling import SamplingParams, logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling import logprobs_of, push_recent, sample_next
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.pages import allocator as allocators
 from jaxpaged.pages import block_table as block_tables
 from jaxpaged.pages.allocator import PageAllocator
@@ -73,6 +74,10 @@ class StepInput:
     """i32[S]: position of the first sampled token in the whole text, dropped tokens included."""
     recent: Given
     """i32[S, W]: recent tokens for penalties, newest last; -1 in padding."""
+    mu: Given
+    """f32[S]: state of Mirostat."""
+    constrained: Given
+    """bool[S]: True if the mask of the sequence applies; the step is then the only one."""
     steps: Given
     """i32[]: decode steps to run, at most the program's K."""
     stop_early: Given
@@ -92,6 +97,8 @@ class StepOutput:
     """i32[K, S, MAX_LOGPROBS]: the likeliest tokens, in order; -1 in padding."""
     top_logprobs: Array
     """f32[K, S, MAX_LOGPROBS]: log-probabilities of those."""
+    mu: Array
+    """f32[S]: state of Mirostat after the step."""
     num_steps: Array
     """i32[]: steps that ran."""
     ok: Array
@@ -113,12 +120,21 @@ class StepShape:
 
 
 def step(
-    model: Model, shape: StepShape, params: Any, cache: Cache, slots: SlotParams, given: StepInput
+    model: Model,
+    shape: StepShape,
+    params: Any,
+    cache: Cache,
+    slots: SlotParams,
+    masks: Given,
+    given: StepInput,
 ) -> tuple[Cache, StepOutput]:
     """Runs the model and samples; a decode shape repeats that with the sampled tokens.
 
     A sequence that sampled a stop token, or all tokens left to it, is idle until the others are
     done.
+
+    Args:
+      masks: i32[S, ceil(V / 32)]: tokens that constrained sequences may sample, see ``Constraint``.
     """
     s, k = given.num_new.shape[0], shape.max_steps
     sampled = StepOutput(
@@ -126,6 +142,7 @@ def step(
         logprobs=jnp.zeros((k, s), jnp.float32),
         top_tokens=jnp.full((k, s, MAX_LOGPROBS), -1, jnp.int32),
         top_logprobs=jnp.zeros((k, s, MAX_LOGPROBS), jnp.float32),
+        mu=given.mu,
         num_steps=jnp.int32(0),
         ok=jnp.bool_(True),
         table=None,
@@ -141,7 +158,7 @@ def step(
         else:
             rows, owner = batch.last_rows, jnp.arange(s)
         logits, cache = model(params, given.tokens, cache, batch, rows)
-        tokens, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, given, owner)
+        tokens, mu, logprobs, top_tokens, top_logprobs = _sample_tokens(logits, slots, masks, given, owner)
         samples = given.samples & (given.num_new > 0) & ok
         failed = tokens < 0
         i = sampled.num_steps
@@ -151,6 +168,7 @@ def step(
             logprobs=sampled.logprobs.at[i].set(logprobs),
             top_tokens=sampled.top_tokens.at[i].set(top_tokens),
             top_logprobs=sampled.top_logprobs.at[i].set(top_logprobs),
+            mu=jnp.where(samples, mu, given.mu),
             num_steps=i + ok,
             ok=ok,
         )
@@ -167,6 +185,7 @@ def step(
                 left=left,
                 position=given.position + samples,
                 recent=push_recent(given.recent, tokens, samples),
+                mu=sampled.mu,
             )
         return cache, sampled, given, jnp.any(samples & ~goes_on)
 
@@ -218,27 +237,35 @@ def table_state(cache: Any) -> tuple[TableState, ...]:
 
 
 def _sample_tokens(
-    logits: Array, slots: SlotParams, given: StepInput, owner: Array
-) -> tuple[Array, Array, Array, Array]:
+    logits: Array, slots: SlotParams, masks: Array, given: StepInput, owner: Array
+) -> tuple[Array, Array, Array, Array, Array]:
     """Samples a token from each row of ``logits f32[R, V]``, for the sequence ``owner i32[R]``; S =
-    padding.
+    padding. Log-probabilities are those without masks and biases.
 
     Returns:
-      ``(tokens, logprobs, top_tokens, top_logprobs)``, one row per sequence.
+      ``(tokens, mu, logprobs, top_tokens, top_logprobs)``, one row per sequence.
     """
     s = given.num_new.shape[0]
     row = jnp.minimum(owner, s - 1)
     mine = jax.tree.map(lambda field: field[row], slots)
     wants = mine.wants_logprobs & (owner < s)
 
+    def masked(z: Array) -> Array:
+        bits = (masks[row][:, :, None] >> jnp.arange(32)) & 1
+        allowed = bits.reshape(z.shape[0], -1)[:, : z.shape[1]] == 1
+        unknown = ((0, 0), (0, z.shape[1] - allowed.shape[1]))  # of a padded vocabulary
+        return jnp.where(~given.constrained[row][:, None] | jnp.pad(allowed, unknown), z, -jnp.inf)
+
     def biased(z: Array) -> Array:
         return z.at[jnp.arange(z.shape[0])[:, None], mine.bias_ids].add(mine.bias, mode="drop")
 
     vocab_size = logits.shape[1]
     has_bias = jnp.any(mine.bias_ids < vocab_size)
-    tokens = sample(
-        lax.cond(has_bias, biased, lambda z: z, logits), mine.sampling, given.position[row], given.recent[row]
-    )
+    constrained = jnp.any(given.constrained & given.samples)
+    changed = lax.cond(constrained, masked, lambda z: z, logits)
+    changed = lax.cond(has_bias, biased, lambda z: z, changed)
+    of_row = given.position[row], given.recent[row], given.mu[row]
+    tokens, mu = sample_next(changed, mine.sampling, *of_row)
 
     def likeliest(z: Array) -> tuple[Array, ...]:
         found = logprobs_of(z, tokens, MAX_LOGPROBS)
@@ -255,6 +282,7 @@ def _sample_tokens(
 
     return (
         of_sequences(tokens, -1),
+        of_sequences(mu, 0),
         of_sequences(logprobs, 0),
         of_sequences(ids, -1),
         of_sequences(values, 0),

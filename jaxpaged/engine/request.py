@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "nan"]
-"""nan: the model's logits held NaN; tokens sampled before may be meaningless."""
+from jaxpaged.engine.constraint import Constraint
+from jaxpaged.generation.sampling_params import RANGES
+
+FinishReason = Literal["stop", "length", "abort", "nan", "constraint"]
+"""nan: the model's logits held NaN; tokens sampled before may be meaningless. constraint: that of the
+request could not go on."""
 
 MAX_STOP_IDS = 32
 """Stop tokens of a request, at most."""
@@ -82,17 +86,34 @@ class EngineRequest:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
-    """Recent tokens that penalties cover; -1 = the whole context."""
+    """Recent tokens that penalties cover; -1 = the whole context, 4,096 tokens at most."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    """As ``repeat_last_n``."""
+    dry_breakers: frozenset[int] = frozenset()
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     seed: int = 0
     """0 to 2**32 - 1."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end a sample, and are not part of it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens before anything else; -inf forbids a token."""
+    constraint: Constraint | None = None
+    """Restricts the tokens of each sample, which has a copy of its own."""
     num_logprobs: int | None = None
     """None: no log-probabilities; k: those of each token and of the k likeliest ones."""
     priority: int = 0
@@ -118,19 +139,12 @@ class EngineRequest:
             refuse("max_new_tokens", "must be at least 0")
         if not 1 <= self.n <= MAX_SAMPLES:
             refuse("n", f"must be 1 to {MAX_SAMPLES}")
-        for name in ("temperature", "presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) < 1e30:
-                refuse(name, "must be finite")
-        for name in ("top_p", "repeat_penalty"):
-            if not 0.0 < getattr(self, name) < 1e30:
-                refuse(name, "must be above 0 and finite")
-        if not 0.0 <= self.min_p <= 1.0:
-            refuse("min_p", "must be from 0 to 1")
-        for name in ("top_k", "repeat_last_n", "n_keep", "priority"):
+        for name, values in RANGES.items():
+            if not values.admits(getattr(self, name)):
+                refuse(name, values.allowed)
+        for name in ("n_keep", "priority"):
             if not -_INT32 <= getattr(self, name) < _INT32:
                 refuse(name, "must fit 32 bits")
-        if self.repeat_last_n < -1:
-            refuse("repeat_last_n", "must be at least -1")
         if not 0 <= self.n_discard < _INT32:
             refuse("n_discard", "must be at least 0")
         if not 0 <= self.seed < _UINT32:
@@ -150,6 +164,12 @@ class EngineRequest:
             raise RefusedError(
                 f"cache_salt has {len(self.cache_salt)} characters: at most {MAX_SALT} are allowed"
             )
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if recent tokens change the logits."""
+        changes = self.repeat_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        return bool(changes or self.dry_multiplier)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from jaxpaged.engine.constraint import Constraint, ConstraintError
 from jaxpaged.engine.prefix_index import Node
 from jaxpaged.engine.request import EngineRequest, FinishReason, RequestTimes
 from jaxpaged.engine.swap import SwappedSequence
@@ -56,6 +59,12 @@ class SampleState:
     swapped: SwappedSequence | None = None
     """Its pages in host memory, if swapped out."""
     finish_reason: FinishReason | None = None
+    mu: float | None = None
+    """State of Mirostat; None before the first token."""
+    constraint: Constraint | None = None
+    """Its constraint, which has accepted all generated tokens."""
+    mask: np.ndarray | None = None
+    """i32[W]: tokens that may come next, see ``Constraint.allowed``; None = all."""
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -83,3 +92,16 @@ class SampleState:
     def position(self) -> int:
         """Position of the next token in the whole text, dropped tokens included."""
         return self.num_forgotten + len(self.tokens)
+
+    def update_mask(self, num_words: int) -> None:
+        """Computes the mask of its next token.
+
+        Raises:
+          ConstraintError: no token may come next.
+        """
+        self.mask = None
+        if self.constraint is not None and self.constraint.is_active:
+            self.mask = np.zeros(num_words, np.int32)
+            self.constraint.allowed(self.mask)
+            if not self.mask.any():
+                raise ConstraintError("no token may come next")

@@ -13,6 +13,8 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxpaged.engine.pool import Counts, Pool, Start, added, exceeds
 from jaxpaged.engine.sample_state import SampleState
 
@@ -32,6 +34,16 @@ class Plan:
     """Decode steps in one program."""
     stop_early: bool = False
     """True: return as soon as a sequence ends, because samples are waiting."""
+
+    @property
+    def masks(self) -> dict[int, np.ndarray]:
+        """Masks of the constrained samples that sample a token, by slot."""
+        masks = {}
+        for sample, count in self.work.items():
+            if sample.mask is not None and count == sample.num_uncomputed:
+                assert sample.slot is not None
+                masks[sample.slot] = sample.mask
+        return masks
 
     @property
     def decodes(self) -> bool:
@@ -166,7 +178,8 @@ class Scheduler:
 
     def _plan_of(self, work: dict[SampleState, int], preempted: bool) -> Plan:
         plan = Plan(work)
-        if preempted or not work or not plan.decodes:
+        constrained = any(sample.constraint is not None for sample in work)
+        if preempted or not work or not plan.decodes or constrained:
             return plan
         left = max(sample.limit - sample.num_generated for sample in work)
         steps = max(1, min(self._decode_steps, self.wanted_steps, left))

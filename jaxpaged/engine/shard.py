@@ -14,6 +14,7 @@ import numpy as np
 from jaxpaged.cache.invariants import check_invariants
 from jaxpaged.engine import slot_files
 from jaxpaged.engine.config import EngineConfig
+from jaxpaged.engine.constraint import ConstraintError
 from jaxpaged.engine.device import Device
 from jaxpaged.engine.device_shard import DeviceShard
 from jaxpaged.engine.pool import PagedPool, Pool
@@ -90,6 +91,7 @@ class EngineShard:
         )
         self.last: list[SampleState | None] = [None] * cache.max_seqs
         """The last sample of each slot."""
+        self._mask_words = -(-config.vocab_size // 32)
         self._arrivals = itertools.count()
         self._samples: dict[str, list[SampleState]] = {}
         self._ended: list[SampleState] = []
@@ -127,7 +129,11 @@ class EngineShard:
         return self.pool.index.match(root, list(request.prompt), limit, tails=False).num_tokens
 
     def add(self, request: EngineRequest) -> None:
-        """Queues a checked request."""
+        """Queues a checked request.
+
+        Raises:
+          RefusedError: its constraint allows no token.
+        """
         arrival, times = next(self._arrivals), RequestTimes(arrived=time.monotonic())
         root = self.pool.root(request)
         samples: list[SampleState] = []
@@ -142,8 +148,13 @@ class EngineShard:
                     leader=samples[0] if samples else None,
                     tokens=list(request.prompt),
                     times=times,
+                    constraint=None if request.constraint is None else request.constraint.copy(),
                 )
             )
+            try:
+                samples[-1].update_mask(self._mask_words)
+            except ConstraintError as error:
+                raise RefusedError(f"the constraint cannot begin: {error}") from None
         self._samples[request.request_id] = samples
         for sample in samples:
             self.scheduler.add(sample)
@@ -205,7 +216,9 @@ class EngineShard:
             given.samples[slot] = count == sample.num_uncomputed and left > 0
             given.position[slot] = sample.position
             request = sample.request
-            if request.repeat_penalty != 1.0 or request.presence_penalty or request.frequency_penalty:
+            given.constrained[slot] = sample.mask is not None
+            given.mu[slot] = 2 * request.mirostat_tau if sample.mu is None else sample.mu
+            if request.has_penalties:
                 recent = np.full_like(given.recent, -1) if recent is None else recent
                 last = sample.tokens[-width:]
                 recent[slot, width - len(last) :] = last
@@ -263,15 +276,19 @@ class EngineShard:
             stop = sampled.pop() if sampled and sampled[-1] in sample.request.stop_ids else None
             sample.tokens += sampled
             sample.num_generated += len(sampled)
-            self._counts.generated_tokens += len(sampled)
+            if sample.request.mirostat and sampled:
+                sample.mu = float(out.mu[slot])
             self.pool.computed(sample)
-            prefilled = sample.num_uncomputed == 0 or bool(sampled)
             if NAN_TOKEN in column:
                 self._counts.nan_samples += 1
                 self._finish(sample, "nan")
             elif stop is not None:
                 self._finish(sample, "stop")
-            elif sample.num_generated >= sample.limit and prefilled:
+            elif sample.constraint is not None and sampled:
+                sampled += self._constrain(sample, sampled)
+            self._counts.generated_tokens += len(sampled)
+            prefilled = sample.num_uncomputed == 0 or bool(sampled)
+            if sample.finish_reason is None and sample.num_generated >= sample.limit and prefilled:
                 self._finish(sample, "length")
             if not sampled and sample.finish_reason is None:
                 continue
@@ -281,6 +298,29 @@ class EngineShard:
                 rows = logprobs.rows(slot, sampled, sample.request.num_logprobs)
             outputs.append(self._output(sample, slot, sampled, rows, stop))
         return outputs
+
+    def _constrain(self, sample: SampleState, sampled: list[int]) -> list[int]:
+        """Advances a sample's constraint; returns the forced tokens, which are appended to the sample.
+
+        Finishes the sample if nothing can follow.
+        """
+        constraint, forced = sample.constraint, []
+        assert constraint is not None
+        try:
+            constraint.accept(sampled)
+            # Where log-probabilities are wanted, each token is sampled.
+            if sample.request.num_logprobs is None:
+                forced = constraint.forced()[: self._tokens_left(sample)]
+                constraint.accept(forced)
+            sample.tokens += forced
+            sample.num_generated += len(forced)
+            if constraint.is_finished:
+                self._finish(sample, "stop")
+            else:
+                sample.update_mask(self._mask_words)
+        except ConstraintError:
+            self._finish(sample, "stop" if constraint.is_finished else "constraint")
+        return forced
 
     def _output(
         self,

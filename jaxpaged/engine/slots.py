@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import jax
 import numpy as np
 
 from jaxpaged.engine.programs import SlotParams
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, EngineRequest
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import NEUTRAL, RANGES, SamplingParams, pack_tokens
 
 _NO_TOKEN = np.iinfo(np.int32).max
 
@@ -15,9 +19,10 @@ _NO_TOKEN = np.iinfo(np.int32).max
 class SlotTable:
     """Parameters of S sequences; row i belongs to sequence i of the cache."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        sampling = jax.tree.map(np.array, SamplingParams.greedy(num_slots))
         self.params = SlotParams(
-            sampling=jax.tree.map(np.array, SamplingParams.greedy(num_slots)),
+            sampling=replace(sampling, dry_breakers=np.zeros((num_slots, -(-vocab_size // 32)), np.int32)),
             stop_ids=np.full((num_slots, MAX_STOP_IDS), -1, np.int32),
             bias_ids=np.full((num_slots, MAX_LOGIT_BIAS), _NO_TOKEN, np.int32),
             bias=np.zeros((num_slots, MAX_LOGIT_BIAS), np.float32),
@@ -34,17 +39,11 @@ class SlotTable:
     def set(self, slot: int, request: EngineRequest, index: int) -> None:
         """Sets a slot's parameters to those of sample ``index`` of a request."""
         params, sampling = self.params, self.params.sampling
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repeat_penalty",
-            "repeat_last_n",
-            "presence_penalty",
-            "frequency_penalty",
-        ):
+        for name in RANGES:
             getattr(sampling, name)[slot] = getattr(request, name)
+        if request.dry_multiplier:
+            table: Any = sampling.dry_breakers
+            _fill(table, slot, pack_tokens(request.dry_breakers)[: table.shape[1]], 0)
         sampling.seed[slot] = (request.seed + index) % 2**32
         _fill(params.stop_ids, slot, list(request.stop_ids), -1)
         _fill(params.bias_ids, slot, list(request.logit_bias), _NO_TOKEN)
@@ -57,16 +56,11 @@ class SlotTable:
         params, sampling = self.params, self.params.sampling
         params.wants_logprobs[slot] = False
         params.bias_ids[slot] = _NO_TOKEN
-        for name, off in (
-            ("temperature", 0.0),
-            ("repeat_penalty", 1.0),
-            ("presence_penalty", 0.0),
-            ("frequency_penalty", 0.0),
-        ):
+        for name, off in NEUTRAL.items():
             getattr(sampling, name)[slot] = off
         self.changed = True
 
 
-def _fill(table: np.ndarray, slot: int, values: list[float], padding: float) -> None:
+def _fill(table: np.ndarray, slot: int, values: Sequence[float] | np.ndarray, padding: float) -> None:
     table[slot] = padding
     table[slot, : len(values)] = values

@@ -9,7 +9,8 @@ from jaxpaged.generation.api import beam_search, generate
 from jaxpaged.generation.loop import LimitVocab, run
 from jaxpaged.generation.request import ContextShift, Lookup, Request
 from jaxpaged.generation.result import FINISH_LENGTH, FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
-from jaxpaged.generation.sampling import SamplingParams, sample
+from jaxpaged.generation.sampling import sample
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.generation.scoring import score
 from jaxpaged.generation.stream import generate_stream
 

@@ -26,7 +26,7 @@ from jaxpaged.generation.request import (
     is_traced,
 )
 from jaxpaged.generation.result import BeamResult, GenerateResult
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, num_shards
 from jaxpaged.sharding.specs import BATCH, CACHE, PARAMS, mesh_of, over_mesh
 

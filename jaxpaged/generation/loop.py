@@ -32,7 +32,8 @@ from jaxpaged.generation.result import (
     GenerateResult,
     ResultBase,
 )
-from jaxpaged.generation.sampling import SamplingParams, logprobs_of, push_recent, sample
+from jaxpaged.generation.sampling import logprobs_of, push_recent, sample_next
+from jaxpaged.generation.sampling_params import SamplingParams, first_mu
 from jaxpaged.pages.batch import Batch
 
 Model = Callable[[Any, Array, Any, Batch, Array], tuple[Array, Any]]
@@ -104,6 +105,8 @@ class State(ResultBase):
     """i32[S]: token sampled last, not yet in the cache."""
     recent: Array
     """i32[S, W]: tokens that penalties apply to, newest last."""
+    mu: Array
+    """f32[S]: state of Mirostat."""
     search: beams.Search | None
     """State of a beam search, else None."""
 
@@ -172,6 +175,7 @@ def _admit(cache: KVCache, state: State, request: Request) -> State:
             progress=jnp.where(member, 0, state.progress),
             leader=jnp.where(member, leader, state.leader),
             recent=jnp.where(member[:, None], request.recent[state.next_prompt], state.recent),
+            mu=jnp.where(member, first_mu(request.sampling)[jnp.minimum(row, rows - 1)], state.mu),
         )
         slots = Slots.of(admitted, request)
 
@@ -359,7 +363,8 @@ def _step(
         )
         return cache, replace(state, result=result, row=row, newest=newest, search=search), logits
     # Random numbers follow the distance from the beginning, which a context shift does not change.
-    tokens, found = _choose(logits, request, state, slots, draft, batch.rope_positions[rows] + 1)
+    tokens, mu, found = _choose(logits, request, state, slots, draft, batch.rope_positions[rows] + 1)
+    state = replace(state, mu=jnp.where(sampled, mu, state.mu))
     agrees = (draft == tokens[:, :-1]) & (lax.iota(jnp.int32, width - 1) < count[:, None])
     accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
     cache, state = _accept(cache, state, request, slots, tokens, found, sampled, count, accepted, refused)
@@ -368,14 +373,14 @@ def _step(
 
 def _choose(
     logits: Array, request: Request, state: State, slots: Slots, draft: Array, position: Array
-) -> tuple[Array, Any]:
+) -> tuple[Array, Array, Any]:
     """Samples a token behind the newest one and behind each token of the draft.
 
     Each position has its own random number and sees the draft before it, so a draft that is kept
     as far as it agrees leaves the distribution as it is: the tokens are those of steps without drafts.
 
     Returns:
-      ``(tokens i32[S, width], log-probabilities or None)``
+      ``(tokens i32[S, width], mu f32[S], log-probabilities or None)``
     """
     shape, (s, width) = request.shape, position.shape
     recent = [state.recent]
@@ -389,18 +394,19 @@ def _choose(
             raise ValueError(
                 f"logits_processor must return logits {list(logits.shape)}, got {list(changed.shape)}"
             )
-    tokens = sample(
+    tokens, mu = sample_next(
         changed,
-        jax.tree.map(lambda field: jnp.repeat(field, width), params) if width > 1 else params,
+        jax.tree.map(lambda field: jnp.repeat(field, width, axis=0), params) if width > 1 else params,
         position.reshape(-1),
         jnp.stack(recent, axis=1).reshape(s * width, -1),
+        jnp.repeat(state.mu, width),
     )
     found = None
     if shape.logprobs is not None:
         found = jax.tree.map(
             lambda x: x.reshape(s, width, *x.shape[1:]), logprobs_of(logits, tokens, shape.logprobs)
         )
-    return tokens.reshape(s, width), found
+    return tokens.reshape(s, width), mu[::width], found
 
 
 def _texts_so_far(result: GenerateResult, slots: Slots, draft: Array) -> tuple[Array, Array]:
@@ -528,6 +534,7 @@ def begin(cache: KVCache, request: Request) -> State:
         leader=lax.iota(jnp.int32, s),
         newest=none,
         recent=jnp.full((s, request.recent.shape[1]), -1, jnp.int32),
+        mu=jnp.zeros(s, jnp.float32),
         search=beams.begin(cache, request) if shape.beams else None,
     )
 

@@ -21,7 +21,7 @@ from jaxpaged.generation.prompts import (
     token_limits,
     token_lists,
 )
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.sharding.mesh import BatchSharding, num_shards
 from jaxpaged.sharding.specs import mesh_of, put
 
@@ -246,6 +246,8 @@ class Request:
         lens = xp.pad(lens, padding)
         ids = xp.pad(ids, (padding, (0, columns(longest, num_prompts) - longest)))
         sampling = _sampling_rows(sampling, count * num_samples, cache.max_seqs, rows, key)
+        if lookup is not None and not is_traced(sampling) and np.asarray(sampling.mirostat).any():
+            raise ValueError("lookup cannot be used with mirostat, which adapts to one token after the other")
         whole, texts = xp.pad(whole, padding), xp.pad(texts, (padding, (0, 0)))
         width = _TRACED_PENALTY_WINDOW
         if not is_traced(sampling, lens):
@@ -356,12 +358,8 @@ def _check_context(shift: ContextShift, lens: np.ndarray) -> None:
 
 def _penalty_window(sampling: SamplingParams, longest: int) -> int:
     """W: number of recent tokens that penalties need; 0 if no row has a penalty."""
-    on = (
-        (np.asarray(sampling.repeat_penalty) != 1.0)
-        | (np.asarray(sampling.presence_penalty) != 0.0)
-        | (np.asarray(sampling.frequency_penalty) != 0.0)
+    last_n = np.append(
+        np.asarray(sampling.repeat_last_n)[np.asarray(sampling.has_penalties)],
+        np.asarray(sampling.dry_penalty_last_n)[np.asarray(sampling.has_dry)],
     )
-    if not on.any():
-        return 0
-    last_n = np.asarray(sampling.repeat_last_n)[on]
-    return bucket(longest if (last_n < 0).any() else int(last_n.max()))
+    return bucket(int(np.where(last_n < 0, longest, last_n).max())) if last_n.size else 0

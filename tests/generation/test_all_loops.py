@@ -22,7 +22,7 @@ from jaxpaged import (
 )
 from jaxpaged.generation.loop import LimitVocab
 from jaxpaged.generation.request import Lookup
-from jaxpaged.generation.sampling import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams
 
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 19, 11))]
 LIMIT = 12

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpaged.generation import sampling
-from jaxpaged.generation.sampling import SamplingParams, push_recent, sample
+from jaxpaged.generation.sampling import push_recent, sample
+from jaxpaged.generation.sampling_params import RANGES, SamplingParams
 
 jitted = jax.jit(sample)
 
@@ -198,7 +199,7 @@ def test_draws_follow_the_distribution(
         jnp.zeros((num_draws, 0), jnp.int32),
     )
 
-    row = {name: np.asarray(leaf)[0].item() for name, leaf in vars(values).items()}
+    row = {name: np.asarray(getattr(values, name))[0].item() for name in RANGES}
     order = np.argsort(-logits, kind="stable")[: row["top_k"] or vocab_size]
     p = np.exp(logits[order]) / np.exp(logits[order]).sum()
     if row["top_p"] < 1:
@@ -308,20 +309,36 @@ def test_create_broadcasts_and_defaults_to_llama_cpps_values() -> None:
     assert params.num_seqs == 3
     assert params.top_k.tolist() == [1, 2, 3]
     assert params.seed.tolist() == [2**32 - 2, 2**32 - 1, 0]  # an integer is the first row's
-    defaults = {name: round(float(leaf[0]), 6) for name, leaf in vars(SamplingParams.create(1)).items()}
-    assert defaults == {
+    one = SamplingParams.create(1)
+    assert one.dry_breakers.shape == (1, 0)
+    assert {name: round(float(getattr(one, name)[0]), 6) for name in (*RANGES, "seed")} == {
         "temperature": 0.8,
         "top_k": 40,
         "top_p": 0.95,
         "min_p": 0.05,
+        "typical_p": 1.0,
+        "top_n_sigma": -1.0,
+        "xtc_probability": 0.0,
+        "xtc_threshold": 0.1,
+        "dynatemp_range": 0.0,
+        "dynatemp_exponent": 1.0,
         "repeat_penalty": 1.0,
         "repeat_last_n": 64,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        "dry_multiplier": 0.0,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": 64,
+        "mirostat": 0,
+        "mirostat_tau": 5.0,
+        "mirostat_eta": 0.1,
         "seed": 0,
     }
     dtypes = {name: leaf.dtype.name for name, leaf in vars(params).items()}
-    assert {name for name, dtype in dtypes.items() if dtype == "int32"} == {"top_k", "repeat_last_n"}
+    assert {name for name, dtype in dtypes.items() if dtype == "int32"} == {
+        *("top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "dry_breakers", "mirostat")
+    }
     assert {name for name, dtype in dtypes.items() if dtype == "uint32"} == {"seed"}
     assert sorted(set(dtypes.values())) == ["float32", "int32", "uint32"]
 
@@ -397,4 +414,5 @@ def test_the_likeliest_candidates_are_not_found_by_sorting_the_row() -> None:
     program = jax.jit(sample).lower(*given).compile().as_text()
     assert program.count('custom_call_target="TopK"') == 2
     sorts = [line for line in program.splitlines() if " sort(" in line]
-    assert len(sorts) == 1, "of rows that neither settles"
+    vocabulary = [line for line in sorts if f"[1,{vocab}]" in line and "s32" in line]
+    assert len(sorts) == 3 and len(vocabulary) == 2, "of rows that neither settles, and of typical sampling"

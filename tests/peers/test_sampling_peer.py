@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.generation.sampling import SamplingParams, sample
+from jaxpaged.generation.sampling import sample
+from jaxpaged.generation.sampling_params import SamplingParams
 
 llama_cpp = pytest.importorskip("llama_cpp")
 

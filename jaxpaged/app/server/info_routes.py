@@ -76,7 +76,11 @@ async def props(request: Request) -> Response:
     o = state.options
     # The defaults of an empty request.
     nothing = engine_request("props", (0,), SamplingFields(), o, model.tokenizer, seed=0)
-    params = settings(nothing) | {"seed": o.seed % 2**32, "n_keep": o.keep, "ignore_eos": o.ignore_eos}
+    params = settings(nothing, breakers=o.dry_sequence_breakers) | {
+        "seed": o.seed % 2**32,
+        "n_keep": o.keep,
+        "ignore_eos": o.ignore_eos,
+    }
     return json_response(
         {
             "default_generation_settings": {

@@ -10,27 +10,14 @@ from typing import Any
 from jaxpaged.app.server.answering import Answer
 from jaxpaged.app.server.generation import Choice, Generation, Update, gathered
 from jaxpaged.app.server.native_schema import NativeRequest
-from jaxpaged.app.server.sampling_schema import DEFAULT_SAMPLERS
+from jaxpaged.app.server.sampling_schema import DEFAULT_SAMPLERS, breakers_of
 from jaxpaged.app.server.state import ServedModel, ServerState
 from jaxpaged.engine.request import EngineRequest, TokenLogprobs
+from jaxpaged.generation.sampling_params import RANGES
 
 _SMALLEST = -1e30
 """Stands for -inf, which JSON does not have, as in llama-server."""
 _NOT_SERVED: dict[str, Any] = {
-    "dynatemp_range": 0.0,
-    "dynatemp_exponent": 1.0,
-    "top_n_sigma": -1.0,
-    "xtc_probability": 0.0,
-    "xtc_threshold": 0.1,
-    "typical_p": 1.0,
-    "dry_multiplier": 0.0,
-    "dry_base": 1.75,
-    "dry_allowed_length": 2,
-    "dry_penalty_last_n": -1,
-    "dry_sequence_breakers": [],
-    "mirostat": 0,
-    "mirostat_tau": 5.0,
-    "mirostat_eta": 0.1,
     "adaptive_target": -1.0,
     "adaptive_decay": 0.9,
     "min_keep": 0,
@@ -41,21 +28,17 @@ _NOT_SERVED: dict[str, Any] = {
 """Settings that are not supported, with values that mean off; clients read them."""
 
 
-def settings(request: EngineRequest, *, stops: Sequence[str] = (), stream: bool = False) -> dict[str, Any]:
+def settings(
+    request: EngineRequest, *, breakers: Sequence[str] = (), stops: Sequence[str] = (), stream: bool = False
+) -> dict[str, Any]:
     """``generation_settings``: sampling parameters under llama-server's names."""
     limit = -1 if request.max_new_tokens is None else request.max_new_tokens
     return {
         "n_predict": limit,
         "max_tokens": limit,
         "seed": request.seed,
-        "temperature": request.temperature,
-        "top_k": request.top_k,
-        "top_p": request.top_p,
-        "min_p": request.min_p,
-        "repeat_last_n": request.repeat_last_n,
-        "repeat_penalty": request.repeat_penalty,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
+        **{name: getattr(request, name) for name in RANGES},
+        "dry_sequence_breakers": list(breakers),
         "stop": list(stops),
         "n_keep": request.n_keep,
         "n_discard": request.n_discard,
@@ -124,7 +107,12 @@ class NativeAnswer(Answer):
             "model": self.model.names[0],
             "tokens_predicted": choice.num_tokens,
             "tokens_evaluated": choice.num_prompt,
-            "generation_settings": settings(request, stops=self.body.stops, stream=self.body.stream),
+            "generation_settings": settings(
+                request,
+                breakers=breakers_of(self.body, self.state.options),
+                stops=self.body.stops,
+                stream=self.body.stream,
+            ),
             "prompt": decode(request.prompt, skip_special=False),
             "has_new_line": choice.has_new_line,
             "truncated": choice.truncated,

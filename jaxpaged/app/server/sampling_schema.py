@@ -9,16 +9,18 @@ from typing import Annotated, Any, ClassVar, Self
 from jaxpaged_model.text.tokenizer import Tokenizer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jaxpaged.app.breakers import breaker_tokens
 from jaxpaged.app.errors import say
+from jaxpaged.app.sampling_options import SMALLEST_TOP_P
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, EngineRequest
 
 _INT32 = 2**31 - 1
-_SMALLEST_TOP_P = 1e-30  # keeps one token, like 0 in llama.cpp
-DEFAULT_SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
+DEFAULT_SAMPLERS = (
+    *("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
+)
 """The samplers, in the order of their application."""
-_SAME_NAMES = ("top_k", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty")
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512
 
@@ -27,7 +29,7 @@ Count = Annotated[int, Field(ge=0, le=_INT32)]
 Limit = Annotated[int, Field(ge=-1, le=_INT32)]
 """Tokens to generate at most; -1 = as many as fit."""
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Penalty = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 class StrictModel(BaseModel):
@@ -48,12 +50,6 @@ class SamplingFields(StrictModel):
 
     # name -> its neutral values; other values are not supported
     off: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "dynatemp_range": (0,),
-        "typical_p": (1,),
-        "top_n_sigma": (-1, 0),
-        "xtc_probability": (0,),
-        "dry_multiplier": (0,),
-        "mirostat": (0,),
         "n_indent": (0,),
         "min_keep": (0, 1),
         "adaptive_target": (-1,),
@@ -71,10 +67,24 @@ class SamplingFields(StrictModel):
     top_k: Annotated[int | None, Field(ge=-1, le=_INT32)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    typical_p: Annotated[float | None, Field(ge=0, le=1e6, allow_inf_nan=False)] = None
+    top_n_sigma: Number | None = None
+    xtc_probability: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    xtc_threshold: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    dynatemp_range: Number | None = None
+    dynatemp_exponent: Number | None = None
     repeat_penalty: Annotated[float | None, Field(gt=0, le=1e6, allow_inf_nan=False)] = None
     repeat_last_n: Annotated[int | None, Field(ge=-1, le=_INT32)] = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    dry_multiplier: Number | None = None
+    dry_base: Number | None = None
+    dry_allowed_length: Count | None = None
+    dry_penalty_last_n: Annotated[int | None, Field(ge=-1, le=_INT32)] = None
+    dry_sequence_breakers: Annotated[list[str] | None, Field(max_length=64)] = None
+    mirostat: Annotated[int | None, Field(ge=0, le=2)] = None
+    mirostat_tau: Annotated[float | None, Field(ge=0, le=1e6, allow_inf_nan=False)] = None
+    mirostat_eta: Annotated[float | None, Field(ge=0, le=1e6, allow_inf_nan=False)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**64 - 1)] = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_IDS)] = None
@@ -87,24 +97,10 @@ class SamplingFields(StrictModel):
     timings_per_token: bool = False
     # Sent by llama-server's clients with every request: parameters of samplers that are off, and
     # hints.
-    dynatemp_exponent: float | None = None
-    xtc_threshold: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: Annotated[list[str] | None, Field(max_length=64)] = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
     adaptive_decay: float | None = None
     n_cache_reuse: int | None = None
     sse_ping_interval: int | None = None
     return_progress: bool | None = None
-    dynatemp_range: Any = None
-    typical_p: Any = None
-    top_n_sigma: Any = None
-    xtc_probability: Any = None
-    dry_multiplier: Any = None
-    mirostat: Any = None
     n_indent: Any = None
     min_keep: Any = None
     adaptive_target: Any = None
@@ -168,11 +164,14 @@ def engine_request(
       RefusedError: a value that the engine refuses.
       ApiError: a token outside the vocabulary.
     """
-
-    def value(name: str, option: str | None = None) -> Any:
-        own = getattr(fields, name)
-        return getattr(options, option or name) if own is None else own
-
+    sampling = {
+        name: default if getattr(fields, name) is None else getattr(fields, name)
+        for name, default in options.sampling_values().items()
+    }
+    sampling["top_p"] = max(sampling["top_p"], SMALLEST_TOP_P)
+    if sampling["dry_base"] < 1:  # as in llama-server
+        sampling["dry_base"] = options.dry_base
+    breakers = breakers_of(fields, options) if sampling["dry_multiplier"] else ()
     logit_bias = _biases(fields, tokenizer)
     max_new_tokens = fields.limit
     ignore_eos = options.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
@@ -197,9 +196,8 @@ def engine_request(
         prompt=tuple(prompt),
         max_new_tokens=max_new_tokens,
         n=fields.samples,
-        temperature=value("temperature", "temp"),
-        top_p=max(value("top_p"), _SMALLEST_TOP_P),
-        **{name: value(name) for name in _SAME_NAMES},
+        **sampling,
+        dry_breakers=breaker_tokens(breakers, tokenizer),
         seed=seed,
         stop_ids=stop_ids,
         logit_bias=logit_bias,
@@ -212,6 +210,12 @@ def engine_request(
         n_discard=fields.n_discard,
         slot=fields.id_slot if fields.id_slot >= 0 else None,
     )
+
+
+def breakers_of(fields: SamplingFields, options: ServeOptions) -> Sequence[str]:
+    """Sequence breakers of a request, which DRY looks for."""
+    own = fields.dry_sequence_breakers
+    return options.dry_sequence_breakers if own is None else own
 
 
 def special_stops(stops: Iterable[str], tokenizer: Tokenizer) -> dict[int, str]:

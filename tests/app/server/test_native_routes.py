@@ -178,9 +178,8 @@ def test_neutral_settings_are_accepted_and_others_are_not(server):
         == 200
     )
     for extra in (
-        {"mirostat": 2},
-        {"grammar": "root ::= x"},
-        {"json_schema": {}},
+        {"mirostat": 3},
+        {"samplers": ["top_k"]},
         {"lora": [{"id": 0}]},
         {"what": 1},
     ):

@@ -132,10 +132,10 @@ def test_what_llama_servers_clients_always_send(server, path):
     }  # fmt: skip
     assert server.post(path, body | off).status_code == 200
     for name, value in {
-        "xtc_probability": 0.5,
-        "dry_multiplier": 0.8,
-        "mirostat": 2,
-        "json_schema": {},
+        "xtc_probability": 1.5,
+        "dry_multiplier": "much",
+        "mirostat": 3,
+        "lora": [{"id": 0}],
     }.items():
         assert name in check_error(server.post(path, body | {name: value}), 400)["message"]
 
