@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from jaxpaged.generation import repetition, truncation
 from jaxpaged.generation.sampling_params import SamplingParams, first_mu
-from jaxpaged.generation.truncation import CHUNK, chunked, cumulative_sum
+from jaxpaged.generation.truncation import CHUNK, chunked
 
 # Heads of the sorted row that are tried: the first on the whole batch, the second on each row that
 # the first did not settle; other rows are sorted. 128 candidates hold llama.cpp's default top_k of
@@ -95,17 +95,19 @@ def sample_next(
     _check(logits, params, position, recent)
     logits = logits.astype(jnp.float32)
 
-    def unchanged(z: Array, *_: object) -> Array:
-        return z
+    def change(z: Array) -> Array:
+        def unchanged(z: Array, *_: object) -> Array:
+            return z
 
-    if recent.shape[1] > 0:
-        for wanted, change in (
-            (params.has_penalties, repetition.penalize),
-            (params.has_dry, repetition.penalize_repeats),
-        ):
-            logits = lax.cond(jnp.any(wanted), change, unchanged, logits, params, recent)
-    truncates = jnp.any(params.has_top_n_sigma)
-    logits = lax.cond(truncates, truncation.top_n_sigma, unchanged, logits, params)
+        if recent.shape[1] > 0:
+            penalized = jnp.any(params.has_penalties)
+            z = lax.cond(penalized, repetition.penalize, unchanged, z, params, recent)
+            z = lax.cond(jnp.any(params.has_dry), repetition.penalize_repeats, unchanged, z, params, recent)
+        return lax.cond(jnp.any(params.has_top_n_sigma), truncation.top_n_sigma, unchanged, z, params)
+
+    # One condition around all, since each copies the logits.
+    changes = params.has_penalties | params.has_dry | params.has_top_n_sigma
+    logits = lax.cond(jnp.any(changes), change, lambda z: z, logits)
     greedy = jnp.all(params.is_greedy & ~params.has_chain)
     return lax.cond(greedy, _argmax, _sample_random, logits, params, position, mu)
 
@@ -194,11 +196,11 @@ def _argmax(logits: Array, _params: SamplingParams, _position: Array, mu: Array)
 def _sample_random(logits: Array, params: SamplingParams, position: Array, mu: Array) -> tuple[Array, Array]:
     """Steps 3 to 5 of ``sample`` after top-n-sigma, and Mirostat."""
     z = _clean(logits)
-    uniform = jax.vmap(_uniform)(params.seed, position)
+    uniform, xtc_uniform = _uniforms(params.seed, position)
     head = min(_HEAD, z.shape[1])
     values, ids = largest(z, head)
     if head == z.shape[1]:
-        return _choose_among_all(values, ids, params, position, uniform, mu)
+        return _choose_among_all(values, ids, params, uniform, xtc_uniform, mu)
     whole = _whole_row_needed(z.shape[1], params)
     mass = lax.cond(jnp.any(whole), _mass, lambda z, _p: jnp.zeros(z.shape[0], z.dtype), z, params)
     token, settled = _choose(values, ids, z.shape[1], params, uniform, mass)
@@ -206,14 +208,14 @@ def _sample_random(logits: Array, params: SamplingParams, position: Array, mu: A
     def by_chain(token: Array, settled: Array) -> tuple[Array, Array]:
         chain, invalid = params.has_chain, values[:, 0] == jnp.inf
         fits = (params.top_k > 0) & (params.top_k <= head) & (params.mirostat == 0)
-        chosen = _sample_chain(values, ids, params, position, uniform)
+        chosen, _ = truncation.sample_chain(values, ids, params, uniform, xtc_uniform, None)
         return jnp.where(chain & ~invalid, chosen, token), jnp.where(chain, fits | invalid, settled)
 
     token, settled = lax.cond(jnp.any(params.has_chain), by_chain, lambda *same: same, token, settled)
 
     def finish(token: Array, mu: Array) -> tuple[Array, Array]:
         # Row by row: a request without truncation must not cost the others a sort.
-        rows = (z, params, position, uniform, mass, mu), token, settled
+        rows = (z, params, uniform, xtc_uniform, mass, mu), token, settled
         return lax.map(lambda row: lax.cond(row[2], lambda row: (row[1], row[0][-1]), _sample_row, row), rows)
 
     return lax.cond(jnp.all(settled), lambda *same: same, finish, token, mu)
@@ -221,57 +223,49 @@ def _sample_random(logits: Array, params: SamplingParams, position: Array, mu: A
 
 def _sample_row(row: tuple[tuple[Any, ...], Array, Array]) -> tuple[Array, Array]:
     """``(token, mu)`` of a row that its first ``_HEAD`` candidates did not settle; ``z f32[V]``, scalars."""
-    z, params, position, uniform, mass, mu = jax.tree.map(lambda leaf: leaf[None], row[0])
+    z, params, uniform, xtc_uniform, mass, mu = jax.tree.map(lambda leaf: leaf[None], row[0])
     vocab_size = z.shape[1]
 
     def from_sorted(z: Array) -> tuple[Array, Array]:
         ids = lax.broadcasted_iota(jnp.int32, z.shape, 1)
         negated, ids = lax.sort((-z, ids), is_stable=True, num_keys=1)
-        return _choose_among_all(-negated, ids, params, position, uniform, mu)
+        return _choose_among_all(-negated, ids, params, uniform, xtc_uniform, mu)
 
     if vocab_size <= _LONG_HEAD:
-        chosen = from_sorted(z)
+        token, mu = from_sorted(z)
     else:
         values, ids = largest(z, _LONG_HEAD)
         token, settled = _choose(values, ids, vocab_size, params, uniform, mass)
         settled &= ~params.has_chain
-        chosen = lax.cond(settled[0], lambda _: (token, mu), from_sorted, z)
-    return chosen[0][0], chosen[1][0]
+        token, mu = lax.cond(settled[0], lambda _: (token, mu), from_sorted, z)
+    return token[0], mu[0]
 
 
 def _choose_among_all(
-    values: Array, ids: Array, params: SamplingParams, position: Array, uniform: Array, mu: Array
+    values: Array, ids: Array, params: SamplingParams, uniform: Array, xtc_uniform: Array, mu: Array
 ) -> tuple[Array, Array]:
     """``(tokens i32[S], mu f32[S])`` from all candidates of each row, sorted."""
     token, _ = _choose(values, ids, values.shape[1], params, uniform, None)
-    chain, invalid = params.has_chain, values[:, 0] == jnp.inf
+    chain = params.has_chain & (values[:, 0] < jnp.inf)
 
-    def by_chain(token: Array) -> Array:
-        chosen = _sample_chain(values, ids, params, position, uniform)
-        return jnp.where(chain & ~invalid, chosen, token)
+    def by_chain(token: Array, mu: Array) -> tuple[Array, Array]:
+        chosen, after = truncation.sample_chain(values, ids, params, uniform, xtc_uniform, mu)
+        return jnp.where(chain, chosen, token), jnp.where(chain, after, mu)
 
-    def by_mirostat(token: Array, mu: Array) -> tuple[Array, Array]:
-        chosen, next_mu = truncation.sample_mirostat(values, ids, params, uniform, mu)
-        active = (params.mirostat > 0) & ~invalid
-        return jnp.where(active, chosen, token), jnp.where(active, next_mu, mu)
-
-    token = lax.cond(jnp.any(chain & (params.mirostat == 0)), by_chain, lambda token: token, token)
-    return lax.cond(jnp.any(params.mirostat > 0), by_mirostat, lambda *same: same, token, mu)
+    return lax.cond(jnp.any(chain), by_chain, lambda *same: same, token, mu)
 
 
-def _sample_chain(
-    values: Array, ids: Array, params: SamplingParams, position: Array, uniform: Array
-) -> Array:
-    xtc_uniform = jax.vmap(lambda seed, place: _uniform(seed, place, 1))(params.seed, position)
-    return truncation.sample_chain(values, ids, params, uniform, xtc_uniform)
+def _uniforms(seed: Array, position: Array) -> tuple[Array, Array]:
+    """Two f32[S] in [0, 1), of each position and of each position + 2**31. The generator is named, to be
+    independent of the process-wide default."""
 
+    def uniform(seed: Array, number: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
+        return jax.random.uniform(key, dtype=jnp.float32)
 
-def _uniform(seed: Array, position: Array, *more: int) -> Array:
-    """f32[] in [0, 1). The generator is named, to be independent of the process-wide default."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-    for number in more:
-        key = jax.random.fold_in(key, number)
-    return jax.random.uniform(key, dtype=jnp.float32)
+    first = position.astype(jnp.uint32)
+    both = jax.vmap(uniform)(jnp.tile(seed, 2), jnp.concatenate([first, first + jnp.uint32(2**31)]))
+    return both[: len(seed)], both[len(seed) :]
 
 
 def _whole_row_needed(vocab_size: int, params: SamplingParams) -> Array:
@@ -307,6 +301,15 @@ def _mass(z: Array, params: SamplingParams) -> Array:
     return chunked(weight, 0.0).sum(axis=1).sum(axis=1)
 
 
+def _cumulative(x: Array) -> Array:
+    """Cumulative sums along the last axis.
+
+    XLA would compute the summands once for each of the sums that they are part of, in a program as
+    large as that.
+    """
+    return lax.cumsum(lax.optimization_barrier(x), axis=1)
+
+
 def _choose(
     values: Array, ids: Array, vocab_size: int, params: SamplingParams, uniform: Array, mass: Array | None
 ) -> tuple[Array, Array]:
@@ -331,7 +334,7 @@ def _choose(
     top_k = jnp.where((params.top_k <= 0) | (params.top_k >= vocab_size), vocab_size, params.top_k)
 
     probability = jnp.where(index < top_k[:, None], jnp.exp(gap), 0.0)
-    cumulative = cumulative_sum(probability)
+    cumulative = _cumulative(probability)
     total = cumulative[:, -1] if mass is None else jnp.where(top_k <= size, cumulative[:, -1], mass)
     by_top_p = 1 + jnp.sum(cumulative < (params.top_p * total)[:, None], axis=1, dtype=jnp.int32)
     by_top_p = jnp.where(params.top_p < 1.0, by_top_p, _INT_MAX)
@@ -339,7 +342,7 @@ def _choose(
     kept = jnp.minimum(jnp.minimum(top_k, by_top_p), by_min_p)
 
     weight = jnp.where(index < kept[:, None], jnp.exp(_temper(gap, params)), 0.0)
-    cumulative = cumulative_sum(weight)
+    cumulative = _cumulative(weight)
     total_weight = cumulative[:, -1]
     settled = jnp.ones_like(greedy)
     if mass is not None:

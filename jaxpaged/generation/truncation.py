@@ -24,107 +24,87 @@ def chunked(x: Array, fill: float) -> Array:
     return padded.reshape(x.shape[0], -1, CHUNK)
 
 
-def cumulative_sum(x: Array) -> Array:
-    """Cumulative sums along the last axis.
-
-    XLA would compute the summands once for each of the sums that they are part of, in a program as
-    large as that.
-    """
-    return lax.cumsum(lax.optimization_barrier(x), axis=1)
-
-
 def top_n_sigma(logits: Array, params: SamplingParams) -> Array:
     """Logits, -inf where one is more than ``top_n_sigma`` standard deviations below the greatest; those
     at -inf before do not count.
 
     Reference: Tang et al., "Top-n-sigma: Not All Logits Are You Need".
     """
-
-    def total(x: Array) -> Array:
-        return chunked(x, 0.0).sum(axis=2).sum(axis=1)[:, None]
-
     finite = logits > -jnp.inf
-    count = jnp.maximum(total(finite.astype(jnp.float32)), 1.0)
-    mean = total(jnp.where(finite, logits, 0.0)) / count
-    sigma = jnp.sqrt(total(jnp.where(finite, (logits - mean) ** 2, 0.0)) / count)
+    count = jnp.maximum(_total(finite.astype(jnp.float32)), 1.0)
+    mean = _total(jnp.where(finite, logits, 0.0)) / count
+    sigma = jnp.sqrt(_total(jnp.where(finite, (logits - mean) ** 2, 0.0)) / count)
     least = logits.max(axis=1, keepdims=True) - params.top_n_sigma[:, None] * sigma
     return jnp.where((logits < least) & params.has_top_n_sigma[:, None], -jnp.inf, logits)
 
 
 def sample_chain(
-    values: Array, ids: Array, params: SamplingParams, uniform: Array, xtc_uniform: Array
-) -> Array:
-    """Samples a token of each row by the whole chain: top-k, typical, top-p, min-p, XTC, temperature.
+    values: Array,
+    ids: Array,
+    params: SamplingParams,
+    uniform: Array,
+    xtc_uniform: Array,
+    mu: Array | None,
+) -> tuple[Array, Array | None]:
+    """Samples a token of each row by the whole chain, top-k, typical, top-p, min-p, XTC, temperature, or
+    by Mirostat.
 
     Args:
       values: f32[S, K], descending, without NaN; at least ``top_k`` candidates, or all.
       ids: i32[S, K].
       params: S rows.
       uniform, xtc_uniform: f32[S], random numbers of the token, and of XTC's chance.
+      mu: f32[S], state of Mirostat, which needs all candidates; None without Mirostat.
 
     Returns:
-      i32[S]; the first id of a row without candidates.
+      ``(tokens i32[S], mu)``; the first id of a row without candidates.
 
-    Reference: Meister et al., "Locally Typical Sampling"; p-e-w, "Exclude Top Choices" (text-generation-
-    webui pull request 6335); llama.cpp, ``src/llama-sampler.cpp``.
+    Reference: llama.cpp, ``src/llama-sampler.cpp``; Meister et al., "Locally Typical Sampling"; p-e-w,
+    "Exclude Top Choices" (text-generation-webui pull request 6335); Basu et al., "Mirostat: A Neural Text
+    Decoding Algorithm that Directly Controls Perplexity".
     """
     size = values.shape[1]
     top_k = jnp.where(params.top_k <= 0, size, params.top_k)[:, None]
     kept = (lax.iota(jnp.int32, size) < top_k) & (values > -jnp.inf)
     kept = lax.cond(jnp.any(params.typical_p < 1), _typical, lambda _v, k, _p: k, values, kept, params)
-    before, total = _mass_before(_weights(values, kept))
-    kept &= (before < params.top_p[:, None] * total) | (params.top_p >= 1.0)[:, None]
+    weight = _weights(values, kept)
+    before = _sum_before(weight)
+    kept &= (before < params.top_p[:, None] * _total(weight)) | (params.top_p >= 1.0)[:, None]
     least = _greatest(values, kept) + jnp.log(params.min_p)[:, None]
     kept &= (values >= least) | (params.min_p <= 0.0)[:, None]
     kept = _exclude_top(values, kept, params, xtc_uniform)
-
     temperature = jnp.where(params.dynatemp_range > 0.0, _dynamic(values, kept, params), params.temperature)
-    return jnp.take_along_axis(ids, _pick(values, kept, temperature, uniform)[0][:, None], axis=1)[:, 0]
+    adapts = params.mirostat > 0
+    if mu is not None:
+        kept = lax.cond(jnp.any(adapts), _mirostat, lambda _v, k, _p, _m: k, values, kept, params, mu)
+        temperature = jnp.where(adapts, params.temperature, temperature)
+    rank, surprise = _pick(values, kept, temperature, uniform)
+    if mu is not None:
+        mu = jnp.where(adapts, mu - params.mirostat_eta * (surprise - params.mirostat_tau), mu)
+    return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0], mu
 
 
-def sample_mirostat(
-    values: Array, ids: Array, params: SamplingParams, uniform: Array, mu: Array
-) -> tuple[Array, Array]:
-    """Samples a token of each row by Mirostat: the likeliest tokens whose surprise is at most mu, which
-    moves so that the surprise of sampled tokens becomes ``mirostat_tau``.
-
-    Args:
-      values, ids, uniform: as for ``sample_chain``, of all tokens.
-      params: S rows; Mirostat 2 where the version is 0.
-      mu: f32[S]: state; ``first_mu`` before the first token.
-
-    Returns:
-      ``(tokens i32[S], mu f32[S])``
-
-    Reference: Basu et al., "Mirostat: A Neural Text Decoding Algorithm that Directly Controls Perplexity".
-    """
+def _mirostat(values: Array, kept: Array, params: SamplingParams, mu: Array) -> Array:
+    """In rows with Mirostat, the likeliest tokens: 1, as many as have a surprise of ``mu`` by Zipf's law; 2,
+    those whose surprise is at most ``mu``."""
     size = values.shape[1]
     index = lax.iota(jnp.int32, size)
-    first = index == 0
-    # One candidate where the temperature is 0.
-    finite = (values > -jnp.inf) & (first | ~params.is_greedy[:, None])
-    tempered = _temper(values, finite, params.temperature)
-    finite &= tempered > -jnp.inf
-
+    tempered = _temper(values, values > -jnp.inf, params.temperature)
+    finite = tempered > -jnp.inf
     weight = _weights(tempered, finite)
-    probability = weight / cumulative_sum(weight)[:, -1:]
-    by_surprise = -jnp.log2(probability) <= mu[:, None]
+    by_surprise = -jnp.log2(weight / _total(weight)) <= mu[:, None]
 
     few = min(_MIROSTAT_M, size)
     step = jnp.where(finite[:, 1:few], tempered[:, : few - 1] - tempered[:, 1:few], 0.0)
     ratio = jnp.log((index[1:few] + 1) / index[1:few])
-    squares = jnp.where(finite[:, 1:few], ratio**2, 0.0)
-    s_hat = cumulative_sum(jnp.pad(step * ratio, ((0, 0), (1, 0))))[:, -1]
-    s_hat /= cumulative_sum(jnp.pad(squares, ((0, 0), (1, 0))))[:, -1]
+    s_hat = _total(step * ratio) / _total(jnp.where(finite[:, 1:few], ratio**2, 0.0))
     epsilon = s_hat - 1
-    k = (epsilon * jnp.exp2(mu) / (1 - jnp.power(float(size), -epsilon))) ** (1 / s_hat)
+    k = (epsilon * jnp.exp2(mu)[:, None] / (1 - jnp.power(float(size), -epsilon))) ** (1 / s_hat)
+    # One where the law cannot be estimated.
     k = jnp.where(jnp.isnan(k), 1.0, jnp.clip(k, 1.0, size)).astype(jnp.int32)
-    by_rank = index < k[:, None]
-
-    kept = finite & (first | jnp.where((params.mirostat == 1)[:, None], by_rank, by_surprise))
-    rank, surprise = _pick(tempered, kept, jnp.ones_like(mu), uniform)
-    token = jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0]
-    return token, mu - params.mirostat_eta * (surprise - params.mirostat_tau)
+    version = params.mirostat[:, None]
+    chosen = finite & ((index == 0) | jnp.where(version == 1, index < k, by_surprise))
+    return jnp.where(version > 0, chosen, kept)
 
 
 def _greatest(values: Array, kept: Array) -> Array:
@@ -145,18 +125,33 @@ def _temper(values: Array, kept: Array, temperature: Array) -> Array:
     return jnp.where(kept, (values - _greatest(values, kept)) / divisor, -jnp.inf)
 
 
-def _mass_before(weight: Array) -> tuple[Array, Array]:
-    """``(f32[S, K], f32[S, 1])``: sum of the weights before each, and of all."""
-    cumulative = cumulative_sum(weight)
-    return jnp.pad(cumulative[:, :-1], ((0, 0), (1, 0))), cumulative[:, -1:]
+def _total(x: Array) -> Array:
+    """f32[S, 1]: sums along the last axis."""
+    return chunked(x, 0.0).sum(axis=2).sum(axis=1)[:, None]
+
+
+def _cumulative(x: Array) -> Array:
+    """Cumulative sums along the last axis, in a loop, since ``lax.cumsum`` becomes a large program."""
+    size = x.shape[1]
+    index = lax.iota(jnp.int32, size)
+
+    def double(i: Array, x: Array) -> Array:
+        shift = jnp.int32(1) << i
+        return x + jnp.where(index >= shift, jnp.roll(x, shift, axis=1), 0.0)
+
+    return lax.fori_loop(0, (size - 1).bit_length(), double, x)
+
+
+def _sum_before(weight: Array) -> Array:
+    """f32[S, K]: sum of the weights before each."""
+    return jnp.pad(_cumulative(weight)[:, :-1], ((0, 0), (1, 0)))
 
 
 def _information(weight: Array) -> tuple[Array, Array]:
     """``(surprise f32[S, K], entropy f32[S, 1])`` in nats of unnormalized probabilities."""
-    total = cumulative_sum(weight)[:, -1:]
+    total = _total(weight)
     surprise = jnp.log(total) - jnp.log(weight)
-    entropy = cumulative_sum(jnp.where(weight > 0, weight / total * surprise, 0.0))[:, -1:]
-    return surprise, entropy
+    return surprise, _total(jnp.where(weight > 0, weight / total * surprise, 0.0))
 
 
 def _typical(values: Array, kept: Array, params: SamplingParams) -> Array:
@@ -166,8 +161,8 @@ def _typical(values: Array, kept: Array, params: SamplingParams) -> Array:
     index = lax.broadcasted_iota(jnp.int32, values.shape, 1)
     distance = jnp.where(kept, jnp.abs(surprise - entropy), jnp.inf)
     _, order = lax.sort((distance, index), is_stable=True, num_keys=1)
-    before, total = _mass_before(jnp.take_along_axis(weight, order, axis=1))
-    typical = before <= params.typical_p[:, None] * total
+    before = _sum_before(jnp.take_along_axis(weight, order, axis=1))
+    typical = before <= params.typical_p[:, None] * _total(weight)
     row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
     typical = jnp.zeros_like(kept).at[row, order].set(typical)
     return kept & (typical | (params.typical_p >= 1.0)[:, None])
@@ -176,9 +171,9 @@ def _typical(values: Array, kept: Array, params: SamplingParams) -> Array:
 def _exclude_top(values: Array, kept: Array, params: SamplingParams, uniform: Array) -> Array:
     """The tokens kept without those above ``xtc_threshold``, except the least likely of these."""
     weight = _weights(values, kept)
-    above = kept & (weight >= params.xtc_threshold[:, None] * cumulative_sum(weight)[:, -1:])
-    number = cumulative_sum(above.astype(jnp.int32))
-    excluded = above & (number < number[:, -1:])
+    above = kept & (weight >= params.xtc_threshold[:, None] * _total(weight))
+    index = lax.iota(jnp.int32, values.shape[1])
+    excluded = above & (index < jnp.where(above, index, 0).max(axis=1, keepdims=True))
     active = (params.xtc_probability > 0.0) & (params.xtc_threshold <= 0.5)
     active &= uniform <= params.xtc_probability
     return kept & ~(excluded & active[:, None])
@@ -197,7 +192,7 @@ def _dynamic(values: Array, kept: Array, params: SamplingParams) -> Array:
 def _pick(values: Array, kept: Array, temperature: Array, uniform: Array) -> tuple[Array, Array]:
     """``(rank i32[S], surprise f32[S])`` of a token sampled among those kept; bits."""
     weight = _weights(_temper(values, kept, temperature), kept)
-    cumulative = cumulative_sum(weight)
+    cumulative = _cumulative(weight)
     total = cumulative[:, -1]
     rank = jnp.sum(cumulative <= (uniform * total)[:, None], axis=1, dtype=jnp.int32)
     first = jnp.argmax(kept, axis=1).astype(jnp.int32)

@@ -122,8 +122,12 @@ def chain(
 
 @jax.jit
 def documented_uniforms(seed: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-    return tuple(jax.random.uniform(k, dtype=jnp.float32) for k in (key, jax.random.fold_in(key, 1)))
+    key = jax.random.key(seed, impl="threefry2x32")
+    keys = (
+        jax.random.fold_in(key, position),
+        jax.random.fold_in(key, jnp.uint32(position) + jnp.uint32(2**31)),
+    )
+    return tuple(jax.random.uniform(k, dtype=jnp.float32) for k in keys)
 
 
 def random_case(seed: int, num_seqs: int, vocab_size: int) -> tuple[Any, dict[str, list[Any]], Any, Any]:
