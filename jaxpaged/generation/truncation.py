@@ -66,14 +66,14 @@ def sample_chain(
     size = values.shape[1]
     top_k = jnp.where(params.top_k <= 0, size, params.top_k)[:, None]
     kept = (lax.iota(jnp.int32, size) < top_k) & (values > -jnp.inf)
-    kept = lax.cond(jnp.any(params.typical_p < 1), _typical, lambda _v, k, _p: k, values, kept, params)
     weight = _weights(values, kept)
-    before = _sum_before(weight)
-    kept &= (before < params.top_p[:, None] * _total(weight)) | (params.top_p >= 1.0)[:, None]
+    kept = lax.cond(jnp.any(params.typical_p < 1), _typical, lambda _w, k, _p: k, weight, kept, params)
+    weight = jnp.where(kept, weight, 0.0)
+    kept &= (_sum_before(weight) < params.top_p[:, None] * _total(weight)) | (params.top_p >= 1.0)[:, None]
     least = _greatest(values, kept) + jnp.log(params.min_p)[:, None]
     kept &= (values >= least) | (params.min_p <= 0.0)[:, None]
-    kept = _exclude_top(values, kept, params, xtc_uniform)
-    temperature = jnp.where(params.dynatemp_range > 0.0, _dynamic(values, kept, params), params.temperature)
+    kept = _exclude_top(weight, kept, params, xtc_uniform)
+    temperature = jnp.where(params.dynatemp_range > 0.0, _dynamic(weight, kept, params), params.temperature)
     adapts = params.mirostat > 0
     if mu is not None:
         kept = lax.cond(jnp.any(adapts), _mirostat, lambda _v, k, _p, _m: k, values, kept, params, mu)
@@ -154,35 +154,34 @@ def _information(weight: Array) -> tuple[Array, Array]:
     return surprise, _total(jnp.where(weight > 0, weight / total * surprise, 0.0))
 
 
-def _typical(values: Array, kept: Array, params: SamplingParams) -> Array:
+def _typical(weight: Array, kept: Array, params: SamplingParams) -> Array:
     """The tokens kept whose surprise is nearest to the entropy, until their sum is above ``typical_p``."""
-    weight = _weights(values, kept)
     surprise, entropy = _information(weight)
-    index = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    index = lax.broadcasted_iota(jnp.int32, weight.shape, 1)
     distance = jnp.where(kept, jnp.abs(surprise - entropy), jnp.inf)
     _, order = lax.sort((distance, index), is_stable=True, num_keys=1)
     before = _sum_before(jnp.take_along_axis(weight, order, axis=1))
     typical = before <= params.typical_p[:, None] * _total(weight)
-    row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    row = lax.broadcasted_iota(jnp.int32, weight.shape, 0)
     typical = jnp.zeros_like(kept).at[row, order].set(typical)
     return kept & (typical | (params.typical_p >= 1.0)[:, None])
 
 
-def _exclude_top(values: Array, kept: Array, params: SamplingParams, uniform: Array) -> Array:
+def _exclude_top(weight: Array, kept: Array, params: SamplingParams, uniform: Array) -> Array:
     """The tokens kept without those above ``xtc_threshold``, except the least likely of these."""
-    weight = _weights(values, kept)
+    weight = jnp.where(kept, weight, 0.0)
     above = kept & (weight >= params.xtc_threshold[:, None] * _total(weight))
-    index = lax.iota(jnp.int32, values.shape[1])
+    index = lax.iota(jnp.int32, weight.shape[1])
     excluded = above & (index < jnp.where(above, index, 0).max(axis=1, keepdims=True))
     active = (params.xtc_probability > 0.0) & (params.xtc_threshold <= 0.5)
     active &= uniform <= params.xtc_probability
     return kept & ~(excluded & active[:, None])
 
 
-def _dynamic(values: Array, kept: Array, params: SamplingParams) -> Array:
+def _dynamic(weight: Array, kept: Array, params: SamplingParams) -> Array:
     """f32[S]: temperature by the entropy of the tokens kept, relative to the greatest of so many."""
     count = jnp.sum(kept, axis=1, dtype=jnp.float32)
-    entropy = _information(_weights(values, kept))[1][:, 0]
+    entropy = _information(jnp.where(kept, weight, 0.0))[1][:, 0]
     relative = entropy / jnp.log(jnp.maximum(count, 2.0))
     low = jnp.maximum(params.temperature - params.dynatemp_range, 0.0)
     high = params.temperature + params.dynatemp_range
