@@ -25,7 +25,7 @@ router = APIRouter(route_class=StrictRoute)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues one prompt or several."""
     state = state_of(request)
-    model, _ = state.accepting()
+    model, _ = await state.enter(body.model)
     prompts = await _prompts(model, body.prompt)
     echoes: list[str] = []
     if body.echo:
@@ -45,7 +45,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answers a conversation."""
     state = state_of(request)
-    model, _ = state.accepting()
+    model, _ = await state.enter(body.model)
     ids = await _chat_prompt(model, body)
     generation = Generation(state, [ids], body)
     answer_id = f"chatcmpl-{secrets.token_hex(16)}"
@@ -57,7 +57,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 @router.post("/chat/completions/input_tokens", include_in_schema=False)
 async def input_tokens(request: Request, body: ChatRequest) -> Response:
     """Counts the tokens of a conversation."""
-    model, _ = state_of(request).ready()
+    model, _ = await state_of(request).enter(body.model)
     return json_response(
         {"object": "response.input_tokens", "input_tokens": len(await _chat_prompt(model, body))}
     )
