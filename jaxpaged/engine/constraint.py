@@ -13,12 +13,8 @@ from typing import Protocol, Self
 import numpy as np
 
 
-class ConstraintError(RuntimeError):
-    """A constraint that cannot go on; it ends its own sample."""
-
-
 class Constraint(Protocol):
-    """State of one sample's constraint. Methods may raise ``ConstraintError``.
+    """State of one sample's constraint. A ``ValueError`` of a method ends the sample, and no other.
 
     A sample begins with a ``copy`` of that of its request.
     """

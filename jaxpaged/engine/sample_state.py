@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxpaged.engine.constraint import Constraint, ConstraintError
+from jaxpaged.engine.constraint import Constraint
 from jaxpaged.engine.prefix_index import Node
 from jaxpaged.engine.request import EngineRequest, FinishReason, RequestTimes
 from jaxpaged.engine.swap import SwappedSequence
@@ -97,11 +97,11 @@ class SampleState:
         """Computes the mask of its next token.
 
         Raises:
-          ConstraintError: no token may come next.
+          ValueError: no token may come next.
         """
         self.mask = None
         if self.constraint is not None and self.constraint.is_active:
             self.mask = np.zeros(num_words, np.int32)
             self.constraint.allowed(self.mask)
             if not self.mask.any():
-                raise ConstraintError("no token may come next")
+                raise ValueError("no token may come next")

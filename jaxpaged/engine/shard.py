@@ -14,7 +14,6 @@ import numpy as np
 from jaxpaged.cache.invariants import check_invariants
 from jaxpaged.engine import slot_files
 from jaxpaged.engine.config import EngineConfig
-from jaxpaged.engine.constraint import ConstraintError
 from jaxpaged.engine.device import Device
 from jaxpaged.engine.device_shard import DeviceShard
 from jaxpaged.engine.pool import PagedPool, Pool
@@ -153,7 +152,7 @@ class EngineShard:
             )
             try:
                 samples[-1].update_mask(self._mask_words)
-            except ConstraintError as error:
+            except ValueError as error:
                 raise RefusedError(f"the constraint cannot begin: {error}") from None
         self._samples[request.request_id] = samples
         for sample in samples:
@@ -277,7 +276,7 @@ class EngineShard:
             sample.tokens += sampled
             sample.num_generated += len(sampled)
             if sample.request.mirostat and sampled:
-                sample.mu = float(out.mu[slot])
+                sample.mu = float(np.asarray(out.mu)[slot])
             self.pool.computed(sample)
             if NAN_TOKEN in column:
                 self._counts.nan_samples += 1
@@ -318,7 +317,7 @@ class EngineShard:
                 self._finish(sample, "stop")
             else:
                 sample.update_mask(self._mask_words)
-        except ConstraintError:
+        except ValueError:
             self._finish(sample, "stop" if constraint.is_finished else "constraint")
         return forced
 

@@ -208,7 +208,7 @@ def _sample_random(logits: Array, params: SamplingParams, position: Array, mu: A
     def by_chain(token: Array, settled: Array) -> tuple[Array, Array]:
         chain, invalid = params.has_chain, values[:, 0] == jnp.inf
         fits = (params.top_k > 0) & (params.top_k <= head) & (params.mirostat == 0)
-        chosen, _ = truncation.sample_chain(values, ids, params, uniform, xtc_uniform, None)
+        chosen, _ = truncation.sample_chain(values, ids, params, uniform, xtc_uniform, mu, whole=False)
         return jnp.where(chain & ~invalid, chosen, token), jnp.where(chain, fits | invalid, settled)
 
     token, settled = lax.cond(jnp.any(params.has_chain), by_chain, lambda *same: same, token, settled)
@@ -249,7 +249,7 @@ def _choose_among_all(
     chain = params.has_chain & (values[:, 0] < jnp.inf)
 
     def by_chain(token: Array, mu: Array) -> tuple[Array, Array]:
-        chosen, after = truncation.sample_chain(values, ids, params, uniform, xtc_uniform, mu)
+        chosen, after = truncation.sample_chain(values, ids, params, uniform, xtc_uniform, mu, whole=True)
         return jnp.where(chain, chosen, token), jnp.where(chain, after, mu)
 
     return lax.cond(jnp.any(chain), by_chain, lambda *same: same, token, mu)

@@ -181,7 +181,7 @@ class SamplingParams:
           >>> SamplingParams.create(2, temperature=[0.0, 0.7], top_k=20, seed=5).seed.tolist()
           [5, 6]
         """
-        given = locals()
+        given = locals()  # the arguments by name
         if num_seqs < 1:
             raise ValueError(f"num_seqs = {num_seqs}: must be at least 1")
         columns = {

@@ -44,8 +44,10 @@ def sample_chain(
     params: SamplingParams,
     uniform: Array,
     xtc_uniform: Array,
-    mu: Array | None,
-) -> tuple[Array, Array | None]:
+    mu: Array,
+    *,
+    whole: bool,
+) -> tuple[Array, Array]:
     """Samples a token of each row by the whole chain, top-k, typical, top-p, min-p, XTC, temperature, or
     by Mirostat.
 
@@ -54,7 +56,8 @@ def sample_chain(
       ids: i32[S, K].
       params: S rows.
       uniform, xtc_uniform: f32[S], random numbers of the token, and of XTC's chance.
-      mu: f32[S], state of Mirostat, which needs all candidates; None without Mirostat.
+      mu: f32[S], state of Mirostat.
+      whole: True if K = V; else Mirostat must be off.
 
     Returns:
       ``(tokens i32[S], mu)``; the first id of a row without candidates.
@@ -75,11 +78,11 @@ def sample_chain(
     kept = _exclude_top(weight, kept, params, xtc_uniform)
     temperature = jnp.where(params.dynatemp_range > 0.0, _dynamic(weight, kept, params), params.temperature)
     adapts = params.mirostat > 0
-    if mu is not None:
+    if whole:
         kept = lax.cond(jnp.any(adapts), _mirostat, lambda _v, k, _p, _m: k, values, kept, params, mu)
         temperature = jnp.where(adapts, params.temperature, temperature)
     rank, surprise = _pick(values, kept, temperature, uniform)
-    if mu is not None:
+    if whole:
         mu = jnp.where(adapts, mu - params.mirostat_eta * (surprise - params.mirostat_tau), mu)
     return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0], mu
 

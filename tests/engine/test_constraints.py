@@ -8,7 +8,6 @@ from engine_kit import FEW_PAGES, N_CTX, alone, collect, finish, greedy, make_en
 from toy_transformer import VOCAB
 
 from jaxpaged.engine import EngineRequest, RefusedError
-from jaxpaged.engine.constraint import ConstraintError
 
 
 class Script:
@@ -32,14 +31,14 @@ class Script:
 
     def allowed(self, out):
         if self._place == self.fails_at:
-            raise ConstraintError("too complex")
+            raise ValueError("too complex")
         for token in (self.stop,) if self.is_finished else self.sets[self._place]:
             out[token >> 5] |= np.int64(1 << (token & 31)).astype(np.int32)
 
     def accept(self, tokens):
         for token in tokens:
             if self.is_active and token not in self.sets[self._place]:
-                raise ConstraintError(f"{token} does not belong here")
+                raise ValueError(f"{token} does not belong here")
             self.accepted.append(token)
 
     def forced(self):

@@ -130,8 +130,18 @@ def test_paged_contiguous_and_the_whole_prompt_computed_anew_give_the_same_greed
         history.append(expected)
 
 
-def test_a_sequence_gives_the_same_text_alone_in_any_batch_and_for_any_prefill_chunk(params: Any) -> None:
-    penalized = {"temperature": 0.9, "repeat_penalty": 1.2}
+@pytest.mark.parametrize(
+    "penalized",
+    [
+        {"temperature": 0.9, "repeat_penalty": 1.2},
+        {"temperature": 1.2, "mirostat": 2, "mirostat_tau": 2.0, "mirostat_eta": 0.4},
+        {"dry_multiplier": 2.0, "dry_allowed_length": 1, "dry_breakers": [3, 11], "xtc_probability": 0.5},
+    ],
+    ids=["penalties", "mirostat", "dry and xtc"],
+)
+def test_a_sequence_gives_the_same_text_alone_in_any_batch_and_for_any_prefill_chunk(
+    params: Any, penalized: dict[str, Any]
+) -> None:
     sampling = SamplingParams.create(3, seed=[1, 2, 3], **penalized)
     together, _ = run(params, paged(), PROMPTS, 16, sampling=sampling)
     own = SamplingParams.create(1, seed=3, **penalized)
@@ -218,13 +228,18 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("make", [paged, contiguous])
-def test_more_prompts_than_sequences_give_what_each_gives_alone(params: Any, make: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(paged, {"repeat_penalty": 1.2}), (contiguous, {"repeat_penalty": 1.2}), (paged, {"mirostat": 2})],
+)
+def test_more_prompts_than_sequences_give_what_each_gives_alone(
+    params: Any, make: Any, options: dict[str, Any]
+) -> None:
     limits = [3, 16, 1, 14, 0, 9, 15]
-    sampling = SamplingParams.create(7, temperature=0.9, seed=list(range(7)), repeat_penalty=1.2)
+    sampling = SamplingParams.create(7, temperature=0.9, seed=list(range(7)), **options)
     result, cache = run(params, make(), MANY, limits, sampling=sampling)
     assert np.array(result.finish_reason)[:7].tolist() == [FINISH_LENGTH] * 7
-    alone = in_threes(params, make, MANY, 16, temperature=0.9, repeat_penalty=1.2)
+    alone = in_threes(params, make, MANY, 16, temperature=0.9, **options)
     assert rows_of(result)[:7] == [text[:limit] for text, limit in zip(alone, limits, strict=True)]
     assert int(cache.pages_used) == 0
 

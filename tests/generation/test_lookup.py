@@ -91,7 +91,14 @@ def test_the_peak_is_that_of_greedy_decoding_and_its_draft(params: Any) -> None:
 def test_sampled_tokens_are_those_without_drafts(params: Any) -> None:
     """Also with penalties, which see the tokens of the draft before each; so the distribution is unchanged."""
     sampling = SamplingParams.create(
-        3, temperature=[0.3, 0.6, 1.0], repeat_penalty=[1.0, 1.1, 1.2], top_k=8, seed=4
+        3,
+        temperature=[0.3, 0.6, 1.0],
+        repeat_penalty=[1.0, 1.1, 1.2],
+        top_k=8,
+        dry_multiplier=[0.0, 0.0, 0.1],
+        xtc_probability=[0.0, 0.1, 0.0],
+        typical_p=[1.0, 0.9, 1.0],
+        seed=4,
     )
     plain, _ = greedy(params, pool(), PROMPTS, sampling=sampling)
     result, _ = lookup(params, pool(), PROMPTS, sampling=sampling)
@@ -248,6 +255,11 @@ def test_a_draft_is_what_followed_the_longest_and_latest_match() -> None:
             assert bool(found[i]) == (expected is not None)
             if expected is not None:
                 assert draft[i].tolist() == expected
+
+
+def test_mirostat_is_refused(params: Any) -> None:
+    with pytest.raises(ValueError, match="lookup cannot be used with mirostat"):
+        lookup(params, pool(), PROMPTS, sampling=SamplingParams.create(3, mirostat=[0, 2, 0]))
 
 
 @pytest.mark.parametrize(

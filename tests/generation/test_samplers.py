@@ -181,6 +181,21 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch() -> None:
         np.testing.assert_array_equal(some[1], after[take])
 
 
+def test_new_values_do_not_retrace() -> None:
+    traces = []
+
+    @jax.jit
+    def counted(*args: Any) -> jax.Array:
+        traces.append(1)
+        return sample(*args)
+
+    for seed in range(3):
+        logits, rows, position, recent = random_case(seed, 8, 40)
+        params = SamplingParams.create(8, **rows, dry_breakers=[seed], mirostat=[seed] * 8)
+        counted(logits, params, position, recent.astype(np.int32))
+    assert len(traces) == 1
+
+
 def test_rows_without_these_samplers_are_not_changed_by_rows_with_them() -> None:
     num_seqs, vocab_size = 24, 3001
     logits, rows, position, recent = random_case(4, num_seqs, vocab_size)

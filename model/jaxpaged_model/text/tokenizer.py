@@ -86,6 +86,11 @@ class Tokenizer:
         """
         return cls(hf_vocabulary.read(Path(folder)), num_rows)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Control tokens, which `decode` skips."""
+        return self._hidden_ids
+
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text.
 

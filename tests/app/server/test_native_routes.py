@@ -146,6 +146,62 @@ def test_settings_name_what_is_off(server):
     assert server.post("/completion", {"prompt": "a"} | again).status_code == 200
 
 
+SAMPLERS = {
+    "typical_p": 0.7, "top_n_sigma": 1.5, "xtc_probability": 0.5, "xtc_threshold": 0.2, "dynatemp_range": 0.25,
+    "dynatemp_exponent": 2.0, "dry_multiplier": 0.75, "dry_base": 2.0, "dry_allowed_length": 3,
+    "dry_penalty_last_n": 100, "mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
+def test_samplers_reach_the_engine(server, path):
+    body = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    assert server.post(path, body | SAMPLERS | {"dry_sequence_breakers": ["\n", ""]}).status_code == 200
+    (request,) = server.runner.requests
+    assert {name: getattr(request, name) for name in SAMPLERS} == SAMPLERS
+    lines = {token for token in range(TOKENIZER.vocab_size) if b"\n" in TOKENIZER.token_bytes(token)}
+    assert request.dry_breakers == lines
+    # llama-server's default in place of a base that means nothing; breakers are looked for where they matter
+    server.post(path, body | {"dry_multiplier": 1, "dry_base": 0.5})
+    server.post(path, body)
+    first, second = server.runner.requests[1:]
+    assert first.dry_base == 1.75 and first.dry_breakers > lines and not second.dry_breakers
+
+
+def test_settings_show_the_samplers(server):
+    breakers = {"dry_sequence_breakers": ["x"]}
+    chosen = server.post("/completion", {"prompt": "a"} | SAMPLERS | breakers).json()["generation_settings"]
+    assert {name: chosen[name] for name in SAMPLERS} == SAMPLERS and chosen["dry_sequence_breakers"] == ["x"]
+    assert chosen["samplers"][1:4] == ["dry", "top_n_sigma", "top_k"]
+    server = server.with_options(typical_p=0.5, mirostat_tau=3.0, dry_sequence_breakers=("y",))
+    shown = server.get("/props").json()["default_generation_settings"]["params"]
+    assert (
+        shown["typical_p"] == 0.5 and shown["mirostat_tau"] == 3.0 and shown["dry_sequence_breakers"] == ["y"]
+    )
+    server.post("/completion", {"prompt": "a"})
+    assert server.runner.requests[-1].typical_p == 0.5
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "dry_sequence_breakers"])
+@pytest.mark.parametrize("wrong", ["much", -2e9, [1], True])
+def test_values_that_no_sampler_has_are_refused(server, name, wrong):
+    assert name in check_error(server.post("/completion", {"prompt": "a", name: wrong}), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("xtc_probability", 1.01),
+        ("typical_p", -0.1),
+        ("mirostat", 3),
+        ("mirostat", 1.0),
+        ("dry_allowed_length", -1),
+    ],
+)
+def test_values_outside_a_samplers_range_are_refused(server, name, wrong):
+    assert name in check_error(server.post("/completion", {"prompt": "a", name: wrong}), 400)["message"]
+
+
 def test_the_rate_is_that_of_the_tokens_behind_the_first(server):
     timings = server.post("/completion", {"prompt": PROMPT, "n_predict": 1}).json()["timings"]
     assert timings["predicted_n"] == 1
