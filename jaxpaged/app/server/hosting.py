@@ -13,8 +13,9 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jaxpaged_model.text.tokenizer import Tokenizer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxpaged.app.errors import InputError
@@ -23,12 +24,26 @@ from jaxpaged.app.server.errors import ApiError, clipped
 from jaxpaged.app.server.interfaces import Runner
 from jaxpaged.engine.request import EngineStats
 
-if TYPE_CHECKING:
-    from jaxpaged.app.server.state import ServedModel
-
 LOAD_SECONDS = 600.0
 """Time that a request waits for its model, at most."""
 _CLIENT_GONE = 499
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Tokenizer, chat template and description of a model; the engine has its weights."""
+
+    tokenizer: Tokenizer
+    chat_template: str
+    template_is_its_own: bool
+    """False: the model has none, so a common one is used; it was probably not trained to chat."""
+    names: tuple[str, ...]
+    """The model's id, and its aliases."""
+    path: str
+    trained_context: int
+    description: str = ""
+    size_bytes: int = 0
+    fingerprint: str = ""
 
 
 @dataclass(eq=False)

@@ -8,36 +8,19 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from jaxpaged_model.text.tokenizer import Tokenizer
 from starlette.requests import Request
 
 from jaxpaged import __version__
 from jaxpaged.app.server.errors import ApiError
-from jaxpaged.app.server.hosting import Hosted, ModelHost, current_hold
+from jaxpaged.app.server.hosting import Hosted, ModelHost, ServedModel, current_hold
 from jaxpaged.app.server.interfaces import Runner
 from jaxpaged.app.server.metrics import Metrics
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.engine.request import EngineStats
 
+__all__ = ["Rates", "ServedModel", "ServerState", "state_of"]
 _RATE_SECONDS = 5.0
 """Time window of token rates."""
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """Tokenizer, chat template and description of a model; the engine has its weights."""
-
-    tokenizer: Tokenizer
-    chat_template: str
-    template_is_its_own: bool
-    """False: the model has none, so a common one is used; it was probably not trained to chat."""
-    names: tuple[str, ...]
-    """The model's id, and its aliases."""
-    path: str
-    trained_context: int
-    description: str = ""
-    size_bytes: int = 0
-    fingerprint: str = ""
 
 
 class Unfinished(Protocol):
