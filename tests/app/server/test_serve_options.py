@@ -95,9 +95,9 @@ def test_flags_as_they_are_typed(parsed):
     assert o.api_keys == ("key-number-1", "key-number-2", "key-number-3") and o.alias == ("one", "two")
     assert not o.webui and not o.prefix_cache and not o.slots and o.swap_space == 0
     assert o.sleep_idle_seconds == 60
+    assert o.kv_memory == 0.5 and o.cache_type_k == "q8_0" and o.temp == 0
     o = parsed("--models_dir", "models", "--models-max", "2", "-m", "a.gguf")
     assert (o.models_dir, o.models_max, o.model) == (Path("models"), 2, Path("a.gguf"))
-    assert o.kv_memory == 0.5 and o.cache_type_k == "q8_0" and o.temp == 0
 
 
 @pytest.mark.parametrize(
