@@ -21,7 +21,7 @@ class Constraint(Protocol):
 
     @property
     def is_active(self) -> bool:
-        """False while every token may come next."""
+        """False while every token may come next; a step may then sample several before it asks again."""
 
     @property
     def is_finished(self) -> bool:

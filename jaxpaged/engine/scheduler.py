@@ -178,7 +178,7 @@ class Scheduler:
 
     def _plan_of(self, work: dict[SampleState, int], preempted: bool) -> Plan:
         plan = Plan(work)
-        constrained = any(sample.constraint is not None for sample in work)
+        constrained = any(sample.mask is not None for sample in work)
         if preempted or not work or not plan.decodes or constrained:
             return plan
         left = max(sample.limit - sample.num_generated for sample in work)

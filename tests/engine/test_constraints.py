@@ -158,14 +158,15 @@ def test_a_shifted_context_keeps_its_place_in_the_script():
         assert result.outputs[-1].truncated
 
 
-def test_an_inactive_constraint_allows_everything(engine):
-    text = prompt(6, 9)
+def test_an_inactive_constraint_allows_everything():
+    engine, text = make_engine(decode_steps=1), prompt(6, 9)
     result = finish(engine, greedy("w", text, 40, constraint=Script([[5], [6]], wakes=6)))["w", 0]
     assert result.tokens == [*alone(text, 6), 5, 6]
 
 
-def test_decode_steps_go_on_in_one_program_without_constraints(engine):
-    engine.add_request(greedy("a", prompt(1, 9), 9))
+@pytest.mark.parametrize("constraint", [None, Script([[5]], wakes=100)])
+def test_decode_steps_go_on_in_one_program_without_constraints(engine, constraint):
+    engine.add_request(greedy("a", prompt(1, 9), 9, constraint=constraint))
     engine.step()
     assert len(engine.step()[0].tokens) == engine.config.decode_steps
     finish(engine)

@@ -115,7 +115,7 @@ def test_forced_tokens_are_those_of_the_text(tokenizer):
 
 
 def test_copies_are_independent(tokenizer):
-    matcher = Grammar.from_choices(["ab", "ac"], tokenizer).matcher(after="!")
+    matcher = Grammar.from_choices(["!ab", "!ac"], tokenizer).matcher(triggers=("!",))
     other = matcher.copy()
     matcher.accept(ids(tokenizer, "!"))
     assert matcher.is_active and not other.is_active
@@ -124,17 +124,6 @@ def test_copies_are_independent(tokenizer):
     assert matcher.is_finished and not third.is_finished
     third.accept(ids(tokenizer, "ac"))
     assert third.is_finished
-
-
-@pytest.mark.parametrize("text", ["hm... </think>", "a < b </thin </think>", "</think>"])
-def test_a_grammar_may_begin_behind_a_text(tokenizer, text):
-    matcher = Grammar.from_choices(["yes", "no"], tokenizer).matcher(after="</think>")
-    for token in ids(tokenizer, text):
-        assert not matcher.is_active and not matcher.is_finished and not matcher.forced()
-        matcher.accept([token])
-    assert matcher.is_active
-    matcher.accept(ids(tokenizer, "yes"))
-    assert matcher.is_finished
 
 
 @pytest.mark.parametrize("before", ["Let me see. ", "x" * 300, "<call <cal ", ""])
@@ -168,12 +157,12 @@ def test_a_token_with_a_trigger_and_something_else_is_text(tokenizer):
     assert matcher.is_finished
 
 
-def test_thoughts_may_hold_a_trigger(tokenizer):
-    matcher = Grammar.from_regex(r"<c>[0-9]", tokenizer).matcher(after="</t>", triggers=("<c>",))
-    matcher.accept(ids(tokenizer, "I may write <c> or not </t> well, "))
+def test_what_came_in_the_step_of_a_trigger_and_does_not_belong_ends_the_grammar(tokenizer):
+    matcher = Grammar.from_regex(r"<c>[0-9]+", tokenizer).matcher(triggers=("<c>",))
+    matcher.accept(ids(tokenizer, "say <c>") + ids(tokenizer, "abc"))
+    assert not matcher.is_active and not matcher.is_finished
+    matcher.accept(ids(tokenizer, "<c>"))
     assert not matcher.is_active
-    matcher.accept(ids(tokenizer, "<c>7"))
-    assert matcher.is_finished
 
 
 @pytest.mark.parametrize(

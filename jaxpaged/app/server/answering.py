@@ -27,6 +27,8 @@ class Answer:
 
     end: ClassVar[bytes] = b""
     """Last event of a stream."""
+    named_events: ClassVar[bool] = False
+    """True if events have the name of their type."""
 
     def whole(self, updates: Sequence[Update]) -> Any:
         """The response of a request without a stream."""
@@ -43,6 +45,10 @@ class Answer:
     def closing(self) -> list[dict[str, Any]]:
         """Events after the last token."""
         return []
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """The event of an error in a stream."""
+        return error.body()
 
 
 async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
@@ -64,15 +70,15 @@ async def _whole(generation: Generation, answer: Answer) -> Response:
 async def _events(request: Request, generation: Generation, answer: Answer) -> AsyncIterator[bytes]:
     try:
         for chunk in answer.opening():
-            yield event(chunk)
+            yield event(chunk, named=answer.named_events)
         async for update in generation.updates():
             for chunk in answer.chunks(update):
-                yield event(chunk)
+                yield event(chunk, named=answer.named_events)
         for chunk in answer.closing():
-            yield event(chunk)
+            yield event(chunk, named=answer.named_events)
     except ApiError as error:  # the status is sent already
         state_of(request).metrics.errors.labels(str(error.status_code)).inc()
-        yield event(error.body())
+        yield event(answer.failure(error), named=answer.named_events)
     if answer.end:
         yield answer.end
 
@@ -100,9 +106,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def event(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + dump_json(value) + b"\n\n"
+def event(value: Any, *, named: bool = False) -> bytes:
+    """One server-sent event, perhaps with its type as its name."""
+    name = f"event: {value['type']}\n".encode() if named else b""
+    return name + b"data: " + dump_json(value) + b"\n\n"
 
 
 class EventStream(Response):

@@ -8,7 +8,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from jaxpaged import __version__
-from jaxpaged.app.server import errors, info_routes, native_routes, openai_routes, security, slot_routes
+from jaxpaged.app.server import (
+    agent_routes,
+    errors,
+    info_routes,
+    native_routes,
+    openai_routes,
+    security,
+    slot_routes,
+)
 from jaxpaged.app.server.hosting import HoldModels
 from jaxpaged.app.server.page_routes import page_routes
 from jaxpaged.app.server.runner import EngineFailedError
@@ -35,7 +43,7 @@ def create_application(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     public = set(security.PUBLIC_PATHS)
-    for module in (openai_routes, native_routes, slot_routes, info_routes):
+    for module in (openai_routes, agent_routes, native_routes, slot_routes, info_routes):
         app.include_router(module.router)
     if options.webui:
         pages = page_routes()

@@ -11,8 +11,8 @@ import math
 import re
 from typing import Any
 
-MAX_DEPTH = 32
-"""Nesting of arrays and objects; the deepest valid request has 5 levels."""
+MAX_DEPTH = 64
+"""Nesting of arrays and objects; JSON schemas of tools have 20 levels."""
 MAX_DIGITS = 20
 """Digits of an integer; 2**64 has 20."""
 

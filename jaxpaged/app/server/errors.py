@@ -1,7 +1,8 @@
 """Errors of the server, with one body for all.
 
 The body is OpenAI's, ``{"error": {"message", "type", "param", "code"}}``, with llama-server's types
-and, like there, the HTTP status as code, so that clients of both understand it.
+and, like there, the HTTP status as code, so that clients of both understand it; under /v1/messages it
+is Anthropic's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ _TYPES = {
     500: "server_error",
     501: "not_supported_error",
     503: "unavailable_error",
+}
+_ANTHROPIC = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
 }
 _MESSAGES = {404: "there is no such path", 405: "this path does not know that method"}
 _LONGEST_ECHO = 100
@@ -66,11 +75,20 @@ class ApiError(HTTPException):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status_code}
         return {"error": error | self.details}
 
-    def response(self) -> Response:
-        """The HTTP response."""
+    def response(self, path: str = "") -> Response:
+        """The HTTP response, in the dialect of the path that was called."""
+        body = anthropic_body(self) if path.startswith(_ANTHROPIC) else self.body()
         return Response(
-            dump_json(self.body()), self.status_code, headers=self.headers, media_type="application/json"
+            dump_json(body), self.status_code, headers=self.headers, media_type="application/json"
         )
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The JSON body of an error in Anthropic's API."""
+    kind = _ANTHROPIC_TYPES.get(
+        error.status_code, "invalid_request_error" if error.status_code < 500 else "api_error"
+    )
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": None}
 
 
 def clipped(text: str) -> str:
@@ -113,27 +131,27 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, message, param=name)
 
 
-async def handle_refused(_: Request, error: Exception) -> Response:
+async def handle_refused(request: Request, error: Exception) -> Response:
     """Handles ``RefusedError`` and ``EngineFailedError``."""
     assert isinstance(error, RefusedError | EngineFailedError)
-    return as_api_error(error).response()
+    return as_api_error(error).response(request.url.path)
 
 
-async def handle_validation(_: Request, error: Exception) -> Response:
+async def handle_validation(request: Request, error: Exception) -> Response:
     """Handles FastAPI's validation error, as 400 instead of 422: OpenAI's clients expect that."""
     assert isinstance(error, RequestValidationError)
-    return of_validation(error.errors()).response()
+    return of_validation(error.errors()).response(request.url.path)
 
 
-async def handle_http(_: Request, error: Exception) -> Response:
+async def handle_http(request: Request, error: Exception) -> Response:
     """Handles ``ApiError``, and Starlette's errors for unknown paths and methods."""
     assert isinstance(error, StarletteHTTPException)
     if not isinstance(error, ApiError):
         message = _MESSAGES.get(error.status_code, str(error.detail))
         error = ApiError(error.status_code, message, headers=error.headers)
-    return error.response()
+    return error.response(request.url.path)
 
 
-async def handle_bug(_: Request, error: Exception) -> Response:
+async def handle_bug(request: Request, error: Exception) -> Response:
     """Handles all other exceptions: the traceback goes to the log, not to the client."""
-    return ApiError(500, "internal error").response()
+    return ApiError(500, "internal error").response(request.url.path)

@@ -14,6 +14,7 @@ from jaxpaged.app.server.runner import EngineFailedError
 from jaxpaged.app.server.sampling_schema import SamplingFields, engine_request, seed_of, special_stops
 from jaxpaged.app.server.state import ServerState
 from jaxpaged.app.server.text import SampleText, TextPart
+from jaxpaged.engine.constraint import Constraint
 from jaxpaged.engine.request import EngineRequest, RefusedError, RequestTimes, SampleOutput
 
 StopType = Literal["eos", "limit", "word"]
@@ -83,10 +84,12 @@ def _rate(name: str, count: int, milliseconds: float, *, timed: int | None = Non
 
 @dataclass(frozen=True)
 class Update:
-    """New text of a choice; the last one if ``choice.stop_type`` is set."""
+    """New text of a choice."""
 
     choice: Choice
     part: TextPart
+    is_last: bool = False
+    """True if it ends the choice."""
 
 
 def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextPart]:
@@ -100,7 +103,16 @@ def gathered(choices: Sequence[Choice], updates: Iterable[Update]) -> list[TextP
 class Generation:
     """A request in the engine: call ``start``, iterate over ``updates``, and always call ``close``."""
 
-    def __init__(self, state: ServerState, prompts: Sequence[Sequence[int]], fields: SamplingFields) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        prompts: Sequence[Sequence[int]],
+        fields: SamplingFields,
+        *,
+        constraint: Constraint | None = None,
+        visible: frozenset[int] = frozenset(),
+    ) -> None:
+        """visible: special tokens that belong to the text."""
         model, runner = state.accepting()
         tokenizer, n = model.tokenizer, fields.samples
         if len(prompts) * n > MAX_CHOICES:
@@ -108,14 +120,17 @@ class Generation:
                 400, f"{len(prompts)} prompts with n = {n}: at most {MAX_CHOICES} choices", param="n"
             )
         self._state, self._runner, self._tokenizer = state, runner, tokenizer
-        self._prompts, self._fields = prompts, fields
+        self._prompts, self._fields, self._constraint = prompts, fields, constraint
         self._special_stops: dict[int, str] = special_stops(fields.stops, tokenizer)
         self._streams: dict[int, Stream] = {}
         self._pumps: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[int, SampleOutput] | ApiError] = asyncio.Queue()
         self.choices = [
             Choice(
-                prompt * n + i, prompt, len(ids), SampleText(tokenizer.stream(at_start=False), fields.stops)
+                prompt * n + i,
+                prompt,
+                len(ids),
+                SampleText(tokenizer.stream(at_start=False, visible=visible), fields.stops),
             )
             for prompt, ids in enumerate(prompts)
             for i in range(n)
@@ -132,7 +147,13 @@ class Generation:
         state, seed = self._state, seed_of(self._fields, self._state.options)
         self.requests = [
             engine_request(
-                f"{next(state.numbers)}", prompt, self._fields, state.options, self._tokenizer, seed=seed
+                f"{next(state.numbers)}",
+                prompt,
+                self._fields,
+                state.options,
+                self._tokenizer,
+                seed=seed,
+                constraint=self._constraint,
             )
             for prompt in self._prompts
         ]
@@ -222,6 +243,10 @@ class Generation:
             raise ApiError(
                 500, "the model's logits hold NaN: its weights, or their dtype, cannot compute this text"
             )
+        elif output.finish_reason == "constraint":
+            raise ApiError(
+                400, "the grammar allowed no token, or grew beyond its limits, in the middle of the answer"
+            )
         elif output.finish_reason == "stop":
             choice.special_stop = self._special_stops.get(
                 -1 if output.stop_token is None else output.stop_token
@@ -243,7 +268,7 @@ class Generation:
                 generated=choice.num_tokens,
                 now=now,
             )
-        return Update(choice, part)
+        return Update(choice, part, choice.stop_type is not None)
 
     def _is_late(self, choice: Choice, now: float) -> bool:
         limit = self._fields.seconds

@@ -9,6 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxpaged.app.server.answering import json_response, respond
+from jaxpaged.app.server.constraining import constraint_of
+from jaxpaged.app.server.conversation import render
 from jaxpaged.app.server.generation import Generation
 from jaxpaged.app.server.native_answers import NativeAnswer
 from jaxpaged.app.server.native_schema import (
@@ -17,7 +19,7 @@ from jaxpaged.app.server.native_schema import (
     TemplateRequest,
     TokenizeRequest,
 )
-from jaxpaged.app.server.prompts import chat_text, check_prompt, encode_mixed
+from jaxpaged.app.server.prompts import check_prompt, encode_mixed
 from jaxpaged.app.server.routing import StrictRoute
 from jaxpaged.app.server.state import ServedModel, state_of
 
@@ -33,7 +35,7 @@ async def completion(request: Request, body: NativeRequest) -> Response:
     prompts = [await encode_mixed(model, prompt) for prompt in body.prompts]
     for ids in prompts:
         check_prompt(model, ids)
-    generation = Generation(state, prompts, body)
+    generation = Generation(state, prompts, body, constraint=await constraint_of(model, body))
     answer = NativeAnswer(state, model, generation, body)
     return await respond(request, generation, answer, stream=body.stream)
 
@@ -82,5 +84,6 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 @router.post("/apply-template")
 async def apply_template(request: Request, body: TemplateRequest) -> Response:
     """The prompt that a conversation becomes."""
-    model, _ = await state_of(request).enter(body.model)
-    return json_response({"prompt": await chat_text(model, body)})
+    state = state_of(request)
+    model, _ = await state.enter(body.model)
+    return json_response({"prompt": (await render(state, model, body)).text})

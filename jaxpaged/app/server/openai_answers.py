@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxpaged.app.server.answering import Answer
+from jaxpaged.app.server.blocks import Block, BlockEvent, ChatText, finish_reason
 from jaxpaged.app.server.generation import Choice, Generation, Update, gathered
 from jaxpaged.app.server.native_answers import settings
 from jaxpaged.app.server.openai_schema import OpenAIFields
@@ -156,15 +157,33 @@ class CompletionAnswer(OpenAIAnswer):
 class ChatAnswer(OpenAIAnswer):
     """``chat.completion``."""
 
+    texts: list[ChatText] = field(default_factory=list)
+    """One a choice."""
     kind: str = "chat.completion"
     chunk_kind: str = "chat.completion.chunk"
 
+    def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
+        for update in updates:
+            self.texts[update.choice.index].read(update)
+        return super().whole(updates)
+
     def choice(self, choice: Choice, part: TextPart) -> dict[str, Any]:
+        text = self.texts[choice.index]
+        thoughts, content = text.joined("reasoning"), text.joined("text")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if thoughts:
+            message["reasoning_content"] = thoughts
+        if text.calls:
+            message["content"] = content or None
+            message["tool_calls"] = [
+                _call(block) | {"function": {"name": block.name, "arguments": block.text}}
+                for block in text.calls
+            ]
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": part.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(part),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": finish_reason(choice, text),
         }
 
     def opening(self) -> list[dict[str, Any]]:
@@ -173,11 +192,31 @@ class ChatAnswer(OpenAIAnswer):
         ]
 
     def chunks(self, update: Update) -> Iterator[dict[str, Any]]:
-        choice, part = update.choice, update.part
-        if part.text or part.logprobs:
-            yield self._chunk(choice, {"content": part.text}, self._logprobs(part))
+        choice, text = update.choice, self.texts[update.choice.index]
+        logprobs = self._logprobs(update.part)
+        for event in text.events(update):
+            delta = self._delta(text, event)
+            if delta:
+                yield self._chunk(choice, delta, logprobs)
+                logprobs = None
+        if logprobs:  # of tokens whose text is held back, or was a marker
+            yield self._chunk(choice, {"content": ""}, logprobs)
         if choice.stop_type is not None:
-            yield self._chunk(choice, {}, finish=choice.finish_reason)
+            yield self._chunk(choice, {}, finish=finish_reason(choice, text))
+
+    def _delta(self, text: ChatText, event: BlockEvent) -> dict[str, Any]:
+        if event.block.kind != "call":
+            key = "content" if event.block.kind == "text" else "reasoning_content"
+            return {key: event.text} if event.what == "grow" else {}
+        index = {"index": text.calls.index(event.block)}
+        match event.what:
+            case "begin":
+                function = {"name": event.block.name, "arguments": ""}
+                return {"tool_calls": [index | _call(event.block) | {"function": function}]}
+            case "grow":
+                return {"tool_calls": [index | {"function": {"arguments": event.text}}]}
+            case _:
+                return {}
 
     def _chunk(
         self,
@@ -205,6 +244,10 @@ class ChatAnswer(OpenAIAnswer):
             "logprob": _finite(logprob),
             "bytes": list(data),
         }
+
+
+def _call(block: Block) -> dict[str, Any]:
+    return {"id": block.call_id, "type": "function"}
 
 
 def _finite(logprob: float) -> float:

@@ -11,10 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxpaged.app.server.answering import json_response, respond
+from jaxpaged.app.server.chatting import begin_chat, count_tokens
+from jaxpaged.app.server.constraining import constraint_of
 from jaxpaged.app.server.generation import Generation
 from jaxpaged.app.server.openai_answers import ChatAnswer, CompletionAnswer
 from jaxpaged.app.server.openai_schema import ChatRequest, CompletionRequest
-from jaxpaged.app.server.prompts import chat_text, check_prompt, encode, encode_chat
+from jaxpaged.app.server.prompts import check_prompt, encode
 from jaxpaged.app.server.routing import StrictRoute
 from jaxpaged.app.server.state import ServedModel, state_of
 
@@ -34,7 +36,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             text if isinstance(text, str) else model.tokenizer.decode(ids, skip_special=False)
             for text, ids in zip(texts if isinstance(texts[0], str) else prompts, prompts, strict=True)
         ]
-    generation = Generation(state, prompts, body)
+    generation = Generation(state, prompts, body, constraint=await constraint_of(model, body))
     answer_id = f"cmpl-{secrets.token_hex(16)}"
     answer = CompletionAnswer(state, model, generation, answer_id, int(time.time()), body, echoes=echoes)
     return await respond(request, generation, answer, stream=bool(body.stream))
@@ -45,28 +47,20 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answers a conversation."""
     state = state_of(request)
-    model, _ = await state.enter(body.model)
-    ids = await _chat_prompt(model, body)
-    generation = Generation(state, [ids], body)
+    chat = await begin_chat(state, body)
     answer_id = f"chatcmpl-{secrets.token_hex(16)}"
-    answer = ChatAnswer(state, model, generation, answer_id, int(time.time()), body)
-    return await respond(request, generation, answer, stream=bool(body.stream))
+    answer = ChatAnswer(
+        state, chat.model, chat.generation, answer_id, int(time.time()), body, texts=chat.texts
+    )
+    return await respond(request, chat.generation, answer, stream=bool(body.stream))
 
 
 @router.post("/v1/chat/completions/input_tokens")
 @router.post("/chat/completions/input_tokens", include_in_schema=False)
 async def input_tokens(request: Request, body: ChatRequest) -> Response:
     """Counts the tokens of a conversation."""
-    model, _ = await state_of(request).enter(body.model)
-    return json_response(
-        {"object": "response.input_tokens", "input_tokens": len(await _chat_prompt(model, body))}
-    )
-
-
-async def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
-    ids = await encode_chat(model, await chat_text(model, body))
-    check_prompt(model, ids)
-    return ids
+    count = await count_tokens(state_of(request), body)
+    return json_response({"object": "response.input_tokens", "input_tokens": count})
 
 
 async def _prompts(model: ServedModel, given: Any) -> list[list[int]]:

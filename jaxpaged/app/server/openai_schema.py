@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jaxpaged.app.server.chat_schema import NamedTool, ReasoningFormat, TemplateFields
+from jaxpaged.app.server.format_schema import Format, response_format
 from jaxpaged.app.server.sampling_schema import (
     MAX_STOPS,
     Limit,
@@ -131,7 +132,6 @@ class ChatRequest(OpenAIFields, TemplateFields):
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
         "audio": (),
@@ -146,7 +146,7 @@ class ChatRequest(OpenAIFields, TemplateFields):
     top_logprobs: Logprobs | None = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
+    response_format: dict[str, Any] | None = None
     modalities: Any = None
     service_tier: Any = None
     audio: Any = None
@@ -184,6 +184,9 @@ class ChatRequest(OpenAIFields, TemplateFields):
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice: required needs tools")
         return self
+
+    def _formats(self) -> dict[str, Format | None]:
+        return super()._formats() | {"response_format": response_format(self.response_format)}
 
     @property
     def chosen_function(self) -> str | None:

@@ -141,6 +141,19 @@ class ServeOptions(RunFlags):
         click.IntRange(-1),
     )
     webui: bool = _server("--webui/--no-webui, --ui/--no-ui", "The page in the browser, at /.", True)
+    reasoning_format: str = _server(
+        "--reasoning-format",
+        "Where thoughts go: deepseek or auto = reasoning_content, none = a part of the content.",
+        "auto",
+        click.Choice(["auto", "none", "deepseek", "deepseek-legacy"]),
+    )
+    reasoning_budget: int = _server(
+        "--reasoning-budget",
+        "Tokens of thoughts before an answer, at most; 0 = none, -1 = any number.",
+        -1,
+        click.IntRange(-1),
+        metavar="N",
+    )
     slots: bool = _server("--slots/--no-slots", "GET /slots: the state of each sequence.", True)
     slot_save_path: Path | None = _server(
         "--slot-save-path",

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
-from jaxpaged_model.text.chat import ChatTemplateError, render_chat
-
-from jaxpaged.app.server.chat_schema import TemplateFields
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.state import ServedModel
 
@@ -54,45 +50,12 @@ def check_prompt(model: ServedModel, ids: Sequence[int]) -> None:
         )
 
 
-async def chat_text(model: ServedModel, body: TemplateFields) -> str:
-    """The prompt of a conversation. An assistant's message at the end is continued.
-
-    Raises:
-      ApiError: the chat template refuses the messages.
-    """
-    arguments: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    add_generation_prompt = arguments.pop("add_generation_prompt", body.add_generation_prompt is not False)
-    messages, begun = [message.plain() for message in body.messages], ""
-    continues = body.continue_final_message
-    if continues is None:
-        continues = add_generation_prompt and messages[-1]["role"] == "assistant"
-    if continues:
-        add_generation_prompt = True
-        begun = messages.pop()["content"]
-        if not messages or messages[-1]["role"] == "assistant":
-            raise ApiError(
-                400, "messages: nothing to answer before the assistant's last one", param="messages"
-            )
-    try:
-        text = await asyncio.to_thread(
-            render_chat,
-            model.chat_template,
-            messages,
-            bos_token=_name(model, model.tokenizer.bos_id),
-            eos_token=_name(model, model.tokenizer.eos_id),
-            add_generation_prompt=add_generation_prompt,
-            **arguments,
-        )
-    except ChatTemplateError as error:
-        raise ApiError(400, str(error)[:500], param="messages") from None
-    return text + begun
-
-
 async def encode_chat(model: ServedModel, text: str) -> list[int]:
-    """Token ids of ``chat_text``; BOS is not added if the template has written it."""
-    bos = _name(model, model.tokenizer.bos_id)
+    """Token ids of a rendered conversation; BOS is not added if the template has written it."""
+    bos = special_name(model, model.tokenizer.bos_id)
     return await encode(model, text, add_special=not (bos and text.startswith(bos)))
 
 
-def _name(model: ServedModel, token: int | None) -> str:
+def special_name(model: ServedModel, token: int | None) -> str:
+    """Name of a special token; "" for None."""
     return "" if token is None else model.tokenizer.token_bytes(token).decode(errors="replace")

@@ -13,7 +13,9 @@ from jaxpaged.app.breakers import breaker_tokens
 from jaxpaged.app.errors import say
 from jaxpaged.app.sampling_options import SMALLEST_TOP_P
 from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.format_schema import Format, Schema, StructuredOutputs, one_format
 from jaxpaged.app.server.options import ServeOptions
+from jaxpaged.engine.constraint import Constraint
 from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, EngineRequest
 
 _INT32 = 2**31 - 1
@@ -53,8 +55,6 @@ class SamplingFields(StrictModel):
         "n_indent": (0,),
         "min_keep": (0, 1),
         "adaptive_target": (-1,),
-        "grammar": ("",),
-        "json_schema": (),
         "lora": ([],),
         "post_sampling_probs": (False,),
         "samplers": ([], list(DEFAULT_SAMPLERS)),
@@ -95,6 +95,10 @@ class SamplingFields(StrictModel):
     n_discard: Count = 0
     id_slot: Annotated[int, Field(ge=-1, le=_INT32)] = -1
     timings_per_token: bool = False
+    grammar: str | None = None
+    """The answer's grammar, in llama.cpp's notation."""
+    json_schema: Schema | None = None
+    structured_outputs: StructuredOutputs | None = None
     # Sent by llama-server's clients with every request: parameters of samplers that are off, and
     # hints.
     adaptive_decay: float | None = None
@@ -104,8 +108,6 @@ class SamplingFields(StrictModel):
     n_indent: Any = None
     min_keep: Any = None
     adaptive_target: Any = None
-    grammar: Any = None
-    json_schema: Any = None
     lora: Any = None
     post_sampling_probs: Any = None
     samplers: Any = None
@@ -117,6 +119,24 @@ class SamplingFields(StrictModel):
             if value is not None and value not in neutral:
                 raise ValueError(f"{name} is not supported here")
         return self
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        _ = self.format
+        return self
+
+    @property
+    def format(self) -> Format | None:
+        """Format of the answer, if the request asks for one."""
+        return one_format(**self._formats())
+
+    def _formats(self) -> dict[str, Format | None]:
+        """Formats by the parameter that asks for them."""
+        return {
+            "grammar": ("gbnf", self.grammar) if self.grammar else None,
+            "json_schema": None if self.json_schema is None else ("json", self.json_schema),
+            "structured_outputs": self.structured_outputs.format if self.structured_outputs else None,
+        }
 
     @property
     def samples(self) -> int:
@@ -157,6 +177,7 @@ def engine_request(
     tokenizer: Tokenizer,
     *,
     seed: int,
+    constraint: Constraint | None = None,
 ) -> EngineRequest:
     """Makes the engine's request.
 
@@ -201,6 +222,7 @@ def engine_request(
         seed=seed,
         stop_ids=stop_ids,
         logit_bias=logit_bias,
+        constraint=constraint,
         num_logprobs=fields.num_logprobs,
         priority=fields.priority,
         cache_salt=fields.cache_salt or "",

@@ -62,7 +62,7 @@ class LimitHeaders:
             if size > MAX_HEADER_BYTES or len(scope["headers"]) > MAX_HEADERS:
                 message = f"the headers exceed {MAX_HEADER_BYTES} bytes, or are more than {MAX_HEADERS}"
                 error = ApiError(431, message, headers={"Connection": "close"})
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -78,7 +78,7 @@ class RequireKey:
         closed = scope["type"] == "http" and self._keys and scope["path"] not in self._public
         if closed and not self._known(_key_of(scope["headers"])):
             error = ApiError(401, "Invalid API Key", headers={"WWW-Authenticate": "Bearer"})
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -119,7 +119,7 @@ class LimitBody:
                 return
             error = ApiError(413, f"the body has more than {self._limit} bytes")
         error.headers = {"Connection": "close"}
-        await error.response()(scope, receive, send)
+        await error.response(scope["path"])(scope, receive, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The body; a part beyond the limit of a too large one; None if the client disconnected."""

@@ -143,35 +143,31 @@ class Grammar:
             raise GrammarError("choices: give at least one text, and none that is empty")
         return cls.from_lark("start: " + " | ".join(map(json.dumps, choices)), tokenizer)
 
-    def matcher(self, *, after: str | None = None, triggers: Sequence[str] = ()) -> Matcher:
+    def matcher(self, triggers: Sequence[str] = ()) -> Matcher:
         """The state at the beginning of a sample.
 
         Args:
-            after: text behind which the grammar begins, such as `</think>`; None = at once.
-            triggers: texts at which it begins, and which belong to it; with `after`, they are searched for
-                behind that. Without any, it begins at once.
+            triggers: texts at which it begins, and which belong to it; without any, it begins at once.
         """
-        return Matcher(self._state.deep_copy(), self.tokenizer, after, tuple(triggers))
+        return Matcher(self._state.deep_copy(), self.tokenizer, triggers)
 
 
 class Matcher:
     """A grammar's state in one sample: a `jaxpaged.engine.constraint.Constraint`."""
 
-    def __init__(
-        self, state: Any, tokenizer: Tokenizer, after: str | None = None, triggers: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, state: Any, tokenizer: Tokenizer, triggers: Sequence[str] = ()) -> None:
         """Use `Grammar.matcher`."""
         self._state, self._tokenizer = state, tokenizer
-        self._after = None if after is None else after.encode()
         self._triggers = tuple(text.encode() for text in triggers)
         self._tail: list[int] = []
-        """The latest tokens, in which the text that is waited for may have begun."""
+        """The latest tokens, in which a trigger may have begun."""
+        self._is_off = False
         self._check()
 
     @property
     def is_active(self) -> bool:
         """False while the grammar has not begun."""
-        return self._after is None and not self._triggers
+        return not self._triggers and not self._is_off
 
     @property
     def is_finished(self) -> bool:
@@ -198,20 +194,23 @@ class Matcher:
             GrammarError: one that is not allowed, or a limit of the parser.
         """
         for i, token in enumerate(tokens):
+            if self._is_off:
+                return
             if self.is_active:
-                self._state.consume_tokens(list(tokens[i:]))
+                rest = list(tokens[i:])
+                if i and self._state.validate_tokens(rest) < len(rest):
+                    # Sampled in the step of the trigger, before a mask was asked for: the text goes on freely.
+                    self._is_off = True
+                    return
+                self._state.consume_tokens(rest)
                 return self._check()
             self._wait(token)
 
     def _wait(self, token: int) -> None:
-        """Searches the latest tokens for the text at which, or behind which, the grammar begins."""
+        """Searches the latest tokens for the text at which the grammar begins."""
         self._tail = [*self._tail, token][-_TRIGGER_TOKENS:]
         pieces = [self._tokenizer.token_bytes(t) for t in self._tail]
         text = b"".join(pieces)
-        if self._after is not None:
-            if self._after in text:
-                self._after, self._tail = None, []
-            return
         places = [place for trigger in self._triggers if (place := text.find(trigger)) >= 0]
         if not places:
             return
@@ -235,7 +234,7 @@ class Matcher:
     def copy(self) -> Matcher:
         """An independent matcher in the same state."""
         other = Matcher(self._state.deep_copy(), self._tokenizer)
-        other._after, other._triggers, other._tail = self._after, self._triggers, self._tail
+        other._triggers, other._tail, other._is_off = self._triggers, self._tail, self._is_off
         return other
 
     def _check(self) -> None:

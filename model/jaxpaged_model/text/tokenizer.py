@@ -8,7 +8,7 @@ the model would answer fluent nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,18 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size} tokens")
         return self._pieces[token_id] if token_id < self.vocab_size else b""
 
-    def stream(self, *, at_start: bool = True) -> StreamDecoder:
+    def stream(self, *, at_start: bool = True, visible: Collection[int] = ()) -> StreamDecoder:
         """A decoder for tokens that arrive one at a time; its texts joined equal `decode` of all of them.
 
         Args:
             at_start: False if the tokens continue a text, so that a leading space is kept.
+            visible: special tokens that are written out.
         """
-        return StreamDecoder(self._visible_bytes, self._strip_space and at_start)
+
+        def piece(token_id: int) -> bytes:
+            return self.token_bytes(token_id) if token_id in visible else self._visible_bytes(token_id)
+
+        return StreamDecoder(piece, self._strip_space and at_start)
 
     def _visible_bytes(self, token_id: int) -> bytes:
         data = self.token_bytes(token_id)

@@ -37,8 +37,9 @@ class FakeStream:
 
     async def __aiter__(self) -> AsyncIterator[SampleOutput]:
         request, runner = self.request, self.runner
-        limit = len(request.prompt) + 1 if request.max_new_tokens is None else request.max_new_tokens
-        said = [token for token in request.prompt if token not in request.stop_ids]
+        said = list(request.prompt) if runner.says is None else runner.says
+        said = [token for token in said if token not in request.stop_ids]
+        limit = len(said) + 1 if request.max_new_tokens is None else request.max_new_tokens
         arrived = time.monotonic()
         for i in range(0, limit + runner.burst, runner.burst):
             for index in sorted(self.open):
@@ -116,6 +117,8 @@ class FakeRunner:
         self.burst = 1
         """Tokens of an output."""
         self.cached = 0
+        self.says: list[int] | None = None
+        """What it says instead of the prompt."""
         self.streams: dict[str, FakeStream] = {}
         self.requests: list[EngineRequest] = []
         self.aborted: list[tuple[str, int | None]] = []

@@ -275,11 +275,14 @@ def test_two_bos_are_warned_of(server, capsys):
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"description": "f"}}]}, "tools"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "type"),
+        ({"json_schema": {}, "grammar": 'root ::= "x"'}, "exclude"),
+        ({"structured_outputs": {"regex": "["}}, "regex"),
         ({"functions": [{}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"grammar": "root ::= x"}, "grammar"),
+        ({"grammar": "root ::= x"}, "'x' not found"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
