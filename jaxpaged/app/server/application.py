@@ -17,6 +17,7 @@ from jaxpaged.app.server import (
     security,
     slot_routes,
 )
+from jaxpaged.app.server.hosting import HoldModels
 from jaxpaged.app.server.page_routes import page_routes
 from jaxpaged.app.server.runner import EngineFailedError
 from jaxpaged.app.server.state import ServerState
@@ -54,6 +55,7 @@ def create_application(state: ServerState) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.handle_http)
     app.add_exception_handler(Exception, errors.handle_bug)
     # The middleware added last is the outermost.
+    app.add_middleware(HoldModels, host=lambda: state.host)
     app.add_middleware(security.HeadAsGet)
     app.add_middleware(security.LimitBody, limit=options.max_body)
     app.add_middleware(security.RequireKey, keys=options.api_keys, public=public)

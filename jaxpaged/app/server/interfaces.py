@@ -23,7 +23,6 @@ class Runner(Protocol):
 
     n_ctx: int
     max_seqs: int
-    draining: bool
 
     @property
     def healthy(self) -> bool: ...

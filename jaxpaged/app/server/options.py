@@ -86,6 +86,19 @@ class ServeOptions(RunFlags):
         metavar="NAME,...",
         **_WORDS,
     )
+    models_dir: Path | None = _model(
+        "--models-dir",
+        "Folder of GGUF files and Hugging Face folders, served by name: the `model` of a request loads the one "
+        "it names; -m names one to load at once.",
+        type=FILE,
+        metavar="FOLDER",
+    )
+    models_max: int | None = _model(
+        "--models-max",
+        "Models of --models-dir loaded at once; for another one, that which was idle longest is unloaded.  "
+        "[default: as many as the free memory has room for]",
+        type=AT_LEAST_1,
+    )
     host: str = _server(
         "--host",
         "Address to listen on, or several with commas; 0.0.0.0 = all, which needs --api-key to be safe.",
@@ -120,6 +133,12 @@ class ServeOptions(RunFlags):
         30.0,
         FiniteFloat(0),
         metavar="S",
+    )
+    sleep_idle_seconds: int = _server(
+        "--sleep-idle-seconds",
+        "Unload a model after so many seconds without a request; the next one loads it again. -1 = never.",
+        -1,
+        click.IntRange(-1),
     )
     webui: bool = _server("--webui/--no-webui, --ui/--no-ui", "The page in the browser, at /.", True)
     reasoning_format: str = _server(
@@ -199,6 +218,14 @@ class ServeOptions(RunFlags):
             raise InputError("--context-shift needs a paged cache, not --no-kv-cache-paged")
         if options.slot_save_path is not None and not options.slot_save_path.is_dir():
             raise InputError(f"--slot-save-path {options.slot_save_path}: no such folder")
+        if options.sleep_idle_seconds == 0:
+            raise InputError("--sleep-idle-seconds 0: at least 1, or -1 for never")
+        if options.models_dir is None and options.models_max is not None:
+            raise InputError("--models-max counts the models of --models-dir, which is not given")
+        if options.models_dir is not None and (options.hf is not None or options.alias):
+            raise InputError(
+                "the models of --models-dir have the names of their files; -hf and -a do not fit it"
+            )
         return options
 
 

@@ -96,8 +96,6 @@ class EngineRunner:
         self._pool_state = engine.pool_state()
         self._slot_states = engine.slot_states()
         self._refreshed = self._counted = 0.0
-        self.draining = False
-        """True: new requests are refused, running ones finish."""
 
     # To be called on the event loop
 
