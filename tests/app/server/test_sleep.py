@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import gc
 import shutil
 import signal
 import threading
@@ -10,10 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 import requests
 from jaxpaged_model import tiny
 from test_real_clients import Process
+
+from jaxpaged.app.server.hosting import Hosted, ModelHost
+from jaxpaged.app.server.options import ServeOptions
+from jaxpaged.app.server.serve import load_engine
 
 pytestmark = pytest.mark.slow
 GREEDY = {"prompt": "def main(", "max_tokens": 12, "temperature": 0}
@@ -137,3 +144,22 @@ def test_signals_while_a_model_loads(start, folder):
     process.popen.send_signal(signal.SIGTERM)
     assert waiting.result().status_code == 503
     assert process.popen.wait(30) == 0
+
+
+def test_no_array_and_no_thread_is_left():
+    host = ModelHost([Hosted("")], lambda _: load_engine(ServeOptions(log=False, ctx_size=128, parallel=2)))
+    hosted = host.models[0]
+
+    async def cycle() -> None:
+        await host.load(hosted)
+        assert len(jax.live_arrays()) > before and "engine" in [
+            thread.name for thread in threading.enumerate()
+        ]
+        await host.unload(hosted)
+
+    for _ in range(2):
+        gc.collect()
+        before = len(jax.live_arrays())
+        asyncio.run(cycle())
+        assert len(jax.live_arrays()) <= before
+        assert "engine" not in [thread.name for thread in threading.enumerate()]
