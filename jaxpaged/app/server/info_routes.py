@@ -85,7 +85,7 @@ def _model(state: ServerState, hosted: Hosted) -> dict[str, Any]:
 @router.post("/models/load")
 async def load_model(request: Request, body: ModelName) -> Response:
     """Loads a model, and answers when it is loaded."""
-    await _named(request).enter(body.model)
+    await _named(request).enter(body.model, loads=True)
     return json_response({"success": True})
 
 
@@ -117,8 +117,8 @@ async def props(request: Request) -> Response:
     about: dict[str, Any] = {}
     if state.host.by_name:
         about = {"role": "router", "max_instances": o.models_max or len(state.host.models)}
-        about["models_autoload"] = True
-        if name is None and state.host.only is None:
+        about["models_autoload"] = o.models_autoload
+        if name is None and (state.host.only is None or state.host.only.model is None):
             return json_response(about | {"build_info": state.build})
     hosted = state.look_at(name)
     model = hosted.model

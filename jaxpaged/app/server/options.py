@@ -99,6 +99,11 @@ class ServeOptions(RunFlags):
         "[default: as many as the free memory has room for]",
         type=AT_LEAST_1,
     )
+    models_autoload: bool = _model(
+        "--models-autoload/--no-models-autoload",
+        "Requests load the models of --models-dir that they name; otherwise only POST /models/load does.",
+        True,
+    )
     host: str = _server(
         "--host",
         "Address to listen on, or several with commas; 0.0.0.0 = all, which needs --api-key to be safe.",

@@ -82,16 +82,22 @@ class ServerState:
         hosted = self._current
         return None if hosted is None else hosted.stats()
 
-    async def enter(self, name: str | None) -> tuple[ServedModel, Runner]:
+    async def enter(self, name: str | None, *, loads: bool = False) -> tuple[ServedModel, Runner]:
         """The model and the engine that a request names, for the rest of it; loads them if needed.
 
+        Args:
+          loads: the request is to load the model, so ``--no-models-autoload`` does not matter.
+
         Raises:
-          ApiError: 404, no such model; 500, it cannot be loaded; 503, not in time, and see ``accepting``.
+          ApiError: 400, ``--no-models-autoload``; 404, no such model; 500, it cannot be loaded; 503, not in
+            time, and see ``accepting``.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down")
         hosted, hold = self.host.find(name), current_hold()
         assert hold is not None, "the middleware HoldModels"
+        if self.host.by_name and hosted.runner is None and not (self.options.models_autoload or loads):
+            raise ApiError(400, f"the model {hosted.name!r} is not loaded", param="model")
         if self.host.by_name or hosted.model is not None:
             await self.host.hold(hosted, hold)
         return self.ready()

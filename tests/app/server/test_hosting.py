@@ -39,7 +39,7 @@ class Runner(FakeRunner):
 class House:
     """A server with some models, all of them fake."""
 
-    def __init__(self, *names: str, by_name: bool = True, **host: Any) -> None:
+    def __init__(self, *names: str, by_name: bool = True, autoload: bool = True, **host: Any) -> None:
         self.opened: list[str] = []
         self.runners: list[Runner] = []
         self.broken: set[str] = set()
@@ -47,7 +47,7 @@ class House:
         self.most = 0
         self.delay = 0.0
         self.host = ModelHost([Hosted(name) for name in names], self._open, by_name=by_name, **host)
-        self.state = ServerState(ServeOptions(metrics=True), host=self.host)
+        self.state = ServerState(ServeOptions(metrics=True, models_autoload=autoload), host=self.host)
         self.state.metrics.watch(self.state.stats)
         self.app = create_application(self.state)
 
@@ -252,6 +252,20 @@ def test_load_and_unload():
 
 async def _refused(client: httpx.AsyncClient) -> None:
     check_error(await client.post("/models/load", json={"model": "a"}), 501)
+
+
+def test_without_autoload_only_the_route_loads():
+    house = House("a", autoload=False)
+
+    async def scene(client: httpx.AsyncClient) -> None:
+        props = (await client.get("/props")).json()
+        assert props["role"] == "router" and props["models_autoload"] is False
+        check_error(await client.get("/props?model=a"), 400)
+        check_error(await ask(client, "a"), 400)
+        assert (await client.post("/models/load", json={"model": "a"})).status_code == 200
+        check_answer(await ask(client, "a"), "a")
+
+    house.run(scene)
 
 
 def test_a_model_sleeps_and_a_request_wakes_it():
