@@ -48,6 +48,11 @@ _TABLE: tuple[tuple[int, str, str], ...] = (
     (1, "one thread serves HTTP, another computes", "--threads-http -to --timeout --sse-ping-interval"),
     (0, "one thread serves HTTP, another computes", "--reuse-port"),
     (1, "tags change nothing that the server does", "--tags"),
+    (
+        0,
+        "embeddings, and ranks where a model has a head for them, are always served",
+        "--embedding --embeddings --rerank --reranking",
+    ),
     (0, "the server has no tools", "-no-ag --no-agent"),
     (1, _DRAFTS, "-td --threads-draft -tbd --threads-batch-draft -ctkd --cache-type-k-draft -ctvd"),
     (

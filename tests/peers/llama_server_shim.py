@@ -28,7 +28,6 @@ _WITH_VALUE = {
     "--hf-repo": "replaced by the random model",
     "--hf-file": "replaced by the random model",
     "--ctx-size": "llama-server divides it by its slots",
-    "--reasoning": "there is no such flag",
     "--media-path": "there is no such flag; the test sends a request that names a file",
 }
 _WITHOUT_VALUE = {"--offline", "--no-jinja"}
@@ -81,6 +80,10 @@ def write_random_model(path: Path, text: str) -> Path:
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
+        # Any tokens: the tests of /infill ask what is sent, and what comes back.
+        "tokenizer.ggml.fim_pre_token_id": _VOCAB - 3,
+        "tokenizer.ggml.fim_suf_token_id": _VOCAB - 2,
+        "tokenizer.ggml.fim_mid_token_id": _VOCAB - 1,
     }
     return write_converted_gguf(path, config, weights, extra=vocabulary)
 

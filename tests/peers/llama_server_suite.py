@@ -31,26 +31,18 @@ _TOOLS = "tools are not offered"
 _MODEL = "needs a model that is not here"
 
 FILES: dict[str, str] = {
-    "test_compat_anthropic.py": "Anthropic's API (/v1/messages) is not offered",
     "test_compat_gcp.py": "Google's API (/predict) is not offered",
-    "test_compat_oai_responses.py": "/v1/responses is not offered",
-    "test_embedding.py": "embeddings are not offered",
-    "test_infill.py": "/infill is not offered",
     "test_kv_keep_only_active.py": "reads llama-server's log; slots have no cells of their own here",
     "test_lora.py": "LoRA is not offered",
     "test_mcp_servers.py": _TOOLS,
     "test_proxy.py": "a proxy for the page in the browser is not offered",
-    "test_rerank.py": "reranking is not offered",
-    "test_router.py": "several models behind one server are not offered",
     "test_speculative.py": "the server drafts no tokens",
     "test_stream.py": "resuming a stream (through the router of models) is not offered",
-    "test_tool_call.py": _TOOLS,
     "test_tools_builtin.py": _TOOLS,
     "test_vision_api.py": "images are not offered",
 }
 """Excluded files, with the reason."""
 
-_STRUCTURED = "structured output (json_schema, grammar, json_object) is not offered"
 _AFTER_SAMPLING = "probabilities after sampling are not offered"
 _PROGRESS = "progress of a prompt is not offered"
 _IMAGES = "images are not offered"
@@ -70,15 +62,8 @@ LEFT_OUT: dict[str, str] = {
     "test_chat_completion.py::test_chat_template_assistant_prefill[prefill1": (
         "decided otherwise: parts of a text are joined with one line break, also those of the assistant"
     ),
-    "test_chat_completion.py::test_completion_with_response_format[response_format0": _STRUCTURED,
-    "test_chat_completion.py::test_completion_with_response_format[response_format1": _STRUCTURED,
-    "test_chat_completion.py::test_completion_with_response_format[response_format2": _STRUCTURED,
-    "test_chat_completion.py::test_completion_with_response_format[response_format3": _STRUCTURED,
-    "test_chat_completion.py::test_completion_with_json_schema": _STRUCTURED,
-    "test_chat_completion.py::test_completion_with_grammar": _STRUCTURED,
     "test_chat_completion.py::test_return_progress": _PROGRESS,
     "test_metrics.py::test_metrics_timings_on_prompt_progress": _PROGRESS,
-    "test_metrics.py::test_metrics_embedding_prompt_is_counted": "embeddings are not offered",
     "test_security.py::test_cors_options": _CORS,
     "test_security.py::test_cors_origins_defaults_to_localhost_with_tools_enabled": _TOOLS,
     "test_security.py::test_cors_proxy_only_forwards_explicit_proxy_headers": (
@@ -96,7 +81,6 @@ LEFT_OUT: dict[str, str] = {
     "test_sleep.py::test_server_sleep_metrics_buckets": (
         "decided otherwise: rates in /metrics are averages since the start; no scrape changes what the next one sees"
     ),
-    "test_template.py::test_reasoning[tools2]": _TOOLS,
     "test_template.py::test_date_inside_prompt": (
         "decided otherwise: a template is told the date where it asks for it (strftime_now), as in transformers"
     ),

@@ -47,7 +47,7 @@ def thinks(state: ServerState, body: TemplateFields) -> bool | None:
     budget = state.options.reasoning_budget if budget is None else budget
     if body.reasoning_effort == "none" or budget == 0:
         return False
-    return None
+    return {"on": True, "off": False}.get(state.options.reasoning)
 
 
 async def render(state: ServerState, model: ServedModel, body: TemplateFields) -> Conversation:

@@ -165,6 +165,12 @@ class ServeOptions(RunFlags):
         "auto",
         click.Choice(["auto", "none", "deepseek", "deepseek-legacy"]),
     )
+    reasoning: str = _server(
+        "--reasoning, -rea",
+        "Ask for thoughts, or for none, where the template can; auto: as the template decides.",
+        "auto",
+        click.Choice(["auto", "on", "off"]),
+    )
     reasoning_budget: int = _server(
         "--reasoning-budget",
         "Tokens of thoughts before an answer, at most; 0 = none, -1 = any number.",
