@@ -16,7 +16,6 @@ from jaxpaged_model.text.grammar import Grammar, GrammarError
 from template_sources import read_templates
 from test_chat_formats import OWN
 
-
 STOPS = ("</s>", "<|eom_id|>", "<|eot_id|>")
 """Tokens at which `render_answer` ends an answer."""
 KNOWN_GAPS = {
