@@ -30,6 +30,11 @@ def known_calls(template: str) -> CallFormat | None:
     return next((calls for texts, calls in KNOWN_FORMATS if all(text in template for text in texts)), None)
 
 
+def is_known(calls: CallFormat) -> bool:
+    """True if a format is one of the table, so that calls must be written as content."""
+    return any(calls is known for _, known in KNOWN_FORMATS)
+
+
 def calls_as_content(message: Mapping[str, Any], calls: CallFormat) -> dict[str, Any]:
     """A message whose calls are a part of its content, for templates that would leave them out.
 
