@@ -157,15 +157,15 @@ _HUB = {
 CHANGED |= {  # names of models in the hub, and of those in the folder that is served
     "": _HUB,  # constants of test_router.py
     "test_router_models_max_evicts_lru": _HUB,
-    **dict.fromkeys(
-        (
+    **{
+        test: {"ggml-org/tinygemma3-GGUF:Q8_0": "tinygemma3"}
+        for test in (
             "test_router_chat_completion_stream",
             "test_router_unload_model",
             "test_router_no_models_autoload",
             "test_router_api_key_required",
-        ),
-        {"ggml-org/tinygemma3-GGUF:Q8_0": "tinygemma3"},
-    ),
+        )
+    },
 }
 """Other values that are replaced, by test."""
 
