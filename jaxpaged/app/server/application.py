@@ -10,7 +10,9 @@ from starlette.middleware.cors import CORSMiddleware
 from jaxpaged import __version__
 from jaxpaged.app.server import (
     agent_routes,
+    embedding_routes,
     errors,
+    infill_routes,
     info_routes,
     native_routes,
     openai_routes,
@@ -43,7 +45,15 @@ def create_application(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     public = set(security.PUBLIC_PATHS)
-    for module in (openai_routes, agent_routes, native_routes, slot_routes, info_routes):
+    for module in (
+        openai_routes,
+        agent_routes,
+        embedding_routes,
+        infill_routes,
+        native_routes,
+        slot_routes,
+        info_routes,
+    ):
         app.include_router(module.router)
     if options.webui:
         pages = page_routes()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxpaged_model.checkpoint.pooling import Reranker
 from jaxpaged_model.text.tokenizer import Tokenizer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -44,6 +45,9 @@ class ServedModel:
     description: str = ""
     size_bytes: int = 0
     fingerprint: str = ""
+    pooling: str = "last"
+    """How embeddings are made of hidden states."""
+    reranker: Reranker | None = None
 
 
 @dataclass(eq=False)

@@ -146,6 +146,19 @@ class ServeOptions(RunFlags):
         click.IntRange(-1),
     )
     webui: bool = _server("--webui/--no-webui, --ui/--no-ui", "The page in the browser, at /.", True)
+    pooling: str | None = _server(
+        "--pooling",
+        "How an embedding is made of a text's hidden states; none: a vector for each token.  "
+        "[default: as the file says, or last]",
+        type=click.Choice(["none", "mean", "cls", "last"]),
+    )
+    embd_normalize: int = _server(
+        "--embd-normalize",
+        "Norm by which embeddings are divided: 2 = Euclidean, 1 = taxicab, 0 = the largest is 32767, -1 = none.",
+        2,
+        click.IntRange(-1),
+        metavar="N",
+    )
     reasoning_format: str = _server(
         "--reasoning-format",
         "Where thoughts go: deepseek or auto = reasoning_content, none = a part of the content.",

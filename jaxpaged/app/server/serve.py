@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import click
 import uvicorn
+from jaxpaged_model.embedding import Embedder
 from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
 
 from jaxpaged.app import interrupt, processes
@@ -230,7 +231,8 @@ def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     with _compiling(options.log) as report:
         engine.compile(report)
     trim_memory()
-    return EngineRunner(engine), model
+    embedder = Embedder(ready.loaded, chunk=options.step_tokens) if ready.loaded.mesh is None else None
+    return EngineRunner(engine, embedder), model
 
 
 @contextlib.contextmanager
@@ -266,6 +268,8 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
         loaded.description,
         loaded.size_bytes,
         loaded.fingerprint,
+        options.pooling or loaded.pooling or "last",
+        loaded.reranker,
     )
 
 

@@ -292,10 +292,6 @@ def test_an_answer_is_continued_or_not(server):
 @pytest.mark.parametrize(
     "path",
     [
-        "/infill",
-        "/embedding",
-        "/v1/embeddings",
-        "/v1/rerank",
         "/lora-adapters",
         "/cors-proxy",
         "/predict",
