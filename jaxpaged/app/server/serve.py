@@ -25,8 +25,9 @@ from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.memory import free_memory, trim_memory
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.errors import ApiError
-from jaxpaged.app.server.hosting import Hosted, ModelHost, models_in, name_of
+from jaxpaged.app.server.hosting import Hosted, ModelHost
 from jaxpaged.app.server.lockstep import LockstepEngine
+from jaxpaged.app.server.model_folder import models_in, name_of
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.runner import EngineRunner
 from jaxpaged.app.server.state import ServedModel, ServerState

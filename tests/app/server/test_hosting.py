@@ -17,7 +17,8 @@ from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.server.application import create_application
-from jaxpaged.app.server.hosting import Hosted, ModelHost, models_in
+from jaxpaged.app.server.hosting import Hosted, ModelHost
+from jaxpaged.app.server.model_folder import models_in
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.state import ServedModel, ServerState
 
