@@ -47,7 +47,6 @@ _TABLE: tuple[tuple[int, str, str], ...] = (
     (0, "the page has no settings here", "--no-ui-mcp-proxy --no-webui-mcp-proxy"),
     (1, "one thread serves HTTP, another computes", "--threads-http -to --timeout --sse-ping-interval"),
     (0, "one thread serves HTTP, another computes", "--reuse-port"),
-    (1, "an idle server computes nothing", "--sleep-idle-seconds"),
     (1, "tags change nothing that the server does", "--tags"),
     (0, "the server has no tools", "-no-ag --no-agent"),
     (1, _DRAFTS, "-td --threads-draft -tbd --threads-batch-draft -ctkd --cache-type-k-draft -ctvd"),

@@ -270,6 +270,18 @@ class GenerateOptions(RunFlags):
         1.0,
         FiniteFloat(),
     )
+    json_schema: str | None = _generation(
+        "-j, --json-schema", "JSON schema of the answer; {} is any JSON.", metavar="SCHEMA"
+    )
+    json_schema_file: str | None = _generation(
+        "-jf, --json-schema-file", "File with a JSON schema of the answer.", metavar="FILE"
+    )
+    grammar: str | None = _generation(
+        "--grammar", "Grammar of the answer, in llama.cpp's notation (GBNF).", metavar="GRAMMAR"
+    )
+    grammar_file: str | None = _generation(
+        "--grammar-file", "File with a grammar of the answer.", metavar="FILE"
+    )
     lookup: int = _generation(
         "--lookup, --spec-draft-n-max, --spec-ngram-mod-n-max",
         "Draft up to N tokens a step from the text so far; the tokens stay the same. 0 = off.",

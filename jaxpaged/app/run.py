@@ -13,7 +13,7 @@ import numpy as np
 from jaxpaged.app import interrupt
 from jaxpaged.app.memory import trim_memory
 from jaxpaged.app.timings import Timings
-from jaxpaged.generation.request import ContextShift, Lookup
+from jaxpaged.generation.request import ContextShift, LogitsProcessor, Lookup
 from jaxpaged.generation.result import FINISH_NAN, FINISH_OUT_OF_PAGES, FINISH_STOP
 from jaxpaged.generation.sampling_params import SamplingParams
 from jaxpaged.generation.stream import GenerateStream, generate_stream
@@ -73,6 +73,7 @@ def generate(
     keep: bool = False,
     context_shift: ContextShift | None = None,
     lookup: int = 0,
+    logits_processor: LogitsProcessor | None = None,
     history: Sequence[Sequence[int]] = (),
     warmup: bool = True,
     every: Callable[[], int] | None = None,
@@ -88,6 +89,7 @@ def generate(
       on_start: called before the prefill, after compiling.
       samples: per prompt.
       lookup: tokens of a draft; above 0, prompt-lookup decoding.
+      logits_processor: see ``generate``.
       every: returns the decode steps per chunk; default: as many as take a tenth of a second.
       fixed_steps: see ``generate_stream``.
       on_cache: called with the cache and the number of tokens generated, after the prefill and after each chunk.
@@ -109,6 +111,7 @@ def generate(
         context_shift=context_shift,
         history=history,
         lookup=Lookup(lookup) if lookup else None,
+        logits_processor=logits_processor,
         fixed_steps=fixed_steps,
         every=1,
     )

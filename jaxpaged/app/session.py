@@ -15,6 +15,7 @@ from jaxpaged_model.llama import ModelFn
 
 from jaxpaged.app import processes
 from jaxpaged.app.animation import PageMapRecorder
+from jaxpaged.app.answer_format import check_format, grammar_processor
 from jaxpaged.app.breakers import breaker_tokens
 from jaxpaged.app.cache_type import CacheType, check_hadamard
 from jaxpaged.app.errors import InputError, nan_message, say
@@ -57,6 +58,8 @@ class Session:
     """Lines about what that time was spent on."""
     recorder: PageMapRecorder | None = None
     """Recorder of ``--page-map``."""
+    logits_processor: Any = None
+    """That of ``--json-schema`` and ``--grammar``."""
 
     @classmethod
     def open(cls, options: GenerateOptions) -> Session:
@@ -72,6 +75,7 @@ class Session:
         if options.prompt_cache is None and (options.prompt_cache_all or options.prompt_cache_ro):
             raise InputError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
         check_hadamard(options.hadamard, options.cache_type_k, options.cache_type_v)
+        check_format(options)
         _check_processes(options)
         recorder = PageMapRecorder.open(options)
         ready = open_model(options, mesh=options.mesh, show_progress=options.log)
@@ -83,6 +87,7 @@ class Session:
             seed=broadcast_object(secrets.randbits(32)) if options.seed < 0 else options.seed,
             timings=Timings(load_ms=ready.load_ms),
             recorder=recorder,
+            logits_processor=grammar_processor(options, ready.loaded.tokenizer),
         )
         loaded = ready.loaded
         session.note(f"model = {loaded.path}, {loaded.description}, computing in {ready.dtype}")
@@ -283,6 +288,7 @@ class Session:
             keep=keep,
             context_shift=context_shift,
             lookup=o.num_draft if max_new_tokens else 0,
+            logits_processor=self.logits_processor,
             history=[history] * len(prompts),
             warmup=o.warmup,
             every=None if recorder is None else lambda: recorder.every,
@@ -350,5 +356,8 @@ def _check_processes(options: GenerateOptions) -> None:
     mesh = processes.count() > 1 or options.mesh is not None
     if mesh and options.page_map is not None:
         raise InputError("--page-map draws the pool of one device, not of a --mesh")
+    given = (options.json_schema, options.json_schema_file, options.grammar, options.grammar_file)
+    if mesh and any(text is not None for text in given):
+        raise InputError("--json-schema and --grammar work on one device, not on a --mesh")
     if processes.count() > 1 and options.prompt_cache is not None:
         raise InputError("--prompt-cache works in one process; this run has several")

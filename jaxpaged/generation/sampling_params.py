@@ -22,7 +22,7 @@ class Range:
     """Values that a sampling parameter can have."""
 
     allowed: str
-    """What is allowed, for messages."""
+    """The allowed values, in words for messages."""
     low: float = -_FLOAT_MAX
     high: float = _FLOAT_MAX
     dtype: type = np.float32

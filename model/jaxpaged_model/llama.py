@@ -58,7 +58,9 @@ class Llama(nnx.Module):
             else linear(plan.of("head"), c.hidden_size, c.vocab_size, plan=plan, dtype=dtype, rngs=rngs)
         )
 
-    def __call__(self, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
+    def __call__(
+        self, tokens: Array, cache: Any, batch: Batch, rows: Array, *, head: bool = True
+    ) -> tuple[Array, Any]:
         """Runs one step.
 
         Args:
@@ -66,9 +68,10 @@ class Llama(nnx.Module):
           cache: a cache with ``attend``, to which each layer writes its keys and values.
           batch: the tokens' sequences and positions.
           rows: i32[R], indices into T of the tokens to return logits for.
+          head: False: hidden states behind the last norm instead of logits.
 
         Returns:
-          ``(logits f32[R, vocab_size], cache)``.
+          ``(logits f32[R, vocab_size], cache)``, or ``(hidden states f32[R, hidden_size], cache)``.
         """
         c = self.config
         of_step = rotations(c.kinds, batch.rope_positions)
@@ -100,6 +103,8 @@ class Llama(nnx.Module):
                 # The cache is in the carry, not among xs and ys, which would be copied.
                 carry, _ = lax.scan(functools.partial(period, segment=segment), carry, layers)
         x, cache = carry
+        if not head:
+            return self.norm(x[rows]).astype(jnp.float32), cache
         return self._logits(x[rows]), cache
 
     def _logits(self, x: Array) -> Array:
@@ -175,7 +180,12 @@ def _by_layer(params: Params) -> Params:
 
 
 def functional(
-    config: ModelConfig, dtype: DTypeLike = "f32", plan: WeightPlan = _DENSE, axis: str | None = None
+    config: ModelConfig,
+    dtype: DTypeLike = "f32",
+    plan: WeightPlan = _DENSE,
+    axis: str | None = None,
+    *,
+    head: bool = True,
 ) -> ModelFn:
     """The model as a pure function of its weights; the same one for the same arguments.
 
@@ -186,15 +196,16 @@ def functional(
       axis: the mesh axis over which each layer is split; ``config`` is then that of one device
         (``ModelConfig.shard``). The partial products of attention and MLP are summed over it, twice a
         layer; each device has the whole residual stream, embedding and head.
+      head: False: the function returns hidden states behind the last norm, f32[R, hidden_size].
 
     Raises:
       ValueError: another dtype; or, when it is called, params of another model.
     """
-    return _functional(config, float_dtype(dtype), plan, axis)
+    return _functional(config, float_dtype(dtype), plan, axis, head)
 
 
 @functools.cache
-def _functional(config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | None) -> ModelFn:
+def _functional(config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | None, head: bool) -> ModelFn:
     def apply(params: Params, tokens: Array, cache: Any, batch: Batch, rows: Array) -> tuple[Array, Any]:
         graph, abstract = _skeleton(config, dtype, plan, axis)
         if len(nnx.to_flat_state(params)) != len(nnx.to_flat_state(abstract)):
@@ -202,9 +213,11 @@ def _functional(config: ModelConfig, dtype: Any, plan: WeightPlan, axis: str | N
                 "the params are those of another model or of other quantized weights; "
                 "load_model's result has the function that takes its params"
             )
-        return nnx.merge(graph, params)(tokens, cache, batch, rows)
+        return nnx.merge(graph, params)(tokens, cache, batch, rows, head=head)
 
-    vars(apply)["program_key"] = f"{source_digest(Path(__file__).parent)} {config!r} {dtype} {plan!r} {axis}"
+    vars(apply)["program_key"] = (
+        f"{source_digest(Path(__file__).parent)} {config!r} {dtype} {plan!r} {axis} {head}"
+    )
     return apply
 
 

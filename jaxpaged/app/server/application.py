@@ -10,13 +10,16 @@ from starlette.middleware.cors import CORSMiddleware
 from jaxpaged import __version__
 from jaxpaged.app.server import (
     agent_routes,
+    embedding_routes,
     errors,
+    infill_routes,
     info_routes,
     native_routes,
     openai_routes,
     security,
     slot_routes,
 )
+from jaxpaged.app.server.hosting import HoldModels
 from jaxpaged.app.server.page_routes import page_routes
 from jaxpaged.app.server.runner import EngineFailedError
 from jaxpaged.app.server.state import ServerState
@@ -42,7 +45,15 @@ def create_application(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     public = set(security.PUBLIC_PATHS)
-    for module in (openai_routes, agent_routes, native_routes, slot_routes, info_routes):
+    for module in (
+        openai_routes,
+        agent_routes,
+        embedding_routes,
+        infill_routes,
+        native_routes,
+        slot_routes,
+        info_routes,
+    ):
         app.include_router(module.router)
     if options.webui:
         pages = page_routes()
@@ -54,6 +65,7 @@ def create_application(state: ServerState) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.handle_http)
     app.add_exception_handler(Exception, errors.handle_bug)
     # The middleware added last is the outermost.
+    app.add_middleware(HoldModels, host=lambda: state.host)
     app.add_middleware(security.HeadAsGet)
     app.add_middleware(security.LimitBody, limit=options.max_body)
     app.add_middleware(security.RequireKey, keys=options.api_keys, public=public)

@@ -28,7 +28,7 @@ async def begin_chat(state: ServerState, body: ChatRequest) -> Chat:
     Raises:
       ApiError: messages, tools or a schema that cannot be served.
     """
-    model, _ = state.accepting()
+    model, _ = await state.enter(body.model)
     conversation = await render(state, model, body)
     ids = await encode_conversation(model, conversation)
     constraint = await chat_constraint(state, model, body, conversation)
@@ -45,5 +45,5 @@ async def begin_chat(state: ServerState, body: ChatRequest) -> Chat:
 
 async def count_tokens(state: ServerState, body: ChatRequest) -> int:
     """Tokens of a conversation's prompt."""
-    model, _ = state.ready()
+    model, _ = await state.enter(body.model)
     return len(await encode_conversation(model, await render(state, model, body)))

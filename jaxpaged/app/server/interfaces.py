@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from jaxpaged.engine.request import EngineRequest, EngineStats, SampleOutput
 from jaxpaged.engine.stats import PoolState, SlotState
@@ -23,7 +25,6 @@ class Runner(Protocol):
 
     n_ctx: int
     max_seqs: int
-    draining: bool
 
     @property
     def healthy(self) -> bool: ...
@@ -32,4 +33,5 @@ class Runner(Protocol):
     def pool_state(self) -> PoolState: ...
     def slot_states(self) -> list[SlotState]: ...
     async def call(self, function: Callable[[Any], T]) -> T: ...
+    async def embed(self, tokens: Sequence[int]) -> np.ndarray: ...
     async def close(self) -> None: ...

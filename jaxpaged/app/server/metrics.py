@@ -18,7 +18,7 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.
 class _EngineCollector(Collector):
     """Collects the engine's statistics, under our names and under llama-server's."""
 
-    def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats | None]) -> None:
         self._metrics, self._stats = metrics, stats
 
     def describe(self) -> list[Metric]:
@@ -26,6 +26,8 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats, seen = self._stats(), self._metrics
+        if stats is None:
+            return
         in_use = stats.pages_used / max(stats.pages_total, 1)
         gauges = {
             "jaxpaged_requests_running": (stats.running, "Running samples."),
@@ -120,8 +122,8 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"jaxpaged_{name}", text, buckets=buckets, registry=self._registry)
 
-    def watch(self, stats: Callable[[], EngineStats]) -> None:
-        """Adds the engine's statistics."""
+    def watch(self, stats: Callable[[], EngineStats | None]) -> None:
+        """Adds the engine's statistics; None = no engine yet."""
         self._registry.register(_EngineCollector(self, stats))
 
     def text(self) -> bytes:

@@ -31,7 +31,7 @@ router = APIRouter(route_class=StrictRoute)
 async def completion(request: Request, body: NativeRequest) -> Response:
     """Continues a prompt; with several prompts or samples the response is a list."""
     state = state_of(request)
-    model, _ = state.accepting()
+    model, _ = await state.enter(body.model)
     prompts = [await encode_mixed(model, prompt) for prompt in body.prompts]
     for ids in prompts:
         check_prompt(model, ids)
@@ -43,7 +43,7 @@ async def completion(request: Request, body: NativeRequest) -> Response:
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """The tokens of a text."""
-    model, _ = state_of(request).ready()
+    model, _ = await state_of(request).enter(body.model)
     ids: list[int] = []
     parts = [body.content] if isinstance(body.content, str) else body.content
     for i, part in enumerate(parts):
@@ -74,7 +74,7 @@ def _piece(model: ServedModel, token: int) -> str | list[int]:
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """The text of tokens, special ones written out."""
-    model, _ = state_of(request).ready()
+    model, _ = await state_of(request).enter(body.model)
     if body.tokens:
         check_prompt(model, body.tokens)
     text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, skip_special=False)
@@ -85,5 +85,5 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 async def apply_template(request: Request, body: TemplateRequest) -> Response:
     """The prompt that a conversation becomes."""
     state = state_of(request)
-    model, _ = state.ready()
+    model, _ = await state.enter(body.model)
     return json_response({"prompt": (await render(state, model, body)).text})

@@ -130,6 +130,7 @@ class TokenizeRequest(StrictModel):
     """``POST /tokenize``."""
 
     content: str | Mixed = ""
+    model: Annotated[str | None, Field(max_length=1024)] = None
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
@@ -139,12 +140,19 @@ class DetokenizeRequest(StrictModel):
     """``POST /detokenize``."""
 
     tokens: list[TokenId] = Field(default_factory=list)
+    model: Annotated[str | None, Field(max_length=1024)] = None
 
 
 class TemplateRequest(TemplateFields):
     """``POST /apply-template``."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
+
+
+class ModelName(StrictModel):
+    """``POST /models/load`` and ``/models/unload``."""
+
+    model: Annotated[str, Field(max_length=1024)]
 
 
 class SlotFile(StrictModel):

@@ -27,7 +27,7 @@ router = APIRouter(route_class=StrictRoute)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues one prompt or several."""
     state = state_of(request)
-    model, _ = state.accepting()
+    model, _ = await state.enter(body.model)
     prompts = await _prompts(model, body.prompt)
     echoes: list[str] = []
     if body.echo:

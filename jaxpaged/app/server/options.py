@@ -86,6 +86,24 @@ class ServeOptions(RunFlags):
         metavar="NAME,...",
         **_WORDS,
     )
+    models_dir: Path | None = _model(
+        "--models-dir",
+        "Folder of GGUF files and Hugging Face folders, served by name: the `model` of a request loads the one "
+        "it names; -m names one to load at once.",
+        type=FILE,
+        metavar="FOLDER",
+    )
+    models_max: int | None = _model(
+        "--models-max",
+        "Models of --models-dir loaded at once; for another one, that which was idle longest is unloaded.  "
+        "[default: as many as the free memory has room for]",
+        type=AT_LEAST_1,
+    )
+    models_autoload: bool = _model(
+        "--models-autoload/--no-models-autoload",
+        "Requests load the models of --models-dir that they name; otherwise only POST /models/load does.",
+        True,
+    )
     host: str = _server(
         "--host",
         "Address to listen on, or several with commas; 0.0.0.0 = all, which needs --api-key to be safe.",
@@ -121,7 +139,26 @@ class ServeOptions(RunFlags):
         FiniteFloat(0),
         metavar="S",
     )
+    sleep_idle_seconds: int = _server(
+        "--sleep-idle-seconds",
+        "Unload a model after so many seconds without a request; the next one loads it again. -1 = never.",
+        -1,
+        click.IntRange(-1),
+    )
     webui: bool = _server("--webui/--no-webui, --ui/--no-ui", "The page in the browser, at /.", True)
+    pooling: str | None = _server(
+        "--pooling",
+        "How an embedding is made of a text's hidden states; none: a vector for each token.  "
+        "[default: as the file says, or last]",
+        type=click.Choice(["none", "mean", "cls", "last"]),
+    )
+    embd_normalize: int = _server(
+        "--embd-normalize",
+        "Norm by which embeddings are divided: 2 = Euclidean, 1 = taxicab, 0 = the largest is 32767, -1 = none.",
+        2,
+        click.IntRange(-1),
+        metavar="N",
+    )
     reasoning_format: str = _server(
         "--reasoning-format",
         "Where thoughts go: deepseek or auto = reasoning_content, none = a part of the content.",
@@ -199,6 +236,14 @@ class ServeOptions(RunFlags):
             raise InputError("--context-shift needs a paged cache, not --no-kv-cache-paged")
         if options.slot_save_path is not None and not options.slot_save_path.is_dir():
             raise InputError(f"--slot-save-path {options.slot_save_path}: no such folder")
+        if options.sleep_idle_seconds == 0:
+            raise InputError("--sleep-idle-seconds 0: at least 1, or -1 for never")
+        if options.models_dir is None and options.models_max is not None:
+            raise InputError("--models-max counts the models of --models-dir, which is not given")
+        if options.models_dir is not None and (options.hf is not None or options.alias):
+            raise InputError(
+                "the models of --models-dir have the names of their files; -hf and -a do not fit it"
+            )
         return options
 
 

@@ -11,12 +11,16 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
+from jaxpaged_model.embedding import Embedder
 
 from jaxpaged.app import processes
 from jaxpaged.app.server.lockstep import IDLE_SECONDS, LockstepEngine
 from jaxpaged.engine import Engine, EngineRequest, EngineStats, PoolState, SampleOutput, SlotState
+from jaxpaged.engine.request import RefusedError
 
 T = TypeVar("T")
 _STATE_SECONDS = 0.2
@@ -81,10 +85,12 @@ class EngineRunner:
 
     Args:
       engine: a compiled engine, which nothing else may use while the thread runs.
+      embedder: makes vectors of texts; None where it cannot.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, embedder: Embedder | None = None) -> None:
+        self._engine, self._embedder = engine, embedder
+        self._embedding = asyncio.Lock()
         self.n_ctx, self.max_seqs, self.page_size = engine.n_ctx, engine.max_seqs, engine.page_size
         self._calls: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
@@ -96,8 +102,6 @@ class EngineRunner:
         self._pool_state = engine.pool_state()
         self._slot_states = engine.slot_states()
         self._refreshed = self._counted = 0.0
-        self.draining = False
-        """True: new requests are refused, running ones finish."""
 
     # To be called on the event loop
 
@@ -173,6 +177,17 @@ class EngineRunner:
 
         self.post(run)
         return await answer
+
+    async def embed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Hidden states of a text, f32[number of tokens, hidden_size], computed beside the engine's steps.
+
+        Raises:
+          RefusedError: the engine is one of a mesh.
+        """
+        if self._embedder is None:
+            raise RefusedError("embeddings are computed on one device, not on a mesh")
+        async with self._embedding:  # a text at a time: each needs memory for its keys and values
+            return await asyncio.to_thread(self._embedder.hidden_states, tokens)
 
     def post(self, function: Callable[[Engine], None]) -> None:
         """Queues a call on the engine's thread, between two steps; thread-safe."""

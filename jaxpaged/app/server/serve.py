@@ -14,16 +14,20 @@ from dataclasses import replace
 
 import click
 import uvicorn
+from jaxpaged_model.checkpoint.gguf_file import split_parts
+from jaxpaged_model.embedding import Embedder
 from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
 
 from jaxpaged.app import interrupt, processes
 from jaxpaged.app.chat import template_of
 from jaxpaged.app.errors import InputError, say
 from jaxpaged.app.loading import ReadyModel, open_model
-from jaxpaged.app.memory import trim_memory
+from jaxpaged.app.memory import free_memory, trim_memory
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.errors import ApiError
+from jaxpaged.app.server.hosting import Hosted, ModelHost
 from jaxpaged.app.server.lockstep import LockstepEngine
+from jaxpaged.app.server.model_folder import models_in, name_of
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.runner import EngineRunner
 from jaxpaged.app.server.state import ServedModel, ServerState
@@ -32,6 +36,8 @@ _LAST_SECONDS = 3
 """Time for the last responses to be sent at shutdown."""
 _LARGEST_HEADERS = 128 * 1024
 """Header bytes that the HTTP parser accepts; the application's limit is lower."""
+_ROOM = 2
+"""Free memory for a model to be loaded beside others, in sizes of its file: it also has a cache."""
 
 
 class _Server(uvicorn.Server):
@@ -48,14 +54,55 @@ def run(options: ServeOptions) -> int:
     Raises:
       InputError: the port is taken, or the model cannot be loaded.
     """
+    if processes.count() > 1 and (options.models_dir is not None or options.sleep_idle_seconds >= 0):
+        raise InputError("--models-dir and --sleep-idle-seconds are for a server of one process")
     if not processes.is_main():
         return _follow(options)
+    models, first = _host(options)
     with contextlib.ExitStack() as open_sockets:
         sockets: list[socket.socket] = []
         for host in options.host.split(","):
             port = sockets[0].getsockname()[1] if sockets else options.port
             sockets.append(open_sockets.enter_context(_listen(host.strip(), port)))
-        return asyncio.run(_serve(options, sockets))
+        return asyncio.run(_serve(ServerState(options, host=models), first, sockets))
+
+
+def _host(options: ServeOptions) -> tuple[ModelHost, Hosted | None]:
+    """The models of a server, none loaded yet: ``(host, the one to load at once)``.
+
+    Raises:
+      InputError: ``--models-dir`` has no models, or ``-m`` names none.
+    """
+    sleep_seconds = options.sleep_idle_seconds
+    if options.models_dir is None:
+        only = Hosted("")
+        return ModelHost([only], lambda _: load_engine(options), sleep_seconds=sleep_seconds), only
+    paths = models_in(options.models_dir)
+    first = None
+    if options.model is not None:
+        first = name_of(options.model)
+        if first not in paths:
+            if not options.model.exists():
+                raise InputError(f"-m {options.model}: no such model; --models-dir has {', '.join(paths)}")
+            paths[first] = options.model
+    models = {name: Hosted(name, path) for name, path in paths.items()}
+    host = ModelHost(
+        list(models.values()),
+        lambda hosted: load_engine(replace(options, model=hosted.path, alias=(hosted.name,))),
+        by_name=True,
+        max_loaded=options.models_max,
+        has_room=_has_room,
+        sleep_seconds=sleep_seconds,
+    )
+    return host, models[first] if first is not None else None
+
+
+def _has_room(hosted: Hosted) -> bool:
+    path = hosted.path
+    assert path is not None
+    files = path.iterdir() if path.is_dir() else map(path.with_name, split_parts(path.name)[1])
+    size = sum(file.stat().st_size for file in files)
+    return free_memory() >= _ROOM * size
 
 
 def _follow(options: ServeOptions) -> int:
@@ -88,8 +135,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
-    state = ServerState(options)
+async def _serve(state: ServerState, first: Hosted | None, sockets: list[socket.socket]) -> int:
+    options, host = state.options, state.host
+    state.metrics.watch(state.stats)
     config = uvicorn.Config(
         create_application(state),
         http="h11",
@@ -107,22 +155,24 @@ async def _serve(options: ServeOptions, sockets: list[socket.socket]) -> int:
     server = _Server(config)
     asked = _watch_signals()
     serving = asyncio.create_task(server.serve(sockets=sockets))
-    runner = None
     try:
-        runner = await _load(options, state, asked)
-        if runner is not None:
-            _announce(options, sockets)
-            await _until(asked, runner)
-            if runner.failure is not None:
-                processes.exit_if_lost(runner.failure)
-            if options.log and not asked.is_set():
+        if first is not None:
+            await _load_first(options, host, first, asked)
+        _announce(options, sockets)
+        await _until(asked, host)
+        if not asked.is_set():
+            for hosted in host.loaded:
+                if isinstance(hosted.runner, EngineRunner) and hosted.runner.failure is not None:
+                    processes.exit_if_lost(hosted.runner.failure)
+            if options.log:
                 say("error: the engine has failed")
-            await _drain(state, runner)
+        await _drain(state)
     finally:
         server.should_exit = True
         await asyncio.wait((serving,))
-        if runner is not None:
-            await runner.close()
+        if host.is_loading:
+            os._exit(0 if asked.is_set() else 1)  # a compilation cannot be stopped
+        await host.close()
     return 0 if asked.is_set() else 1
 
 
@@ -143,11 +193,15 @@ def _watch_signals() -> asyncio.Event:
     return asked
 
 
-async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event) -> EngineRunner | None:
-    """Loads and starts the engine; None if a signal came first."""
+async def _load_first(options: ServeOptions, host: ModelHost, first: Hosted, asked: asyncio.Event) -> None:
+    """Loads and starts an engine; a signal ends the process at once.
+
+    Raises:
+      InputError: the model cannot be loaded.
+    """
     if options.log:
         say("loading; requests are answered 503 until the model is ready")
-    loading = asyncio.create_task(asyncio.to_thread(load_engine, options))
+    loading = asyncio.create_task(host.load(first))
     signalled = asyncio.create_task(asked.wait())
     await asyncio.wait((loading, signalled), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -155,11 +209,10 @@ async def _load(options: ServeOptions, state: ServerState, asked: asyncio.Event)
             click.echo("\033[?25h", err=True)  # progress bars hide the cursor
         os._exit(0)  # a compilation cannot be stopped, and no request is waiting
     signalled.cancel()
-    runner, model = await loading
-    runner.start()
-    state.metrics.watch(runner.stats)
-    state.model, state.runner = model, runner
-    return runner
+    try:
+        await loading
+    except ApiError as error:
+        raise InputError(first.failure or error.message) from error
 
 
 def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
@@ -181,7 +234,8 @@ def load_engine(options: ServeOptions) -> tuple[EngineRunner, ServedModel]:
     with _compiling(options.log) as report:
         engine.compile(report)
     trim_memory()
-    return EngineRunner(engine), model
+    embedder = Embedder(ready.loaded, chunk=options.step_tokens) if ready.loaded.mesh is None else None
+    return EngineRunner(engine, embedder), model
 
 
 @contextlib.contextmanager
@@ -217,6 +271,8 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
         loaded.description,
         loaded.size_bytes,
         loaded.fingerprint,
+        options.pooling or loaded.pooling or "last",
+        loaded.reranker,
     )
 
 
@@ -242,21 +298,26 @@ def _announce(options: ServeOptions, sockets: list[socket.socket]) -> None:
     sys.stderr.flush()
 
 
-async def _until(asked: asyncio.Event, runner: EngineRunner) -> None:
-    """Returns on a signal, or when the engine has failed."""
-    while not asked.is_set() and runner.healthy:
+async def _until(asked: asyncio.Event, host: ModelHost) -> None:
+    """Returns on a signal, or when the engine of the only model has failed."""
+    while not asked.is_set():
+        if not host.by_name and any(not hosted.runner.healthy for hosted in host.loaded if hosted.runner):
+            return
+        await host.discard_failed()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asked.wait(), 0.5)
 
 
-async def _drain(state: ServerState, runner: EngineRunner) -> None:
+async def _drain(state: ServerState) -> None:
     """Refuses new requests, and lets running ones finish within a time limit."""
-    state.draining = runner.draining = True
-    if state.options.log and state.generations:
-        say(f"{len(state.generations)} requests are finishing; press again to stop at once")
+    state.draining = True
+    num_running = len(state.generations) + state.host.num_waiting
+    if state.options.log and num_running:
+        say(f"{num_running} requests are finishing; press again to stop at once")
     loop = asyncio.get_running_loop()
     deadline = loop.time() + state.options.drain_seconds
-    while state.generations and loop.time() < deadline:
+    while (state.generations or state.host.num_waiting) and loop.time() < deadline:
         await asyncio.sleep(0.05)
     for generation in list(state.generations):
         generation.fail(ApiError(503, "the server is shutting down"))
+    state.host.refuse_waiting()

@@ -38,6 +38,7 @@ async def slots(request: Request, fail_on_no_slot: str | None = None) -> Respons
     state = state_of(request)
     if not state.options.slots:
         raise ApiError(501, "This server does not support slots endpoint. Start it with `--slots`")
+    state.look_at(request.query_params.get("model"))
     _, runner = state.ready()
     states = runner.slot_states()
     if fail_on_no_slot is not None and all(state.is_processing for state in states):
@@ -80,7 +81,7 @@ async def slot_action(
     folder = state.options.slot_save_path
     if folder is None:
         raise ApiError(501, "This server does not support slots action. Start it with `--slot-save-path`")
-    _, runner = state.accepting()
+    _, runner = await state.enter(request.query_params.get("model"))
     if not 0 <= id_slot < runner.max_seqs:
         raise ApiError(400, f"Invalid slot ID; there are 0 to {runner.max_seqs - 1}", param="id_slot")
     if action == "erase":

@@ -21,6 +21,7 @@ from jaxpaged_model.checkpoint.fingerprint import fingerprint
 from jaxpaged_model.checkpoint.gguf_config import ROPE_FACTORS, config_from_gguf
 from jaxpaged_model.checkpoint.gguf_file import GGUFFile
 from jaxpaged_model.checkpoint.huggingface_config import config_from_huggingface
+from jaxpaged_model.checkpoint.pooling import Pooling, Reranker, pooling_of, reranker_of
 from jaxpaged_model.checkpoint.safetensors_folder import SafetensorsFolder
 from jaxpaged_model.checkpoint.shards import load_shards
 from jaxpaged_model.checkpoint.tensor_view import tensor_view
@@ -43,7 +44,10 @@ class LoadedModel:
       function: the model, a pure function of ``params``; its logits are f32[R, vocab_size].
       exact_function: the same with exact products, see ``load_model``; equal to ``function`` if no
         weights are quantized.
+      hidden_function: the same, but it returns hidden states behind the last norm, f32[R, hidden_size].
       tokenizer: its tokenizer.
+      pooling: how its file makes an embedding of a text's hidden states; None = it does not say.
+      reranker: its head that scores a document for a query, if it has one.
       path: its file or folder.
       size_bytes: size of the weight files.
       description: such as ``"llama 135M Q8_0"``.
@@ -59,6 +63,7 @@ class LoadedModel:
     params: Params
     function: ModelFn
     exact_function: ModelFn
+    hidden_function: ModelFn
     tokenizer: Tokenizer
     path: Path
     size_bytes: int
@@ -67,6 +72,8 @@ class LoadedModel:
     seconds: Mapping[str, float]
     skips_padding: bool = False
     mesh: Mesh | None = None
+    pooling: Pooling | None = None
+    reranker: Reranker | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -188,6 +195,7 @@ def load_model(
         params=params,
         function=limited(plan),
         exact_function=limited(plan.exactly()),
+        hidden_function=functional(local, dtype, plan, axis, head=False),
         tokenizer=tokenizer,
         path=source.path,
         size_bytes=source.size_bytes,
@@ -196,6 +204,8 @@ def load_model(
         seconds=clock.laps,
         skips_padding=bool(plan.formats) and product.choose() == "cpu",
         mesh=mesh,
+        pooling=pooling_of(source),
+        reranker=reranker_of(source),
     )
 
 

@@ -41,6 +41,7 @@ _UNSUPPORTED_MODELS = {
 }
 _SUPPORTED = "supported are 'gpt2' and 'gemma4' (BPE) and 'llama' (SentencePiece with scores)"
 
+_FIM_KEYS = ("fim_pre", "fim_suf", "fim_mid")
 _STOP_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 # gpt-oss delimits the channels of an answer with these; if they were hidden, channels would run together.
 _CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>")
@@ -76,7 +77,7 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if is_spm else {}
     special = {
         name: _special_ids(m, name, defaults.get(name), len(table.texts))
-        for name in ("bos", "unknown", *_STOP_KEYS)
+        for name in ("bos", "unknown", *_FIM_KEYS, *_STOP_KEYS)
     }
     stops = stop_ids(table.ids, (token for name in _STOP_KEYS for token in special[name]))
     for token in stops:
@@ -124,6 +125,11 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
         eos_id=eos_id,
         stop_ids=stops,
         chat_template=Metadata(metadata).text("tokenizer.chat_template", None),
+        fim_ids={
+            name.removeprefix("fim_"): token
+            for name in (*_FIM_KEYS, "fim_rep", "fim_sep")
+            for token in special[name]
+        },
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxpaged_model.metadata import ModelError
 from jaxpaged_model.text.detokenize import StreamDecoder
-from jaxpaged_model.text.vocabulary import Vocabulary
+from jaxpaged_model.text.vocabulary import FIM_TEXTS, Vocabulary
 
 try:
     from jaxpaged_model.text import gguf_vocabulary, hf_vocabulary
@@ -35,6 +35,8 @@ class Tokenizer:
         stop_ids: every token that ends generation (end of text, of turn, of message, ...).
         add_bos, add_eos: True if `encode(..., add_special=True)` adds them.
         chat_template: the Jinja source that came with the vocabulary, or None.
+        fim_ids: tokens of fill-in-the-middle: "pre", "suf", "mid", and "rep" and "sep" if there are any;
+            empty if the first three are not complete.
     """
 
     def __init__(self, vocabulary: Vocabulary, num_rows: int | None = None) -> None:
@@ -57,6 +59,7 @@ class Tokenizer:
         self.add_bos = self.bos_id is not None and self.bos_id in self._prefix
         self.add_eos = self.eos_id is not None and self.eos_id in self._suffix
         self.chat_template = vocabulary.chat_template
+        self.fim_ids = _fim_ids(vocabulary)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -141,6 +144,17 @@ class Tokenizer:
     def _visible_bytes(self, token_id: int) -> bytes:
         data = self.token_bytes(token_id)
         return b"" if token_id in self._hidden_ids else data
+
+
+def _fim_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """Tokens of fill-in-the-middle: those that the file names, else those known by their texts."""
+    wanted = {text.encode(): name for name, texts in FIM_TEXTS.items() for text in texts}
+    found: dict[str, int] = {}
+    for token, piece in enumerate(vocabulary.pieces):
+        if piece in wanted:
+            found.setdefault(wanted[piece], token)
+    found |= vocabulary.fim_ids
+    return found if {"pre", "suf", "mid"} <= found.keys() else {}
 
 
 def _valid_unicode(text: str) -> str:

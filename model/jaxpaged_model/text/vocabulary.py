@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Vocabulary:
     bos_id, eos_id: ids of the begin and end of a text, None if there is none.
     stop_ids: every token that ends generation.
     chat_template: Jinja source, None if there is none.
+    fim_ids: tokens of fill-in-the-middle that the file names: "pre", "suf", "mid", "rep", "sep".
     """
 
     pieces: Sequence[bytes]
@@ -30,7 +31,27 @@ class Vocabulary:
     eos_id: int | None
     stop_ids: frozenset[int]
     chat_template: str | None
+    fim_ids: Mapping[str, int] = field(default_factory=dict)
 
+
+FIM_TEXTS = {
+    "pre": (
+        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", " <PRE>", "<PRE>",
+        "<|code_prefix|>",
+    ),
+    "suf": (
+        "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", " <SUF>", "<SUF>",
+        "<|code_suffix|>",
+    ),
+    "mid": (
+        "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", " <MID>", "<MID>",
+        "<|code_middle|>",
+    ),
+    "rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "sep": ("<|file_sep|>",),
+}  # fmt: skip
+"""Tokens of fill-in-the-middle by their texts, as in llama.cpp: before and behind the gap, in the gap, before
+a repository's name and a file's."""
 
 STOP_TEXTS = frozenset((
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>",

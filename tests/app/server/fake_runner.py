@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,6 +180,14 @@ class FakeRunner:
     async def call(self, function: Callable[[Any], T]) -> T:
         await asyncio.sleep(0)
         return function(FakeEngine())
+
+    def hidden_states(self, tokens: Sequence[int]) -> np.ndarray:
+        """Five numbers that depend on each token."""
+        return np.sin(np.outer(np.asarray(tokens) + 1.0, np.arange(1, 6))).astype(np.float32)
+
+    async def embed(self, tokens: Sequence[int]) -> np.ndarray:
+        await asyncio.sleep(0)
+        return self.hidden_states(tokens)
 
     async def close(self) -> None:
         pass

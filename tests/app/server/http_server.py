@@ -27,11 +27,12 @@ class Server:
     def __init__(self, **options: Any) -> None:
         self.state = ServerState(ServeOptions(**options))
         names = self.state.options.alias or ("tiny",)
-        self.state.model = ServedModel(
+        self.hosted = self.state.host.models[0]
+        self.hosted.model = ServedModel(
             TOKENIZER, BUILTIN_TEMPLATES["chatml"], True, names, str(tiny.PATH), 1024, fingerprint="f" * 64
         )
         self.runner = FakeRunner()
-        self.state.runner = self.runner
+        self.hosted.runner = self.runner
         self.state.metrics.watch(self.runner.stats)
         self.app = create_application(self.state)
 

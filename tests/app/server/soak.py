@@ -280,7 +280,8 @@ async def soak(
     runner.start()
     if swap:
         await runner.call(_always_swap)
-    state.model, state.runner = model, runner
+    hosted = state.host.models[0]
+    hosted.model, hosted.runner = model, runner
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -305,7 +306,7 @@ async def _soaked(
     while (await _status(url)) != 200:
         await asyncio.sleep(0.05)
     async with httpx.AsyncClient(base_url=url, headers={"X-Api-Key": KEY}, timeout=60) as http:
-        expected = await _expected(http, state.model, report)
+        expected = await _expected(http, state.host.models[0].model, report)
     begin = time.monotonic()
     for number in range(rounds):
         count = [requests // rounds]

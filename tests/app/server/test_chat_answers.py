@@ -33,7 +33,7 @@ MESSAGES = {
 @pytest.fixture
 def server() -> Server:
     server = Server()
-    server.state.model = dataclasses.replace(server.state.model, chat_template=THINKING)
+    server.hosted.model = dataclasses.replace(server.hosted.model, chat_template=THINKING)
     say(server, SAID)
     return server
 
@@ -240,7 +240,7 @@ def test_effort_none_and_a_budget_of_none_switch_thoughts_off(server):
     template = (
         "{{ 'no' if enable_thinking is false else 'yes' }} {{ reasoning_effort }} {{ messages[0].content }}"
     )
-    server.state.model = dataclasses.replace(server.state.model, chat_template=template)
+    server.hosted.model = dataclasses.replace(server.hosted.model, chat_template=template)
 
     def begin(**extra):
         return server.post("/apply-template", {"messages": CHAT["messages"], **extra}).json()["prompt"]

@@ -292,10 +292,6 @@ def test_an_answer_is_continued_or_not(server):
 @pytest.mark.parametrize(
     "path",
     [
-        "/infill",
-        "/embedding",
-        "/v1/embeddings",
-        "/v1/rerank",
         "/lora-adapters",
         "/cors-proxy",
         "/predict",
@@ -325,11 +321,11 @@ def test_head_is_answered_as_get(server, path):
 
 
 def test_503_until_the_model_is_there_and_when_the_server_ends(server):
-    model, server.state.model = server.state.model, None
+    model, server.hosted.model = server.hosted.model, None
     for path in ("/health", "/v1/models", "/props", "/slots"):
         assert check_error(server.get(path), 503)["message"] == "Loading model"
     check_error(server.post("/v1/completions", {"prompt": "a"}), 503)
-    server.state.model, server.state.draining = model, True
+    server.hosted.model, server.state.draining = model, True
     check_error(server.get("/health"), 503)
     check_error(server.post("/completion", {"prompt": "a"}), 503)
 

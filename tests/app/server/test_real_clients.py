@@ -146,6 +146,16 @@ def test_openai_errors(client, server):
         stranger.models.list()
 
 
+def test_openai_embeddings(client):
+    texts = ["def main():", "class Stack:", "def main():"]
+    first, second, third = (
+        entry.embedding for entry in client.embeddings.create(model="any", input=texts).data
+    )
+    assert first == third and first != second and abs(sum(x * x for x in first) - 1) < 1e-5
+    (alone,) = client.embeddings.create(model="any", input=texts[1], encoding_format="float").data
+    assert max(abs(a - b) for a, b in zip(alone.embedding, second, strict=True)) < 1e-6
+
+
 def test_langchain(server):
     chat = pytest.importorskip("langchain_openai").ChatOpenAI(
         base_url=f"{server.url}/v1", api_key=KEY, model="any", temperature=0, max_tokens=8

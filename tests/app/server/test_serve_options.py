@@ -88,11 +88,16 @@ def test_flags_as_they_are_typed(parsed):
         "-cb",
         "--cache-reuse",
         "256",
+        "--sleep-idle-seconds",
+        "60",
     )
     assert (o.parallel, o.ctx_size, o.step_tokens, o.port) == (4, 2048, 64, 0)
     assert o.api_keys == ("key-number-1", "key-number-2", "key-number-3") and o.alias == ("one", "two")
     assert not o.webui and not o.prefix_cache and not o.slots and o.swap_space == 0
+    assert o.sleep_idle_seconds == 60
     assert o.kv_memory == 0.5 and o.cache_type_k == "q8_0" and o.temp == 0
+    o = parsed("--models_dir", "models", "--models-max", "2", "-m", "a.gguf")
+    assert (o.models_dir, o.models_max, o.model) == (Path("models"), 2, Path("a.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,13 @@ def test_bytes(text, expected):
         ["--no-kv-cache-paged", "--context-shift"],
         ["--temp", "nan"],
         ["--max-queue", "0"],
+        ["--sleep-idle-seconds", "0"],
+        ["--sleep-idle-seconds", "-2"],
+        ["--models-max", "2"],
+        ["--models-dir", "/nowhere"],
+        ["--models-dir", "/nowhere", "-a", "name"],
+        ["--models-dir", "/nowhere", "-hf", "user/repo"],
+        ["--models-dir", str(tiny.PATH.parent), "-m", "another.gguf"],
         ["--nonsense"],
     ],
 )

@@ -1,0 +1,175 @@
+"""Embeddings of texts, and ranks of documents for a query."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxpaged.app.server.answering import json_response, while_connected
+from jaxpaged.app.server.embedding_schema import EmbeddingRequest, RerankRequest
+from jaxpaged.app.server.errors import ApiError, as_api_error
+from jaxpaged.app.server.interfaces import Runner
+from jaxpaged.app.server.prompts import check_prompt, encode, encode_mixed
+from jaxpaged.app.server.routing import StrictRoute
+from jaxpaged.app.server.state import ServedModel, state_of
+from jaxpaged.engine.request import ContextError
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+    """Vectors of texts, in OpenAI's form."""
+    state = state_of(request)
+    model, _ = await state.enter(body.model)
+    if model.pooling == "none":
+        raise ApiError(
+            400, "--pooling none makes a vector for each token, which OpenAI's form has no place for"
+        )
+    return await while_connected(request, _openai(request, body))
+
+
+async def _openai(request: Request, body: EmbeddingRequest) -> Response:
+    vectors, count = await _vectors(request, body)
+    data = [
+        {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
+        for i, vector in enumerate(vectors)
+    ]
+    model, _ = state_of(request).ready()
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return json_response({"object": "list", "data": data, "model": model.names[0], "usage": usage})
+
+
+@router.post("/embedding")
+@router.post("/embeddings", include_in_schema=False)
+async def native_embeddings(request: Request, body: EmbeddingRequest) -> Response:
+    """Vectors of texts, in llama-server's form: a list of vectors for each text."""
+    await state_of(request).enter(body.model)
+    return await while_connected(request, _native(request, body))
+
+
+async def _native(request: Request, body: EmbeddingRequest) -> Response:
+    vectors, _ = await _vectors(request, body)
+    return json_response(
+        [{"index": i, "embedding": np.atleast_2d(vector).tolist()} for i, vector in enumerate(vectors)]
+    )
+
+
+async def _vectors(request: Request, body: EmbeddingRequest) -> tuple[list[np.ndarray], int]:
+    """Vectors of the texts, f32[D] or without pooling f32[T, D], and the number of their tokens."""
+    state = state_of(request)
+    model, runner = state.ready()
+    texts = [await encode_mixed(model, text) for text in body.texts]
+    for ids in texts:
+        _check(model, runner, ids)
+    vectors = []
+    for ids in texts:
+        vector = _pooled(await runner.embed(ids), model.pooling)
+        if body.dimensions is not None:
+            if body.dimensions > vector.shape[-1]:
+                raise ApiError(
+                    400, f"dimensions: the model's embeddings have {vector.shape[-1]}", param="dimensions"
+                )
+            vector = vector[..., : body.dimensions]
+        norm = state.options.embd_normalize if body.embd_normalize is None else body.embd_normalize
+        vectors.append(vector if model.pooling == "none" else _normalized(vector, norm))
+    return vectors, sum(map(len, texts))
+
+
+def _check(model: ServedModel, runner: Runner, ids: Sequence[int]) -> None:
+    """Checks the tokens of a text.
+
+    Raises:
+      ApiError: there are none, too many, or one outside the vocabulary.
+    """
+    check_prompt(model, ids)
+    if len(ids) > runner.n_ctx:
+        raise as_api_error(ContextError(len(ids), runner.n_ctx))
+
+
+def _pooled(hidden: np.ndarray, pooling: str) -> np.ndarray:
+    """One vector of hidden states, or all of them."""
+    match pooling:
+        case "mean":
+            return hidden.mean(axis=0, dtype=np.float32)
+        case "cls":
+            return hidden[0]
+        case "last":
+            return hidden[-1]
+    return hidden
+
+
+def _normalized(vector: np.ndarray, norm: int) -> np.ndarray:
+    """The vector divided by a norm; by none if that is -1, or 0."""
+    if norm < 0:
+        return vector
+    wide = np.abs(vector.astype(np.float64))
+    size = wide.max() / 32767 if norm == 0 else float((wide**norm).sum() ** (1 / norm))
+    return (vector / size).astype(np.float32) if size else vector
+
+
+def _encoded(vector: np.ndarray, form: str) -> Any:
+    if form == "float":
+        return vector.tolist()
+    return base64.b64encode(np.ascontiguousarray(vector, "<f4").tobytes()).decode()
+
+
+@router.post("/v1/rerank")
+@router.post("/rerank", include_in_schema=False)
+@router.post("/reranking", include_in_schema=False)
+@router.post("/v1/reranking", include_in_schema=False)
+async def rerank(request: Request, body: RerankRequest) -> Response:
+    """Documents in the order of their relevance for a query."""
+    model, _ = await state_of(request).enter(body.model)
+    if model.reranker is None:
+        raise ApiError(501, "this model has no head that ranks documents (cls.output in a GGUF file)")
+    return await while_connected(request, _ranked(request, body))
+
+
+async def _ranked(request: Request, body: RerankRequest) -> Response:
+    model, runner = state_of(request).ready()
+    assert model.reranker is not None
+    documents = body.texts if body.documents is None else body.documents
+    assert documents is not None
+    prompts = [await _pair(model, body.query, document) for document in documents]
+    for ids in prompts:
+        _check(model, runner, ids)
+    scores = [model.reranker.score((await runner.embed(ids))[-1]) for ids in prompts]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
+    if body.texts is not None:
+        return json_response(
+            [
+                {"index": i, "score": scores[i]} | ({"text": documents[i]} if body.return_text else {})
+                for i in order
+            ]
+        )
+    results = [
+        {"index": i, "relevance_score": scores[i]}
+        | ({"document": {"text": documents[i]}} if body.return_documents else {})
+        for i in order
+    ]
+    count = sum(map(len, prompts))
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return json_response({"object": "list", "model": model.names[0], "results": results, "usage": usage})
+
+
+async def _pair(model: ServedModel, query: str, document: str) -> list[int]:
+    """Tokens of a query and a document: in the model's template, or one behind the other, each with its end."""
+    assert model.reranker is not None
+    tokenizer, template = model.tokenizer, model.reranker.template
+    if template is not None:
+        # At once: a query may hold the name of the other place.
+        texts = {"{query}": query, "{document}": document}
+        text = re.sub(r"\{query\}|\{document\}", lambda match: texts[match[0]], template)
+        return await encode(model, text, add_special=False)
+    begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    end = [tokenizer.eos_id] if tokenizer.add_eos and tokenizer.eos_id is not None else []
+    pair = [await encode(model, text, add_special=False, parse_special=False) for text in (query, document)]
+    return [*begin, *pair[0], *end, *pair[1], *end]
