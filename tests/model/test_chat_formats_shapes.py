@@ -28,7 +28,6 @@ SHAPES = {
     "attributes": f'<invoke name="{NAME}">{EACH}<p name="{{{{ k }}}}">{TEXT_OR_JSON}</p>{{% endfor %}}</invoke>',
     "keys in tags": f"<c>{NAME}\n{EACH}<k>{{{{ k }}}}</k>\n<v>{TEXT_OR_JSON}</v>\n{{% endfor %}}</c>",
 }
-GAPS = {"an id twice", "a name twice"}
 
 
 def template_of(shape: str) -> str:
@@ -39,10 +38,7 @@ def template_of(shape: str) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xfail(strict=True) if n in GAPS else ()) for n in SHAPES],
-)
+@pytest.mark.parametrize("name", SHAPES)
 def test_calls_of_any_shape_are_parsed_back(name):
     template = template_of(SHAPES[name])
     chat_format = derive(template)
@@ -81,20 +77,48 @@ ODD = {"city": "  \U0001f600 </c> é\t\\ {{ x }} %}\n  ", "days": 10**20}
 """Indentation counts: tools that edit files get texts that begin and end with white space."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            n,
-            marks=pytest.mark.xfail(strict=True, reason="white space before a raw value")
-            if n == "tags"
-            else (),
-        )
-        for n in sorted(set(OWN) - {"harmony"})
-    ],
-)
+@pytest.mark.parametrize("name", sorted(set(OWN) - {"harmony"}))
 def test_arguments_may_have_any_characters(name):
     new = {**call(0), "function": {"name": "get_weather", "arguments": ODD}}
     prompt, text = render_answer(OWN[name], {"role": "assistant", "content": "", "tool_calls": [new]})
     for step in STEPS:
         assert parse(derive(OWN[name]), prompt, text, step) == ("", "", [("get_weather", ODD)]), step
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_white_space_without_end_does_not_stop_the_parser(name):
+    """A weak model writes nothing else within a call. (Patterns that divide it in all ways would take days.)"""
+    prompt, text = render_answer(OWN[name], {"role": "assistant", "content": "", "tool_calls": [call(1)]})
+    for end in range(0, len(text) + 1, 5):
+        parser = derive(OWN[name]).parser(tools=TOOLS, prompt=prompt)
+        parser.push(text[:end])
+        parser.push(" \n" * 4000)
+        parser.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments"),
+    [
+        (
+            "tags",
+            "<tool_call>\n<function=get_weather>\n<parameter=place>\n{'a'}\n</parameter>",
+            '{"place": "{\'a\'}"}',
+        ),
+        (
+            "tags",
+            "<tool_call>\n<function=get_weather>\n<parameter=days>\nNaN\n</parameter>",
+            '{"days": "NaN"}',
+        ),
+        ("tags", "<tool_call>\n<function=get_weather>\n<parameter=days>\n1\n</parameter>", '{"days": 1}'),
+        ("hermes", '<tool_call>\n{"name": "get_weather", "arguments": "a\\q"}', "a\\q"),
+        ("harmony", "<|channel|>commentary to=functions.get_weather<|message|>{}<|<|call|>", "{}<|"),
+        ("python", f"<|call|>[get_weather(place={'[' * 1200})]<|/call|>", None),
+    ],
+)
+def test_malformed_arguments_end_no_request(name, text, arguments):
+    for step in STEPS:
+        parser = derive(OWN[name]).parser(tools=TOOLS, prompt="")
+        deltas = [parser.push(text[i : i + step]) for i in range(0, len(text), step)] + [parser.finish()]
+        calls = [one for delta in deltas for one in delta.tool_calls]
+        assert [one.name for one in calls if one.name] == ["get_weather"]
+        assert arguments is None or "".join(one.arguments for one in calls) == arguments, step
