@@ -254,7 +254,7 @@ def test_a_closed_pipe_is_no_error(environment):
         (["--seed", "4294967296"], "4294967296"),
         (["-npp", "2"], "Did you mean"),
         (["--tmep", "1"], "Did you mean '--temp'? See 'jaxpaged generate --help'."),
-        (["--grammar", "x"], "No such option '--grammar'. See"),
+        (["--logit-bias", "x"], "No such option '--logit-bias'. See"),
         (["-n64"], "-n64"),
         (["-ngl"], "requires an argument"),
         (["-f", "x"], "-p and -f both give a prompt"),

@@ -18,6 +18,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 RANDOM_MODEL = "JAXPAGED_RANDOM_MODEL"
 """Environment variable with the path of the random model."""
+ROUTED = ("tinygemma3", "stories260K", "stories260K-infill")
+"""Names of the random model in the folder of several models, which is that of the random model."""
 _CONTROL = ["<unk>", "<s>", "</s>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _VOCAB = 512
@@ -46,7 +48,10 @@ def ours(arguments: list[str], model: str) -> list[str]:
     context = int(taken.get("--ctx-size", "0"))
     if "--kv-unified" not in kept and "--parallel" in kept:
         context //= int(kept[kept.index("--parallel") + 1])
-    return ["serve", "--model", model, "--ctx-size", str(context), *kept]
+    source = (
+        ["--model", model] if "--hf-repo" in taken else ["--models-dir", str(Path(model).parent / "router")]
+    )
+    return ["serve", *source, "--ctx-size", str(context), *kept]
 
 
 def write_random_model(path: Path, text: str) -> Path:
@@ -85,7 +90,10 @@ def write_random_model(path: Path, text: str) -> Path:
         "tokenizer.ggml.fim_suf_token_id": _VOCAB - 2,
         "tokenizer.ggml.fim_mid_token_id": _VOCAB - 1,
     }
-    return write_converted_gguf(path, config, weights, extra=vocabulary)
+    head = {"cls.output.weight": rng.standard_normal((1, HIDDEN)).astype(np.float32)}  # of a reranker
+    return write_converted_gguf(
+        path, config, weights, extra=vocabulary, change=lambda tensors: tensors.update(head)
+    )
 
 
 def _pieces(text: str, count: int) -> list[str]:

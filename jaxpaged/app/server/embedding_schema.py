@@ -12,15 +12,16 @@ from jaxpaged.app.server.sampling_schema import StrictModel, TokenId
 MAX_TEXTS = 2048
 """Texts of a request, at most."""
 
-_Text = str | Annotated[list[str | TokenId], Field(min_length=1)] | dict[str, Any]
+_Mixed = Annotated[list[str | TokenId], Field(min_length=1)]
+_Text = str | _Mixed | dict[str, Any]
 _Texts = Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
 class EmbeddingRequest(StrictModel):
     """``POST /v1/embeddings``, and llama-server's own forms of it."""
 
-    input: str | Annotated[list[TokenId], Field(min_length=1)] | _Texts | dict[str, Any] | None = None
-    content: str | Annotated[list[TokenId], Field(min_length=1)] | _Texts | dict[str, Any] | None = None
+    input: str | _Mixed | _Texts | dict[str, Any] | None = None
+    content: str | _Mixed | _Texts | dict[str, Any] | None = None
     """llama-server's name of the same."""
     model: Annotated[str | None, Field(max_length=1024)] = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -49,8 +50,6 @@ def _mixed(text: Any) -> list[str | int]:
         if isinstance(text.get("prompt_string"), str):
             return [text["prompt_string"]]
         parts = text.get("content")
-        if isinstance(parts, str):
-            return [parts]
         if not isinstance(parts, list) or not parts:
             raise ValueError("input: an object has prompt_string, or content with parts of text")
         return ["".join(joined_text([part], "input") for part in parts)]

@@ -397,25 +397,3 @@ def _first_line(text: str) -> str:
     """The first line of a reason, shortened for a message."""
     line = text.strip().splitlines()[0] if text.strip() else "unknown reason"
     return line if len(line) <= 500 else f"{line[:500]}..."
-
-
-def models_in(folder: Path) -> dict[str, Path]:
-    """GGUF files and Hugging Face folders in a folder, by name.
-
-    Raises:
-      InputError: there is none, or two have one name.
-    """
-    if not folder.is_dir():
-        raise InputError(f"--models-dir {folder}: no such folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        is_folder = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-        if not is_folder and not (path.suffix == ".gguf" and path.is_file()):
-            continue
-        name = path.name if is_folder else path.stem
-        if name in found:
-            raise InputError(f"--models-dir {folder}: two models have the name {name}")
-        found[name] = path
-    if not found:
-        raise InputError(f"--models-dir {folder}: there is no *.gguf file and no Hugging Face folder in it")
-    return found

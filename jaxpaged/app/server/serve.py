@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import click
 import uvicorn
+from jaxpaged_model.checkpoint.gguf_file import split_parts
 from jaxpaged_model.embedding import Embedder
 from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
 
@@ -24,8 +25,9 @@ from jaxpaged.app.loading import ReadyModel, open_model
 from jaxpaged.app.memory import free_memory, trim_memory
 from jaxpaged.app.server.application import create_application
 from jaxpaged.app.server.errors import ApiError
-from jaxpaged.app.server.hosting import Hosted, ModelHost, models_in
+from jaxpaged.app.server.hosting import Hosted, ModelHost
 from jaxpaged.app.server.lockstep import LockstepEngine
+from jaxpaged.app.server.model_folder import models_in, name_of
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.runner import EngineRunner
 from jaxpaged.app.server.state import ServedModel, ServerState
@@ -78,7 +80,7 @@ def _host(options: ServeOptions) -> tuple[ModelHost, Hosted | None]:
     paths = models_in(options.models_dir)
     first = None
     if options.model is not None:
-        first = options.model.name if options.model.is_dir() else options.model.name.removesuffix(".gguf")
+        first = name_of(options.model)
         if first not in paths:
             if not options.model.exists():
                 raise InputError(f"-m {options.model}: no such model; --models-dir has {', '.join(paths)}")
@@ -98,7 +100,8 @@ def _host(options: ServeOptions) -> tuple[ModelHost, Hosted | None]:
 def _has_room(hosted: Hosted) -> bool:
     path = hosted.path
     assert path is not None
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+    files = path.iterdir() if path.is_dir() else map(path.with_name, split_parts(path.name)[1])
+    size = sum(file.stat().st_size for file in files)
     return free_memory() >= _ROOM * size
 
 

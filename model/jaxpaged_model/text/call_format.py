@@ -90,11 +90,13 @@ class CallFormat:
 
 def lenient(marker: str, id_group: str | None = None) -> str:
     """Regular expression of a marker, with any white space in place of its own."""
-    pattern = r"\s*".join(re.escape(word) for word in marker.split())
-    inner = {ID: f"(?P<{id_group}>{_ID})" if id_group else _ID, INDEX: r"\d+", NAME: WORD, KEY: r"[^<>]*?"}
-    for placeholder, expression in inner.items():
+    # White space is matched possessively: neighbouring patterns would else divide it in all ways.
+    pattern = r"\s*+".join(re.escape(word) for word in marker.split())
+    if id_group:
+        pattern = pattern.replace(ID, f"(?P<{id_group}>{_ID})", 1)
+    for placeholder, expression in {ID: _ID, INDEX: r"\d+", NAME: WORD, KEY: r"[^<>]*?"}.items():
         pattern = pattern.replace(placeholder, expression)
-    return rf"\s*{pattern}\s*"
+    return rf"\s*+{pattern}\s*+"
 
 
 def _tool(name: str) -> dict[str, Any]:
@@ -207,7 +209,7 @@ class _Probe:
         if found is None:
             return None
         name = self.one.find(_NAMES[0])
-        header = self.one[name + len(_NAMES[0]) : found[0]]
+        header = self.one[name + len(_NAMES[0]) : found[0]].replace(_NAMES[0], NAME)
         between = None
         if self.two is not None:
             first = _json_equal(self.two, _STRINGS, self.two.find(_NAMES[0]))
@@ -215,7 +217,9 @@ class _Probe:
             last = _json_equal(self.two, _STRINGS, second)
             if first is not None and last is not None and first[1] <= second:
                 between = self.two[first[1] : second]
-                header = _with_index(header, self.two[second + len(_NAMES[1]) : last[0]])
+                header = _with_index(
+                    header, self.two[second + len(_NAMES[1]) : last[0]].replace(_NAMES[1], NAME)
+                )
         return self._format("named", self.one[:name], between, self.one[found[1] :], before_arguments=header)
 
     def tagged_calls(self) -> CallFormat | None:

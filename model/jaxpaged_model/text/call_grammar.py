@@ -51,7 +51,9 @@ class CallGrammar:
         calls = self._calls
         many = parallel and calls.parallel
         if calls.style == "list":
-            each = {"anyOf": [self._object(name) for name in self._schemas]}
+            each = {
+                "anyOf": [self._object(name, f"/items/anyOf/{i}") for i, name in enumerate(self._schemas)]
+            }
             schema = {"type": "array", "items": each, "minItems": 1, **({} if many else {"maxItems": 1})}
             body = self._json(schema)
         else:
@@ -98,12 +100,13 @@ class CallGrammar:
         self._rules.append(f"{name}: {body}")
         return name
 
-    def _object(self, name: str) -> dict[str, Any]:
-        """JSON schema of a call's object."""
+    def _object(self, name: str, pointer: str = "") -> dict[str, Any]:
+        """JSON schema of a call's object, which stands at a JSON pointer."""
         properties: dict[str, Any] = {}
+        place = pointer + "".join(f"/properties/{step}" for step in self._calls.arguments_path)
         for path, schema in (
             (self._calls.name_path, {"const": name}),
-            (self._calls.arguments_path, self._schemas[name]),
+            (self._calls.arguments_path, _moved(self._schemas[name], place)),
             (self._calls.id_path, {"type": "string", "pattern": "^[A-Za-z0-9]{9}$"}),
         ):
             inner = properties
@@ -197,6 +200,20 @@ class _Leaf:
 
     def __init__(self, schema: Any) -> None:
         self.schema = schema
+
+
+def _moved(schema: Any, pointer: str) -> Any:
+    """A schema whose references to itself hold where it stands at a JSON pointer."""
+    if isinstance(schema, list):
+        return [_moved(inner, pointer) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: f"#{pointer}{value[1:]}"
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _moved(value, pointer)
+        for key, value in schema.items()
+    }
 
 
 def _as_schema(properties: Any) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged_model.text.call_format import KEY, CallFormat, lenient
-from jaxpaged_model.text.json_cursor import Incomplete, JsonCursor, LiteralReader
+from jaxpaged_model.text.json_cursor import Incomplete, JsonCursor, LiteralReader, decoded
 
 
 @dataclass
@@ -63,10 +64,10 @@ class JsonReader(Reader):
         """All text, until the call is certain."""
 
     def feed(self, text: str) -> str:
-        if not self._shown:
-            self._raw += text
         start = 0
         for i, character in enumerate(text):
+            if not self._shown:
+                self._raw += character
             if self._base is None and not character.isspace():
                 self._base = 1 if character == "[" else 0  # models write a list where one call was meant
             begins = self._begins(character)
@@ -85,7 +86,7 @@ class JsonReader(Reader):
                 if len(self._cursor.path) == self._base and character == "}":
                     self._end_call()
                 if self.failed:
-                    return self._raw
+                    return self._raw + text[i + 1 :]
                 if self._cursor.done:
                     self.done = True
                     return text[i + 1 :]
@@ -129,7 +130,7 @@ class JsonReader(Reader):
         ):
             return
         if self._quoted:
-            self._held = json.loads(self._held, strict=False)
+            self._held = decoded(self._held)
         call = None if self._shown else self._call
         self._new.append((call, self._held))
         self._held, self._shown, self._raw = "", True, ""
@@ -156,7 +157,7 @@ class TagReader(Reader):
         self._text = ""
         self._num = 0
         self._new.append((call, ""))
-        key = rf"{lenient(calls.key_open)}(?P<key>[^\s<>=:/\"'][^\s<>=:\"']*){lenient(calls.key_close)}"
+        key = rf"{lenient(calls.key_open)}(?P<key>[^\s<>=:/\"'][^\s<>=:\"']*){_behind_key(calls)}"
         separated = f"(?:{lenient(calls.value_separator)})?{key}"
         self._keys = re.compile(key), re.compile(separated)
         self._string_open = _opening(calls.string_open)
@@ -202,8 +203,9 @@ class TagReader(Reader):
                 value = reader.value()
             except Incomplete:
                 return None
-            except ValueError:
-                return text.strip(), ""
+            except (ValueError, RecursionError):  # no literal: text up to the call's end
+                end = text.find(calls.call_close.strip())
+                return None if end < 0 else (text[:end].strip(), text[end:])
             rest = text[reader.at :]
             close = calls.value_close.strip()
             return value, rest.lstrip().removeprefix(close) if close and rest.lstrip().startswith(
@@ -215,11 +217,12 @@ class TagReader(Reader):
             if match is not None:
                 text, kind = text[match.end() :], is_string
                 break
-        for close in (calls.value_close.replace(KEY, key), calls.value_close.replace(KEY, key).strip()):
-            at = text.find(close)
-            if at >= 0:
-                raw, rest = text[:at], text[at + len(close) :]
-                return (raw if kind else self._typed(key, raw, is_other=kind is False)), rest
+        close = calls.value_close.replace(KEY, key)
+        mark = close.strip() or close
+        at = text.find(mark)
+        if at >= 0:
+            raw, rest = text[:at].removesuffix(close[: close.index(mark)]), text[at + len(mark) :]
+            return (raw if kind else self._typed(key, raw, is_other=kind is False)), rest
         return None
 
     def _typed(self, key: str, raw: str, *, is_other: bool = False) -> Any:
@@ -230,12 +233,28 @@ class TagReader(Reader):
         kind = schema.get("type") if isinstance(schema, Mapping) else None
         if kind == "string" or (isinstance(kind, list) and "string" in kind):
             return raw
-        for read in (json.loads, ast.literal_eval):  # some templates write Python's literals
+        for read in (json.loads, _python_literal):  # some templates write Python's literals
             try:
-                return read(raw.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                value = read(raw.strip())
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
+            return value
         return raw
+
+
+def _python_literal(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of escapes that are none
+        return ast.literal_eval(text)
+
+
+def _behind_key(calls: CallFormat) -> str:
+    """Regular expression of the text between key and value; white space of a raw value is its own."""
+    if calls.string_close:
+        return lenient(calls.key_close)
+    mark = calls.key_close.rstrip()
+    return lenient(mark).removesuffix(r"\s*+") + f"(?:{re.escape(calls.key_close[len(mark) :])})?"
 
 
 def _opening(text: str) -> re.Pattern[str] | None:

@@ -239,6 +239,8 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes for HTML and sorts keys; models were trained on plain JSON.
     _check_widths(indent)
+    if isinstance(value, Iterator):  # of a filter, such as map
+        value = list(value)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -18,6 +18,7 @@ from jaxpaged_model.text.call_format import CallFormat, common_prefix, derive_ca
 from jaxpaged_model.text.call_grammar import CallGrammar
 from jaxpaged_model.text.chat import ChatTemplateError, render_chat
 from jaxpaged_model.text.harmony import HarmonyParser, harmony_grammar
+from jaxpaged_model.text.known_formats import calls_as_content, is_known, known_calls
 
 _TEXT, _THOUGHTS = "Zq text Zq", "Zq thoughts Zq"
 _QUESTION = {"role": "user", "content": "Zq question Zq"}
@@ -58,6 +59,8 @@ class ChatFormat:
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the template wants them: arguments of calls as objects, or as JSON text."""
+        if self.calls is not None and is_known(self.calls):
+            return [calls_as_content(message, self.calls) for message in messages]
         if self.calls is None or not self.calls.arguments_as_text:
             return [dict(message) for message in messages]
         return [_arguments_as_text(message) for message in messages]
@@ -152,7 +155,7 @@ def _derive(template: str, bos_token: str, eos_token: str) -> ChatFormat:
     if HARMONY in template and "<|message|>" in template:
         return ChatFormat(None, None, is_harmony=True)
     reasoning = _derive_reasoning(template, render)
-    calls = derive_calls(render, eos_token)
+    calls = derive_calls(render, eos_token) or known_calls(template)
     if calls is not None and reasoning is not None:
         # Thoughts that stand before every answer, empty ones too, are no part of a call.
         calls = replace(calls, section_open=_without_thoughts(calls.section_open, reasoning))

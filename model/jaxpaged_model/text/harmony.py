@@ -69,10 +69,9 @@ class HarmonyParser(AnswerParser):
             at, end = min(places)
             body, self._text = self._text[:at], self._text[at + len(end) :]
             return body, end
-        cut = self._text.rfind("<|")
-        held = self._text[cut:] if cut >= 0 else self._text[-1:] if self._text.endswith("<") else ""
-        if not any(end.startswith(held) for end in _ENDS):
-            held = ""
+        longest = self._text[-max(map(len, _ENDS)) :]
+        tails = (longest[i:] for i in range(len(longest)))
+        held = next((tail for tail in tails if any(end.startswith(tail) for end in _ENDS)), "")
         body = self._text[: len(self._text) - len(held)]
         self._text = held
         return body, None

@@ -39,7 +39,7 @@ class JsonCursor:
                 self._escaped = True
             elif character == '"':
                 self.in_string = False
-                text = _decoded("".join(self._string))
+                text = decoded("".join(self._string))
                 if not self._key_next:
                     return text
                 self.path[-1], self._key_next = text, False
@@ -63,7 +63,8 @@ class JsonCursor:
         return None
 
 
-def _decoded(literal: str) -> str:
+def decoded(literal: str) -> str:
+    """The text of a JSON string; what stands between the quotes if it is none."""
     try:
         return str(json.loads(literal, strict=False))
     except ValueError:
@@ -156,7 +157,7 @@ class LiteralReader:
         inner = match[1]
         if mark == "'":
             inner = inner.replace("\\'", "'").replace('"', '\\"')
-        return _decoded(f'"{inner}"')
+        return decoded(f'"{inner}"')
 
     def _space(self, more: str = "") -> None:
         while self.at < len(self.text) and (self.text[self.at].isspace() or self.text[self.at] in more):

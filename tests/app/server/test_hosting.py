@@ -17,7 +17,8 @@ from jaxpaged_model.text.chat import BUILTIN_TEMPLATES
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.server.application import create_application
-from jaxpaged.app.server.hosting import Hosted, ModelHost, models_in
+from jaxpaged.app.server.hosting import Hosted, ModelHost
+from jaxpaged.app.server.model_folder import models_in
 from jaxpaged.app.server.options import ServeOptions
 from jaxpaged.app.server.state import ServedModel, ServerState
 
@@ -395,10 +396,16 @@ def test_models_of_a_folder(tmp_path: Path):
     (tmp_path / "notes.txt").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "two.gguf").mkdir()
+    for part in (1, 2):
+        (tmp_path / f"four-0000{part}-of-00002.gguf").write_bytes(b"")
     (tmp_path / "three").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "three" / name).write_bytes(b"")
-    assert models_in(tmp_path) == {"one": tmp_path / "one.gguf", "three": tmp_path / "three"}
+    assert models_in(tmp_path) == {
+        "four": tmp_path / "four-00001-of-00002.gguf",
+        "one": tmp_path / "one.gguf",
+        "three": tmp_path / "three",
+    }
     (tmp_path / "three.gguf").write_bytes(b"")
     with pytest.raises(InputError, match="two models have the name three"):
         models_in(tmp_path)
