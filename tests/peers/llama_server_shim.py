@@ -32,6 +32,14 @@ _WITH_VALUE = {
     "--ctx-size": "llama-server divides it by its slots",
     "--media-path": "there is no such flag; the test sends a request that names a file",
 }
+_TEMPLATES = {
+    "Llama-3.1": "meta-llama-Llama-3.1-8B-Instruct",
+    "gemma-2": "google-gemma-2-2b-it",
+    "Phi-3.5": "microsoft-Phi-3.5-mini-instruct",
+    "Qwen2.5": "Qwen-Qwen2.5-7B-Instruct",
+    "R1-Distill-Qwen": "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+}
+"""Chat templates of models of the hub, by a part of their names; the random model has none."""
 _WITHOUT_VALUE = {"--offline", "--no-jinja"}
 
 
@@ -45,6 +53,11 @@ def ours(arguments: list[str], model: str) -> list[str]:
             taken[word] = next(rest)
         elif word not in _WITHOUT_VALUE:
             kept.append(word)
+    for part, template in _TEMPLATES.items():
+        if part in taken.get("--hf-repo", "") and not any(
+            word.startswith("--chat-template") for word in kept
+        ):
+            kept += ["--chat-template-file", f"../../../models/templates/{template}.jinja"]
     context = int(taken.get("--ctx-size", "0"))
     if "--kv-unified" not in kept and "--parallel" in kept:
         context //= int(kept[kept.index("--parallel") + 1])

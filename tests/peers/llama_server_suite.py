@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 _TOOLS = "tools are not offered"
 _MODEL = "needs a model that is not here"
+_KNOWS = "needs a model that knows when to call a tool; no grammar makes it"
 
 FILES: dict[str, str] = {
     "test_compat_gcp.py": "Google's API (/predict) is not offered",
@@ -70,6 +71,10 @@ LEFT_OUT: dict[str, str] = {
     "test_compat_anthropic.py::test_anthropic_vision_base64_with_multimodal_model": _IMAGES,
     "test_compat_oai_responses.py::test_responses_stream_with_llama_telemetry": _PROGRESS,
     "test_infill.py::test_with_qwen_model": _MODEL,
+    "test_tool_call.py::test_weather": _KNOWS,
+    "test_tool_call.py::test_calc_result": _KNOWS,
+    "test_tool_call.py::test_thoughts": _KNOWS,
+    "test_tool_call.py::test_hello_world": _KNOWS,
     "test_metrics.py::test_metrics_timings_on_prompt_progress": _PROGRESS,
     "test_router.py::test_router_queue_client_disconnect_keeps_model": "needs a build whose requests take seconds",
     "test_router.py::test_router_reload_models": _PRESET,

@@ -20,6 +20,8 @@ _FOLDER: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+RERANKER_TENSORS = ("cls.output.weight", "cls.output.bias")
+"""Tensors of a head that ranks documents, in a GGUF file."""
 _LARGEST = 2**16
 """Bytes of a description, at most."""
 
@@ -64,14 +66,12 @@ def pooling_of(source: GGUFFile | SafetensorsFolder) -> Pooling | None:
 
 def reranker_of(source: GGUFFile | SafetensorsFolder) -> Reranker | None:
     """The head of a GGUF file's ``cls.output``; None = it has none."""
-    if not isinstance(source, GGUFFile) or "cls.output.weight" not in source.tensors:
+    if not isinstance(source, GGUFFile) or RERANKER_TENSORS[0] not in source.tensors:
         return None
-    if "cls.weight" in source.tensors:  # one more layer, of encoders
-        return None
-    bias = "cls.output.bias"
+    weight, bias = RERANKER_TENSORS
     template = source.metadata.get("tokenizer.chat_template.rerank")
     return Reranker(
-        source.read("cls.output.weight").astype(np.float32),
+        source.read(weight).astype(np.float32),
         source.read(bias).astype(np.float32) if bias in source.tensors else None,
         template if isinstance(template, str) else None,
         source.metadata.get("general.architecture") == "qwen3",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpaged_model.checkpoint.pooling import RERANKER_TENSORS
 from jaxpaged_model.config import ModelConfig
 from jaxpaged_model.layers import SLOTS, by_layer, variants
 from jaxpaged_model.llama import Params
@@ -215,7 +216,10 @@ def check_tensors(config: ModelConfig, source: TensorSource, plan: Mapping[str, 
         more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
         raise ModelError(f"{where}: wrong shape: {wrong[0]}{more}, for a {_sizes(config)}")
     tied = "lm_head.weight" if config.tie_embeddings else None
-    extra = [name for name in found if name not in plan and name != tied and not name.endswith(_REDUNDANT)]
+    redundant = tied, *RERANKER_TENSORS
+    extra = [
+        name for name in found if name not in plan and name not in redundant and not name.endswith(_REDUNDANT)
+    ]
     if extra:
         raise ModelError(f"{where}: {_tensors(extra)} unknown to a {_sizes(config)}")
 

@@ -200,7 +200,8 @@ def test_a_model_is_named_after_its_file_or_folder(tmp_path, monkeypatch, path, 
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     loaded = SimpleNamespace(
-        path=Path(path), tokenizer=SimpleNamespace(chat_template="x"), pooling=None, reranker=None, config=SimpleNamespace(context_length=1),
+        path=Path(path), tokenizer=SimpleNamespace(chat_template="x"), pooling=None, reranker=None,
+        config=SimpleNamespace(context_length=1),
         description="", size_bytes=0, fingerprint="",
     )  # fmt: skip
     assert serve._served(ServeOptions(), SimpleNamespace(loaded=loaded)).names == (name,)
