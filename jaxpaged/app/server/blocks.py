@@ -52,7 +52,7 @@ class ChatText:
         return delta + self.parser.finish() if update.is_last else delta
 
     def events(self, update: Update) -> Iterator[BlockEvent]:
-        """What an update changes in the parts of the answer, which are as the last event says."""
+        """Changes of the parts of the answer; they are as the event says when it is taken."""
         delta = self.delta(update)
         if delta.reasoning:
             self.num_reasoning += len(update.part.tokens)

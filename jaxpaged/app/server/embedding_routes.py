@@ -23,6 +23,9 @@ from jaxpaged.engine.request import ContextError
 
 router = APIRouter(route_class=StrictRoute)
 
+_MOST_VECTORS = 16384
+"""Vectors of a response without pooling."""
+
 
 @router.post("/v1/embeddings")
 async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
@@ -69,15 +72,19 @@ async def _vectors(request: Request, body: EmbeddingRequest) -> tuple[list[np.nd
     texts = [await encode_mixed(model, text) for text in body.texts]
     for ids in texts:
         _check(model, runner, ids)
+    if model.pooling == "none" and sum(map(len, texts)) > _MOST_VECTORS:
+        raise ApiError(400, f"without pooling a request has at most {_MOST_VECTORS} tokens", param="input")
+    if body.dimensions is not None and body.dimensions > model.embedding_size:
+        raise ApiError(
+            400, f"dimensions: the model's embeddings have {model.embedding_size}", param="dimensions"
+        )
     vectors = []
     for ids in texts:
-        vector = _pooled(await runner.embed(ids), model.pooling)
-        if body.dimensions is not None:
-            if body.dimensions > vector.shape[-1]:
-                raise ApiError(
-                    400, f"dimensions: the model's embeddings have {vector.shape[-1]}", param="dimensions"
-                )
-            vector = vector[..., : body.dimensions]
+        vector = _pooled(await runner.embed(ids), model.pooling)[..., : body.dimensions]
+        if not np.isfinite(vector).all():
+            raise ApiError(
+                500, "the model's hidden states are not finite: its weights, or their dtype, cannot do it"
+            )
         norm = state.options.embd_normalize if body.embd_normalize is None else body.embd_normalize
         vectors.append(vector if model.pooling == "none" else _normalized(vector, norm))
     return vectors, sum(map(len, texts))
@@ -111,8 +118,12 @@ def _normalized(vector: np.ndarray, norm: int) -> np.ndarray:
     if norm < 0:
         return vector
     wide = np.abs(vector.astype(np.float64))
-    size = wide.max() / 32767 if norm == 0 else float((wide**norm).sum() ** (1 / norm))
-    return (vector / size).astype(np.float32) if size else vector
+    largest = wide.max()
+    if not largest:
+        return vector
+    # Divided by the largest first: powers of large or small numbers leave the range of numbers.
+    size = largest / 32767 if norm == 0 else largest * float(((wide / largest) ** norm).sum() ** (1 / norm))
+    return (vector / size).astype(np.float32)
 
 
 def _encoded(vector: np.ndarray, form: str) -> Any:
@@ -129,7 +140,9 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
     """Documents in the order of their relevance for a query."""
     model, _ = await state_of(request).enter(body.model)
     if model.reranker is None:
-        raise ApiError(501, "this model has no head that ranks documents (cls.output in a GGUF file)")
+        raise ApiError(
+            501, "this model has no head that ranks documents (one layer, cls.output, in a GGUF file)"
+        )
     return await while_connected(request, _ranked(request, body))
 
 

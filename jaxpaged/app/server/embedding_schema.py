@@ -11,6 +11,8 @@ from jaxpaged.app.server.sampling_schema import StrictModel, TokenId
 
 MAX_TEXTS = 2048
 """Texts of a request, at most."""
+MAX_NORM = 64
+"""Largest p of a p-norm."""
 
 _Mixed = Annotated[list[str | TokenId], Field(min_length=1)]
 _Text = str | _Mixed | dict[str, Any]
@@ -27,7 +29,7 @@ class EmbeddingRequest(StrictModel):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int | None, Field(ge=1)] = None
     """Dimensions that are kept, the first ones."""
-    embd_normalize: Annotated[int | None, Field(ge=-1)] = None
+    embd_normalize: Annotated[int | None, Field(ge=-1, le=MAX_NORM)] = None
     user: Annotated[str | None, Field(max_length=1024)] = None
 
     @model_validator(mode="after")

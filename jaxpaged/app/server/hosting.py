@@ -46,8 +46,10 @@ class ServedModel:
     size_bytes: int = 0
     fingerprint: str = ""
     pooling: str = "last"
-    """How embeddings are made of hidden states."""
+    """Way in which embeddings are made of hidden states."""
     reranker: Reranker | None = None
+    embedding_size: int = 0
+    """Dimensions of an embedding."""
 
 
 @dataclass(eq=False)

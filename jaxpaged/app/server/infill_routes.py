@@ -71,7 +71,7 @@ async def _prompt(model: ServedModel, body: InfillRequest, n_ctx: int, options: 
         await plain(text) for text in (body.input_prefix, body.input_suffix, body.prompt)
     ]
     quarter = options.step_tokens // 4
-    prefix = prefix[-3 * quarter :] if quarter else prefix
+    prefix = prefix[len(prefix) - min(len(prefix), 3 * quarter) :]
     suffix = suffix[: max(0, quarter - 2 - len(begun))]
     extra: list[int] = []
     if "rep" in fim:

@@ -31,7 +31,7 @@ class ToolChoice(Lenient):
 
 
 class OutputConfig(Lenient):
-    """How much effort an answer takes, and its format."""
+    """Effort that an answer takes, and its format."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: dict[str, Any] | None = None

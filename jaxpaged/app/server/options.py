@@ -156,7 +156,7 @@ class ServeOptions(RunFlags):
         "--embd-normalize",
         "Norm by which embeddings are divided: 2 = Euclidean, 1 = taxicab, 0 = the largest is 32767, -1 = none.",
         2,
-        click.IntRange(-1),
+        click.IntRange(-1, 64),
         metavar="N",
     )
     reasoning_format: str = _server(

@@ -20,7 +20,7 @@ _KEPT_NOWHERE = {
 
 
 class Reasoning(Lenient):
-    """How much a model thinks."""
+    """Amount of thoughts."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Any = None

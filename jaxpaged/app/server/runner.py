@@ -186,8 +186,15 @@ class EngineRunner:
         """
         if self._embedder is None:
             raise RefusedError("embeddings are computed on one device, not on a mesh")
-        async with self._embedding:  # a text at a time: each needs memory for its keys and values
-            return await asyncio.to_thread(self._embedder.hidden_states, tokens)
+        await self._embedding.acquire()  # a text at a time: each needs memory for its keys and values
+        try:
+            work = asyncio.ensure_future(asyncio.to_thread(self._embedder.hidden_states, tokens))
+        except BaseException:
+            self._embedding.release()
+            raise
+        # The thread goes on if the caller is cancelled.
+        work.add_done_callback(lambda _: self._embedding.release())
+        return await asyncio.shield(work)
 
     def post(self, function: Callable[[Engine], None]) -> None:
         """Queues a call on the engine's thread, between two steps; thread-safe."""

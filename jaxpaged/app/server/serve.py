@@ -273,6 +273,7 @@ def _served(options: ServeOptions, ready: ReadyModel) -> ServedModel:
         loaded.fingerprint,
         options.pooling or loaded.pooling or "last",
         loaded.reranker,
+        loaded.config.hidden_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""How a file makes one vector, or one score, of a text's hidden states."""
+"""Pooling: one vector, or one score, of a text's hidden states, as the file asks."""
 
 from __future__ import annotations
 

@@ -29,7 +29,14 @@ class Server:
         names = self.state.options.alias or ("tiny",)
         self.hosted = self.state.host.models[0]
         self.hosted.model = ServedModel(
-            TOKENIZER, BUILTIN_TEMPLATES["chatml"], True, names, str(tiny.PATH), 1024, fingerprint="f" * 64
+            TOKENIZER,
+            BUILTIN_TEMPLATES["chatml"],
+            True,
+            names,
+            str(tiny.PATH),
+            1024,
+            fingerprint="f" * 64,
+            embedding_size=5,
         )
         self.runner = FakeRunner()
         self.hosted.runner = self.runner

@@ -11,6 +11,7 @@ from http_server import TOKENIZER, Server, check_error
 from jaxpaged_model.checkpoint.pooling import Reranker
 from jaxpaged_model.text.tokenizer import Tokenizer
 
+from jaxpaged.app.server.embedding_routes import _normalized
 from jaxpaged.app.server.native_schema import NativeRequest
 
 PATHS = ("/v1/embeddings", "/embedding", "/embeddings")
@@ -48,6 +49,9 @@ def test_norms_dimensions_and_base64(server):
     assert np.linalg.norm(unit) == pytest.approx(1) and np.allclose(unit, plain / np.linalg.norm(plain))
     assert np.abs(vectors(server, "ab", embd_normalize=1)[0]).sum() == pytest.approx(1)
     assert max(np.abs(vectors(server, "ab", embd_normalize=0)[0])) == pytest.approx(32767)
+    large = np.float32(3e30) * np.ones(3, np.float32)
+    assert np.linalg.norm(_normalized(large, 64), 64) == pytest.approx(1)
+    assert _normalized(np.zeros(3, np.float32), 2).tolist() == [0, 0, 0]
     (short,) = vectors(server, "ab", dimensions=2)
     assert np.allclose(short, plain[:2] / np.linalg.norm(plain[:2]))
     (text,) = vectors(server, "ab", encoding_format="base64")
@@ -83,6 +87,7 @@ def test_without_pooling_there_is_a_vector_for_each_token(server):
         {"input": "a", "encoding_format": "hex"},
         {"input": "a", "dimensions": 0},
         {"input": "a", "dimensions": 10**6},
+        {"input": "a", "embd_normalize": 10**400},
         {"input": [99999]},
         {"input": {"what": 1}},
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+import numpy as np
 import pytest
 from engine_kit import NUM_PAGES, alone, greedy, make_engine, prompt
 
@@ -147,3 +149,50 @@ def test_a_broken_engine_is_told_to_everybody(monkeypatch):
         await runner.close()
 
     asyncio.run(asyncio.wait_for(use(), 60))
+
+
+class SlowEmbedder:
+    """Takes a while for a text, and counts how many it has at once."""
+
+    def __init__(self) -> None:
+        self.running = self.most = self.done = 0
+
+    def hidden_states(self, tokens):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        time.sleep(0.05)
+        self.running -= 1
+        self.done += 1
+        return np.ones((len(tokens), 2), np.float32)
+
+
+def test_texts_are_embedded_one_at_a_time_also_those_of_clients_that_are_gone(engine):
+    embedder = SlowEmbedder()
+
+    async def main() -> None:
+        runner = EngineRunner(engine, embedder)
+        runner.start()
+        tasks = [asyncio.create_task(runner.embed([1] * n)) for n in range(1, 5)]
+        await asyncio.sleep(0.02)
+        tasks[0].cancel()
+        tasks[2].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(result, asyncio.CancelledError) for result in results] == [
+            True,
+            False,
+            True,
+            False,
+        ]
+        assert results[3].shape == (4, 2)
+        await runner.close()
+
+    asyncio.run(main())
+    assert embedder.most == 1 and embedder.done == 3
+
+
+def test_a_mesh_embeds_nothing(engine):
+    async def main() -> None:
+        with pytest.raises(RefusedError, match="mesh"):
+            await EngineRunner(engine).embed([1])
+
+    asyncio.run(main())

@@ -201,7 +201,7 @@ def test_a_model_is_named_after_its_file_or_folder(tmp_path, monkeypatch, path, 
     monkeypatch.chdir(folder)
     loaded = SimpleNamespace(
         path=Path(path), tokenizer=SimpleNamespace(chat_template="x"), pooling=None, reranker=None,
-        config=SimpleNamespace(context_length=1),
+        config=SimpleNamespace(context_length=1, hidden_size=1),
         description="", size_bytes=0, fingerprint="",
     )  # fmt: skip
     assert serve._served(ServeOptions(), SimpleNamespace(loaded=loaded)).names == (name,)
