@@ -1,4 +1,4 @@
-"""A soak of the real server: random requests, many more than fit, half of them abandoned, all of them checked.
+"""A soak of the real server: random requests, a third with a schema, many more than fit, all of them checked.
 
     python tests/app/server/soak.py --requests 5000
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import uvicorn
 
 from jaxpaged.app.server import serve
@@ -35,6 +36,21 @@ from jaxpaged.engine.swap import SwapCosts
 KEY = "the key of the soak"
 LONGEST = 64
 _PROMPTS = 24
+_SCHEMAS: list[dict[str, Any]] = [
+    {"enum": ["red", "green", 3, None]},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    {"type": "integer", "minimum": -20, "maximum": 3000},
+    {"type": "string", "pattern": "^[a-f]{1,12}$"},
+    {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["a", "b"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
+        "required": ["kind", "count"],
+        "additionalProperties": False,
+    },
+]
 _WORDS = [
     "def",
     "class",
@@ -108,8 +124,9 @@ class Client:
                         self.disconnect_while_reading,
                         self.disconnect_while_waiting,
                         self.ask_nonsense,
+                        self.ask_constrained,
                     ],
-                    [40, 25, 15, 15, 5],
+                    [27, 17, 10, 10, 3, 33],
                 )[0]
                 await action()
 
@@ -212,10 +229,37 @@ class Client:
         except httpx.TimeoutException:
             self.report.outcomes["given up waiting"] += 1
 
+    async def ask_constrained(self) -> None:
+        """A request with a schema: the answer is valid, unless it was cut."""
+        rng = self.rng
+        schema = rng.choice(_SCHEMAS)
+        body = {
+            "prompt": rng.choice(list(self.expected)),
+            "max_tokens": rng.randint(8, 2 * LONGEST),
+            "temperature": rng.choice([0.0, 1.0, 2.0]),
+            "seed": rng.randint(0, 2**31),
+            "n": rng.choice([1, 1, 1, 2]),
+            "structured_outputs": {"json": schema},
+        }
+        while await self.refused(response := await self.http.post("/v1/completions", json=body)):
+            pass
+        for choice in response.json()["choices"]:
+            if choice["finish_reason"] == "length":
+                self.report.outcomes["constrained, cut"] += 1
+                continue
+            try:
+                jsonschema.validate(json.loads(choice["text"]), schema)
+                self.report.outcomes["constrained, valid"] += 1
+            except ValueError as error:
+                self.report.wrong.append(f"{body}: {choice}: {error}")
+            except jsonschema.ValidationError as error:
+                self.report.wrong.append(f"{body}: {choice}: {error.message}")
+
     async def ask_nonsense(self) -> None:
         bad = self.rng.choice(
             [
                 {"prompt": 5}, {"prompt": ""}, {"prompt": "x", "max_tokens": -2}, {"prompt": "x", "n": 10**9},
+                {"prompt": "x", "json_schema": {"type": "what"}}, {"prompt": "x", "grammar": "root ::= missing"},
                 {"prompt": "x" * 20000}, {"prompt": [10**9]}, {"prompt": "x", "temperature": "hot"}, {},
             ]
         )  # fmt: skip
