@@ -198,3 +198,15 @@ def merged_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return list(messages)
     text = "\n\n".join(message["content"] for message in messages[:count])
     return [messages[0] | {"content": text}, *messages[count:]]
+
+
+def without_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose instructions are the user's words: before those that follow, or else behind the last ones."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        message = message | {"role": "user"} if message["role"] == "system" else dict(message)
+        if found and found[-1]["role"] == message["role"] == "user":
+            found[-1]["content"] += "\n\n" + message["content"]
+        else:
+            found.append(message)
+    return found

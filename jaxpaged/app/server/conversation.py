@@ -11,7 +11,7 @@ from jaxpaged_model.text.chat import ChatTemplateError, render_chat
 from jaxpaged_model.text.chat_format import ChatFormat
 from jaxpaged_model.text.tools_as_text import TEMPLATE, write_tools
 
-from jaxpaged.app.server.chat_schema import TemplateFields, merged_system
+from jaxpaged.app.server.chat_schema import TemplateFields, merged_system, without_system
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.openai_schema import ChatRequest
 from jaxpaged.app.server.prompts import check_prompt, encode_chat, special_name
@@ -94,14 +94,25 @@ def _render(state: ServerState, model: ServedModel, body: TemplateFields) -> Con
         chat_format = replace(chat_format, calls=ChatFormat.derive(TEMPLATE).calls)
     if given:
         arguments["tools"] = given
-    try:
-        text = render_chat(
+
+    def rendered(messages: list[dict[str, Any]]) -> str:
+        return render_chat(
             model.chat_template,
             chat_format.messages(messages),
             add_generation_prompt=add_generation_prompt,
             **names,
             **arguments,
         )
+
+    try:
+        try:
+            text = rendered(messages)
+        except ChatTemplateError:
+            if all(message["role"] != "system" for message in messages):
+                raise
+            text = rendered(
+                without_system(messages)
+            )  # some templates know no instructions, or one at the beginning
     except ChatTemplateError as error:
         raise ApiError(400, str(error)[:500], param="messages") from None
     return Conversation(text + begun, begun, chat_format, tools)

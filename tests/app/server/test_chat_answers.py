@@ -251,3 +251,19 @@ def test_effort_none_and_a_budget_of_none_switch_thoughts_off(server):
     assert begin(chat_template_kwargs={"enable_thinking": False, "reasoning_effort": "x"}) == "no x Weather?"
     server.state.options = dataclasses.replace(server.state.options, reasoning_budget=0)
     assert begin() == "no  Weather?"
+
+
+def test_a_template_without_instructions_has_them_in_the_users_words(server):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    server.hosted.model = dataclasses.replace(server.hosted.model, chat_template=template)
+
+    def prompt(*given):
+        messages = [{"role": role, "content": content} for role, content in given]
+        return server.post("/apply-template", {"messages": messages}).json()["prompt"]
+
+    assert prompt(("system", "a"), ("user", "b")) == "<user>a\n\nb"
+    late = ("user", "a"), ("assistant", "b"), ("user", "c"), ("system", "d")
+    assert prompt(*late) == "<user>a<assistant>b<user>c\n\nd"
