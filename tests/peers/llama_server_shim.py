@@ -86,7 +86,7 @@ def write_random_model(path: Path, text: str) -> Path:
             weights[f"model.layers.{i}.{name}.weight"][0] = 0.0
     output[:, 0] = 0.0
     output[:first, 0] = -16.0
-    output[first + pieces.index('"'), 0] = 1.0  # strings of JSON end soon
+    output[first + pieces.index('"'), 0] = 2.0  # strings of JSON end soon
     weights |= {"model.embed_tokens.weight": embedding, "lm_head.weight": output}
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * len(_BYTES) + [gguf.TokenType.NORMAL] * len(pieces)
