@@ -310,6 +310,8 @@ class EngineShard:
             # Where log-probabilities are wanted, each token is sampled.
             if sample.request.num_logprobs is None:
                 forced = constraint.forced()[: self._tokens_left(sample)]
+                # A step with several tokens of one sequence costs all running ones about a step more.
+                forced = forced if len(forced) > len(self.scheduler.running) else []
                 constraint.accept(forced)
             sample.tokens += forced
             sample.num_generated += len(forced)
