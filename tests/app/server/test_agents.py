@@ -218,11 +218,12 @@ def agent(name: str) -> str:
     program = folder / "node_modules" / ".bin" / name
     if not program.exists():
         if shutil.which("npm") is None:
-            pytest.skip(f"no {name}, and no npm to install it")
+            pytest.skip(f"npm cannot install {AGENTS[name]}: there is no npm")
         install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), AGENTS[name]]
-        done = subprocess.run(install, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            pytest.skip(f"npm cannot install {AGENTS[name]}: {done.stderr.strip()[-200:]}")
+        try:
+            subprocess.run(install, capture_output=True, text=True, timeout=300, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            pytest.skip(f"npm cannot install {AGENTS[name]}: {error}")
     return str(program)
 
 
