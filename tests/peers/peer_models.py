@@ -259,6 +259,12 @@ def hf_logits(model: transformers.PreTrainedModel, texts: Sequence[Sequence[int]
         return [model(torch.tensor([list(text)])).logits[0].numpy() for text in texts]
 
 
+def hf_hidden_states(model: transformers.PreTrainedModel, text: Sequence[int]) -> np.ndarray:
+    """Hidden states behind the last norm, f32[number of tokens, hidden_size]."""
+    with torch.no_grad():
+        return model.base_model(torch.tensor([list(text)])).last_hidden_state[0].numpy()
+
+
 def margin(logits: Sequence[np.ndarray]) -> float:
     """The smallest margin of a likeliest token: greedy tokens are equal if the error is smaller."""
     best = [np.partition(rows, -2, axis=-1)[:, -2:] for rows in logits]

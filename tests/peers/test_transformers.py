@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import peer_models as peer
 from conftest import Measured
 from jaxpaged_model.checkpoint.loading import LoadedModel, load_model
+from jaxpaged_model.embedding import Embedder
 
 from jaxpaged import SamplingParams, generate, score
 
@@ -40,6 +41,20 @@ def test_logits_equal_those_of_transformers(
     assert theirs.std() > 0.5  # Logits that say something.
     measured(difference=np.abs(ours - theirs).max())
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", peer.ONE_OF_EACH)
+def test_hidden_states_are_the_last_ones_of_transformers(
+    name: str, loaded: LoadedModel, measured: Measured
+) -> None:
+    """Those that embeddings are made of."""
+    differences = []
+    for text in peer.texts_to_score():
+        ours = Embedder(loaded, chunk=16).hidden_states(text)
+        theirs = peer.hf_hidden_states(peer.hf_model(name), text)
+        differences.append(np.abs(ours - theirs).max() / theirs.std())
+    measured(difference=max(differences))
+    assert max(differences) < TOLERANCE
 
 
 @paged_everywhere
