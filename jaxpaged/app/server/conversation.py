@@ -24,8 +24,6 @@ class Conversation:
 
     text: str
     """The prompt, special tokens written out."""
-    begun: str
-    """The beginning of the answer, if the assistant's last message is continued."""
     format: ChatFormat
     tools: list[dict[str, Any]]
 
@@ -115,7 +113,7 @@ def _render(state: ServerState, model: ServedModel, body: TemplateFields) -> Con
             )  # some templates know no instructions, or one at the beginning
     except ChatTemplateError as error:
         raise ApiError(400, str(error)[:500], param="messages") from None
-    return Conversation(text + begun, begun, chat_format, tools)
+    return Conversation(text + begun, chat_format, tools)
 
 
 async def encode_conversation(model: ServedModel, conversation: Conversation) -> list[int]:
