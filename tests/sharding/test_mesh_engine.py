@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mesh_kit
 import numpy as np
 import pytest
@@ -135,3 +137,47 @@ def test_a_slot_is_saved_on_a_mesh_and_goes_on_on_one_device(single, spread, tmp
         == served(spread, [EngineRequest("c", more, max_new_tokens=6, temperature=0.0)])["c"]
     )
     assert single.stats().prefix_hits > before
+
+
+class Every:
+    """Allows a token whose number is a multiple of ``step`` alone, ``count`` times."""
+
+    def __init__(self, step: int, count: int) -> None:
+        self.step, self.left = step, count
+
+    is_active = True
+
+    @property
+    def is_finished(self) -> bool:
+        return self.left <= 0
+
+    def allowed(self, out: np.ndarray) -> None:
+        for token in range(self.step, 200, self.step):
+            out.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+
+    def accept(self, tokens) -> None:
+        assert all(token % self.step == 0 for token in tokens)
+        self.left -= len(tokens)
+
+    def forced(self) -> list[int]:
+        return []
+
+    def copy(self) -> Every:
+        return Every(self.step, self.left)
+
+
+def test_constraints_hold_in_every_shard_and_change_nothing_for_others(single, spread):
+    some = requests(8)
+    constrained = [
+        replace(request, constraint=Every(i + 2, 9), max_new_tokens=20) if i % 2 else request
+        for i, request in enumerate(some)
+    ]
+    found = served(spread, constrained)
+    assert found == served(single, constrained)
+    free = served(single, some)
+    for i, request in enumerate(some):
+        tokens = found[request.request_id]
+        if i % 2:
+            assert len(tokens) == 9 and all(token % (i + 2) == 0 for token in tokens)
+        else:
+            assert tokens == free[request.request_id]
