@@ -30,7 +30,9 @@ def test_an_edit_computes_nothing_as_large_as_the_table(name):
     cache = PagedKVCache.create(
         **MODEL, num_pages=N, max_seqs=S, page_size=PAGE_SIZE, max_seq_len=(P - 1) * PAGE_SIZE
     )
-    device = Device(None, None, cache, decode_rows=[], prompt_rows=[], decode_steps=1, num_recent=1)
+    device = Device(
+        None, None, cache, decode_rows=[], prompt_rows=[], decode_steps=1, num_recent=1, vocab_size=8
+    )
     program = next(program for program in device.to_compile() if program.name == name)
     jaxpr = jax.make_jaxpr(program.function)(cache, *program.arguments).jaxpr
     nested = {"cond", "while", "scan", "jit", "pjit", "closed_call"}
