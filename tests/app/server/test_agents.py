@@ -5,6 +5,7 @@ The model is small, so a grammar makes the call: the clients' own choice of tool
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -78,13 +79,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Process) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+def client(server: Process) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def claude(server: Process) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0)
+def claude(server: Process) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 def checked(arguments: str | dict) -> dict:
@@ -205,9 +208,13 @@ def test_pydantic_ai(server):
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel("any", provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key=KEY))
-    result = Agent(model, output_type=Forecast).run_sync("The weather in Rome: 25 degrees and sunny.")
-    assert isinstance(result.output, Forecast)
+    async def ask() -> Forecast:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
+            model = OpenAIChatModel("any", provider=OpenAIProvider(openai_client=client))
+            agent = Agent(model, output_type=Forecast)
+            return (await agent.run("The weather in Rome: 25 degrees and sunny.")).output
+
+    assert isinstance(asyncio.run(ask()), Forecast)
 
 
 def agent(name: str) -> str:
