@@ -52,6 +52,10 @@ class LockstepEngine(Engine):
         self._broadcast(("close", ()))
 
     def add_request(self, request: EngineRequest) -> None:
+        if request.constraint is not None:  # its state is that of one process
+            raise RefusedError(
+                "schemas, grammars and required tools are not for a server of several processes"
+            )
         super().add_request(request)  # uses no device; a refused request is not broadcast
         self._calls.append(("add_request", (request,)))
 
