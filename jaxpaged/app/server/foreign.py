@@ -15,6 +15,7 @@ _TEXTS = {
     "output_text": "text",
     "refusal": "refusal",
     "summary_text": "text",
+    "reasoning_text": "text",
 }
 """Types of parts with text, and the field that has it."""
 
@@ -37,12 +38,14 @@ def as_chat_request(fields: dict[str, Any]) -> ChatRequest:
         raise of_validation(error.errors()) from None
 
 
-def joined_text(parts: list[Any], place: str) -> str:
+def joined_text(parts: Any, place: str) -> str:
     """The text of content parts, on separate lines.
 
     Raises:
       ApiError: a part that is no text.
     """
+    if not isinstance(parts, list):
+        raise ApiError(400, f"{place}: it is neither a text nor a list of parts", param=place.split("[")[0])
     texts = []
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,11 +31,12 @@ class StructuredOutputs(BaseModel):
         Raises:
           ValueError: there are several.
         """
-        import json
-
         schema = self.json_schema
         if isinstance(schema, str):
-            schema = json.loads(schema)
+            try:
+                schema = json.loads(schema)
+            except ValueError as error:
+                raise ValueError(f"structured_outputs: json is not JSON: {error}") from None
         given: list[Format] = [
             (kind, value)
             for kind, value in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -139,8 +138,7 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
                 text = output if isinstance(output, str) else joined_text(output or [], f"input[{i}].output")
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
             case "reasoning":
-                parts: Iterable[Any] = item.get("content") or item.get("summary") or ()
-                thoughts = "\n".join(part.get("text", "") for part in parts)
+                thoughts = joined_text(item.get("content") or item.get("summary") or [], f"input[{i}]")
                 if thoughts:
                     _assistant(messages, "content", "tool_calls")["reasoning_content"] = thoughts
             case str() if kind.endswith(("_call", "_call_output")) or kind.startswith("mcp_"):
