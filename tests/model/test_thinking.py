@@ -40,9 +40,9 @@ class Only:
         return Only(self.tokens)
 
 
-def make(thinks=False, budget=None, answer=(7, 8), opening=OPEN):
+def make(thinks=False, budget=None, answer=(7, 8), opening=OPEN, stops=()):
     answer = None if answer is None else Only(answer)
-    return Thinking(opening, CLOSE, b"</think>", PIECES.__getitem__, thinks, budget, answer)
+    return Thinking(opening, CLOSE, b"</think>", PIECES.__getitem__, thinks, budget, answer, stops)
 
 
 def allowed(constraint):
@@ -71,6 +71,15 @@ def test_thoughts_are_free_up_to_their_marker_however_it_is_written(end):
     assert constraint.is_active and allowed(constraint) == {7}
     constraint.accept([7, 8])
     assert constraint.is_finished
+
+
+def test_thoughts_do_not_end_an_answer_that_must_follow():
+    constraint = make(thinks=True, stops=(0, 31))
+    constraint.accept([5])
+    assert constraint.is_active and allowed(constraint) == set(range(32)) - {0, 31}
+    copy = constraint.copy()
+    copy.accept(CLOSE)
+    assert allowed(copy) == {7} and allowed(constraint) == set(range(32)) - {0, 31}
 
 
 def test_thoughts_beyond_their_budget_are_ended():

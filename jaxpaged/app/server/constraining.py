@@ -64,6 +64,7 @@ async def chat_constraint(
         thinks=begun,
         budget=budget if budget >= 0 else None,
         answer=answer,
+        stops=tuple(tokenizer.stop_ids) if answer is not None and answer.is_active else (),
     )
 
 

@@ -31,6 +31,8 @@ class Thinking:
     """Tokens of thoughts, at most; None = any number."""
     answer: Any | None
     """Constraint of the answer; None = none."""
+    stops: tuple[int, ...] = ()
+    """Tokens that would end generation; thoughts may not contain them, since an answer must follow."""
     _begins: bool = True
     _opened: int = 0
     """Tokens of the opening marker that were sampled."""
@@ -47,7 +49,7 @@ class Thinking:
     def is_active(self) -> bool:
         """True if something constrains the next token."""
         if self.thinks:
-            return bool(self._closing)
+            return bool(self._closing or self.stops)
         return self._opened > 0 or (self.answer is not None and self.answer.is_active)
 
     @property
@@ -60,13 +62,15 @@ class Thinking:
         forced = self._forced_marker()
         if forced:
             out[:] = 0
-            _allow(out, forced[0])
+            _set(out, forced[:1], True)
         elif self.thinks or self.answer is None:
             out[:] = -1
+            if self.thinks:
+                _set(out, self.stops, False)
         else:
             self.answer.allowed(out)
             if self._begins:
-                _allow(out, self.opening[0])
+                _set(out, self.opening[:1], True)
 
     def forced(self) -> list[int]:
         """Tokens that are the only continuation."""
@@ -116,5 +120,8 @@ class Thinking:
             self._closing = list(self.closing)
 
 
-def _allow(mask: np.ndarray, token: int) -> None:
-    mask.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+def _set(mask: np.ndarray, tokens: Sequence[int], allow: bool) -> None:
+    words = mask.view(np.uint32)
+    for token in tokens:
+        bit = np.uint32(1 << token % 32)
+        words[token // 32] = words[token // 32] | bit if allow else words[token // 32] & ~bit
