@@ -173,6 +173,8 @@ def test_a_repeated_prompt_is_found_and_answered_alike(server):
 
 
 def test_a_slot_in_a_file(server):
+    body = {"prompt": "# what no other test asks\n" * 12, "n_predict": 8, "id_slot": 0}
+    assert server.ask("POST", "/completion", json=body).status_code == 200
     saved = server.ask("POST", "/slots/0?action=save", json={"filename": "one.bin"})
     assert saved.status_code == 200 and saved.json()["n_saved"] > 0, saved.text
     restored = server.ask("POST", "/slots/1?action=restore", json={"filename": "one.bin"}).json()
