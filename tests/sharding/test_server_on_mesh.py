@@ -18,7 +18,7 @@ def test_every_answer_under_load_is_that_of_one_device():
     )
     assert report.alone == one.alone
     assert not report.wrong
-    assert report.outcomes["right"] > 60
+    assert report.outcomes["right"] > 30 and report.outcomes["constrained, valid"] > 10
     assert report.outcomes["429"] > 0
     assert report.stats is not None
     assert report.stats.preemptions > 0
