@@ -18,7 +18,7 @@ from jaxpaged.app.server.errors import ApiError, as_api_error
 from jaxpaged.app.server.interfaces import Runner
 from jaxpaged.app.server.prompts import check_prompt, encode, encode_mixed
 from jaxpaged.app.server.routing import StrictRoute
-from jaxpaged.app.server.state import ServedModel, state_of
+from jaxpaged.app.server.state import ServedModel, ServerState, state_of
 from jaxpaged.engine.request import ContextError
 
 router = APIRouter(route_class=StrictRoute)
@@ -80,7 +80,7 @@ async def _vectors(request: Request, body: EmbeddingRequest) -> tuple[list[np.nd
         )
     vectors = []
     for ids in texts:
-        vector = _pooled(await runner.embed(ids), model.pooling)[..., : body.dimensions]
+        vector = _pooled(await _hidden_states(state, runner, ids), model.pooling)[..., : body.dimensions]
         if not np.isfinite(vector).all():
             raise ApiError(
                 500, "the model's hidden states are not finite: its weights, or their dtype, cannot do it"
@@ -88,6 +88,14 @@ async def _vectors(request: Request, body: EmbeddingRequest) -> tuple[list[np.nd
         norm = state.options.embd_normalize if body.embd_normalize is None else body.embd_normalize
         vectors.append(vector if model.pooling == "none" else _normalized(vector, norm))
     return vectors, sum(map(len, texts))
+
+
+async def _hidden_states(state: ServerState, runner: Runner, ids: Sequence[int]) -> np.ndarray:
+    """Hidden states of a text, f32[T, hidden_size]; counted in the metrics."""
+    hidden = await runner.embed(ids)
+    state.metrics.embedded_texts += 1
+    state.metrics.embedded_tokens += len(ids)
+    return hidden
 
 
 def _check(model: ServedModel, runner: Runner, ids: Sequence[int]) -> None:
@@ -147,14 +155,15 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
 
 
 async def _ranked(request: Request, body: RerankRequest) -> Response:
-    model, runner = state_of(request).ready()
+    state = state_of(request)
+    model, runner = state.ready()
     assert model.reranker is not None
     documents = body.texts if body.documents is None else body.documents
     assert documents is not None
     prompts = [await _pair(model, body.query, document) for document in documents]
     for ids in prompts:
         _check(model, runner, ids)
-    scores = [model.reranker.score((await runner.embed(ids))[-1]) for ids in prompts]
+    scores = [model.reranker.score((await _hidden_states(state, runner, ids))[-1]) for ids in prompts]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
     if body.texts is not None:
         return json_response(

@@ -54,9 +54,10 @@ def joined_text(parts: Any, place: str) -> str:
         elif kind in _TEXTS and isinstance(part.get(_TEXTS[kind]), str):
             texts.append(part[_TEXTS[kind]])
         else:
+            image = ", image input is not supported" if "image" in str(kind) else ""
             raise ApiError(
                 400,
-                f"{place}[{i}]: only text is supported, not {str(kind)[:100]!r}",
+                f"{place}[{i}]: only text is supported, not {str(kind)[:100]!r}{image}",
                 param=place.split("[")[0],
             )
     return "\n".join(texts)

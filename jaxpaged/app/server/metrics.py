@@ -62,6 +62,7 @@ class _EngineCollector(Collector):
         counters = {
             "jaxpaged_steps": (stats.steps, "Steps of the model."),
             "jaxpaged_prompt_tokens": (stats.prompt_tokens, "Prompt tokens computed, cached ones excluded."),
+            "jaxpaged_embedded_tokens": (seen.embedded_tokens, "Tokens of texts embedded or ranked."),
             "jaxpaged_generated_tokens": (stats.generated_tokens, "Tokens generated."),
             "jaxpaged_prefix_query_tokens": (
                 stats.prefix_queries,
@@ -77,7 +78,10 @@ class _EngineCollector(Collector):
                 stats.compiled_late,
                 "Programs compiled after start-up; anything but 0 is a bug.",
             ),
-            "llamacpp:prompt_tokens": (stats.prompt_tokens, "Number of prompt tokens processed."),
+            "llamacpp:prompt_tokens": (
+                stats.prompt_tokens + seen.embedded_tokens,
+                "Number of prompt tokens processed.",
+            ),
             "llamacpp:prompt_tokens_cached": (
                 stats.prefix_hits,
                 "Number of prompt tokens that were in the cache.",
@@ -85,7 +89,10 @@ class _EngineCollector(Collector):
             "llamacpp:prompt_seconds": (seen.prompt_seconds, "Prompt process time."),
             "llamacpp:tokens_predicted": (stats.generated_tokens, "Number of generation tokens processed."),
             "llamacpp:tokens_predicted_seconds": (seen.predicted_seconds, "Predict process time."),
-            "llamacpp:n_decode": (stats.steps, "Total number of runs of the model."),
+            "llamacpp:n_decode": (
+                stats.steps + seen.embedded_texts,
+                "Total number of runs of the model; an embedded text counts as one.",
+            ),
         }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
@@ -107,6 +114,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.prompt_tokens = self.predicted_tokens = 0
         """Totals of finished samples."""
+        self.embedded_texts = self.embedded_tokens = 0
+        """Texts that were embedded or ranked, and their tokens."""
         self.prompt_seconds = self.predicted_seconds = 0.0
         self.finished = Counter("jaxpaged_finished", "Finished samples.", ["reason"], registry=self._registry)
         self.errors = Counter(

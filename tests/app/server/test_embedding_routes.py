@@ -38,9 +38,11 @@ def test_texts_and_tokens_in_every_form(server):
     )
     assert vectors(server, {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}) == one
     assert vectors(server, ["ab", "cd", ids]) == [one[0], vectors(server, "cd")[0], one[0]]
+    before = server.state.metrics.embedded_tokens
     body = server.post("/v1/embeddings", {"input": ["ab", "cd"], "model": "x", "user": "y"}).json()
     count = len(ids) + len(TOKENIZER.encode("cd"))
     assert body["usage"] == {"prompt_tokens": count, "total_tokens": count} and body["object"] == "list"
+    assert server.state.metrics.embedded_tokens == before + count
 
 
 def test_norms_dimensions_and_base64(server):
