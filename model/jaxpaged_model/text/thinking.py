@@ -48,9 +48,8 @@ class Thinking:
     @property
     def is_active(self) -> bool:
         """True if something constrains the next token."""
-        if self.thinks:
-            return bool(self._closing or self.stops)
-        return self._opened > 0 or (self.answer is not None and self.answer.is_active)
+        # Also within thoughts: the tokens of one round trip may not go on from them into an answer.
+        return bool(self._closing or self._opened) or (self.answer is not None and self.answer.is_active)
 
     @property
     def is_finished(self) -> bool:
