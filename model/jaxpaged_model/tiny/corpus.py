@@ -1,10 +1,18 @@
-"""Training data of the embedded model: Python's standard library, with a fixed share of its files held out."""
+"""Training data of the embedded model: Python files, a fixed share of which is held out.
+
+They are those of the running Python's standard library and, for training, of ``PACKAGES`` from PyPI.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import sysconfig
+import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +32,27 @@ SKIPPED_FOLDERS = {"site-packages", "encodings", "pydoc_data", "__pycache__", "d
 LARGEST_FILE = 300_000
 HELD_OUT_ONE_IN = 50
 
+# Wheels whose Python files are trained on, by licence as their metadata states it.
+PACKAGES = {
+    "BSD": (
+        "bokeh==3.9.2 celery==5.7.0 click==8.5.1 dask==2026.8.0 distributed==2026.8.0 django==5.2.19 docutils==0.23 "
+        "flask==3.1.3 httpx==0.28.1 ipython==9.18.1 jinja2==3.1.6 nbconvert==7.17.2 networkx==3.6.1 numpy==2.4.6 "
+        "pandas==3.1.1 scikit-image==0.26.0 scikit-learn==1.9.1 scipy==1.17.1 scrapy==2.19.0 sphinx==9.0.4 "
+        "starlette==1.10.0 sympy==1.14.0 werkzeug==3.1.9"
+    ),
+    "MIT": (
+        "attrs==26.1.0 black==26.10.1 fastapi==0.165.0 pip==26.3 pydantic==2.14.4 pytest==9.2.0 rich==15.0.0 "
+        "sqlalchemy==2.1.9 twisted==26.10.0 urllib3==2.8.0"
+    ),
+    "Apache-2.0": (
+        "aiohttp==3.14.5 flax==0.12.8 jax==0.10.2 nltk==3.10.4 optax==0.2.8 requests==2.34.2 tornado==6.6.1 "
+        "xarray==2026.9.0"
+    ),
+    "PSF": "matplotlib==3.11.2",
+}
+# Files that shrink to less than a tenth repeat themselves: tables, and generated code.
+MOST_REPETITIVE = 10
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -38,20 +67,80 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
-def read_corpus(folder: Path | None = None) -> Corpus:
-    """Reads every Python file under ``folder`` (default: the running Python's standard library)."""
-    root = folder or Path(sysconfig.get_paths()["stdlib"])
+def _corpus(files: Iterable[tuple[str, bytes]]) -> Corpus:
+    """The files, by name and content, that are UTF-8, neither large nor tables."""
     corpus = Corpus({}, {})
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if SKIPPED_FOLDERS & set(Path(name).parts[:-1]) or path.stat().st_size > LARGEST_FILE:
+    for name, content in files:
+        if SKIPPED_FOLDERS & set(Path(name).parts[:-1]) or len(content) > LARGEST_FILE:
             continue
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = content.decode("utf-8")
         except UnicodeDecodeError:
             continue
         (corpus.held_out if is_held_out(name) else corpus.train)[name] = text
     return corpus
+
+
+def read_corpus(folder: Path | None = None) -> Corpus:
+    """Reads every Python file under ``folder`` (default: the running Python's standard library)."""
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    return _corpus(
+        (path.relative_to(root).as_posix(), path.read_bytes()) for path in sorted(root.rglob("*.py"))
+    )
+
+
+def download_packages(folder: Path) -> None:
+    """Downloads the wheels of ``PACKAGES`` into ``folder``, where they are not there yet; nothing is installed.
+
+    Raises:
+      subprocess.CalledProcessError: pip cannot; it has said why.
+    """
+    wanted = " ".join(PACKAGES.values()).split()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "-d",
+        str(folder),
+    ]
+    subprocess.run([*command, *wanted], check=True)
+
+
+def read_packages(folder: Path, library: Corpus) -> Corpus:
+    """Reads the Python files of the wheels in ``folder``, without tests and without copies of held-out files.
+
+    Args:
+      folder: where ``download_packages`` put the wheels.
+      library: the standard library's files; a file that shares a tenth of its long lines with its held-out ones is
+        left out, for packages bring copies of modules along.
+    """
+    held_out = set().union(*(_long_lines(text) for text in library.held_out.values()))
+
+    def members() -> Iterable[tuple[str, bytes]]:
+        for wheel in sorted(folder.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                for name in sorted(archive.namelist()):
+                    if not name.endswith(".py") or {"tests", "testing", "_vendor"} & set(Path(name).parts):
+                        continue
+                    content = archive.read(name)
+                    if len(content) < MOST_REPETITIVE * len(zlib.compress(content)):
+                        yield name, content
+
+    corpus = _corpus(members())
+    for name, text in list(corpus.train.items()):
+        lines = _long_lines(text)
+        if 10 * len(lines & held_out) > len(lines):
+            del corpus.train[name]
+    return corpus
+
+
+def _long_lines(text: str) -> set[str]:
+    return {stripped for line in text.splitlines() if len(stripped := line.strip()) >= 40}
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
