@@ -33,7 +33,7 @@ from tpu_scripts.common import Parser, positive
 
 _SHOWN = (1, 2, 10, 20, 30, 40)
 """Turns in the table."""
-_START_SECONDS = 300.0
+START_SECONDS = 300.0
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def llama_server(program: Path, flags: list[str]) -> Iterator[str]:
     command = [str(program), *flags, "--host", HOST, "--port", str(port), "--no-webui"]
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            deadline = time.monotonic() + _START_SECONDS
+            deadline = time.monotonic() + START_SECONDS
             while not _is_healthy(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -117,8 +117,8 @@ def main() -> None:
             write_random_model(model, GEMMA_3_270M)
         flags = ["-m", str(model), "-c", str(context), "-np", "1"]
         servers: dict[str, Any] = {
-            "windows": lambda: serving(Variant("windows", (*flags, "--log-disable")), _START_SECONDS),
-            "swa-full": lambda: serving(Variant("swa-full", (*flags, "--swa-full")), _START_SECONDS),
+            "windows": lambda: serving(Variant("windows", (*flags, "--log-disable")), START_SECONDS),
+            "swa-full": lambda: serving(Variant("swa-full", (*flags, "--swa-full")), START_SECONDS),
         }
         if args.llama_server is not None:
             servers["llama-server"] = lambda: llama_server(args.llama_server, flags)

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jaxpaged_model.checkpoint.gguf_file import GGUFFile
+
 END_OF_TEXT = "<|endoftext|>"
 
 # The pattern of GGUF's pre-tokenizer "llama-bpe".
@@ -143,9 +145,8 @@ def _long_lines(text: str) -> set[str]:
     return {stripped for line in text.splitlines() if len(stripped := line.strip()) >= 40}
 
 
-def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """Trains byte-level BPE, with a token for every byte, on the training files."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
@@ -153,6 +154,12 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """Trains byte-level BPE, with a token for every byte, on the training files."""
+    tokenizer = _byte_level(models.BPE(ignore_merges=True))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -160,6 +167,16 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus.train.values(), trainer)
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file that ``publish.py`` wrote."""
+    metadata = GGUFFile(path).metadata
+    vocabulary = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = _byte_level(models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
 

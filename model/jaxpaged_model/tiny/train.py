@@ -36,6 +36,7 @@ from jaxpaged_model.tiny.corpus import (
     encode,
     read_corpus,
     read_packages,
+    read_tokenizer,
     token_id,
     train_tokenizer,
 )
@@ -190,25 +191,17 @@ def read_params(path: Path) -> Any:
     )
 
 
-def starting_params(init: Path | None, tokenizer: Tokenizer, seed: int) -> Any:
+def starting_params(init: Path | None, seed: int) -> Any:
     """Random weights, or those of a GGUF file from which to continue.
 
     Raises:
-      SystemExit: the file's sizes or vocabulary differ from this run's.
+      SystemExit: the file's sizes differ from this run's.
     """
     if init is None:
         return random_params(CONFIG, seed=seed)
     loaded = load_model(init, weights="dequantized")
-    same_sizes = (loaded.config.num_layers, loaded.config.hidden_size) == (
-        CONFIG.num_layers,
-        CONFIG.hidden_size,
-    )
-    text = "def main():\n    return {'a': 1}\n"
-    if (
-        not same_sizes
-        or loaded.tokenizer.encode(text) != tokenizer.encode(text, add_special_tokens=False).ids
-    ):
-        raise SystemExit(f"{init}: not a model of this shape and vocabulary; train without --init")
+    if jax.tree.map(jnp.shape, loaded.params) != jax.tree.map(jnp.shape, abstract_params(CONFIG)):
+        raise SystemExit(f"{init}: not a model of this shape; train without --init")
     return loaded.params
 
 
@@ -248,7 +241,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="minutes of training at most")
     parser.add_argument("--loop-steps", type=int, default=150, help="steps against loops, after that")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the text")
-    parser.add_argument("--init", type=Path, help="go on from the weights of this GGUF file")
+    parser.add_argument("--init", type=Path, help="go on from the weights and vocabulary of this GGUF file")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1.0, help="times that of a run from random weights"
+    )
     parser.add_argument(
         "--packages",
         type=Path,
@@ -261,7 +257,10 @@ def main() -> None:
     library = read_corpus()
     download_packages(args.packages)
     packages = read_packages(args.packages, library)
-    tokenizer = train_tokenizer(Corpus({**library.train, **packages.train}, {}), CONFIG.vocab_size)
+    if args.init:
+        tokenizer = read_tokenizer(args.init)
+    else:
+        tokenizer = train_tokenizer(Corpus({**library.train, **packages.train}, {}), CONFIG.vocab_size)
     tokenizer.save(str(args.out / "tokenizer.json"))
     end = token_id(tokenizer, END_OF_TEXT)
     library_tokens, package_tokens = encode(tokenizer, library.train), encode(tokenizer, packages.train)
@@ -277,7 +276,7 @@ def main() -> None:
     print(f"held out of the library: {len(library.held_out)} files, {held_out_bytes} bytes", flush=True)
 
     rng = np.random.default_rng(args.seed)
-    params = starting_params(args.init, tokenizer, args.seed)
+    params = starting_params(args.init, args.seed)
     optimizer = make_optimizer(params)
     state = optimizer.init(params)
     log: list[dict[str, float]] = []
@@ -293,7 +292,9 @@ def main() -> None:
             offsets_length = length
         picked, offsets = offsets[:rows], offsets[rows:]
         tokens = np.stack([stream[o : o + length + 1] for o in picked])
-        scale = min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (1 - progress) / (1 - HOLD))
+        scale = (
+            args.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (1 - progress) / (1 - HOLD))
+        )
         params, state, loss = train_step(optimizer, params, state, tokens, jnp.float32(scale))
         step += 1
         elapsed = time.perf_counter() - start
