@@ -71,7 +71,7 @@ def test_the_environment_is_set_before_jax_starts(environment):
 
 
 def test_the_examples_of_the_docs_are_accepted():
-    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "cli.md").read_text()
     examples = re.findall(r"^(?:.*\| |\w+=\S+ )?jaxpaged (.*)$", text, re.M)
     assert len(examples) > 20
     for example in examples:

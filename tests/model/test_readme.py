@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__, "../../..").resolve()
 BLOCKS = {
     page: re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    for page in ("README.md", "docs/library.md", "docs/your_model.md")
+    for page in ("README.md", "docs/guides/library.md", "docs/guides/your_model.md")
 }
 
 
