@@ -83,8 +83,8 @@ class ContextKVCache(PagePool):
         """Creates one rank's part of an empty cache, equal on all ranks. Needs no mesh.
 
         Args:
-          num_layers, num_kv_heads, head_dim, v_head_dim, page_size, max_seq_len, window, rope, dtype, k_dtype,
-            v_dtype, hadamard, layout, implementation: as for ``PagedKVCache.create``.
+          num_layers, num_kv_heads, head_dim, v_head_dim: as for ``PagedKVCache.create``.
+          page_size, max_seq_len, window, rope, dtype, k_dtype, v_dtype, hadamard, layout, implementation: likewise.
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
           axis_size: C, devices of the mesh axis.
