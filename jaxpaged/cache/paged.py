@@ -294,7 +294,7 @@ class PagedKVCache(PagePool):
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[PagedKVCache, Batch, Array]:
-        """See ``interface.reserve``."""
+        """See ``jaxpaged.reserve``."""
         rows = step_rows(num_new, self.max_seqs, num_tokens)
         made = reservation.reserve(self.without_unseen().metadata, num_new, rows, max_new)
         k_pages, v_pages = self._copy_pages(made.copies)

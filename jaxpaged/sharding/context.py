@@ -42,8 +42,7 @@ from jaxpaged.pages.rope import Rope
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class ContextKVCache(PagePool):
-    """Part of one rank of S sequences in a pool of N pages over C ranks, for L layers; see the
-    module.
+    """Part of one rank of S sequences in a pool of N pages over C ranks, for L layers.
 
     ``allocator`` and ``table`` are replicated metadata of the whole pool. ``k_pages``, ``v_pages``
     and ``local_table`` differ between ranks (``context_specs``).
