@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo chat serve test test-all test-mesh test-newest check lint format types contracts peers peers-llama-server soak train-tiny clean
+.PHONY: help demo chat serve docs docs-serve test test-all test-mesh test-newest check lint format types contracts peers peers-llama-server soak train-tiny clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The model of `make chat` and `make serve`, and the wheel that holds it
@@ -79,6 +79,15 @@ contracts: .venv/.extra-dev ## Check which package may import which
 
 check: lint types contracts ## Check all three
 
+# Zensical's own warnings end a strict build; griffe's, about docstrings that it cannot parse, do not.
+docs: .venv/.extra-docs ## Build the documentation site in build/site, warnings as errors, links checked
+	@mkdir -p build
+	@status=0; .venv/bin/zensical build --strict --clean >build/site.log 2>&1 || status=$$?; cat build/site.log; \
+	if grep -q ^griffe: build/site.log; then status=1; fi; exit $$status
+
+docs-serve: .venv/.extra-docs ## Serve it at http://127.0.0.1:8000, built again on each change
+	.venv/bin/zensical serve --dev-addr 127.0.0.1:8000
+
 peers: .venv-peers/.extra-$(PEERS) ## Compare with other people's software (torch, transformers)
 	JAX_PLATFORMS=cpu .venv-peers/bin/python -m pytest -q tests/peers $(ARGS)
 
@@ -114,7 +123,7 @@ train-tiny: .venv/.extra-train ## Train the embedded model again
 
 clean: ## Remove the environments and everything built
 	rm -rf .venv .venv-peers .venv-newest build dist
-	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find jaxpaged model tests tpu_scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Shell code: sets `python` to the first of $(1) that is Python 3.$(2) or newer and can make environments.

@@ -37,7 +37,7 @@ _DRAFT = 8
 """Tokens of a draft if only its type is given."""
 TYPE_HELP = (
     f"Format of keys: {', '.join(CACHE_TYPES)}. q8_0 takes half the memory of f16 and is near lossless, q4_0 or q4_k a "
-    "quarter at some cost in quality (docs/quantization.md, jaxpaged perplexity)."
+    "quarter at some cost in quality (docs/guides/quantization.md, jaxpaged perplexity)."
 )
 
 

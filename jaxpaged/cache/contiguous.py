@@ -202,13 +202,13 @@ class ContiguousKVCache:
     has_room = can_reserve_each
 
     def can_reserve(self, num_new: Array) -> Array:
-        """See ``interface.can_reserve``."""
+        """See ``jaxpaged.can_reserve``."""
         return jnp.all(self.can_reserve_each(num_new))
 
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[ContiguousKVCache, Batch, Array]:
-        """See ``interface.reserve``."""
+        """See ``jaxpaged.reserve``."""
         num_tokens = step_rows(num_new, self.max_seqs, num_tokens)
         num_new = jnp.asarray(num_new, jnp.int32)
         ok = self.can_reserve(num_new) & (jnp.sum(num_new, dtype=jnp.int32) <= num_tokens)
@@ -319,7 +319,7 @@ class ContiguousKVCache:
             return None
 
     def seq_remove(self, seq: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[ContiguousKVCache, Array]:
-        """See ``interface.seq_remove``; a range with tokens behind it is refused."""
+        """See ``jaxpaged.seq_remove``; a range with tokens behind it is refused."""
         marked, seq = sequence_mask(seq, self.max_seqs), jnp.asarray(seq)
         p0, p1 = jnp.maximum(jnp.asarray(p0, jnp.int32), 0), jnp.asarray(p1, jnp.int32)
         end = jnp.where(p1 < 0, self.lengths, jnp.minimum(p1, self.lengths))
@@ -330,18 +330,18 @@ class ContiguousKVCache:
         return dataclasses.replace(self, lengths=jnp.where(removes & ok, p0, self.lengths)), ok
 
     def seq_keep(self, seq: Integer) -> tuple[ContiguousKVCache, Array]:
-        """See ``interface.seq_keep``."""
+        """See ``jaxpaged.seq_keep``."""
         ok = (jnp.asarray(seq) >= 0) & (jnp.asarray(seq) < self.max_seqs)
         kept = ~ok | (jnp.arange(self.max_seqs, dtype=jnp.int32) == seq)
         return dataclasses.replace(self, lengths=jnp.where(kept, self.lengths, 0)), ok
 
     def clear(self, *, scrub: bool = False) -> ContiguousKVCache:
-        """See ``interface.clear``."""
+        """See ``jaxpaged.clear``."""
         k, v = jax.tree.map(jnp.zeros_like, (self.k, self.v)) if scrub else (self.k, self.v)
         return dataclasses.replace(self, k=k, v=v, lengths=jnp.zeros_like(self.lengths))
 
     def seq_reorder(self, source: Array) -> ContiguousKVCache:
-        """See ``interface.seq_reorder``; every row moves."""
+        """See ``jaxpaged.seq_reorder``; every row moves."""
         source = jnp.asarray(source, jnp.int32)
         rows = self._rows(jnp.clip(source, 0, self.max_seqs - 1)).reshape(-1)
         known = (source >= 0) & (source < self.max_seqs)
@@ -357,7 +357,7 @@ class ContiguousKVCache:
     def seq_copy(
         self, src: Integer, dst: Integer, p0: Integer = 0, p1: Integer = -1
     ) -> tuple[ContiguousKVCache, Array]:
-        """See ``interface.seq_copy``; the row moves, and ``p0`` above 0 is refused."""
+        """See ``jaxpaged.seq_copy``; the row moves, and ``p0`` above 0 is refused."""
         src, dst, p0, p1 = (jnp.asarray(x, jnp.int32) for x in (src, dst, p0, p1))
         p0 = jnp.maximum(p0, 0)
         inside = (src >= 0) & (src < self.max_seqs) & (dst >= 0) & (dst < self.max_seqs)

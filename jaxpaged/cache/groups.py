@@ -285,7 +285,7 @@ class GroupedKVCache:
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[GroupedKVCache, Batch, Array]:
-        """See ``interface.reserve``."""
+        """See ``jaxpaged.reserve``."""
         # Once, and not again by each part: two uses of a state are a copy of it.
         seen = [replace(part.without_unseen(), window=None) for part in self.parts]
         ok = functools.reduce(jnp.logical_and, (part.has_pages(num_new) for part in seen))
@@ -298,7 +298,7 @@ class GroupedKVCache:
         return replace(self, parts=tuple(parts)), batch, ok
 
     def can_reserve(self, num_new: Array) -> Array:
-        """See ``interface.can_reserve``."""
+        """See ``jaxpaged.can_reserve``."""
         return self._all(lambda part: part.can_reserve(num_new))
 
     def without_unseen(self) -> GroupedKVCache:
@@ -367,32 +367,32 @@ class GroupedKVCache:
         return ok
 
     def clear(self, *, scrub: bool = False) -> GroupedKVCache:
-        """See ``interface.clear``."""
+        """See ``jaxpaged.clear``."""
         return replace(self, parts=tuple(part.clear(scrub=scrub) for part in self.parts))
 
     def seq_copy(
         self, src: Integer, dst: Integer, p0: Integer = 0, p1: Integer = -1
     ) -> tuple[GroupedKVCache, Array]:
-        """See ``interface.seq_copy``."""
+        """See ``jaxpaged.seq_copy``."""
         return self._edited(lambda part: part.seq_copy(src, dst, p0, p1))
 
     def seq_remove(self, seq: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[GroupedKVCache, Array]:
-        """See ``interface.seq_remove``."""
+        """See ``jaxpaged.seq_remove``."""
         whole = isinstance(p0, int) and isinstance(p1, int) and p0 <= 0 and p1 < 0
         return self._edited(lambda part: part.seq_remove(seq, p0, p1), can_fail=not whole)
 
     def seq_keep(self, seq: Integer) -> tuple[GroupedKVCache, Array]:
-        """See ``interface.seq_keep``."""
+        """See ``jaxpaged.seq_keep``."""
         return self._edited(lambda part: part.seq_keep(seq), can_fail=False)
 
     def seq_shift(
         self, seq: Integer, p0: Integer, p1: Integer, delta: Integer
     ) -> tuple[GroupedKVCache, Array]:
-        """See ``interface.seq_shift``."""
+        """See ``jaxpaged.seq_shift``."""
         return self._edited(lambda part: part.seq_shift(seq, p0, p1, delta))
 
     def seq_reorder(self, source: Array) -> GroupedKVCache:
-        """See ``interface.seq_reorder``."""
+        """See ``jaxpaged.seq_reorder``."""
         return replace(self, parts=tuple(part.seq_reorder(source) for part in self.parts))
 
     def seq_drop_unseen(self, window: int) -> GroupedKVCache:

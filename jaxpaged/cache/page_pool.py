@@ -163,7 +163,7 @@ class PagePool(Sequences):
         return pages
 
     def clear(self, *, scrub: bool = False) -> Self:
-        """See ``interface.clear``."""
+        """See ``jaxpaged.clear``."""
         k_pages, v_pages = self.k_pages, self.v_pages
         if scrub:
             k_pages, v_pages = jax.tree.map(jnp.zeros_like, (k_pages, v_pages))

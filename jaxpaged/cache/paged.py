@@ -99,7 +99,7 @@ class PagedKVCache(PagePool):
           k_dtype, v_dtype: formats of keys and of values, where they differ from it.
           hadamard: True to apply a Hadamard transform to rows before quantizing, which spreads
             outliers over a head. Default: the better one as measured per format
-            (docs/quantization.md).
+            (docs/guides/quantization.md).
           layout: "plain" pages, or rows that fill the "lanes" of a TPU (``formats.LanePageFormat``);
             they differ where head_dim is no multiple of 128. Default: lanes where JAX computes on a
             TPU and a page fills a row of them, plain elsewhere.
@@ -294,7 +294,7 @@ class PagedKVCache(PagePool):
     def reserve(
         self, num_new: Array, *, num_tokens: int | None = None, max_new: int | None = None
     ) -> tuple[PagedKVCache, Batch, Array]:
-        """See ``interface.reserve``."""
+        """See ``jaxpaged.reserve``."""
         rows = step_rows(num_new, self.max_seqs, num_tokens)
         made = reservation.reserve(self.without_unseen().metadata, num_new, rows, max_new)
         k_pages, v_pages = self._copy_pages(made.copies)

@@ -89,7 +89,7 @@ class Sequences:
         return tables.position_max(self.table)
 
     def can_reserve(self, num_new: Array) -> Array:
-        """See ``interface.can_reserve``."""
+        """See ``jaxpaged.can_reserve``."""
         return self.without_unseen().has_pages(num_new)
 
     def has_pages(self, num_new: Array) -> Array:
@@ -134,7 +134,7 @@ class Sequences:
         return num_tokens // self.metadata.page_size if self.window is None else jnp.zeros_like(num_tokens)
 
     def seq_remove(self, seq: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[Self, Array]:
-        """See ``interface.seq_remove``."""
+        """See ``jaxpaged.seq_remove``."""
         if isinstance(p0, int) and isinstance(p1, int) and p0 <= 0 and p1 < 0:
             return _edit(self, seq, _empty, can_fail=False)
         window = self.window
@@ -150,7 +150,7 @@ class Sequences:
         return _edit(self, seq, remove, *tables.clamp_range(p0, p1))
 
     def seq_copy(self, src: Integer, dst: Integer, p0: Integer = 0, p1: Integer = -1) -> tuple[Self, Array]:
-        """See ``interface.seq_copy``: shares pages; writes copy them later, where needed."""
+        """See ``jaxpaged.seq_copy``: shares pages; writes copy them later, where needed."""
         s = self.max_seqs
         src, dst = jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32)
         p0, p1 = tables.clamp_range(p0, p1)
@@ -168,14 +168,14 @@ class Sequences:
         return replace(self, allocator=pages_of.retain(self.allocator, retained), table=table), ok
 
     def seq_keep(self, seq: Integer) -> tuple[Self, Array]:
-        """See ``interface.seq_keep``."""
+        """See ``jaxpaged.seq_keep``."""
         seq = jnp.asarray(seq)
         ok = (seq >= 0) & (seq < self.max_seqs)
         kept, _ = self.seq_remove((jnp.arange(self.max_seqs, dtype=jnp.int32) != seq) & ok)
         return kept, ok
 
     def seq_shift(self, seq: Integer, p0: Integer, p1: Integer, delta: Integer) -> tuple[Self, Array]:
-        """See ``interface.seq_shift``."""
+        """See ``jaxpaged.seq_shift``."""
         if self.rope is None:
             raise ValueError(
                 "seq_shift needs a cache that knows how keys are rotated: create it with rope=Rope.create(inv_freq), "
@@ -184,7 +184,7 @@ class Sequences:
         return _edit(self, seq, tables.shift_range, *tables.clamp_range(p0, p1), jnp.asarray(delta))
 
     def seq_reorder(self, source: Array) -> Self:
-        """See ``interface.seq_reorder``."""
+        """See ``jaxpaged.seq_reorder``."""
         source = jnp.asarray(source, jnp.int32)
         known = (source >= 0) & (source < self.max_seqs)
         reordered = jax.tree.map(lambda field: field.at[source].get(mode="clip"), self.table)

@@ -1,22 +1,4 @@
-"""Engine: continuous batching of requests on one cache, step by step.
-
-    engine = Engine(model, params, cache, EngineConfig(n_ctx=2048, vocab_size=49152))
-    engine.compile()
-    engine.add_request(EngineRequest("a", prompt=(1, 2, 3), max_new_tokens=16))
-    while engine.has_work:
-        for output in engine.step():
-            ...
-
-It must be called from one thread. ``Scheduler`` plans a step on the host and ``Device`` runs it as
-one program. ``compile`` compiles everything a step needs; nothing is compiled afterwards.
-
-On a mesh each data shard has a scheduler and a pool of its own (``EngineShard``); without one there
-is one shard. A request goes to the shard with the fewest tokens to compute before its first token,
-cached ones not counted, and stays there. Slot i is sequence ``i % S`` of shard ``i // S``. If some
-shards decode and others prefill, all run the prefill program, and shards with less to do wait.
-Queues and the host's copies of tables are of all shards: with several processes each process has
-all of them, and makes the same decisions.
-"""
+"""Engine: continuous batching of requests on one cache, step by step."""
 
 from __future__ import annotations
 
@@ -52,7 +34,24 @@ _MOST_RECENT = 4096
 
 
 class Engine:
-    """Serves requests; see the module.
+    """Serves requests by continuous batching on one cache, step by step.
+
+        engine = Engine(model, params, cache, EngineConfig(n_ctx=2048, vocab_size=49152))
+        engine.compile()
+        engine.add_request(EngineRequest("a", prompt=(1, 2, 3), max_new_tokens=16))
+        while engine.has_work:
+            for output in engine.step():
+                ...
+
+    It must be called from one thread. ``Scheduler`` plans a step on the host and ``Device`` runs it as
+    one program. ``compile`` compiles everything a step needs; nothing is compiled afterwards.
+
+    On a mesh each data shard has a scheduler and a pool of its own (``EngineShard``); without one there
+    is one shard. A request goes to the shard with the fewest tokens to compute before its first token,
+    cached ones not counted, and stays there. Slot i is sequence ``i % S`` of shard ``i // S``. If some
+    shards decode and others prefill, all run the prefill program, and shards with less to do wait.
+    Queues and the host's copies of tables are of all shards: with several processes each process has
+    all of them, and makes the same decisions.
 
     Args:
       model: a ``generation.Model``.

@@ -1,21 +1,4 @@
-"""PrefixIndex: an index of pages by their tokens and all tokens before them, on the host.
-
-A node is a page with keys and values of its tokens, computed after the tokens of all its ancestors.
-Its key is a hash chain, ``sha256(parent's key, tokens)``, starting from the tagged extras of a
-request. After a lookup by key the tokens are compared too.
-
-Sequences hold nodes (``users``). Pages of unused nodes stay in the pool until they are evicted,
-least recently used first. A node has at least as many users as its descendants, and chains are
-released from their end, so the order of the list of unused nodes is also one in which they can be
-removed.
-
-In a cache of several layer groups a node has a page in the first group, which sees everything, and
-may have one in each of the others (``WindowPage``): sequences leave it when their window does, and
-it is evicted on its own. A prefix is found as far as every group has what the next token sees.
-
-Reference: vLLM's automatic prefix caching; its tokens-verified, salted keys answer what others had
-  reported there.
-"""
+"""PrefixIndex: an index of pages by their tokens and all tokens before them, on the host."""
 
 from __future__ import annotations
 
@@ -106,7 +89,23 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PrefixIndex:
-    """Index of pages with ``page_size`` tokens; see the module.
+    """Index of pages of ``page_size`` tokens by their tokens and all tokens before them, on the host.
+
+    A node is a page with keys and values of its tokens, computed after the tokens of all its ancestors.
+    Its key is a hash chain, ``sha256(parent's key, tokens)``, starting from the tagged extras of a
+    request. After a lookup by key the tokens are compared too.
+
+    Sequences hold nodes (``users``). Pages of unused nodes stay in the pool until they are evicted,
+    least recently used first. A node has at least as many users as its descendants, and chains are
+    released from their end, so the order of the list of unused nodes is also one in which they can be
+    removed.
+
+    In a cache of several layer groups a node has a page in the first group, which sees everything, and
+    may have one in each of the others (``WindowPage``): sequences leave it when their window does, and
+    it is evicted on its own. A prefix is found as far as every group has what the next token sees.
+
+    Reference: vLLM's automatic prefix caching; its tokens-verified, salted keys answer what others had
+    reported there.
 
     Args:
       page_size: tokens of a page.

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 import jax
 from jax import Array
 
-RUNNING, FINISH_STOP, FINISH_LENGTH, FINISH_OUT_OF_PAGES, FINISH_NAN = 0, 1, 2, 3, 4
-"""Values of ``finish_reason``: still running; a stop token; the token limit; the pool ran out of
-pages; the logits held NaN."""
+RUNNING = 0
+"""``finish_reason`` of rows of padding, and of sequences that still run."""
+FINISH_STOP = 1
+"""``finish_reason``: a stop token."""
+FINISH_LENGTH = 2
+"""``finish_reason``: the limit of tokens."""
+FINISH_OUT_OF_PAGES = 3
+"""``finish_reason``: the pool ran out of pages."""
+FINISH_NAN = 4
+"""``finish_reason``: the logits held NaN."""
 
 
 class ResultBase:

@@ -42,8 +42,7 @@ from jaxpaged.pages.rope import Rope
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class ContextKVCache(PagePool):
-    """Part of one rank of S sequences in a pool of N pages over C ranks, for L layers; see the
-    module.
+    """Part of one rank of S sequences in a pool of N pages over C ranks, for L layers.
 
     ``allocator`` and ``table`` are replicated metadata of the whole pool. ``k_pages``, ``v_pages``
     and ``local_table`` differ between ranks (``context_specs``).
@@ -83,8 +82,8 @@ class ContextKVCache(PagePool):
         """Creates one rank's part of an empty cache, equal on all ranks. Needs no mesh.
 
         Args:
-          num_layers, num_kv_heads, head_dim, v_head_dim, page_size, max_seq_len, window, rope, dtype, k_dtype,
-            v_dtype, hadamard, layout, implementation: as for ``PagedKVCache.create``.
+          num_layers, num_kv_heads, head_dim, v_head_dim: as for ``PagedKVCache.create``.
+          page_size, max_seq_len, window, rope, dtype, k_dtype, v_dtype, hadamard, layout, implementation: likewise.
           num_pages: N, pages of all ranks together, a multiple of C.
           max_seqs: S.
           axis_size: C, devices of the mesh axis.

@@ -53,7 +53,7 @@ def make_mesh(
     """A mesh of ``data * context * tensor`` devices with all three axes, those of size 1 too.
 
     Args:
-      data, tensor, context: sizes of the axes; see the module.
+      data, tensor, context: sizes of the axes.
       devices: default: all, or the first of them if a single process has more than are needed.
 
     Raises:

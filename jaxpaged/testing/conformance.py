@@ -2,7 +2,7 @@
 with.
 
 It runs in numpy on the host; the oracle shares no code with ``jaxpaged.attention``.
-``docs/conformance.md`` tests a kernel of your own with it, and shows results of other kernels.
+``docs/internals/conformance.md`` tests a kernel of your own with it, and shows results of other kernels.
 
 Example:
   >>> for case in CASES:  # doctest: +SKIP

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from jaxpaged import __version__
-from jaxpaged.app.commands import application
 from jaxpaged.app.prompt import unescape
 
 CONTEXT = 128  # of the model in conftest.py
@@ -68,15 +67,6 @@ def test_the_environment_is_set_before_jax_starts(environment):
     environment = {k: v for k, v in environment.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_examples_of_the_docs_are_accepted():
-    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    examples = re.findall(r"^(?:.*\| |\w+=\S+ )?jaxpaged (.*)$", text, re.M)
-    assert len(examples) > 20
-    for example in examples:
-        name, *flags = shlex.split(example, comments=True)
-        application.commands[name].make_context(name, flags)
 
 
 @pytest.mark.slow

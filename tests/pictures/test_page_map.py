@@ -249,9 +249,20 @@ def test_a_browser_shows_the_last_frame_as_the_picture_has_it(make: Any, tmp_pat
     assert '<span id="count">2 / 2</span>' in shown
 
 
+PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["page_map.py", "sequences.py"])
+@pytest.mark.parametrize("name", ["page_map.svg", "animation.html"])
 def test_the_picture_in_the_docs_is_what_its_script_draws(name: str) -> None:
-    script = Path(__file__).parents[2] / "docs" / "pictures" / name
-    drawn = runpy.run_path(str(script))["picture"]()
-    assert drawn == script.with_suffix(".svg").read_text(encoding="utf-8")
+    drawn = runpy.run_path(str((PICTURES / name).with_suffix(".py")))["picture"]()
+    assert drawn == (PICTURES / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_pictures_of_concepts_are_what_their_script_draws() -> None:
+    script = runpy.run_path(str(PICTURES / "concepts.py"))
+    drawn = {f"{name}.svg": script["draw"](made()) for name, made in script["PICTURES"].items()}
+    assert drawn == {
+        path.name: path.read_text(encoding="utf-8") for path in (PICTURES / "concepts").iterdir()
+    }

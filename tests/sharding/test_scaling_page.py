@@ -1,4 +1,4 @@
-"""The Python of docs/scaling.md runs as it stands there, on a smaller mesh."""
+"""The Python of docs/guides/scaling.md runs as it stands there, on a smaller mesh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxpaged_model import tiny
 from mesh_kit import loaded
 
-PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "scaling.md"
 TEXTS = ("def f(", "class Stack:", "import os")
 
 

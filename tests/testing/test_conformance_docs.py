@@ -1,4 +1,4 @@
-"""The example of docs/conformance.md prints what the page says, and its fix works."""
+"""The example of docs/internals/conformance.md prints what the page says, and its fix works."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jaxpaged.attention import paged_attention
 from jaxpaged.testing.conformance import ADVERSARIAL_FILLS, Case, Verdict, benign_fill, build_case, judge
 
-PAGE = Path(__file__, "../../../docs/conformance.md").resolve().read_text()
+PAGE = Path(__file__, "../../../docs/internals/conformance.md").resolve().read_text()
 CODE, PRINTED, DIFF = (
     re.search(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[1] for kind in ("python", "text", "diff")
 )

@@ -8,7 +8,7 @@ Needs: libtpu, which the line above installs.
 libtpu brings the compilers that run on a TPU's host, Mosaic and LLO among them: what does not fit into VMEM, is not
 aligned, or has no instruction fails here as it fails there. Nothing runs, so there are no times but those of compiling.
 The last table compiles whole steps of a model (compile_check.steps).
-docs/kernels_tpu.md explains the tables. Exit status: 0; 1 if something did not compile; 2 without libtpu.
+docs/internals/kernels_tpu.md explains the tables. Exit status: 0; 1 if something did not compile; 2 without libtpu.
 """
 
 from __future__ import annotations

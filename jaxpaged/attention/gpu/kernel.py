@@ -17,7 +17,7 @@ values.
 The weights pass through shared memory, although a wgmma could take them from registers, and sums
 are added to a fresh product instead of in place, although a wgmma could accumulate: Pallas' GPU
 interpreter can do neither, and the kernel that is tested on a CPU is the one that ships.
-``docs/kernels_gpu.md`` has what that costs.
+``docs/internals/kernels_gpu.md`` has what that costs.
 
 Sources: FlashAttention-3, arXiv:2407.08608 (wgmma, TMA); Flash-Decoding (split-KV); online softmax,
 arXiv:1805.02867.

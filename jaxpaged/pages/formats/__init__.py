@@ -45,7 +45,7 @@ _FORMATS: tuple[PageFormat, ...] = (
     PackedBlockFormat("q8_0", jnp.float32, ggml.Q8_0()),
     BlockFormat("q5_1", jnp.float32, ggml.Q5_1()),
     BlockFormat("q5_0", jnp.float32, ggml.Q5_0()),
-    # A Hadamard transform gains most where codes have 4 bits or fewer (docs/quantization.md).
+    # A Hadamard transform gains most where codes have 4 bits or fewer (docs/guides/quantization.md).
     BlockFormat("q4_1", jnp.float32, ggml.Q4_1(), hadamard=True),
     PackedBlockFormat("q4_0", jnp.float32, ggml.Q4_0(), hadamard=True),
     BlockFormat("iq4_nl", jnp.float32, ggml.IQ4_NL(), hadamard=True),

@@ -4,7 +4,7 @@ The sixteen elements of a vector are sixteen rows of the matrix, see ``panels.py
 16-bit integers with a scale for each block of 32, and an integer sum accumulates four columns at a time, with
 two instructions of AVX-512 VNNI or Arm's dot product. (ggml's kernels round activations to 8 bits, which needs
 one instruction; the mean KL divergence of a small model is 2e-4 with 8 bits and 1e-8 with 16:
-docs/weights.md.) A sum starts at ``-zero`` times the sum of the activations, so that codes stay unsigned. Exact
+docs/guides/weights.md.) A sum starts at ``-zero`` times the sum of the activations, so that codes stay unsigned. Exact
 products use float32 activations and convert codes in registers.
 
 A floating-point matrix is multiplied with float32 activations, too: a column of a panel is one vector.

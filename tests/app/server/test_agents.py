@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -321,3 +322,14 @@ def test_claude_code(server, tmp_path):
         if block.get("type") == "tool_result"
     ]
     assert any("unmistakable.txt" in str(block["content"]) for block in results)
+
+
+@pytest.mark.parametrize("page", ["docs/getting_started.md", "docs/guides/serving.md"])
+def test_the_clients_of_the_docs(server, page, capsys):
+    """Each block is a program; only the address and the key are others."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    ours = [code for code in blocks if "base_url" in code]
+    assert ours
+    for code in ours:
+        exec(code.replace("http://127.0.0.1:8080", server.url).replace('"none"', repr(KEY)), {})
+        assert capsys.readouterr().out or "print" not in code
