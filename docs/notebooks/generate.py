@@ -31,7 +31,10 @@ print(
 def create(max_seqs):
     """An empty cache with pages for 512 tokens of each sequence."""
     return PagedKVCache.create(
-        **loaded.config.cache_spec, num_pages=16 * max_seqs, max_seqs=max_seqs
+        **loaded.config.cache_spec,
+        num_pages=64 * max_seqs,
+        page_size=8,
+        max_seqs=max_seqs,
     )
 
 
@@ -176,8 +179,8 @@ bar.set_ticks([0, 0.25, 0.5, 0.75, 1])
 plt.show()
 
 # %% [markdown]
-# Grey is the prompt. Green tokens were nearly certain: indentation, the rest of a word, a closing bracket. Red ones
-# are where the text could have gone elsewhere.
+# Grey is the prompt. Green tokens were nearly certain, such as indentation, the rest of a word, or what the text has
+# said before. Red ones are where it could have gone elsewhere.
 #
 # ## Streaming
 #
@@ -240,7 +243,7 @@ code = "".join(
 )
 prompt = [tokenizer.encode("def options(parser):\n" + code)]
 runs = {}
-for drafts in (0, 1, 2, 4, 8):
+for drafts in (0, 2, 4, 8):
     lookup = jaxpaged.Lookup(num_draft=drafts) if drafts else None
     result, cache = jaxpaged.generate(
         loaded.function, loaded.params, cache, prompt, max_new_tokens=96, lookup=lookup
@@ -258,9 +261,9 @@ for tokens, *_ in runs.values():
 figure, axis = plt.subplots(figsize=(6.4, 2.9))
 names = ["none"] + [str(drafts) for drafts in runs if drafts]
 steps = [steps for _, steps, _, _ in runs.values()]
-bars = axis.bar(names, steps, color=["#7d8590"] + ["#0072b2"] * 4, width=0.65)
+bars = axis.bar(names, steps, color=["#7d8590"] + ["#0072b2"] * 3, width=0.65)
 labels = [
-    f"{steps}" if not drafted else f"{steps}\n{accepted} of {drafted}\nkept"
+    f"{steps}\n{accepted} of {drafted}\nkept" if drafted else steps
     for _, steps, drafted, accepted in runs.values()
 ]
 axis.bar_label(bars, labels, fontsize=9.5, padding=2)
