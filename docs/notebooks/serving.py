@@ -226,9 +226,11 @@ for number, (*times, _) in enumerate(requests):
 for name, colour in parts.items():
     upper.barh(0, 0, color=colour, label=name)
 upper.invert_yaxis()
-upper.set(ylabel="request", yticks=range(10), title="Ten requests, four at a time")
+upper.set(ylabel="request", yticks=range(10), title="Requests, four at a time")
 upper.grid(axis="y", visible=False)
-upper.legend(loc="upper right", fontsize=10)
+upper.legend(
+    loc="lower right", bbox_to_anchor=(1.01, 0.98), ncols=3, fontsize=10, borderpad=0.1
+)
 at = [when for when, _ in samples]
 used, kept, free = (
     [sample[f"jaxpaged_kv_pages_{state}"] for _, sample in samples]
