@@ -10,7 +10,6 @@
 
 # %%
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,25 +34,26 @@ plt.style.use("style.mplstyle")
 # ## The machine
 #
 # Bandwidth on a CPU is what all cores read together, from an array that is larger than the caches of most machines.
-# Arithmetic is a product of two large matrices. Both are medians, and on a machine that does other work at the same
-# time both are lower.
+# Arithmetic is a product of two large matrices. Both are the best of several rounds, because a bound is wanted; on a
+# machine that does other work at the same time both are lower.
 
 # %%
 memory = Bandwidth(1 << 30)
-bandwidth = statistics.median(memory.limit() for _ in range(9))
+bandwidth = max(memory.limit() for _ in range(15))
+del memory  # its arrays
 
 product = jax.jit(lambda a, b: a @ b)
 a = jnp.ones((2048, 2048))
 
 
 def seconds(call, rounds):
-    """Median time of a call, behind two that are not counted."""
+    """Least time of a call, behind two that are not counted."""
     times = []
     for _ in range(rounds + 2):
         begun = time.perf_counter()
         call()
         times.append(time.perf_counter() - begun)
-    return statistics.median(times[2:])
+    return min(times[2:])
 
 
 peak = 2 * 2048**3 / seconds(lambda: product(a, a).block_until_ready(), 7)
@@ -218,7 +218,8 @@ plt.show()
 # %% [markdown]
 # Decoding is on the slope: its speed is the memory's, and what helps is fewer bytes (stored weights, quantized pages)
 # or more sequences. Prefill is under the flat part, where arithmetic decides. How far a point is below the line is what
-# an implementation leaves.
+# an implementation leaves. A point above it had a part of its bytes from the chip's cache, or other work slowed the
+# machine while its memory was measured.
 
 # %%
 folder.cleanup()
