@@ -59,6 +59,7 @@ def write(notebook: Any, script: Path) -> None:
     )
     resources = {"output_files_dir": f"{script.stem}_files", "unique_key": script.stem}
     body, resources = MarkdownExporter(config=config).from_notebook_node(notebook, resources)
+    body += f"\nThis page is a notebook: [{script.stem}.ipynb]({script.stem}.ipynb).\n"
     FilesWriter(config=config).write(body, resources, notebook_name=script.stem)
 
 

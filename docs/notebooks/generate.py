@@ -275,5 +275,4 @@ axis.grid(axis="x", visible=False)
 plt.show()
 
 # %% [markdown]
-# More about every argument: [using the library](../library.md#whole-generations) and
-# [sequences as values](../sequences.md#generation).
+# More about every argument: [generation](../guides/generation.md).

@@ -239,4 +239,4 @@ folder.cleanup()
 # python -m tpu_scripts.capacity -m llama-3.1-8b          # how many chips a day of requests takes
 # ```
 #
-# [On a TPU or a GPU](../hardware.md) explains their columns.
+# [On a TPU or a GPU](../guides/hardware.md) explains their columns.

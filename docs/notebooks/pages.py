@@ -210,5 +210,5 @@ axis.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# The thin orange edge is all that paging wastes. [Sequences as values](../sequences.md) describes every
-# operation, and [your model on this cache](../your_model.md) how a model attends to pages.
+# The thin orange edge is all that paging wastes. [Sequences](../guides/sequences.md) lists the operations beside
+# llama.cpp's, and [your model on this cache](../guides/your_model.md) how a model attends to pages.

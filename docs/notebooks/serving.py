@@ -263,4 +263,4 @@ server.terminate()
 assert server.wait(timeout=60) == 0
 
 # %% [markdown]
-# [Serving](../serving.md) lists all flags, routes and metrics.
+# [Serving](../guides/serving.md) lists all flags, routes and metrics.

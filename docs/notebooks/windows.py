@@ -177,7 +177,5 @@ print(f"{len(tokens)} tokens, at most {result.pages_peak} pages; the end of the 
 print(loaded.tokenizer.decode(tokens[-40:]))
 
 # %% [markdown]
-# What a shift does to the quality of a text was
-# [measured](../sequences.md#quality-after-a-context-shift): a hundredth of a bit in the first tokens behind it,
-# compared with computing the context again.
-# [Windows and layer groups](../sequences.md#windows-and-layer-groups) has the memory of Gemma 3.
+# [Context shift](../concepts/context_shift.md) says why no key has to move and what a shift does to the quality of a
+# text, and [windows and layer groups](../concepts/windows.md) has the memory of Gemma 3.

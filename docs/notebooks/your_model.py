@@ -3,8 +3,8 @@
 #
 # A Flax NNX transformer as one writes it for training, and the same weights on the paged cache. What
 # changes in the attention layer is three lines; everything else of the model stays. At the end: what a
-# decode step costs as the text grows. [The guide](../your_model.md) has the details, and the same in
-# Linen and Equinox.
+# decode step costs as the text grows. [The guide](../guides/your_model.md) has the details, and examples in
+# Linen, Equinox and plain JAX.
 
 # %%
 import time
