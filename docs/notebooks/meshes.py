@@ -217,4 +217,5 @@ for name, cache in caches.items():
 # shard, and its place the one in the device's array. With `data` every shard counts its own pages from 0. With
 # `context` consecutive pages go to the ranks in turn, so that a sequence may use the memory of all of them.
 #
-# [Past one device](../guides/scaling.md) says which axis to choose, what is communicated, and how several hosts take part.
+# [Past one device](../guides/scaling.md) says which axis to choose, what is communicated, and how several hosts take
+# part.

@@ -202,5 +202,5 @@ axes[1, 0].set_ylabel("absolute error")
 plt.show()
 
 # %% [markdown]
-# [Quantized pages](../guides/quantization.md) has the formats, larger measurements with their errors, and advice on which to
-# choose.
+# [Quantized pages](../guides/quantization.md) has the formats, larger measurements with their errors, and advice on
+# which to choose.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Your model on this cache
+# # Bring your own model
 #
 # A Flax NNX transformer as one writes it for training, and the same weights on the paged cache. What
 # changes in the attention layer is three lines; everything else of the model stays. At the end: what a
