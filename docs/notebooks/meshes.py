@@ -159,7 +159,7 @@ def draw(axis, cache, found):
         axis.add_patch(plt.Rectangle(*box, fc="#f6f8fa", ec="#8c959f", lw=0.8))
         coordinates = dict(zip(cache.mesh.axis_names, place, strict=True))
         label = ", ".join(f"{name} {coordinates[name]}" for name in names)
-        axis.text(x, y - 0.35, f"device {number}: {label}", fontsize=9)
+        axis.text(x, y - 0.35, f"{number}: {label}", fontsize=10.5)
         for owner, page, column, head, tokens in pages:
             full = tokens / sizes["page_size"]
             axis.add_patch(
@@ -181,7 +181,7 @@ def draw(axis, cache, found):
                 page,
                 ha="center",
                 va="center",
-                fontsize=8,
+                fontsize=9.5,
                 color="white" if full > 0.6 else "#222",
             )
         for head in range(heads):
@@ -191,7 +191,7 @@ def draw(axis, cache, found):
                 f"h{head}",
                 ha="right",
                 va="center",
-                fontsize=8,
+                fontsize=9.5,
                 color="#57606a",
             )
     rows = len(found) // across
@@ -200,9 +200,9 @@ def draw(axis, cache, found):
 
 
 for name, cache in caches.items():
-    figure, axis = plt.subplots(figsize=(6.4, 4.3))
+    figure, axis = plt.subplots(figsize=(6.4, 4.7))
     draw(axis, cache, where[name])
-    axis.set_title(f"{name}: pages and KV heads of each device")
+    axis.set_title(f"{name}: pages and KV heads on eight devices")
     figure.legend(
         [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS],
         [f"sequence {i}" for i in range(4)],
@@ -213,9 +213,10 @@ for name, cache in caches.items():
     plt.show()
 
 # %% [markdown]
-# A cell is a page of one KV head, filled as far as it holds tokens; its number is the one in the table of its data
-# shard, and its place the one in the device's array. With `data` every shard counts its own pages from 0. With
-# `context` consecutive pages go to the ranks in turn, so that a sequence may use the memory of all of them.
+# Each box is a device, with its number and its place in the mesh. A cell is a page of one KV head, filled as far as it
+# holds tokens; its number is the one in the table of its data shard, and its place the one in the device's array. With
+# `data` every shard counts its own pages from 0. With `context` consecutive pages go to the ranks in turn, so that a
+# sequence may use the memory of all of them.
 #
 # [Past one device](../guides/scaling.md) says which axis to choose, what is communicated, and how several hosts take
 # part.
