@@ -79,8 +79,13 @@ contracts: .venv/.extra-dev ## Check which package may import which
 
 check: lint types contracts ## Check all three
 
+# A notebook's page is written again when its script has changed; it runs for up to a minute.
+NOTEBOOKS := $(patsubst %.py,%.md,$(wildcard docs/notebooks/*.py))
+docs/notebooks/%.md: docs/notebooks/%.py | .venv/.extra-docs
+	@JAX_PLATFORMS=cpu .venv/bin/python docs/execute_notebooks.py $*
+
 # Zensical's own warnings end a strict build; griffe's, about docstrings that it cannot parse, do not.
-docs: .venv/.extra-docs ## Build the documentation site in build/site, warnings as errors, links checked
+docs: .venv/.extra-docs $(NOTEBOOKS) ## Build the documentation site in build/site, warnings as errors, links checked
 	@mkdir -p build
 	@status=0; .venv/bin/zensical build --strict --clean >build/site.log 2>&1 || status=$$?; cat build/site.log; \
 	if grep -q ^griffe: build/site.log; then status=1; fi; exit $$status
