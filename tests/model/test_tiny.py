@@ -7,11 +7,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxpaged import PagedKVCache, generate
 from jaxpaged_model import load_model, tiny
 from jaxpaged_model.llama import random_params
 from jaxpaged_model.tiny import loops, train
+
+from jaxpaged import PagedKVCache, generate
 
 PROMPTS = [
     "def read_lines(path):\n",
@@ -57,7 +57,7 @@ def in_loop(tokens: list[int]) -> bool:
 def test_loops_are_found_where_the_definition_says(symbols: int) -> None:
     rng = np.random.default_rng(symbols)
     pieces = [rng.integers(symbols, size=rng.integers(1, 9)).tolist() * rng.integers(1, 6) for _ in range(30)]
-    text = sum(pieces, [])
+    text = [token for piece in pieces for token in piece]
     expected = [in_loop(text[: i + 1]) for i in range(len(text))]
     assert loops.loop_tokens(np.asarray(text)).tolist() == expected
     assert any(expected)

@@ -23,7 +23,6 @@ import optax
 import optax.contrib
 from jax import Array
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
 
 from jaxpaged.pages.batch import Batch
 from jaxpaged_model.checkpoint.loading import load_model
