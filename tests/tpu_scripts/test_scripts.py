@@ -35,6 +35,7 @@ SCRIPTS = (
     "compile_check",
     "bench.quality",
     "bench.llama_cpp",
+    "bench.slots",
 )
 TOY = ModelConfig("llama", 32, 16, 16, 1, 2, 1, 8, 64, name="toy")
 
@@ -374,3 +375,11 @@ def test_quality_is_a_row_a_variant(monkeypatch, capsys, tmp_path):
     assert [row["hadamard"] for row in values["rows"]] == [None, False, True]
     assert all(0 < row["kld"]["value"] < 0.1 and row["kept"]["value"] > 0.5 for row in values["rows"][1:])
     assert found[1].is_file() == ("--plot" in flags)
+
+
+def test_slots_are_a_row_a_server(monkeypatch, capsys, tmp_path):
+    arguments = ["--slots", 2, "-c", 1024, "-p", 16, "-n", 4, "--json", tmp_path / "rows.json"]
+    assert run(monkeypatch, "bench.slots", *arguments) == 0
+    assert [row["server"] for row in table(capsys.readouterr().out)] == ["contiguous", "paged"]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert all(0 < row["idle"] <= row["peak"] and row["rate"] > 0 for row in rows)
