@@ -268,7 +268,8 @@ def _legend(drawn: PoolMap, top: float, across: int) -> tuple[float, list[str]]:
     for seq in sorted(held):
         tokens, shared = (sum(column) for column in zip(*held[seq], strict=True))
         also = f", {shared} shared" if shared else ""
-        lines.append((f"s{seq}", f"sequence {seq}: {tokens} tokens, {len(held[seq])} pages{also}"))
+        pages = f"{len(held[seq])} page{'s' * (len(held[seq]) != 1)}"
+        lines.append((f"s{seq}", f"sequence {seq}: {tokens} tokens, {pages}{also}"))
     if len(lines) > _MOST_LISTED:
         lines[_MOST_LISTED - 1 :] = [("more", f"and {len(lines) - _MOST_LISTED + 1} more sequences")]
     parts = []
