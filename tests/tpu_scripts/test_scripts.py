@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jaxpaged_model import tiny
 from jaxpaged_model.config import ModelConfig
 from script_kit import run, table
 
@@ -21,7 +22,6 @@ from jaxpaged.attention.tuning import Key, trial, tuned
 from jaxpaged.testing.conformance import build_case
 from tpu_scripts.bench import generate as bench_generate
 from tpu_scripts.bench import models, tune_paged_attention
-from tpu_scripts.bench import quality as measure_quality
 from tpu_scripts.bench.paged_attention import Attention, Row, Shape
 from tpu_scripts.compile_check import __main__ as compile_check
 
@@ -86,7 +86,11 @@ def test_each_teaches(script):
             "no such page format; there are f32, bf16, f16",
         ),
         ("bench.quality", ["-f", __file__, "-c", "4096"], "-c 4096 is more than the 1024 tokens"),
-        ("bench.quality", ["-f", __file__, "--distances", "40"], "allow 48 to 464"),
+        (
+            "bench.quality",
+            ["--formats", "f32", "-c", "64", "--chunks", "1", "--llama-perplexity", "sh"],
+            "needs -m",
+        ),
         ("bench.quality", ["--page-size", "24"], "page_size must be a power of two from 8 to 256"),
         ("compile_check", ["--python-tpu", "no-such-python"], "no-such-python is not a program"),
     ],
@@ -339,41 +343,35 @@ def test_both_checks_are_there():
         assert importlib.util.find_spec(f"tpu_scripts.compile_check.{target}")
 
 
-def test_passages_are_seen_once_at_their_distance():
-    tokens, n_ctx = np.arange(1, 1001, dtype=np.int32), 256  # each token is its own position
-    for distance in (48, 100, 208):
-        seen, unseen = measure_quality.passages(tokens, n_ctx, distance, 20, seed=0, bos=None)
-        start = n_ctx - 48 - distance
-        np.testing.assert_array_equal(seen[:, start : start + 48], seen[:, -48:])
-        changed = np.zeros(n_ctx, bool)
-        changed[start : start + 48] = True
-        assert np.all((seen != unseen) == changed)
-        for ours, others in zip(seen, unseen, strict=True):
-            assert len(np.unique(ours)) == n_ctx - 48 and len(np.unique(others)) == n_ctx
-    seen, unseen = measure_quality.passages(tokens, n_ctx, 100, 3, seed=0, bos=0)
-    assert not seen[:, 0].any() and not unseen[:, 0].any() and seen[:, 1:].all()
+LLAMA_PERPLEXITY = r"""#!/bin/sh
+case "$*" in *--kl-divergence\ *) cat <<END
+Mean PPL(Q)/PPL(base)         :   1.002784 ±   0.000793
+Mean    KLD:   0.000284 ±   0.000018
+99.0%   KLD:   0.002101
+Same top p: 98.725 ± 0.351 %
+END
+esac
+"""
 
 
 def test_quality_is_a_row_a_variant(monkeypatch, capsys, tmp_path):
-    flags = ["--formats", "f32,q8_0/q4_0", "-c", 128, "--chunks", 2, "--passages", 4, "--distances", "48,80"]
-    found = tmp_path / "rows.json", tmp_path / "rows.svg"
+    flags = ["--formats", "f32,q8_0/q4_0", "-c", 128, "--chunks", 2, "-m", tiny.PATH, "-f", __file__]
+    found, program = (tmp_path / "rows.json", tmp_path / "rows.svg"), tmp_path / "llama-perplexity"
+    program.write_text(LLAMA_PERPLEXITY)
+    program.chmod(0o755)
     if importlib.util.find_spec("matplotlib"):
         flags += ["--plot", found[1]]
-    assert run(monkeypatch, "bench.quality", *flags, "-np", 2, "--json", found[0]) == 0
-    out = capsys.readouterr().out
-    same, plain, turned = table(out)
-    assert (same["K"], same["KLD"], same["same top %"], same["kept %"], same["nats"]) == (
-        "f32",
-        "0",
-        "100",
-        "100",
-        "0",
-    )
-    assert (plain["K"], plain["V"], plain["Hadamard"], turned["Hadamard"]) == ("q8_0", "q4_0", "no", "yes")
-    assert plain["bits"] == turned["bits"] == "6.5"
-    values = json.loads(found[0].read_text())
-    assert [row["hadamard"] for row in values["rows"]] == [None, False, True]
-    assert all(0 < row["kld"]["value"] < 0.1 and row["kept"]["value"] > 0.5 for row in values["rows"][1:])
+    flags += ["-np", 2, "--llama-perplexity", program, "--json", found[0]]
+    assert run(monkeypatch, "bench.quality", *flags) == 0
+    same, plain, transformed, *theirs = table(capsys.readouterr().out)
+    assert (same["K / V"], same["mean KLD"], same["same top %"]) == ("f32", "0", "100")
+    assert (plain["K / V"], plain["Hadamard"], transformed["Hadamard"]) == ("q8_0 / q4_0", "no", "yes")
+    assert plain["bits"] == transformed["bits"] == "6.5"
+    values = json.loads(found[0].read_text())["rows"]
+    assert [row["hadamard"] for row in values[:3]] == [None, False, True]
+    assert all(0 < row["kld"]["value"] < 0.1 for row in values[1:])
+    assert len(theirs) == 14 and {row["mean KLD"] for row in theirs} == {"2.8e-04 ± 2e-05"}
+    assert theirs[0]["same top %"] == "98.72 ± 0.35" and theirs[0]["PPL ratio"] == "1.00278 ± 0.00079"
     assert found[1].is_file() == ("--plot" in flags)
 
 

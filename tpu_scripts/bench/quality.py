@@ -1,42 +1,39 @@
-"""Quality lost to a page format: how far predictions move, and what is still retrieved from the context.
+"""Quality lost to a page format: how far a model's predictions move, here and in llama.cpp.
 
     python -m tpu_scripts.bench.quality
-    python -m tpu_scripts.bench.quality -m model.gguf -f text.txt --formats q8_0,q8_0/q4_0,q4_0 --plot quality.svg
+    python -m tpu_scripts.bench.quality -m model-F32.gguf -f text.txt --llama-perplexity build/bin/llama-perplexity
 
 Needs: jax for the device and ".[model]" (pip install -e ".[model,tpu]", or cuda13); --plot needs matplotlib.
 
 Caches of all formats get the same text beside one of f32, each format as it is and with rows under a Hadamard
 transform; k/v names one format for keys and one for values. Without -m and -f the text is Python that the embedded
-model was not trained on. Behind ± is one standard error. Two things are measured.
+model was not trained on. Behind ± is one standard error.
 
-Divergence, over chunks of -c tokens from all of the text, the second half of each scored: the mean Kullback-Leibler
-divergence from the predictions of f32 in nats, its 99% quantile, the share of tokens where both predict the same one,
-and the ratio of perplexities. `jaxpaged perplexity --kl-divergence` prints more of it for one format.
+Of the first --chunks of -c tokens the second half of each is scored: the mean Kullback-Leibler divergence from the
+predictions of f32 in nats, its 99% quantile, the share of tokens where both predict the same one, and the ratio of
+perplexities. `jaxpaged perplexity --kl-divergence` prints more of it for one format. Products with weights are exact,
+so that pages alone make the difference; give llama.cpp a file of F32, for it rounds activations to 8 bits otherwise.
 
-Retrieval: a passage of 48 tokens stands in a chunk twice, --distances tokens apart, with other text before and
-between. Retrieved are those tokens of the second one, its first 8 left out, that f32 predicts, and does not predict
-if other text replaces the first one: they come from there. "kept" is the share of them that a format predicts as well,
-"nats" their mean loss of log-likelihood. As f32 defines the set, other formats can only lose.
-
-Retrieval is copying: among all keys of the context those of the passage must be found, and their values must say what
-comes next. It is not a question answered from memory, for which the embedded model is too small: asked for a random
-value that it saw once behind a random name, it predicted the first digit of a number in 5 of 10 cases right behind it
-and in 2 of 10 after 256 tokens, the first letters of a word in fewer, and all of the value next to never. Beyond some
-500 tokens, the length it was mostly trained with, even f32 retrieves one token in twenty; a larger model, -c and
---distances go further.
+--llama-perplexity adds what llama.cpp's program measures on the same chunks, against its own f32 cache. It transforms
+keys and values by default, too, and does not with LLAMA_ATTN_ROT_DISABLE=1. It stores the predictions of f32 in 16
+bits, which hides divergences below some 1e-6.
 
 The result depends on -ub: residual formats keep the newest page of each sequence in 16 bits. With -ub 512 most pages
-are quantized before anything attends to them; -ub 1 appends tokens as decoding does, takes longer, and finds a third to
-a quarter of the divergence with the embedded model. Other formats quantize each row as it is written and do not depend
-on it. The bits per value are those of the pool, scales included; residual pages come on top, one per sequence.
+are quantized before anything attends to them; -ub 1 appends tokens as decoding does, and takes longer. Other formats
+quantize each row as it is written and do not depend on it. The bits per value are those of the pool, scales included;
+residual pages come on top, one per sequence.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import textwrap
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,38 +50,57 @@ from jaxpaged.app.perplexity import BASE, HELD_OUT, chunks_of, context_of, score
 from jaxpaged.app.scoring import Scores, default_parallel, score
 from jaxpaged.pages.formats import PAGE_FORMATS
 from tpu_scripts import common
-from tpu_scripts.common import Parser, each, natural, note, positive, progress
+from tpu_scripts.common import Parser, each, note, positive, progress
 
-_MIXED = ("q8_0/q5_1", "q8_0/q4_0", "q5_1/q4_0", "q4_0/q8_0")
-_PASSAGE = 48
-_LED_IN = 8
-"""First tokens of a second passage, which let the model recognize it."""
-_HEADS = ("K", "V", "Hadamard", "bits", "KLD", "99% KLD", "same top %", "PPL ratio", "kept %", "nats")
+_MIXED = ("q8_0/q5_1", "q8_0/q4_0", "q4_0/q8_0")
+_LLAMA_CPP = {
+    "f16": 16,
+    "bf16": 16,
+    "q8_0": 8.5,
+    "q5_1": 6,
+    "q5_0": 5.5,
+    "q4_1": 5,
+    "q4_0": 4.5,
+    "iq4_nl": 4.5,
+}
+"""Bits per value of llama.cpp's cache types."""
+_HEADS = ("", "K / V", "Hadamard", "bits", "mean KLD", "99% KLD", "same top %", "PPL ratio")
+_OURS, _THEIRS = "jaxpaged", "llama.cpp"
 
 
 @dataclass(frozen=True)
 class Row:
     """Measurements of one format of keys and values."""
 
-    kind: CacheType
+    program: str
+    name: str
+    hadamard: bool | None
+    """None: the format is not transformed."""
     bits: float
-    divergence: Divergence
-    kept: Estimate
-    """Share kept of the tokens that f32 retrieves."""
-    nats: Estimate
-    """Mean loss of their log-likelihood."""
+    kld: Estimate
+    kld_99: float
+    same_top: Estimate
+    ratio: Estimate
+    """Perplexity, divided by that of f32."""
 
     def cells(self) -> list[str]:
-        d, hadamard = self.divergence, {None: "", True: "yes", False: "no"}[self.kind.hadamard]
-        cells = [self.kind.k, self.kind.v, hadamard, f"{self.bits:.4g}", _digits(d.kld)]
-        cells += [f"{d.kld_quantiles['99.0%']:.2g}", _digits(d.same_top, 100), _digits(d.ratio)]
-        return [*cells, _digits(self.kept, 100), _digits(self.nats)]
+        hadamard = {None: "", True: "yes", False: "no"}[self.hadamard]
+        cells = [
+            self.program,
+            self.name,
+            hadamard,
+            f"{self.bits:.4g}",
+            _digits(self.kld),
+            f"{self.kld_99:.2g}",
+        ]
+        return [*cells, _digits(self.same_top, 100), _digits(self.ratio)]
 
     def values(self) -> dict[str, Any]:
         """Values for JSON."""
-        kind = {"k": self.kind.k, "v": self.kind.v, "hadamard": self.kind.hadamard}
-        found = {"bits_per_value": self.bits, "kept": self.kept._asdict(), "nats": self.nats._asdict()}
-        return kind | self.divergence.as_dict() | found
+        return {
+            name: value._asdict() if isinstance(value, Estimate) else value
+            for name, value in vars(self).items()
+        }
 
 
 def _digits(estimate: Estimate, factor: int = 1) -> str:
@@ -143,91 +159,88 @@ class Meter:
         return [Scores.join(parts) for parts in zip(*done, strict=True)]
 
 
-def passages(
-    tokens: np.ndarray, n_ctx: int, distance: int, count: int, seed: int, bos: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Makes chunks that end with a repeated passage, and the same chunks with other text in place of the first one.
+def llama_cpp(args: argparse.Namespace) -> Iterator[Row]:
+    """Measures llama.cpp's cache types, each with and without its transform.
 
-    Args:
-      tokens: i32[...], at least ``2 * n_ctx`` of a text. Passages and the text around come from parts of it that do
-        not overlap.
-      n_ctx: tokens per chunk.
-      distance: tokens from the beginning of a passage to that of its repetition.
-      count: number of chunks.
-      seed: seed of the positions.
-      bos: the first token of every chunk, unless None.
-
-    Returns:
-      ``(seen, unseen)``, i32[count, n_ctx] each.
+    Raises:
+      InputError: the program fails.
     """
-    rng = np.random.default_rng((seed, distance))
-    filler, before = n_ctx - 2 * _PASSAGE, n_ctx - distance - _PASSAGE
-    seen, unseen = np.zeros((2, count, n_ctx), np.int32)
-    for i in range(count):
-        at = int(rng.integers(len(tokens) - filler + 1))
-        others = np.concatenate([tokens[at + filler :], tokens[:at]])
-        first, second = rng.choice(len(others) // _PASSAGE, 2, replace=False) * _PASSAGE
-        passage, other = others[first : first + _PASSAGE], others[second : second + _PASSAGE]
-        text = tokens[at : at + filler]
-        seen[i] = np.concatenate([text[:before], passage, text[before:], passage])
-        unseen[i] = np.concatenate([text[:before], other, text[before:], passage])
-    if bos is not None:
-        seen[:, 0] = unseen[:, 0] = bos
-    return seen, unseen
+    with tempfile.TemporaryDirectory() as folder:
+        base = ["-m", str(args.model), "-c", str(args.context), "-fa", "on"]
+        base += ["--kl-divergence-base", str(Path(folder, "base"))]
+
+        def run(*flags: str, hadamard: bool = True) -> str:
+            rotation = {} if hadamard else {"LLAMA_ATTN_ROT_DISABLE": "1"}
+            command = [args.llama_perplexity, *base, *flags]
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | rotation,
+                check=False,
+            )
+            if done.returncode:
+                raise InputError(f"{' '.join(command)} failed: {done.stdout.strip().splitlines()[-1]}")
+            return done.stdout
+
+        progress("llama.cpp: f32")
+        run("-f", str(args.file), "--chunks", str(args.chunks), "-ctk", "f32", "-ctv", "f32")
+        for name, bits in _LLAMA_CPP.items():
+            for hadamard in (None,) if bits == 16 else (False, True):
+                progress(f"llama.cpp: {name}")
+                text = run("--kl-divergence", "-ctk", name, "-ctv", name, hadamard=hadamard is not False)
+                yield Row(_THEIRS, name, hadamard, bits, *parse_divergence(text))
+    progress("")
 
 
-def retrieval(
-    meter: Meter, kinds: Sequence[CacheType], seen: np.ndarray, unseen: np.ndarray
-) -> tuple[np.ndarray, list[Scores]]:
-    """Mask of the tokens of second passages that f32 retrieves, bool[...], and the scores of each kind for all."""
-    copied = np.s_[:, _LED_IN - _PASSAGE :]
-    (without,) = meter.scores(kinds[:1], unseen, "passages not seen before")
-    found = [scores[copied] for scores in meter.scores(kinds, seen, "passages seen before")]
-    return found[0].right & ~without[copied].right, found
+def parse_divergence(text: str) -> tuple[Estimate, float, Estimate, Estimate]:
+    """Mean KLD, its 99% quantile, share of the same likeliest token, and ratio of perplexities, of the output of
+    llama-perplexity --kl-divergence.
+
+    Raises:
+      InputError: one of them is not there.
+    """
+
+    def number(name: str, factor: float = 1.0) -> Estimate:
+        found = re.search(rf"^{re.escape(name)} *: *([-\d.]+)%?(?: ± *([\d.]+))?", text, re.MULTILINE)
+        if found is None:
+            raise InputError(f"llama-perplexity printed no {name!r}")
+        return Estimate(factor * float(found[1]), factor * float(found[2] or 0))
+
+    same = number("Same top p", 0.01)
+    return number("Mean    KLD"), number("99.0%   KLD").value, same, number("Mean PPL(Q)/PPL(base)")
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draws quality against bits, a named point per row: divergence on the left, retrieval on the right."""
-    rows = [row for row in rows if row.divergence.kld.value > 0]  # f32 is not on a logarithmic axis
-    bits = [row.bits for row in rows]
-    klds = [row.divergence.kld.value for row in rows]
-    lost = [100 * (1 - row.kept.value) for row in rows]
+    """Draws the mean KLD against bits, a named point per row."""
+    rows = [row for row in rows if row.kld.value > 0]  # f32 is not on a logarithmic axis
     kinds = {
-        None: ("s", "#444444", "no transform"),
-        False: ("o", "#2f6fb0", "as it is"),
-        True: ("^", "#c8552b", "Hadamard transform"),
+        (_OURS, True): ("^", "#c8552b", "jaxpaged, Hadamard transform"),
+        (_OURS, False): ("o", "#2f6fb0", "jaxpaged"),
+        (_THEIRS, True): ("v", "#666666", "llama.cpp, Hadamard transform"),
+        (_THEIRS, False): ("s", "#aaaaaa", "llama.cpp"),
     }
-    wrapped = "\n".join(textwrap.wrap(title, 150))
-    with common.figure(path, wrapped, ncols=2, figsize=(12, 6.6)) as (figure, panels):
-        axes = panels[0]
-        for axis, values in zip(axes, (klds, lost), strict=True):
-            for hadamard, (marker, colour, label) in kinds.items():
-                own = [i for i, row in enumerate(rows) if row.kind.hadamard is hadamard]
-                x, y = [bits[i] for i in own], [values[i] for i in own]
-                axis.scatter(x, y, s=22, marker=marker, color=colour, label=label if own else None, zorder=3)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
-            axis.set_xlim(0.85 * min(bits), 1.2 * max(bits))
-            axis.set_xlabel("bits per value")
-            axis.margins(y=0.1)
-        axes[0].set_yscale("log")
-        axes[0].set_title("divergence from f32: mean KLD, nats")
-        axes[1].set_yscale("symlog", linthresh=1)
-        axes[1].set_yticks(_LOST_TICKS, [str(tick) for tick in _LOST_TICKS])
-        axes[1].set_ylim(-0.3, max(2.0, 1.3 * max(lost)))
-        axes[1].set_title("tokens that f32 retrieves from the context, and the format does not, %")
-        for axis in axes:
-            axis.minorticks_off()
-        common.legend_below(figure, axes[0])
+    with common.figure(path, title, figsize=(6.4, 6.4)) as (figure, ((axis,),)):
+        for (program, hadamard), (marker, colour, label) in kinds.items():
+            own = [row for row in rows if row.program == program and bool(row.hadamard) == hadamard]
+            x, y = [row.bits for row in own], [row.kld.value for row in own]
+            axis.scatter(x, y, s=28, marker=marker, color=colour, label=label if own else None, zorder=3)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
+        axis.minorticks_off()
+        axis.set_xlim(0.85 * min(row.bits for row in rows), 1.2 * max(row.bits for row in rows))
+        axis.set_xlabel("bits per value")
+        axis.set_ylabel("mean KLD from f32, nats")
+        axis.margins(y=0.1)
+        common.legend_below(figure, axis, columns=2)
         figure.draw_without_rendering()  # from here on, points have their positions
         figure.set_layout_engine("none")
-        names = [row.kind.k if row.kind.k == row.kind.v else f"{row.kind.k}/{row.kind.v}" for row in rows]
-        for axis, values in zip(axes, (klds, lost), strict=True):
-            _name_points(axis, list(zip(names, bits, values, strict=True)))
+        _name_points(axis, [(row.name, row.bits, row.kld.value) for row in rows])
 
 
 _TICKS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
-_LOST_TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def _name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
@@ -242,7 +255,7 @@ def _name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
         axis.plot(*zip(*(points[i][1:] for i in own), strict=True), color="#999999", lw=0.8, zorder=2)
         i = min(own, key=lambda i: at[i][1])
         arrow = {"arrowstyle": "-", "lw": 0.4, "color": "#999999", "shrinkA": 0, "shrinkB": 3}
-        style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
+        style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
         name = axis.annotate(text, points[i][1:], (0, 0), **style, arrowprops=arrow)
         extent = name.get_window_extent()
         half = np.asarray([extent.width, extent.height]) / 2
@@ -270,18 +283,9 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
     """
     text = scored_text(args.file)
     ready = open_model(ModelFlags(model=args.model, dtype=args.dtype, exact=True))  # only pages may differ
-    config, tokenizer = ready.loaded.config, ready.loaded.tokenizer
-    n_ctx = context_of(config.context_length, args.context)
-    for distance in args.distances:
-        if not _PASSAGE <= distance <= n_ctx - _PASSAGE:
-            allowed = f"{_PASSAGE} to {n_ctx - _PASSAGE}"
-            raise InputError(f"--distances {distance}: chunks of {n_ctx} tokens (-c) allow {allowed}")
-    tokens = tokens_of(tokenizer, text)
-    if len(tokens) < 2 * n_ctx:
-        name = args.file or HELD_OUT
-        raise InputError(f"{name} has {len(tokens)} tokens; passages and the text around need {2 * n_ctx}")
-    chunks = chunks_of(tokenizer, tokens, n_ctx, args.file or HELD_OUT)
-    chunks = chunks[np.unique(np.linspace(0, len(chunks) - 1, args.chunks).astype(int))]
+    tokenizer = ready.loaded.tokenizer
+    n_ctx = context_of(ready.loaded.config.context_length, args.context)
+    chunks = chunks_of(tokenizer, tokens_of(tokenizer, text), n_ctx, args.file or HELD_OUT)[: args.chunks]
     meter = Meter(ready, n_ctx, args)
     kinds = [BASE]
     for name in args.formats or (*PAGE_FORMATS, *_MIXED):
@@ -292,29 +296,21 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
                 raise
             note(f"left out: {reason.message}")
     scores = meter.scores(kinds, chunks, "chunk")
-    bos = tokenizer.bos_id if tokenizer.add_bos else None
-    pairs = [passages(np.asarray(tokens), n_ctx, d, args.passages, args.seed, bos) for d in args.distances]
-    seen, unseen = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    retrieved, found = retrieval(meter, kinds, seen, unseen)
-    if not retrieved.any():
-        raise InputError("this model retrieves nothing at these --distances")
-    rows = [
-        Row(
-            kind,
-            meter.bits(kind),
-            Divergence(scores[0], one),
-            Estimate.mean(copied.right[retrieved]),
-            Estimate.mean((copied.nll - found[0].nll)[retrieved]),
+    rows = []
+    for kind, one in zip(kinds[1:], scores[1:], strict=True):
+        found = Divergence(scores[0], one)
+        name = kind.k if kind.k == kind.v else f"{kind.k} / {kind.v}"
+        quantile = found.kld_quantiles["99.0%"]
+        rows.append(
+            Row(
+                _OURS, name, kind.hadamard, meter.bits(kind), found.kld, quantile, found.same_top, found.ratio
+            )
         )
-        for kind, one, copied in zip(kinds[1:], scores[1:], found[1:], strict=True)
-    ]
-    by_distance = retrieved.reshape(len(args.distances), -1).mean(axis=1)
-    shares = ", ".join(f"{100 * s:.0f}% at {d}" for d, s in zip(args.distances, by_distance, strict=True))
+    perplexity = Divergence(scores[0], scores[0]).ppl
     return (
         f"{ready.loaded.description}, computing in {ready.dtype}; {len(chunks)} chunks of {n_ctx} tokens, "
-        f"{min(args.ubatch_size, n_ctx)} a step, pages of {args.page_size}; perplexity with f32 "
-        f"{Divergence(scores[0], scores[0]).ppl.value:.4f}; {retrieved.sum()} of {retrieved.size} tokens of passages "
-        f"retrieved ({shares} tokens)"
+        f"{min(args.ubatch_size, n_ctx)} a step, pages of {args.page_size}; "
+        f"perplexity with f32 {perplexity.value:.4f} ± {perplexity.error:.4f}"
     ), rows
 
 
@@ -325,26 +321,36 @@ def main() -> None:
     parser.add("--formats", "such as q8_0,q8_0/q4_0 (default: all, and some pairs)", each(str))
     parser.add("--dtype", "of the computation", default="auto", choices=["auto", "f32", "bf16", "f16"])
     parser.add("-c --context", "tokens per chunk", positive, 512)
-    parser.add("--chunks", "number of chunks, spread over the text", positive, 32)
-    parser.add("--distances", f"tokens between passages, at least {_PASSAGE}", each(positive), [96, 192, 320])
-    parser.add("--passages", "passages of each distance", positive, 24)
+    parser.add("--chunks", "number of chunks, from the beginning of the text", positive, 32)
     parser.add("-ub --ubatch-size", "tokens of a chunk per step", positive, 512)
     parser.add(
         "-np --parallel", "chunks per step (default: as many as have 512 tokens, 32 at most)", positive
     )
-    parser.add("--seed", "of the passages' positions", natural, 0)
+    parser.add("--llama-perplexity", "llama.cpp's program, to compare with")
     args = parser.parse()
+    if args.llama_perplexity and (args.model is None or args.file is None):
+        parser.error("--llama-perplexity needs -m, a GGUF file, and -f")
+    if args.llama_perplexity and shutil.which(args.llama_perplexity) is None:
+        parser.error(f"--llama-perplexity {args.llama_perplexity}: no such program")
     try:
         described, rows = measure(args)
+        print(f"{common.device()}; {described}\n")
+        print(common.head(*_HEADS, left=_HEADS[:3]))
+        for row in rows:
+            print(common.row(*row.cells()), flush=True)
+        for row in llama_cpp(args) if args.llama_perplexity else ():
+            print(common.row(*row.cells()), flush=True)
+            rows.append(row)
     except InputError as error:
         parser.error(error.message)
-    print(f"{common.device()}; {described}\n")
-    print(common.head(*_HEADS, left=_HEADS[:3]))
-    for row in rows:
-        print(common.row(*row.cells()))
     common.write_json(args.json, {"measured": described, "rows": [row.values() for row in rows]})
     if args.plot:
-        draw(rows, args.plot, described)
+        title = (
+            "Quality lost to page formats"
+            if args.model is None
+            else f"Quality lost to page formats: {args.model.stem}"
+        )
+        draw(rows, args.plot, title)
 
 
 if __name__ == "__main__":
