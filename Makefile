@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write one environment
-.PHONY: help demo chat serve docs docs-serve test test-all test-mesh test-newest check lint format types contracts peers peers-llama-server soak train-tiny clean
+.PHONY: help demo chat serve docs docs-serve test test-all test-mesh test-newest check lint format types contracts peers peers-llama-server soak train-tiny dist first-hour clean
 
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # The model of `make chat` and `make serve`, and the wheel that holds it
@@ -122,6 +122,15 @@ soak: .venv/.extra-test ## Send the server thousands of requests, and check ever
 	JAX_PLATFORMS=cpu .venv/bin/python tests/app/server/soak.py $(ARGS)
 	JAX_PLATFORMS=cpu .venv/bin/python tests/app/server/soak.py --swap --pages 24 --seed 1 $(ARGS)
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 .venv/bin/python tests/app/server/soak.py --mesh data=2,tensor=2 --seed 2 $(ARGS)
+
+dist: .venv/.extra-dev ## Build and check the wheel and the source archive, in dist
+	rm -rf dist
+	.venv/bin/python -m build . >/dev/null
+	.venv/bin/twine check --strict dist/*
+	.venv/bin/python -m pytest -q tests/release/test_contents.py
+
+first-hour: dist ## Install that wheel as a newcomer, on each Python 3.11 to 3.13 there is, and try everything; minutes
+	.venv/bin/python -m pytest -q tests/release/test_first_hour.py $(ARGS)
 
 train-tiny: .venv/.extra-train ## Train the embedded model again
 	.venv/bin/python -m jaxpaged_model.tiny.train $(ARGS)

@@ -6,7 +6,7 @@ Names are imported on first use, so ``import jaxpaged`` does not import JAX.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from jaxpaged.attention import paged_attention

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import textwrap
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
@@ -13,7 +15,7 @@ import click
 from jaxpaged import __version__
 from jaxpaged.app import interrupt
 from jaxpaged.app.bench_serve.options import BenchServeOptions
-from jaxpaged.app.errors import InputError, say
+from jaxpaged.app.errors import say
 from jaxpaged.app.flags import flags_of, take
 from jaxpaged.app.llama_flags import LlamaCommand, ignored_flags
 from jaxpaged.app.measure_options import BenchOptions, ExplainOptions, PerplexityOptions
@@ -56,11 +58,24 @@ def _one_line(error: click.ClickException) -> str:
     return message
 
 
+def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(f"jaxpaged {__version__}, jax {version('jax')}, Python {platform.python_version()}")
+        context.exit()
+
+
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.group("jaxpaged", cls=Application, context_settings=_CONTEXT, invoke_without_command=True)
-@click.version_option(__version__, message="jaxpaged %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Show the versions of jaxpaged, jax and Python, and exit.",
+)
 @click.pass_context
 def application(context: click.Context) -> None:
     """Text generation on JAX with a paged KV cache.
@@ -234,14 +249,7 @@ def serve(**flags: Any) -> None:
     processes = take(ProcessOptions, flags)
     options = ServeOptions.of_flags(environment=os.environ, **flags)
     _prepare(options.threads, processes)
-    try:
-        from jaxpaged.app.server.serve import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"):
-            raise
-        raise InputError(
-            f"the server needs the package {error.name!r}: pip install 'jaxpaged[serve]'"
-        ) from None
+    from jaxpaged.app.server.serve import run
 
     with exit_with_others():
         click.get_current_context().exit(run(options))
@@ -290,12 +298,7 @@ def bench_serve(**flags: Any) -> None:
     """
     options = BenchServeOptions(**flags)
     options.check(_written)
-    try:
-        from jaxpaged.app.bench_serve.run import run
-    except ModuleNotFoundError as error:
-        if error.name != "httpx":
-            raise
-        raise InputError("bench-serve needs the package 'httpx': pip install 'jaxpaged[serve]'") from None
+    from jaxpaged.app.bench_serve.run import run
 
     run(options)
 

@@ -18,6 +18,10 @@ from jaxpaged.app.session import Session
 from jaxpaged.sharding.multihost import broadcast_object
 
 _NO_PROMPT = "no prompt: give -p TEXT, -f FILE (-f - for stdin), or -cnv to chat"
+_EMBEDDED_CHAT = (
+    "the embedded model continues Python code and cannot chat: try -p 'class Counter:' -n 64; "
+    "-m FILE or -hf USER/REPO names a model that can (--chat-template chatml makes this one try)"
+)
 
 
 def run(options: GenerateOptions) -> int:
@@ -44,12 +48,13 @@ def run(options: GenerateOptions) -> int:
     with out_of_memory_is_input("a smaller -c, -np or --kv-pages needs less"):
         session = Session.open(options)
         template = chat.template_of(options, session.ready.loaded.tokenizer.chat_template)
-        if wants_chat and template is None:
-            raise InputError("this model has no chat template; name one with --chat-template, such as chatml")
+        if template is None and (wants_chat or prompt is None):
+            if options.model is None and options.hf is None:
+                raise InputError(_EMBEDDED_CHAT)
+            advice = "name one with --chat-template, such as chatml, or give a prompt to continue (-p, -f)"
+            raise InputError(f"this model has no chat template; {advice}")
         if template is not None and (wants_chat or prompt is None):
             return chat.run(session, prompt, template)
-        if prompt is None:
-            raise InputError(f"{_NO_PROMPT} (with --chat-template: this model has no chat template)")
         return beams.complete(session, prompt) if options.beams > 1 else complete(session, prompt)
 
 

@@ -248,7 +248,7 @@ class Session:
         )
         notice = ""
         if o.log and o.warmup and sys.stderr.isatty() and processes.is_main():
-            notice = "compiling ..."
+            notice = "compiling, up to a minute the first time ..."
         click.echo(notice, nl=False, err=True)
 
         def start() -> None:
@@ -340,8 +340,8 @@ class Session:
             )
         for line in self.start if self.options.verbose and self.options.log and processes.is_main() else ():
             click.echo(line, err=True)
-        if self.options.perf and self.options.log and processes.is_main():
-            drafts = [] if run is None or not run.drafted else [run.drafts_line()]
+        if run is not None and self.options.perf and self.options.log and processes.is_main():
+            drafts = [] if not run.drafted else [run.drafts_line()]
             for line in [*self.timings.lines(), *drafts, self.report(plan).line()]:
                 click.echo(line, err=True)
 

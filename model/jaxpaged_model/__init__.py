@@ -45,7 +45,13 @@ if not TYPE_CHECKING:  # a type checker would take this for a module that has ev
     def __getattr__(name: str) -> Any:
         for module, names in _MODULES.items():
             if name in names:
-                value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+                try:
+                    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+                except ModuleNotFoundError as error:
+                    if (error.name or "jaxpaged").startswith("jaxpaged"):
+                        raise
+                    needs = f"jaxpaged_model needs the package {error.name!r}: pip install 'jaxpaged[model]'"
+                    raise ModuleNotFoundError(needs, name=error.name) from None
                 return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -80,7 +81,10 @@ def test_the_demo_writes_code_without_repeating_itself(here):
 
 
 def test_version(jaxpaged):
-    assert jaxpaged("--version").stdout == f"jaxpaged {__version__}\n"
+    import jax
+
+    versions = f"jaxpaged {__version__}, jax {jax.__version__}, Python {platform.python_version()}\n"
+    assert jaxpaged("--version").stdout == versions
 
 
 def test_no_command_shows_the_help(jaxpaged):
@@ -255,6 +259,15 @@ def test_a_closed_pipe_is_no_error(environment):
 )
 def test_bad_flags_are_one_line(refused: Callable[..., str], flags, said):
     assert said in refused("generate", "-p", "x", *flags)
+
+
+def test_the_embedded_model_says_that_it_cannot_chat(refused):
+    assert "the embedded model continues Python code and cannot chat: try -p" in refused("generate", "-cnv")
+
+
+def test_a_chat_without_a_message_has_no_timings(here, model_path):
+    done = here("generate", "-m", model_path, "-cnv")
+    assert (done.exit_code, done.stdout) == (0, "") and "time =" not in done.stderr
 
 
 def test_bad_prompts_and_pools_are_one_line(refused, model_path, tmp_path):

@@ -44,6 +44,15 @@ def test_before_the_first_token(model_path, environment, moment):
         assert (process.wait(SECONDS), left) == (130, [])
 
 
+def test_before_the_command_line_is_there(environment):
+    arguments = ["-X", "importtime", *JAXPAGED, "-p", "x"]
+    with running(arguments, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert any(line.endswith(" jaxpaged.app.interrupt\n") for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        left = [line for line in process.stderr if not line.startswith("import time:")]
+        assert process.wait(SECONDS) in (-signal.SIGINT, 130) and left == []
+
+
 def test_prints_what_there_is(model_path, environment):
     arguments = [*JAXPAGED, "-m", model_path, "-p", "def f(x):", *ENDLESS]
     with running(arguments, stdout=-1, stderr=-1, env=environment) as process:

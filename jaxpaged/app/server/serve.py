@@ -200,7 +200,9 @@ async def _load_first(options: ServeOptions, host: ModelHost, first: Hosted, ask
       InputError: the model cannot be loaded.
     """
     if options.log:
-        say("loading; requests are answered 503 until the model is ready")
+        say(
+            "loading and compiling, minutes the first time, then seconds; until then requests are answered 503"
+        )
     loading = asyncio.create_task(host.load(first))
     signalled = asyncio.create_task(asked.wait())
     await asyncio.wait((loading, signalled), return_when=asyncio.FIRST_COMPLETED)

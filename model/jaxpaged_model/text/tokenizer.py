@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged_model.metadata import ModelError
+from jaxpaged_model.text import gguf_vocabulary, hf_vocabulary
 from jaxpaged_model.text.detokenize import StreamDecoder
 from jaxpaged_model.text.vocabulary import FIM_TEXTS, Vocabulary
-
-try:
-    from jaxpaged_model.text import gguf_vocabulary, hf_vocabulary
-except ModuleNotFoundError as error:
-    if error.name != "tokenizers":
-        raise
-    raise ImportError(
-        "jaxpaged_model needs the package 'tokenizers': pip install 'jaxpaged[model]'"
-    ) from error
 
 
 class Tokenizer:
