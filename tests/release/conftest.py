@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ PYTHONS = ("3.11", "3.12", "3.13")
 SECONDS = 900
 """For one step; a busy machine compiles for minutes."""
 _TIMES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure() -> None:
+    """Lets children take Ctrl-C: what a shell starts in the background ignores it, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interpreter(version: str) -> str | None:
@@ -132,6 +139,8 @@ class Newcomer:
         )
         os.close(slave)
         shown, pressed = "", False
+        late = threading.Timer(SECONDS, process.kill)  # a program that takes no notice of Ctrl-C
+        late.start()
         try:
             while data := os.read(master, 4096):
                 shown += data.decode(errors="replace")
@@ -141,6 +150,7 @@ class Newcomer:
         except OSError:  # how Linux says that the other side is closed
             pass
         finally:
+            late.cancel()
             os.close(master)
         return process.wait(SECONDS), re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
 
