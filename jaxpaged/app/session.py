@@ -248,7 +248,7 @@ class Session:
         )
         notice = ""
         if o.log and o.warmup and sys.stderr.isatty() and processes.is_main():
-            notice = "compiling, up to a minute the first time ..."
+            notice = "compiling, some seconds the first time ..."
         click.echo(notice, nl=False, err=True)
 
         def start() -> None:
