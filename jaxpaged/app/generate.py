@@ -48,12 +48,12 @@ def run(options: GenerateOptions) -> int:
     with out_of_memory_is_input("a smaller -c, -np or --kv-pages needs less"):
         session = Session.open(options)
         template = chat.template_of(options, session.ready.loaded.tokenizer.chat_template)
-        if template is None and (wants_chat or prompt is None):
-            if options.model is None and options.hf is None:
+        if prompt is None or wants_chat:
+            if template is None and options.model is None and options.hf is None:
                 raise InputError(_EMBEDDED_CHAT)
-            advice = "name one with --chat-template, such as chatml, or give a prompt to continue (-p, -f)"
-            raise InputError(f"this model has no chat template; {advice}")
-        if template is not None and (wants_chat or prompt is None):
+            if template is None:
+                advice = "name one with --chat-template, such as chatml, or give a prompt to continue (-p, -f)"
+                raise InputError(f"this model has no chat template; {advice}")
             return chat.run(session, prompt, template)
         return beams.complete(session, prompt) if options.beams > 1 else complete(session, prompt)
 

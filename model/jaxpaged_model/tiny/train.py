@@ -60,7 +60,8 @@ HOLD = 0.4
 # Windows are short at first, because attention over them is cheap, and as long as the context at last.
 SHORT_CONTEXT = 256
 LONG_CONTEXT_FROM = 0.8
-LOOP_LEARNING_RATE = 1e-3
+LOOP_LEARNING_RATE = 5e-4
+UNLIKELIHOOD_WEIGHT = 0.25
 
 
 @jax.tree_util.register_static
@@ -124,9 +125,9 @@ log_probs_of = jax.jit(token_log_probs)
 
 
 def unlooped_loss(params: Any, tokens: Array, texts: Array, marked: Array) -> Array:
-    """Negative log-likelihood of ``tokens`` plus the unlikelihood of the marked tokens of ``texts``: f32[]."""
+    """Negative log-likelihood of ``tokens``, plus a share of the unlikelihood of marked tokens of ``texts``: f32[]."""
     against = unlikelihood(token_log_probs(params, texts), marked[:, 1:])
-    return against - token_log_probs(params, tokens).mean()
+    return UNLIKELIHOOD_WEIGHT * against - token_log_probs(params, tokens).mean()
 
 
 def train_out_of_loops(
@@ -168,7 +169,7 @@ def train_out_of_loops(
         marked[:, :32] = False
         shares.append(float(marked[:, -1].mean()))
         params, state = step(
-            params, state, windows(TOKENS_PER_STEP // 4 // SHORT_CONTEXT, SHORT_CONTEXT + 1), texts, marked
+            params, state, windows(TOKENS_PER_STEP // SHORT_CONTEXT, SHORT_CONTEXT + 1), texts, marked
         )
         if (i + 1) % 20 == 0:
             print(f"against loops: step {i + 1}, {np.mean(shares[-20:]):.1%} of texts end in one", flush=True)
@@ -290,11 +291,11 @@ def main() -> None:
             offsets = rng.permutation(np.arange(shift, len(stream) - length - 1, length))
             offsets_length = length
         picked, offsets = offsets[:rows], offsets[rows:]
-        tokens = np.stack([stream[o : o + length + 1] for o in picked])
+        windows = np.stack([stream[o : o + length + 1] for o in picked])
         scale = (
             args.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (1 - progress) / (1 - HOLD))
         )
-        params, state, loss = train_step(optimizer, params, state, tokens, jnp.float32(scale))
+        params, state, loss = train_step(optimizer, params, state, windows, jnp.float32(scale))
         step += 1
         elapsed = time.perf_counter() - start
         progress = max(step / args.steps, elapsed / (60 * args.minutes))
