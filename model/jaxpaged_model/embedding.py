@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxpaged.cache.contiguous import ContiguousKVCache
 from jaxpaged_model.checkpoint.loading import LoadedModel
-from jaxpaged_model.checkpoint.pooling import Pooling
+from jaxpaged_model.checkpoint.pooling import Pooling, pooled
 from jaxpaged_model.llama import ModelFn
 
 _SMALLEST = 64
@@ -79,7 +79,4 @@ class Embedder:
         Raises:
             ValueError: there are no tokens.
         """
-        hidden = self.hidden_states(tokens)
-        if pooling == "mean":
-            return hidden.mean(axis=0, dtype=np.float32)
-        return hidden[0] if pooling == "cls" else hidden[-1]
+        return pooled(self.hidden_states(tokens), pooling)

@@ -69,8 +69,7 @@ class Answers:
         self, template: str, *, special: bool, parallel: bool = True, tools: Sequence[Any] = TOOLS
     ) -> None:
         self.template, self.format = template, derive(template)
-        markers = [word for word in self.format.special_markers if word.startswith(("<", "["))]
-        self.tokenizer: Any = Bytes(markers if special else ())
+        self.tokenizer: Any = Bytes(self.format.special_markers if special else ())
         source = self.format.call_grammar(
             tools, parallel=parallel, special=self.tokenizer.special, stops=STOPS
         )

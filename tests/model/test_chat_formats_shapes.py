@@ -50,6 +50,11 @@ def test_calls_of_any_shape_are_parsed_back(name):
             assert parse(chat_format, prompt, text, step) == ("", content, wanted), (step, text)
 
 
+def test_a_special_marker_with_brackets_is_whole():
+    chat_format = derive(template_of(f"]<]minimax[>[<c>{NAME} {ARGS}]<]minimax[>[</c>"))
+    assert set(chat_format.special_markers) == {"]<]minimax[>[", "<c>", "</c>"}
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_an_answer_may_end_anywhere(name):
     chat_format = derive(OWN[name])

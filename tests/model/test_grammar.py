@@ -139,21 +139,15 @@ def test_a_grammar_may_begin_at_a_trigger(tokenizer, before):
     assert matcher.is_finished
 
 
-def test_a_trigger_within_a_token_takes_the_rest_of_it(tokenizer):
+@pytest.mark.parametrize(("trigger", "begins", "rest"), [(":", True, "7"), ('"', False, '"7')])
+def test_a_trigger_within_a_token_takes_the_rest_of_it_which_must_be_allowed(
+    tokenizer, trigger, begins, rest
+):
     token = next(t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == b'":')
-    matcher = Grammar.from_regex(r":[0-9]", tokenizer).matcher(triggers=(":",))
+    matcher = Grammar.from_regex(f"{trigger}[0-9]", tokenizer).matcher(triggers=(trigger,))
     matcher.accept([token])
-    assert matcher.is_active
-    matcher.accept(ids(tokenizer, "7"))
-    assert matcher.is_finished
-
-
-def test_a_token_with_a_trigger_and_something_else_is_text(tokenizer):
-    token = next(t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == b'":')
-    matcher = Grammar.from_regex(r'"[0-9]', tokenizer).matcher(triggers=('"',))
-    matcher.accept([token])
-    assert not matcher.is_active
-    matcher.accept(ids(tokenizer, '"7'))
+    assert matcher.is_active == begins
+    matcher.accept(ids(tokenizer, rest))
     assert matcher.is_finished
 
 

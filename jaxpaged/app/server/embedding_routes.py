@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
+from jaxpaged_model.checkpoint.pooling import pooled
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -80,7 +81,9 @@ async def _vectors(request: Request, body: EmbeddingRequest) -> tuple[list[np.nd
         )
     vectors = []
     for ids in texts:
-        vector = _pooled(await _hidden_states(state, runner, ids), model.pooling)[..., : body.dimensions]
+        hidden = await _hidden_states(state, runner, ids)
+        vector = hidden if model.pooling == "none" else pooled(hidden, model.pooling)
+        vector = vector[..., : body.dimensions]
         if not np.isfinite(vector).all():
             raise ApiError(
                 500, "the model's hidden states are not finite: its weights, or their dtype, cannot do it"
@@ -107,18 +110,6 @@ def _check(model: ServedModel, runner: Runner, ids: Sequence[int]) -> None:
     check_prompt(model, ids)
     if len(ids) > runner.n_ctx:
         raise as_api_error(ContextError(len(ids), runner.n_ctx))
-
-
-def _pooled(hidden: np.ndarray, pooling: str) -> np.ndarray:
-    """One vector of hidden states, or all of them."""
-    match pooling:
-        case "mean":
-            return hidden.mean(axis=0, dtype=np.float32)
-        case "cls":
-            return hidden[0]
-        case "last":
-            return hidden[-1]
-    return hidden
 
 
 def _normalized(vector: np.ndarray, norm: int) -> np.ndarray:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jaxpaged_model.checkpoint.pooling import Reranker
+from jaxpaged_model.checkpoint.pooling import Pooling, Reranker
 from jaxpaged_model.text.tokenizer import Tokenizer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -45,7 +45,7 @@ class ServedModel:
     description: str = ""
     size_bytes: int = 0
     fingerprint: str = ""
-    pooling: str = "last"
+    pooling: Pooling | Literal["none"] = "last"
     """Way in which embeddings are made of hidden states."""
     reranker: Reranker | None = None
     embedding_size: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -146,7 +146,7 @@ class ServeOptions(RunFlags):
         click.IntRange(-1),
     )
     webui: bool = _server("--webui/--no-webui, --ui/--no-ui", "The page in the browser, at /.", True)
-    pooling: str | None = _server(
+    pooling: Literal["none", "mean", "cls", "last"] | None = _server(
         "--pooling",
         "How an embedding is made of a text's hidden states; none: a vector for each token.  "
         "[default: as the file says, or last]",

@@ -26,6 +26,13 @@ _LARGEST = 2**16
 """Bytes of a description, at most."""
 
 
+def pooled(hidden: np.ndarray, pooling: Pooling) -> np.ndarray:
+    """The vector of a text, f32[hidden_size], from its hidden states ``f32[T, hidden_size]``."""
+    if pooling == "mean":
+        return hidden.mean(axis=0, dtype=np.float32)
+    return hidden[0] if pooling == "cls" else hidden[-1]
+
+
 @dataclass(frozen=True)
 class Reranker:
     """Head that scores a document for a query, from the last token's hidden state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ class MarkerParser(AnswerParser):
         return AnswerDelta()
 
     def _thoughts(self) -> AnswerDelta | None:
-        text, found = self._up_to([self._closing])
+        text, found, self._text = split_at(self._text, (self._closing,), is_whole=self._ended)
         if found is not None:
             self._state = self._after_thoughts
             return AnswerDelta(reasoning=text.rstrip())
@@ -174,7 +174,8 @@ class MarkerParser(AnswerParser):
         return AnswerDelta()
 
     def _content(self) -> AnswerDelta | None:
-        text, found = self._up_to(filter(None, (self._trigger, self._content_close)))
+        markers = self._trigger or "", self._content_close
+        text, found, self._text = split_at(self._text, markers, is_whole=self._ended)
         if found is None:
             return self._content_of(text) if text else None
         if found == self._trigger:
@@ -285,19 +286,23 @@ class MarkerParser(AnswerParser):
             return False
         return True
 
-    def _up_to(self, markers: Iterable[str]) -> tuple[str, str | None]:
-        """Takes the text before the first marker, and the marker: ``(text, marker)``. Without one, takes what can
-        be no beginning of one."""
-        markers = [marker for marker in markers if marker]
-        found = [(self._text.find(marker), marker) for marker in markers if marker in self._text]
-        if found:
-            at, marker = min(found)
-            text, self._text = self._text[:at], self._text[at + len(marker) :]
-            return text, marker
-        held = 0 if self._ended else max((_overlap(self._text, marker) for marker in markers), default=0)
-        cut = len(self._text) - held
-        text, self._text = self._text[:cut], self._text[cut:]
-        return text, None
+
+def split_at(text: str, markers: Sequence[str], *, is_whole: bool = False) -> tuple[str, str | None, str]:
+    """Divides a text at its first marker: ``(text before it, marker, rest)``.
+
+    Without a marker, the rest is what may be the beginning of one.
+
+    Args:
+        markers: empty ones do not count.
+        is_whole: True: no more text comes, so nothing is the beginning of a marker.
+    """
+    found = [(text.find(marker), marker) for marker in markers if marker and marker in text]
+    if found:
+        at, marker = min(found)
+        return text[:at], marker, text[at + len(marker) :]
+    held = 0 if is_whole else max((_overlap(text, marker) for marker in markers), default=0)
+    cut = len(text) - held
+    return text[:cut], None, text[cut:]
 
 
 def trigger_of(calls: CallFormat) -> str | None:

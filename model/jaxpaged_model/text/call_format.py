@@ -197,8 +197,7 @@ class _Probe:
                 ]
                 between = self.two[spans[0][1] : spans[1][0]] if len(spans) == 2 else None
             paths = {"name_path": name, "arguments_path": arguments, "id_path": _path_of(call, ID) or ()}
-            found = self._format("list" if in_list else "json", before, between, behind, **paths)
-            return found
+            return self._format("list" if in_list else "json", before, between, behind, **paths)
         return None
 
     def named_calls(self) -> CallFormat | None:

@@ -168,17 +168,12 @@ class CallGrammar:
         """Text up to a marker."""
         pieces = self._pieces(close)
         if pieces and pieces[0].startswith('"') and json.loads(pieces[0]).strip():
-            name = f"T{len(self._rules)}"
+            name = f"t{len(self._rules)}"  # of lower case: a suffix is an attribute of rules
             self._rules.append(f"{name}[suffix={pieces[0]}]: /(.|\\n)*/")
-            return " ".join([name.lower(), *pieces[1:]]) if self._as_rule(name) else name
+            return " ".join([name, *pieces[1:]])
         if pieces and pieces[0].startswith('"'):  # white space, which the text may have, too
             pieces = pieces[1:]
         return " ".join(["/(.|\\n)*/", *pieces])
-
-    def _as_rule(self, name: str) -> bool:
-        """Makes the last rule one of lower case: attributes with a suffix belong to rules."""
-        self._rules[-1] = self._rules[-1].replace(name, name.lower(), 1)
-        return True
 
     def _literal(self, kind: Mapping[str, Any]) -> str:
         """A quoted string."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxpaged_model.text.answer_parser import AnswerParser, MarkerParser, trigger_of
-from jaxpaged_model.text.call_format import CallFormat, common_prefix, derive_calls
+from jaxpaged_model.text.call_format import MARKER, CallFormat, common_prefix, derive_calls
 from jaxpaged_model.text.call_grammar import CallGrammar
 from jaxpaged_model.text.chat import ChatTemplateError, render_chat
 from jaxpaged_model.text.harmony import HarmonyParser, harmony_grammar
@@ -43,6 +43,8 @@ class ChatFormat:
     """Tool calls; None = the template knows none."""
     is_harmony: bool = False
     """True: gpt-oss's channels."""
+    thinking_ends: tuple[str, ...] = ()
+    """Ends of prompts in which thoughts have begun."""
 
     @staticmethod
     def derive(template: str, *, bos_token: str = "", eos_token: str = "") -> ChatFormat:
@@ -55,7 +57,7 @@ class ChatFormat:
         if self.is_harmony:
             return ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>")
         texts = [*(self.reasoning or ()), *(self.calls.markers if self.calls else ())]
-        return tuple(dict.fromkeys(word for text in texts for word in _words(text)))
+        return tuple(dict.fromkeys(word for text in texts for word in MARKER.findall(text)))
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the template wants them: arguments of calls as objects, or as JSON text."""
@@ -64,9 +66,6 @@ class ChatFormat:
         if self.calls is None or not self.calls.arguments_as_text:
             return [dict(message) for message in messages]
         return [_arguments_as_text(message) for message in messages]
-
-    thinking_ends: tuple[str, ...] = ()
-    """Ends of prompts in which thoughts have begun."""
 
     def thinks(self, prompt: str) -> bool:
         """True if a prompt ends with thoughts that have begun."""
@@ -112,11 +111,6 @@ class ChatFormat:
     def trigger(self) -> str | None:
         """The text that begins calls within an answer; None if nothing does."""
         return HARMONY if self.is_harmony else trigger_of(self.calls) if self.calls else None
-
-
-def _words(marker: str) -> list[str]:
-    """The parts of a marker that may be special tokens."""
-    return re.findall(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]", marker)
 
 
 def _arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,5 +207,5 @@ def _derive_reasoning(template: str, render: Any) -> tuple[str, str] | None:
 
 def _last_marker(text: str) -> str:
     """The marker at the end of a text."""
-    found = re.search(r"(?:<[^<>\s]{1,40}>|\[[A-Z_]{2,30}\])\s*\Z", text)
+    found = re.search(rf"(?:{MARKER.pattern})\s*\Z", text)
     return found[0] if found else ""

@@ -7,8 +7,8 @@ Parsing and masks are llguidance's. A `Grammar` is compiled once; a `Matcher` is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,9 @@ class Grammar:
             text = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"not a JSON schema: {_one_line(str(error))}") from None
-        _check_length("schema", text)
         options: Any = {"whitespace_pattern": _WHITESPACE, "lenient": not strict, "coerce_one_of": not strict}
-        try:
-            return cls(llguidance.LLMatcher.grammar_from_json_schema(text, defaults=options), tokenizer)
-        except ValueError as error:
-            raise GrammarError(f"JSON schema: {error}") from None
+        make = partial(llguidance.LLMatcher.grammar_from_json_schema, defaults=options)
+        return cls._compiled("JSON schema", make, text, tokenizer)
 
     @classmethod
     def from_gbnf(cls, text: str, tokenizer: Tokenizer) -> Grammar:
@@ -113,11 +110,7 @@ class Grammar:
         Raises:
             GrammarError: it cannot be parsed, or is too large.
         """
-        _check_length("grammar", text)
-        try:
-            return cls(llguidance.LLMatcher.grammar_from_lark(text), tokenizer)
-        except ValueError as error:
-            raise GrammarError(f"grammar: {error}") from None
+        return cls._compiled("grammar", llguidance.LLMatcher.grammar_from_lark, text, tokenizer)
 
     @classmethod
     def from_regex(cls, pattern: str, tokenizer: Tokenizer) -> Grammar:
@@ -126,11 +119,8 @@ class Grammar:
         Raises:
             GrammarError: it cannot be parsed, or is too large.
         """
-        _check_length("regular expression", pattern)
-        try:
-            return cls(llguidance.LLMatcher.grammar_from_regex(pattern), tokenizer)
-        except ValueError as error:
-            raise GrammarError(f"regular expression: {error}") from None
+        make = llguidance.LLMatcher.grammar_from_regex
+        return cls._compiled("regular expression", make, pattern, tokenizer)
 
     @classmethod
     def from_choices(cls, choices: Sequence[str], tokenizer: Tokenizer) -> Grammar:
@@ -142,6 +132,15 @@ class Grammar:
         if not choices or "" in choices:
             raise GrammarError("choices: give at least one text, and none that is empty")
         return cls.from_lark("start: " + " | ".join(map(json.dumps, choices)), tokenizer)
+
+    @classmethod
+    def _compiled(cls, kind: str, make: Callable[[str], str], text: str, tokenizer: Tokenizer) -> Grammar:
+        """The grammar that ``make`` writes of a text; errors begin with the text's kind."""
+        _check_length(kind, text)
+        try:
+            return cls(make(text), tokenizer)
+        except ValueError as error:
+            raise GrammarError(f"{kind}: {error}") from None
 
     def matcher(self, triggers: Sequence[str] = ()) -> Matcher:
         """The state at the beginning of a sample.
@@ -242,9 +241,9 @@ class Matcher:
             raise GrammarError(_one_line(self._state.get_error()))
 
 
-def _check_length(name: str, text: str) -> None:
+def _check_length(kind: str, text: str) -> None:
     if len(text) > MAX_LENGTH:
-        raise GrammarError(f"{name}: {len(text)} characters; at most {MAX_LENGTH} are allowed")
+        raise GrammarError(f"{kind}: {len(text)} characters; at most {MAX_LENGTH} are allowed")
 
 
 def _one_line(message: str) -> str:

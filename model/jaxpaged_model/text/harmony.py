@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpaged_model.text.answer_parser import AnswerDelta, AnswerParser, ToolCallDelta
+from jaxpaged_model.text.answer_parser import AnswerDelta, AnswerParser, ToolCallDelta, split_at
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 _BODY = "<|message|>"
@@ -38,7 +38,7 @@ class HarmonyParser(AnswerParser):
                     return delta
                 self._text = rest
                 delta += self._begin(header)
-            body, found = self._body()
+            body, found, self._text = split_at(self._text, _ENDS)
             delta += self._of(body)
             if not found:
                 return delta
@@ -62,19 +62,6 @@ class HarmonyParser(AnswerParser):
         is_analysis = channel is not None and channel[1] == "analysis"
         self._kind = "reasoning" if is_analysis and self._reasoning else "content"
         return AnswerDelta()
-
-    def _body(self) -> tuple[str, str | None]:
-        places = [(self._text.find(end), end) for end in _ENDS if end in self._text]
-        if places:
-            at, end = min(places)
-            body, self._text = self._text[:at], self._text[at + len(end) :]
-            return body, end
-        longest = self._text[-max(map(len, _ENDS)) :]
-        tails = (longest[i:] for i in range(len(longest)))
-        held = next((tail for tail in tails if any(end.startswith(tail) for end in _ENDS)), "")
-        body = self._text[: len(self._text) - len(held)]
-        self._text = held
-        return body, None
 
     def _of(self, text: str) -> AnswerDelta:
         if not text:
