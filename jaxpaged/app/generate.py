@@ -52,7 +52,9 @@ def run(options: GenerateOptions) -> int:
             if template is None and options.model is None and options.hf is None:
                 raise InputError(_EMBEDDED_CHAT)
             if template is None:
-                advice = "name one with --chat-template, such as chatml, or give a prompt to continue (-p, -f)"
+                advice = (
+                    "name one with --chat-template, such as chatml, or give a prompt to continue (-p, -f)"
+                )
                 raise InputError(f"this model has no chat template; {advice}")
             return chat.run(session, prompt, template)
         return beams.complete(session, prompt) if options.beams > 1 else complete(session, prompt)

@@ -26,7 +26,7 @@ from jaxpaged.cache.sharing import PagesOfLayers, seq_allocate, seq_attach
 from jaxpaged.engine.request import MAX_LOGPROBS
 from jaxpaged.generation.loop import Model
 from jaxpaged.generation.sampling import logprobs_of, push_recent, sample_next
-from jaxpaged.generation.sampling_params import SamplingParams
+from jaxpaged.generation.sampling_params import SamplingParams, unpack_tokens
 from jaxpaged.pages import allocator as allocators
 from jaxpaged.pages import block_table as block_tables
 from jaxpaged.pages.allocator import PageAllocator
@@ -251,10 +251,8 @@ def _sample_tokens(
     wants = mine.wants_logprobs & (owner < s)
 
     def masked(z: Array) -> Array:
-        bits = (masks[row][:, :, None] >> jnp.arange(32)) & 1
-        allowed = bits.reshape(z.shape[0], -1)[:, : z.shape[1]] == 1
-        unknown = ((0, 0), (0, z.shape[1] - allowed.shape[1]))  # of a padded vocabulary
-        return jnp.where(~given.constrained[row][:, None] | jnp.pad(allowed, unknown), z, -jnp.inf)
+        allowed = unpack_tokens(masks[row], z.shape[1])  # none of a vocabulary's padding
+        return jnp.where(~given.constrained[row][:, None] | allowed, z, -jnp.inf)
 
     def biased(z: Array) -> Array:
         return z.at[jnp.arange(z.shape[0])[:, None], mine.bias_ids].add(mine.bias, mode="drop")

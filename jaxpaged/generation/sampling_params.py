@@ -279,6 +279,14 @@ def pack_tokens(tokens: Sequence[int] | frozenset[int]) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
 
 
+def unpack_tokens(words: Array, vocab_size: int) -> Array:
+    """bool[R, vocab_size]: True for the tokens of R sets, packed as ``words i32[R, W]``; tokens beyond the
+    last word are in none."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    tokens = bits.reshape(words.shape[0], -1)[:, :vocab_size] == 1
+    return jnp.pad(tokens, ((0, 0), (0, vocab_size - tokens.shape[1])))
+
+
 def _is_key(seed: Any) -> TypeGuard[Array]:
     """True for a key of ``jax.random``: typed, or a JAX array uint32[2]; a list or numpy array
     holds seeds."""

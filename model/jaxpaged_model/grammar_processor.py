@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.generation.sampling_params import unpack_tokens
 from jaxpaged_model.text.grammar import Grammar, GrammarError, Matcher
 
 _MOST_TEXTS = 4096
@@ -46,8 +47,7 @@ class GrammarProcessor:
         shape = jax.ShapeDtypeStruct((rows, -(-vocab_size // 32)), jnp.int32)
         call = functools.partial(self._masks, shape.shape)
         masks = jax.pure_callback(call, shape, tokens, num_tokens, vmap_method="sequential")
-        bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.int32) & 1
-        return jnp.where(bits.reshape(rows, -1)[:, :vocab_size] == 1, logits, -jnp.inf)
+        return jnp.where(unpack_tokens(masks, vocab_size), logits, -jnp.inf)
 
     def _masks(self, shape: tuple[int, ...], tokens: Array, num_tokens: Array) -> np.ndarray:
         """i32[R, W]: packed masks of the tokens behind each text. A text that is none has all of them: it is that

@@ -1,25 +1,20 @@
-"""Responses that take a while, and are cancelled when the client disconnects.
-
-A web framework notices a disconnect only when it writes. A queued request, or an answer that is
-sent as a whole, writes nothing for a long time, so a task here always listens.
-"""
+"""Responses that take a while, and are cancelled when the client disconnects."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxpaged.app.server.connection import ClientGoneError, while_connected
 from jaxpaged.app.server.encoding import dump_json
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.generation import Generation, Update
 from jaxpaged.app.server.state import state_of
-
-_CLIENT_GONE = 499
 
 
 class Answer:
@@ -54,7 +49,7 @@ class Answer:
 async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
     """Starts a generation, and responds with all of its text, or with a stream."""
     if not stream:
-        return await while_connected(request, _whole(generation, answer))
+        return await while_connected(request.receive, _whole(generation, answer))
     await generation.start()
     return EventStream(_events(request, generation, answer), generation.close)
 
@@ -88,24 +83,6 @@ def json_response(value: Any) -> Response:
     return Response(dump_json(value), media_type="application/json")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """Awaits ``work``, and cancels it as soon as the client disconnects."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else Response(status_code=_CLIENT_GONE)
-    finally:
-        watcher.cancel()
-        if task.cancel():  # its cleanup aborts the requests in the engine
-            await asyncio.wait((task,))
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def event(value: Any, *, named: bool = False) -> bytes:
     """One server-sent event, perhaps with its type as its name."""
     name = f"event: {value['type']}\n".encode() if named else b""
@@ -124,16 +101,10 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.ensure_future(self._send(send))
-        watcher = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((sender, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                await sender
+            with suppress(ClientGoneError):
+                await while_connected(receive, self._send(send))
         finally:
-            watcher.cancel()
-            if sender.cancel():
-                await asyncio.wait((sender,))
             self._close()  # even if the stream never began
 
     async def _send(self, send: Send) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxpaged.app.server.blocks import ChatText
-from jaxpaged.app.server.constraining import chat_constraint
+from jaxpaged.app.server.constraining import chat_constraint, marker_tokens
 from jaxpaged.app.server.conversation import encode_conversation, render
 from jaxpaged.app.server.generation import Generation
 from jaxpaged.app.server.openai_schema import ChatRequest
@@ -33,10 +33,9 @@ async def begin_chat(state: ServerState, body: ChatRequest) -> Chat:
     ids = await encode_conversation(model, conversation)
     constraint = await chat_constraint(state, model, body, conversation)
     visible = frozenset(
-        token
+        tokens[0]
         for marker in conversation.format.special_markers
-        if len(ids_of_marker := model.tokenizer.encode(marker, add_special=False, parse_special=True)) == 1
-        for token in ids_of_marker
+        if len(tokens := marker_tokens(model.tokenizer, marker)) == 1
     )
     generation = Generation(state, [ids], body, constraint=constraint, visible=visible)
     texts = [ChatText(conversation.parser(body, state.options.reasoning_format)) for _ in generation.choices]

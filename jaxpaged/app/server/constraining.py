@@ -57,8 +57,8 @@ async def chat_constraint(
     if thinks(state, body) is False and not begun:
         return answer
     return Thinking(
-        opening=tuple(_tokens(tokenizer, opening)),
-        closing=tuple(_tokens(tokenizer, closing)),
+        opening=tuple(marker_tokens(tokenizer, opening)),
+        closing=tuple(marker_tokens(tokenizer, closing)),
         close=closing.encode(),
         token_bytes=tokenizer.token_bytes,
         thinks=begun,
@@ -68,7 +68,8 @@ async def chat_constraint(
     )
 
 
-def _tokens(tokenizer: Tokenizer, marker: str) -> list[int]:
+def marker_tokens(tokenizer: Tokenizer, marker: str) -> list[int]:
+    """Token ids of a marker within an answer."""
     return tokenizer.encode(marker, add_special=False, parse_special=True)
 
 

@@ -108,9 +108,8 @@ def _render(state: ServerState, model: ServedModel, body: TemplateFields) -> Con
         except ChatTemplateError:
             if all(message["role"] != "system" for message in messages):
                 raise
-            text = rendered(
-                without_system(messages)
-            )  # some templates know no instructions, or one at the beginning
+            # Some templates know no instructions, or one at the beginning.
+            text = rendered(without_system(messages))
     except ChatTemplateError as error:
         raise ApiError(400, str(error)[:500], param="messages") from None
     return Conversation(text + begun, chat_format, tools)

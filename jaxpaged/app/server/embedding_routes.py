@@ -13,7 +13,8 @@ from jaxpaged_model.checkpoint.pooling import pooled
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxpaged.app.server.answering import json_response, while_connected
+from jaxpaged.app.server.answering import json_response
+from jaxpaged.app.server.connection import while_connected
 from jaxpaged.app.server.embedding_schema import EmbeddingRequest, RerankRequest
 from jaxpaged.app.server.errors import ApiError, as_api_error
 from jaxpaged.app.server.interfaces import Runner
@@ -37,7 +38,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         raise ApiError(
             400, "--pooling none makes a vector for each token, which OpenAI's form has no place for"
         )
-    return await while_connected(request, _openai(request, body))
+    return await while_connected(request.receive, _openai(request, body))
 
 
 async def _openai(request: Request, body: EmbeddingRequest) -> Response:
@@ -56,7 +57,7 @@ async def _openai(request: Request, body: EmbeddingRequest) -> Response:
 async def native_embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """Vectors of texts, in llama-server's form: a list of vectors for each text."""
     await state_of(request).enter(body.model)
-    return await while_connected(request, _native(request, body))
+    return await while_connected(request.receive, _native(request, body))
 
 
 async def _native(request: Request, body: EmbeddingRequest) -> Response:
@@ -142,7 +143,7 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
         raise ApiError(
             501, "this model has no head that ranks documents (one layer, cls.output, in a GGUF file)"
         )
-    return await while_connected(request, _ranked(request, body))
+    return await while_connected(request.receive, _ranked(request, body))
 
 
 async def _ranked(request: Request, body: RerankRequest) -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxpaged.app.errors import InputError
 from jaxpaged.app.memory import trim_memory
+from jaxpaged.app.server.connection import while_connected
 from jaxpaged.app.server.errors import ApiError, clipped
 from jaxpaged.app.server.interfaces import Runner
 from jaxpaged.engine.request import EngineStats
 
 LOAD_SECONDS = 600.0
 """Time that a request waits for its model, at most."""
-_CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
@@ -115,27 +115,7 @@ class Hold:
 
     def __init__(self, receive: Receive) -> None:
         self.hosted: Hosted | None = None
-        self._receive = receive
-
-    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
-        """Awaits ``work`` unless the client disconnects.
-
-        Raises:
-          ApiError: it did.
-        """
-        task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(self._disconnected())
-        try:
-            await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ApiError(_CLIENT_GONE, "the client is gone")
-            await task
-        finally:
-            watcher.cancel()
-            task.cancel()
-
-    async def _disconnected(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        self.receive = receive
 
 
 _hold: ContextVar[Hold | None] = ContextVar("hold", default=None)
@@ -254,7 +234,7 @@ class ModelHost:
             hosted.users.add(hold)
             return
         hosted.waiters.add(hold)
-        await hold.while_connected(self.load(hosted))
+        await while_connected(hold.receive, self.load(hosted))
 
     def release(self, hold: Hold) -> None:
         """Ends a request's use of its model."""

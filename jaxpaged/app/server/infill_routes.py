@@ -17,13 +17,12 @@ from jaxpaged.app.server.generation import Generation
 from jaxpaged.app.server.native_answers import NativeAnswer
 from jaxpaged.app.server.native_schema import Mixed, NativeRequest
 from jaxpaged.app.server.options import ServeOptions
-from jaxpaged.app.server.prompts import check_prompt, encode
+from jaxpaged.app.server.prompts import check_prompt, encode_mixed
 from jaxpaged.app.server.routing import StrictRoute
 from jaxpaged.app.server.state import ServedModel, state_of
 
 router = APIRouter(route_class=StrictRoute)
 
-_PLAIN = {"add_special": False, "parse_special": False}
 _SNIPPET = "\n\n--- snippet ---\n\n"
 """Between parts of other files, where the vocabulary has no token for that; llama-server's."""
 
@@ -62,10 +61,8 @@ async def _prompt(model: ServedModel, body: InfillRequest, n_ctx: int, options: 
     fim, tokenizer = model.tokenizer.fim_ids, model.tokenizer
 
     async def plain(text: str | Mixed) -> list[int]:
-        ids: list[int] = []
-        for part in [text] if isinstance(text, str) else text:
-            ids += [part] if isinstance(part, int) else await encode(model, part, **_PLAIN)
-        return ids
+        parts = [text] if isinstance(text, str) else text
+        return await encode_mixed(model, parts, add_special=False, parse_special=False)
 
     prefix, suffix, begun = [
         await plain(text) for text in (body.input_prefix, body.input_suffix, body.prompt)

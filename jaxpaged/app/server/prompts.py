@@ -22,7 +22,7 @@ async def encode(
 
 
 async def encode_mixed(
-    model: ServedModel, parts: Sequence[str | int], *, add_special: bool = True
+    model: ServedModel, parts: Sequence[str | int], *, add_special: bool = True, parse_special: bool = True
 ) -> list[int]:
     """Token ids of llama-server's mixed lists; BOS is added only to a text at the beginning."""
     ids: list[int] = []
@@ -30,7 +30,8 @@ async def encode_mixed(
         if isinstance(part, int):
             ids.append(part)
         else:
-            ids += await encode(model, part, add_special=add_special and i == 0)
+            begins = add_special and i == 0
+            ids += await encode(model, part, add_special=begins, parse_special=parse_special)
     return ids
 
 

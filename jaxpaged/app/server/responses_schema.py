@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from jaxpaged.app.server.chat_schema import Effort
 from jaxpaged.app.server.errors import ApiError
 from jaxpaged.app.server.foreign import Lenient, as_chat_request, joined_text
 from jaxpaged.app.server.openai_schema import ChatRequest
@@ -21,7 +22,7 @@ _KEPT_NOWHERE = {
 class Reasoning(Lenient):
     """Amount of thoughts."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Any = None
 
 

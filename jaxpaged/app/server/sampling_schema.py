@@ -20,8 +20,8 @@ from jaxpaged.engine.request import MAX_LOGIT_BIAS, MAX_SALT, MAX_STOP_IDS, Engi
 
 _INT32 = 2**31 - 1
 DEFAULT_SAMPLERS = (
-    *("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
-)
+    "penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature",
+)  # fmt: skip
 """The samplers, in the order of their application."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512

@@ -118,7 +118,7 @@ class FakeRunner:
         """Tokens of an output."""
         self.cached = 0
         self.says: list[int] | None = None
-        """What it says instead of the prompt."""
+        """Tokens of its answers, instead of the prompt's."""
         self.streams: dict[str, FakeStream] = {}
         self.requests: list[EngineRequest] = []
         self.aborted: list[tuple[str, int | None]] = []

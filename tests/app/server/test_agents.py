@@ -236,7 +236,7 @@ def agent(name: str) -> str:
 
 
 def run_agent(command: list[str], folder: Path, **environment: str) -> str:
-    """What an agent says, run in an empty folder with a file in it."""
+    """The output of an agent, run in a folder with one file."""
     (folder / "work").mkdir()
     (folder / "work" / "unmistakable.txt").write_text("x")
     done = subprocess.run(
