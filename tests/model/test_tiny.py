@@ -1,4 +1,4 @@
-"""The embedded model's texts, and its training."""
+"""The training of the embedded model."""
 
 from __future__ import annotations
 
@@ -7,40 +7,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxpaged_model import load_model, tiny
 from jaxpaged_model.llama import random_params
 from jaxpaged_model.tiny import loops, train
-
-from jaxpaged import PagedKVCache, generate
-
-PROMPTS = [
-    "def read_lines(path):\n",
-    "class Counter:\n    def __init__(self):\n",
-    "import os\nimport sys\n",
-    "def fibonacci(n):\n",
-    "for i in range(10):\n",
-    "# Sort the words by their length\n",
-    "with open(path) as file:\n",
-    'def mean(values):\n    """Return the mean',
-    "class TestStack(unittest.TestCase):\n    def test_push(self):\n",
-    'if __name__ == "__main__":\n',
-]
-
-
-def test_greedy_completions_do_not_loop() -> None:
-    loaded = load_model(tiny.PATH)
-    prompts = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
-    cache = PagedKVCache.create(**loaded.config.cache_spec, num_pages=128, max_seqs=len(prompts))
-    result, _ = generate(
-        loaded.function,
-        loaded.params,
-        cache,
-        prompts,
-        max_new_tokens=128,
-        stop_ids=sorted(loaded.tokenizer.stop_ids),
-    )
-    for prompt, tokens in zip(PROMPTS, result.token_lists(), strict=True):
-        assert not loops.loop_tokens(np.asarray(tokens)).any(), prompt + loaded.tokenizer.decode(tokens)
 
 
 def in_loop(tokens: list[int]) -> bool:
