@@ -309,6 +309,7 @@ def main() -> None:
             bpb = log[-1].get("held_out_bits_per_byte", float("nan"))
             print(f"step {step} {elapsed:.0f} s loss {loss:.3f} held-out {bpb:.4f} bits/byte", flush=True)
 
+    save_params(args.out / "before_loops.safetensors", params)
     params, shares = train_out_of_loops(params, stream, args.loop_steps, rng)
     score = evaluate(params, held_out, held_out_bytes, end)
     print(f"after it: held-out {score.bits_per_byte:.4f} bits/byte", flush=True)
