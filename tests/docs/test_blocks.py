@@ -46,6 +46,7 @@ FOREIGN = {
     "git": "the reader's repository",
     "cd": "the shell's",
     ".": "the shell's",
+    "uv": "another installer",
     "claude": "an agent; tests/app/server/test_agents.py starts it",
 }
 """Programs whose arguments nothing here can check."""
@@ -122,7 +123,7 @@ def accepts_jaxpaged(words: list[str]) -> None:
     name, *flags = words
     if "--help" in words:
         assert name in ("COMMAND", "--help", *application.commands)
-    else:
+    elif words != ["--version"]:
         application.commands[name].make_context(name, flags)
 
 
@@ -181,9 +182,10 @@ def accepts_curl(words: list[str]) -> None:
 def accept(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks a command with the parser of the program that it calls."""
     program, *rest = words
+    program = re.sub(r"^.*/bin/|(?<=python)3[.\d]*$", "", program)
     if program == "jaxpaged":
         accepts_jaxpaged(rest)
-    elif program in ("python", "python3"):
+    elif program == "python":
         accepts_python(rest, monkeypatch)
     elif program in ("srun", "gcloud"):  # start another one
         at = rest.index("jaxpaged") if program == "srun" else rest.index("--command") + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -592,11 +591,3 @@ def _spm() -> Tokenizer:
 @lru_cache
 def _spm_without_prefix() -> Tokenizer:
     return Tokenizer.from_gguf(spm_metadata(add_space_prefix=False))
-
-
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name == "tokenizers" or name.startswith("jaxpaged_model")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="pip install"):
-        import jaxpaged_model.text.tokenizer  # noqa: F401

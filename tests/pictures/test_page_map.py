@@ -114,7 +114,8 @@ def test_the_legend_counts_tokens_and_pages_of_each_sequence() -> None:
         pages = [page for page, owners in live.items() if seq in owners]
         shared = sum(len(live[page]) > 1 for page in pages)
         also = f", {shared} shared" if shared else ""
-        assert f"sequence {seq}: {length} tokens, {len(pages)} pages{also}" in words
+        counted = "1 page" if len(pages) == 1 else f"{len(pages)} pages"
+        assert f"sequence {seq}: {length} tokens, {counted}{also}" in words
 
 
 def test_crowds_and_pins_are_seen() -> None:
