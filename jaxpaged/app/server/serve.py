@@ -128,6 +128,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(2048)  # before the address is announced; uvicorn's backlog
     except OSError as error:
         sock.close()
         raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
